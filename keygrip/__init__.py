@@ -4,7 +4,7 @@
 >>> sorted(keygrip.__all__)
 ['__version__', 'evaluate', 'load', 'load_policy', 'train']
 
-Importing the package loads nothing heavy: each name is imported when it is first used.
+Importing the package is cheap: each name is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["__version__", "evaluate", "load", "load_policy", "train"]
 __version__ = "0.1.0"
 
 
-if not TYPE_CHECKING:  # to a type checker a module with __getattr__ has every name, misspelt ones too
+if not TYPE_CHECKING:  # for a type checker, a module with __getattr__ has every name, even misspelt ones
 
     def __getattr__(name: str) -> Any:
         import importlib

@@ -1,4 +1,4 @@
-"""Loading trained models from Python: ``keygrip.load`` and ``keygrip.load_policy``.
+"""Load trained models from Python: ``keygrip.load`` and ``keygrip.load_policy``.
 
 import keygrip
 
@@ -28,19 +28,20 @@ def load(
     device: str = "cpu",
     ema: bool = True,
 ) -> LightningModule:
-    """Loads a trained model, in eval mode.
+    """Load a trained model, in eval mode.
 
-    Everything that it needs lies in the file; nothing in it is executed (see :mod:`keygrip.training.parts`).
+    The file contains everything that the model needs. No code in it is executed (see :mod:`keygrip.training.parts`).
 
     Args:
         path: a run folder, a checkpoint file, or a folder that ``keygrip export`` wrote.
-        trust: packages beside keygrip whose declared parts the file may name; their code is run.
-        external: files that the model needs and the checkpoint does not hold, by dotted setting.
-        device: of the weights. ema: the EMA weights where there are any.
+        trust: packages other than keygrip whose declared parts the file may name; their code is executed.
+        external: files that the model needs and the checkpoint does not contain, by dotted setting.
+        device: device of the weights. ema: whether to load the EMA weights, if there are any.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it is damaged, of another program, names parts that are not declared, or does not fit this version.
+        ValueError: the checkpoint is damaged, written by another program, names parts that are not declared, or does
+            not fit this version.
     """
     from keygrip.training.checkpoints import load_module
 
@@ -55,18 +56,19 @@ def load_policy(
     device: str = "cpu",
     **options: Any,
 ) -> Policy:
-    """Loads a robot policy: ``load_policy(path).plan(observation)`` gives poses in metres.
+    """Load a robot policy: ``load_policy(path).plan(observation)`` returns poses in metres.
 
     Args:
         path, trust, external, device: as for :func:`load`.
-        options: changes to how it plans, e.g. ``decoder="viterbi"`` (volume_query), ``temperature=1.0`` (geometry_vla).
+        options: changes to how the policy plans, e.g. ``decoder="viterbi"`` (volume_query), ``temperature=1.0``
+            (geometry_vla).
 
     Returns:
-        A policy; its ``needs`` says which entries of an observation it reads (:mod:`keygrip.models.policy`).
+        A policy. Its ``needs`` lists the entries of an observation that it uses (:mod:`keygrip.models.policy`).
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`load`, a model that drives no robot, an unknown option, or one
-            that is missing (`embodiment` of a model of several robots).
+        FileNotFoundError, ValueError: as :func:`load`; also for a model that is not a robot policy, an unknown option,
+            or a missing required option (`embodiment` of a model for several robots).
     """
     from keygrip.evaluation import trained_policy
 

@@ -1,10 +1,10 @@
-"""Files that are written whole or not at all, made once under a lock, and known by their hash.
+"""Write files atomically, create artefacts once under a lock, and hash files.
 
 Everything that keygrip writes goes through this module: checkpoints, shards, recordings, statistics, configuration,
-metadata and results. A file appears under its name only when it is complete and on the disk; a process that is killed
-leaves the previous file as it was. Temporaries are hidden files beside the target,
-``.<name>.<host>-<pid>-<random>.writing``; those of processes that are gone are removed by a later write, when nothing
-in them has changed for ten minutes.
+metadata and results. A file appears under its name only when it is complete and on the disk. If the process is killed,
+the previous file stays unchanged. Temporary files are hidden files next to the target,
+``.<name>.<host>-<pid>-<random>.writing``. A later write removes the temporary files of dead processes if they have not
+changed for ten minutes.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ WRITING = ".writing"
 BLOCK_BYTES = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: `ulimit -f`
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-STALE_AFTER_S = 600.0  # without a change, after which what is half written is taken for left behind
-LARGEST_RECORD = 1 << 26  # bytes, of `read_record`
-LONGEST_INTEGER = 300  # digits; longer ones are no float either
+STALE_AFTER_S = 600.0  # an incomplete file without a change for this long counts as abandoned
+LARGEST_RECORD = 1 << 26  # maximum bytes for `read_record`
+LONGEST_INTEGER = 300  # digits; longer integers do not fit into a float either
 USERINFO = re.compile(r"://[^/?#\s]*@")
 
 
 class DiskFullError(OSError):
-    """There is no room left for a file; the previous one is as it was and the temporary file is gone."""
+    """The disk is full. The previous file is unchanged, and the temporary file is removed."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """A file that takes the place of ``path`` when the block ends, and leaves no trace where the block fails.
+    """Yield a file that replaces ``path`` when the block ends; if the block fails, the file is removed.
 
-    Folders above it are made. The content is flushed to the disk before the file is renamed.
+    Missing parent folders are created. The content is flushed to the disk before the file is renamed.
 
     Args:
         path: the target. mode: "wb" or "w" (UTF-8).
@@ -67,7 +67,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """As :func:`atomic_write`, for libraries that open files themselves: the path to write to, of the same suffix.
+    """As :func:`atomic_write`, for libraries that open files themselves: yield a path with the same suffix.
 
     Raises:
         DiskFullError: the disk or the quota is full. FileNotFoundError: the block wrote no file.
@@ -88,13 +88,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """``text`` as UTF-8, whole or not at all."""
+    """Write ``text`` as UTF-8, completely or not at all."""
     with atomic_write(path, "w") as file:
         file.write(text)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """``content``, whole or not at all."""
+    """Write ``content``, completely or not at all."""
     with atomic_write(path) as file:
         file.write(content)
 
@@ -102,17 +102,17 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def json_text(
     content: Any, indent: int | None = None, ascii_only: bool = False, default: Callable[[Any], Any] | None = None
 ) -> str:
-    """``content`` as JSON that every reader takes: numbers that are not finite are null, for JSON has none.
+    """Return ``content`` as standard JSON. Numbers that are not finite become null, because JSON has no such numbers.
 
     Args:
-        indent, default: as for `json.dumps`. ascii_only: other characters are escaped, for any terminal.
+        indent, default: as for `json.dumps`. ascii_only: escape all other characters, for any terminal.
 
     Raises:
-        ValueError, TypeError: it is not JSON.
+        ValueError, TypeError: the content cannot be represented as JSON.
     """
     try:
         return json.dumps(content, indent=indent, ensure_ascii=ascii_only, default=default, allow_nan=False)
-    except ValueError:  # also of what holds itself, at which this raises again
+    except ValueError:  # also for content that contains itself, for which the next line raises again
         standard = _finite(json.loads(json.dumps(content, default=default)))
         return json.dumps(standard, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
@@ -126,13 +126,13 @@ def _finite(value: Any) -> Any:
 
 
 def json_values(content: Any) -> Any:
-    """``content`` as it comes back from a JSON file, to be stored and compared with what was stored: tuples are lists,
-    numbers that are not finite their names ("Infinity"), and what JSON has no form for its `str`."""
+    """Return ``content`` as it would be read from a JSON file, to compare it with stored content: tuples become lists,
+    numbers that are not finite become their names ("Infinity"), and objects without a JSON form become their `str`."""
     return json.loads(json.dumps(content, default=str), parse_constant=str)
 
 
 def without_passwords(value: Any) -> Any:
-    """Plain data in whose addresses neither a user nor a password stands: for what others get to see."""
+    """Return plain data without user names and passwords in its URLs, for output that other people see."""
     if isinstance(value, Mapping):
         return {key: without_passwords(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
@@ -141,21 +141,21 @@ def without_passwords(value: Any) -> Any:
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
-    """``content`` as JSON (`json_text`) with a final newline, whole or not at all.
+    """Write ``content`` as JSON (`json_text`) with a final newline, completely or not at all.
 
     Raises:
-        ValueError, TypeError: it is not JSON; nothing is written then.
+        ValueError, TypeError: the content cannot be represented as JSON; nothing is written.
     """
     write_text(path, json_text(content, indent) + "\n")
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """The object in a small JSON file that a run, a sweep or a recording wrote, and that a full disk or somebody else
-    may have damaged since.
+    """Read the object in a small JSON file that a run, a sweep or a recording wrote. The file may be damaged, by a full
+    disk or by another program.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it cannot be read, is too large or holds no object; the message names the file.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be read, is too large or contains no object; the message names the file.
     """
     try:
         if file.stat().st_size > LARGEST_RECORD:
@@ -178,10 +178,10 @@ def _integer(digits: str) -> int:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """An empty folder that takes the name ``path`` when the block ends, and is removed where the block fails.
+    """Yield an empty folder that is renamed to ``path`` when the block ends, and removed if the block fails.
 
     Raises:
-        FileExistsError: ``path`` exists with something in it, at the start or at the end.
+        FileExistsError: ``path`` exists and is not empty, at the start or at the end.
         DiskFullError: the disk or the quota is full.
     """
     target = Path(path)
@@ -200,7 +200,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(beside: str | Path) -> Iterator[Path]:
-    """An empty hidden folder beside ``beside``, for files that are moved from it; removed when the block ends.
+    """Yield an empty hidden folder next to ``beside``, for files that are moved out of it; removed when the block ends.
 
     Raises:
         DiskFullError: the disk or the quota is full.
@@ -217,19 +217,17 @@ def scratch_folder(beside: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: str | Path, wait: bool = True, together_without: bool = False) -> Iterator[None]:
-    """Holds an exclusive lock on a file, across processes; the lock ends with the block or with the process. Where the
-    file system has no locks (a cluster's disk may have none) a process that was started alone says so, once for each
-    folder, and goes on.
+    """Hold an exclusive lock on a file, across processes, until the block or the process ends. If the file system has
+    no locks (as on some clusters), a process that was started alone logs a warning, once per folder, and continues.
 
     Args:
-        path: the lock's own file, made where it is missing and left there. wait: False raises where another holds it.
-        together_without: whether several processes that were started together go on without locks too: where each
-            writes files whole, in which no harm is done when all do it; not where they append to a folder or divide
-            work.
+        path: the lock's own file, created if missing and not removed. wait: False: raise if another process holds it.
+        together_without: whether several processes that were started together also continue without locks. True is safe
+            if each process writes complete files, False is needed if they append to a folder or divide work.
 
     Raises:
-        BlockingIOError: another process holds it, and ``wait`` is False.
-        OSError: the file system has no locks, and several processes would divide their work by them.
+        BlockingIOError: another process holds the lock, and ``wait`` is False.
+        OSError: the file system has no locks, and several processes need them to divide their work.
     """
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -246,13 +244,13 @@ def locked(path: str | Path, wait: bool = True, together_without: bool = False) 
                     "disk with file locks"
                 ) from error
             if file.parent not in _without_locks:
-                log.warning("%s: see that no other process writes into it", cannot)
+                log.warning("%s: make sure that no other process writes into it", cannot)
             _without_locks.add(file.parent)
         yield
 
 
 def is_locked(path: str | Path) -> bool | None:
-    """Whether another process holds the lock of this file; None where the file system has no locks."""
+    """Return whether another process holds the lock of this file; None if the file system has no locks."""
     with _lock_file(Path(path)) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -268,7 +266,7 @@ def is_locked(path: str | Path) -> bool | None:
 @contextlib.contextmanager
 def _lock_file(file: Path) -> Iterator[IO[Any]]:
     with file.open("a") as handle:
-        _locks.add(handle)  # before it is held: another thread may fork meanwhile
+        _locks.add(handle)  # before the lock is held, because another thread may fork meanwhile
         try:
             yield handle
         finally:
@@ -276,11 +274,11 @@ def _lock_file(file: Path) -> Iterator[IO[Any]]:
 
 
 _locks: set[IO[Any]] = set()
-_without_locks: set[Path] = set()  # folders of which that has been said
+_without_locks: set[Path] = set()  # folders for which the warning has been logged
 
 
 def _give_up_locks() -> None:
-    """In a forked process: the lock is its parent's, and would outlive it with a loader worker that holds it too."""
+    """Close the locks in a forked process: they belong to its parent, and a worker could hold them after it ended."""
     for handle in _locks:
         handle.close()
     _locks.clear()
@@ -295,18 +293,18 @@ def make_once(
     make: Callable[[Path], None],
     together_without: bool = False,
 ) -> bool:
-    """Makes what is missing, in one process at a time; the others wait and find it made. What is complete is not
-    locked: it may lie where nothing can be written.
+    """Create a missing artefact in one process; other processes wait and then use it. A complete artefact is not
+    locked, because it may be in a read-only folder.
 
     Args:
-        path: of the artefact. complete: whether it is there and whole. make: makes it; it writes atomically itself.
-        together_without: as of `locked`: where it is one file.
+        path: path of the artefact. complete: returns whether the artefact exists and is complete. make: creates it,
+            with atomic writes. together_without: as for `locked`; True for an artefact of a single file.
 
     Returns:
-        Whether this call made it.
+        Whether this call created it.
 
     Raises:
-        RuntimeError: it is still incomplete after ``make``. OSError: as `locked`.
+        RuntimeError: the artefact is still incomplete after ``make``. OSError: as `locked`.
     """
     target = Path(path)
     if complete(target):
@@ -327,7 +325,7 @@ def make_once(
 
 
 def sha256_of(parts: Iterable[bytes]) -> str:
-    """SHA-256 of the parts one behind the other, in hexadecimal; no two need be in memory at once."""
+    """Return the SHA-256 of the concatenated parts, in hexadecimal; only one part is in memory at a time."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -335,17 +333,17 @@ def sha256_of(parts: Iterable[bytes]) -> str:
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     return sha256_of(blocks_of(path))
 
 
 def sha256_bytes(content: bytes) -> str:
-    """SHA-256 in hexadecimal."""
+    """Return the SHA-256 of ``content``, in hexadecimal."""
     return sha256_of([content])
 
 
 def blocks_of(path: str | Path, size: int | None = None) -> Iterator[bytes]:
-    """A file's content, or its first ``size`` bytes, in blocks."""
+    """Yield a file's content, or its first ``size`` bytes, in blocks."""
     with Path(path).open("rb") as file:
         left = file.seek(0, os.SEEK_END) if size is None else size
         file.seek(0)
@@ -355,15 +353,15 @@ def blocks_of(path: str | Path, size: int | None = None) -> Iterator[bytes]:
 
 
 def nearest_existing(folder: Path) -> Path:
-    """The first of a path and those above it that exists."""
+    """Return the path itself if it exists, else its nearest existing parent."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def refuse_unwritable(target: str | Path, setting: str) -> None:
-    """Tries to write where a result is to go, before hours are spent on it; leaves nothing.
+    """Check that a result file can be written, before hours are spent on computing it. No file is left behind.
 
     Raises:
-        ValueError: `target` is a folder, or its folder takes no file.
+        ValueError: `target` is a folder, or its folder is not writable.
     """
     path = Path(target)
     if path.is_dir():
@@ -377,9 +375,9 @@ def refuse_unwritable(target: str | Path, setting: str) -> None:
 
 
 def temporary_beside(target: Path) -> Path:
-    """A name for the temporary file of ``target``, hidden, in the same folder, and unique."""
+    """Return a unique, hidden name for the temporary file of ``target``, in the same folder."""
     here, now = (os.getpid(), target.parent), time.monotonic()
-    if now - _looked.get(here, -math.inf) > STALE_AFTER_S:  # seldom: a folder may hold thousands of files
+    if now - _looked.get(here, -math.inf) > STALE_AFTER_S:  # rarely, because a folder may have thousands of files
         _looked[here] = now
         _remove_stale(target.parent)
     return target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}{WRITING}")
@@ -393,10 +391,10 @@ def _host() -> str:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes temporaries that processes of this machine left in a folder when they were killed.
+    """Remove temporary files in a folder that killed processes of this machine left behind.
 
-    A process of another container or machine of the same host name is unknown here, though it lives: what it writes is
-    known by its age alone.
+    A live process in another container or on another machine with the same host name is not visible here. Its temporary
+    files can only be recognised by their age.
     """
     pattern = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}{re.escape(WRITING)}(\.\w+)?")
     for path in folder.glob(f".*.{_host()}-*{WRITING}*"):
@@ -424,7 +422,7 @@ def _is_alive(process: int) -> bool:
 
 @contextlib.contextmanager
 def full_disk_is_named(target: Path) -> Iterator[None]:
-    """Turns the errors of a full disk, torch's own among them, into one sentence about ``target``."""
+    """Convert the errors of a full disk, including torch's own, to a `DiskFullError` that names ``target``."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -440,13 +438,13 @@ def _is_full_disk(error: OSError | RuntimeError) -> bool:
         return False
     if isinstance(error, OSError):
         return error.errno in DISK_FULL
-    # torch's zip writer reports every failed write as an assertion of its own, without the system's reason
+    # torch's zip writer reports every failed write as an assertion error, without the system's reason
     text = str(error)
     return "inline_container" in text or "PytorchStreamWriter" in text or "unexpected pos" in text
 
 
 def refuse_existing(path: str | Path) -> None:
-    """Raises FileExistsError: a folder that is to be written is there with something in it, or as something else."""
+    """Raise FileExistsError if a folder to be written exists and is not empty, or if the path is not a folder."""
     target = Path(path)
     if target.is_dir() and not any(target.iterdir()):
         return

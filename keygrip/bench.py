@@ -1,9 +1,9 @@
-"""Measures: ``python -m keygrip.bench [case=NAME] [quick=true] [record=true]``; prints its figures as one line of JSON.
+"""Run benchmarks: ``python -m keygrip.bench [case=NAME] [quick=true] [record=true]``; prints results as a line of JSON.
 
-``python -m keygrip.bench suite=gpu`` measures and records what only a GPU can say (see `keygrip.benchmarks.gpu`).
+``python -m keygrip.bench suite=gpu`` runs and records the measurements that need a GPU (see `keygrip.benchmarks.gpu`).
 
-Standard output ends with that line: the figures of the case by name, with the unit in the name, and the machine that
-computed them. Progress and logs go to standard error.
+Standard output ends with the line of JSON: the values of the case by name, with the unit in the name, and a description
+of the machine. Progress and logs are written to standard error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from keygrip.training.strategies import use_tf32
 log = logging.getLogger(__name__)
 
 ALL = "all"
-PART_PROCESS = "KEYGRIP_BENCH_PART"  # in the environment of a part's own process
+PART_PROCESS = "KEYGRIP_BENCH_PART"  # set in the environment of the process of a part
 
 
 @dataclass
@@ -55,10 +55,10 @@ register("bench_schema", BenchSchema)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Measures one case, all of them one after the other, or a suite; returns what is printed.
+    """Run one case, all cases in turn, or a suite; return the printed result.
 
     Raises:
-        ValueError: no such case, suite or part; a suite for GPUs on a machine without one.
+        ValueError: no such case, suite or part; a GPU suite on a machine without a GPU.
     """
     _refuse_idle(cfg)
     if cfg.suite is not None:
@@ -69,7 +69,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from keygrip.training.metadata import machine
 
     use_tf32(cfg.tf32, torch.cuda.is_available())
-    # torch's profiler, which counts memory, would otherwise warn of GPUs that are not there.
+    # Otherwise torch's profiler, which counts memory, warns about missing GPUs.
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     names = list(cfg.cases) if cfg.case == ALL else [_known("case", cfg.case, list(cfg.cases))]
     figures = {}
@@ -86,7 +86,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _refuse_idle(cfg: DictConfig) -> None:
-    """Raises ValueError: a setting of a suite is given for a case, or the other way round, where nothing reads it."""
+    """Raise ValueError if a setting of a suite is given for a case, or the other way round, where it has no effect."""
     idle = {"case": ALL, "quick": False, "record": False}
     if cfg.suite is None:
         idle = {"part": ALL, "minutes": None, "toy": False, "commit": None}
@@ -99,7 +99,7 @@ def _refuse_idle(cfg: DictConfig) -> None:
 
 
 def _run_suite(cfg: DictConfig) -> dict[str, Any]:
-    """Every part in a process of its own; a single one (``part=NAME``) too, but for the process of a part itself."""
+    """Run every part, also a single one (``part=NAME``), in a separate process. In that process, measure the part."""
     from hydra.utils import instantiate
 
     from keygrip.benchmarks.gpu import suite as suites
@@ -114,11 +114,11 @@ def _run_suite(cfg: DictConfig) -> dict[str, Any]:
     commit = cfg.commit or suites.commit_of(Path(__file__).parent)
     suite = suites.Suite(Path(cfg.output or "benchmarks/gpu"), commit, cfg.toy, tuple(sys.argv[1:]))
     if os.environ.get(PART_PROCESS) == cfg.part:
-        # The suite stops a part by SIGINT, which jobs that a shell starts in the background are born to ignore.
+        # The suite stops a part with SIGINT, which background jobs of a shell ignore by default.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         return suite.measure(cfg.part, instantiate(cfg.gpu[cfg.part], _convert_="all"))
     if commit is None:
-        log.info("git knows no commit of this package: nothing is skipped; give one with commit=NAME")
+        log.info("git has no commit of this package, so no case is skipped; give the commit with commit=NAME")
     given = [argument for argument in sys.argv[1:] if not argument.startswith(("part=", "commit=", "minutes="))]
     given += [f"commit={commit or 'unknown'}"]
 
@@ -141,7 +141,7 @@ def _known(kind: str, name: str, names: list[str]) -> str:
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    """The result with its date and the command that makes it again, whole or not at all."""
+    """Write the result with its date and the command that reproduces it, completely or not at all."""
     command = shlex.join(["python", "-m", "keygrip.bench", *sys.argv[1:]])
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     write_json(path, {**result, "date": date, "command": command})
@@ -149,7 +149,7 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 
 
 def print_result(cfg: DictConfig) -> None:
-    """Measures and prints the result as one line of JSON."""
+    """Run the benchmarks and print the result as one line of JSON."""
     result = run(cfg)
     sys.stderr.flush()
     print(json_text(result, ascii_only=True))

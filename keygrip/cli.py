@@ -1,4 +1,4 @@
-"""The command line ``keygrip <command>``, the same as ``python -m keygrip.<command>``."""
+"""Command line ``keygrip <command>``, equivalent to ``python -m keygrip.<command>``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMMANDS = {
 
 HELP = ("--help", "-h", "help")
 COMPLETES = 'tab completion is for bash, of all commands together: eval "$(keygrip -sc install=bash)"'
-# Hydra's own script asks the first word of the line, and knows no command behind it.
+# Hydra's own script calls the first word of the line, without the command that follows it.
 COMPLETION = """\
 _keygrip() {
     local found=$(COMP_LINE=${COMP_LINE:0:$COMP_POINT} keygrip --shell-completion query=bash 2>/dev/null)
@@ -37,7 +37,7 @@ complete -o nospace -o default -F _keygrip keygrip
 
 
 def usage() -> str:
-    """What ``keygrip --help`` prints."""
+    """Return the text that ``keygrip --help`` prints."""
     listed = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
     return (
         "keygrip <command> [group=option ...] [setting=value ...]\n\n"
@@ -47,7 +47,7 @@ def usage() -> str:
 
 
 def main() -> None:
-    """Runs the command that ``sys.argv`` names; an unknown one ends with exit code 2."""
+    """Run the command named in ``sys.argv``; for an unknown command exit with code 2."""
     name, *rest = sys.argv[1:] or ["--help"]
     if name in HELP and rest and rest[0] in COMMANDS:  # keygrip help train
         name, rest = rest[0], ["--help", *rest[1:]]
@@ -68,13 +68,13 @@ def main() -> None:
 
 def _run(name: str, arguments: list[str]) -> None:
     sys.argv[1:] = arguments
-    # As `python -m` does it: processes that a run starts then find the module by its name.
+    # As with `python -m`, so that processes started by a run find the module by its name.
     runpy.run_module(f"keygrip.{name}", run_name="__main__", alter_sys=True)
 
 
 def _complete(asked: list[str]) -> None:
-    """Prints the script that bash evaluates, or what it asks for: what may follow the line ``COMP_LINE``, a command, or
-    what Hydra says behind one. Anything else ends with exit code 2."""
+    """Print the completion script for bash, or the completions of the line ``COMP_LINE``: the commands, or after a
+    command Hydra's completions. For anything else exit with code 2."""
     if asked == ["install=bash"]:
         sys.stdout.write(COMPLETION)
         return

@@ -1,4 +1,4 @@
-"""The frame that every command runs in: Hydra, errors as one line, exit codes, signals, sweeps."""
+"""Common entry point of all commands: Hydra, errors as one line, exit codes, signals, sweeps."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 CONFIG_ERROR = 2
 USER_ERROR = 1
 STOPS = (Exception, KeyboardInterrupt, Interrupted, SweepRefused)  # what may end a command
-USERS = ValueError | OSError | ImportError | NotImplementedError  # errors that are the user's to mend
-MISCONFIGURED = "MisconfigurationException"  # and Lightning's
-STEP_CALL = "call"  # the node of a step of `keygrip prepare`: no setting of anybody's
-# What gloo and NCCL say of a process that is gone.
+USERS = ValueError | OSError | ImportError | NotImplementedError  # errors that the user can correct
+MISCONFIGURED = "MisconfigurationException"  # the same, from Lightning
+STEP_CALL = "call"  # the config node of a step of `keygrip prepare`, which is not a setting of the user
+# Messages of gloo and NCCL about a process that has ended.
 OTHER_ENDED = r"gloo/transport.*(Read error|Write error|Connection (reset|closed) by peer|Broken pipe)|ncclRemoteError"
-# Hydra's options of the command line, and those that a value follows.
+# Hydra's command-line options: without a value, and with a value.
 FLAGS: tuple[str, ...] = (
     *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--info", "-i"),
     *("--shell-completion", "-sc"),
@@ -55,23 +55,23 @@ WITH_VALUE: tuple[str, ...] = (
 
 
 def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
-    """Runs ``run(cfg)`` under Hydra with the promises of every command; does not return where something failed.
+    """Run ``run(cfg)`` under Hydra, with the behaviour that all commands share; exit the process after a failure.
 
-    A user's error (ValueError, a missing file, a setting that does not exist, ...) becomes one line on standard
-    error and exit code 1, 2 for settings; the trace is shown with ``debug=true``. Ctrl-C, SIGTERM and a closed terminal
-    end with 130, 143 and 129, a SLURM job's warning SIGUSR1 with 138, and the job is queued again. In a sweep a failed
-    job is recorded and the others go on; the exit code is then 1.
+    A user error (ValueError, a missing file, a setting that does not exist, ...) is reported as one line on standard
+    error, with exit code 1, or 2 for settings; ``debug=true`` shows the stack trace. Ctrl-C, SIGTERM and a closed
+    terminal give exit codes 130, 143 and 129. The warning signal SIGUSR1 of a SLURM job gives 138, and the job is
+    queued again. In a sweep a failed job is recorded and the other jobs continue; the exit code is then 1.
     """
     import hydra
 
     allow_many_files()
     run = _importable(run)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; what is shown is decided below
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors unchanged; the code below decides what is shown
     debug = _debug_requested(sys.argv[1:])
     failed: list[BaseException] = []
 
     def task(cfg: DictConfig) -> Any:
-        # Pickled to other processes by some launchers: everything needed is imported inside.
+        # Some launchers pickle this function for other processes, so it contains its imports.
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
@@ -83,10 +83,10 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             return run(cfg)
         except STOPS as error:
             _record_failure(error, config_name)
-            failed.append(error)  # raised again outside Hydra, which would add lines of its own
+            failed.append(error)  # raised again outside Hydra, which would print additional lines
             return None
 
-    if "--version" in sys.argv[1:]:  # Hydra would print its own
+    if "--version" in sys.argv[1:]:  # Hydra would print its own version
         sys.stdout.write(f"keygrip {__version__}\n")
         return
     code, received = 0, set[int]()
@@ -98,7 +98,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
                 sys.stdout.write(f"{help_text(config_name, sys.argv[1:])}\n")
                 return
             sys.argv[1:] = overrides_first(sys.argv[1:])
-            if not is_helper_process():  # to which Lightning adds hydra.run.dir
+            if not is_helper_process():  # Lightning adds hydra.run.dir to the arguments of helper processes
                 check_overrides(config_name, sys.argv[1:])
             sys.argv[1:] = completed(config_name, sys.argv[1:])
             folder = str(config_folder())
@@ -107,7 +107,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
                 raise failed[0]
     except STOPS as error:
         if isinstance(error, Interrupted) and is_helper_process():
-            sys.exit(0)  # the first process reports; an exit code here would make Lightning kill it before it has
+            sys.exit(0)  # with another exit code Lightning would kill the first process before it has reported
         if debug and not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
         line, code = describe_error(error, config_name, sys.argv[1:])
@@ -119,17 +119,17 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         if is_first_process():
             run_folder.remove_unbegun()
         if signal.SIGUSR1 in received and is_first_process():
-            queue_again()  # last: SLURM ends the job with it
+            queue_again()  # last, because SLURM then ends the job
         sys.stderr.flush()
         sys.exit(code)
 
 
 def overrides_first(arguments: Sequence[str]) -> list[str]:
-    """The same arguments, settings first and options such as ``--cfg job`` and ``-m`` behind them: Hydra's parser takes
-    settings in one piece alone.
+    """Return the arguments with all settings first and options such as ``--cfg job`` and ``-m`` after them, because
+    Hydra's parser requires settings to be contiguous.
 
     Raises:
-        SettingError: an option that does not exist; it names the nearest one.
+        SettingError: an option does not exist; the message names the nearest one.
     """
     settings, options = [], []
     waiting = list(arguments)
@@ -161,7 +161,7 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
 
 
 def describe_error(error: BaseException, config_name: str, overrides: Sequence[str]) -> tuple[str, int]:
-    """One line that says what is wrong and what to do, and the exit code."""
+    """Return one line that describes the error and its remedy, and the exit code."""
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -199,7 +199,7 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
             return f"{where}the package {package!r} is installed and has no module {root.name!r}", USER_ERROR
         return f"{where}the package {package!r} is not installed: {_installation(package)}", USER_ERROR
     lost = re.match(r"Error loading '([^']+)':\s*ModuleNotFoundError\(\"No module named '([\w]+)'", str(root))
-    if lost:  # Hydra's words for a class of a package that is not there
+    if lost:  # Hydra's message for a class of a package that is not installed
         return f"{lost[1]}: the package {lost[2]!r} is not installed: {_installation(lost[2])}", USER_ERROR
     if type(root).__name__ == "UncompletedJobError":
         further = ": when they have ended, the same command with resume=true makes the table"
@@ -208,12 +208,12 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
     if type(root).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
     if isinstance(root, RuntimeError) and re.search(OTHER_ENDED, str(root)):
-        return "another process of this run ended: see what it said, and go on with resume=<run folder>", USER_ERROR
+        return "another process of this run ended: see its output, and continue with resume=<run folder>", USER_ERROR
     if isinstance(root, OSError) and root.errno in DISK_FULL and root.filename is None and type(root) is OSError:
         reason = (
             f"{os.strerror(root.errno or 0)}: the disk of the run folder, of the data's cache or of temporary files"
         )
-        on = "go on with resume=true" if config_name == "train" else "run the command again"
+        on = "continue with resume=true" if config_name == "train" else "run the command again"
         return f"{where}{reason} is full, or `ulimit -f` is reached; free some, and {on}", USER_ERROR
     if isinstance(root, USERS) or type(root).__name__ == MISCONFIGURED:
         return f"{where}{one_line(root)}", USER_ERROR
@@ -224,7 +224,7 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
 
 
 def _foreseen(error: BaseException) -> bool:
-    """Whether an error says all that there is to know: a user's, or a signal."""
+    """Return whether an error needs no stack trace: a user error or a signal."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -235,7 +235,7 @@ def _foreseen(error: BaseException) -> bool:
 
 
 def _without_result(message: str) -> str:
-    """What submitit says of a job that died, without all that the job wrote."""
+    """Return submitit's message about a job that died, without the job's output."""
     found = re.match(r"Job (\S+) .*with path (.+)\n.*state: (\w+)", message)
     if found is None:
         return one_line(ValueError(message.partition("\n")[0]))
@@ -244,17 +244,17 @@ def _without_result(message: str) -> str:
 
 
 def _installation(package: str) -> str:
-    """How to get a missing package: by an extra of keygrip that holds it, which bounds its version."""
+    """Describe how to install a missing package: with an extra of keygrip that contains and version-bounds it."""
     try:
         needed = metadata.requires("keygrip") or []
-    except metadata.PackageNotFoundError:  # keygrip itself is on PYTHONPATH alone
+    except metadata.PackageNotFoundError:  # keygrip is not installed, only on PYTHONPATH
         needed = []
     extras = set()
     for line in needed:
         name, extra = re.match(r"[\w-]+", line), re.search(r"extra == '(\w+)'", line)
         if name and extra and name[0].replace("-", "_") == package:
             extras.add(extra[1])
-    extras -= {"dev", "lmms"}  # which hold others whole
+    extras -= {"dev", "lmms"}  # these include other extras completely
     if not extras:
         own = [each for each in (Path(package), Path(f"{package}.py")) if each.exists()]
         if own:
@@ -269,15 +269,15 @@ def _debug_requested(overrides: Sequence[str]) -> bool:
 
 
 def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal is gone: the exit code still says how it ended
+    with contextlib.suppress(OSError):  # the terminal is closed; the exit code still reports the outcome
         sys.stderr.write(f"keygrip: {line}\n")
 
 
 def _record_failure(error: BaseException, config_name: str) -> None:
-    """Writes the run's outcome and the trace into the run folder, for when the terminal is gone.
+    """Write the run's outcome and the stack trace to the run folder, in case the terminal is closed.
 
-    Nothing is written of a run that was refused or stopped before its work began, whose folder goes: somebody who
-    mistypes a setting ten times is left with no folder. What was not foreseen keeps its trace.
+    Nothing is written for a run that was refused or stopped before its work began; its folder is removed, so that
+    mistyped settings leave no folders. For an unexpected error the folder with the trace is kept.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -287,7 +287,7 @@ def _record_failure(error: BaseException, config_name: str) -> None:
         hydra_cfg = HydraConfig.get()
         folder = Path(hydra_cfg.runtime.output_dir)
         if folder.resolve() == Path(hydra_cfg.runtime.cwd).resolve():
-            return  # the command has no run folder: nothing is left in the user's
+            return  # the command has no run folder, and the user's folder stays unchanged
         if run_folder.has_not_begun(folder):
             if _foreseen(error):
                 return
@@ -301,12 +301,12 @@ def _record_failure(error: BaseException, config_name: str) -> None:
 
 @contextlib.contextmanager
 def _signals_raise(received: set[int]) -> Iterator[None]:
-    """SIGTERM, and SIGHUP of a terminal that is closed, become exceptions, so that temporary files and child processes
-    are cleaned up, and arms stopped, on the way out. That is not broken off by a second one: a shell passes its SIGHUP
-    on, so that it comes twice, and systemd sends SIGTERM and SIGHUP. Ctrl-C does break it off.
+    """Convert SIGTERM, and SIGHUP of a closed terminal, to exceptions, so that temporary files and child processes are
+    cleaned up, and arms stopped, before the process ends. A second signal does not interrupt this cleanup, because a
+    shell forwards its SIGHUP, which then arrives twice, and systemd sends SIGTERM and SIGHUP. Ctrl-C does interrupt it.
 
     Args:
-        received: takes the numbers of those that came.
+        received: the numbers of received signals are added to this set.
     """
 
     def handler(number: int, frame: Any) -> None:
@@ -316,9 +316,9 @@ def _signals_raise(received: set[int]) -> Iterator[None]:
         raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
     numbers = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the command goes on without its terminal
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup the command continues
         numbers.append(signal.SIGHUP)
-    if "SLURM_JOB_ID" in os.environ:  # its warning, which a training in its steps answers by itself
+    if "SLURM_JOB_ID" in os.environ:  # SLURM's warning; during training steps the trainer handles it
         numbers.append(signal.SIGUSR1)
     try:
         previous = {number: signal.signal(number, handler) for number in numbers}
@@ -333,7 +333,7 @@ def _signals_raise(received: set[int]) -> Iterator[None]:
 
 
 def _importable(run: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """``run`` of the module proper where it comes from ``__main__``: it can then be sent to another process."""
+    """Return ``run`` of the importable module if it is from ``__main__``, so that it can be sent to another process."""
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)
     if run.__module__ != "__main__" or spec is None:

@@ -1,7 +1,7 @@
-"""Configuration: where conf/ lies, the root schemas, composition, and errors that name the nearest setting.
+"""Configuration: the folder conf/, the root schemas, composition, and errors that name the nearest setting.
 
-Groups (model, data, ...) are untyped nodes built by ``_target_``; root settings are typed scalars, so that a misspelt
-or ill-typed setting is an error that names the nearest one. Nothing heavy is imported here: ``--help`` stays quick.
+Groups (model, data, ...) are untyped nodes built by ``_target_``. Root settings are typed scalars, so that a misspelt
+or ill-typed setting is an error that names the nearest one. No slow imports here, so that ``--help`` stays fast.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _SCHEMAS: dict[str, type] = {}
 
 @dataclass
 class EntrySchema:
-    """Settings that every entry point has. Derive from it, add typed scalars, and ``register`` the result."""
+    """Settings of every entry point. Derive a dataclass from it, add typed scalars, and ``register`` it."""
 
     debug: bool = False
 
 
 @dataclass
 class TrainSchema(EntrySchema):
-    """Root of ``conf/train.yaml``: what training itself reads. Groups that a model brings (its backbone, its language
-    model, ...) come beside these; `refuse_unread` refuses what nothing reads."""
+    """Root of ``conf/train.yaml``: the settings of training itself. A model adds further groups (its backbone, its
+    language model, ...); `refuse_unread` rejects settings that nothing uses."""
 
     seed: int = 0
     run_dir: str | None = None
@@ -65,11 +65,11 @@ class TrainSchema(EntrySchema):
 
 
 def register(name: str, schema: type, open_root: bool = False) -> None:
-    """Makes ``schema`` (a dataclass) available to the defaults list of a root config under ``name``.
+    """Make ``schema`` (a dataclass) available under ``name`` in the defaults list of a root config.
 
-    With ``open_root`` config files may add groups at the root; the command line may only change what is there.
-    Its dictionaries take any key from the command line (``task.object_size_m=0.025``): what reads them refuses those
-    that it does not know.
+    With ``open_root``, config files may add groups at the root; the command line may only change existing settings.
+    Dictionaries of the schema accept any key from the command line (``task.object_size_m=0.025``); the code that uses
+    them rejects unknown keys.
     """
     node = OmegaConf.structured(schema)
     for setting in fields(schema):
@@ -81,7 +81,7 @@ def register(name: str, schema: type, open_root: bool = False) -> None:
     _SCHEMAS[name] = schema
 
 
-# Groups that a run can do without: Hydra takes `null` for them in files alone.
+# Optional groups: Hydra accepts `null` for them in files only, not on the command line.
 _LEFT_OUT = ("ablation", "closed_loop", "compile", "experiment", "shift", "sweep", "takeover", "window")
 _WITHOUT: dict[str, tuple[str, ...]] = {f"{group}=null": (f"~{group}",) for group in _LEFT_OUT}
 _WITHOUT["instruction=null"] = ("~instruction", "model.network.instruction=null")
@@ -91,18 +91,18 @@ _TEXTS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 _COMPLETIONS: dict[str, Callable[[Sequence[str]], list[str]]] = {}
 
 
-# Commands for which step=1000 is a checkpoint's step; Hydra would take it for the group of `keygrip prepare step=...`.
+# Commands for which step=1000 is a checkpoint's step; Hydra would read it as the group of `keygrip prepare step=...`.
 READ_CHECKPOINTS = ("evaluate", "run", "serve", "sample", "generate", "export")
 
 
 def register_completion(config_name: str, complete: Callable[[Sequence[str]], list[str]]) -> None:
-    """Lets a root config choose options by what its overrides name: ``complete`` returns further overrides."""
+    """Register a function that returns further overrides for a root config, depending on the given overrides."""
     _COMPLETIONS[config_name] = complete
 
 
 def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides as Hydra takes them, and those that `register_completion`'s function adds to them, before options
-    such as ``-m``: see `keygrip.command.overrides_first`.
+    """Return the overrides in the form that Hydra accepts, with those added by `register_completion`'s function, before
+    options such as ``-m`` (see `keygrip.command.overrides_first`).
 
     Raises:
         SettingError: null for a group.
@@ -126,7 +126,7 @@ def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _texts(config_name: str) -> set[str]:
-    """Settings at the root that are text, as folders are; `keygrip prepare` has those of its steps alone."""
+    """Return the root settings with text values, such as folders; `keygrip prepare` has only those of its steps."""
     root = "train" if config_name == "demo" else config_name
     of_root = [schema for name, schema in _SCHEMAS.items() if re.fullmatch(rf"{root}(_.+)?_schema", name)]
     return {"resume"} | {name for schema in of_root for name in _text_fields(schema)}
@@ -142,10 +142,10 @@ def _groups() -> list[str]:
 
 
 def config_folder() -> Path:
-    """The folder of configs: ``conf/`` inside the package (wheel) or beside it (checkout).
+    """Return the folder of configs: ``conf/`` inside the package (wheel) or next to it (checkout).
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: neither exists.
     """
     package = Path(__file__).resolve().parent
     for folder in (package / "conf", package.parent / "conf"):
@@ -155,8 +155,8 @@ def config_folder() -> Path:
 
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:
-    """The settings on a command line, ``--config-dir FOLDER`` as the override that does the same; other options are
-    left out."""
+    """Return the settings on a command line, with ``--config-dir FOLDER`` as the equivalent override and without other
+    options."""
     waiting, overrides, folders = iter(arguments), list[str](), list[Path]()
     for argument in waiting:
         name, _, value = argument.partition("=")
@@ -168,7 +168,7 @@ def overrides_of(arguments: Sequence[str]) -> list[str]:
 
 
 def config_folders(overrides: Sequence[str] = ()) -> list[Path]:
-    """`config_folder`, and the folders that ``hydra.searchpath`` adds to it."""
+    """Return `config_folder` and the folders added by ``hydra.searchpath``."""
     added = [each.partition("=")[2] for each in overrides if each.startswith("hydra.searchpath=")]
     named = [path.strip() for each in added for path in re.findall(r"[^,\[\]'\"]+", each)]
     paths = [path.removeprefix("file://") for path in named if path]
@@ -176,14 +176,14 @@ def config_folders(overrides: Sequence[str] = ()) -> list[Path]:
 
 
 def register_options(overrides: Sequence[str] = ()) -> None:
-    """Makes every section of ``<group>/options.yaml`` an option of that group, as if it were a file of its own: in
-    ``conf/``, and in the folders that ``overrides`` add.
+    """Make every section of ``<group>/options.yaml`` an option of that group, as if it were a separate file: in
+    ``conf/`` and in the folders that ``overrides`` add.
 
-    A first line ``# @package ...`` holds for all sections.
+    A first line ``# @package ...`` applies to all sections.
 
     Raises:
-        SettingError: an added folder has an option of keygrip's own name, of which one would not be read, or one
-            without settings.
+        SettingError: an added folder has an option with the name of one of keygrip's, so that one of the two would be
+            ignored, or an option without settings.
     """
     own = _register_own()
     for folder in config_folders(overrides)[1:]:
@@ -205,7 +205,7 @@ def register_options(overrides: Sequence[str] = ()) -> None:
 
 @cache
 def _register_own() -> frozenset[str]:
-    """Registers the sections of ``conf/``; returns the names of all that is there: ``optimizer/adamw``, ``train``."""
+    """Register the sections of ``conf/``; return the names of all its configs: ``optimizer/adamw``, ``train``."""
     OmegaConf.register_new_resolver("mandatory", _refuse_without_value, replace=True)
     own = config_folder()
     found = set[str]()
@@ -221,7 +221,7 @@ def _register_own() -> frozenset[str]:
 
 
 def _sections(folder: Path, file: Path) -> dict[str, Any]:
-    """Options of a file by group and name, ``optimizer/adamw``. Reading files takes most of the time of registering."""
+    """Return a file's options by group and name, ``optimizer/adamw``. Reading files dominates the registration time."""
     group, options = file.parent.relative_to(folder).as_posix(), OmegaConf.load(file)
     if not isinstance(options, DictConfig) or not all(OmegaConf.is_dict(options[name]) for name in options):
         raise SettingError(f"{file}: an option is a name with settings below it, as in a file {group}/NAME.yaml")
@@ -240,26 +240,26 @@ def _store(file: Path, options: Mapping[str, Any]) -> None:
 
 
 def _refuse_without_value(*, _node_: Node) -> None:
-    """``${mandatory:}``: a setting of a recipe that the user must give. Hydra's ``???`` does not serve: merged over a
-    value, as a recipe is, it leaves that value.
+    """Resolve ``${mandatory:}``, a setting of a recipe that the user must give. Hydra's ``???`` is not suitable: a
+    recipe is merged over a value, and ``???`` keeps that value.
 
     Raises:
-        SettingError: always; where the setting is given, nothing calls this.
+        SettingError: always; if the setting is given, this function is not called.
     """
     key = _node_._get_full_key(None)
     raise SettingError(f"the setting {key} has no value: give {key}=...")
 
 
 class _SharedOptions(dict[str, Any]):
-    """Options that Hydra's copies of its store share: it copies the whole store for each composition, a quarter of its
-    time. An option that the store hands out is copied by the store itself, so that no caller can change it here."""
+    """Options that are shared by Hydra's copies of its store. Hydra copies the whole store for each composition, a
+    quarter of its time. The store copies each option that it returns, so that no caller can change it here."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _SharedOptions:
         return self
 
 
 def option_of(group: str, name: str) -> dict[str, Any]:
-    """A section of ``conf/<group>/options.yaml`` as plain settings."""
+    """Return a section of ``conf/<group>/options.yaml`` as plain settings."""
     register_options()
     found = OmegaConf.to_container(ConfigStore.instance().load(f"{group}/{name}.yaml").node, resolve=True)
     assert isinstance(found, dict)
@@ -267,15 +267,15 @@ def option_of(group: str, name: str) -> dict[str, Any]:
 
 
 def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Composes a root config without running anything (tests, notebooks, a command that calls another's ``run``).
+    """Compose a root config without running anything (tests, notebooks, a command that calls another's ``run``).
 
-    Hydra may be running a command meanwhile: its state is left as it was.
+    If Hydra is running a command at the same time, its state is restored.
     """
     return compose_with_choices(config_name, overrides)[0]
 
 
 def compose_with_choices(config_name: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, dict[str, Any]]:
-    """As `compose`, and the option of each group (None: none), e.g. ``{"model": "volume_query", "ablation": None}``."""
+    """As `compose`, but also return the option of each group, e.g. ``{"model": "volume_query", "ablation": None}``."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -285,7 +285,7 @@ def compose_with_choices(config_name: str, overrides: Sequence[str] = ()) -> tup
     GlobalHydra.instance().clear()
     try:
         check_overrides(config_name, overrides)
-        if any(override.startswith("hydra.run.dir=") for override in overrides):  # read by Hydra's command alone
+        if any(override.startswith("hydra.run.dir=") for override in overrides):  # used by Hydra's command line only
             raise SettingError("the run folder is given by run_dir, not by hydra.run.dir")
         overrides = completed(config_name, overrides)
         with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
@@ -295,20 +295,20 @@ def compose_with_choices(config_name: str, overrides: Sequence[str] = ()) -> tup
             del cfg["hydra"]
         return cfg, choices
     finally:
-        GlobalHydra.instance().hydra = running  # of the present instance: leaving initialize_config_dir makes another
+        GlobalHydra.instance().hydra = running  # on the current instance, which initialize_config_dir has replaced
 
 
 def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
-    """Refuses what Hydra would take: renamed settings, unread ones at the root (``+max_stepz=3``), two run folders.
+    """Reject overrides that Hydra would accept: renamed or unused root settings (``+max_stepz=3``), two run folders.
 
     Raises:
-        SettingError: with the new name, or the nearest one.
+        SettingError: the message contains the new name or the nearest one.
     """
     for override in overrides:
         _refuse_renamed(override)
     try:
         known = [str(key) for key in ConfigStore.instance().load(f"{config_name}_schema.yaml").node]
-    except OSError:  # of `keygrip prepare`: each step has settings of its own
+    except OSError:  # for `keygrip prepare`, where each step has its own settings
         known = []
     if "run_dir" in known and "hydra.run.dir=" in overrides:
         raise SettingError("hydra.run.dir is empty, which would be the present folder: name the run folder by run_dir")
@@ -343,13 +343,13 @@ def _refuse_renamed(override: str) -> None:
 
 
 def refuse_unread(cfg: DictConfig, schema: type) -> None:
-    """Refuses settings beside those of ``schema`` that nothing in the run reads, directly or through ``${...}``.
+    """Reject settings, other than those of ``schema``, that the run does not use directly or through ``${...}``.
 
     Args:
         cfg: composed and unresolved.
 
     Raises:
-        SettingError: names the first of them.
+        SettingError: there is such a setting; the message names the first one.
     """
     read = {setting.name for setting in fields(schema)}
     leaves = list(leaves_of(OmegaConf.to_container(cfg, resolve=False), ()))
@@ -371,7 +371,7 @@ def refuse_unread(cfg: DictConfig, schema: type) -> None:
 
 
 def leaves_of(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Paths and values of the settings below a node, which lies at ``path``."""
+    """Yield the paths and values of the settings below a node at ``path``."""
     if isinstance(node, dict) and node:
         for name, child in node.items():
             yield from leaves_of(child, (*path, str(name)))
@@ -380,7 +380,7 @@ def leaves_of(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
 
 
 def references_in(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, ...]]:
-    """Paths that the interpolations in a value name."""
+    """Yield the paths that the interpolations in a value refer to."""
     for reference in re.findall(r"\$\{([^${}:]+)\}", str(value)):
         dots = len(reference) - len(reference.lstrip("."))
         name = re.sub(r"\[(\w+)\]", r".\1", reference.lstrip("."))
@@ -388,15 +388,15 @@ def references_in(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, ...]
 
 
 def models_with(group: str) -> list[str]:
-    """Options of the group ``model`` whose defaults lists bring a group or a root setting."""
+    """Return the options of the group ``model`` whose defaults lists add this group or root setting."""
     folder = config_folder()
     return [path.stem for path in sorted((folder / "model").glob("*.yaml")) if group in _brought(path)]
 
 
 @cache
 def _brought(path: Path) -> frozenset[str]:
-    """Groups and root settings that a config file with the package ``_global_`` brings, those of its own bases and
-    groups included."""
+    """Return the groups and root settings that a config file with the package ``_global_`` adds, including those of its
+    bases and groups."""
     content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     if not isinstance(content, dict):
         return frozenset()
@@ -415,16 +415,16 @@ def _brought(path: Path) -> frozenset[str]:
 
 
 def with_group(group: str) -> str:
-    """Which models have a group or root setting, in words."""
+    """Return a text that lists the models with a group or root setting."""
     kind = "group" if (config_folder() / group).is_dir() else "setting"
     return f"{group} is a {kind} of {', '.join(f'model={name}' for name in models_with(group))}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known dotted key nearest to a misspelt one, or None: keys beside it first, then whole keys, then last parts.
+    """Return the known dotted key nearest to a misspelt one, or None: siblings first, then whole keys, then last parts.
 
-    Initials of words count as near, and so do a last word and a word in common: ``learning_rate`` finds ``lr``,
-    ``seed`` ``first_seed``, ``gradient_clip_val`` ``clip_norm``.
+    Equal initials, an equal last word and a common word also count as near: ``learning_rate`` finds ``lr``,
+    ``seed`` finds ``first_seed``, ``gradient_clip_val`` finds ``clip_norm``.
     """
     known = sorted(key for key in set(known) if not name.startswith(f"{key}."))
     parent, _, last = name.rpartition(".")
@@ -451,7 +451,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def known_keys(config_name: str, overrides: Sequence[str] = ()) -> list[str]:
-    """All dotted keys of a composed config."""
+    """Return all dotted keys of a composed config."""
     try:
         config = compose(config_name, overrides)
     except Exception:
@@ -469,7 +469,7 @@ def known_keys(config_name: str, overrides: Sequence[str] = ()) -> list[str]:
 
 
 def group_options(group: str, overrides: Sequence[str] = ()) -> list[str]:
-    """All options of a group, those in groups inside it (``volume_query/no_state``) included, and those in folders that
+    """Return all options of a group, including those in its subgroups (``volume_query/no_state``) and in folders that
     `overrides` add."""
     folders = [folder / group for folder in config_folders(overrides)]
     options = {
@@ -490,7 +490,7 @@ def group_options(group: str, overrides: Sequence[str] = ()) -> list[str]:
 
 
 def listed(overrides: Sequence[str]) -> list[str]:
-    """Overrides as a list; a single string is refused, since its letters would each be one."""
+    """Return overrides as a list; reject a single string, which would be read as a list of letters."""
     if isinstance(overrides, str):
         raise ValueError(f"overrides are a list of settings, e.g. [{overrides!r}]")
     return list(overrides)

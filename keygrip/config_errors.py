@@ -1,4 +1,4 @@
-"""Errors of composition as one line: what is wrong, the nearest setting or option, and how a value is quoted."""
+"""Describe errors of config composition in one line: the error, the nearest setting or option, and how to quote."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from keygrip.config import (
 )
 from keygrip.override_values import quoted
 
-# What ${oc.env:NAME} says of an environment variable that is not there.
+# Error message of ${oc.env:NAME} for an environment variable that is not set.
 UNSET = re.compile(r"Environment variable '([^']+)' not found")
 CLOSED_LOOP = "callbacks.closed_loop"  # where the group closed_loop puts its options
-# What Hydra takes within quotes alone: letters beside a to z, and most signs.
+# Characters that Hydra accepts inside quotes only: letters other than a to z, and most symbols.
 UNQUOTED_CANNOT = r"[^a-zA-Z0-9_/\-\\+.$%*@?|:]"
 
 
 @contextlib.contextmanager
 def setting_errors(config_name: str, overrides: Sequence[str]) -> Iterator[None]:
-    """What composing or parsing refuses within becomes a `SettingError`, in the words of the command line."""
+    """Convert errors of composing or parsing in the block to a `SettingError` with the message of the command line."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -38,12 +38,12 @@ def setting_errors(config_name: str, overrides: Sequence[str]) -> Iterator[None]
     except (HydraException, OmegaConfBaseException) as error:
         root = root_cause(error)
         if not isinstance(root, HydraException | OmegaConfBaseException):
-            raise root from None  # what a resolver says
+            raise root from None  # the error of a resolver
         raise SettingError(describe_config_error(error, config_name, overrides)) from error
 
 
 def describe_config_error(error: BaseException, config_name: str, overrides: Sequence[str]) -> str:
-    """What composing or parsing refused, in one line, for the overrides that were given."""
+    """Describe in one line why composing or parsing failed, for the given overrides."""
     text = one_line(error)
     cause = error.__cause__
     settings = overrides_of(overrides)
@@ -93,7 +93,7 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         left_out = next((o for o in overrides if o.startswith("~") and f"{full}.".startswith(f"{o[1:]}.")), None)
         if full in known and left_out is not None:
             return f"{left_out} leaves out {full}, which this run needs: a setting is given another value, NAME=VALUE"
-        if config_name == "prepare":  # what a step's function gets is set by the step's own settings
+        if config_name == "prepare":  # the arguments of a step's function are set by the step's own settings
             known = [each for each in known if each.partition(".")[0] != "call"]
         given = next((o for o in overrides if o.partition("=")[0] == full and "={" in o), None)
         if full in known and given is not None:
@@ -101,13 +101,13 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         close_key = nearest(full, [each for each in known if not each.endswith("._target_")])
         hint = f"the nearest is {close_key!r}" if close_key else "see all with `--cfg job`"
         part = full.rpartition(".")[0]
-        if part.startswith("logger.") and f"{part}._target_" in known:  # keygrip's own classes take no others
+        if part.startswith("logger.") and f"{part}._target_" in known:  # keygrip's own classes accept no others
             hint += f"; a further argument of its class is added with +{full}=VALUE"
         if full.startswith(f"{CLOSED_LOOP}.") and not any(each.startswith(CLOSED_LOOP) for each in known):
             hint = f"add closed_loop=NAME, one of {', '.join(group_options('closed_loop', settings))}"
         group = full.partition(".")[0].partition("@")[0]
         if models_with(group) and group not in known:
-            if "." in full and not close_key:  # of another model, so spelling alone is left to go by
+            if "." in full and not close_key:  # a setting of another model, so only the spelling can be compared
                 closest = difflib.get_close_matches(full, known, n=1, cutoff=0.0)[0]
                 hint = f"of what this run reads the nearest is {closest!r}; {hint}"
             hint = f"{with_group(group)}; {hint}"
@@ -143,19 +143,19 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
 
 
 def _unreadable(override: str, reason: str) -> str:
-    """Why Hydra cannot read an override, and how it would."""
+    """Describe why Hydra cannot parse an override, and a form that it can parse."""
     key, equals, value = override.partition("=")
     reason = re.sub(r" ?See https\S+ for details", "", reason)
     if not equals:
         return f"cannot read {override}: settings are given as name=value"
-    begins = r"(^|[\[,]\s*)~"  # the value, or one of a list
+    begins = r"(^|[\[,]\s*)~"  # at the start of the value, or of an item of a list
     if re.search(begins, value):
         spelled = re.sub(begins + r"(?=[/,\]]|$)", r"\1$HOME", value)
         write = f'"{key}={spelled}"' if "[" in spelled else f"{key}={spelled}"
-        if re.search(begins, spelled):  # ~anna: another's home
+        if re.search(begins, spelled):  # ~anna: the home of another user
             write = "the full path"
         return f"cannot read {override}: behind = the shell leaves ~ as it is: write {write}"
-    unread = reason.startswith("LexerNoViableAltException")  # an umlaut, say; the lexer's words say nothing
+    unread = reason.startswith("LexerNoViableAltException")  # e.g. an umlaut; the lexer's message is not helpful
     if unread and re.match(r"\s*[\[{]", value):
         return (
             f"cannot read {override}: each text with signs such as umlauts or brackets stands in quotes, inside the "
@@ -171,13 +171,13 @@ def _unreadable(override: str, reason: str) -> str:
 
 
 def _in_quotes(key: str, value: str) -> str:
-    """An override as it is typed in a shell, its value one text."""
+    """Return an override as it is typed in a shell, with its value as a single string."""
     override = f"{key}={quoted(value)}"
     return shlex.quote(override) if re.search(r'["$`!\\]', value) else f'"{override}"'
 
 
 def chain(error: BaseException) -> list[BaseException]:
-    """The causes of an error, the nearest first."""
+    """Return the chain of causes of an error, starting with the direct cause."""
     chain: list[BaseException] = []
     cause = error.__cause__
     while cause is not None and cause not in chain:
@@ -187,7 +187,7 @@ def chain(error: BaseException) -> list[BaseException]:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What a resolver or constructor raised, without what Hydra, OmegaConf and logging wrapped around it."""
+    """Return the error of a resolver or constructor, without the wrapping errors of Hydra, OmegaConf and logging."""
     from hydra.errors import HydraException
     from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
@@ -195,19 +195,19 @@ def root_cause(error: BaseException) -> BaseException:
     while isinstance(current, HydraException | OmegaConfBaseException):
         inner = current.__cause__
         if isinstance(current, InterpolationResolutionError):
-            inner = inner or current.__context__  # what a resolver raised is not named as the cause
+            inner = inner or current.__context__  # the error of a resolver is not set as the cause
             if isinstance(inner, KeyError) and UNSET.search(str(inner)):
-                break  # this one names the setting too
+                break  # the outer error also names the setting
         if inner is None:
             break
         current = inner
     if isinstance(current.__cause__, OSError) and str(current).startswith("Unable to configure handler"):
-        return current.__cause__  # logging's, of a log file in a folder that takes none
+        return current.__cause__  # an error of logging, for a log file in a folder that is not writable
     return current
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks and Hydra's additions."""
+    """Return an error's message without line breaks and Hydra's additions."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, KeyError) and error.args:
         text = f"missing key {error.args[0]!r}"

@@ -1,7 +1,7 @@
-"""``make demo``: records demonstrations, trains a robot policy and evaluates it, with figures and videos at the end.
+"""``make demo``: record demonstrations, train a robot policy and evaluate it, with metrics and videos at the end.
 
-Records demonstrations of the simulated arm, trains the volume-query policy on them, drives the arm over held-out
-seeds, and says what came out. An interrupted demo goes on where it was. Overrides are those of ``keygrip.train``, e.g.
+Records demonstrations of the simulated arm, trains the volume-query policy on them, runs the policy on held-out seeds
+and prints a report. An interrupted demo continues. Overrides are those of ``keygrip.train``, e.g.
 ``data.record.task.name=pick``.
 """
 
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Trains and evaluates as ``cfg`` says; writes ``result.json`` with success, errors and times into the run
-    folder."""
+    """Train and evaluate with the settings of ``cfg``; write ``result.json`` with success rate, errors and times to
+    the run folder."""
     from keygrip.train import run as train
 
     started = time.perf_counter()
@@ -60,7 +60,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _refuse_without_report(cfg: DictConfig) -> None:
-    """Raises ValueError: at the end there would be nothing to report."""
+    """Raise ValueError if there would be nothing to report at the end."""
     if cfg.dry_run:
         raise ValueError("the demo trains and reports: for a dry run use `keygrip train experiment=demo dry_run=true`")
     if (cfg.callbacks or {}).get("closed_loop") is None:
@@ -75,7 +75,7 @@ def _refuse_without_report(cfg: DictConfig) -> None:
 
 
 def _continued(cfg: DictConfig) -> DictConfig:
-    """Goes on with an interrupted demo; begins a new one where none is or one is finished."""
+    """Resume an interrupted demo; start a new one if there is none or if it is finished."""
     folder = Path(cfg.run_dir)
     _put_finished_aside(folder)
     if not (folder / CHECKPOINT).is_file():
@@ -87,7 +87,7 @@ def _continued(cfg: DictConfig) -> DictConfig:
 
 
 def _put_finished_aside(folder: Path) -> None:
-    """Renames the folder of a finished demo, so that ``runs/demo`` is always the newest."""
+    """Rename the folder of a finished demo, so that ``runs/demo`` is always the newest."""
     result = folder / RESULT
     if not (folder / CHECKPOINT).is_file() or "success_rate" not in read_result(folder):
         return
@@ -99,19 +99,19 @@ def _put_finished_aside(folder: Path) -> None:
 
 
 def _make_room(arguments: Sequence[str]) -> None:
-    """Puts a finished demo aside before Hydra writes its log and settings into the same folder."""
+    """Rename the folder of a finished demo before Hydra writes its log and settings to the same folder."""
     if not is_first_process() or any(argument.startswith("-") for argument in arguments):  # --help, --cfg: nothing runs
         return
     try:
         cfg = compose("demo", arguments)
         _refuse_without_report(cfg)
-    except Exception:  # the command itself says what is wrong
+    except Exception:  # the command itself reports the error
         return
     _put_finished_aside(Path(cfg.run_dir))
 
 
 def report(result: dict[str, Any], folder: Path) -> str:
-    """The report that is printed at the end."""
+    """Return the report that is printed at the end."""
 
     def against_floor(label: str, name: str, unit: str, scale: float = 1.0) -> str:
         value, floor = result.get(f"val_{name}"), result.get(f"val_{name}_floor", result.get("val_pix_floor"))
@@ -146,7 +146,7 @@ def report(result: dict[str, Any], folder: Path) -> str:
 
 
 def print_report(cfg: DictConfig) -> None:
-    """Runs the demo and prints its report, then the result as one line of JSON."""
+    """Run the demo and print its report, then the result as one line of JSON."""
     result = run(cfg)
     sys.stderr.flush()
     print(report(result, Path(cfg.run_dir)))

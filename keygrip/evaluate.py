@@ -1,8 +1,8 @@
-"""Evaluates a checkpoint: ``python -m keygrip.evaluate checkpoint=RUN_FOLDER``.
+"""Evaluate a checkpoint: ``python -m keygrip.evaluate checkpoint=RUN_FOLDER``.
 
-The checkpoint's model decides what is measured (`keygrip.evaluation.kinds`) and which settings there are, in
-``conf/evaluate/<kind>.yaml``. Prints one line of JSON last on standard output, with units in the names of the figures;
-the settings stand in the file beside them (``evaluation/result.json``).
+The checkpoint's model determines the measurements (`keygrip.evaluation.kinds`) and the settings, which are in
+``conf/evaluate/<kind>.yaml``. The last line on standard output is JSON, with units in the names of the values. The file
+``evaluation/result.json`` contains these values and the settings.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ register_completion("evaluate", choose_kind)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluates as ``cfg`` says; returns the figures and the settings, as they are written.
+    """Evaluate with the settings of ``cfg``; return the metrics and the settings, as written to the result file.
 
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint, one of a model that cannot be evaluated, or settings of
-            another kind; TF32 without a GPU.
+        FileNotFoundError, ValueError: no such checkpoint, a model that cannot be evaluated, settings of another kind,
+            or TF32 without a GPU.
     """
     import torch
     from hydra.utils import get_method
@@ -66,7 +66,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     settings = {name: value for name, value in plain(cfg).items() if value is not None}
     asked = {name: value for name, value in settings.items() if name not in ("checkpoint", "run_dir")}
     result: dict[str, Any] = {"checkpoint": str(file), "model": type(module).__name__, "settings": asked}
-    with hold(output):  # two evaluations of one run would mix their figures and videos
+    with hold(output):  # two evaluations of one run would mix their results and videos
         result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output, trust, external), cfg)
         result |= {"wall_s": round(time.perf_counter() - started, 1), "machine": machine()}
         write_json(output / "result.json", result)
@@ -75,8 +75,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def evaluation_output(checkpoint: str | Path, run_dir: str | None) -> Path:
-    """The folder for an evaluation's files: ``run_dir`` if given, else ``evaluation`` in the checkpoint's run folder;
-    for a checkpoint beside the latest one a folder of its name in there, ``evaluation/step-N``."""
+    """Return the folder for an evaluation's files: ``run_dir`` if given, else ``evaluation`` in the checkpoint's run
+    folder; for an earlier checkpoint a subfolder with its name, ``evaluation/step-N``."""
     if run_dir is not None:
         return given_path("run_dir", run_dir)
     path = Path(checkpoint)
@@ -88,7 +88,7 @@ def evaluation_output(checkpoint: str | Path, run_dir: str | None) -> Path:
 
 
 def print_result(cfg: DictConfig) -> None:
-    """Evaluates and prints the figures as one line of JSON, with the file that holds the settings too."""
+    """Evaluate and print the metrics as one line of JSON, with the path of the file that also has the settings."""
     result = run(cfg)
     shown = {name: value for name, value in result.items() if name != "settings"}
     file = evaluation_output(result["checkpoint"], cfg.run_dir) / "result.json"
@@ -96,14 +96,14 @@ def print_result(cfg: DictConfig) -> None:
 
 
 def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluates as ``python -m keygrip.evaluate checkpoint=...`` does with the same overrides.
+    """Evaluate as ``python -m keygrip.evaluate checkpoint=...`` does with the same overrides.
 
     Args:
         checkpoint: a run folder, a checkpoint file or an export.
         overrides: e.g. ``["episodes=20", "suites=[position]"]``.
 
     Returns:
-        The figures, as in ``evaluation/result.json``.
+        The metrics, as in ``evaluation/result.json``.
 
     Raises:
         ValueError, FileNotFoundError: as the command; keygrip.config.SettingError for a setting that does not exist.
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 class EvaluateModule(types.ModuleType):
-    """This module, which can be called: ``keygrip.evaluate(...)``."""
+    """A callable module: ``keygrip.evaluate(...)``."""
 
     def __call__(self, checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         return evaluate(checkpoint, overrides)

@@ -1,9 +1,9 @@
-"""Writes a trained model in a format that others read: ``keygrip export checkpoint=RUN to=FOLDER``.
+"""Write a trained model in a format that other programs read: ``keygrip export checkpoint=RUN to=FOLDER``.
 
-``format=safetensors`` (the default) is the folder that `keygrip.load` reads; ``torch_export`` and ``onnx`` write the
-network as one graph (`model.pt2`, `model.onnx`) beside it, checked against the eager network to 1e-4. A model that
-was trained with LoRA is written with the differences added to its weights; ``lora`` writes the differences alone, as
-peft does; ``diffusers`` a DiT as the folder of a `DiffusionPipeline`. Prints one line of JSON last on standard output.
+``format=safetensors`` (the default) writes a folder that `keygrip.load` reads. ``torch_export`` and ``onnx`` also write
+the network as one graph (`model.pt2`, `model.onnx`), compared with the eager network to 1e-4. For a model trained with
+LoRA the differences are added to the weights; ``lora`` writes only the differences, as peft does. ``diffusers`` writes
+a DiT as the folder of a `DiffusionPipeline`. The last line on standard output is JSON.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ WRITERS = {
     "lora": "keygrip.inference.adapters.write_adapter",
     "diffusers": "keygrip.inference.diffusers_pipeline.write_pipeline",
 }
-WHERE = {"diffusers": "transformer"}  # where in such a folder `keygrip.load` finds the model
-MERGED = "keygrip.models.nn.lora.merged_checkpoint"  # the content and weights of the model without LoRA
+WHERE = {"diffusers": "transformer"}  # subfolder in which `keygrip.load` finds the model
+MERGED = "keygrip.models.nn.lora.merged_checkpoint"  # returns the content and weights of the model without LoRA
 FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
 
 
@@ -50,11 +50,11 @@ register("export_schema", ExportSchema)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Exports one checkpoint; returns what is printed.
+    """Export one checkpoint; return the printed result.
 
     Raises:
         FileNotFoundError, ValueError: no such checkpoint, an unknown format, or a model without a graph to export.
-        FileExistsError: the folder holds something already.
+        FileExistsError: the folder exists and is not empty.
     """
     from keygrip.exporting import folder, graphs
     from keygrip.training import checkpoints
@@ -64,7 +64,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"format={cfg.format!r}: choose {', '.join(FORMATS)}")
     file = checkpoints.find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     content = checkpoints.read_checkpoint(file)
-    module: Any = checkpoints.load_module(  # refused here, before anything is written
+    module: Any = checkpoints.load_module(  # errors are raised here, before anything is written
         file, use_ema=cfg.ema, trust=checkpoints.trusted_packages(cfg), external=checkpoints.external_files(cfg)
     )
     target = Path(cfg.to)
@@ -104,7 +104,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def print_result(cfg: DictConfig) -> None:
-    """`run`, and its result as the one line on standard output."""
+    """Export and print the result as one line of JSON."""
     print(json_text(run(cfg), ascii_only=True))
 
 

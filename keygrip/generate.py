@@ -1,7 +1,7 @@
-"""Answers questions about videos: ``python -m keygrip.generate checkpoint=RUN video=FILE question="..."``.
+"""Answer questions about videos: ``python -m keygrip.generate checkpoint=RUN video=FILE question="..."``.
 
-Or whole conversations with images and videos in several turns, from a JSON Lines file (``conversations=FILE``).
-Prints one line of JSON last on standard output: the answers, and where the figure of the queries' attention lies.
+``conversations=FILE``, a JSON Lines file, is for conversations with images and videos in several turns. The last line
+on standard output is JSON: the answers, and the path of the figure with the queries' attention.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ register("generate_schema", GenerateSchema)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Answers as ``cfg`` says; returns what is printed. See :func:`keygrip.inference.answers.answer`."""
+    """Answer with the settings of ``cfg``; return the printed result. See :func:`keygrip.inference.answers.answer`."""
     from keygrip.inference.answers import answer
 
     return answer(cfg)
 
 
 def print_answers(cfg: DictConfig) -> None:
-    """Answers and prints the result as one line of JSON."""
+    """Answer and print the result as one line of JSON."""
     print(json_text(run(cfg)))
 
 

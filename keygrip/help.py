@@ -1,4 +1,4 @@
-"""``--help`` of every command: its groups with their options, its settings with the comments of the YAML files."""
+"""``--help`` of every command: its groups with their options, and its settings with the comments of the YAML files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from keygrip.config import (
     overrides_of,
 )
 
-# libyaml's, where PyYAML has it, takes a fifth of the time: files of many options are read for each group.
+# The loader of libyaml, if PyYAML has it, takes a fifth of the time; files with many options are read for each group.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 EXAMPLES = {
     "train": (
@@ -61,20 +61,20 @@ COMMON = {
     "logger": "none: the progress line and result.json alone",
     "takeover": "null: no corrections",
 }
-# Folders of ablations that are not called as the model whose recipes they change, and the models.
+# Folders of ablations whose name is not that of the model whose recipes they change, with these models.
 ABLATED_MODELS = {
     "vlm_claims": ("foveated_vlm",),
     "yam_depth": ("volume_query", "coordinate_regression", "geometry_vla"),
 }
 WIDTH = 120
-LONGEST_SETTING = 72  # longer values are cut, so that the reason stays in sight
+LONGEST_SETTING = 72  # longer values are truncated, so that the comment stays visible
 
 
 def help_text(command: str, overrides: Sequence[str]) -> str:
-    """What a command reads, for the options that ``overrides`` choose.
+    """Return the help of a command: its settings, for the options that ``overrides`` choose.
 
     Raises:
-        keygrip.config.SettingError, HydraException: overrides that do not compose.
+        keygrip.config.SettingError, HydraException: the overrides cannot be composed.
     """
     given = overrides_of(overrides)
     lines = [f"keygrip {command} [group=option ...] [setting=value ...]", ""]
@@ -106,8 +106,8 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
         why = comments.get(path, "")
         why = why or COMMON.get(key, "")
         if not why and str(value).startswith("${"):
-            continue  # passed on: the setting that it names is listed
-        for end in range(len(path) - 1, 1, -1):  # one of several values of one kind, described together
+            continue  # an alias: the setting that it refers to is listed
+        for end in range(len(path) - 1, 1, -1):  # the comment of a parent describes several values together
             why = why or comments.get(path[:end], "")
         setting = f"{key}={_text(value)}"
         if why and len(setting) > LONGEST_SETTING:
@@ -122,7 +122,7 @@ def _examples(command: str) -> list[str]:
 
 def _options(group: str, choices: dict[str, str | None], overrides: Sequence[str]) -> str:
     options = group_options(group.partition("@")[0], overrides)
-    if group == "ablation":  # those of other models have no effect here
+    if group == "ablation":  # ablations of other models have no effect here
         model, models = choices.get("model") or "", group_options("model", overrides)
         folders = {name: name.partition("/")[0] for name in options}
         of = {folder: ABLATED_MODELS.get(folder, (folder,)) for folder in folders.values()}
@@ -149,14 +149,14 @@ def _text(value: Any) -> str:
 
 
 def _wrapped(start: str, text: str) -> list[str]:
-    """Lines of a text behind a start, the further ones below its first word; a comment's are comments too."""
+    """Wrap a text after a prefix; further lines are indented to the first word, in a comment with a # of their own."""
     further = start.rpartition("# ")[1].rjust(len(start))
     lines = textwrap.wrap(text, WIDTH - len(start), break_long_words=False, break_on_hyphens=False) or [""]
     return [f"{start}{lines[0]}", *(further + line for line in lines[1:])]
 
 
 def _head(path: Path) -> list[str]:
-    """The comment that a config file starts with."""
+    """Return the comment at the beginning of a config file."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -167,7 +167,7 @@ def _head(path: Path) -> list[str]:
 
 
 def _step_head(name: str, folders: Sequence[Path]) -> list[str]:
-    """What stands above a step's file, or above its section of an options file, in the folder that has it."""
+    """Return the comment at the beginning of a step's file, or above its section of an options file."""
     for folder in folders:
         if (folder / "step" / f"{name}.yaml").is_file():
             return _head(folder / "step" / f"{name}.yaml")
@@ -182,10 +182,10 @@ def _step_head(name: str, folders: Sequence[Path]) -> list[str]:
 
 
 def _comments_of(group: str, option: str, configs: Path | None = None) -> dict[tuple[str, ...], str]:
-    """Comments of an option of a group and of the options that it starts from, by the place in the composed config.
+    """Return the comments of an option of a group and of its base options, by path in the composed config.
 
     Args:
-        group: name, with the place where the option is put if that is another one: ``env@callbacks.closed_loop.env``.
+        group: name, with the option's path in the config if it is different: ``env@callbacks.closed_loop.env``.
         configs: the folder of configs; None: keygrip's own.
     """
     group, _, put = group.partition("@")
@@ -213,7 +213,7 @@ def _comments_of(group: str, option: str, configs: Path | None = None) -> dict[t
 
 
 def _comments(path: Path) -> dict[tuple[str, ...], str]:
-    """The comment beside each key of a YAML file (or on the lines just above it), by the path of the key."""
+    """Return the comment next to each key of a YAML file (or on the lines directly above it), by path of the key."""
     found: dict[tuple[str, ...], str] = {}
     stack: list[tuple[int, str]] = []
     above: list[str] = []

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached: asked once, before its client tries each file for half a minute."""
+"""Test whether the Hugging Face hub can be reached, before its client tries each file for half a minute."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 5.0  # for a sign of life, name resolution included
+PATIENCE_S = 5.0  # time limit for an answer, including name resolution
 REMEMBERED_S = 60.0
 _last: tuple[float, str | None] | None = None
 
 
 def unreachable() -> str | None:
-    """Why the hub cannot be reached, by one request that is not repeated; None: it answers, whatever it says. An answer
-    holds for a minute."""
+    """Return why the hub cannot be reached, from one request without retries; None if it answers, even with an error.
+    The result is cached for a minute."""
     global _last
     if _last is None or time.monotonic() - _last[0] > REMEMBERED_S:
         _last = time.monotonic(), _asked()
@@ -22,8 +22,8 @@ def unreachable() -> str | None:
 
 
 def cache_only_without_network(source: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a loader for files of a folder or the hub, which looks into its cache alone where the hub cannot be
-    reached.
+    """Return options of a loader for files of a folder or the hub. If the hub cannot be reached, they restrict the
+    loader to its cache.
 
     Args:
         source: a local folder or a name on the hub. options: for `from_pretrained` or `cached_file`.
@@ -34,10 +34,10 @@ def cache_only_without_network(source: str, options: dict[str, Any]) -> dict[str
 
 
 def kept_without_network(name: str, file: str) -> Path | None:
-    """Where the hub cannot be reached, a file of it that was downloaded before; None: it can be reached.
+    """Return a previously downloaded file of the hub if the hub cannot be reached; None if it can be reached.
 
     Raises:
-        FileNotFoundError: neither.
+        FileNotFoundError: the hub cannot be reached, and the file is not in its cache.
     """
     if (reason := unreachable()) is None:
         return None
@@ -58,12 +58,12 @@ def _asked() -> str | None:
     def ask() -> None:
         try:
             get_session().head(constants.ENDPOINT, timeout=PATIENCE_S)
-        except Exception as error:  # what its HTTP library raises
+        except Exception as error:  # any error of its HTTP library
             found.append((str(error).splitlines() or [""])[0][:120] or type(error).__name__)
         else:
             found.append(None)
 
-    asking = threading.Thread(target=ask, daemon=True)  # no time-out of a request holds for resolving a name
+    asking = threading.Thread(target=ask, daemon=True)  # a request's time-out does not cover name resolution
     asking.start()
     asking.join(PATIENCE_S)
     if not found:

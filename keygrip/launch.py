@@ -1,4 +1,4 @@
-"""How this process was launched: by torchrun, by srun or sbatch (SLURM), by Lightning, or alone."""
+"""Detect how this process was launched: by torchrun, by srun or sbatch (SLURM), by Lightning, or alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ log = logging.getLogger(__name__)
 
 
 def is_first_process() -> bool:
-    """Whether this is the only process of its run, or the first of those that torchrun, SLURM or Lightning started.
+    """Return whether this is the only process of its run, or the first one started by torchrun, SLURM or Lightning.
 
-    Under srun torchrun numbers the processes by itself: which node has the first one its rendezvous decides.
+    Under srun, torchrun numbers the processes itself; its rendezvous determines the node of the first process.
     """
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
     names = ("RANK",) if by_torchrun else ("LOCAL_RANK", "RANK", "SLURM_PROCID")
@@ -21,27 +21,27 @@ def is_first_process() -> bool:
 
 
 def started_together() -> int:
-    """How many processes torchrun, srun or Lightning started for this run; 1 without them."""
+    """Return how many processes torchrun, srun or Lightning started for this run; 1 without them."""
     return int(os.environ.get("WORLD_SIZE") or tasks_of_srun())
 
 
 def tasks_of_srun() -> int:
-    """How many processes srun started for this run; 1 without it, and in a shell that srun started."""
+    """Return how many processes srun started for this run; 1 without srun, and in a shell that srun started."""
     return 1 if in_a_shell_of_slurm() else int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def nodes_of_srun() -> int:
-    """On how many nodes srun started the processes of this run, which may be fewer than its job has; 1 without it."""
+    """Return on how many nodes srun started the processes of this run (the job may have more); 1 without srun."""
     names = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
     told = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
     return int(told[0]) if told and tasks_of_srun() > 1 else 1
 
 
 def tasks_of_nodes_of_srun() -> list[int]:
-    """How many processes srun started on each node of this run's step; empty where SLURM does not say it.
+    """Return how many processes srun started on each node of this run's step; empty if SLURM does not report it.
 
     Raises:
-        ValueError: SLURM says it in a form that is not known.
+        ValueError: SLURM reports it in an unknown format.
     """
     told = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     counts: list[int] = []
@@ -57,12 +57,12 @@ def tasks_of_nodes_of_srun() -> list[int]:
 
 
 def meet_within_step() -> None:
-    """Has the processes of a step of srun meet at the step's own first node and port, 15000 to 24999, in MASTER_ADDR
-    and MASTER_PORT, unless these are set.
+    """Set MASTER_ADDR and MASTER_PORT, unless they are set, to the first node of the srun step and to a port of this
+    step, 15000 to 24999, as the rendezvous of the step's processes.
 
-    Lightning takes the job's: on its first node no process of this step may run, and steps side by side would meet each
-    other. The port of a job's first step is the one that Lightning takes; those of later steps, and of steps of jobs
-    with near numbers, lie far from it. What SLURM does not say is left to Lightning.
+    Lightning would use those of the job, but the job's first node may have no process of this step, and simultaneous
+    steps would connect to each other. The port of a job's first step is that of Lightning. The ports of later steps,
+    and of steps of jobs with similar ids, are far from it. If SLURM does not report a value, Lightning chooses it.
     """
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
@@ -75,9 +75,9 @@ def meet_within_step() -> None:
 
 
 def refuse_task_named_as_a_shell() -> None:
-    """Raises ValueError: this is one of several tasks of a step, and the job's name says that a user types in a shell.
+    """Raise ValueError if this is one of several tasks of a step whose job name denotes an interactive shell.
 
-    `salloc` calls its jobs so. In a shell of several tasks (`srun -n4 --pty bash`) a user types in the first.
+    `salloc` gives its jobs such a name. In a shell with several tasks (`srun -n4 --pty bash`) the user types in task 0.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
     if not in_a_shell_of_slurm() or tasks == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
@@ -93,39 +93,39 @@ def refuse_task_named_as_a_shell() -> None:
 
 
 def name_of_start() -> str:
-    """What all processes that torchrun or srun started for this run have in common, and those of another start have
-    not; empty without them, and where the launcher gives no such name."""
+    """Return a name that is the same for all processes of this start by torchrun or srun, and different for other
+    starts; empty without a launcher, or if the launcher provides no such name."""
     if started_together() == 1:
         return ""
     names = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     told = [os.environ.get(name, "") for name in names]
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine: it is the parent of all
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine is the parent of all processes
         told.append(str(os.getppid()))
-    elif os.environ.get("TORCHELASTIC_RUN_ID") == "none":  # on several, by its usual name and port: as all others
+    elif os.environ.get("TORCHELASTIC_RUN_ID") == "none":  # several machines with the default id and port: not unique
         return ""
     return ":".join(told)
 
 
 def is_helper_process() -> bool:
-    """Whether Lightning started this process from the one that the user started. Not so where torchrun did, or srun,
-    which gives both variables the same number; a shell or a batch script of SLURM may have passed on its own."""
+    """Return whether Lightning started this process from the user's process. False for torchrun, and for srun, which
+    gives both variables the same value; a SLURM shell or batch script may have exported its own values."""
     local = os.environ.get("LOCAL_RANK", "0")
     return local not in ("0", os.environ.get("SLURM_LOCALID")) and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def in_a_shell_of_slurm() -> bool:
-    """Whether a user types commands in an interactive job of SLURM, by the names that Lightning looks for: such a
-    command is no part of the job's step."""
+    """Return whether a user types commands in an interactive SLURM job, by the job names that Lightning also checks:
+    such a command is not part of the job's step."""
     return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
 def restarted_by_scheduler() -> bool:
-    """Whether torchrun or SLURM started this run again, after a failure or a requeue."""
+    """Return whether torchrun or SLURM restarted this run, after a failure or a requeue."""
     return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def queue_again() -> None:
-    """Asks SLURM to queue this job again; does nothing outside of SLURM, and logs a refusal."""
+    """Ask SLURM to queue this job again. Does nothing outside SLURM; a refusal is logged."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return

@@ -1,4 +1,4 @@
-"""What the values of overrides stand for, and how a text is written as one."""
+"""Parse the values of overrides, and quote strings as values."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Container, Sequence
 
 from omegaconf import OmegaConf
 
-# What Hydra reads as a number, which it would hand on as 20250102 or 1.1: 2025_01_02, 1.10.
+# Strings that Hydra reads as numbers and would change: 2025_01_02 to 20250102, 1.10 to 1.1.
 NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d[\d_]*)?")
 
 
 def values_of(key: str, value: str) -> list[str]:
-    """What an override's value names: one text, the several of a sweep, or none where it cannot be read (Hydra will say
-    why) or is missing (``???``). ``${oc.env:NAME}`` is resolved.
+    """Return the values of an override: one string, several for a sweep, or none if the value cannot be parsed (Hydra
+    reports the reason) or is missing (``???``). ``${oc.env:NAME}`` is resolved.
 
     Raises:
-        OmegaConfBaseException: an environment variable that is not set, or another setting as the value.
+        OmegaConfBaseException: an environment variable is not set, or the value refers to another setting.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -32,13 +32,13 @@ def values_of(key: str, value: str) -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """A text as the value of an override, whatever signs it holds. Backslashes count double before a quote alone."""
+    """Quote any string as the value of an override. Backslashes are doubled only before a quote."""
     escaped = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
     return f"'{escaped}'"
 
 
 def texts_quoted(overrides: Sequence[str], texts: Container[str]) -> list[str]:
-    """The same overrides; those of the settings `texts` whose value looks like a number keep its letters:
+    """Return the overrides with number-like values of the settings `texts` quoted, so that they stay strings:
     ``run_dir=2025_01_02`` names a folder, not 20250102."""
     return [_quoted_number(each) if each.lstrip("+").partition("=")[0] in texts else each for each in overrides]
 
@@ -46,6 +46,6 @@ def texts_quoted(overrides: Sequence[str], texts: Container[str]) -> list[str]:
 def _quoted_number(override: str) -> str:
     key, _, value = override.partition("=")
     if re.search(r"[\"'\[({]", value):
-        return override  # its author has quoted what is text
-    parts = [part.strip() for part in value.split(",")]  # several: of a sweep
+        return override  # the user has quoted the strings
+    parts = [part.strip() for part in value.split(",")]  # several parts for a sweep
     return f"{key}={','.join(quoted(each) if NUMBER.fullmatch(each) else each for each in parts)}"

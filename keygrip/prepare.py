@@ -1,4 +1,4 @@
-"""Prepares data: ``python -m keygrip.prepare step=record|import|doctor|...``; prints its counts as one line of JSON."""
+"""Prepare data: ``python -m keygrip.prepare step=record|import|doctor|...``; prints its counts as one line of JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keygrip.setting_types import refuse_ill_typed
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Runs the chosen step and returns its report."""
+    """Run the chosen step and return its report."""
     from hydra.utils import instantiate
 
     given: Any = OmegaConf.to_container(cfg.call, resolve=False)
@@ -27,7 +27,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def print_report(cfg: DictConfig) -> None:
-    """Runs the step and prints its report.
+    """Run the step and print its report.
 
     Raises:
         ValueError: the step found errors in the data.

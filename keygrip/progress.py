@@ -1,4 +1,4 @@
-"""Progress of anything that takes more than two seconds: a bar on a terminal, lines elsewhere."""
+"""Show the progress of work that takes more than two seconds: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress(tqdm):
-    """A tqdm bar on standard error, where that is a terminal; a line every 15 seconds and one at the end, where it is
-    a file or a pipe, in which a bar would leave thousands of copies of itself.
+    """A tqdm bar on standard error if that is a terminal. If it is a file or a pipe, where a bar would leave thousands
+    of copies, a line every 15 seconds and one at the end.
 
     Args:
-        iterable: what is counted, or None with `update`. desc: what is done. unit: of the count. total: of the
-            iterable, where it has no length. delay: seconds before anything is shown. leave: whether the bar stays on
-            the terminal when it ends. shown: False for no output at all.
+        iterable: items to count, or None with `update`. desc: description of the work. unit: unit of the count. total:
+            number of items, if the iterable has no length. delay: seconds before anything is shown. leave: whether the
+            bar stays on the terminal when it ends. shown: False for no output at all.
     """
 
     disable: bool
@@ -50,26 +50,26 @@ class Progress(tqdm):
         )
 
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:
-        """Draws the bar, or writes a line."""
+        """Draw the bar, or write a line."""
         if self._on_terminal:
             return super().display(msg, pos)
-        if self.n != self._written:  # tqdm draws a bar anew where nothing was added, too
+        if self.n != self._written:  # tqdm also redraws a bar when the count has not changed
             self._written = self.n
             self.fp.write(f"{line(self.desc, self.format_dict, self.postfix)}\n")
             self.fp.flush()
         return True
 
     def close(self) -> None:
-        """Ends with a last line, or with the bar as tqdm leaves it."""
+        """Write a last line, or leave the bar as tqdm does."""
         if not self.disable and not self._on_terminal:
             if self.leave and self.format_dict["elapsed"] >= self.delay:
                 self.display()
-            self.fp = io.StringIO()  # what tqdm writes to clear a bar
+            self.fp = io.StringIO()  # discards what tqdm writes to clear a bar
         super().close()
 
 
 def line(what: str | None, values: dict[str, Any], postfix: str | None = None) -> str:
-    """One line of progress: ``record pick: 40 of 150 demos, 3.1 per second, 35 s left``."""
+    """Return one line of progress: ``record pick: 40 of 150 demos, 3.1 per second, 35 s left``."""
     count, total, elapsed = values["n"], values["total"], values["elapsed"]
     unit = values["unit"]
     plural = "es" if unit.endswith(("ch", "sh", "s", "x")) else "s"

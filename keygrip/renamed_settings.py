@@ -1,9 +1,9 @@
-"""Former names of settings and options: each is refused with its new name."""
+"""Former names of settings and options. Each is rejected with an error that contains the new name."""
 
 from __future__ import annotations
 
-# Settings and options that have a new name: old dotted key or old `group=option` -> new one. A key stands for all
-# below it. Each is refused with its new name for one version.
+# Renamed settings and options: old dotted key or old `group=option` -> new name. A key includes all keys below it. Each
+# is rejected with its new name for one version.
 RENAMED: dict[str, str] = {
     "question_sets": "vqa_benchmarks",
     "control.execute_steps": "control.execute_seconds",
@@ -59,7 +59,7 @@ ABLATED = {"vq": "volume_query", "vlm": "foveated_vlm", "dit": "patch_dit", "vla
 
 
 def new_name(key: str) -> str | None:
-    """The present name of a renamed dotted key, or None where it was not renamed."""
+    """Return the current name of a renamed dotted key, or None if it was not renamed."""
     for old, new in RENAMED.items():
         if "=" not in old and (key == old or key.startswith(f"{old}.")):
             return f"{new}{key.removeprefix(old)}"

@@ -1,7 +1,7 @@
-"""Drives an arm with a policy: ``python -m keygrip.run robot=sim_yam checkpoint=RUN_FOLDER``.
+"""Control an arm with a policy: ``python -m keygrip.run robot=sim_yam checkpoint=RUN_FOLDER``.
 
 Limits and watchdog are on. Prints one line of JSON on standard output at the end. A run that the watchdog stopped ends
-with exit code 1; Ctrl-C, SIGTERM and a terminal that is closed stop the arm, too.
+with exit code 1. Ctrl-C, SIGTERM and closing the terminal also stop the arm.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ register("run_schema", RunSchema)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Runs as ``cfg`` says and returns the report's figures; see :func:`keygrip.inference.driving.drive`."""
-    from keygrip.inference.driving import drive  # torch takes seconds to import, and --help needs none
+    """Run with the settings of ``cfg`` and return the values of the report; see `keygrip.inference.driving.drive`."""
+    from keygrip.inference.driving import drive  # torch takes seconds to import, and --help does not need it
 
     return drive(cfg)
 
 
 def print_report(cfg: DictConfig) -> None:
-    """Runs, and prints the figures as one line of JSON."""
+    """Run and print the values of the report as one line of JSON."""
     print(json_text(run(cfg), ascii_only=True), flush=True)
 
 

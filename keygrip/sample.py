@@ -1,7 +1,7 @@
-"""Draws images: ``python -m keygrip.sample checkpoint=RUN prompt="..." [image=FILE]``.
+"""Generate images: ``python -m keygrip.sample checkpoint=RUN prompt="..." [image=FILE]``.
 
-Words and reference images may be given together or alone. Writes PNG files and a grid, and prints one line of JSON
-last on standard output: where they lie, and the time it took.
+Text and reference images can be given together or alone. Writes PNG files and a grid. The last line on standard output
+is JSON with their paths and the time.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ register("sample_schema", SampleSchema)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Draws as ``cfg`` says; returns what is printed. See :func:`keygrip.inference.images.sample`."""
+    """Generate images with the settings of ``cfg``; return the printed result (`keygrip.inference.images.sample`)."""
     from keygrip.inference.images import sample
 
     return sample(cfg)
 
 
 def print_result(cfg: DictConfig) -> None:
-    """Draws and prints the result as one line of JSON."""
+    """Generate images and print the result as one line of JSON."""
     print(json_text(run(cfg)))
 
 

@@ -1,7 +1,7 @@
-"""Serves a policy to robots on other machines: ``python -m keygrip.serve checkpoint=RUN_FOLDER``.
+"""Serve a policy to robots on other machines: ``python -m keygrip.serve checkpoint=RUN_FOLDER``.
 
-Over HTTP and over openpi's websocket protocol, at one address. Prints one line of JSON on standard output when it is
-ready: its address and the model. It ends on SIGTERM or Ctrl-C, after the plans that it has begun, with exit code 0.
+Uses HTTP and openpi's websocket protocol at one address. When ready, it prints one line of JSON on standard output with
+its address and the model. On SIGTERM or Ctrl-C it finishes the plans in progress and ends with exit code 0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 SHORTEST_TOKEN = 16  # characters
 LAST_PORT = 65535
-GPU_BATCH = 8  # of limits.batch=null; on a CPU 1: a batch gains little there, and rounds differently
+GPU_BATCH = 8  # for limits.batch=null; 1 on a CPU, where a batch is hardly faster and rounds differently
 
 
 @dataclass
@@ -68,12 +68,12 @@ register("serve_schema", ServeSchema)
 
 
 def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about: None) -> None:
-    """Serves until the process is told to stop; ``ready`` is called with address and model when it listens.
+    """Serve until a signal stops the process; ``ready`` is called with address and model when the server listens.
 
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint, or one of a model that drives no robot; an address that
-            others reach without a token. OSError: the address cannot be had. RuntimeError: the policy was stuck more
-            often than `limits.replacements`.
+        FileNotFoundError, ValueError: no such checkpoint, or a model that is not a robot policy; an address that other
+            machines can reach without a token. OSError: the address is not available. RuntimeError: the policy was
+            stuck more often than `limits.replacements`.
     """
     refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
     if not 0 <= cfg.port <= LAST_PORT:
@@ -109,10 +109,10 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
 
 
 def tls_context(cert: str | None, key: str | None) -> ssl.SSLContext | None:
-    """What encrypts connections, from a certificate and its key in PEM files; None without either.
+    """Return the TLS context for a certificate and its key in PEM files; None if neither is given.
 
     Raises:
-        ValueError: one without the other, or files that are not what they should be. FileNotFoundError: no such file.
+        ValueError: only one of the two is given, or a file has the wrong content. FileNotFoundError: no such file.
     """
     if cert is None and key is None:
         return None
@@ -138,7 +138,7 @@ def _no_password() -> str:
 
 
 def _refuse_openness(cfg: DictConfig) -> None:
-    """Raise ValueError where other machines could use the policy without a token, unless that is wanted."""
+    """Raise ValueError if other machines could use the policy without a token, unless this is allowed."""
     if cfg.token is not None and (len(cfg.token) < SHORTEST_TOKEN or not cfg.token.isascii() or " " in cfg.token):
         raise ValueError(
             f"token must have at least {SHORTEST_TOKEN} ASCII characters and no spaces; one is printed by "
@@ -174,7 +174,7 @@ def _reachable_from_elsewhere(host: str) -> bool:
 
 
 def print_address(cfg: DictConfig) -> None:
-    """Serves, and prints the address as one line of JSON when there is one."""
+    """Serve, and print the address as one line of JSON when the server is ready."""
     run(cfg, lambda about: print(json.dumps(about), flush=True))
 
 

@@ -1,7 +1,7 @@
-"""Settings against what they are given to: names that it does not have, and values of another kind than it takes.
+"""Check settings against the signature of their target: unknown names and values of the wrong type.
 
-Groups of the configuration are untyped (a model's settings are its constructor's), so that a word where a number is
-wanted would otherwise surface somewhere inside, as an error that names neither the setting nor what it takes.
+Groups of the configuration are untyped (a model's settings are arguments of its constructor). Without this check, a
+string instead of a number would cause an error deep in the code that names neither the setting nor the expected type.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from keygrip.config import SettingError, nearest
 from keygrip.config_errors import chain
 from keygrip.renamed_settings import new_name
 
-# Names of sizes and counts of which there is at least one; 0 and less would build an empty part, or none.
+# Names of sizes and counts that must be at least 1; 0 or less would build an empty part or none.
 SIZE = re.compile(
     r"(?:^|_)(?:width|depth|heads|layers|blocks|dim|bins|classes|size|horizon|stride|channels)$|"
     r"^d_(?:feat|sin_z|sin_t|cond)$"
 )
 NUMBER_AS_TEXT = re.compile(r"[-+]?\d[\d_]*(\.\d*)?([eE][-+]?\d+)?|true|false", re.IGNORECASE)
-# What is built of these is other people's: its annotations are not always what it takes.
+# Other projects, whose annotations do not always match the accepted values.
 FOREIGN = ("lightning", "torch", "torchvision", "transformers", "timm", "hydra", "submitit")
 
-# Of a class: it cannot be imported, or has no signature. Building it says so.
+# Errors for a class that cannot be imported or has no signature. They are reported when the object is built.
 NOT_THERE = (ImportError, AttributeError, TypeError, ValueError)
 
 
 def refuse_ill_typed(config: Any, place: str = "", passed_on: Mapping[str, str] | None = None) -> None:
-    """Checks the settings of everything that a configuration builds (``_target_``); builds nothing.
+    """Check the settings of all objects that a configuration builds (``_target_``), without building them.
 
     Args:
         config: resolved, of dictionaries, lists and scalars. place: its dotted key.
-        passed_on: dotted keys that take their value from other settings, which messages name in their place.
+        passed_on: dotted keys whose value comes from other settings; messages name those settings instead.
 
     Raises:
-        SettingError: names the first setting that is unknown or of the wrong kind, and what would do.
+        SettingError: a setting is unknown or has the wrong type; the message names the first one and what is expected.
     """
     if isinstance(config, list | tuple):
         for number, child in enumerate(config):
@@ -58,12 +58,12 @@ def refuse_ill_typed(config: Any, place: str = "", passed_on: Mapping[str, str] 
 
 
 def wanted(value: Any, hint: Any) -> str | None:
-    """What a value of this type would be, in words; None where the value is one, or the type says nothing.
+    """Describe the expected type of a value in words; None if the value has this type, or if the type is not checked.
 
-    Numbers must be finite. A number is no text: of ``2024_11_05`` Hydra has left 20241105.
+    Numbers must be finite. A number is not accepted as a string, because Hydra changes ``2024_11_05`` to 20241105.
     """
     if isinstance(value, Mapping) and "_target_" in value:
-        return None  # it stands for what is built of it
+        return None  # it represents the object that is built from it
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         found = [wanted(value, each) for each in inner]
@@ -76,19 +76,19 @@ def wanted(value: Any, hint: Any) -> str | None:
 
 
 def _any_of(kinds: Sequence[str]) -> str:
-    """Alternatives in words. Those with a comma of their own come last, so that what follows is not read as theirs."""
+    """Describe alternatives in words. Those that contain a comma come last, to avoid ambiguity."""
     short = " or ".join(kind for kind in kinds if "," not in kind)
     return ", or ".join([short] * bool(short) + [kind for kind in kinds if "," in kind])
 
 
 def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
-    """The types of a callable's parameters by name, as far as they can be found out."""
+    """Return the types of a callable's parameters by name, as far as they can be determined."""
     function: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
     names: dict[str, Any] = getattr(inspect.unwrap(function), "__globals__", {})
     inherited = _names_of_fields(target) if isinstance(target, type) else {}
     hints: dict[str, Any] = {}
     for name, parameter in inspect.signature(target).parameters.items():
-        try:  # one by one: some name classes that are imported for type checkers alone
+        try:  # separately, because some refer to classes that are imported for type checkers only
             alone = types.SimpleNamespace(__annotations__={name: parameter.annotation})
             hints[name] = typing.get_type_hints(alone, inherited.get(name, names))[name]
         except Exception:
@@ -99,7 +99,7 @@ def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _names_of_fields(target: type) -> dict[str, dict[str, Any]]:
-    """By field of a dataclass, the names in the module of the class that declares it: one of its bases, it may be."""
+    """Return, by field of a dataclass, the names in the module of the class or base class that declares the field."""
     made = next(each for each in target.__mro__ if "__init__" in vars(each))
     if "__dataclass_fields__" not in vars(made):
         return {}
@@ -122,7 +122,7 @@ def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) ->
         parameters = inspect.signature(target).parameters
         hints = hints_of(target)
     except Exception as error:
-        # A signal during the import, of which Hydra makes an ImportError, ends the command.
+        # Hydra converts a signal during the import to an ImportError; it must still end the command.
         if not isinstance([error, *chain(error)][-1], NOT_THERE):
             raise
         return
@@ -135,9 +135,9 @@ def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) ->
         return
     for key, value in given.items():
         if value == MISSING:
-            continue  # said when it is built
+            continue  # reported when the object is built
         hint = hints.get(key, Any)
-        problem = None if typing.get_origin(hint) is typing.Literal else wanted(value, hint)  # choices are named there
+        problem = None if typing.get_origin(hint) is typing.Literal else wanted(value, hint)  # checked by the target
         if problem is None and SIZE.search(key) and type(value) is int and value < 1:
             problem = "at least 1"
         if problem is not None:

@@ -1,4 +1,4 @@
-"""Trains a model: ``python -m keygrip.train model=... data=... [experiment=...]``."""
+"""Train a model: ``python -m keygrip.train model=... data=... [experiment=...]``."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.main_guard import refuse_unguarded_script
 from keygrip.training.results import read_result
 
-_starts = itertools.count(1)  # trainings of this process that no command started
+_starts = itertools.count(1)  # counts trainings of this process that were not started by a command
 
 
 def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trains as ``cfg`` says and returns the headline metrics.
+    """Train with the settings of ``cfg`` and return the headline metrics.
 
-    The run folder receives ``config.yaml`` (resolved), ``metadata.json``, ``checkpoints/``, the loggers' files and
+    Files in the run folder: ``config.yaml`` (resolved), ``metadata.json``, ``checkpoints/``, the loggers' files and
     ``result.json`` (status, metrics, overrides, wall time).
 
     Args:
         cfg: composed from ``conf/train.yaml``; ``keygrip.config.compose("train", [...])`` outside the command line.
-        overrides: those that ``cfg`` was composed with, for ``result.json``; None: the command line's.
+        overrides: those that ``cfg`` was composed with, for ``result.json``; None: those of the command line.
 
     Raises:
-        ValueError: settings or data that cannot be trained with. Where they are refused before the work begins, a
-            folder that was made for the run is removed.
+        ValueError: unsuitable settings or data. If they are rejected before the work begins, a new run folder is
+            removed.
         FileNotFoundError: data, weights or a checkpoint to resume are missing.
         keygrip.training.signals.Interrupted: a signal ended the run, after saving.
     """
@@ -56,27 +56,27 @@ def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, An
 
             return fit(cfg, folder, command, list(overrides or ()))
     except BaseException:
-        if not by_command:  # which removes it itself, with its log
+        if not by_command:  # a command removes the folder itself, together with its log
             run_folder.remove_unbegun(folder)
         raise
 
 
 def _folder_of(cfg: DictConfig, overrides: Sequence[str] | None) -> Path:
-    """The run folder of a training that no command started. Settings do not tell which options they come from, so that
-    a new folder is named after the classes of model and data."""
+    """Return the run folder of a training that was not started by a command. The options of the groups are unknown
+    here, so a new folder is named after the classes of model and data."""
     model = str(cfg.model._target_).rpartition(".")[2]
     data = str(cfg.data._target_).rpartition(".")[2]
     return Path(run_folder.choose(cfg.run_dir, cfg.resume, model, data, next(_starts), overrides)).absolute()
 
 
 def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Trains as ``python -m keygrip.train`` does with the same overrides.
+    """Train as ``python -m keygrip.train`` does with the same overrides.
 
     Args:
         overrides: Hydra overrides, e.g. ``["model=volume_query", "data=yam", "seed=1"]``.
 
     Returns:
-        What ``result.json`` holds: ``status``, ``steps``, ``metrics``, ``run_dir``, ``checkpoint``, ``wall_s``.
+        The content of ``result.json``: ``status``, ``steps``, ``metrics``, ``run_dir``, ``checkpoint``, ``wall_s``.
 
     Raises:
         ValueError, FileNotFoundError: as the command; keygrip.config.SettingError for a setting that does not exist,
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 class TrainModule(types.ModuleType):
-    """This module, which can be called: ``keygrip.train(...)``."""
+    """A callable module: ``keygrip.train(...)``."""
 
     def __call__(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
         return train(overrides)

@@ -1,4 +1,4 @@
-"""What every spawned worker process of a recorder or of a writer of shards does first."""
+"""Setup of every spawned worker process of a recorder or shard writer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 
 
 def prepare_worker(parent: int) -> None:
-    """Ctrl-C is left to the parent, which lets work under way finish; the process ends when its parent was killed; and
-    it draws with one thread.
+    """Ignore Ctrl-C, which the parent handles by letting current work finish; end this process when its parent was
+    killed; and render with one thread.
 
     Args:
-        parent: its process id.
+        parent: process id of the parent.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
@@ -21,7 +21,7 @@ def prepare_worker(parent: int) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Ends this process when its parent has been killed; the pool would leave it waiting for work forever."""
+    """End this process when its parent has been killed; otherwise the pool would let it wait for work forever."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

@@ -193,7 +193,7 @@ def test_a_place_without_locks_is_said_once(
         with artifacts.locked(tmp_path / "lock"):
             entered += 1
         errors.pop(0)
-    said = f"{tmp_path} cannot be locked (Function not implemented): see that no other process writes into it"
+    said = f"{tmp_path} cannot be locked (Function not implemented): make sure that no other process writes into it"
     assert (entered, caplog.messages) == (2, [said])
     errors.append(OSError(errno.ENOLCK, "No locks available"))
     assert artifacts.is_locked(tmp_path / "lock") is None

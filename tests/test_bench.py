@@ -254,7 +254,7 @@ class TestCases:
 
     def test_training_that_fails_is_said(self, recorder: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(training.sys, "executable", "/bin/false")
-        with pytest.raises(ChildProcessError, match="exit code 1; see what it said above"):
+        with pytest.raises(ChildProcessError, match="exit code 1; see its output above"):
             Training(SMALL_POLICY, 2, 2, steps=1, quick_steps=1, skip_steps=1).run(quick=True)
 
 

@@ -289,7 +289,7 @@ def test_a_full_disk_says_what_to_do(cli: Callable[..., Any], monkeypatch: pytes
     outcome = cli(*TOY, "logger=none", "run_dir=run")
     assert outcome.code == 1
     assert outcome.err.splitlines()[-1].startswith("keygrip: No space left on device: the disk of the run folder,")
-    assert outcome.err.endswith("go on with resume=true\n")
+    assert outcome.err.endswith("continue with resume=true\n")
     assert "Traceback" not in outcome.err
     line, code = describe_error(OSError(errno.ENOSPC, ""), "prepare", [])
     assert (line.rpartition("; ")[2], code) == ("free some, and run the command again", 1)
@@ -304,7 +304,7 @@ def test_a_run_folder_that_takes_no_log_file_is_named(cli: Callable[..., Any], t
 
 def test_the_end_of_another_process_is_named() -> None:
     said = "[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer"
-    expected = "another process of this run ended: see what it said, and go on with resume=<run folder>"
+    expected = "another process of this run ended: see what it said, and continue with resume=<run folder>"
     assert describe_error(RuntimeError(said), "train", []) == (expected, 1)
 
 

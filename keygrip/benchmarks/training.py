@@ -76,7 +76,7 @@ class Training:
         ended = subprocess.run(command, stdout=sys.stderr.fileno(), check=False)
         if ended.returncode != 0 or not phases.is_file():
             raise ChildProcessError(
-                f"the training run to be measured ended with exit code {ended.returncode}; see what it said above"
+                f"the training run to be measured ended with exit code {ended.returncode}; see its output above"
             )
         measured: dict[str, Any] = json.loads(phases.read_text())
         return measured

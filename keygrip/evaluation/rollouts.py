@@ -161,7 +161,7 @@ def _refuse_unfit(environment: Environment, observation: Any, needs: Needs) -> N
     views_there(observation, needs.cameras)
     if needs.instruction and not str(observation.get("instruction") or "").strip():
         raise ValueError(
-            "the environment gives no instruction, which tells this policy what to do: its info needs `instruction` "
+            "the environment gives no instruction, and this policy needs one: its info needs `instruction` "
             "(of env=gymnasium, env.task.instruction=... gives one)"
         )
     arms = len(arm_axis(observation["position"], 1))

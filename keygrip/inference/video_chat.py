@@ -327,8 +327,8 @@ class VideoChat:
             raise ValueError(f"mode={mode}: {type(network).__name__} has {', '.join(network.modes)}")
         if self.module.collator.timestamps and sum(turn.text.count(MARK) for turn in turns) > 1:
             raise ValueError(
-                "the model is told when frames were taken (collator.timestamps=true), and several images or videos "
-                "have no common time: ask about one at a time"
+                "the model receives the times of frames (collator.timestamps=true), and several images or videos have "
+                "no common time: ask about one at a time"
             )
         if at_its_place(turns) and not streamed:
             return

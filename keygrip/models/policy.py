@@ -153,7 +153,7 @@ def instruction_of(observation: Observation) -> str:
     """
     instruction = observation.get("instruction")
     if not isinstance(instruction, str) or not instruction.strip():
-        raise ValueError("the observation lacks an instruction, which tells this policy what to do")
+        raise ValueError("the observation lacks an instruction, and this policy needs one")
     if (size := len(instruction.encode(errors="replace"))) > LONGEST_INSTRUCTION:
         raise ValueError(
             f"'instruction' of the observation has {size} bytes, more than {LONGEST_INSTRUCTION}: give one sentence"
@@ -345,10 +345,10 @@ def robot_number(known: Sequence[str], name: str | None) -> int:
         ValueError: the model does not know the robot, or knows several and none is named.
     """
     if name is not None and name not in known:
-        raise ValueError(f"policy.embodiment={name}: the model knows {', '.join(known) or 'one robot only'}")
+        raise ValueError(f"policy.embodiment={name}: the model was trained for {', '.join(known) or 'one robot only'}")
     if name is None and len(known) > 1:
         raise ValueError(
-            f"the model knows {', '.join(known)}: say which it drives with policy.embodiment=NAME (in training "
+            f"the model was trained for {', '.join(known)}: choose one with policy.embodiment=NAME (in training "
             "+callbacks.closed_loop.closed_loop.policy.embodiment=NAME)"
         )
     return known.index(name) if name is not None else 0

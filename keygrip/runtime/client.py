@@ -187,7 +187,7 @@ class RemotePolicy:
         while True:
             status, answer = self._ask("POST", "/plan", body, self._session)
             if status == 404 and renews:
-                log.warning("%s knows this session no longer (%s): a new one is opened", self.url, _sentence(answer))
+                log.warning("%s no longer has this session (%s): a new one is opened", self.url, _sentence(answer))
                 self.reset(self._seed)
                 renews = False
                 continue

@@ -1,8 +1,8 @@
 """Checkpoints with everything that a model needs to run: weights, resolved config, statistics, versions.
 
-A keygrip checkpoint is Lightning's, plus ``keygrip`` (format, resolved config, git revision, package versions) and,
-where an EMA of the weights is kept, ``ema``. What a model needs besides (statistics, a rotation basis, class names)
-its module writes in ``on_save_checkpoint`` and takes back in ``on_load_checkpoint``.
+A keygrip checkpoint is a Lightning checkpoint with two additions: ``keygrip`` (format, resolved config, git revision,
+package versions) and, if the run has an EMA of the weights, ``ema``. A module stores anything else that the model needs
+(statistics, a rotation basis, class names) in ``on_save_checkpoint`` and restores it in ``on_load_checkpoint``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ log = logging.getLogger(__name__)
 
 HEADER = "keygrip"
 FORMAT = 3
-WEIGHTS_ARE = "weights_are"  # of an export: which weights it holds, in words
+WEIGHTS_ARE = "weights_are"  # in an export: a text that describes which weights it contains
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-LARGE = ("state_dict", EMA_STATE, "optimizer_states")  # parts of a checkpoint of the weights' size
+LARGE = ("state_dict", EMA_STATE, "optimizer_states")  # parts of a checkpoint that are as large as the weights
 
 
 class Header(Callback):
-    """Writes the ``keygrip`` part into every checkpoint.
+    """Write the ``keygrip`` part of every checkpoint.
 
     Args:
         config: the resolved config of the run.
@@ -49,13 +49,13 @@ class Header(Callback):
         checkpoint[HEADER] = self.of(pl_module)
 
     def of(self, module: LightningModule) -> dict[str, Any]:
-        """The header of a module's checkpoint."""
+        """Return the header of a module's checkpoint."""
         kind = getattr(module, "evaluation_kind", None)  # what `keygrip evaluate` measures; None: nothing
         return {**self.header, "evaluation_kind": kind}
 
 
 def run_config(trainer: Trainer) -> dict[str, Any]:
-    """The resolved configuration of the run that is going on, as its checkpoints hold it.
+    """Return the resolved configuration of the current run, as stored in its checkpoints.
 
     Raises:
         ValueError: the run writes no keygrip checkpoints.
@@ -65,7 +65,7 @@ def run_config(trainer: Trainer) -> dict[str, Any]:
 
 
 def run_content(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """What a checkpoint of the run that is going on holds beside the weights and what only training needs.
+    """Return the content of a checkpoint of the current run, without the weights and without training-only state.
 
     Raises:
         ValueError: as `run_config`.
@@ -84,7 +84,7 @@ def _header_of(trainer: Trainer) -> Header:
 
 
 def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
-    """The checkpoint file that a path names: itself, or of a run folder the latest one or the one of a step.
+    """Return the checkpoint file for a path: the file itself, or for a run folder the latest one or that of a step.
 
     Raises:
         FileNotFoundError: there is none.
@@ -115,14 +115,14 @@ def _of_step(path: Path, step: int) -> Path:
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", mapped: bool = False) -> dict[str, Any]:
-    """The content of a keygrip checkpoint (file or run folder), read without running any code in it.
+    """Read the content of a keygrip checkpoint (file or run folder), without running any code in it.
 
     Args:
         mapped: see `read_torch_file`.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: truncated, or not made by keygrip.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the file is truncated or not written by keygrip.
     """
     file = find_checkpoint(path)
     if file.is_dir():
@@ -145,7 +145,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", mapped: bool = 
 
 
 def refuse_other_format(content: Mapping[Any, Any], file: Path) -> None:
-    """Raises ValueError where ``content`` is a keygrip checkpoint of another format; other content passes."""
+    """Raise ValueError if ``content`` is a keygrip checkpoint of another format; other content is accepted."""
     header = content.get(HEADER)
     if isinstance(header, Mapping) and header.get("format") != FORMAT:
         raise ValueError(
@@ -178,7 +178,7 @@ def _checked_header(content: Any, file: Path) -> dict[str, Any]:
 
 
 def _check_ema(content: Mapping[str, Any], file: Path) -> None:
-    """Raises ValueError: what is stored as the EMA is none of the stored weights'."""
+    """Raise ValueError if the stored EMA does not belong to the stored weights."""
     ema, state = content.get(EMA_STATE), content["state_dict"]
     if ema is None:
         return
@@ -202,29 +202,29 @@ def load_module(
     refuse: Callable[[Mapping[str, Any]], None] | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> LightningModule:
-    """Rebuilds a trained module from its checkpoint alone: no config, dataset or network access.
+    """Rebuild a trained module from its checkpoint only: no config, dataset or network access.
 
-    The checkpoint is data: only declared model parts are built (see :mod:`keygrip.training.parts`), and nothing in it
-    is executed. The module's ``on_load_checkpoint`` takes back what it stored, and the weights are loaded strictly. It
-    is returned in eval mode.
+    The checkpoint is data: only declared model parts are built (see :mod:`keygrip.training.parts`), and no code in it
+    is executed. The module's ``on_load_checkpoint`` restores what it stored, and the weights are loaded strictly. The
+    module is returned in eval mode.
 
     Args:
         path: checkpoint file or run folder.
-        map_location: device of the module, to which it goes when it has its weights. What the file holds beside them
-            (an optimizer's moments take twice as much) is brought into no memory.
-        expected: class that the module must be.
-        use_ema: prefer the EMA weights where the checkpoint has them (which is logged).
-        trust: packages beside keygrip whose declared parts may be built.
-        external: files that the model needs and the checkpoint does not hold, by their setting's dotted key.
-        offered: as `external`, for those that the checkpoint has; others are left aside.
-        refuse: given the model's configuration before anything is built; what it raises ends the loading.
-        dtype: of the module's weights, one of `DTYPES` or its name; "auto": that of the stored ones, where all have the
-            same. None: as the code builds it, which is float32.
+        map_location: device to which the module is moved after its weights are loaded. Other content of the file (the
+            moments of an optimizer are twice as large as the weights) is not read into memory.
+        expected: required class of the module.
+        use_ema: use the EMA weights if the checkpoint has them (which is logged).
+        trust: packages other than keygrip whose declared parts may be built.
+        external: files that the model needs and the checkpoint does not contain, by dotted key of their setting.
+        offered: as `external`, but used only for settings that the checkpoint has; others are ignored.
+        refuse: called with the model's configuration before anything is built; it may raise to stop the loading.
+        dtype: dtype of the module's weights, one of `DTYPES` or its name; "auto": that of the stored weights, if all
+            have the same. None: as built by the code, which is float32.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: truncated, not keygrip's, of another model, its weights do not fit the code, this machine lacks the
-            device, or there is no such dtype.
+        ValueError: the checkpoint is truncated, not written by keygrip or of another model, its weights do not fit the
+            code, this machine lacks the device, or there is no such dtype.
     """
     file = find_checkpoint(path)
     refuse_missing_device(map_location)
@@ -264,7 +264,7 @@ def load_module(
 
 
 def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | Literal["auto"] | None:
-    """A type of numbers that weights are asked for in. Raises ValueError: it is none of `DTYPES`."""
+    """Return the requested dtype of the weights. Raises ValueError if it is not in `DTYPES`."""
     if dtype is None or dtype == "auto":
         return dtype  # type: ignore[return-value]  # "auto"
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -274,19 +274,19 @@ def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | Literal["au
 
 
 def dtypes_of(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> set[torch.dtype]:
-    """The types of a module's weights in a state dictionary. Buffers do not count: rotary periods stay in float32."""
+    """Return the dtypes of a module's weights in a state dictionary, without buffers (rotary periods are float32)."""
     return {state[name].dtype for name, weight in module.named_parameters() if weight.is_floating_point()}
 
 
 def _give_back(module: LightningModule, checkpoint: dict[str, Any], file: Path) -> None:
-    """Lets a module take back what it stored beside its weights, which somebody else may have written.
+    """Let a module restore what it stored in addition to its weights. The data may come from other people.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the module cannot use the data.
     """
     try:
-        # Copies, for it may keep them: reading a tensor that still lies in the file ends the process if somebody has
-        # cut that file short.
+        # Copies, because the module may keep them: reading a tensor that is memory-mapped from the file would end the
+        # process if the file is truncated later.
         beside = copy.deepcopy({name: part for name, part in checkpoint.items() if name not in LARGE})
         module.on_load_checkpoint(checkpoint | beside)
     except BROKEN as error:
@@ -295,10 +295,10 @@ def _give_back(module: LightningModule, checkpoint: dict[str, Any], file: Path) 
 
 
 def stored_beside_weights(checkpoint: Mapping[str, Any], model: str, *names: str) -> Mapping[str, Any]:
-    """What a module's ``on_save_checkpoint`` stored under the key ``model``, with at least these parts.
+    """Return what a module's ``on_save_checkpoint`` stored under the key ``model``, with at least these parts.
 
     Raises:
-        ValueError: parts that are not there, by name.
+        ValueError: parts are missing; the message lists them.
     """
     stored = checkpoint.get(model)
     missing = [name for name in names if not isinstance(stored, Mapping) or name not in stored]
@@ -311,8 +311,8 @@ def stored_beside_weights(checkpoint: Mapping[str, Any], model: str, *names: str
 
 
 def weights_of(checkpoint: dict[str, Any], use_ema: bool = True) -> tuple[dict[str, torch.Tensor], str]:
-    """The state dictionary to use, with the EMA in place of the last step's parameters where there is one, and which
-    it is in words."""
+    """Return the state dictionary to use, with the EMA instead of the last step's parameters if there is one, and a
+    text that describes it."""
     state = dict(checkpoint["state_dict"])
     ema = checkpoint.get(EMA_STATE)
     if not use_ema or ema is None or ema["updates"] == 0:
@@ -322,9 +322,9 @@ def weights_of(checkpoint: dict[str, Any], use_ema: bool = True) -> tuple[dict[s
 
 
 def build_module(config: dict[str, Any]) -> LightningModule:
-    """Instantiates ``config["model"]`` of a resolved configuration that the user has composed, not of a checkpoint.
+    """Instantiate ``config["model"]`` of a resolved configuration that the user has composed, not of a checkpoint.
 
-    The module's `own_files` and `own_packages` are those that the configuration names
+    The module's `own_files` and `own_packages` are set to those that the configuration names
     (`keygrip.training.system.System`)."""
     from hydra.utils import instantiate
 
@@ -336,7 +336,7 @@ def build_module(config: dict[str, Any]) -> LightningModule:
 
 
 def external_files(cfg: Any) -> dict[str, Any]:
-    """The setting ``external`` of a command as dotted keys: ``external.encoders.text.source=FOLDER``."""
+    """Return the setting ``external`` of a command with dotted keys: ``external.encoders.text.source=FOLDER``."""
     found: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -351,7 +351,7 @@ def external_files(cfg: Any) -> dict[str, Any]:
 
 
 def trusted_packages(cfg: Any) -> tuple[str, ...]:
-    """The setting ``trust`` of a command. Raises ValueError: it is no list."""
+    """Return the setting ``trust`` of a command. Raises ValueError if it is not a list."""
     if isinstance(cfg.trust, str) or not isinstance(cfg.trust, Sequence):
         raise ValueError(f"trust={cfg.trust} is no list of packages: trust=[my_lab] is one")
     return tuple(str(package) for package in cfg.trust)
@@ -365,5 +365,5 @@ def _model_config(checkpoint: dict[str, Any], file: Path) -> Any:
 
 
 def misfit(error: RuntimeError) -> str:
-    """What does not fit, in one line, of an error of `load_state_dict`."""
+    """Return in one line what does not fit, from an error of `load_state_dict`."""
     return " ".join(line.strip() for line in str(error).splitlines()[1:3])[:300]

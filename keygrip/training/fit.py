@@ -1,4 +1,4 @@
-"""Fits a module as a configuration says: data, model, callbacks, loggers, Lightning's trainer, and the record."""
+"""Train a module from a configuration: build data, model, callbacks, loggers and trainer, and record the run."""
 
 from __future__ import annotations
 
@@ -54,31 +54,31 @@ log = logging.getLogger(__name__)
 
 
 def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Trains as ``cfg`` says, in a folder that this process holds, and returns the headline metrics.
+    """Train with the settings of ``cfg``, in a folder locked by this process, and return the headline metrics.
 
     Args:
-        command: of keygrip that trains, for ``result.json``: ``train``, or one with a recipe of its own, as ``demo``.
+        command: the keygrip command, for ``result.json``: ``train``, or a command with its own recipe, as ``demo``.
         overrides: those that ``cfg`` was composed with.
 
     Raises:
-        ValueError: settings or data that cannot be trained with. FileNotFoundError: data, weights or a checkpoint to
-            resume are missing. keygrip.training.signals.Interrupted: a signal ended the run, after saving.
+        ValueError: unsuitable settings or data. FileNotFoundError: data, weights or a checkpoint to resume are
+            missing. keygrip.training.signals.Interrupted: a signal ended the run, after saving.
     """
     started = time.monotonic()
     resume = checkpoint_to_resume(cfg, folder)
     quiet_lightning(warnings_too=not cfg.debug)
     plain = _checked_settings(cfg, overrides)
     resolved = with_run_folders(plain)
-    built = OmegaConf.create(resolved)  # with run folders in the places of pretraining stages
+    built = OmegaConf.create(resolved)  # with run folders instead of pretraining stages
     refuse_missing_packages(built.logger)
-    chosen = _parts(built.callbacks)  # before data are made and stages trained, which may take hours
+    chosen = _parts(built.callbacks)  # before generating data and training stages, which may take hours
     strategy = instantiate(cfg.strategy)
     refuse_divided(cfg.optimizer, strategy.kind)
-    # Before anything slow: a missing GPU is said at once. A dry run counts for machines that are not here.
+    # Before anything slow, so that a missing GPU is reported at once. A dry run may be for another machine.
     arguments = {} if cfg.dry_run else strategy.trainer_arguments()
     refuse_uneven_batch(cfg.data, _processes(strategy, cfg.dry_run))
     compilation = None if cfg.compile is None else instantiate(cfg.compile)
-    if compilation is not None and not cfg.dry_run:  # which compiles nothing
+    if compilation is not None and not cfg.dry_run:  # a dry run compiles nothing
         compilation.check(strategy.on_gpu)
     resumed_step = check_resumed(resume, resolved) if resume else 0
     if resume is None:
@@ -86,7 +86,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     origin = run_metadata()
     _seed(cfg)
 
-    # Before stages, which may take hours; but data that are encoded with a stage's weights need these.
+    # Before the stages, which may take hours, unless the data are encoded with the weights of a stage.
     datamodule = _build_data(built) if plain["data"] == resolved["data"] else None
     complete_stages(plain, train=not cfg.dry_run, begin=lambda: run_folder.begin(folder))
     if datamodule is None:
@@ -94,7 +94,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     module = _build_module(cfg, resolved, resumed=resume is not None)
     run_folder.begin(folder)
     trained = _trained_before(folder, resumed_step) if resume else {}
-    # no step is left, after which the validation that was cut off would come again
+    # no step is left that would be followed by the interrupted validation
     validation_is_left = bool(resume) and resumed_step == cfg.max_steps and not trained and not no_validation(cfg)
     metadata_file = _write_start(folder, cfg, command, overrides, origin, trained, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
@@ -108,7 +108,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
         compilation.apply(module)  # before DDP or FSDP wraps anything
     loggers = build_loggers(cfg.logger, folder, resumed_step)
     ended = False
-    try:  # W&B has a run open from here on, into which the next job of a sweep would log
+    try:  # from here W&B has an open run; if it stayed open, the next job of a sweep would log to it
         log_settings(loggers, resolved, resumed_step)
         kept = TrainedMetrics(folder, trained.get("metrics", {}))
         callbacks = [RandomnessByStep(cfg.seed), Header(resolved, origin), *chosen, kept]
@@ -117,20 +117,20 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
         if cfg.val_every_n_steps:
             monitor = OmegaConf.select(cfg, "callbacks.checkpoint.monitor")
             callbacks.append(ValidateBySteps(cfg.val_every_n_steps, monitor))
-        if not loggers:  # it refuses to run without one
+        if not loggers:  # LearningRateMonitor requires a logger
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         trainer = _trainer(cfg, folder, arguments, callbacks, loggers, resumed=resume is not None)
         _advise(cfg)
         _announce(cfg, module, resume, resumed_step)
         trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
-        if validation_is_left and strategy.kind == "fsdp":  # whose parts are no longer together
+        if validation_is_left and strategy.kind == "fsdp":  # the shards are no longer available for it
             log.warning("no step is left, and the last validation was cut off: there will be no figures of it")
         elif validation_is_left:
             log.info("no step is left, and the last validation was cut off: it is done now")
             trainer.validate(module, datamodule=datamodule, verbose=False)
         ended = True
     except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning converts Ctrl-C to SystemExit
             raise KeyboardInterrupt from stop
         raise
     finally:
@@ -143,10 +143,10 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
 
 
 def _checked_settings(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """The resolved settings as plain data, after every check that needs neither data nor a model.
+    """Return the resolved settings as plain data, after all checks that need neither data nor a model.
 
     Raises:
-        ValueError: settings that do not fit together, have no effect, or are of a wrong kind; SettingError among them.
+        ValueError (also SettingError): settings are inconsistent, have no effect, or have a wrong type.
     """
     refuse_unfit(cfg)
     refuse_unread(cfg, TrainSchema)
@@ -159,8 +159,8 @@ def _checked_settings(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, An
 
 
 def _processes(strategy: Strategy, dry_run: bool) -> int:
-    """How many there are, or a dry run counts for. Raises MissingGPUError: they are counted by GPUs, of which there are
-    none here."""
+    """Return the number of processes, of this run or assumed by a dry run. Raises MissingGPUError if it depends on the
+    number of GPUs and this machine has none."""
     try:
         return strategy.processes
     except MissingGPUError as error:
@@ -170,19 +170,19 @@ def _processes(strategy: Strategy, dry_run: bool) -> int:
 
 
 def _seed(cfg: DictConfig) -> None:
-    """Seeds every generator, and makes torch's kernels deterministic where that is wanted."""
+    """Seed all random generators, and make torch's kernels deterministic if requested."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    if cfg.deterministic:  # read at the first product on a GPU; without it torch warns at every one
+    if cfg.deterministic:  # read at the first matrix product on a GPU; without it torch warns at each product
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(bool(cfg.deterministic), warn_only=True)
-    # Filling what is overwritten anyway costs a sixth of a step.
+    # Filling memory that is overwritten anyway costs a sixth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _build_data(cfg: DictConfig) -> Any:
-    """The data module, which has read nothing yet. Data that are missing are refused here."""
+    """Return the data module, before it has read any data. Missing data are an error here."""
     datamodule = instantiate(cfg.data, _convert_="all")
-    if hasattr(datamodule, "accumulated"):  # it is set up before there is a trainer
+    if hasattr(datamodule, "accumulated"):  # the data module is set up before the trainer exists
         datamodule.accumulated = cfg.accumulate_grad_batches
     if hasattr(datamodule, "refuse_missing"):
         datamodule.refuse_missing()
@@ -190,10 +190,10 @@ def _build_data(cfg: DictConfig) -> Any:
 
 
 def _build_module(cfg: DictConfig, resolved: dict[str, Any], resumed: bool) -> LightningModule:
-    """The module; what it would refuse later is refused here.
+    """Return the module, after its checks of the run and of the optimiser.
 
     Args:
-        resolved: settings with run folders in the places of pretraining stages.
+        resolved: settings with run folders instead of pretraining stages.
     """
     module = build_module(resolved)
     if isinstance(module, System):
@@ -206,7 +206,7 @@ def _build_module(cfg: DictConfig, resolved: dict[str, Any], resumed: bool) -> L
 def _set_statistics(
     module: Any, datamodule: Any, origin: dict[str, Any], metadata_file: Path | None, resume: Path | None
 ) -> None:
-    """Sets up the data and hands its statistics to the module; adds the data's origin to `origin` and to its file."""
+    """Set up the data, pass its statistics to the module, and add the data's origin to `origin` and to its file."""
     if hasattr(datamodule, "asked_by"):
         datamodule.asked_by(module)
     if resume is not None and hasattr(module, "resume_data"):
@@ -230,14 +230,14 @@ def _trainer(
     loggers: list[Any],
     resumed: bool,
 ) -> Trainer:
-    """Lightning's trainer as `cfg` says; `arguments` are the strategy's."""
+    """Return Lightning's trainer for `cfg`; `arguments` come from the strategy."""
     environment: list[Any] = []
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # Lightning's own answer to SLURM's warning saves in the middle of a step, into a file that no resumed run
-        # reads: `SaveOnInterrupt` has its own. Without srun, or with one task of it, this is the only process and
-        # SLURM's numbers may be those of the whole job: Lightning's own environment starts the other processes.
+        # Lightning's own reaction to SLURM's warning signal saves in the middle of a step, to a file that a resumed
+        # run does not read; `SaveOnInterrupt` is used instead. Without srun, or with a single srun task, this is the
+        # only process, and SLURM's variables may describe the whole job: LightningEnvironment starts the others.
         if by_srun := tasks_of_srun() > 1:
-            # of this step, where the job's may be others or missing: Lightning holds the trainer's against them
+            # values of this step, since the job's may differ or be missing; Lightning compares the trainer's with them
             os.environ["SLURM_NTASKS_PER_NODE"] = str(arguments["devices"])
             os.environ["SLURM_NNODES"] = str(arguments["num_nodes"])
             meet_within_step()
@@ -274,18 +274,18 @@ def _refuse_callbacks_without_class(callbacks: DictConfig | None) -> None:
 
 
 class TrainedMetrics(Callback):
-    """Records a run's metrics where its training ends, before anything is evaluated: a run that is cut off there and
-    resumed has no step left that would log them.
+    """Record a run's metrics at the end of training, before the evaluation. If the run is interrupted after that and
+    resumed, it has no step left that would log them.
 
     Args:
-        folder: of the run. before: what stands there of the training that is resumed; kept where no step is left.
+        folder: run folder. before: metrics recorded by the resumed training, used if no step is left.
     """
 
     def __init__(self, folder: Path, before: dict[str, Any] | None = None) -> None:
         self.folder, self.before = folder, before or {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.before and trainer.is_global_zero:  # the run goes on: they are of fewer steps
+        if self.before and trainer.is_global_zero:  # training continues, so the earlier metrics are outdated
             result = read_result(self.folder) | {"metrics": {}}
             write_result(self.folder, {name: value for name, value in result.items() if name != "steps"})
         self.before = {}
@@ -297,7 +297,7 @@ class TrainedMetrics(Callback):
 
 
 def _trained_before(folder: Path, step: int) -> dict[str, Any]:
-    """What `TrainedMetrics` recorded of a training that ended at this step; empty where none did."""
+    """Return what `TrainedMetrics` recorded for a training that ended at this step; empty if there is none."""
     before = read_result(folder)
     return {name: before[name] for name in ("steps", "metrics")} if before.get("steps") == step else {}
 
@@ -311,7 +311,7 @@ def _write_start(
     trained: dict[str, Any],
     resumed: bool,
 ) -> Path | None:
-    """Writes settings, metadata and the result's beginning, on the first process; returns the metadata's path.
+    """Write settings, metadata and the initial result, on the first process; return the path of the metadata.
 
     Args:
         trained: see `_trained_before`.
@@ -323,14 +323,14 @@ def _write_start(
     metadata = folder / f"metadata{suffix}.json"
     write_json(metadata, origin)
     began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
-    (folder / "error.txt").unlink(missing_ok=True)  # of an earlier start
+    (folder / "error.txt").unlink(missing_ok=True)  # from an earlier start
     start = {"status": RUNNING, "command": command, "overrides": list(overrides), "metrics": {}, "run_dir": str(folder)}
     write_result(folder, start | {"started_at": began} | trained)
     return metadata
 
 
 def _advise(cfg: DictConfig) -> None:
-    """Says where the small default backbone, made for simulated demonstrations, meets a real robot's."""
+    """Log a warning if the small default backbone, made for simulated demonstrations, is used with other data."""
     own_data = cfg.data.get("root") is not None
     backbone = cfg.get("backbone")
     if (
@@ -363,8 +363,8 @@ def _announce(cfg: DictConfig, module: LightningModule, resume: Path | None, ste
 
 
 def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
-    """The module's ``headline_metrics`` (names) where it has them, else every metric; what was evaluated after
-    training; speed and compute."""
+    """Return the module's ``headline_metrics`` (names) if it has them, else all metrics; also results of the evaluation
+    after training, speed and compute."""
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     names = getattr(module, "headline_metrics", None)
     metrics = {name: logged[name] for name in (logged if names is None else names) if name in logged}
@@ -395,9 +395,9 @@ def _finish(folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: f
 
 
 def quiet_lightning(warnings_too: bool) -> None:
-    """Leaves out what Lightning and torch say about themselves; warnings about a run stay."""
+    """Suppress general messages of Lightning and torch; keep warnings about a run."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).handlers.clear()  # its own handler would say everything twice
+        logging.getLogger(name).handlers.clear()  # its own handler would print every message twice
         logging.getLogger(name).propagate = True
     if not warnings_too:
         return
@@ -414,7 +414,7 @@ def quiet_lightning(warnings_too: bool) -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*smaller than the logging interval.*",
         ".*GPU available but not used.*",
-        ".*Total length of .list. across ranks is zero.*",  # without demonstrations held out, which the log says
+        ".*Total length of .list. across ranks is zero.*",  # no held-out demonstrations; the log reports it
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*Grad strides do not match bucket view strides.*",
     ):

@@ -1,4 +1,4 @@
-"""What a run logs beside its scalars, for every logger alike: settings, images, text; one W&B run per run folder."""
+"""Log settings, images and text in the same way to every logger; one W&B run per run folder."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ WANDB_ID = "wandb_run_id.txt"
 
 
 def _parts(group: DictConfig | None) -> list[DictConfig]:
-    """The settings of each logger; those left out with `logger.NAME=null` are none."""
+    """Return the settings of each logger, without loggers removed with `logger.NAME=null`."""
     return [part for part in (group or {}).values() if part is not None]
 
 
 def refuse_missing_packages(group: DictConfig | None) -> None:
-    """Refuses a logger that cannot be built; builds none, for one begins to record at once.
+    """Reject a logger that cannot be built, without building any, because a logger starts to record at once.
 
     Raises:
-        ValueError: W&B is asked for and not installed.
+        ValueError: W&B is requested and not installed.
     """
     if any(part._target_.endswith("WandbLogger") for part in _parts(group)) and not _installed("wandb"):
         raise ValueError(
@@ -45,10 +45,10 @@ def refuse_missing_packages(group: DictConfig | None) -> None:
 
 
 def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> list[Any]:
-    """The loggers of a run.
+    """Build the loggers of a run.
 
     Args:
-        group: `logger` of the configuration; see `refuse_missing_packages`. folder: the run's. resumed_step: 0 for a
+        group: `logger` of the configuration; see `refuse_missing_packages`. folder: run folder. resumed_step: 0 for a
             new run.
     """
     from hydra.utils import instantiate
@@ -59,7 +59,7 @@ def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> 
         if part._target_.endswith("WandbLogger"):
             extra = {"id": wandb_id(folder), "resume": "allow"}
         elif resumed_step and part._target_.endswith("TensorBoardLogger"):
-            # Steps that a killed run logged after its last checkpoint are logged again: the first version is dropped.
+            # Steps that a killed run logged after its last checkpoint are logged again; their old values are dropped.
             extra = {"purge_step": resumed_step + 1}
         logger = instantiate(part, _convert_="all", **extra)
         if resumed_step and part._target_.endswith("CSVLogger") and is_first_process():
@@ -69,8 +69,8 @@ def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> 
 
 
 def _keep_table(logger: Any, resumed_step: int) -> None:
-    """Keeps the rows that a run's CSVLogger wrote before the step at which it goes on: Lightning's removes the table of
-    an earlier start. Later rows are logged again; those that a killed process left torn are left out."""
+    """Keep the rows that a run's CSVLogger wrote before the step at which the run resumes, because Lightning removes the
+    table of an earlier start. Later rows are logged again; rows cut off by a killed process are dropped."""
     file = Path(logger.log_dir) / "metrics.csv"
     aside = file.with_name("metrics.before_resume.csv")  # holds the rows while Lightning removes the table
     source = file if file.is_file() else aside
@@ -97,9 +97,9 @@ def _keep_table(logger: Any, resumed_step: int) -> None:
 
 
 def wandb_id(folder: Path) -> str:
-    """The id of the run's W&B run: made once and kept in the run folder, so that a resumed run goes on in it.
+    """Return the id of the W&B run: created once and stored in the run folder, so that a resumed run continues it.
 
-    Only the first process of a run logs, so that the others' is of no account; they write none over its own.
+    Only the first process of a run logs and stores its id. The ids of other processes are not used.
     """
     file = folder / WANDB_ID
     if file.is_file():
@@ -111,18 +111,18 @@ def wandb_id(folder: Path) -> str:
 
 
 def log_settings(loggers: Iterable[Any], resolved: Mapping[str, Any], step: int = 0) -> None:
-    """The resolved configuration as hyperparameters, in every logger that takes them; as text too in TensorBoard. Its
-    addresses lose their passwords: a logger may send it to a server.
+    """Log the resolved configuration as hyperparameters in every logger that accepts them; in TensorBoard also as text.
+    Passwords in URLs are removed, because a logger may send the configuration to a server.
 
     Args:
-        step: optimiser step at which the run begins or goes on.
+        step: optimiser step at which the run starts or resumes.
     """
     shown = without_passwords(resolved)
     flat = flattened(shown)
     for logger in loggers:
         logger.log_hyperparams(flat)
         if isinstance(logger, TensorBoardLogger) and is_first_process():
-            # Lightning writes them into a YAML file alone, which TensorBoard does not read, where no metric goes along.
+            # Without a metric, Lightning writes them only to a YAML file, which TensorBoard does not read.
             for part in hparams(flat, {}):
                 logger.experiment.file_writer.add_summary(part, step)
             text = OmegaConf.to_yaml(OmegaConf.create(shown))
@@ -130,7 +130,7 @@ def log_settings(loggers: Iterable[Any], resolved: Mapping[str, Any], step: int 
 
 
 def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"model.network.width": 3}`` from nested dictionaries; lists, and integers that no float holds, as text."""
+    """Flatten nested dictionaries, ``{"model.network.width": 3}``; lists and too large integers become strings."""
     if isinstance(node, Mapping):
         return {
             key: value for name, child in node.items() for key, value in flattened(child, f"{prefix}{name}.").items()
@@ -141,12 +141,12 @@ def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def takes_images(loggers: Iterable[Any]) -> bool:
-    """Whether any logger shows images; without one none need be drawn."""
+    """Return whether any logger accepts images; if none does, no images need to be rendered."""
     return any(hasattr(logger, "log_image") or hasattr(_writer(logger), "add_image") for logger in loggers)
 
 
 def log_image(loggers: Iterable[Any], key: str, image: np.ndarray, step: int) -> None:
-    """Shows an image in TensorBoard and W&B.
+    """Log an image to TensorBoard and W&B.
 
     Args:
         key: with the split, ``val/prediction``. image: ``[H, W, 3]`` uint8. step: optimiser step.
@@ -159,7 +159,7 @@ def log_image(loggers: Iterable[Any], key: str, image: np.ndarray, step: int) ->
 
 
 def log_text(loggers: Iterable[Any], key: str, text: str, step: int) -> None:
-    """Shows a text in TensorBoard and W&B."""
+    """Log a text to TensorBoard and W&B."""
     for logger in loggers:
         if hasattr(logger, "log_text"):
             logger.log_text(key, columns=["text"], data=[[text]], step=step)
@@ -168,13 +168,13 @@ def log_text(loggers: Iterable[Any], key: str, text: str, step: int) -> None:
 
 
 def finish(loggers: Iterable[Any], failed: bool) -> None:
-    """Ends what a logger would carry over into the next job of a sweep: W&B keeps one run for each process.
+    """Close loggers that would otherwise continue in the next job of a sweep: W&B has one run per process.
 
     Args:
-        failed: the run did not come to its end; W&B shows it as failed then, until it is resumed.
+        failed: whether the run did not finish; W&B then shows it as failed, until it is resumed.
     """
     if any(type(logger).__name__ == "WandbLogger" for logger in loggers):
-        # Of the package: a logger whose run could not be begun would try again where it is asked for it.
+        # From the package: a logger whose run could not be started would try again on access.
         run = getattr(sys.modules.get("wandb"), "run", None)
         if run is not None:
             run.finish(exit_code=int(failed))

@@ -1,22 +1,23 @@
-"""What a stored configuration may build: the trust boundary of checkpoints, run folders and exports.
+"""Trust boundary of checkpoints, run folders and exports: which classes a stored configuration may build.
 
-A checkpoint is data that may come from others. Its configuration names classes (``_target_``), and a name can
-be anything: ``os.system``, ``torch.load``, a recorder that starts processes. So a class is built from a checkpoint only
-where its author has declared it::
+A checkpoint is data that may come from other people. Its configuration names classes (``_target_``), and a name can
+be anything: ``os.system``, ``torch.load``, a recorder that starts processes. A class is therefore built from a
+checkpoint only if its author has declared it::
 
     @model_part(from_checkpoint={"weights": "random"})
     class Tower(nn.Module): ...
 
-and only where it lies in one of keygrip's `SUBPACKAGES` or in a package that the caller names (``trust=["my_lab"]``).
-:func:`build_stored` checks the whole configuration first, by reading source files, before it imports or calls anything.
+and only if it is in one of keygrip's `SUBPACKAGES` or in a package that the caller names (``trust=["my_lab"]``).
+:func:`build_stored` first checks the whole configuration, by reading source files, before it imports or calls anything.
 
-``from_checkpoint`` gives settings that are replaced when the part is built from a checkpoint, because the checkpoint
-brings what they would load: weights from a file, a run to start from. ``external`` names settings that point to
-files which the checkpoint does not bring (weights of another project's frozen encoder); the caller must name those
-files, the checkpoint may not. A run that is going on has named them: `external_settings` of its own configuration.
-``places`` names settings of a folder or an address: a checkpoint may say a folder, an address is the caller's to name.
-What the caller says by name (``offered``) goes before ``from_checkpoint``. ``makers`` names settings of functions that
-make what is missing; where the caller asks for that, a checkpoint's must be defined in the same places as its classes.
+``from_checkpoint`` lists settings that are replaced when the part is built from a checkpoint, because the checkpoint
+contains what they would load: weights from a file, a run to start from. ``external`` lists settings that point to
+files which the checkpoint does not contain (weights of another project's frozen encoder); the caller must name those
+files, the checkpoint may not. For the current run they are the `external_settings` of its own configuration.
+``places`` lists settings with a folder or a URL: a checkpoint may name a folder, but only the caller may name a URL.
+Values that the caller gives by name (``offered``) take precedence over ``from_checkpoint``. ``makers`` lists settings
+with functions that generate missing data. If the caller requests this, such a function must be defined in the same
+packages as the classes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any, TypeVar, overload
 
 MARK = "__keygrip_part__"
 MODEL, DATA = "model_part", "data_part"  # names of the decorators; the check looks for them in source files
-# Of keygrip: those whose declared classes a stored configuration may name.
+# Subpackages of keygrip whose declared classes a stored configuration may name.
 SUBPACKAGES = ("models", "data", "envs", "training", "recording")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+", re.ASCII)
 HYDRA_FLAGS = {"_partial_": bool, "_recursive_": bool, "_convert_": str}
@@ -46,7 +47,7 @@ Class = TypeVar("Class", bound=type)
 
 
 class UntrustedPartError(ValueError):
-    """A stored configuration names something that may not be built; the message says where and what."""
+    """A stored configuration names something that may not be built; the message states where and what."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ class Part:
 
     Attributes:
         kind: ``model_part`` or ``data_part``. owner: the class itself, so that a subclass does not inherit it.
-        from_checkpoint: settings and what replaces them when the part is built from a checkpoint.
-        external: settings that name files which the checkpoint does not hold.
-        plain: settings that the class does not build where the configuration says `_recursive_: false`: they stay as
-            the checkpoint has them.
-        places: settings that name a folder or an address (``https://...``), from which files are fetched.
-        makers: settings that name functions, called where `make_missing` is true.
+        from_checkpoint: settings with the values that replace them when the part is built from a checkpoint.
+        external: settings that name files which the checkpoint does not contain.
+        plain: settings that the class does not build if the configuration has `_recursive_: false`: they keep the
+            values of the checkpoint.
+        places: settings that name a folder or a URL (``https://...``), from which files are fetched.
+        makers: settings that name functions, which are called if `make_missing` is true.
     """
 
     kind: str
@@ -73,20 +74,20 @@ class Part:
 
 
 class ReadWhere:
-    """Where a setting of a part is read, because of others: see `keygrip.training.idle_settings`.
+    """Condition on other settings under which a setting of a part is used: see `keygrip.training.idle_settings`.
 
     Args:
-        setting: the other one, beside it or below ("network.pointing_cells"); several, separated by blanks: any of
-            them. values: that it must have; none: any but null, false and 0. unless: that it must not have, in place
-            of values.
+        setting: the other setting, at the same level or below ("network.pointing_cells"); for several, separated by
+            blanks, one is sufficient. values: values it must have; none: any except null, false and 0. unless: value
+            it must not have, instead of values.
     """
 
     def __init__(self, setting: str, *values: Any, unless: Any = None) -> None:
         self.settings, self.values, self.unless = setting.split(), values, unless
 
     def holds(self, options: Any) -> bool:
-        """Whether it is read. Settings that ``options`` lack have a value that is not known here: it counts as read."""
-        from omegaconf import OmegaConf  # environments with a simulator's own pins declare tasks without it
+        """Return whether the setting is used. It counts as used if ``options`` lacks the other setting."""
+        from omegaconf import OmegaConf  # environments with a simulator's pinned packages lack it
 
         missing = object()
         found = [OmegaConf.select(options, name, default=missing) for name in self.settings]
@@ -111,14 +112,14 @@ def model_part(
 def model_part(
     cls: Class | None = None, *, from_checkpoint: Mapping[str, Any] | None = None, external: Sequence[str] = ()
 ) -> Class | Callable[[Class], Class]:
-    """Declares a class that the configuration of a stored model may build.
+    """Declare a class that the configuration of a stored model may build.
 
-    It must start no process, write nothing and reach no network when it is built, and read a file only where a setting
-    says so that ``from_checkpoint`` replaces or ``external`` names.
+    When it is built, the class must not start processes, write files or use the network. It may read a file only if
+    the file's setting is replaced by ``from_checkpoint`` or listed in ``external``.
 
     Args:
-        from_checkpoint: setting -> value used in its place when the part is built from a checkpoint.
-        external: settings that name files which the checkpoint does not hold.
+        from_checkpoint: setting -> value that replaces it when the part is built from a checkpoint.
+        external: settings that name files which the checkpoint does not contain.
     """
 
     def mark(cls: Class) -> Class:
@@ -147,15 +148,15 @@ def data_part(
     places: Sequence[str] = (),
     makers: Sequence[str] = (),
 ) -> Class | Callable[[Class], Class]:
-    """Declares a class that the stored configuration of a run's data or task may build; as :func:`model_part`.
+    """Declare a class that the stored configuration of a run's data or task may build; as :func:`model_part`.
 
     Args:
-        from_checkpoint, external: as there.
-        plain: settings that are a description for the class, which neither it nor `instantiate` builds from a
-            checkpoint where the configuration says ``_recursive_: false``. Parts that it names stay as they were.
-        places: settings that name a folder or an address; an address is read only where the caller names it.
-        makers: settings that name functions, which the class calls where `make_missing` is true: by the module in
-            which the `def` stands, or by a package whose ``__init__.py`` imports it from there.
+        from_checkpoint, external: as for :func:`model_part`.
+        plain: settings that are only a description for the class. Neither the class nor `instantiate` builds them from
+            a checkpoint if the configuration has ``_recursive_: false``; the parts in them stay unchanged.
+        places: settings that name a folder or a URL; a URL is read only if the caller names it.
+        makers: settings that name functions, which the class calls if `make_missing` is true. A function is named by
+            the module with its `def`, or by a package whose ``__init__.py`` imports it from there.
     """
     named = (tuple(external), tuple(plain), tuple(places), tuple(makers))
 
@@ -177,21 +178,21 @@ def build_stored(
     external: Mapping[str, Any] | None = None,
     offered: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Builds what a stored configuration says, if every part of it is declared.
+    """Build the object of a stored configuration, if every part of it is declared.
 
     Args:
         config: plain dictionaries, lists and scalars, as read from a checkpoint.
-        where: its place in the checkpoint, for messages ("model").
-        trust: packages beside keygrip whose declared parts may be built; importing them runs their code.
+        where: its path in the checkpoint, for messages ("model").
+        trust: packages other than keygrip whose declared parts may be built; importing them executes their code.
         external: values of settings that name files outside the checkpoint, by dotted key, "network.geometry.weights".
-        offered: as `external`, for those that the checkpoint has; others are left aside. Of data also settings
-            of `from_checkpoint`, in the place of what these are replaced by.
+        offered: as `external`, but used only for settings that the checkpoint has; others are ignored. For data it may
+            also contain settings of `from_checkpoint` and then overrides their replacement.
 
     Raises:
-        UntrustedPartError: a name that is not a declared part, a directive of Hydra that calls something, an
-            interpolation (nothing was imported or called then), an external file or an address that the caller has not
-            named, or a function of others that would make what the caller wants made.
-        ValueError: a declared part refuses its settings.
+        UntrustedPartError: a name that is not a declared part, a Hydra directive that calls something, an
+            interpolation (in these cases nothing was imported or called), an external file or a URL that the caller
+            has not named, or an untrusted function for generating missing data.
+        ValueError: a declared part rejects its settings.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -202,7 +203,7 @@ def build_stored(
         _check_node(node, ".".join(path), trust)
     ready = copy.deepcopy(config)
     given = dict(external or {})
-    plain: list[tuple[str, ...]] = []  # paths below which nothing is built; as text, a key with dots could pretend one
+    plain: list[tuple[str, ...]] = []  # paths below which nothing is built; tuples, since keys may contain dots
     for path, node in list(_nodes(ready, where)):  # parents come first
         if "_target_" in node and not any(path[: len(above)] == above for above in plain):
             place = ".".join(path)
@@ -224,11 +225,11 @@ def build_stored(
 
 
 def external_settings(config: Any) -> dict[str, Any]:
-    """The settings of a model's own configuration that name files which no checkpoint will hold, by dotted key.
+    """Return the settings of a model's own configuration that name files which no checkpoint contains, by dotted key.
 
     Args:
-        config: resolved, and composed by the user in this process: its classes are imported. What a checkpoint says of
-            its files is no permission to read them.
+        config: resolved, and composed by the user in this process, because its classes are imported. A configuration
+            from a checkpoint must not be used: it gives no permission to read its files.
     """
     from hydra.utils import get_object
 
@@ -242,14 +243,14 @@ def external_settings(config: Any) -> dict[str, Any]:
 
 
 def named_packages(config: Any) -> tuple[str, ...]:
-    """The packages beside keygrip whose classes a user's own configuration names, and that `trust` may name."""
+    """Return the packages other than keygrip whose classes a user's own configuration names, for use as `trust`."""
     targets = [str(node["_target_"]) for _, node in _nodes(config, "") if "_target_" in node]
     packages = {target.partition(".")[0] for target in targets} - {"keygrip"}
     return tuple(sorted(each for each in packages if PACKAGE.fullmatch(each)))
 
 
 def check_plain(config: Any, where: str) -> None:
-    """Raises UntrustedPartError where a stored configuration is not plain data without interpolations."""
+    """Raise UntrustedPartError if a stored configuration is not plain data without interpolations."""
     for _ in _nodes(config, where):
         pass
 
@@ -263,7 +264,7 @@ def _check_names(trust: Sequence[str]) -> None:
 
 
 def _nodes(config: Any, where: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """All dictionaries of a configuration with their paths, `where` first, after checking that it is plain data."""
+    """Yield all dictionaries of a configuration with their paths, which start with `where`; check that it is plain."""
     waiting: list[tuple[tuple[str, ...], Any]] = [((where,), config)]
     seen = 0
     while waiting:
@@ -282,7 +283,7 @@ def _nodes(config: Any, where: str) -> Iterator[tuple[tuple[str, ...], dict[str,
         elif isinstance(node, str):
             if "${" in node:
                 raise UntrustedPartError(f"{place}: {node[:80]!r} is an interpolation, which is not evaluated here")
-            if node == "???":  # omegaconf would say that the command lacks a setting
+            if node == "???":  # omegaconf would report a missing setting of the command
                 raise UntrustedPartError(f"{place}: {node!r} stands for a value that is missing")
         elif not (node is None or isinstance(node, bool | int | float)):
             raise UntrustedPartError(f"{place}: a {type(node).__name__} is no plain setting")
@@ -306,8 +307,8 @@ def _check_node(node: dict[str, Any], place: str, trust: Sequence[str]) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _why_not(target: str, trust: tuple[str, ...], function: bool = False) -> str | None:
-    """Why a class may not be built, or a function not be called, or None; reads source files and imports nothing of
-    them."""
+    """Return why a class may not be built or a function may not be called, or None; reads source files without
+    importing them."""
     holds: Callable[[Path, str], bool] = _defines if function else _declares
     lacking = (
         "defines no such function (give the module where its `def` stands)"
@@ -346,7 +347,7 @@ def _why_not(target: str, trust: tuple[str, ...], function: bool = False) -> str
 
 
 def _statements(file: Path) -> list[ast.stmt]:
-    """The top level of a source file; empty where it cannot be read."""
+    """Return the top-level statements of a source file; empty if it cannot be read."""
     try:
         return ast.parse(file.read_text(encoding="utf-8")).body
     except (SyntaxError, ValueError, OSError):
@@ -355,7 +356,7 @@ def _statements(file: Path) -> list[ast.stmt]:
 
 @functools.lru_cache(maxsize=1024)
 def _declares(file: Path, name: str) -> bool:
-    """Whether a source file defines a class of this name, at its top level, with one of the decorators."""
+    """Return whether a source file defines a class of this name, at its top level, with one of the decorators."""
     for statement in _statements(file):
         if isinstance(statement, ast.ClassDef) and statement.name == name:
             return any(_decorator(each) in (MODEL, DATA) for each in statement.decorator_list)
@@ -363,12 +364,12 @@ def _declares(file: Path, name: str) -> bool:
 
 
 def _defines(file: Path, name: str) -> bool:
-    """Whether a source file defines a function of this name, at its top level."""
+    """Return whether a source file defines a function of this name, at its top level."""
     return any(isinstance(each, ast.FunctionDef) and each.name == name for each in _statements(file))
 
 
 def _re_exported(file: Path, name: str, package: str) -> str | None:
-    """Where a package's ``__init__.py`` takes a name from (``from package.module import Name``, or ``.module``)."""
+    """Return where a package's ``__init__.py`` imports a name from (``from package.module import Name``, or relative)."""
     for statement in _statements(file):
         if isinstance(statement, ast.ImportFrom) and statement.level <= 1 and statement.module:
             for alias in statement.names:
@@ -385,14 +386,14 @@ def _decorator(node: ast.expr) -> str:
 
 
 def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any], offered: Mapping[str, Any]) -> Part:
-    """Imports a declared class and puts in what is not taken from the checkpoint's word."""
+    """Import a declared class and set the settings for which the checkpoint's values are not trusted."""
     module, _, name = node["_target_"].rpartition(".")
     cls = getattr(importlib.import_module(module), name, None)
     part = vars(cls).get(MARK) if isinstance(cls, type) else None
     if not isinstance(part, Part) or part.owner is not cls:
         raise UntrustedPartError(f"{place}._target_: {node['_target_']} is not a declared part")
     for setting, value in part.from_checkpoint.items():
-        named = offered if part.kind == DATA else {}  # a model's weights are the checkpoint's own in any case
+        named = offered if part.kind == DATA else {}  # a model's weights always come from the checkpoint
         node[setting] = copy.deepcopy(named.get(f"{key}.{setting}".lstrip("."), value))
     for setting in (*part.external, *part.places):
         dotted = f"{key}.{setting}".lstrip(".")
@@ -414,7 +415,7 @@ def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any], 
 
 
 def _check_makers(part: Part, node: dict[str, Any], place: str, trust: Sequence[str]) -> None:
-    """Raises UntrustedPartError: what is missing would be made by a function of others, on the checkpoint's word."""
+    """Raise UntrustedPartError if an untrusted function named by the checkpoint would generate missing data."""
     for setting in part.makers if node.get("make_missing") else ():
         name = str(node.get(setting))
         named = NAME.fullmatch(name)

@@ -1,7 +1,7 @@
-"""Pretraining stages: training runs that another one starts from, trained first where they are missing.
+"""Pretraining stages: training runs whose weights another run starts from, trained first if they are missing.
 
-A configuration names a stage in place of a run folder; `keygrip.train` completes it before it builds the model, so that
-models get a path and start no process.
+A configuration names a stage instead of a run folder. `keygrip.train` completes the stage before it builds the model,
+so that models get a path and start no process.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from keygrip.training.run_folder import CHECKPOINT
 log = logging.getLogger(__name__)
 
 Place = tuple[str, ...]
-SAVING_S = 600.0  # what a stage that is stopped may take to finish its step and save
+SAVING_S = 600.0  # time limit for a stopped stage to finish its step and save
 
 
 @dataclass(frozen=True)
 class PretrainingStage:
-    """A finished run of `keygrip.train`, trained first where it is missing.
+    """A finished run of `keygrip.train`, trained first if it is missing.
 
     Args:
-        overrides: of `keygrip.train`, which say the run. A null that one takes from the configuration is "None" in it.
-        name: beginning of its folder's name, which ends in a hash of the overrides.
-        folder: where it goes.
+        overrides: overrides of `keygrip.train` that define the run. A null from the configuration appears as "None".
+        name: prefix of its folder's name, which ends in a hash of the overrides.
+        folder: parent folder of its folder.
     """
 
     overrides: Sequence[str]
@@ -55,22 +55,22 @@ class PretrainingStage:
 
     @property
     def run_dir(self) -> Path:
-        """The run's folder."""
+        """Folder of the run."""
         digest = hashlib.sha256(json.dumps(list(self.overrides)).encode()).hexdigest()
         return Path(self.folder) / f"{self.name}-{digest[:8]}"
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run is there."""
+        """Whether the finished run exists."""
         return self._finished(self.run_dir)
 
     def complete(self) -> Path:
-        """Trains where there is no finished run, and says so; its folder. An interrupted run is continued.
+        """Train the run if it is not finished, and return its folder. An interrupted run is resumed.
 
         Raises:
-            RuntimeError: training failed; what went wrong stands above.
-            ValueError: it is missing, and this is one of several processes; or it was trained with other settings
-                than its overrides stand for now.
+            RuntimeError: training failed; its output contains the error.
+            ValueError: the run is missing, and this is one of several processes; or it was trained with settings that
+                differ from those of its overrides now.
         """
         if not make_once(self.run_dir, self._finished, self._train, together_without=True):
             self._refuse_other_settings()
@@ -87,7 +87,7 @@ class PretrainingStage:
             raise RuntimeError(f"training {self.name} failed: keygrip.train {' '.join(self.overrides)}")
 
     def require(self) -> None:
-        """Raises ValueError where there is no finished run, or one of other settings."""
+        """Raise ValueError if there is no finished run, or if its settings are different."""
         if self.is_finished:
             self._refuse_other_settings()
         else:
@@ -100,7 +100,7 @@ class PretrainingStage:
         return shlex.join(["python", "-m", "keygrip.train", *self.overrides, f"run_dir={self.run_dir}"])
 
     def _refuse_other_settings(self) -> None:
-        """Refuses a finished run of other settings than the overrides stand for now: what they name may change."""
+        """Reject a finished run whose settings differ from those of the overrides now: configs may have changed."""
         run = self.run_dir
         now = cast(dict[str, Any], OmegaConf.to_container(compose("train", self.overrides), resolve=True))
         before = read_checkpoint(run / CHECKPOINT, mapped=True)[HEADER]["config"]
@@ -117,12 +117,12 @@ class PretrainingStage:
 
 
 def _run(command: Sequence[str]) -> int:
-    """Exit code of a training in a process of its own, which saves before it ends where this one is stopped."""
+    """Run a training in a separate process and return its exit code. If this process is stopped, the training saves."""
     process = subprocess.Popen(command)
     try:
         return process.wait()
     except BaseException as stop:
-        if not isinstance(stop, KeyboardInterrupt):  # Ctrl-C reaches both, and a second signal would end it at once
+        if not isinstance(stop, KeyboardInterrupt):  # Ctrl-C reaches both; a second signal would kill it
             process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(SAVING_S)
@@ -136,10 +136,10 @@ def _run(command: Sequence[str]) -> int:
 def complete_stages(
     config: Mapping[str, Any], train: bool = True, begin: Callable[[], object] = lambda: None
 ) -> dict[str, Any]:
-    """As :func:`with_run_folders`; the stages that the run reads are trained first where they are missing.
+    """As :func:`with_run_folders`, but first train the missing stages that the run uses.
 
     Args:
-        train: false for dry runs, which refuse missing ones. begin: called before one is trained.
+        train: false for dry runs, for which a missing stage is an error. begin: called before a stage is trained.
 
     Raises:
         RuntimeError, ValueError: as :meth:`PretrainingStage.complete` or :meth:`PretrainingStage.require`.
@@ -157,22 +157,22 @@ def complete_stages(
 
 
 def with_run_folders(config: Mapping[str, Any], wanted: dict[Path, PretrainingStage] | None = None) -> dict[str, Any]:
-    """A run's resolved configuration with the run folder of each stage in its place, trained or not.
+    """Return a run's resolved configuration with each stage replaced by its run folder, trained or not.
 
     Args:
         config: plain dictionaries, lists and scalars.
-        wanted: collects the stages that the run reads. Not those that others make idle
-            (`keygrip.training.idle_settings`): hours would go to an encoder that the network leaves out.
+        wanted: collects the stages that the run uses. Stages that have no effect because of other settings
+            (`keygrip.training.idle_settings`) are not collected: training an unused encoder would take hours.
     """
     found: dict[Path, PretrainingStage] = {} if wanted is None else wanted
     return {name: _named(node, found, () if name in BUILT else None, set()) for name, node in config.items()}
 
 
 def _named(node: Any, wanted: dict[Path, PretrainingStage], place: Place | None, idle: set[Place]) -> Any:
-    """One part of :func:`with_run_folders`.
+    """Process one node for :func:`with_run_folders`.
 
     Args:
-        place: in the section. None: nothing builds this part. idle: places in it that nothing reads.
+        place: path in the section; None: this part is not built. idle: paths in the section that are not used.
     """
     if isinstance(node, dict):
         if str(node.get("_target_", "")) == f"{PretrainingStage.__module__}.{PretrainingStage.__qualname__}":

@@ -1,4 +1,4 @@
-"""Where a run writes: ``runs/<model>_<data>/<stamp>``, one folder for all its processes, and which one to resume."""
+"""Choose the folder of a run, ``runs/<model>_<data>/<stamp>``, shared by all its processes, or the one to resume."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ RUNS = Path("runs")
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 LOCK = ".lock"
 HYDRA = ".hydra"  # the settings as Hydra writes them, before a command begins
-PLAN = "sweep.json"  # of a sweep: its command and its jobs
+PLAN = "sweep.json"  # command and jobs of a sweep
 
 
 class RunFolderError(ValueError):
-    """The run folder is another run's, which the refusal must leave as it is."""
+    """The run folder belongs to another run and must stay unchanged."""
 
 
 def register_resolvers() -> None:
-    """Registers the resolvers that ``conf/train.yaml`` uses: ``run_folder``, ``sweep_folder``."""
+    """Register the resolvers that ``conf/train.yaml`` uses: ``run_folder``, ``sweep_folder``."""
     OmegaConf.register_new_resolver("run_folder", choose, replace=True)
     OmegaConf.register_new_resolver("sweep_folder", choose_for_sweep, replace=True)
 
@@ -48,20 +48,20 @@ def choose(
     start: int = 0,
     overrides: Sequence[str] | None = None,
 ) -> str:
-    """The folder of this run.
+    """Return the folder of this run.
 
     Args:
-        run_dir: fixed by the user, or None.
+        run_dir: given by the user, or None.
         resume: False, True (newest run of this model and data that has a checkpoint), or a run folder or checkpoint
             file.
         model, data: names of the chosen configs.
-        start: which of the trainings that this process starts, from 1; 0: a command, which is one.
-        overrides: of this training; None: the command line's.
+        start: index, from 1, of this training among those started by this process; 0: a command, which has only one.
+        overrides: overrides of this training; None: those of the command line.
 
     Raises:
         FileNotFoundError: nothing to resume.
-        RunFolderError: another process trains into it. ValueError: the processes of this run could not agree on one,
-            ``run_dir`` is not the folder that ``resume`` names, or one of the two is an empty text.
+        RunFolderError: another process is training in the folder. ValueError: the processes of this run cannot agree on
+            a folder, ``run_dir`` is not the folder that ``resume`` names, or one of the two is an empty string.
     """
     group = RUNS / f"{model}_{data}"
     resume = resume_setting(resume)
@@ -85,10 +85,10 @@ def choose(
 
 
 def given_path(setting: str, path: str | Path) -> Path:
-    """The path that a setting gives.
+    """Return the path of a setting.
 
     Raises:
-        ValueError: an empty text, which pathlib takes for the present folder; a symbolic link to what is not there.
+        ValueError: an empty string, which pathlib reads as the current folder, or a dangling symbolic link.
     """
     if not str(path):
         raise ValueError(
@@ -100,7 +100,7 @@ def given_path(setting: str, path: str | Path) -> Path:
 
 
 def _refuse_dangling(path: Path, what: str) -> None:
-    """Raises ValueError: a path, or a folder above it, is a symbolic link to what is not there."""
+    """Raise ValueError if a path, or a folder above it, is a dangling symbolic link."""
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
             raise ValueError(
@@ -110,23 +110,23 @@ def _refuse_dangling(path: Path, what: str) -> None:
 
 
 def kept_by_step(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a folder that are named by their step, in the order of steps."""
+    """Return the checkpoints of a folder that are named by their step, in the order of steps."""
     found = (file for file in folder.glob("step-*.ckpt") if file.stem[5:].isdecimal())
     return {int(file.stem[5:]): file for file in sorted(found, key=lambda file: int(file.stem[5:]))}
 
 
 def resume_setting(resume: bool | str | None) -> bool | str:
-    """The setting ``resume``, given as text or not: whether to resume, or the path of what is resumed."""
+    """Convert the setting ``resume``, possibly a string: return whether to resume, or the path to resume from."""
     if isinstance(resume, str):
         return {"true": True, "false": False}.get(resume.lower(), resume)
     return bool(resume)
 
 
 def choose_for_sweep(resume: bool | str | None, *names: str) -> str:
-    """The folder of a sweep, whose jobs are numbered folders inside; with ``resume=true`` the newest one.
+    """Return the folder of a sweep, in which its jobs have numbered folders; with ``resume=true`` the newest sweep.
 
     Args:
-        names: of the sweep, or of the model and the data that it trains.
+        names: name of the sweep, or names of its model and data.
 
     Raises:
         FileNotFoundError: no sweep to resume.
@@ -142,10 +142,10 @@ def choose_for_sweep(resume: bool | str | None, *names: str) -> str:
 
 
 def whole_sweep(resume: bool | str | None) -> bool:
-    """Whether a sweep resumes, by the setting ``resume``.
+    """Return whether the setting ``resume`` resumes a sweep.
 
     Raises:
-        ValueError: it names a run; a sweep resumes as a whole.
+        ValueError: ``resume`` names a run; a sweep resumes as a whole.
     """
     resume = resume_setting(resume)
     if isinstance(resume, str):
@@ -154,21 +154,21 @@ def whole_sweep(resume: bool | str | None) -> bool:
 
 
 def newest_sweep(group: Path) -> Path | None:
-    """The sweep in ``group`` that began last, as it recorded that itself; None where there is none."""
+    """Return the sweep in ``group`` with the latest recorded start; None if there is none."""
     found = [path.parent for path in group.glob(f"*/{PLAN}")]
     return max(found, key=lambda folder: (_recorded(folder / PLAN, "started"), folder.name), default=None)
 
 
 @cache
 def _claimed(group: Path, start: int = 0, overrides: tuple[str, ...] | None = None) -> Path:
-    """A folder in ``group`` for this run: its scheduler's, which it finds again by its name, or a new one that no other
-    process has; two starts in one second get two folders."""
+    """Return a folder in ``group`` for this run: under a scheduler one with the job's name, which a restart finds
+    again, else a new folder that no other process has; two starts in the same second get two folders."""
     name = stamp(start, overrides)
     if "TORCHELASTIC_RUN_ID" in os.environ or name.startswith("job-"):
         named = group / (name if start < 2 else f"{name}-{start}")
         refuse_held(named)
         return named
-    told = f"KEYGRIP_RUN_FOLDER_{start}"  # to the processes that Lightning starts with the same script
+    told = f"KEYGRIP_RUN_FOLDER_{start}"  # passed to the processes that Lightning starts with the same script
     parent, _, given = os.environ.get(told, "").partition(":")
     if start and not is_first_process() and parent == str(os.getppid()):
         return Path(given)
@@ -180,10 +180,10 @@ def _claimed(group: Path, start: int = 0, overrides: tuple[str, ...] | None = No
 
 
 def new_folder(group: Path, name: str) -> Path:
-    """A folder in ``group`` that this call has made: with a number behind its name where another process has that.
+    """Create a new folder in ``group``; if the name is taken, a number is appended.
 
     Raises:
-        ValueError: ``group`` lies below a symbolic link to what is not there.
+        ValueError: ``group`` is below a dangling symbolic link.
     """
     _refuse_dangling(group, f"a new folder in {group}")
     for number in itertools.count(1):
@@ -197,7 +197,7 @@ def new_folder(group: Path, name: str) -> Path:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Removes a folder of a run or sweep that did not begin, and the folders of `RUNS` above it that are empty then."""
+    """Remove the folder of a run or sweep that did not begin, and its parents inside `RUNS` that are then empty."""
     with contextlib.suppress(OSError):
         folder.rmdir()
         for above in folder.parents[: len(folder.parents) - 1]:
@@ -207,21 +207,21 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def begin(folder: Path) -> None:
-    """Says that a run's work begins: its folder stays, however the run ends."""
+    """Mark the beginning of a run's work: from now on its folder is kept, however the run ends."""
     _made[:] = [made for made in _made if made.resolve() != folder.resolve()]
 
 
 def has_not_begun(folder: Path) -> bool:
-    """Whether this process has made the folder, for a run whose work has not begun."""
+    """Return whether this process has created the folder for a run whose work has not begun."""
     return folder.resolve() in {made.resolve() for made in _made}
 
 
 def remove_unbegun(only: Path | None = None) -> None:
-    """Removes the folders that this process has made for runs or sweeps which did not begin: they hold nothing but the
-    settings as Hydra writes them, the log and the lock. One that holds anything else stays.
+    """Remove the folders that this process has created for runs or sweeps that did not begin. They contain only the
+    settings written by Hydra, the log and the lock. A folder with other content is kept.
 
     Args:
-        only: the one to remove; None: all.
+        only: the folder to remove; None: all.
     """
     for folder in [made for made in _made if only is None or made.resolve() == only.resolve()]:
         _made.remove(folder)
@@ -242,15 +242,15 @@ def _writes_into(handler: logging.Handler, folder: Path) -> TypeGuard[logging.Fi
     return isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent.resolve() == folder.resolve()
 
 
-_made: list[Path] = []  # by `_claimed` of this process, for runs that have not begun
+_made: list[Path] = []  # folders created by `_claimed` in this process, for runs that have not begun
 
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Keeps a run folder for this process while the block runs; helper processes of the same run pass.
+    """Lock a run folder for this process during the block; helper processes of the same run need no lock.
 
     Raises:
-        RunFolderError: another process trains into it.
+        RunFolderError: another process is training in it.
     """
     if not is_first_process():
         yield
@@ -265,21 +265,21 @@ def hold(folder: Path) -> Iterator[None]:
         yield
 
 
-_held: set[Path] = set()  # by this process
+_held: set[Path] = set()  # folders locked by this process
 
 
 def refuse_held(folder: Path) -> None:
-    """Refuses a folder into which another process trains, before Hydra writes its own files there.
+    """Reject a folder in which another process is training, before Hydra writes its files there.
 
     Raises:
-        RunFolderError: it is held.
+        RunFolderError: the folder is locked.
     """
     if folder.resolve() not in _held and is_first_process() and is_held(folder):
         raise RunFolderError(_still_going_on(folder))
 
 
 def is_held(folder: Path) -> bool | None:
-    """Whether some process trains into a folder at this moment; None: a disk without file locks cannot say."""
+    """Return whether a process is training in a folder at this moment; None on a disk without file locks."""
     return is_locked(folder / LOCK) if (folder / LOCK).is_file() else False
 
 
@@ -288,7 +288,7 @@ def _still_going_on(folder: Path) -> str:
 
 
 def newest(group: Path) -> Path:
-    """The newest run folder in ``group`` with a checkpoint: by the start time that the run recorded, then by its name.
+    """Return the newest run folder in ``group`` with a checkpoint: by the recorded start time, then by its name.
 
     Raises:
         FileNotFoundError: there is none.
@@ -303,7 +303,7 @@ def newest(group: Path) -> Path:
 
 
 def _recorded(file: Path, key: str) -> float:
-    """When a run or a sweep began, seconds since the epoch, as it recorded itself; 0 where it did not."""
+    """Return the recorded start of a run or a sweep in seconds since the epoch; 0 if it is not recorded."""
     try:
         value = read_record(file).get(key)
     except (OSError, ValueError):
@@ -313,12 +313,12 @@ def _recorded(file: Path, key: str) -> float:
 
 @cache
 def stamp(start: int = 0, overrides: tuple[str, ...] | None = None) -> str:
-    """A name for this run that all its processes agree on: a time stamp, or the scheduler's job number, in SLURM with a
-    digest of the overrides: a batch script may train several times. The number of a step would not do: it changes with
-    the order in which steps that run side by side begin.
+    """Return a name for this run that is the same in all its processes: a time stamp or the scheduler's job id. For
+    SLURM it has a digest of the overrides, because a batch script may train several times. The id of the step is not
+    suitable: it depends on the order in which simultaneous steps begin.
 
     Args:
-        start, overrides: see `choose`; each start has a time stamp of its own.
+        start, overrides: see `choose`; each start has its own time stamp.
 
     Raises:
         ValueError: several nodes without a common name for the run.
@@ -343,7 +343,7 @@ def _digest(overrides: Sequence[str]) -> str:
 
 
 def _parents_start() -> str:
-    """All processes of one node have the same parent, which started once."""
+    """Return the start time of the parent process, which is the same for all processes of a node."""
     import psutil
 
     started = psutil.Process(os.getppid()).create_time()
@@ -362,6 +362,6 @@ def _folder_of(path: Path) -> Path:
 
 
 def resume_kept(folder: Path) -> str:
-    """How to go on from the newest checkpoint that is left of a run without `CHECKPOINT`; empty where none is left."""
+    """Describe how to resume a run without `CHECKPOINT` from its newest other checkpoint; empty if there is none."""
     kept = list(kept_by_step((folder / CHECKPOINT).parent).values())
     return f"go on from the newest one that is left with resume={kept[-1]}" if kept else ""

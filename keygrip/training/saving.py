@@ -1,4 +1,4 @@
-"""When checkpoints are written, and how: whole or not at all, also when the process is killed."""
+"""Write checkpoints: when they are saved, and atomically, so that killing the process leaves no partial file."""
 
 from __future__ import annotations
 
@@ -34,40 +34,40 @@ BEST = "best.ckpt"
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes whole files with their hash: a kill at any moment leaves the previous one, a changed byte is found."""
+    """Write files atomically with their hash: a kill keeps the previous file, and a changed byte is detected."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes the checkpoint with its hash, whole or not at all."""
+        """Write the checkpoint with its hash, completely or not at all."""
         with atomic_write(path) as file:
             torch.save(checkpoint, file)
             file.flush()
             sign(Path(file.name))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """As `read_checkpoint`: nothing stored is executed."""
+        """Load as `read_checkpoint` does: no stored code is executed."""
         return read_checkpoint(path, map_location or "cpu")
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Removes the file if it is there."""
+        """Remove the file if it exists."""
         Path(path).unlink(missing_ok=True)
 
 
 class SaveLatest(Checkpoint):
-    """Keeps the latest state as ``last.ckpt``, the last few by step beside it, and optionally the best by a metric.
+    """Save the latest state as ``last.ckpt``, the last few states by step, and optionally the best one by a metric.
 
-    ``step-00001000.ckpt`` and its like are the same files as ``last.ckpt`` was when they were saved (hard links where
-    the file system has them), so that runs can be compared at equal steps.
+    Files such as ``step-00001000.ckpt`` are earlier versions of ``last.ckpt`` (hard links if the file system has
+    them), so that runs can be compared at equal steps.
 
-    Saves at the end of training in any case, and by steps, epochs or minutes where those are given.
+    Saves at the end of training in any case, and after the given steps, epochs or minutes.
 
     Args:
-        folder: where the files go.
+        folder: folder of the files.
         every_n_steps: optimiser steps between saves.
         every_n_epochs: epochs between saves.
-        every_n_minutes: minutes between saves; what a kill -9 loses at most.
-        monitor: name of a validation metric whose best state is kept as well; None: only the latest.
-        mode: ``min`` or ``max``, which is better.
-        keep: how many checkpoints by step stay; 0: ``last.ckpt`` alone.
+        every_n_minutes: minutes between saves; the most that is lost after kill -9.
+        monitor: name of a validation metric whose best state is also kept; None: only the latest.
+        mode: ``min`` or ``max``: whether lower or higher values are better.
+        keep: how many checkpoints by step are kept; 0: only ``last.ckpt``.
     """
 
     read_where: ClassVar = {"mode": ReadWhere("monitor")}
@@ -106,19 +106,19 @@ class SaveLatest(Checkpoint):
 
     @property
     def latest_path(self) -> Path:
-        """Where the latest state is."""
+        """Path of the latest state."""
         return self.folder / LATEST
 
     @property
     def best_path(self) -> Path:
-        """Where the best state is, if one is kept."""
+        """Path of the best state, if one is kept."""
         return self.folder / BEST
 
     def save(self, trainer: Trainer) -> None:
-        """Saves the latest state now, on all processes together.
+        """Save the latest state now, on all processes together.
 
         Raises:
-            ValueError: the weights are NaN or infinite; the file on disk stays as it is.
+            ValueError: the weights are NaN or infinite; the file on disk stays unchanged.
         """
         if self._saved_step != trainer.global_step:
             _refuse_non_finite(trainer)
@@ -134,7 +134,7 @@ class SaveLatest(Checkpoint):
             return
         try:
             step, best = self._best_before()
-        except FileNotFoundError:  # there is none, or the first process has just removed it
+        except FileNotFoundError:  # there is no record, or the first process has just removed it
             return
         if step <= trainer.global_step:
             self.best = best
@@ -144,10 +144,10 @@ class SaveLatest(Checkpoint):
             self._best_record.unlink()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        # Everything is saved here and not in the hooks of an epoch's end: from here Lightning resumes exactly, also
-        # on the last batch of an epoch, whereas what is saved between epochs is resumed with an epoch cut short.
+        # All states are saved here and not in the hooks at the end of an epoch. From here Lightning resumes exactly,
+        # also after the last batch of an epoch; a state saved between epochs would resume with a shortened epoch.
         if not completes_step(trainer):
-            return  # in the middle of accumulating gradients: they would be lost
+            return  # while gradients are accumulated; they would be lost
         step, epoch = trainer.global_step, trainer.current_epoch + 1
         last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         due = bool(self.every_n_steps) and step % (self.every_n_steps or 1) == 0
@@ -179,10 +179,10 @@ class SaveLatest(Checkpoint):
         self.save(trainer)
 
     def _best_before(self) -> tuple[int, float | None]:
-        """Step and value of the best state so far; no value: that of another metric.
+        """Return step and value of the best state so far; the value is None if the record is for another metric.
 
         Raises:
-            FileNotFoundError: there is no record of one. ValueError: it is damaged.
+            FileNotFoundError: there is no record. ValueError: the record is damaged.
         """
         try:
             record = read_record(self._best_record)
@@ -195,19 +195,19 @@ class SaveLatest(Checkpoint):
 
     @property
     def _best_record(self) -> Path:
-        """The best value so far: a resumed run must not put a worse state in the place of a better one."""
+        """Path of the record of the best value, so that a resumed run does not replace a better state with a worse."""
         return self.folder / "best.json"
 
 
 def step_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is kept."""
+    """Return the path of the checkpoint of a step."""
     return folder / f"step-{step:08d}.ckpt"
 
 
 def keep_by_step(latest: Path, step: int, keep: int) -> None:
-    """Keeps the file ``latest`` under its step too, and removes all but the last ``keep`` such files.
+    """Also store the file ``latest`` under the name of its step, and remove all but the last ``keep`` such files.
 
-    Those of later steps are removed as well: they are of a training that was given up for an earlier checkpoint.
+    Files of later steps are also removed: they belong to a training that was abandoned for an earlier checkpoint.
     """
     kept = step_path(latest.parent, step)
     for later in [file for number, file in kept_by_step(latest.parent).items() if number > step]:
@@ -224,15 +224,16 @@ def keep_by_step(latest: Path, step: int, keep: int) -> None:
 
 
 class SaveOnInterrupt(Callback):
-    """Ctrl-C, SIGTERM, SIGHUP of a terminal that is closed, and SIGUSR1, by which schedulers warn before they end a
-    job: finish the step, or the batch of a validation, save, and say how to go on.
+    """Save after Ctrl-C, SIGTERM, SIGHUP of a closed terminal, and SIGUSR1, by which schedulers warn before they end a
+    job: finish the training step or validation batch, save, and report how to resume.
 
-    What is saved in a validation is the state of the training step before it; a resumed run leaves that validation out.
-    A second Ctrl-C ends at once; under nohup SIGHUP is nothing. Processes agree on the step or validation batch at
-    which they stop: each must have equally many of these, as `keygrip.training.distributed.global_mean` wants too.
-    A signal behind the last of these, as in the last save, ends the run before anything is evaluated after training.
-    After SIGUSR1 a SLURM job is queued again; it then finds its run folder and goes on. With ``sbatch --requeue
-    --signal=USR1@120`` SLURM sends it to what srun started, and not to other commands of the batch script.
+    During validation the state of the preceding training step is saved; a resumed run skips that validation. A second
+    Ctrl-C ends the process at once; under nohup SIGHUP has no effect. The processes agree on the step or validation
+    batch at which they stop, so each must have the same number of these, as `keygrip.training.distributed.global_mean`
+    also requires. A signal after the last of these, e.g. during the last save, ends the run before the evaluation that
+    follows training. After SIGUSR1 a SLURM job is queued again; it then finds its run folder and resumes. With
+    ``sbatch --requeue --signal=USR1@120`` SLURM sends the signal to processes of srun, not to other commands of the
+    batch script.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -261,7 +262,7 @@ class SaveOnInterrupt(Callback):
         self._restore()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._received is not None:  # no process waits for another from here: they need not agree
+        if self._received is not None:  # from here no process waits for another, so they need not agree
             self._stop(trainer, self._received)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -270,7 +271,7 @@ class SaveOnInterrupt(Callback):
     def _note(self, number: int, frame: Any) -> None:
         if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self._received != signal.SIGUSR1:  # after which the job is queued again, whatever follows
+        if self._received != signal.SIGUSR1:  # after SIGUSR1 the job is queued again, whatever signal follows
             self._received = number
         log.warning("%s: finishing this step or validation batch, then saving", signal.Signals(number).name)
 
@@ -286,7 +287,7 @@ class SaveOnInterrupt(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveLatest):
                 callback.save(trainer)
-                where = f"saved {callback.latest_path}; go on with resume={callback.folder.parent}"
+                where = f"saved {callback.latest_path}; continue with resume={callback.folder.parent}"
         if number == signal.SIGUSR1 and trainer.is_global_zero:
             queue_again()
         raise Interrupted(f"stopped by {signal.Signals(number).name} at step {trainer.global_step}: {where}", number)
@@ -298,8 +299,8 @@ class SaveOnInterrupt(Callback):
 
 
 def _leave_validation(trainer: Trainer) -> None:
-    """Weights and progress as where the last training batch ended, from where Lightning resumes exactly; in the middle
-    of a validation it would go on with a part of it."""
+    """Restore weights and progress to the end of the last training batch, from where Lightning resumes exactly. From
+    the middle of a validation it would continue with a part of that validation."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EMA):
             callback.take_out(trainer.lightning_module)
@@ -323,7 +324,7 @@ def _any_process(trainer: Trainer, decision: bool) -> bool:
 
 
 def _largest(trainer: Trainer, number: int) -> int:
-    """The largest of all processes' numbers."""
+    """Return the maximum over all processes."""
     if trainer.world_size == 1:
         return number
     own = torch.tensor(float(number), device=trainer.strategy.root_device)

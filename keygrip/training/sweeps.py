@@ -1,4 +1,4 @@
-"""Sweeps (`-m`): every job is recorded, failed ones too; one table at the end, overrides against headline metrics."""
+"""Sweeps (`-m`): record every job, also failed ones, and write a table of overrides and headline metrics at the end."""
 
 from __future__ import annotations
 
@@ -48,22 +48,22 @@ from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 log = logging.getLogger(__name__)
 
 SHOWN = 6  # metrics in the printed table; summary.csv has them all
-MULTIRUN = "multirun.yaml"  # Hydra's own
+MULTIRUN = "multirun.yaml"  # written by Hydra
 LOSSES = "loss_against_compute.png"
 
-_open_sweeps: dict[Path, bool] = {}  # true: the folder was made for it
+_open_sweeps: dict[Path, bool] = {}  # true: the folder was created for the sweep
 _failures: list[str] = []
 
 
 def run_job(
     run: Callable[[DictConfig], Any], cfg: DictConfig, describe: Callable[[Exception, Sequence[str]], str], debug: bool
 ) -> Any:
-    """One job of a sweep. What goes wrong in it is written into its folder, and the sweep goes on.
+    """Run one job of a sweep. Its errors are written to its folder, and the sweep continues.
 
-    In a sweep that goes on a job that finished before is not run again, and one that was cut off goes on.
+    In a resumed sweep, finished jobs are not run again, and interrupted jobs are resumed.
 
     Args:
-        describe: one line about an error, given it and the job's overrides. debug: writes the trace too.
+        describe: returns one line about an error, from the error and the job's overrides. debug: also print the trace.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -98,16 +98,16 @@ def run_job(
             sys.stderr.write("".join(traceback.format_exception(error)))
         log.error("job %s (%s) failed: %s", hydra_cfg.job.num, " ".join(overrides), line)
         return None
-    if is_first_process():  # the others of a job return while the first still evaluates
+    if is_first_process():  # the other processes of a job return while the first one still evaluates
         record_finished(folder, overrides, figures, time.perf_counter() - started)
     return figures
 
 
 def found_before(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> tuple[bool, bool]:
-    """What a sweep that goes on, by ``resume=true`` or because the scheduler started it again, finds of a job.
+    """Look for the earlier run of a job, if the sweep is resumed by ``resume=true`` or restarted by the scheduler.
 
     Returns:
-        Whether it finished, and whether it left a checkpoint to resume; of a sweep that begins both are False.
+        Whether the job finished, and whether it has a checkpoint to resume; both are False for a new sweep.
     """
     if "resume" not in cfg or not (resume_setting(cfg.resume) or restarted_by_scheduler()):
         return False, False
@@ -117,31 +117,31 @@ def found_before(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> tup
 
 
 def forget_result(cfg: DictConfig, folder: Path) -> None:
-    """Removes what a job of a command that cannot resume left before the scheduler started it again: it would count as
-    the outcome of the job that now begins."""
+    """Remove the result of a job from before a restart by the scheduler, for a command that cannot resume. Otherwise it
+    would count as the result of the new start."""
     if "resume" not in cfg and restarted_by_scheduler():
         (folder / RESULT).unlink(missing_ok=True)
 
 
 def record_finished(folder: Path, overrides: Sequence[str], figures: Any, seconds: float) -> None:
-    """Writes that a job finished, with the numbers among its ``figures``, where it has not written its end itself."""
+    """Record that a job finished, with the numbers among its ``figures``, unless the job has recorded this itself."""
     if read_result(folder).get("status") not in (FINISHED, DRY_RUN):
         result = {"overrides": list(overrides), "metrics": numbers(figures), "wall_s": round(seconds, 1)}
         write_result(folder, {"status": FINISHED, **result})
 
 
 def numbers(figures: Any) -> dict[str, float]:
-    """The numbers among what a ``run`` returned, by name."""
+    """Return the numbers in the result of a ``run``, by name."""
     if not isinstance(figures, dict):
         return {}
     return {str(name): value for name, value in figures.items() if isinstance(value, int | float)}
 
 
 class SweepSummary(Callback):
-    """Hydra callback: notes at the start which jobs there will be, and writes the table at the end.
+    """Hydra callback that records the planned jobs at the start of a sweep and writes the table at the end.
 
-    A folder that holds a sweep already is refused, unless that one is to go on: its plan and table would be lost. So
-    is one that holds none where a sweep is to go on: every job would begin anew.
+    A folder with a sweep is rejected unless this sweep is resumed, because its plan and table would be lost. A folder
+    without a sweep is rejected when resuming, because every job would start from the beginning.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -158,7 +158,7 @@ class SweepSummary(Callback):
             raise SweepRefused(one_line(root_cause(error))) from error
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        # Jobs in other processes compose the config again, and would give the folder a time stamp of their own.
+        # Jobs in other processes compose the config again and would otherwise use a folder with another time stamp.
         with read_write(config), open_dict(config):
             config.hydra.sweep.dir = str(folder)
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
@@ -171,10 +171,10 @@ class SweepSummary(Callback):
 
 
 def _refuse_other_sweep(folder: Path, resume: bool | None) -> None:
-    """Raises ValueError: the folder holds a sweep that is not to go on, or none and one is to go on.
+    """Raise ValueError if the folder has a sweep that is not resumed, or has no sweep to resume.
 
     Args:
-        resume: whether it is to; None: the command has no such setting.
+        resume: whether to resume; None: the command has no such setting.
     """
     planned = (folder / PLAN).is_file()
     if resume and not planned:
@@ -187,9 +187,9 @@ def _refuse_other_sweep(folder: Path, resume: bool | None) -> None:
 
 
 def planned_jobs(config: DictConfig) -> list[list[str]]:
-    """The overrides of every job that Hydra's basic sweeper will start, in its order.
+    """Return the overrides of every job that Hydra's basic sweeper will start, in its order.
 
-    Empty where that is not known beforehand (another sweeper, ``glob``): jobs without a result cannot be missed then.
+    Empty if they are not known in advance (another sweeper, ``glob``); jobs without a result are then not detected.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -201,7 +201,7 @@ def planned_jobs(config: DictConfig) -> list[list[str]]:
     parsed = OverridesParser.create().parse_overrides(overrides + list(config.hydra.overrides.task))
     try:
         return [list(job) for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
-    except HydraException:  # says so itself when the sweep begins
+    except HydraException:  # Hydra reports it when the sweep begins
         return []
     except Exception as error:
         log.warning("the jobs of this sweep are not known beforehand (%s): a missing one will not be noticed", error)
@@ -209,13 +209,13 @@ def planned_jobs(config: DictConfig) -> list[list[str]]:
 
 
 def finish_sweep(folder: Path) -> list[dict[str, Any]]:
-    """Writes a sweep's summary, prints the table, returns its rows.
+    """Write a sweep's summary, print the table, and return its rows.
 
-    ``summary.csv`` and ``summary.md`` are the table, ``summary.json`` the same with command, date and machine, to be
-    kept as a record; TensorBoard gets hparams. ``loss_against_compute.png`` (in TensorBoard too) has a curve for each
-    job that logged its loss, and of its accuracy where it logged one. Addresses lose their passwords in all of them.
+    ``summary.csv`` and ``summary.md`` are the table; ``summary.json`` also has command, date and machine, for use as a
+    record; TensorBoard gets hparams. ``loss_against_compute.png`` (also in TensorBoard) has a curve for each job that
+    logged its loss, and one of its accuracy if it was logged. Passwords in URLs are removed from all files.
     """
-    rows: list[dict[str, Any]] = without_passwords(collect(folder))  # all of it is made to be shown
+    rows: list[dict[str, Any]] = without_passwords(collect(folder))  # all files may be shown to other people
     header, lines = table(rows)
     with atomic_write(folder / "summary.csv", "w") as file:
         csv.writer(file).writerows([header, *lines])
@@ -228,17 +228,17 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
     if bad:
         names = ", ".join(f"{row['job']} ({row['status']})" for row in bad)
         _failures.append(f"{len(bad)} of {len(rows)} jobs of the sweep did not finish: {names}; see {folder}")
-    _open_sweeps.pop(folder, None)  # only now: `close_sweeps` makes a table that a signal broke off
+    _open_sweeps.pop(folder, None)  # only now, since `close_sweeps` writes a table that a signal interrupted
     _draw_losses(folder, rows)
     return rows
 
 
 def close_sweeps() -> list[str]:
-    """Finishes sweeps that were cut off, and removes what those left of which no job began; one line for each sweep
-    with jobs that did not finish, and for each whose table or figure could not be made."""
+    """Finish interrupted sweeps, and remove the files of sweeps in which no job began. Return one line for each sweep
+    with unfinished jobs, and for each whose table or figure could not be written."""
     for folder, made in list(_open_sweeps.items()):
         with contextlib.suppress(OSError):
-            if {path.name for path in folder.iterdir()} <= {PLAN, MULTIRUN}:  # no job began: the settings were refused
+            if {path.name for path in folder.iterdir()} <= {PLAN, MULTIRUN}:  # no job began: the settings were invalid
                 for path in folder.iterdir():
                     path.unlink()
                 if made:
@@ -262,8 +262,8 @@ def _finish_or_say(folder: Path) -> None:
 
 @contextlib.contextmanager
 def failure_said_at_end(what: str) -> Iterator[None]:
-    """What goes wrong inside a callback of a sweep's end becomes a line of `close_sweeps`, and the command's exit code
-    1: Hydra makes a warning of it."""
+    """Convert errors in a callback at the end of a sweep to a line of `close_sweeps` and exit code 1; Hydra would only
+    log a warning."""
     try:
         yield
     except Exception as error:
@@ -272,14 +272,14 @@ def failure_said_at_end(what: str) -> Iterator[None]:
 
 
 def _command(config: DictConfig) -> str:
-    """The command that runs the sweep again, without its folder."""
+    """Return the command that runs the sweep again, without its folder."""
     left_out = ("hydra.sweep.dir=", "hydra.mode=")
     kept = [each for each in sys.argv[1:] if each not in ("-m", "--multirun") and not each.startswith(left_out)]
     return shlex.join(["python", "-m", f"keygrip.{config.hydra.job.name}", "-m", *kept])
 
 
 def _record(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A sweep as it is kept under ``benchmarks/``."""
+    """Return the record of a sweep, in the form stored under ``benchmarks/``."""
     from keygrip.training.metadata import git_revision, machine
 
     plan = read_record(folder / PLAN)
@@ -293,10 +293,10 @@ def _record(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:
-    """One row a job: ``job, status, overrides {name: value}, metrics, wall_s, error``.
+    """Return one row per job: ``job, status, overrides {name: value}, metrics, wall_s, error``.
 
-    A planned job without a result is ``missing``, one whose process died is ``killed``; ``running`` is one that goes on
-    by itself, as on a cluster, or, on a disk without file locks, of which that cannot be told.
+    The status of a planned job without a result is ``missing``, that of a job whose process died ``killed``. A job is
+    ``running`` if it still runs, as on a cluster, or if this cannot be determined, on a disk without file locks.
     """
     rows = []
     for number, (overrides, job_folder) in enumerate(_jobs(folder)):
@@ -319,15 +319,15 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 
 
 def _jobs(folder: Path) -> list[tuple[list[str], Path | None]]:
-    """Overrides of each planned job, and the folder with its result; without a plan, of each result."""
+    """Return the overrides of each planned job and the folder with its result; without a plan, of each result."""
     jobs = _planned(folder)
     results = {path.parent: read_result(path.parent) for path in sorted(folder.glob(f"**/{RESULT}"))}
-    # Those of evaluations, in the folder of their job, have no status.
+    # Results of evaluations, in the folder of their job, have no status.
     given = {path: result.get("overrides", []) for path, result in results.items() if "status" in result}
     if not jobs:
         return [(overrides, path) for path, overrides in given.items()]
     folders, found = list(given), dict[int, Path]()
-    for named in (True, False):  # jobs with the same overrides (seed=0,0) are told apart by the folder's number
+    for named in (True, False):  # the folder's number distinguishes jobs with equal overrides (seed=0,0)
         for number, overrides in enumerate(jobs):
             for path in folders if number not in found else ():
                 if _same(given[path], overrides) and (path.name == str(number) or not named):
@@ -338,7 +338,7 @@ def _jobs(folder: Path) -> list[tuple[list[str], Path | None]]:
 
 
 def _planned(folder: Path) -> list[list[str]]:
-    """Overrides of each job of a sweep's plan. Raises ValueError: the plan is damaged."""
+    """Return the overrides of each job of a sweep's plan. Raises ValueError if the plan is damaged."""
     jobs = read_record(folder / PLAN).get("jobs")
     if not isinstance(jobs, list) or not all(
         isinstance(job, list) and all(isinstance(each, str) for each in job) for job in jobs
@@ -348,9 +348,9 @@ def _planned(folder: Path) -> list[list[str]]:
 
 
 def table(rows: Sequence[dict[str, Any]], most: int | None = None) -> tuple[list[str], list[list[Any]]]:
-    """Header and lines: job, status, the overrides that differ between jobs, metrics, seconds, error.
+    """Return header and lines: job, status, the overrides that differ between jobs, metrics, seconds, error.
 
-    With ``most`` only so many metrics: success rates first, then headline metrics in the model's order.
+    ``most`` limits the number of metrics: success rates first, then headline metrics in the model's order.
     """
     varied = _varied(rows)
     metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
@@ -368,13 +368,13 @@ def table(rows: Sequence[dict[str, Any]], most: int | None = None) -> tuple[list
 
 
 def _varied(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the overrides that differ between jobs; all where none does."""
+    """Return the names of the overrides that differ between jobs; all names if none differs."""
     names = list(dict.fromkeys(name for row in rows for name in row["overrides"]))
     return [name for name in names if len({row["overrides"].get(name) for row in rows}) > 1] or names
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """The table as aligned Markdown."""
+    """Return the table as aligned Markdown."""
     cells = [[str(cell).replace("|", "/") for cell in line] for line in [list(header), *lines]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
     cells.insert(1, ["-" * width for width in widths])
@@ -420,8 +420,8 @@ def _draw_losses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _refuse_several_devices(cfg: DictConfig, launcher: str) -> None:
-    """Several devices need processes, and Lightning starts them by the command that it finds itself in: in a sweep
-    that is the whole sweep's, or the launcher's own.
+    """Reject a job on several devices whose launcher started a single process. Lightning would start the other
+    processes with the command of this process, which in a sweep is that of the whole sweep or of the launcher.
 
     Raises:
         ValueError: the job uses more than one device, and its launcher started one process for it.
@@ -446,7 +446,7 @@ def _refuse_several_devices(cfg: DictConfig, launcher: str) -> None:
 
 
 def _same(left: Sequence[str], right: Sequence[str]) -> bool:
-    """Whether two jobs have the same overrides; resuming does not make another job of it."""
+    """Return whether two jobs have the same overrides; ``resume`` is ignored."""
     kept = [sorted(o for o in overrides if not o.startswith("resume=")) for overrides in (left, right)]
     return kept[0] == kept[1]
 

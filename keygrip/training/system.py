@@ -1,6 +1,6 @@
-"""The base of all LightningModules of keygrip: optimiser recipe, logging of values and images, evaluation kind.
+"""Base class of all LightningModules of keygrip: optimiser recipe, logging of values and images, evaluation kind.
 
-A model's module holds its loss, its metrics and its figures; what every module needs stands here once.
+The module of a model implements its loss, metrics and figures; the code that all modules need is here.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ log = logging.getLogger(__name__)
 
 
 class System(LightningModule):
-    """A network in training.
+    """Base class of a network in training.
 
     A subclass sets ``network`` and defines the steps. It may also define ``set_statistics(statistics)``, called before
-    training with what the data module found in its training split; ``resume_data(datamodule, checkpoint)``, called
-    before the data module of a resumed run is set up; ``on_save_checkpoint`` and ``on_load_checkpoint`` for what must
-    be stored beside the weights; ``loss(batch)``, by which a dry run counts memory; ``policy()`` for robot policies;
-    and ``export_graph()``.
+    training with the statistics of the data module's training split; ``resume_data(datamodule, checkpoint)``, called
+    before the data module of a resumed run is set up; ``on_save_checkpoint`` and ``on_load_checkpoint`` for state that
+    must be stored in addition to the weights; ``loss(batch)``, with which a dry run determines memory; ``policy()`` for
+    robot policies; and ``export_graph()``.
 
     Attributes:
-        batch_type: the type of batch that it learns from (`keygrip.data.batches`).
-        evaluation_kind: how `keygrip evaluate` measures it (`keygrip.evaluation.kinds`); None: it cannot.
-        headline_metrics: names of the metrics that runs are compared by; None: all.
-        toy_overrides: of `keygrip.train`, a data set among them, that make the model small enough to train a step of in
-            a second; the contract suite of the tests trains every model so.
-        about: what the model is, for the model card of an export ("a robot policy that ..."); a network with an `about`
-            of its own has the word. None: the card names the class.
+        batch_type: the type of its training batches (`keygrip.data.batches`).
+        evaluation_kind: how `keygrip evaluate` measures it (`keygrip.evaluation.kinds`); None: it cannot be evaluated.
+        headline_metrics: names of the metrics by which runs are compared; None: all.
+        toy_overrides: overrides of `keygrip.train`, including a data set, that make the model so small that a training
+            step takes a second; the contract suite of the tests trains every model with them.
+        about: description of the model for the model card of an export ("a robot policy that ..."); the `about` of the
+            network has precedence. None: the card names the class.
         usage: lines of Python for that card, with {name} for its folder; None: those of its `evaluation_kind`.
-        own_files: files that the run's settings name and no checkpoint holds, by dotted key; set where a run builds its
-            module. A run that this one starts from may need the same.
-        own_packages: those beside keygrip whose classes the run's settings name; likewise.
-        window: the batches of an optimiser step, where gradients of several are accumulated for it.
-        resumed: whether a run goes on: its weights come from its own checkpoint, and where it began is not read again.
+        own_files: files that the run's settings name and no checkpoint contains, by dotted key; set when a run builds
+            its module. A run whose weights this one starts from may need the same files.
+        own_packages: packages other than keygrip whose classes the run's settings name; set and used in the same way.
+        window: the batches of an optimiser step, if gradients of several batches are accumulated.
+        resumed: whether the run is resumed: its weights come from its own checkpoint, and `init_from` is not read again.
 
     Args:
         optimizer: the recipe of optimiser and schedule.
@@ -68,22 +68,22 @@ class System(LightningModule):
         self.window = WindowMean()
 
     def trained_part(self) -> nn.Module:
-        """The module whose parameters the optimiser gets."""
+        """Return the module whose parameters the optimiser gets."""
         return self.network
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_recipe.configure(self.trained_part(), self.trainer.estimated_stepping_batches)
 
     def progress(self) -> float:
-        """The share of the run that has passed, 0 to 1: of its steps, or of its time (`max_minutes`) where that is
-        further; the same in every process."""
+        """Return the completed share of the run, 0 to 1: of its steps, or of its time (`max_minutes`) if that is larger;
+        the same in every process."""
         schedules = [each.scheduler for each in self.trainer.lr_scheduler_configs]
         of_time = [each.time_share for each in schedules if isinstance(each, ScheduledRates)]
         return min(1.0, max(self.global_step / max(1, self.trainer.estimated_stepping_batches), *of_time, 0.0))
 
     def on_after_backward(self) -> None:
-        """Makes accumulated gradients those of the mean over a step's batches, as many as there are. A subclass that
-        overrides it calls this one too."""
+        """Convert accumulated gradients to those of the mean over the actual batches of a step. A subclass that
+        overrides this method must also call it."""
         accumulated = self.trainer.accumulate_grad_batches
         if accumulated > 1:
             self.window.add_batch()
@@ -93,29 +93,29 @@ class System(LightningModule):
     # -- before training ----------------------------------------------------------------------------------------------
 
     def check_run(self, max_steps: int, begins: bool) -> None:
-        """Called by `keygrip.train` before any data is read.
+        """Check the run; called by `keygrip.train` before any data is read.
 
         Args:
-            max_steps: of the run; -1: no limit. begins: it trains from these weights: no dry run, and not resumed.
+            max_steps: steps of the run; -1: no limit. begins: whether a new training starts: no dry run, not resumed.
 
         Raises:
-            ValueError: the settings ask for something that such a run does not do.
+            ValueError: the settings request something that such a run does not support.
         """
 
     def loss(self, batch: Any) -> Tensor:
-        """The loss of a training step on a batch; nothing is logged."""
+        """Return the loss of a training step on a batch, without logging."""
         name = type(self).__name__
         raise ValueError(f"dry_run=true: {name} does not define loss(batch); define it, or train with max_steps=1")
 
     def dry_run(self, batch: Any) -> dict[str, Any]:
-        """One batch forwards: shapes, parameters by part (millions; all and trained) and the loss."""
+        """Run one forward pass; return shapes, parameters by part (millions; all and trained) and the loss."""
         with torch.no_grad():
             loss = self.loss(batch)
         shapes = {name: list(value.shape) for name, value in vars(batch).items() if isinstance(value, Tensor)}
         return {"batch": shapes, "parameters_m": parameters_m(self.trained_part()), "loss": round(float(loss), 5)}
 
     def step_memory(self, batch: Any, bf16: bool, ema: bool, accumulated: bool = False) -> StepMemory:
-        """Memory of a training step on a batch: measured on a GPU, counted elsewhere.
+        """Return the memory of a training step on a batch: measured on a GPU, otherwise counted.
 
         Args:
             bf16, ema, accumulated: see `keygrip.training.memory.count_step`.
@@ -130,23 +130,23 @@ class System(LightningModule):
             self.train(was_training)
 
     def sharded_parts(self) -> list[nn.Module]:
-        """Blocks that are used through their ``forward`` alone, which FSDP may shard one by one."""
+        """Return the blocks that are only called via ``forward``, which FSDP may shard separately."""
         return list(self.network.sharded_parts())
 
     def compiled_parts(self) -> list[nn.Module]:
-        """Blocks that `compile` compiles one by one."""
+        """Return the blocks that `compile` compiles separately."""
         return self.sharded_parts()
 
     def take_weights(self, path: str, kind: str) -> Self:
-        """Starts from the network of another run, and returns that run's module.
+        """Load the initial weights from the network of another run, and return that run's module.
 
         Args:
-            path: run folder or checkpoint; its EMA weights, where it has them. kind: what this is, for messages.
-            Files that it needs and does not hold, and packages whose parts it may name, are those of this run's own
-            settings (`own_files`, `own_packages`).
+            path: run folder or checkpoint, whose EMA weights are used if it has them. kind: description of this model,
+            for messages. Files that the checkpoint needs and does not contain, and packages whose parts it may name,
+            are those of this run's own settings (`own_files`, `own_packages`).
 
         Raises:
-            FileNotFoundError, ValueError: it is missing, of another model, or does not fit.
+            FileNotFoundError, ValueError: the checkpoint is missing, of another model, or does not fit.
         """
         before = load_module(path, trust=self.own_packages, offered=self.own_files)
         if not isinstance(before, type(self)):
@@ -162,23 +162,23 @@ class System(LightningModule):
         return before
 
     def check_start(self, before: Self) -> None:
-        """Raises ValueError: the weights of this other run would fit, and mean something else here."""
+        """Raise ValueError if the weights of another run fit in shape but have a different meaning here."""
 
     def started_from(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of another run's network that this network starts from; override it where parts are new."""
+        """Return the initial weights from those of another run's network; override this method if parts are new."""
         return weights
 
     # -- logging ------------------------------------------------------------------------------------------------------
 
     def due(self, every: int) -> bool:
-        """Whether the training batch at hand completes an optimiser step whose number, from 1, `every` divides; 0:
-        never. Of the batches that a step accumulates only the last one is it, and Lightning writes what that one logs.
+        """Return whether the current training batch completes an optimiser step whose number, from 1, is a multiple of
+        `every`; 0: never. With accumulated gradients this is the last batch of a step, whose values Lightning logs.
         """
         return bool(every) and (self.global_step + 1) % every == 0 and completes_step(self.trainer)
 
     def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
-        """As Lightning's. With `sync_dist` give `batch_size`, by which a step's value is weighted: as a float, since
-        Lightning's mean over processes cuts a whole number off (31 samples in two processes would count as 30).
+        """Log as Lightning does. With `sync_dist` give `batch_size`, the weight of a step's value. It is converted to
+        float, because Lightning's mean over processes truncates integers (31 samples in two processes would be 30).
         """
         if options.get("batch_size") is not None:
             options["batch_size"] = float(options["batch_size"])
@@ -192,15 +192,15 @@ class System(LightningModule):
         bar: Collection[str] = ("total",),
         counts: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Logs a step's values as ``<split>/<name>``; the loss ``total`` becomes ``<split>/loss``.
+        """Log a step's values as ``<split>/<name>``; the loss ``total`` becomes ``<split>/loss``.
 
         Args:
-            split: train or val; the means of val are over all processes. values: scalars. bar: shown in the progress
-                line.
-            counts: over how many elements of this process's batch a value is a mean, where batches hold different
-                numbers of them: the mean of val is then that over all elements, and not a number where there is none.
-                Others are weighted by the batch's samples. A batch of val without any element adds nothing to the mean,
-                whatever its value; train logs the value as it is.
+            split: train or val; the means of val are over all processes. values: scalars. bar: names of the values in
+                the progress line.
+            counts: for values that are means over elements whose number differs between batches: the number of elements
+                in this process's batch. The mean of val is then that over all elements, and NaN if there is none. Other
+                values are weighted by the batch's samples. A batch of val without elements is not part of the mean,
+                whatever its value; train logs the value unchanged.
         """
         for name, value in values.items():
             weight = float(batch_size)
@@ -217,22 +217,22 @@ class System(LightningModule):
 
     @property
     def shows_images(self) -> bool:
-        """Whether this process has a logger that takes images."""
+        """Whether this process has a logger that accepts images."""
         return self.trainer.is_global_zero and loggers.takes_images(self.loggers)
 
     def show_image(self, key: str, image: np.ndarray) -> None:
-        """Shows ``[H, W, 3]`` uint8 in every logger that takes images, from the first process."""
+        """Log an image ``[H, W, 3]`` uint8 to every logger that accepts images, from the first process."""
         if self.trainer.is_global_zero:
             loggers.log_image(self.loggers, key, image, self.global_step)
 
     def show_text(self, key: str, text: str) -> None:
-        """Shows a text in every logger that takes text, from the first process."""
+        """Log a text to every logger that accepts text, from the first process."""
         if self.trainer.is_global_zero:
             loggers.log_text(self.loggers, key, text, self.global_step)
 
 
 def parameters_m(network: nn.Module) -> dict[str, dict[str, float]]:
-    """Parameters of a network and of its parts in millions: `all`, those of `outside_modules` among them, and
+    """Return the parameters of a network and of its parts in millions: `all`, including those of `outside_modules`, and
     `trained`."""
     found = {}
     for name, part in ({"all": network} | dict(network.named_children())).items():
@@ -246,24 +246,25 @@ def parameters_m(network: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def check_names(where: str, **names: tuple[Sequence[str], Sequence[str]]) -> None:
-    """Compares what weights know by numbers alone, such as `arms` and `cameras`: of another run, and of this one.
+    """Compare names that correspond to indices in the weights, such as `arms` and `cameras`, of another run and this one.
 
     Args:
-        where: names the other run in messages. names: there and here; nothing is compared where a side has none.
+        where: description of the other run for messages. names: names there and here; a side without names is skipped.
 
     Raises:
-        ValueError: the same in another order. Of others it warns, since weights may still be a start.
+        ValueError: the same names in another order. For different names it only warns, since the weights may still be
+            useful initial weights.
     """
     for name, (there, here) in names.items():
         if tuple(there) == tuple(here) or not there or not here:
             continue
         if sorted(there) == sorted(here):
             raise ValueError(
-                f"{where} has the {name} {', '.join(there)}, this run {', '.join(here)}: weights know them by their "
-                f"numbers. Set data.{name}=[{','.join(there)}]."
+                f"{where} has the {name} {', '.join(there)}, this run {', '.join(here)}: weights refer to them by "
+                f"index. Set data.{name}=[{','.join(there)}]."
             )
         log.warning(
-            "%s has the %s %s, this run %s: weights know them by their numbers, those of the first are now taken for "
+            "%s has the %s %s, this run %s: weights refer to them by index, so those of the first are now used for "
             "the first of these, and so on",
             *(where, name, ", ".join(there), ", ".join(here)),
         )

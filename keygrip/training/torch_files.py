@@ -105,12 +105,12 @@ def refuse_missing_device(device: Any) -> None:
     """Refuses a device that this machine does not have.
 
     Raises:
-        ValueError: torch knows no such device, or cannot use it here.
+        ValueError: torch has no such device, or cannot use it here.
     """
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device}: torch knows no such device; give cpu or cuda") from error
+        raise ValueError(f"device={device}: torch has no such device; give cpu or cuda") from error
     if wanted.type == "cpu":
         return
     accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -110,7 +110,7 @@ def test_what_the_environment_lacks_is_said_before_training(tmp_path: Path, monk
         set_up(LightningModule(), tmp_path, *gym, root)  # type: ignore[arg-type]
     several = Module()
     several.embodiments = ("yam", "panda")  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"the model knows yam, panda: say which .*policy.embodiment=NAME"):
+    with pytest.raises(ValueError, match=r"the model was trained for yam, panda: choose one .*policy.embodiment=NAME"):
         set_up(several, tmp_path, *gym, root, "data.camera=side")
     with pytest.raises(InstantiationException, match=r"nothing reads callbacks\.closed_loop\.env\.control"):
         set_up(Module(), tmp_path, *gym, root, f"{env}.control={{execute_seconds: 0.5}}")

@@ -97,5 +97,5 @@ def test_a_vla_does_not_start_with_weights_that_mean_something_else(
         assert not caplog.messages
         after.set_statistics(replace(statistics, cameras=("front",), step_seconds=0.1))
     assert len(caplog.messages) == 2
-    assert "has the cameras over, front, this run front: weights know them by their numbers" in caplog.messages[0]
+    assert "has the cameras over, front, this run front: weights refer to them by index" in caplog.messages[0]
     assert "plans steps of 0.3 s, this run of 0.1 s" in caplog.messages[1]

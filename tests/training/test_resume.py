@@ -142,7 +142,7 @@ def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
         train.run(compose("train", overrides))
     folder = tmp_path / "stopped"
     saved = folder / "checkpoints" / "last.ckpt"
-    assert str(stop.value) == f"stopped by {name} at step 8: saved {saved}; go on with resume={folder}"
+    assert str(stop.value) == f"stopped by {name} at step 8: saved {saved}; continue with resume={folder}"
     assert stop.value.signal_number == getattr(signal, name)
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
     train.run(compose("train", [*overrides[:-1], f"resume={folder}"]))
@@ -359,7 +359,7 @@ def test_a_signal_in_the_last_save_ends_the_run_before_anything_is_evaluated(
         stopped = cli(*toy)
     assert (stopped.code, evaluated) == (128 + getattr(signal, name), [])
     run = Path("run").resolve()
-    assert f"stopped by {name} at step 2: saved {run}/checkpoints/last.ckpt; go on with resume={run}" in stopped.err
+    assert f"stopped by {name} at step 2: saved {run}/checkpoints/last.ckpt; continue with resume={run}" in stopped.err
     assert queued == ([True] if name == "SIGUSR1" else [])
     assert signal.getsignal(signal.SIGTERM) == before
     assert read_result(Path("run"))["status"] == "interrupted"

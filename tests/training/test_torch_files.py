@@ -220,7 +220,11 @@ def test_state_that_a_module_cannot_take_back_is_named(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     AtomicCheckpointIO().save_checkpoint(CONTENT, tmp_path / "last.ckpt")
-    for device, said in (("cuda", "this machine has none"), ("cuda:3", "this machine has none"), ("gpu", "knows no")):
+    for device, said in (
+        ("cuda", "this machine has none"),
+        ("cuda:3", "this machine has none"),
+        ("gpu", "no such device"),
+    ):
         with pytest.raises(ValueError, match=rf"device={device}: .*{said}"):
             load_module(tmp_path / "last.ckpt", map_location=device)
     refuse_missing_device("cpu")

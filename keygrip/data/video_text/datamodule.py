@@ -222,8 +222,8 @@ class VideoTexts(ResumableData):
         if not isinstance(collator, MeasuringCollator):
             if exact:
                 raise ValueError(
-                    f"data.budget.exact_lengths=true: {type(collator).__name__} does not tell the tokens of a text "
-                    "(text_tokens, lengths_depend_on); give false, and a token is taken for every four characters"
+                    f"data.budget.exact_lengths=true: {type(collator).__name__} cannot count the tokens of a text "
+                    "(text_tokens, lengths_depend_on); with false, a token is assumed for every four characters"
                 )
             return {split: list(parts) for split, parts in opened.items()}
         lengths: dict[tuple[str, str], TextLengths] = {}

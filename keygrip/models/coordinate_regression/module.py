@@ -94,7 +94,7 @@ class CoordinateRegressionModule(System):
         self.camera = statistics.cameras[0] if statistics.cameras else None
         if len(statistics.cameras) > 1:
             log.warning(
-                "the data hold %d cameras, and this policy sees %s alone",
+                "the data hold %d cameras, and this policy uses only %s",
                 len(statistics.cameras),
                 statistics.cameras[0],
             )

@@ -87,12 +87,12 @@ class EncoderPretrainingCollator:
             found = cubes_of(sample)
             if not found:
                 raise ValueError(
-                    f"{sample.key} tells nothing about cubes in its frames: this pretraining needs tours "
+                    f"{sample.key} has no labels of the cubes in its frames: this pretraining needs tours "
                     "(data.sources.*), and all of their frames (data.max_frames)"
                 )
             for (frame, colour), cube in found.items():
                 if colour not in self.colours:
-                    raise ValueError(f"{sample.key} has a {colour} cube; collator.colours knows no {colour}")
+                    raise ValueError(f"{sample.key} has a {colour} cube; collator.colours does not list {colour}")
                 x, y = cube["pixel"]
                 first = stop - len(sample.frames)
                 cubes.append(

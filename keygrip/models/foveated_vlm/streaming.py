@@ -300,7 +300,7 @@ class VideoStream:
             )
         ]
         if self._seconds is not None:
-            said = f"it was told the seconds of {len(self._seconds)} frames, and all have been pushed"
+            said = f"it was given the times of {len(self._seconds)} frames, and all have been pushed"
             rooms.append((len(self._seconds) - self.frames, said))
         if network.frame_tokens is not None:
             numbers = len(network.frame_tokens)
@@ -344,7 +344,7 @@ class VideoStream:
         assert self._seconds is not None
         known = self._seconds[self.frames]
         if second is not None and second != known:
-            raise ValueError(f"a frame of second {second:g}; the stream was told that it is of second {known:g}")
+            raise ValueError(f"the frame has second={second:g}; `seconds` of the stream gives {known:g} for it")
         return known
 
     def stream(

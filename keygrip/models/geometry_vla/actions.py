@@ -175,7 +175,7 @@ class PoseActions(nn.Module):
 
     def _embodiment(self, embodiment: Tensor | None) -> Tensor:
         if embodiment is None:
-            raise ValueError(f"the model tells {', '.join(self.embodiments)} apart: say which robot a sample is of")
+            raise ValueError(f"the model distinguishes {', '.join(self.embodiments)}: name the robot of each sample")
         return embodiment
 
     def _of(self, name: str, embodiment: Tensor | None) -> Tensor:

@@ -129,13 +129,13 @@ class MapAnythingGeometry(GeometryEncoder):
         if self.calibration is None:
             if there != chosen:
                 log.warning(
-                    "geometry.calibration=auto: camera %s, in whose frame MapAnything is told poses, is not calibrated "
-                    "in all demonstrations, so that it is not told those of %s either: put one of them first in "
-                    "data.cameras",
+                    "geometry.calibration=auto: camera %s, in whose frame MapAnything receives poses, is not "
+                    "calibrated in all demonstrations, so the calibration of %s is not used either: put one of them "
+                    "first in data.cameras",
                     self.cameras[0],
                     ", ".join(there),
                 )
-            log.info("geometry.calibration=auto: MapAnything is told the calibration of %s", _named(decided))
+            log.info("geometry.calibration=auto: MapAnything receives the calibration of %s", _named(decided))
         elif self.calibration != decided:
             raise ValueError(
                 f"geometry.calibration=auto: the checkpoint was trained with the calibration of {_named(decided)}, and "
@@ -295,8 +295,8 @@ def _checked(
         raise ValueError("geometry.calibration=[] names no camera: set it to false.")
     if views[0] not in named:
         raise ValueError(
-            f"geometry.calibration=[{','.join(named)}] lacks the first view, {views[0]}, in whose frame MapAnything is "
-            "told the poses of all others: put a calibrated camera first in data.cameras, or set it to false."
+            f"geometry.calibration=[{','.join(named)}] lacks the first view, {views[0]}, in whose frame MapAnything "
+            "receives the poses of all others: put a calibrated camera first in data.cameras, or set it to false."
         )
     return named
 

@@ -57,7 +57,7 @@ def check_geometry(
         raise ValueError("model.network.geom_places=true is of compressed geometry tokens, and there are none.")
     if blank and not (to_vlm or to_head):
         raise ValueError(
-            "model.network.geom_blank=true is of what actions are told of geometry, and they are told none."
+            "model.network.geom_blank=true has no effect: neither the language model nor the head receives geometry."
         )
     if standardised and not (to_head and tokens):
         raise ValueError(

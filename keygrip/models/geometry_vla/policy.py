@@ -90,7 +90,7 @@ class GeometryVLAPolicy:
         if self.embodiment is not None:  # a missing one may be set later, by `replace`
             robot_number(self.module.embodiments, self.embodiment)
         if not self.module.views:
-            raise ValueError("The policy does not know its cameras: train it, or load a checkpoint of keygrip.train.")
+            raise ValueError("The policy has no cameras yet: train it, or load a checkpoint of keygrip.train.")
         self.module.eval()
         if self.vlm_precision != "float32":
             self.module.network.vlm.lower_precision(self.vlm_precision)

@@ -63,7 +63,7 @@ class PretrainedTextTower(nn.Module):
             whole = read_config(self.source)
             if whole.model_type not in CLIP + SIGLIP:
                 raise ValueError(
-                    f"{self.source} is a {whole.model_type} model: instruction.source wants CLIP or SigLIP"
+                    f"{self.source} is a {whole.model_type} model: instruction.source must be CLIP or SigLIP"
                 )
             config = getattr(whole, "text_config", whole)
             if config.hidden_size != self.width or config.max_position_embeddings < self.length:
@@ -137,8 +137,8 @@ def _refuse_other(tower: PretrainedTextTower, state_dict: dict[str, Tensor], pre
     stored = state_dict.get(f"{prefix}_digest")
     if stored is None:
         log.warning(
-            "the checkpoint is older than the hash of its text tower, so that nothing tells whether "
-            "instruction.source=%s is the one that was trained with; it is taken to be",
+            "the checkpoint was saved before text towers had a hash, so it is unknown whether instruction.source=%s "
+            "is the tower that it was trained with; it is assumed to be",
             tower.source,
         )
         state_dict[f"{prefix}_digest"] = tower.digest()

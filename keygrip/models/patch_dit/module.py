@@ -212,7 +212,7 @@ class PatchDiTModule(System):
             if self.few_steps is not None:
                 self.few_steps.take_teacher(self.network, source)
         elif self.init_from is None and (self.lora is not None or self.few_steps is not None):
-            raise ValueError("model.lora and model.few_steps want a trained network: name it with model.init_from=RUN")
+            raise ValueError("model.lora and model.few_steps need a trained network: name it with model.init_from=RUN")
 
     @property
     def adapter(self) -> Adapter | None:

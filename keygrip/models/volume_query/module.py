@@ -165,7 +165,7 @@ class VolumeQueryModule(System):
             log.warning("model.network.world_views=true has no effect with one camera: name several in data.cameras")
         if len(self.views) > 1 and not self.network.world_views:
             log.warning(
-                "the data hold %d cameras, and this policy sees %s alone (all of them: model.network.world_views=true)",
+                "the data hold %d cameras, and this policy uses only %s (all of them: model.network.world_views=true)",
                 len(self.views),
                 self.views[0],
             )

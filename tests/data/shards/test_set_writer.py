@@ -235,7 +235,7 @@ def test_a_place_without_locks_is_said(
 
     monkeypatch.setattr(artifacts.fcntl, "flock", refused)
     assert written(tmp_path).samples == 16
-    assert "cannot be locked (No locks available): see that no other process writes into it" in caplog.text
+    assert "cannot be locked (No locks available): make sure that no other process writes into it" in caplog.text
 
 
 @pytest.mark.usefixtures("two_without_locks")

@@ -617,7 +617,7 @@ def test_a_data_module_with_a_budget(tmp_path: Path) -> None:
     assert sum(len(batch) for batch in data.val_dataloader()) == 12
     assert data.fingerprint != module(tmp_path, batch_size=12).fingerprint
     assert module(tmp_path, budget=budget, batch_size=12, questions=1).fingerprint != data.fingerprint
-    with pytest.raises(ValueError, match=r"exact_lengths=true: CharacterCollator does not tell the tokens"):
+    with pytest.raises(ValueError, match=r"exact_lengths=true: CharacterCollator cannot count the tokens"):
         module(tmp_path, budget=Budget(16, 400), batch_size=12)
 
 

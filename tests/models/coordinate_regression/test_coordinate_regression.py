@@ -111,7 +111,7 @@ def test_a_second_camera_is_not_ignored_without_a_word(
     module.set_statistics(statistics)
     assert "cameras" not in caplog.text
     module.set_statistics(replace(statistics, cameras=("over", "front")))
-    assert "the data hold 2 cameras, and this policy sees over alone" in caplog.text
+    assert "the data hold 2 cameras, and this policy uses only over" in caplog.text
 
 
 @pytest.mark.parametrize("weights", [(-1.0, 0.5, 0.5), (1.0, 0.5, float("nan")), (0.0, 0.0, 0.0)])

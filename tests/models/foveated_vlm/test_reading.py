@@ -51,7 +51,7 @@ def test_cubes_follow_from_the_evidence_of_questions() -> None:
     assert batch.colour.tolist() == [0, 1]
     assert batch.digit.tolist() == [7, IGNORED]  # the second one's digit is hidden: nobody asked for it
     assert batch.pointed.tolist() == [1, 1]
-    with pytest.raises(ValueError, match="tells nothing about cubes"):
+    with pytest.raises(ValueError, match="has no labels of the cubes"):
         EncoderPretrainingCollator(COLOURS)([a_video(1, [answer("?", "yes", "caption")])])
     with pytest.raises(ValueError, match="has a green cube"):
         EncoderPretrainingCollator(COLOURS)([a_video(1, [asked("mark", 0, "green", (1, 1), "3")])])

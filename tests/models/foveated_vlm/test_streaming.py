@@ -222,13 +222,13 @@ def test_frames_are_of_the_seconds_that_the_stream_was_told(tmp_path: Path) -> N
         given.push(frame, second)
     assert torch.equal(told.session._row.state, given.session._row.state)
     assert told.room == 0
-    with pytest.raises(ValueError, match="is full: it was told the seconds of 3 frames, and all have been pushed"):
+    with pytest.raises(ValueError, match="is full: it was given the times of 3 frames, and all have been pushed"):
         told.push(frames[0])
     again = module.stream(QUESTION, seconds=seconds)
     assert again.room == 3
     again.push(frames[0], 0.0)
     assert again.room == 2
-    with pytest.raises(ValueError, match=r"a frame of second 1; the stream was told that it is of second 3"):
+    with pytest.raises(ValueError, match=r"the frame has second=1; `seconds` of the stream gives 3 for it"):
         again.push(frames[1], 1.0)
     for wrong in ((1.0, 0.0), (float("nan"),)):
         with pytest.raises(ValueError, match="are finite and do not fall back"):

@@ -257,7 +257,7 @@ def test_each_robot_is_normalised_by_its_own_statistics(tmp_path: Path) -> None:
     assert actions.position_range.tolist() == [[list(end) for end in RANGES[name]] for name in ("yam", "panda")]
     with pytest.raises(ValueError, match="no range of the positions of 'panda'"):
         PoseActions(["right"], embodiments=["yam", "panda"]).take(chunks, {"yam": RANGES["yam"]})
-    with pytest.raises(ValueError, match="say which robot"):
+    with pytest.raises(ValueError, match="name the robot"):
         actions.encode(replace(chunks, embodiment=None))
     with pytest.raises(ValueError, match="'panda', of which there is no training"):
         PoseActions(["right"], embodiments=["yam", "panda"]).take(
@@ -265,13 +265,13 @@ def test_each_robot_is_normalised_by_its_own_statistics(tmp_path: Path) -> None:
         )
     module = trained(tmp_path, "absolute", chunks, embodiments=["yam", "panda"])
     assert module.embodiments == ("yam", "panda")
-    with pytest.raises(ValueError, match="the model knows yam, panda: say which"):
+    with pytest.raises(ValueError, match="the model was trained for yam, panda: choose one"):
         _ = module.policy().workspace
     assert (
         GeometryVLAPolicy(module, embodiment="panda").workspace[0, 0]
         > GeometryVLAPolicy(module, embodiment="yam").workspace[0, 0]
     )
-    with pytest.raises(ValueError, match="the model knows yam, panda"):
+    with pytest.raises(ValueError, match="the model was trained for yam, panda"):
         GeometryVLAPolicy(module, embodiment="robot")
 
 
@@ -284,8 +284,8 @@ def test_which_robot_it_drives_is_asked_before_an_episode(tmp_path: Path, monkey
         lambda: loop.run(tmp_path),  # and is no failed episode
         lambda: policy_of(module, "run", {"seed": 1}),
     ):
-        with pytest.raises(ValueError, match=r"the model knows yam, panda: say which .*policy.embodiment=NAME"):
+        with pytest.raises(ValueError, match=r"was trained for yam, panda: choose one .*policy.embodiment=NAME"):
             use()
     assert policy_of(module, "run", {"embodiment": "panda"}).embodiment == "panda"
-    with pytest.raises(ValueError, match="the model knows yam, panda"):
+    with pytest.raises(ValueError, match="the model was trained for yam, panda"):
         policy_of(module, "run", {"embodiment": "ur5"})

@@ -115,7 +115,7 @@ def test_a_checkpoint_older_than_the_hash_is_loaded_and_saved_with_it(
     model = nn.Sequential(nn.Linear(2, 2), PretrainedTextTower(str(folder), width=16, length=8))
     older = {name: value for name, value in model.state_dict().items() if not name.endswith("_digest")}
     model.load_state_dict(older, strict=True)
-    assert f"instruction.source={folder} is the one that was trained with" in caplog.text
+    assert f"instruction.source={folder} is the tower that it was trained with" in caplog.text
     assert set(older) == {"0.weight", "0.bias"}  # the caller's is left as it was
     saved = model.state_dict()["1._digest"]
     assert torch.equal(saved, model[1].digest())
@@ -134,5 +134,5 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path_factory: pytest.Tem
         PretrainedTextTower(str(tmp_path_factory.mktemp("none") / "absent"), width=16).tokens(["open"])
     other = tmp_path_factory.mktemp("t5")
     transformers.T5Config().save_pretrained(other)
-    with pytest.raises(ValueError, match="wants CLIP or SigLIP"):
+    with pytest.raises(ValueError, match="must be CLIP or SigLIP"):
         PretrainedTextTower(str(other), width=16).tokens(["open"])

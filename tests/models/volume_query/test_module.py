@@ -489,7 +489,7 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
     plain, world = build(("right",)), build(("right",), network={"world_views": True, "step_features": False})
     known = statistics(("right",), tmp_path, cameras=("over", "front"))
     plain.set_statistics(known)
-    assert "sees over alone" in caplog.text
+    assert "uses only over" in caplog.text
     world.set_statistics(known)
     for name, value in plain.network.state_dict().items():
         assert torch.equal(value, world.network.state_dict()[name])

@@ -158,7 +158,7 @@ def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> 
             "grazing_rays",
             "error" if grazing > 0.5 else "warning",
             f"{grazing:.0%} of the viewing rays to the gripper are within 6 degrees of the horizontal",
-            "A pixel and a height do not tell where such a point is: put the camera higher and look down more steeply",
+            "A pixel and a height do not determine such a point: put the camera higher and look down more steeply",
             cause="a camera that stands too low",
             camera=camera,
             arm=arm,

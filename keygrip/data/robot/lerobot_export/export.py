@@ -111,8 +111,8 @@ def export_lerobot(
         logger.warning("%d of %d demos are broken and left out: %s", len(broken), len(references), listed)
     if gaps:
         logger.warning(
-            "time stamps jump in %d demos (%s): frames were dropped there, LeRobot counts time by frames and sees no "
-            "gap (time_s holds the recorded times)",
+            "time stamps jump in %d demos (%s): frames were dropped there. LeRobot derives time from the frame "
+            "index, without the gaps (time_s holds the recorded times)",
             len(gaps),
             first_of(gaps),
         )
