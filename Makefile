@@ -1,19 +1,19 @@
-# `make help` lists the targets. PYTHON3 is the interpreter that the virtual environment is made with (3.11 or 3.12).
+# `make help` lists the targets. PYTHON3 is the interpreter for the virtual environment (3.11 or 3.12).
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTHON3 ?= $(shell for p in python3.11 python3.12 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' && echo $$p && break; done)
-# Processes of the test run; each computes on one thread. They and those that they start keep what they have compiled.
+# Number of test processes; each uses one thread. They and their child processes write Python's compiled files.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest
-# Tests with other packages run in environments of their own: make lerobot, openpi, metaworld-test.
+# Tests with other packages run in separate environments: make lerobot, openpi, metaworld-test.
 HERE := not lerobot and not openpi and not metaworld and not lmms and not opencv and not mapanything
 
 .DEFAULT_GOAL := help
 METAWORLD := .venv-metaworld
-# Demonstrations of each task, training steps and episodes of `make metaworld`; its data and its run, which goes on where
-# it was interrupted.
+# Demonstrations per task, training steps and episodes of `make metaworld`; the folders of its data and of its run, which
+# resumes after an interruption.
 DEMOS ?= 20
 STEPS ?= 1500
 EPISODES ?= 20
@@ -25,7 +25,7 @@ METAWORLD_RUN ?= runs/metaworld-mt10-$(DEMOS)-$(STEPS)
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-install: $(STAMP) gl ## virtual environment in .venv with everything, and a GL library where that may be installed
+install: $(STAMP) gl ## virtual environment in .venv with all packages, and a GL library if it may be installed
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON3)" || { echo "keygrip needs Python 3.11 or 3.12: install it, or say make PYTHON3=/path/to/python3.11" >&2; exit 1; }
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt torch torchvision -e '.[dev,vlm]'
 	@touch $(STAMP)
 
-# The simulator draws through EGL or OSMesa on Linux.
+# On Linux the simulator renders with EGL or OSMesa.
 gl:
 	@if [ "$$(uname)" = Linux ] && ! { ldconfig -p 2>/dev/null || /sbin/ldconfig -p; } | grep -qE 'libEGL\.so|libOSMesa\.so'; then \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -52,30 +52,30 @@ demo: install ## record simulated demonstrations, train on them, evaluate in clo
 test: install ## all quick tests
 	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not gpu and $(HERE)"
 
-test-all: install ## slow ones and those that need a GPU too
+test-all: install ## all tests, including slow tests and tests that need a GPU
 	$(PYTEST) -n $(WORKERS) --dist worksteal -m "$(HERE)"
 
-# In an environment of its own: the client wants numpy below 2.
+# In a separate environment, because the client requires numpy below 2.
 openpi: install ## the policy server against the real openpi-client, installed in .venv-openpi
 	test -x .venv-openpi/bin/python || $(PYTHON3) -m venv .venv-openpi
-	.venv-openpi/bin/python -m pip install --disable-pip-version-check -q 'openpi-client==0.1.2' typing_extensions  # which it imports and does not name
+	.venv-openpi/bin/python -m pip install --disable-pip-version-check -q 'openpi-client==0.1.2' typing_extensions  # imported by openpi-client but not among its dependencies
 	OPENPI_PYTHON=.venv-openpi/bin/python $(PYTEST) -m openpi tests/runtime/test_openpi.py
 
-# In an environment of its own: lmms-eval pins packages of ours to other versions.
+# In a separate environment, because lmms-eval pins some of our packages to other versions.
 lmms: ## the adapter against the real lmms-eval, installed in .venv-lmms
 	test -x .venv-lmms/bin/python || $(PYTHON3) -m venv .venv-lmms
 	.venv-lmms/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints-lmms.txt \
 		'lmms-eval==0.7.3' -e '.[lmms]' pytest
 	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest -m lmms tests/evaluation/test_lmms.py
 
-# In an environment of its own: OpenCV is needed by `prepare step=charuco` alone.
+# In a separate environment, because only `prepare step=charuco` needs OpenCV.
 charuco: install ## the calibration with a ChArUco board, with OpenCV installed in .venv-opencv
 	test -x .venv-opencv/bin/python || $(PYTHON) -m venv --system-site-packages .venv-opencv
 	.venv-opencv/bin/python -m pip install --disable-pip-version-check -q --no-deps --target .venv-opencv/only opencv-python-headless
 	PYTHONPATH=.venv-opencv/only $(PYTEST) -m opencv tests/data/robot/test_charuco.py
 
-# In an environment of its own: beside our packages what its model imports. Its DINOv2 comes from torch.hub, code alone.
-# Offline: MAPANYTHING=FOLDER with its source, and TORCH_HOME.
+# In a separate environment with our packages and the packages that its model imports. The code of its DINOv2, without
+# weights, comes from torch.hub. Offline: MAPANYTHING=FOLDER with its source, and TORCH_HOME.
 MAPANYTHING ?= mapanything @ git+https://github.com/facebookresearch/map-anything.git@f7ebafb4d8349776705aaa686cf928988d1bd7f4
 mapanything: install ## our geometry tokens against the real MapAnything, installed in .venv-mapanything
 	test -x .venv-mapanything/bin/python || $(PYTHON) -m venv --system-site-packages .venv-mapanything
@@ -83,7 +83,7 @@ mapanything: install ## our geometry tokens against the real MapAnything, instal
 		'$(MAPANYTHING)' uniception==0.1.7 einops jaxtyping wadler-lindig opencv-python-headless
 	PYTHONPATH=.venv-mapanything/only $(PYTEST) -m mapanything tests/models/geometry_vla/test_real_mapanything.py
 
-# Resolved by uv, since pip has no such choice.
+# Resolved by uv, because pip has no option for the oldest versions.
 OLDEST := .venv-oldest
 oldest: gl ## the quick tests with the oldest packages that pyproject.toml allows, in .venv-oldest
 	test -x $(OLDEST)/bin/python || $(PYTHON3) -m venv $(OLDEST)
@@ -103,7 +103,7 @@ bench: install ## measure: make bench, or make bench CASE=volume_loss
 notebooks: install ## run the notebooks
 	$(PYTEST) tests/test_notebooks.py
 
-metaworld-install: install $(METAWORLD)/.installed ## Meta-World in an environment of its own, .venv-metaworld
+metaworld-install: install $(METAWORLD)/.installed ## Meta-World in a separate environment, .venv-metaworld
 
 $(METAWORLD)/.installed: constraints-metaworld.txt pyproject.toml
 	@test -x $(METAWORLD)/bin/python || $(PYTHON) -m venv $(METAWORLD)
@@ -124,7 +124,7 @@ doctor: install ## check a folder of robot demonstrations before training: make 
 	@test -n "$(DATA)" || { echo "say which folder: make doctor DATA=path/to/folder" >&2; exit 1; }
 	$(PYTHON) -m keygrip.prepare step=doctor root="$(DATA)"
 
-# LeRobot 0.4.4 needs an older torch than ours: an environment of its own, on Python 3.11.
+# LeRobot 0.4.4 needs an older torch than keygrip, so it has a separate environment, with Python 3.11.
 LEROBOT := .venv-lerobot
 PYTHON311 ?= $(shell command -v python3.11)
 

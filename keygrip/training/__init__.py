@@ -1,1 +1,1 @@
-"""What every training run shares: optimiser recipes, EMA weights, checkpoints, strategies, progress, sweeps."""
+"""Shared parts of all training runs: optimiser recipes, EMA weights, checkpoints, strategies, progress, sweeps."""

@@ -1,4 +1,4 @@
-"""Optimiser steps over several batches (`accumulate_grad_batches`): which batch ends one, and gradients as of one."""
+"""Optimiser steps over several batches (`accumulate_grad_batches`): the end of a step, and exact mean gradients."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from keygrip.training.distributed import global_sum
 
 
 def completes_step(trainer: Trainer) -> bool:
-    """Whether the training batch that runs or just ended completes an optimiser step."""
+    """Return whether the training batch that is running or has just ended completes an optimiser step."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 class WindowMean:
     """The mean over the terms of all batches whose gradients are accumulated for a step.
 
-    Lightning divides each batch's own mean by `accumulate_grad_batches`: a token in a batch of few would count for more
-    than one in a batch of many, and the step at the end of an epoch, to which fewer batches are left, would be a
-    fraction of one. Each mean is weighted by its batch's terms, relative to the first batch of the window, or by one,
-    and the gradients are divided by the sum of the weights before the step.
+    Lightning divides each batch's own mean by `accumulate_grad_batches`. A token in a batch with few tokens would then
+    have a higher weight than a token in a batch with many, and the last step of an epoch, with fewer batches, would be
+    too small. Here each mean is weighted by the number of terms in its batch, relative to the first batch of the
+    window, or by one, and the gradients are divided by the sum of the weights before the step.
     """
 
     def __init__(self) -> None:
         self.first: Tensor | None = None
         self.weights = 0.0
-        self._weight: float | None = None  # of the batch at hand
+        self._weight: float | None = None  # of the current batch
 
     def weighted(self, mean: Tensor, count: Tensor) -> Tensor:
-        """What a training step returns in place of its batch's mean over `count` terms (in this process)."""
+        """Return the value that a training step must return instead of its batch's mean over `count` local terms."""
         everywhere = global_sum(count.float()).clamp(min=1.0)
         self.first = everywhere if self.first is None else self.first
         weight = everywhere / self.first
@@ -38,15 +38,15 @@ class WindowMean:
         return mean * weight
 
     def add_batch(self) -> None:
-        """Called after each backward pass."""
+        """Register a batch; call this after each backward pass."""
         self.weights += 1.0 if self._weight is None else self._weight
         self._weight = None
 
     def finish(self, parameters: Iterable[nn.Parameter], accumulated: int) -> None:
-        """Makes the gradients those of the mean over all terms; before they are measured and clipped.
+        """Rescale the gradients to those of the mean over all terms, before they are measured and clipped.
 
         Args:
-            accumulated: by how many batches Lightning has divided, at the end of an epoch too, where fewer are left.
+            accumulated: number by which Lightning has divided, also at the end of an epoch with fewer batches.
         """
         if self.weights != accumulated:
             for parameter in parameters:

@@ -1,6 +1,6 @@
-"""How much a stored configuration may build: a few bytes of it may ask for a million layers or a table of gigabytes.
+"""Limit what a stored configuration may build: a few bytes could request a million layers or a table of gigabytes.
 
-What a model holds lies in the file too, so that the tensors there say how large those may be that it builds.
+The weights of a model are also in the file, so the stored tensors limit the size of those that the model may build.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-EXTERNAL_PARAMETERS = 20_000  # tensors of parts that no checkpoint holds, such as a large text encoder
-EXTERNAL_NUMBERS = 2**31  # of a tensor of such a part
-OWN_NUMBERS = 2**24  # of a tensor that no file needs to hold: a table of rotary angles, a mask
-TIMES = 4  # a tensor may be so much larger than any stored one while parts are put together, and all of them together
+EXTERNAL_PARAMETERS = 20_000  # number of tensors of parts that no checkpoint contains, such as a large text encoder
+EXTERNAL_NUMBERS = 2**31  # values per tensor of such a part
+OWN_NUMBERS = 2**24  # values per tensor that is not stored: a table of rotary angles, a mask
+TIMES = 4  # factor by which one tensor, and all together, may exceed the stored ones while parts are assembled
 
 
 @contextlib.contextmanager
 def at_most_stored(config: Any, stored: Mapping[str, Any], external: bool) -> Iterator[None]:
-    """Ends the building of a module that gets many more or much larger tensors than its file holds, before memory is
-    taken for them.
+    """Stop the building of a module that creates many more or much larger tensors than its file contains, before memory
+    is allocated for them.
 
     Args:
-        config: the stored configuration, which names the setting. stored: tensors by name. external: parts are built
-            that the file does not hold.
+        config: the stored configuration, to name the setting. stored: tensors by name. external: whether parts are
+            built that the file does not contain.
 
     Raises:
-        ValueError: it got more.
+        ValueError: the module exceeds the limits.
     """
     sizes = [value.numel() for value in stored.values() if isinstance(value, Tensor)]
     largest = max(sizes, default=0)
@@ -66,7 +66,7 @@ def at_most_stored(config: Any, stored: Mapping[str, Any], external: bool) -> It
 
 
 def settings_of_other_sizes(config: Any, stored: Mapping[str, Any], built: Mapping[str, Tensor]) -> str:
-    """The settings of the first tensor whose stored shape is not the one that the configuration builds."""
+    """Return the settings of the first tensor whose stored shape differs from the one that the configuration builds."""
     for name, value in built.items():
         there = stored.get(name)
         if isinstance(there, Tensor) and there.shape != value.shape:
@@ -75,7 +75,7 @@ def settings_of_other_sizes(config: Any, stored: Mapping[str, Any], built: Mappi
 
 
 def settings_of(config: Any, sizes: tuple[int, ...]) -> str:
-    """The settings of a model's configuration that are one of these sizes, the largest first: "model.width=64"."""
+    """Return the settings of a model's configuration with one of these values, largest first: "model.width=64"."""
     found: list[tuple[int, str]] = []
     waiting: list[tuple[str, Any]] = [("model", config)]
     while waiting:
@@ -88,7 +88,7 @@ def settings_of(config: Any, sizes: tuple[int, ...]) -> str:
 
 
 class _Checked(TorchFunctionMode):
-    """Gives the shape of every tensor that PyTorch is about to make to `check`."""
+    """Call `check` with the shape of every tensor before PyTorch creates it."""
 
     def __init__(self, check: Callable[[tuple[int, ...]], None]) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class _Checked(TorchFunctionMode):
 
 
 def _without_memory(func: Any, args: Any, kwargs: Any) -> Any:
-    """What a function makes, on the meta device; None where it makes nothing there, or where values decide what."""
+    """Return a function's result on the meta device; None if it has none there, or if it depends on values."""
     given: list[Tensor] = []
 
     def there(value: Any) -> Any:
@@ -122,5 +122,5 @@ def _without_memory(func: Any, args: Any, kwargs: Any) -> Any:
         if where is not None or not given:
             placed[1]["device"] = "meta"
         return func(*placed[0], **placed[1])
-    except Exception:  # of many kinds, each function its own
+    except Exception:  # functions raise many kinds of errors
         return None

@@ -1,4 +1,4 @@
-"""Checks that model and data fit together, and a run's numbers, before anything is built."""
+"""Check that model and data fit together, and check a run's numeric settings, before anything is built."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from keygrip.config import config_folder
 
 log = logging.getLogger(__name__)
 
-LARGEST_SEED = 1 << 32  # numpy's own generator takes no more
+LARGEST_SEED = 1 << 32  # numpy's generator accepts smaller seeds only
 
 
 def refuse_unfit(cfg: DictConfig) -> None:
-    """Refuses data that the model cannot learn from, and two sources of the encoder's weights: the stage that makes one
-    of them would be trained first, for hours.
+    """Reject data that the model cannot be trained on, and two sources of the encoder's weights, before a pretraining
+    stage for one of them is trained for hours.
 
     Args:
         cfg: composed from ``conf/train.yaml``, unresolved.
 
     Raises:
-        ValueError: names the data sets that would fit, or the settings of the weights.
+        ValueError: the message names suitable data sets, or the settings of the weights.
     """
     wanted, given = batch_type(cfg.model), batch_type(cfg.data)
     if wanted is not None and given is not None and not issubclass(given, wanted):
@@ -46,14 +46,14 @@ def refuse_unfit(cfg: DictConfig) -> None:
 
 
 def refuse_uneven_batch(data: Mapping[str, Any], processes: int) -> None:
-    """Refuses a batch that the processes of a run cannot share equally, before data are read or recorded.
+    """Reject a batch size that cannot be divided equally over the processes, before data are read or recorded.
 
     Args:
-        data: its node. Data modules without `ranks` divide batches as they like, and those of a `budget` differ in
-            size anyway.
+        data: config node. Data modules without `ranks` divide batches in their own way, and batches of a `budget` have
+            different sizes anyway.
 
     Raises:
-        ValueError: names the nearest batch that would do.
+        ValueError: the message contains the nearest possible batch size.
     """
     size, target = data.get("batch_size"), data.get("_target_")
     if size is None or data.get("budget") is not None or not hasattr(get_class(str(target)), "ranks"):
@@ -66,10 +66,10 @@ def refuse_uneven_batch(data: Mapping[str, Any], processes: int) -> None:
 
 
 def refuse_odd_numbers(cfg: DictConfig) -> None:
-    """Refuses numbers at the root of ``conf/train.yaml`` with which nothing would be trained, or for ever.
+    """Reject numbers at the root of ``conf/train.yaml`` with which nothing would be trained, or without end.
 
     Raises:
-        ValueError: names the setting and what it may be.
+        ValueError: the message names the setting and its possible values.
     """
     for name in ("max_steps", "max_epochs"):
         if cfg[name] != -1 and cfg[name] < 1:
@@ -86,13 +86,13 @@ def refuse_odd_numbers(cfg: DictConfig) -> None:
 
 
 def refuse_divided(optimizer: Mapping[str, Any] | None, kind: str) -> None:
-    """Refuses an optimiser that needs whole parameters where the strategy divides them over processes.
+    """Reject an optimiser that needs complete parameters if the strategy shards them over processes.
 
     Args:
-        optimizer: node of the recipe. kind: of the strategy.
+        optimizer: node of the recipe. kind: kind of the strategy.
 
     Raises:
-        ValueError: says what to use.
+        ValueError: the message states what to use instead.
     """
     target = (optimizer or {}).get("_target_")
     reason = getattr(get_object(target), "not_divided", None) if target and kind == "fsdp" else None
@@ -101,7 +101,7 @@ def refuse_divided(optimizer: Mapping[str, Any] | None, kind: str) -> None:
 
 
 def no_validation(cfg: DictConfig) -> str:
-    """Why a run with these settings never validates, in words; empty where they do not say so."""
+    """Return why a run with these settings never validates, in words; empty if this does not follow from them."""
     if cfg.limit_val_batches == 0:
         return "limit_val_batches=0"
     if cfg.val_every_n_steps and 0 < cfg.max_steps < cfg.val_every_n_steps:
@@ -110,10 +110,10 @@ def no_validation(cfg: DictConfig) -> str:
 
 
 def say_no_validation(reason: str, monitor: str | None) -> None:
-    """Logs why a run never validates, and what it will therefore lack.
+    """Log why a run never validates, and what it will therefore lack.
 
     Args:
-        monitor: metric of the best checkpoint; None: none is wanted.
+        monitor: metric of the best checkpoint; None: no best checkpoint is requested.
     """
     log.info("no validation: %s", reason)
     if monitor:
@@ -121,13 +121,13 @@ def say_no_validation(reason: str, monitor: str | None) -> None:
 
 
 def refuse_missing_weights(settings: Mapping[str, Any]) -> None:
-    """Refuses runs, checkpoints and files to start from that are not there, before other weights are fetched.
+    """Reject missing runs, checkpoints and files of initial weights, before other weights are downloaded.
 
     Args:
-        settings: plain; pretraining stages, which are no text yet, see to themselves.
+        settings: plain data; pretraining stages, which are not paths yet, are checked elsewhere.
 
     Raises:
-        FileNotFoundError: names the setting.
+        FileNotFoundError: the message names the setting.
     """
     for group in ("model", "backbone"):
         start = (settings.get(group) or {}).get("init_from")
@@ -139,15 +139,15 @@ def refuse_missing_weights(settings: Mapping[str, Any]) -> None:
 
 
 def batch_type(node: Mapping[str, Any] | None) -> type | None:
-    """The type of batch that a model learns from or a data module gives, from the `batch_type` of its class: a type, or
-    a function from the settings to one. None where the class does not say."""
+    """Return the batch type of a model or a data module, from the `batch_type` of its class: a type, or a function from
+    the settings to a type. None if the class has none."""
     target = node.get("_target_") if node is not None else None
     kind = getattr(get_class(target), "batch_type", None) if target else None
     return kind if kind is None or isinstance(kind, type) else kind(node)
 
 
 def data_sets_of(wanted: type) -> list[str]:
-    """Names in the group ``data`` that give batches of a type."""
+    """Return the names in the group ``data`` whose batches have a type."""
     names = []
     for path in sorted((config_folder() / "data").glob("*.yaml")):
         given = batch_type(_read(path))
@@ -157,7 +157,7 @@ def data_sets_of(wanted: type) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The top level of a config, and of the configs of its group that it starts from."""
+    """Read the top level of a config and of its base configs in the same group."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     merged: dict[str, Any] = {}
     for base in content.pop("defaults", []):

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 Backend = Literal["inductor", "aot_eager"]
 Mode = Literal["default", "max-autotune-no-cudagraphs"]
-# Graphs that may be kept of one function: blocks of several kinds share torch's own call of a module.
+# Maximum number of graphs per function: blocks of several kinds share torch's function for calling a module.
 KEPT_GRAPHS = 64
 
 
@@ -30,9 +30,9 @@ class Compilation:
 
     Args:
         backend: `inductor`, or `aot_eager` (the same graphs without a compiler, for tests).
-        mode: torch's. Those with CUDA graphs are left out: they want one shape and memory that stays in place, which
-            batches of several lengths and blocks that share a graph do not give.
-        dynamic: whether sizes are variable in a graph; None: torch sees to it.
+        mode: torch's mode. Modes with CUDA graphs are not supported: they need a fixed shape and fixed memory, which
+            batches of several lengths and blocks that share a graph do not have.
+        dynamic: whether sizes are variable in a graph; None: torch decides.
 
     Raises:
         ValueError: an unknown backend or mode.
@@ -55,20 +55,20 @@ class Compilation:
             )
 
     def check(self, on_gpu: bool) -> None:
-        """Raises ValueError: what the backend compiles with is missing on this machine."""
+        """Raise ValueError if the compiler of the backend is missing on this machine."""
         if self.backend == "inductor" and (missing := missing_compiler(on_gpu)):
             raise ValueError(f"compile needs {missing}; or train without, compile=null")
 
     def apply(self, module: LightningModule) -> int:
-        """Compiles the blocks that a module names in `compiled_parts()` or `sharded_parts()`, in place; returns how
-        many. Encoders whose blocks are taken apart (`compile_functions`) have those functions compiled.
+        """Compile, in place, the blocks that a module lists in `compiled_parts()` or `sharded_parts()`; return their
+        number. For encoders whose blocks are not called as modules (`compile_functions`), their functions are compiled.
 
-        Names in the state stay as they are. Nothing is computed yet: torch compiles in the first step. Blocks that are
-        trained run compiled where gradients are recorded; validation, sampling and images run them as they are
-        written, since caches and lengths that change with every call would be compiled again and again.
+        Names in the state do not change. Nothing is computed yet: torch compiles in the first step. Trained blocks run
+        compiled only when gradients are recorded. In validation, sampling and images they run uncompiled, because
+        caches and lengths that change with every call would cause repeated compilation.
 
         Raises:
-            ValueError: the module names no blocks.
+            ValueError: the module lists no blocks.
         """
         parts: list[nn.Module] = getattr(module, "compiled_parts", getattr(module, "sharded_parts", list))()
         if not parts:
@@ -102,7 +102,7 @@ def _while_training(plain: Callable[..., Any], compiled: Callable[..., Any], *ar
 
 
 def missing_compiler(on_gpu: bool) -> str:
-    """What inductor lacks on this machine, in words; empty where it has everything."""
+    """Describe what inductor lacks on this machine; empty if nothing is missing."""
     if on_gpu:
         from torch.utils._triton import has_triton
 

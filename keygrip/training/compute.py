@@ -1,4 +1,4 @@
-"""Floating-point operations of training steps, counted every few steps."""
+"""Count the floating-point operations of training steps, every few steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ FIRST = 1  # first batch whose FLOPs are counted; batch 0 also logs images and f
 
 
 def attention_operations(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of fused attention, from shapes [B, heads, tokens, width]; keys and values may have fewer heads."""
+    """Return the operations of fused attention for shapes [B, heads, tokens, width]; keys and values may have fewer
+    heads."""
     batch, heads, asking, width = query
     return 2 * batch * heads * asking * key[-2] * (width + value[-1])
 
@@ -31,27 +32,27 @@ def attention_operations(query: Sequence[int], key: Sequence[int], value: Sequen
 def attention_backward_operations(
     gradient: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    """Of its backward pass, in which the scores are computed again."""
+    """Return the operations of the backward pass of fused attention, in which the scores are computed again."""
     batch, heads, asking, width = query
     return 2 * batch * heads * asking * key[-2] * (3 * width + 2 * value[-1])
 
 
 def product_operations(*shapes: Any, **_: Any) -> int:
-    """Of a product [..., M, K] with [..., K, N], the first two arguments with two or three dimensions; the type of the
-    result may follow them."""
+    """Return the operations of a product [..., M, K] with [..., K, N], the first two arguments, which have two or three
+    dimensions; the dtype of the result may be a further argument."""
     first, second = [shape for shape in shapes if isinstance(shape, torch.Size)][:2]
     return 2 * math.prod(first) * second[-1]
 
 
 def added_product_operations(added: Sequence[int], *shapes: Any, **_: Any) -> int:
-    """Of a product that is added to something."""
+    """Return the operations of a product that is added to another tensor."""
     return product_operations(*shapes)
 
 
 _aten = torch.ops.aten
 _KERNELS = ("efficient_attention", "flash_attention", "flash_attention_for_cpu", "cudnn_attention")
-# Counts that torch 2.11 ends a step at: attention whose heads share keys and values, as SmolLM2's do, and products that
-# are told the type of their result, as Liger's are.
+# Own counts for operations at which torch 2.11's counter raises an error: attention whose heads share keys and values,
+# as in SmolLM2, and products with a given dtype of their result, as in Liger.
 OPERATIONS: dict[Any, Callable[..., int]] = {
     _aten.mm: product_operations,
     _aten.bmm: product_operations,
@@ -65,7 +66,7 @@ OPERATIONS: dict[Any, Callable[..., int]] = {
 
 
 class _NoModules:
-    """Stands in for torch's tracker of modules: all operations belong to the whole."""
+    """Replacement for torch's module tracker: all operations are counted for the whole model."""
 
     parents = ("Global",)
 
@@ -75,28 +76,29 @@ class _NoModules:
 
 
 class Compute(Callback):
-    """Logs ``compute/step_tflop``: 10^12 floating-point operations of an optimiser step, all processes together.
+    """Log ``compute/step_tflop``: 10^12 floating-point operations per optimiser step, all processes together.
 
-    Counted by torch from the shapes of one batch, forwards and backwards: products and attention, two operations for a
-    multiplication with its addition; attention as if nothing were masked. The counted batch is trained on as any other
-    and gives the same weights, but takes longer, and compiled blocks run as they are written. Kernels that torch does
-    not know (Triton's own) count nothing. Where parameters are sharded nothing is counted.
+    torch counts them from the shapes of one batch, in forward and backward pass: products and attention, two operations
+    per multiplication with its addition; attention is counted without masks. The counted batch is also trained on, with
+    the same resulting weights, but takes longer, and compiled blocks run uncompiled. Kernels that torch does not know
+    (Triton's own) are not counted. With sharded parameters nothing is counted.
 
     Args:
-        every_n_steps: batches between counts: batches differ in length, and what a step does may depend on its number.
+        every_n_steps: batches between counts; several counts are needed, because batches differ in length and the
+            operations of a step may depend on its number.
     """
 
     def __init__(self, every_n_steps: int = 500) -> None:
         if every_n_steps < 1:
             raise ValueError(f"callbacks.compute.every_n_steps={every_n_steps}: must be at least 1")
         self.every_n_steps = every_n_steps
-        self._counted, self._counts = 0.0, 0  # of all counts together, and how many; of resumed parts too
+        self._counted, self._counts = 0.0, 0  # sum and number of all counts, including those before a resume
         self._steps = 0
         self._counter: FlopCounterMode | None = None
 
     @property
     def summary(self) -> dict[str, float]:
-        """``tflop`` of the whole run, from the mean of what was counted; empty where nothing was."""
+        """``tflop`` of the whole run, from the mean of the counts; empty if there are none."""
         return {"tflop": self._steps * self._counted / self._counts} if self._counts else {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,8 +113,8 @@ class Compute(Callback):
             return
         torch.compiler.set_stance("force_eager")
         self._counter = FlopCounterMode(display=False, custom_mapping=OPERATIONS)
-        # Which module an operation belongs to is of no interest, and torch's way to know it, hooks on every module,
-        # fails on views of parameters that were made without gradient.
+        # The module of an operation is not needed, and torch's way to determine it, hooks on every module, fails on
+        # views of parameters that were created without gradient.
         self._counter.mod_tracker = _NoModules()  # type: ignore[assignment]
         self._counter.__enter__()
 
@@ -120,7 +122,7 @@ class Compute(Callback):
         counter = self._stop()
         if counter is None:
             return
-        flops = total_of(counter.get_total_flops(), pl_module.device)  # processes hold unequal parts of a batch
+        flops = total_of(counter.get_total_flops(), pl_module.device)  # processes have unequal parts of a batch
         found = flops * trainer.accumulate_grad_batches / TERA
         self._counted, self._counts = self._counted + found, self._counts + 1
         for logger in trainer.loggers:

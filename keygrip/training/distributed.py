@@ -1,4 +1,4 @@
-"""Sums and means over the global batch: several processes compute the gradient that one process would."""
+"""Sums and means over the global batch, so that several processes compute the same gradient as a single one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, distributed
 
 
 def world_size() -> int:
-    """Number of processes that train together."""
+    """Return the number of processes that train together."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def global_sum(value: Tensor) -> Tensor:
-    """The sum of ``value`` over all processes, without gradient."""
+    """Return the sum of ``value`` over all processes, without gradient."""
     value = value.detach().clone()
     if world_size() > 1:
         distributed.all_reduce(value)
@@ -23,25 +23,25 @@ def global_sum(value: Tensor) -> Tensor:
 
 
 def total_of(number: float, device: torch.device) -> float:
-    """The sum of a number over all processes, computed on their devices, for which it waits; every process must call
-    it."""
+    """Return the sum of a number over all processes. It is computed on their devices and waits for them; every process
+    must call this function."""
     if world_size() == 1:
         return number
     return float(global_sum(torch.tensor(number, dtype=torch.float64, device=device)))
 
 
 def global_mean(total: Tensor, count: Tensor | float) -> Tensor:
-    """``sum(total) / sum(count)`` over all processes, scaled so that DDP's averaging gives its exact gradient.
+    """Return ``sum(total) / sum(count)`` over all processes, scaled so that DDP's averaging gives its exact gradient.
 
-    A mean over the local batch weights samples wrongly where processes hold different numbers of valid ones. Here each
-    process returns ``total * processes / global_count``: the mean over processes of the values, and of the
-    gradients, is that of one process with the whole batch. Every process must call it the same number of times; no
-    valid element at all gives 0. Where no gradient is computed, as in validation, each returns the global mean itself:
-    whoever weights it by the samples of each process then gets it too.
+    A mean over the local batch weights samples wrongly if processes have different numbers of valid samples. Here each
+    process returns ``total * processes / global_count``: the mean over processes of the values, and of the gradients,
+    is that of one process with the whole batch. Every process must call this function the same number of times; without
+    any valid element the result is 0. If no gradient is computed, as in validation, each process returns the global
+    mean itself, so that a mean weighted by the samples of each process is also the global mean.
 
     Args:
-        total: [] or any shape, the local sum of losses; carries the gradient.
-        count: local number of terms in it (a mask's sum), no gradient.
+        total: [] or any shape, the local sum of losses, with gradient.
+        count: local number of terms in the sum (a mask's sum), without gradient.
     """
     counted = torch.as_tensor(
         count, dtype=torch.float64 if total.dtype == torch.float64 else torch.float32, device=total.device
@@ -53,7 +53,7 @@ def global_mean(total: Tensor, count: Tensor | float) -> Tensor:
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Refuses weights of losses with which nothing would be learned, or the wrong way.
+    """Reject weights of losses with which nothing would be learned, or a loss would be maximised.
 
     Args:
         weights: by setting, e.g. ``{"model.gripper_weight": 0.5}``.
@@ -69,10 +69,11 @@ def check_weights(weights: Mapping[str, float]) -> None:
 
 
 def weighted_means(losses: Mapping[str, Tensor], counted: Tensor, weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """Each loss's mean over the counted elements of the global batch, as `global_mean`, and their weighted ``total``.
+    """Return the mean of each loss over the counted elements of the global batch (`global_mean`), and their weighted
+    ``total``.
 
     Args:
-        losses: by name, each of the shape of ``counted``. counted: bool. weights: by the same names.
+        losses: by name, each with the shape of ``counted``. counted: bool. weights: by the same names.
     """
     count = counted.sum()
     means = {name: global_mean(loss.masked_fill(~counted, 0.0).sum(), count) for name, loss in losses.items()}

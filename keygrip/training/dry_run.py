@@ -1,4 +1,4 @@
-"""``dry_run=true``: one batch through the model, and the memory that a training step takes; no training."""
+"""``dry_run=true``: pass one batch through the model and report the memory of a training step, without training."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ log = logging.getLogger(__name__)
 
 
 def dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy: Strategy) -> dict[str, Any]:
-    """One process's batch through a module (`System.dry_run`), and the memory of a training step on it, or where the
-    data module knows it on the batch that takes most; no training.
+    """Pass one process's batch through a module (`System.dry_run`), and determine the memory of a training step on this
+    batch, or on the batch with the highest memory if the data module provides it; no training.
 
-    Memory is measured on a GPU where there is one, except where parameters are divided over processes: there it is
-    counted, since one device need not hold them all.
+    Memory is measured on a GPU if there is one. If parameters are sharded over processes, it is counted instead, since
+    a single device may be too small for all of them.
 
     Raises:
-        ValueError: a module or data without a dry run, several processes that each would do all of it, or a batch that
-            the GPU does not hold.
+        ValueError: a module or data without a dry run, several processes that would each do the whole dry run, or a
+            batch that does not fit on the GPU.
     """
     if not isinstance(module, System):
         raise ValueError(f"dry_run=true: a {type(module).__name__} has no dry run; train it with max_steps=1 instead")

@@ -19,12 +19,12 @@ class EMA(Callback):
     """Exponential moving average of the trainable parameters, in float32.
 
     ``ema += (1 - d) * (weights - ema)`` after every optimiser step, with ``d = min(decay, (1 + n) / (10 +
-    n))`` at the n-th, so that the random start is forgotten quickly. Validation runs with the EMA. The
-    checkpoint carries it beside the weights themselves (key ``ema``), so resuming is exact;
-    ``keygrip.training.checkpoints.load_module`` prefers it.
+    n))`` at the n-th, so that the influence of the random initial weights decreases quickly. Validation uses the EMA.
+    The checkpoint contains the EMA (key ``ema``) in addition to the weights, so resuming is exact;
+    ``keygrip.training.checkpoints.load_module`` loads the EMA by default.
 
     Args:
-        decay: in [0, 1); a memory of about ``1 / (1 - decay)`` steps.
+        decay: in [0, 1); averages over about ``1 / (1 - decay)`` steps.
         every_n_steps: update interval in optimiser steps.
     """
 
@@ -36,9 +36,9 @@ class EMA(Callback):
         self.decay = decay
         self.every_n_steps = every_n_steps
         self.updates = 0
-        self._ema: dict[str, Tensor] = {}  # this process's part, where the parameters are sharded
+        self._ema: dict[str, Tensor] = {}  # if the parameters are sharded, the shards of this process
         self._loaded: dict[str, Tensor] = {}
-        self._own: dict[str, Tensor] | None = None  # the weights themselves while the EMA is in their place
+        self._own: dict[str, Tensor] | None = None  # the original weights while the EMA replaces them
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,7 +69,7 @@ class EMA(Callback):
 
     @contextmanager
     def applied(self, module: LightningModule) -> Iterator[None]:
-        """A context in which the EMA is in the place of the module's weights."""
+        """Replace the module's weights by the EMA during the block."""
         self._put_in(module)
         try:
             yield
@@ -104,7 +104,7 @@ class EMA(Callback):
         self._loaded = {}
 
     def _gathered(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
-        """The whole EMA on the first process; the others take part in gathering it."""
+        """Return the complete EMA on the first process; the others take part in gathering it."""
         self._put_in(module)
         state = trainer.strategy.lightning_module_state_dict()
         self.take_out(module)
@@ -121,7 +121,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def take_out(self, module: LightningModule) -> None:
-        """Puts the weights themselves back where the EMA is in their place: after a validation, or in one that ends."""
+        """Restore the original weights if the EMA replaces them: after a validation, or when it is interrupted."""
         if self._own is None:
             return
         for name, parameter in _trainable(module).items():

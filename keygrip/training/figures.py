@@ -1,4 +1,4 @@
-"""Matplotlib figures of all systems: drawn without a display, and text in them as the font can show it."""
+"""Helpers for matplotlib figures: render without a display, and escape text that the font cannot show."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def figure_to_image(figure: Figure) -> np.ndarray:
 
 
 def printable(text: str) -> str:
-    r"""A text on one line: what cannot be printed stands as its escape (``\x1c``, ``\n``)."""
+    r"""Return a text on one line, with characters that cannot be printed as escapes (``\x1c``, ``\n``)."""
     return "".join(c if c.isprintable() else _escape(c) for c in text)
 
 
 def drawable(text: str) -> str:
-    """As `printable`, and what matplotlib's font lacks stands as its escape too.
+    """As `printable`, and also escape characters that matplotlib's font lacks.
 
-    A model at the beginning of its training says anything: control characters, halves of letters, other scripts.
-    Matplotlib draws an empty box for each, with a warning. Give the result with ``parse_math=False``: a dollar sign
-    would begin a formula.
+    A model at the beginning of its training may output any characters: control characters, partial characters, other
+    scripts. Matplotlib draws an empty box for each, with a warning. Use the result with ``parse_math=False``, because a
+    dollar sign would start a formula.
     """
     known = _characters()
     return "".join(c if ord(c) in known else _escape(c) for c in printable(text))
@@ -42,7 +42,7 @@ def _escape(character: str) -> str:
 
 @functools.cache
 def _characters() -> frozenset[int]:
-    """Code points that matplotlib's font has."""
+    """Return the code points of matplotlib's font."""
     from matplotlib import font_manager
 
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))

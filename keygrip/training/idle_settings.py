@@ -1,12 +1,12 @@
-"""Settings that a run does not read because of others: refused where the command line gives them.
+"""Reject settings on the command line that have no effect because of other settings.
 
-A class that is built from a configuration says which of its settings are read only where others have certain values::
+A class that is built from a configuration declares which of its settings are used only if others have certain values::
 
     class Network(nn.Module):
         read_where = {"coupling_rank": ReadWhere("coupling", "bilinear"), "look_size": ReadWhere("second_look")}
 
-Files of the configuration may hold such settings, ready for the day when the others change; who gives one on the
-command line expects an effect.
+Configuration files may contain such settings, for use when the others change. A user who gives one on the command line
+expects an effect.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ log = logging.getLogger(__name__)
 
 Path = tuple[str, ...]
 ATTRIBUTE = "read_where"
-# Sections of a run's configuration that are built; parts of the others are read by whoever takes them from there.
+# Sections of a run's configuration that are built; the other sections are used through interpolations.
 BUILT = ("model", "data", "callbacks")
 
 
 def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuses settings of the command line that nothing in the run reads, and ablations without effect. In a sweep,
-    whose jobs share them, those of groups that parts are taken from (backbone, geometry) are warned about.
+    """Reject settings of the command line that the run does not use, and ablations without effect. In a sweep, whose
+    jobs share overrides, unused settings of shared groups (backbone, geometry) only cause a warning.
 
     Args:
         cfg: composed and unresolved. overrides: as given, e.g. ``["model.network.look_size=32"]``.
 
     Raises:
-        SettingError: names the first of them, and where it would be read.
+        SettingError: the message names the first such setting, and the condition under which it is used.
     """
     references = _references(cfg)
     for override in overrides:
@@ -52,7 +52,7 @@ def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
         reason = _idle(cfg, tuple(key.split(".")), references)
         if reason is None:
             continue
-        if key.partition(".")[0] not in BUILT and _in_sweep():  # an encoder's, say, that some arms of a comparison lack
+        if key.partition(".")[0] not in BUILT and _in_sweep():  # e.g. of an encoder that some jobs lack
             log.warning("nothing in this job reads %r: %s", key, reason)
             continue
         raise SettingError(f"nothing in this run reads {key!r}: {reason}; leave it out")
@@ -61,8 +61,8 @@ def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def _refuse_idle_shift(cfg: DictConfig, overrides: Sequence[str], references: list[tuple[Path, Path]]) -> None:
-    """Refuses a shift of which the data are not recorded: the run would be tested under its name and trained on
-    others."""
+    """Reject a shift whose data settings are not used: the run would be reported under its name but trained on other
+    data."""
     for shift in overrides:
         group, _, name = shift.partition("=")
         settings = _option(f"shift/{name}.yaml") if group == "shift" else None
@@ -79,10 +79,10 @@ def _in_sweep() -> bool:
 
 
 def unread(options: Mapping[str, Any]) -> set[Path]:
-    """Paths of the settings of one part that nothing reads because of others beside them.
+    """Return the paths of settings of one part that have no effect because of its other settings.
 
     Args:
-        options: the part's resolved settings, with its ``_target_``; without one nothing is known to be unread.
+        options: the part's resolved settings, with its ``_target_``; without it the result is empty.
     """
     conditions = _conditions_of(options.get("_target_"))
     if not conditions:
@@ -92,13 +92,13 @@ def unread(options: Mapping[str, Any]) -> set[Path]:
 
 
 def refuse_idle_ablation(overrides: Sequence[str]) -> None:
-    """Refuses an ablation that leaves the run as it would be without it; one that is empty says so by itself.
+    """Reject an ablation that does not change the run; an intentionally empty ablation is accepted.
 
     Args:
-        overrides: of ``keygrip.train``, as given.
+        overrides: overrides of ``keygrip.train``, as given.
 
     Raises:
-        SettingError: all that the ablation sets is so already, or leaves out what is not there.
+        SettingError: the ablation only sets values that are already set, or removes settings that do not exist.
     """
     for ablation in overrides:
         group, _, name = ablation.partition("=")
@@ -107,7 +107,7 @@ def refuse_idle_ablation(overrides: Sequence[str]) -> None:
         with_it = _composed(overrides)
         try:
             without = _composed([each for each in overrides if each != ablation])
-        except ConfigCompositionException:  # another override sets what this one brings
+        except ConfigCompositionException:  # another override changes a setting that the ablation adds
             continue
         if with_it == without and not _replaced(overrides, ablation, with_it):
             raise SettingError(
@@ -117,7 +117,7 @@ def refuse_idle_ablation(overrides: Sequence[str]) -> None:
 
 
 def _replaced(overrides: Sequence[str], ablation: str, with_it: Any) -> bool:
-    """Whether the ablation does something by itself, in place of which other overrides set other values."""
+    """Return whether the ablation has an effect by itself which other overrides replace."""
     choices = [each for each in overrides if "." not in each.partition("=")[0]]
     alone = _composed(choices)
     return bool(alone != _composed([each for each in choices if each != ablation]) and alone != with_it)
@@ -128,7 +128,7 @@ def _sets_something(ablation: str) -> bool:
 
 
 def _option(path: str) -> Any:
-    """What an option of a group sets; None: it is one of somebody else's configuration."""
+    """Return the settings of an option of a group; None if the option is not one of keygrip's."""
     register_options()
     try:
         return ConfigStore.instance().load(path).node or {}
@@ -137,8 +137,8 @@ def _option(path: str) -> Any:
 
 
 def _composed(overrides: Sequence[str]) -> Any:
-    """The configuration of a run, by the Hydra that runs, which knows further folders, or by one of our own; without
-    nulls: that of a part which is not there, a source of other data, leaves nothing out."""
+    """Compose the configuration of a run, with the running Hydra, which may have further config folders, or with a new
+    one. Nulls are removed, because the null of a part that does not exist has no effect."""
     running = GlobalHydra.instance().is_initialized()
     cfg = hydra_compose("train", list(overrides)) if running else compose("train", overrides)
     return _without_nulls(OmegaConf.to_container(cfg, resolve=False))
@@ -151,19 +151,19 @@ def _without_nulls(node: Any) -> Any:
 
 
 def _references(cfg: DictConfig) -> list[tuple[Path, Path]]:
-    """All interpolations: the setting that holds one, and what it names."""
+    """Return all interpolations: the setting that contains one, and its target."""
     leaves = leaves_of(OmegaConf.to_container(cfg, resolve=False), ())
     return [(place, target) for place, value in leaves for target in references_in(place, value)]
 
 
 def _idle(cfg: DictConfig, path: Path, references: list[tuple[Path, Path]]) -> str | None:
-    """Why nothing reads a setting, at its own place and wherever references take it; None: something does."""
+    """Return why a setting is not used, at its own path and through interpolations; None if it is used."""
     reasons = []
     waiting, seen = [path], {path}
     while waiting:
         place = waiting.pop()
         reason = _condition_against(cfg, place)
-        taken = []  # the places that take it, or the part that it belongs to
+        taken = []  # paths whose interpolations refer to the setting or to a parent of it
         handed_on = False
         for holder, target in references:
             common = min(len(target), len(place))
@@ -181,8 +181,7 @@ def _idle(cfg: DictConfig, path: Path, references: list[tuple[Path, Path]]) -> s
 
 
 def _condition_against(cfg: DictConfig, path: Path) -> str | None:
-    """The first condition, its own or of what it is a part of, under which a setting would be read and that does not
-    hold."""
+    """Return the first unmet condition for the use of a setting: its own, or that of a part that contains it."""
     for depth in range(1, len(path)):
         node = OmegaConf.select(cfg, ".".join(path[:depth]))
         conditions = _conditions_of(node.get("_target_") if isinstance(node, DictConfig) else None)
@@ -195,7 +194,7 @@ def _condition_against(cfg: DictConfig, path: Path) -> str | None:
 
 
 def _unmet(conditions: Mapping[Path, ReadWhere], name: Path, options: Any) -> ReadWhere | None:
-    """The condition that keeps a setting from being read: its own, or that of the one that it depends on."""
+    """Return the unmet condition for the use of a setting: its own, or that of a setting on which it depends."""
     where = conditions[name]
     if not where.holds(options):
         return where
@@ -205,6 +204,6 @@ def _unmet(conditions: Mapping[Path, ReadWhere], name: Path, options: Any) -> Re
 
 
 def _conditions_of(target: str | None) -> dict[Path, ReadWhere]:
-    """What a class declares; "network.geometry.init_from" is a setting of a part of a part."""
+    """Return the conditions that a class declares; "network.geometry.init_from" is a setting of a nested part."""
     declared: Mapping[str, ReadWhere] = getattr(get_object(target), ATTRIBUTE, {}) if target else {}
     return {tuple(name.split(".")): where for name, where in declared.items()}

@@ -1,8 +1,8 @@
 """Checkpoint files with a hash at their end, and checks that weights fit a model.
 
-A checkpoint is a zip archive. Its SHA-256 stands in the archive's comment, the last bytes of the file, so that any
-changed byte is found: zip's own checksums cover neither names nor headers nor padding. The hash is of the file as it
-was before the comment was added.
+A checkpoint is a zip archive. Its SHA-256 is stored in the archive's comment, the last bytes of the file, so that any
+changed byte is detected: zip's own checksums cover neither names nor headers nor padding. The hash is that of the file
+before the comment was added.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ SHOWN = 3
 
 
 class ChangedFileError(ValueError):
-    """A checkpoint is not the file that was written."""
+    """A checkpoint differs from the file that was written."""
 
 
 def sign(file: Path) -> None:
-    """Adds the hash to a zip file that has no comment yet.
+    """Add the hash to a zip file that has no comment yet.
 
     Raises:
-        ValueError: it does not end like a zip file without comment.
+        ValueError: the file does not end like a zip file without comment.
     """
     with file.open("r+b") as handle:
         size = handle.seek(0, 2)
@@ -51,7 +51,7 @@ def sign(file: Path) -> None:
 
 
 def is_signed(file: Path) -> bool:
-    """Whether the file ends with a hash (right or wrong)."""
+    """Return whether the file ends with a hash (correct or not)."""
     with file.open("rb") as handle:
         size = handle.seek(0, 2)
         if size < END_BYTES + COMMENT_BYTES:
@@ -61,7 +61,7 @@ def is_signed(file: Path) -> bool:
 
 
 def verify(file: Path) -> None:
-    """Checks a signed file.
+    """Check a signed file.
 
     Raises:
         ChangedFileError: a byte differs from what was written.
@@ -77,8 +77,8 @@ def verify(file: Path) -> None:
 
 
 def refuse_damaged(file: Path) -> None:
-    """Checks a file of tensors by what it says of itself: a checkpoint by its hash, another file of torch.save by the
-    checksums of its zip archive, which torch.load does not look at. Older files of torch.save have none.
+    """Check a file of tensors: a checkpoint by its hash, another file of torch.save by the checksums of its zip
+    archive, which torch.load does not check. Older files of torch.save have no checksums.
 
     Raises:
         ChangedFileError: a byte differs from what was written.
@@ -90,7 +90,7 @@ def refuse_damaged(file: Path) -> None:
         return
     try:
         with zipfile.ZipFile(file) as archive:
-            # torch compresses nothing; what somebody else compressed may be of any size
+            # torch does not compress; a compressed entry from elsewhere may have any size
             plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
             broken = archive.testzip() if plain else None
     except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:  # encrypted ones are RuntimeErrors
@@ -100,7 +100,7 @@ def refuse_damaged(file: Path) -> None:
 
 
 def load_tensors(file: Path) -> Any:
-    """What torch.save wrote, tensors and plain values alone, on the CPU; checked by `refuse_damaged`.
+    """Read tensors and plain values that torch.save wrote, on the CPU; checked by `refuse_damaged`.
 
     Raises:
         ChangedFileError: a byte differs from what was written. OSError, TorchFileError: see `read_torch_file`.
@@ -110,13 +110,13 @@ def load_tensors(file: Path) -> Any:
 
 
 def refuse_unfit_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Refuses weights of another kind of number than the model's, and weights that are not finite.
+    """Reject weights of another kind of number than the model's, and weights that are not finite.
 
     Args:
-        state: to be loaded. expected: the model's own state dictionary. where: the file, for messages.
+        state: weights to be loaded. expected: the model's own state dictionary. where: the file, for messages.
 
     Raises:
-        ValueError: with the names of the first ones.
+        ValueError: the message lists the first such weights.
     """
     wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if wrong:
@@ -147,12 +147,12 @@ def _first(names: list[str]) -> str:
 
 
 def _digest(file: Path, size: int) -> str:
-    """SHA-256 of the first ``size`` bytes, with zeros in place of the last two (the comment's length)."""
+    """Return the SHA-256 of the first ``size`` bytes, with zeros for the last two (the comment's length)."""
     return sha256_of(itertools.chain(blocks_of(file, size - 2), [b"\0\0"]))
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors and their names, 16 digits; the type of their numbers does not count."""
+    """Return 16 digits of the SHA-256 of tensors and their names, independent of their dtype."""
     parts = (
         name.encode() + np.ascontiguousarray(value.detach().float().cpu().numpy()).tobytes()
         for name, value in sorted(tensors.items())

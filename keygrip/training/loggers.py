@@ -69,8 +69,8 @@ def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> 
 
 
 def _keep_table(logger: Any, resumed_step: int) -> None:
-    """Keep the rows that a run's CSVLogger wrote before the step at which the run resumes, because Lightning removes the
-    table of an earlier start. Later rows are logged again; rows cut off by a killed process are dropped."""
+    """Keep the rows that a run's CSVLogger wrote before the step at which the run resumes, because Lightning removes
+    the table of an earlier start. Later rows are logged again; rows cut off by a killed process are dropped."""
     file = Path(logger.log_dir) / "metrics.csv"
     aside = file.with_name("metrics.before_resume.csv")  # holds the rows while Lightning removes the table
     source = file if file.is_file() else aside

@@ -1,4 +1,4 @@
-"""Losses and accuracy of a sweep's jobs against what they cost: curves of what the runs logged, in one image."""
+"""Plot losses and accuracy of a sweep's jobs against their cost, from the logs of the runs, in one image."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ log = logging.getLogger(__name__)
 
 STEP_TFLOP = "compute/step_tflop"  # logged by keygrip.training.compute
 LOSSES = {"train/loss": "training loss", "val/loss": "validation loss"}
-ACCURACY = "val/accuracy"  # share of right answers, where a run has it
+ACCURACY = "val/accuracy"  # share of correct answers, if a run has it
 PANELS = LOSSES | {ACCURACY: "validation accuracy"}
 SMOOTHED = 0.2  # half width of the averaging window, as a share of the points so far
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 LEAST = 2  # points added to the half width
-SHOWN_NOISE = 6  # most jobs whose single losses are drawn beside the averages
+SHOWN_NOISE = 6  # up to this number of jobs, single losses are plotted in addition to the averages
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What one run logged, by name; arrays of equal length, in the order of the steps.
+    """Logged values of one run, by name; arrays of equal length, in the order of the steps.
 
     Attributes:
         steps: optimiser steps at which a value was logged. values: the values.
-        seconds: since the first figure of the run; None where the logger does not say.
+        seconds: seconds since the first value of the run; None if the logger does not store the time.
     """
 
     steps: Mapping[str, np.ndarray]
@@ -45,9 +45,9 @@ class Curves:
     seconds: Mapping[str, np.ndarray] | None
 
     def tflop(self, name: str) -> np.ndarray | None:
-        """Cumulative training compute at the points of a curve; None where none was counted.
+        """Return the cumulative training compute at the points of a curve; None if it was not counted.
 
-        Each count holds until the next one, the first one from the beginning.
+        Each count applies until the next one; the first one applies from the beginning.
         """
         if STEP_TFLOP not in self.values:
             return None
@@ -59,19 +59,20 @@ class Curves:
         return spent[place] + (steps - starts[place]) * cost[place]
 
     def minutes(self, name: str, wall_s: float | None) -> np.ndarray | None:
-        """Wall time at the points of a curve: the logger's, or the run's whole time in proportion to the steps."""
+        """Return the wall time at the points of a curve: that of the logger, or the run's total time times the share of
+        the steps."""
         if self.seconds is not None:
             return self.seconds[name] / 60
         last = max((float(self._done(other)[-1]) for other in self.steps if len(self.steps[other])), default=1.0)
         return None if wall_s is None else self._done(name) / last * wall_s / 60
 
     def _done(self, name: str) -> np.ndarray:
-        """Steps that lie behind each point: a training figure of step n is of the n + 1st, validation comes after n."""
+        """Return the steps done at each point: n + 1 for a training value of step n, n for a validation value."""
         return self.steps[name] + (0.0 if name.startswith("val/") else 1.0)
 
 
 def read_curves(folder: Path) -> Curves | None:
-    """What of `PANELS` and which compute a run logged to TensorBoard, or else to CSV; None where it logged no loss."""
+    """Read the values of `PANELS` and the compute from a run's TensorBoard log, else its CSV; None without a loss."""
     wanted = {*PANELS, STEP_TFLOP}
     found = _from_tensorboard(folder / "tensorboard", wanted) or _from_csv(folder / "csv" / "metrics.csv", wanted)
     return found if found is not None and any(name in found.values for name in LOSSES) else None
@@ -82,7 +83,7 @@ def _from_tensorboard(folder: Path, wanted: set[str]) -> Curves | None:
         return None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it says "No path found after" of every folder it reads
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it logs "No path found after" for every folder
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
     board.Reload()
     events = {name: board.Scalars(name) for name in board.Tags()["scalars"] if name in wanted}
@@ -113,7 +114,7 @@ def _from_csv(file: Path, wanted: set[str]) -> Curves | None:
 
 @dataclass(frozen=True)
 class Job:
-    """A job of a sweep in the figure: the overrides that differ between jobs, its curves, its wall time."""
+    """A job of a sweep in the figure: the overrides that differ between jobs, its curves and its wall time."""
 
     overrides: Mapping[str, str]
     curves: Curves
@@ -121,16 +122,16 @@ class Job:
 
     @property
     def label(self) -> str:
-        """The overrides; of deep names the last two parts."""
+        """The overrides, with deep names shortened to their last two parts."""
         short = {name: ".".join(name.split(".")[-2 if name.count(".") > 1 else -1 :]) for name in self.overrides}
         return ", ".join(f"{short[name]}={value}" for name, value in self.overrides.items())
 
 
 def draw(jobs: Sequence[Job]) -> Figure | None:
-    """Training and validation loss, and accuracy where there is one, against compute, a curve a job; None where no job
-    has a curve.
+    """Plot training and validation loss, and accuracy if there is one, against compute, with one curve per job; return
+    None if no job has a curve.
 
-    The axis is wall time where any job did not count its compute: the others could not be compared with it.
+    The axis is wall time if any job did not count its compute, so that all jobs can be compared.
     """
     names = [name for name in PANELS if any(len(job.curves.values.get(name, ())) for job in jobs)]
     if not names:
@@ -169,8 +170,8 @@ def draw(jobs: Sequence[Job]) -> Figure | None:
 
 
 def _styles(jobs: Sequence[Job]) -> list[dict[str, str]]:
-    """One look a job: the first override in colour, the second in dashes, the third in markers, where they have few
-    enough values; else a look of its own for each job."""
+    """Return one line style per job: the first override sets the colour, the second the dashes, the third the markers,
+    if they have few enough values; else each job has a unique style."""
     names = list(dict.fromkeys(name for job in jobs for name in job.overrides))
     values = [list(dict.fromkeys(job.overrides.get(name, "") for job in jobs)) for name in names]
     looks = (("color", COLOURS), ("linestyle", DASHES), ("marker", MARKERS))
@@ -198,7 +199,7 @@ def _curve(axis: Axes, x: np.ndarray, y: np.ndarray, style: Mapping[str, str], n
     if noisy and raw and len(x) > 20:
         axis.plot(x, y, color=colour, linewidth=0.5, alpha=0.18)
     axis.plot(x, shown, linewidth=1.6, color=colour, linestyle=dash)
-    # where a run ended is what a budget buys; points of few are shown all
+    # Mark the end of a run, the result for its budget. If there are few points, mark all of them.
     few = len(x) <= 20
     axis.plot(
         x if few else x[-1:],
@@ -211,7 +212,7 @@ def _curve(axis: Axes, x: np.ndarray, y: np.ndarray, style: Mapping[str, str], n
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Running mean of values [N], [N]. The window grows with the points so far: equally wide on a logarithmic axis."""
+    """Return the running mean [N] of values [N]. The window grows with the index: its width is equal on a log axis."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     place = np.arange(len(values))
     reach = np.minimum((place * SMOOTHED).astype(int) + LEAST, place)
@@ -227,7 +228,7 @@ def _handle(label: str, style: Mapping[str, str]) -> object:
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """Round numbers, written out, where less than two powers of ten are shown: powers alone would be too few."""
+    """Use round numbers as ticks if the range has less than two powers of ten, which would be too few ticks."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
     low, high = axis.get_view_interval()

@@ -1,4 +1,4 @@
-"""Scripts that start processes without ``if __name__ == '__main__'``: said at once, in place of runs within runs."""
+"""Detect scripts that start processes without ``if __name__ == '__main__'``, before they start runs inside runs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import multiprocessing
 
 
 def refuse_unguarded_script() -> None:
-    """Refuses to work in a process that is still importing the script of the one that started it.
+    """Raise an error in a process that is still importing the script of its parent process.
 
-    Recorders and rollouts are processes of their own; Python lets each import the caller's script first. A script that
-    trains or evaluates when it is imported would do so in each of them again.
+    Recorders and rollouts run in separate processes, each of which first imports the caller's script. A script that
+    trains or evaluates when it is imported would do so again in each of them.
 
     Raises:
         RuntimeError: this is such a process.

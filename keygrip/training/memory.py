@@ -1,10 +1,10 @@
 """Memory of a training step: counted without computing anything, or measured on a GPU.
 
-Counted means that the step's tensors have shapes and no content (torch's fake tensors): forward and backward pass run
-as they would, and every storage is counted from its making to its end. Small tensors that depend on no parameter
-(positions, masks, window indices) are computed, because a network's shapes may depend on them. Kernels' own scratch
-space and what an allocator loses between blocks are not counted. Attention is counted as a GPU has it, by a fused
-kernel in the step's precision; on a processor a step in bf16 keeps copies of its operands in float32 beside
+Counted means that the step's tensors have shapes but no content (torch's fake tensors): forward and backward pass run
+as usual, and every storage is counted from its creation to its deletion. Small tensors that do not depend on parameters
+(positions, masks, window indices) are computed, because a network's shapes may depend on them. Scratch space of kernels
+and fragmentation of the allocator are not counted. Attention is counted as on a GPU, with a fused kernel in the step's
+precision; on a processor a step in bf16 also keeps float32 copies of its operands
 (`keygrip.models.nn.processor_attention`).
 """
 
@@ -25,17 +25,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 GIB = 2**30
-# Gives the loss; its argument brings a tensor of the batch to where the step runs.
+# Returns the loss; its argument moves a tensor of the batch to the device of the step.
 Step = Callable[[Callable[[Tensor], Tensor]], Tensor]
-ADAM_STATES = 2  # float32 numbers that AdamW keeps of each trained one
+ADAM_STATES = 2  # float32 values in AdamW's state per trained parameter
 SMALL = 2**20  # size up to which tensors that depend on no parameter are computed for real
 
 _COUNTING: ContextVar[bool] = ContextVar("counting", default=False)
 
 
 def is_counting() -> bool:
-    """Whether a step is being counted: most tensors then have shapes alone, so that nothing can be looked up by their
-    content, and what is computed of them must not be kept."""
+    """Return whether a step is being counted. Most tensors then have only shapes, so their content must not be used for
+    look-ups, and values computed from them must not be cached."""
     return _COUNTING.get()
 
 
@@ -44,11 +44,11 @@ class StepMemory:
     """Bytes of a training step.
 
     Attributes:
-        weights: parameters and buffers, those of `outside_modules` among them. optimizer: its moments, AdamW's two
-            where no recipe is known (`AdamW.moments`). ema: of the averaged weights. step: the most that activations,
-            gradients and copies in lower precision take together. measured: on a GPU.
-        undivided: of the weights, those that every process holds whole (`outside_modules`). cache: what the run may
-            keep beside all this from step to step, at most.
+        weights: parameters and buffers, including those of `outside_modules`. optimizer: its moments; without a recipe
+            the two of AdamW (`AdamW.moments`). ema: the averaged weights. step: the maximum of activations, gradients
+            and copies in lower precision together. measured: whether it was measured on a GPU.
+        undivided: the part of the weights that is not sharded (`outside_modules`). cache: the maximum that the run
+            additionally keeps from step to step.
     """
 
     weights: int
@@ -61,18 +61,18 @@ class StepMemory:
 
     @property
     def total(self) -> int:
-        """Bytes of all parts together."""
+        """Total number of bytes."""
         return self.weights + self.optimizer + self.ema + self.step + self.cache
 
     def divided(self, processes: int) -> StepMemory:
-        """Of one of several processes that weights (but those of `outside_modules`), moments and EMA are divided over
-        (FSDP). Gradients are counted whole, which is too much."""
+        """Return the memory of one of several processes over which weights (except those of `outside_modules`), moments
+        and EMA are sharded (FSDP). Gradients are counted in full, which is too much."""
         optimizer, ema = (math.ceil(part / processes) for part in (self.optimizer, self.ema))
         weights = self.undivided + math.ceil((self.weights - self.undivided) / processes)
         return replace(self, weights=weights, optimizer=optimizer, ema=ema)
 
     def report(self) -> dict[str, Any]:
-        """In GiB, to a hundredth."""
+        """Return the memory in GiB, rounded to two decimals."""
         names = ("weights", "optimizer", "ema", "step", *(("cache",) if self.cache else ()), "total")
         parts = {name: getattr(self, name) for name in names}
         return {f"{name}_gib": round(value / GIB, 2) for name, value in parts.items()} | {
@@ -82,26 +82,26 @@ class StepMemory:
 
 @runtime_checkable
 class HoldsOutside(Protocol):
-    """A module that computes with others that are no submodules of it, and that moves them where it computes only if
-    they lie elsewhere (weights without content cannot be moved)."""
+    """A module that computes with modules which are not its submodules. It moves them to its device only if they are on
+    another one (weights without content cannot be moved)."""
 
     def outside_modules(self) -> Sequence[nn.Module]:
-        """Those: their weights are neither trained nor saved with this module, and no strategy divides them."""
+        """Return these modules. Their weights are not trained, not saved with this module and never sharded."""
         ...
 
 
 def outside_modules(module: nn.Module) -> list[nn.Module]:
-    """The modules that `module` and its submodules compute with, and which are no submodules (a frozen encoder of
-    another project); each once."""
+    """Return, each once, the modules with which `module` and its submodules compute and which are not submodules (a
+    frozen encoder of another project)."""
     holders = [part for part in module.modules() if isinstance(part, HoldsOutside)]
     return list({id(each): each for holder in holders for each in holder.outside_modules()}.values())
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are made while it is active, for as long as they live.
+    """Count the bytes of all storages that are created while this mode is active, for as long as they exist.
 
     Attributes:
-        now: bytes alive. peak: the most so far.
+        now: current bytes. peak: maximum so far.
     """
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class LiveBytes(TorchDispatchMode):
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage in self._known:
-            return  # a view, or changed in place
+            return  # a view, or a tensor changed in place
         size = storage.nbytes()
         self._known[storage] = size
         self.now += size
@@ -129,13 +129,13 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
     def skip(self, tensors: Any) -> None:
-        """Does not count tensors that were there before."""
+        """Exclude tensors that existed before."""
         for tensor in tensors:
             self._known[tensor.untyped_storage()] = 0
 
 
 class SmallIsComputed(TorchDispatchMode):
-    """Below `LiveBytes` and above fake tensors: operations on small real tensors alone are computed."""
+    """A mode between `LiveBytes` and fake tensors that computes operations on small real tensors only."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -154,7 +154,7 @@ class SmallIsComputed(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    """Those in arguments or results of an operation."""
+    """Yield the tensors in arguments or results of an operation."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, tuple | list):
@@ -167,7 +167,7 @@ def _numel(result: Any) -> int:
 
 
 def held(module: nn.Module, ema: bool) -> dict[str, int]:
-    """Bytes that lie there between steps: `weights`, `undivided`, `optimizer`, `ema` (see `StepMemory`)."""
+    """Return the bytes that are in use between steps: `weights`, `undivided`, `optimizer`, `ema` (see `StepMemory`)."""
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     undivided = sum(_bytes_of(each) for each in outside_modules(module))
     return {
@@ -183,19 +183,19 @@ def _bytes_of(module: nn.Module) -> int:
 
 
 def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool, accumulated: bool = False) -> StepMemory:
-    """Counts a step of a module on the CPU, without computing it.
+    """Count the memory of a module's step on the CPU, without computing it.
 
     Args:
-        module: its parameters stay as they are; they may be on torch's device `meta`.
-        step: gives the loss, with the module's own `forward` called through `torch.nn.Module.__call__`; it takes a
-            function that turns a real tensor of the batch, if it is not small, into one of its shape alone.
-        bf16: under autocast, as Lightning's: each use of a weight makes its own copy. ema: averaged weights are kept.
-        accumulated: gradients of another batch are there already, as from the second batch of a step on
-            (`accumulate_grad_batches`).
+        module: its parameters do not change; they may be on torch's device `meta`.
+        step: returns the loss, with the module's own `forward` called through `torch.nn.Module.__call__`; its argument
+            is a function that replaces a real tensor of the batch, unless it is small, by a tensor without content.
+        bf16: whether to use autocast as Lightning does: each use of a weight creates a copy. ema: whether there are
+            averaged weights. accumulated: whether gradients of another batch already exist, as from the second batch of
+            a step on (`accumulate_grad_batches`).
     """
     with _counted(module) as (live, change):
         if accumulated:
-            for parameter in module.parameters():  # stand-ins
+            for parameter in module.parameters():  # fake tensors
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
             loss = step(change)
@@ -204,7 +204,7 @@ def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool, accumulated
 
 
 def count_forward(module: nn.Module, forward: Step) -> StepMemory:
-    """As `count_step`, without gradients: `forward` gives any tensor, and of a step there are activations alone."""
+    """As `count_step`, without gradients: `forward` returns any tensor, and `step` counts activations only."""
     with _counted(module) as (live, change), torch.no_grad():
         forward(change)
     weights = {name: size for name, size in held(module, False).items() if name in ("weights", "undivided")}
@@ -213,8 +213,8 @@ def count_forward(module: nn.Module, forward: Step) -> StepMemory:
 
 @contextlib.contextmanager
 def _counted(module: nn.Module) -> Iterator[tuple[LiveBytes, Callable[[Tensor], Tensor]]]:
-    """What runs inside computes nothing, with a module, and those outside of it, of which only the shapes are left; the
-    count, and what turns a real tensor, if it is not small, into one of its shape alone."""
+    """Replace the tensors of a module, and of its outside modules, by tensors without content, so that the block
+    computes nothing. Yield the counter, and a function that does the same for a real tensor unless it is small."""
     whole = nn.ModuleList([module, *outside_modules(module)])
     small = {name: b.cpu() for name, b in whole.named_buffers() if _is_small(b)}
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
@@ -236,13 +236,13 @@ def _is_small(tensor: Tensor) -> bool:
 
 
 def _shape_of(tensor: Tensor) -> Tensor:
-    """A tensor of the CPU like another, which may lie on the device for shapes alone."""
+    """Return an empty CPU tensor with the shape, strides and dtype of another tensor, which may be on device `meta`."""
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 @contextlib.contextmanager
 def _swapped(module: nn.Module, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> Any:
-    """The module with other parameters and buffers, shared ones replaced everywhere."""
+    """Replace the parameters and buffers of a module during the block, shared ones everywhere."""
     stand_ins: dict[int, Tensor] = {id(p): parameters[name] for name, p in module.named_parameters()}
     stand_ins |= {id(b): buffers[name] for name, b in module.named_buffers()}
     owners = [
@@ -261,14 +261,14 @@ def _swapped(module: nn.Module, parameters: dict[str, nn.Parameter], buffers: di
 
 
 def measure_step(module: nn.Module, step: Step, bf16: bool, ema: bool, accumulated: bool = False) -> StepMemory:
-    """As `count_step`, by doing the step on the GPU on which the module lies; gradients are left out again after it.
+    """As `count_step`, but run the step on the module's GPU; gradients are removed again after it.
 
     Raises:
-        torch.OutOfMemoryError: it does not fit.
+        torch.OutOfMemoryError: the step does not fit into memory.
     """
     device = next(module.parameters()).device
     for each in outside_modules(module):
-        each.to(device)  # before the step, which would otherwise bring them here and count them a second time
+        each.to(device)  # before the step, which would otherwise move them and count them a second time
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

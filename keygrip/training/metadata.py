@@ -1,4 +1,4 @@
-"""Where a run comes from: git revision, package versions, the machine."""
+"""Metadata of a run: git revision, package versions, the machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def run_metadata() -> dict[str, Any]:
-    """``git`` (revision, ``+changes`` where the tree differs), ``packages``, ``machine``."""
+    """Return ``git`` (revision, with ``+changes`` if the tree differs), ``packages`` and ``machine``."""
     return {
         "git": git_revision(),
         "packages": package_versions(),
@@ -34,7 +34,7 @@ def run_metadata() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What computes: system, processor, cores, GPU, versions."""
+    """Describe this machine: system, processor, cores, GPU, versions."""
     import torch
 
     return {
@@ -43,12 +43,12 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a subclass that weights_only loading would refuse
+        "torch": str(torch.__version__),  # a str subclass that weights_only loading rejects
     }
 
 
 def processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
+    """Return the processor's name if the system provides it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -58,7 +58,7 @@ def processor() -> str:
 
 
 def git_revision() -> str | None:
-    """Revision of the checkout that this package lies in; None where it is installed."""
+    """Return the git revision of the checkout that contains this package; None for an installed package."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None
@@ -71,7 +71,7 @@ def git_revision() -> str | None:
 
 @functools.cache
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide about results."""
+    """Return the versions of the packages that affect results."""
     versions = {}
     for name in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Checks during training: non-finite losses, gradient norms, metrics outside of their healthy range."""
+"""Checks during training: non-finite losses, gradient norms, metrics outside their healthy range."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ log = logging.getLogger(__name__)
 
 
 class StopOnNonFinite(Callback):
-    """Stops the run where the loss is NaN or infinite, and names the parameters that are no longer finite.
+    """Stop the run if the loss is NaN or infinite, and report the parameters that are no longer finite.
 
     Args:
-        every_n_steps: batches between checks; each waits for the device. The loss of every batch counts, none is
-            missed.
+        every_n_steps: batches between checks; each check waits for the device. The losses of all batches are checked.
     """
 
     def __init__(self, every_n_steps: int = 20) -> None:
@@ -54,20 +53,20 @@ class StopOnNonFinite(Callback):
 
 
 def non_finite_parameters(module: nn.Module) -> list[str]:
-    """Names of the parameters with NaN or infinite values; where they are sharded, in this process's part."""
+    """Return the names of the parameters with NaN or infinite values; if sharded, in the shard of this process."""
     return [name for name, p in module.named_parameters() if not torch.isfinite(local(p.detach())).all()]
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Norm of the gradients of some parameters together; 0 where there are none. Of sharded ones it is that over all
-    processes, each of which must call it."""
+    """Return the total norm of the gradients of some parameters; 0 if there are none. For sharded parameters it is the
+    norm over all processes, each of which must call this function."""
     gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class GradientNorm(Callback):
-    """Logs ``train/grad_norm``: the norm of all gradients before they are clipped.
+    """Log ``train/grad_norm``: the norm of all gradients before clipping.
 
     Args:
         every_n_steps: optimiser steps between values.
@@ -79,18 +78,18 @@ class GradientNorm(Callback):
         self.every_n_steps = every_n_steps
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if (trainer.global_step + 1) % self.every_n_steps:  # at the steps at whose end Lightning writes
+        if (trainer.global_step + 1) % self.every_n_steps:  # log only at steps whose values Lightning writes
             return
         pl_module.log("train/grad_norm", gradient_norm(pl_module.parameters()))
 
 
 class RandomnessByStep(Callback):
-    """Seeds torch's generators before every batch from (seed, batch, rank): a resumed run draws the numbers it would
-    have drawn, and every validation the same ones. After a validation they are as before it: a loader that shuffles by
-    them would begin each epoch in the same state, and so in the same order.
+    """Seed torch's generators before every batch from (seed, batch, rank), so that a resumed run has the same random
+    numbers as an uninterrupted one, and every validation has the same. The state is restored after a validation:
+    otherwise a loader that shuffles with these generators would start each epoch in the same state and order.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -113,7 +112,7 @@ class RandomnessByStep(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._seed(-1 - batch_idx, trainer)  # none of training's
+        self._seed(-1 - batch_idx, trainer)  # negative, so different from training
 
     def _seed(self, index: int, trainer: Trainer) -> None:
         mixed = (self.seed * 1_000_003 + index) * 65_537 + trainer.global_rank
@@ -130,11 +129,11 @@ class Range:
 
 
 class RangeChecks:
-    """Warns once for each figure that leaves its healthy range, again only after it has come back.
+    """Warn once for each value that leaves its healthy range, and again only after it has returned.
 
     Args:
-        ranges: by the metric's name, of `health/` metrics without that.
-        from_step: before it nothing is said: a new network has learned nothing yet.
+        ranges: by the metric's name, for `health/` metrics without this prefix.
+        from_step: no warnings before this step, because a new network has learned nothing yet.
     """
 
     def __init__(self, ranges: Mapping[str, Range], from_step: int = 0) -> None:
@@ -142,7 +141,7 @@ class RangeChecks:
         self.ill: set[str] = set()
 
     def check(self, figures: Mapping[str, float], step: int) -> list[str]:
-        """Warnings for figures that are outside of their range since this step; also logged."""
+        """Log and return warnings for values that have left their range at this step."""
         said: list[str] = []
         if step < self.from_step:
             return said

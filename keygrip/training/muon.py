@@ -27,14 +27,14 @@ class MuonAndAdamW(AdamW):
     """Muon on the weight matrices of the named parts, AdamW on all other parameters.
 
     Muon replaces a matrix's averaged gradient by the nearest orthogonal matrix. Its steps are scaled to the size of
-    AdamW's (``adjust_lr_fn="match_rms_adamw"`` of torch's own), so that one learning rate and one weight decay hold
+    AdamW's (``adjust_lr_fn="match_rms_adamw"`` in torch), so that one learning rate and one weight decay can be used
     for both.
 
     Args:
-        matrices_of: prefixes of the parts whose matrices are Muon's: hidden layers, not embeddings and outputs.
-        momentum: of Muon. matrix_lr_multiplier: of ``lr``, for Muon's parameters.
-        iteration: type that the orthogonalisation computes in: "bfloat16", which is torch's, or "float32", ten times as
-            fast on a processor that has no bfloat16; "auto": bfloat16 where the parameters' device is faster in it.
+        matrices_of: prefixes of the parts whose matrices Muon trains: hidden layers, not embeddings and outputs.
+        momentum: momentum of Muon. matrix_lr_multiplier: factor on ``lr`` for Muon's parameters.
+        iteration: dtype of the orthogonalisation: "bfloat16", as in torch, or "float32", ten times as fast on a
+            processor without bfloat16; "auto": bfloat16 if the parameters' device is faster with it.
 
     Papers: Jordan et al., "Muon: An Optimizer for Hidden Layers in Neural Networks" (2024); Liu et al., "Muon is
     Scalable for LLM Training" (2025) for the scale.
@@ -59,8 +59,8 @@ class MuonAndAdamW(AdamW):
         """As `AdamW.configure`.
 
         Raises:
-            ValueError: none of the named parts has a matrix, or the parameters are sharded: orthogonalising needs whole
-                matrices.
+            ValueError: none of the named parts has a matrix, or the parameters are sharded (orthogonalisation needs
+                complete matrices).
         """
         self.check_end(total_steps)
         if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
@@ -86,7 +86,7 @@ class MuonAndAdamW(AdamW):
         return groups
 
     def moments(self, module: nn.Module) -> int:
-        """As `AdamW.moments`; of Muon's matrices one."""
+        """As `AdamW.moments`, but with one value per parameter of Muon's matrices."""
         hidden = self._hidden(module)
         matrices = sum(p.numel() for p in module.parameters() if p.requires_grad and id(p) in hidden)
         return super().moments(module) - matrices
@@ -101,7 +101,7 @@ class MuonAndAdamW(AdamW):
         return slower
 
     def _hidden(self, module: nn.Module) -> set[int]:
-        """Identities of Muon's parameters."""
+        """Return the ids of Muon's parameters."""
         return {
             id(parameter)
             for name, parameter in module.named_parameters()
@@ -114,17 +114,17 @@ class MuonAndAdamW(AdamW):
             parameters = [p for p in group["params"] if (id(p) in hidden) == (kind == MATRICES)]
             if parameters:
                 lr = group["lr"] * (self.matrix_lr_multiplier if kind == MATRICES else 1.0)
-                name = f"{group['name']}_{kind}"  # Lightning's monitor of learning rates wants different ones
+                name = f"{group['name']}_{kind}"  # Lightning's monitor of learning rates needs unique names
                 parts.append({**group, "params": parameters, "kind": kind, "lr": lr, "name": name})
         return parts
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch's Muon and AdamW over groups of one optimiser, so that schedules, checkpoints and clipping see only one.
+    """torch's Muon and AdamW over groups of one optimiser, so that schedules, checkpoints and clipping use only one.
 
     Args:
-        groups: of parameters, each with ``kind`` "matrices" or "rest", ``lr`` and ``weight_decay``.
-        float32: the type of Muon's iteration, in place of bfloat16.
+        groups: parameter groups, each with ``kind`` "matrices" or "rest", ``lr`` and ``weight_decay``.
+        float32: whether Muon's iteration uses float32 instead of bfloat16.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         float32: bool = False,
     ) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
-        # Each adds its own options to the very groups of this one, where schedules and checkpoints find them.
+        # Both optimisers add their options to the group objects of this one, where schedules and checkpoints find them.
         own = {kind: [group for group in self.param_groups if group["kind"] == kind] for kind in (MATRICES, REST)}
         self._parts: dict[str, torch.optim.Optimizer] = {}
         if own[MATRICES]:
@@ -148,7 +148,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Loading a state puts new dictionaries in the place of the groups and of the state."""
+        """Share groups and state with the parts again, because loading a state replaces these dictionaries."""
         for kind, part in self._parts.items():
             part.param_groups = [group for group in self.param_groups if group["kind"] == kind]
             part.state = self.state
@@ -168,13 +168,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 class Float32Muon(torch.optim.Muon):
     """torch's Muon with the Newton-Schulz iteration in float32, for processors without bfloat16.
 
-    torch's own computes it in bfloat16, which takes ten times as long as the model itself on a processor without that
-    type. State and options are torch's, so a run goes on with either; of ``adjust_lr_fn`` only "match_rms_adamw".
+    torch computes the iteration in bfloat16, which on a processor without that type takes ten times as long as the
+    model itself. State and options are those of torch, so a run can be resumed with either. ``adjust_lr_fn`` must be
+    "match_rms_adamw".
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Raises ValueError: another ``adjust_lr_fn``."""
+        """Make one step. Raises ValueError for another ``adjust_lr_fn``."""
         loss = None
         if any(group["adjust_lr_fn"] != "match_rms_adamw" for group in self.param_groups):
             raise ValueError('Float32Muon scales its steps to AdamW\'s alone: adjust_lr_fn="match_rms_adamw"')
@@ -201,13 +202,13 @@ class Float32Muon(torch.optim.Muon):
 def orthogonalised(
     matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7
 ) -> torch.Tensor:
-    """Nearly the nearest matrix with orthonormal rows or columns, by the quintic Newton-Schulz iteration.
+    """Return approximately the nearest matrix with orthonormal rows or columns, by the quintic Newton-Schulz iteration.
 
     Args:
-        matrix: [M, N]. coefficients: a, b, c of ``x <- a x + b (x x^T) x + c (x x^T)^2 x``. steps: of it.
+        matrix: [M, N]. coefficients: a, b, c of ``x <- a x + b (x x^T) x + c (x x^T)^2 x``. steps: of the iteration.
 
     Returns:
-        [M, N] float32; the singular values are near one, not one.
+        [M, N] float32; the singular values are near one but not exactly one.
     """
     x = matrix.float()
     if x.shape[0] > x.shape[1]:
@@ -224,10 +225,10 @@ def orthogonalised(
 
 
 def _polynomial_of_gram(gram: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
-    """The symmetric matrix [M, M] by which the iteration multiplies x, from ``gram`` = x x^T alone.
+    """Return the symmetric matrix [M, M] by which the iteration multiplies x, computed only from ``gram`` = x x^T.
 
     Every step multiplies x from the left by p = a + b g + c g^2 of its Gram matrix g, and g by p^2. All of them are
-    polynomials of the first g and commute, so that a wide x is needed twice only: at the start and at the end.
+    polynomials of the first g and commute, so that a wide x is needed only twice: at the start and at the end.
     """
     a, b, c = coefficients
     product = None

@@ -1,5 +1,5 @@
-"""How much nested containers hold: a few bytes of a pickle can name one list any number of times, and whoever visits
-its values never ends."""
+"""Determine the size of nested containers: a few bytes of a pickle can reference one list any number of times, so that
+visiting all its values would not end."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 
 def size_of(content: Any) -> float:
-    """How many values nested containers and arrays hold, each counted wherever it is named; infinite for one inside
-    itself."""
+    """Return the number of values in nested containers and arrays, counted once per reference; infinite for a container
+    inside itself."""
     sizes: dict[int, float] = {}
     around: set[int] = set()
     waiting = [(content, False)]
@@ -30,7 +30,7 @@ def size_of(content: Any) -> float:
 
 
 def inside_of(value: Any) -> list[Any]:
-    """What a container holds, keys included; nothing for other values."""
+    """Return the items of a container, including keys; empty for other values."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     if isinstance(value, np.ndarray) and value.dtype == object:

@@ -24,24 +24,24 @@ class AdamW:
     Args:
         lr: peak learning rate.
         betas: decay of the first and second moment.
-        weight_decay: on parameters with two or more dimensions that are not embeddings or tokens (see ``decays``).
-        warmup_steps: linear, from lr / warmup_steps; shortened to a tenth of a run that is shorter than ten of them.
+        weight_decay: on parameters with two or more dimensions that are not embeddings or tokens (see `_without_decay`).
+        warmup_steps: linear, from lr / warmup_steps; at most a tenth of the run.
         final_lr_share: the cosine ends at this share of ``lr``.
         schedule: ``cosine`` or ``constant``.
         clip_norm: global norm at which gradients are clipped; None: never.
-        lr_multipliers: by prefix of the parameter's name, e.g. ``{"backbone": 0.1}``; the longest prefix that fits
-            counts. None: there is none of this name, whatever another file says. That of a part of which nothing is
-            trained has no effect, which `check` logs: a recipe names parts that a run may freeze. Nested ones are read
+        lr_multipliers: by prefix of the parameter's name, e.g. ``{"backbone": 0.1}``; the longest matching prefix is
+            used. None removes the multiplier of this name that another file sets. The multiplier of a frozen part has
+            no effect, which `check` logs, because a recipe may name parts that a run freezes. Nested mappings are read
             as dotted names: ``{"backbone": {"net": 0.1}}`` is ``{"backbone.net": 0.1}``.
-        layer_decay: learning rates of image backbones fall from block to block towards the image, as in BEiT: block l
-            (from 0) of n has ``layer_decay ** (n - l)`` of what it would have, the patch embedding and the prefix
-            tokens ``layer_decay ** (n + 1)``, the final norm all of it. None: all have the same.
+        layer_decay: learning rates of image backbones decrease from block to block towards the image, as in BEiT: the
+            rate of block l (from 0) of n is multiplied by ``layer_decay ** (n - l)``, that of the patch embedding and
+            the prefix tokens by ``layer_decay ** (n + 1)``, that of the final norm by 1. None: no decay.
 
     Paper: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019).
     """
 
     read_where: ClassVar = {"final_lr_share": ReadWhere("schedule", "cosine")}
-    not_divided: ClassVar[str | None] = None  # why its parameters must be whole in each process: not strategy=fsdp
+    not_divided: ClassVar[str | None] = None  # why parameters must not be sharded (strategy=fsdp); None: they may be
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -73,16 +73,16 @@ class AdamW:
             raise ValueError(f"optimizer.clip_norm={self.clip_norm}: must be above 0, or null for none")
 
     def configure(self, module: nn.Module, total_steps: int | float) -> dict[str, Any]:
-        """The optimiser and its schedule in the form that Lightning wants.
+        """Return the optimiser and its schedule in the form that Lightning requires.
 
         Args:
             module: its trainable parameters are optimised, grouped by learning rate and weight decay.
-            total_steps: optimiser steps of the whole run (``trainer.estimated_stepping_batches``); inf for an open
-                end, which only ``schedule=constant`` has.
+            total_steps: optimiser steps of the whole run (``trainer.estimated_stepping_batches``); inf for a run
+                without an end, which requires ``schedule=constant``.
 
         Raises:
-            ValueError: nothing to train, a multiplier that fits no parameter, `layer_decay` without a backbone that is
-                trained, or a cosine without an end.
+            ValueError: nothing to train, a multiplier that matches no parameter, `layer_decay` without a trained
+                backbone, or a cosine schedule without an end.
         """
         self.check_end(total_steps)
         optimizer = torch.optim.AdamW(self.parameter_groups(module), lr=self.lr, betas=(self.betas[0], self.betas[1]))
@@ -90,14 +90,14 @@ class AdamW:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def moments(self, module: nn.Module) -> int:
-        """Float32 numbers that the optimiser keeps from step to step: two of each trained one."""
+        """Return the number of float32 values in the optimiser's state: two per trained parameter."""
         return 2 * sum(p.numel() for p in module.parameters() if p.requires_grad)
 
     def check(self, module: nn.Module, endless: bool) -> None:
-        """Refuses what `configure` would, before any data is read, and logs multipliers without effect.
+        """Make the checks of `configure` before any data is read, and log multipliers without effect.
 
         Args:
-            module: as there. endless: the run has neither a last step nor a last epoch.
+            module: as for `configure`. endless: whether the run has neither a last step nor a last epoch.
 
         Raises:
             ValueError: as `configure`.
@@ -110,7 +110,7 @@ class AdamW:
             self.check_end(math.inf)
 
     def check_end(self, total_steps: int | float) -> None:
-        """Raises ValueError: the schedule needs an end and the run has none."""
+        """Raise ValueError if the schedule needs an end and the run has none."""
         if self.schedule == "cosine" and not math.isfinite(total_steps):
             raise ValueError(
                 "optimizer.schedule=cosine needs an end: give max_steps or max_epochs (max_minutes, where it comes "
@@ -118,7 +118,7 @@ class AdamW:
             )
 
     def parameter_groups(self, module: nn.Module) -> list[dict[str, Any]]:
-        """Groups for torch: ``params, lr, weight_decay, name``; every trainable parameter is in exactly one."""
+        """Return parameter groups for torch (``params, lr, weight_decay, name``); each parameter is in exactly one."""
         groups: dict[tuple[str, bool, int], list[nn.Parameter]] = {}
         used: set[str] = set()
         multipliers = self._multipliers()
@@ -149,7 +149,7 @@ class AdamW:
         ]
 
     def _multipliers(self) -> dict[str, float]:
-        """By dotted name, those that are given."""
+        """Return the given multipliers by dotted name."""
         return {name: each for name, each in _by_dotted_name(self.lr_multipliers).items() if each is not None}
 
 
@@ -157,8 +157,8 @@ class Schedule:
     """Share of the peak learning rate at a step.
 
     Attributes:
-        time_share: of the time that the run may take, 0 without a limit. Where it is further than the steps, the cosine
-            follows it: a run that its limit ends has a small learning rate by then.
+        time_share: elapsed share of the time limit, 0 without a limit. If it is larger than the share of the steps, the
+            cosine follows it, so that a run which ends at its time limit ends with a small learning rate.
     """
 
     def __init__(self, recipe: AdamW, total_steps: int | float) -> None:
@@ -180,18 +180,18 @@ class Schedule:
 
 
 class ScheduledRates(torch.optim.lr_scheduler.LambdaLR):
-    """An optimiser's learning rates by a schedule. A checkpoint brings the step and not the schedule, which is that of
-    the present settings: a resumed run may be longer or shorter than it was.
+    """An optimiser's learning rates by a schedule. A checkpoint contains the step but not the schedule, which is that
+    of the current settings: a resumed run may be longer or shorter than before.
 
     Args:
-        optimizer: its groups' rates are the peaks. schedule: of all groups.
+        optimizer: its groups' rates are the peaks. schedule: the schedule of all groups.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
         super().__init__(optimizer, schedule)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on at a stored step; where the schedule is another one, with its rates from the first step on."""
+        """Continue at a stored step, from the first step on with the rates of the current schedule."""
         super().load_state_dict({**state_dict, "lr_lambdas": [None] * len(self.lr_lambdas)})
         self.apply()
 
@@ -201,13 +201,13 @@ class ScheduledRates(torch.optim.lr_scheduler.LambdaLR):
         return max(schedule.time_share for schedule in self.lr_lambdas if isinstance(schedule, Schedule))
 
     def take_time_share(self, share: float) -> None:
-        """Sets `Schedule.time_share`, which the rates follow from the next step on."""
+        """Set `Schedule.time_share`, which affects the rates from the next step on."""
         for schedule in self.lr_lambdas:
             assert isinstance(schedule, Schedule)
             schedule.time_share = share
 
     def apply(self) -> None:
-        """Gives the optimiser's groups the rates of the present step."""
+        """Set the rates of the optimiser's groups to those of the current step."""
         rates = [
             peak * schedule(self.last_epoch) for peak, schedule in zip(self.base_lrs, self.lr_lambdas, strict=True)
         ]
@@ -217,18 +217,18 @@ class ScheduledRates(torch.optim.lr_scheduler.LambdaLR):
 
 
 def belongs_to(name: str, prefix: str) -> bool:
-    """Whether a parameter belongs to a named part: ``backbone`` fits ``backbone.x`` and ``network.backbone.x``."""
+    """Return whether a parameter belongs to a part: ``backbone`` matches ``backbone.x`` and ``network.backbone.x``."""
     return name == prefix or name.startswith(f"{prefix}.") or f".{prefix}." in name
 
 
 def _frozen(module: nn.Module, prefix: str) -> bool:
-    """Whether a named part is there and nothing of it is trained."""
+    """Return whether a named part exists and is completely frozen."""
     found = [each.requires_grad for name, each in module.named_parameters() if belongs_to(name, prefix)]
     return bool(found) and not any(found)
 
 
 def _by_dotted_name(nested: Mapping[Any, Any], above: str = "") -> dict[str, Any]:
-    """Nested mappings as one: the command line makes them of a dotted name."""
+    """Flatten nested mappings, which the command line creates from a dotted name."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
         name = f"{above}{key}"
@@ -237,7 +237,7 @@ def _by_dotted_name(nested: Mapping[Any, Any], above: str = "") -> dict[str, Any
 
 
 def _layers_below_the_end(module: nn.Module) -> dict[int, int]:
-    """By the identity of a parameter of an image backbone: how many layers lie between it and the backbone's end.
+    """Return, by id of each parameter of an image backbone, the number of layers between it and the backbone's end.
 
     Raises:
         ValueError: no backbone is trained.
@@ -256,7 +256,8 @@ def _layers_below_the_end(module: nn.Module) -> dict[int, int]:
 
 
 def _without_decay(module: nn.Module) -> set[int]:
-    """Embeddings and learned tokens or positions have several dimensions but are not matrices of a product."""
+    """Return the ids of embeddings and learned tokens or positions, which have several dimensions but no weight decay,
+    because they are not matrices of a product."""
     kept = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     for name, parameter in module.named_parameters():
         last = name.rpartition(".")[2]

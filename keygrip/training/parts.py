@@ -369,7 +369,7 @@ def _defines(file: Path, name: str) -> bool:
 
 
 def _re_exported(file: Path, name: str, package: str) -> str | None:
-    """Return where a package's ``__init__.py`` imports a name from (``from package.module import Name``, or relative)."""
+    """Return the origin of a name that a package's ``__init__.py`` imports: ``from package.module import Name``."""
     for statement in _statements(file):
         if isinstance(statement, ast.ImportFrom) and statement.level <= 1 and statement.module:
             for alias in statement.names:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress(ProgressBar):
-    """A bar over the optimiser steps of the run on a terminal; elsewhere a line now and then.
+    """A bar over the optimiser steps of the run on a terminal; elsewhere a line at intervals.
 
     Args:
         refresh_s: seconds between refreshes on a terminal.
@@ -47,7 +47,7 @@ class Progress(ProgressBar):
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints above the bar, on standard error."""
+        """Print above the bar, on standard error."""
         tqdm.write(" ".join(map(str, args)), file=sys.stderr)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,7 +58,7 @@ class Progress(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
         if self._bar is not None and step > self._bar.n:
-            if step % self._logging_interval == 0:  # reading figures waits for the device
+            if step % self._logging_interval == 0:  # reading values waits for the device
                 self._bar.set_postfix(self._figures(trainer), refresh=False)
             self._bar.update(step - self._bar.n)
         elif self._bar is None and self._enabled and time.monotonic() - self._line_at >= self.line_every_s:
@@ -126,19 +126,19 @@ class Progress(ProgressBar):
 
 
 def _steps(trainer: Trainer) -> int | None:
-    """Optimiser steps of the whole run; None where it has no end."""
+    """Return the optimiser steps of the whole run; None if it has no end."""
     total = trainer.estimated_stepping_batches
     return int(total) if total != float("inf") else None
 
 
 class Throughput(Callback):
-    """Logs ``speed/samples_per_s`` (all processes) and ``speed/data_wait_share``, the part of training time spent
-    waiting on data.
+    """Log ``speed/samples_per_s`` (all processes) and ``speed/data_wait_share``, the share of training time spent
+    waiting for data.
 
-    The first steps, in which workers start and kernels are chosen, and validation are left out.
+    Validation and the first steps, in which workers start and kernels are chosen, are not included.
 
     Args:
-        every_n_steps: batches over which each figure is taken.
+        every_n_steps: batches over which each value is computed.
         skip_batches: batches at the start that do not count.
     """
 
@@ -159,7 +159,7 @@ class Throughput(Callback):
 
     @property
     def summary(self) -> dict[str, float]:
-        """Figures over the whole run; empty where it was too short."""
+        """Values over the whole run; empty if it was too short."""
         if self.total_s == 0:
             return {}
         return {"samples_per_s": self.total_samples / self.total_s, "data_wait_share": self.total_wait_s / self.total_s}
@@ -207,14 +207,14 @@ class Throughput(Callback):
 
 
 class SkippedSamples(Callback):
-    """Logs ``data/skipped``: samples that could not be read, or not all of whose views, so far, of training and
-    validation, in all processes; and ``data/unusable``: those with which nothing was wrong and of which nothing could
-    be used.
+    """Log ``data/skipped``, the number of samples that could not be read completely (all their views), and
+    ``data/unusable``, the number of intact samples without any usable content; in training and validation, over all
+    processes.
 
-    Since this process began; resuming counts anew. Data modules that skip nothing (without these) log nothing.
+    The counts start with this process; a resumed run counts from 0. Data modules without these attributes log nothing.
 
     Args:
-        every_n_steps: batches between figures.
+        every_n_steps: batches between log entries.
     """
 
     def __init__(self, every_n_steps: int = 20) -> None:
@@ -237,7 +237,7 @@ class SkippedSamples(Callback):
 
 
 def _size(batch: Any) -> int:
-    """Samples in a batch: the length of the first tensor in it."""
+    """Return the number of samples in a batch: the length of its first tensor."""
     if isinstance(batch, torch.Tensor):
         return len(batch)
     parts = (

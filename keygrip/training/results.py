@@ -1,4 +1,4 @@
-"""``result.json`` of a run folder: how a run ended, its metrics, and the command that made it."""
+"""``result.json`` of a run folder: how the run ended, its metrics, and its command."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ FINISHED, FAILED, INTERRUPTED, RUNNING, DRY_RUN = "finished", "failed", "interru
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Writes ``result.json`` into a run folder, whole or not at all."""
+    """Write ``result.json`` to a run folder, completely or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RESULT, json_text(result, indent=1, ascii_only=True, default=str) + "\n")
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """``result.json`` of a run folder; empty where there is none or it cannot be read.
+    """Read ``result.json`` of a run folder; return an empty result if there is none or it cannot be read.
 
-    A metric that is null there is nan: JSON has no numbers that are not finite (`keygrip.artifacts.json_text`).
+    A metric that is null in the file is returned as NaN, because JSON has no NaN (`keygrip.artifacts.json_text`).
     """
     try:
         content = read_record(folder / RESULT)
@@ -37,7 +37,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def record_failure(folder: Path, status: str, line: str, overrides: Sequence[str], error: BaseException) -> None:
-    """Writes how a run ended, and its trace (``error.txt``); leaves the result of an earlier, finished run alone."""
+    """Write how a run ended, and its trace (``error.txt``); do not change the result of an earlier, finished run."""
     if not folder.is_dir() or read_result(folder).get("status") == FINISHED:
         return
     result = {**read_result(folder), "status": status, "error": line, "overrides": list(overrides)}

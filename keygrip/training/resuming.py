@@ -1,4 +1,4 @@
-"""Resuming: which checkpoint a run continues from; settings that change what is computed must agree."""
+"""Resuming: choose the checkpoint from which a run continues, and check that settings that affect results agree."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from keygrip.training.strategies import named_precision
 
 log = logging.getLogger(__name__)
 
-LENGTH = ("max_steps", "max_epochs", "max_minutes")  # may differ too when a run is resumed
-# Settings that may differ between two runs of one kind: they do not change which weights a step leads to.
+LENGTH = ("max_steps", "max_epochs", "max_minutes")  # may also differ when a run is resumed
+# Settings that may differ between two runs of one kind, because they do not affect the weights after a step.
 MAY_DIFFER = (
     *("val_every_n_steps", "limit_val_batches", "log_every_n_steps"),
     *("debug", "resume", "run_dir", "logger"),
-    # the batch is divided over the processes: their number and kind do not change what is computed
+    # the batch is divided over the processes: their number and kind do not change the result
     *("strategy.devices", "strategy.num_nodes", "strategy.kind", "strategy.accelerator"),
     "strategy.reshard_after_forward",
     "compile",
     *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.log_images_every_n_steps"),
     "data.memory_gb",
-    # where features are kept, and how many: those that are kept are those that would be computed
+    # location and size of a feature cache: cached features equal computed ones
     *(f"{place}.cache.{name}" for place in ("geometry", "model.network.geometry") for name in ("folder", "limit_gb")),
-    # from where on a run is stopped or warned
+    # limits at which a run stops or warns
     *("data.max_skipped_share", "data.max_broken_share", "data.max_off_screen_share"),
-    # the same numbers but for rounding, from other kernels or other batches
+    # the same values except for rounding, from other kernels or other batches
     *("model.loss_kernel", "model.vision_cache_gb"),
     "model.monitor_every_n_steps",
-    # what else has changed in the data is compared by hashes
+    # other changes of the data are detected by hashes
     *("data.verify", "data.allow_changed"),
 )
-# Where data lie: they are compared by hashes, by data modules that say so, where training goes on with them and
-# data.verify=false does not leave the hashes out.
+# Locations of data. Data modules that declare it compare the data by hashes when training resumes, unless
+# data.verify=false.
 PLACES = ("data.root", "data.sources.*.root")
-MUST_AGREE = ("callbacks.ema",)  # all other callbacks only watch and save
+MUST_AGREE = ("callbacks.ema",)  # all other callbacks only monitor and save
 
 
 def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
-    """The checkpoint that a run goes on from; None: it starts anew.
+    """Return the checkpoint from which a run resumes; None for a new run.
 
     Raises:
-        RunFolderError: the folder holds a run, and it is not to be resumed. FileNotFoundError: there is nothing to
-            resume.
+        RunFolderError: the folder contains a run, and resuming was not requested. FileNotFoundError: there is nothing
+            to resume.
     """
     latest = folder / run_folder.CHECKPOINT
     resume = run_folder.resume_setting(cfg.resume)
@@ -75,13 +75,13 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
 
 
 def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
-    """The step of the checkpoint to resume, after checking that it was made with these settings.
+    """Return the step of the checkpoint to resume, after checking that it was written with these settings.
 
     Args:
-        resolved: the present configuration.
+        resolved: the current configuration.
 
     Raises:
-        ValueError: settings that change what is computed differ; they are named.
+        ValueError: settings that affect the result differ; the message lists them.
     """
     content = read_checkpoint(checkpoint, mapped=True)
     before = content[HEADER]["config"]
@@ -97,13 +97,13 @@ def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
 
 
 def differing_settings(before: dict[str, Any], now: dict[str, Any], finished: bool = False) -> str:
-    """The settings that change what is computed and that differ between two resolved configurations, in words.
+    """Describe the settings that affect the result and differ between two resolved configurations.
 
     Args:
-        finished: the run is not resumed: how long it trains and where its data lie must agree as well.
+        finished: whether the run is finished and not resumed: its length and the location of its data must also agree.
 
     Returns:
-        Four of them with their values, and how many more there are; empty where none differs.
+        Four settings with their values, and the number of further ones; empty if none differs.
     """
     before, now = ({".".join(path): value for path, value in leaves_of(each, ())} for each in (before, now))
     for settings in (before, now):
@@ -123,7 +123,7 @@ def differing_settings(before: dict[str, Any], now: dict[str, Any], finished: bo
 
 
 def _is_default(key: str, settings: dict[str, Any]) -> bool:
-    """Whether a setting is as it would be if nothing said it: a run from before there was one had the same."""
+    """Return whether a setting has its default value, as runs from before the setting existed had."""
     parent, _, name = key.rpartition(".")
     target = settings.get(f"{parent}._target_")
     if target is None:
@@ -134,14 +134,14 @@ def _is_default(key: str, settings: dict[str, Any]) -> bool:
 
 def _places(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
     if False in (before.get("data.verify"), now.get("data.verify")) and not now.get("data.allow_changed"):
-        return ()  # of robots' demonstrations poses are compared then, and no images
+        return ()  # for demonstrations of robots only poses are compared then, not images
     target = now.get("data._target_")
     return PLACES if target and getattr(get_class(target), "compares_contents", False) else ()
 
 
 def _stages(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
-    """The setting of a curriculum where its stages lasted as many batches as now optimizer steps have: those of an
-    earlier version counted batches. That the order of samples is the same is checked by its fingerprint."""
+    """Return the setting of a curriculum if its stages, counted in batches by an earlier version, are as long as the
+    current ones in optimizer steps. The order of samples is checked separately, by its fingerprint."""
     per_step = now.get("accumulate_grad_batches") or 1
     then, stages = before.get("data.curriculum"), now.get("data.curriculum")
     if per_step == 1 or not (isinstance(then, list) and isinstance(stages, list)):

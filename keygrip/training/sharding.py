@@ -1,4 +1,4 @@
-"""Fully sharded training: parameters, gradients and optimiser state divided over the processes (FSDP2)."""
+"""Fully sharded training: parameters, gradients and optimiser state are sharded over the processes (FSDP2)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Shards any LightningModule; checkpoints are the same single file as without.
+    """Shard any LightningModule; checkpoints are a single file, as without sharding.
 
-    The module is gathered as a whole for each step and let go after it, so that gradients, optimiser state and
-    EMA weights never exist whole. A module that has ``sharded_parts()`` (submodules used only through their
-    ``forward``, such as transformer blocks) is gathered part by part: then its parameters never exist whole either.
-    Every gathering waits for all processes: parts must be called equally often in each of them.
+    All parameters are gathered for each step and freed after it, while gradients, optimiser state and EMA weights are
+    never gathered completely. For a module with ``sharded_parts()`` (submodules used only through their ``forward``,
+    such as transformer blocks) parameters are gathered part by part, so that they are never all gathered at once.
+    Every gathering waits for all processes, so each process must call the parts the same number of times.
 
     Paper: Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (2023).
     """
@@ -34,12 +34,12 @@ class ShardedStrategy(ModelParallelStrategy):
         self.reshard_after_forward = reshard_after_forward
 
     def setup_environment(self) -> None:
-        """As the parent's, with one data-parallel group of all processes."""
+        """As in the parent class, with one data-parallel group of all processes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """As the parent's, with `shard` in place of a module's own `configure_model`."""
+        """As in the parent class, with `shard` instead of a module's own `configure_model`."""
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
@@ -52,10 +52,10 @@ class ShardedStrategy(ModelParallelStrategy):
         self.setup_precision_plugin()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """As the parent's, also of a run that was not sharded.
+        """As in the parent class, but also for a run that was not sharded.
 
-        The parent's takes a parameter's number in the optimiser's state for its place among all parameters of the
-        module, frozen ones too, as it is in what this strategy saves. Every other one numbers them by the groups.
+        The parent class reads a parameter's index in the optimiser's state as its index among all parameters of the
+        module, including frozen ones, as this strategy saves it. All other strategies use the index in the groups.
         """
         assert self.model is not None
         optimizers, self.optimizers = self.optimizers, []
@@ -72,10 +72,10 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def shard(module: nn.Module, mesh: Any, reshard_after_forward: bool = True) -> None:
-    """Shards ``module`` in place over a one-dimensional device mesh; its step methods gather what they need.
+    """Shard ``module`` in place over a one-dimensional device mesh; its step methods gather the parameters they need.
 
     Args:
-        reshard_after_forward: parts let go of what they gathered between their forward and backward passes.
+        reshard_after_forward: whether parts free gathered parameters between their forward and backward passes.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -87,10 +87,10 @@ def shard(module: nn.Module, mesh: Any, reshard_after_forward: bool = True) -> N
 
 
 def load_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> None:
-    """Loads an optimiser's whole stored state, which every process has, into that of a sharded module.
+    """Load an optimiser's complete stored state, which every process has, into that of a sharded module.
 
-    Parameters of which nothing is stored, since they had no gradient yet, have no state afterwards either: torch would
-    refuse them, or count the step of zeros by which it makes their moments.
+    Parameters without stored state, because they had no gradient yet, also have no state afterwards: torch would reject
+    them, or count the step of zeros with which it creates their moments.
 
     Args:
         saved: see `named_state`.
@@ -106,11 +106,11 @@ def load_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Mo
 
 
 def named_state(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """An optimiser's stored state with the names of parameters in the place of their numbers.
+    """Return an optimiser's stored state with parameter names instead of indices.
 
     Args:
-        saved: its groups hold the same parameters as those of ``optimizer``, in the same order, by whatever numbers.
-        module: knows their names.
+        saved: its groups have the same parameters as those of ``optimizer``, in the same order, with any indices.
+        module: the module with the parameters' names.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
@@ -125,7 +125,7 @@ def named_state(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Modul
 
 
 def reshard(module: nn.Module) -> None:
-    """Frees parameters that a step or a validation left gathered; the sharded ones are those that are trained."""
+    """Free parameters that a step or a validation left gathered; the optimiser trains the sharded parameters."""
     from torch.distributed.fsdp import FSDPModule
 
     for part in module.modules():
@@ -134,12 +134,12 @@ def reshard(module: nn.Module) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor (a view of it); any other tensor as it is."""
+    """Return this process's shard of a sharded tensor (a view of it); any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_like(whole: Tensor, model: Tensor) -> Tensor:
-    """The part of a whole tensor that belongs where ``model``'s does, on its device."""
+    """Return the shard of a complete tensor that corresponds to the shard of ``model``, on its device."""
     whole = whole.to(model.device)
     if not isinstance(model, DTensor):
         return whole.clone()
@@ -147,5 +147,5 @@ def local_like(whole: Tensor, model: Tensor) -> Tensor:
 
 
 def is_sharded(module: LightningModule) -> bool:
-    """Whether the module's parameters are divided over processes."""
+    """Return whether the module's parameters are sharded over processes."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())

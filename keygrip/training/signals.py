@@ -1,4 +1,4 @@
-"""Exceptions that end a command in good order: a run or a sweep that a signal stopped, and a sweep that is refused."""
+"""Exceptions for an orderly end of a command: a run or a sweep stopped by a signal, and a rejected sweep."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import signal
 
 
 class Interrupted(BaseException):
-    """A signal ended the run; the message says where it stopped and how to go on.
+    """A signal ended the run; the message states where it stopped and how to resume.
 
-    Not an ``Exception``, like KeyboardInterrupt, so that code which catches any error and continues does not swallow
-    it: the control loop with errors of a policy or an arm's driver, and torch's `load_state_dict`.
+    Like KeyboardInterrupt it is not an ``Exception``, so that code which catches all errors and continues does not
+    catch it, e.g. the control loop for errors of a policy or an arm's driver, and torch's `load_state_dict`.
     """
 
     def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
@@ -21,9 +21,9 @@ class Interrupted(BaseException):
 
 
 class SweepInterrupted(Interrupted):
-    """A signal ended a job of a sweep and with it the sweep. Hydra would take an ``Exception`` for one failed job and
+    """A signal ended a job of a sweep and thereby the sweep. For an ``Exception`` Hydra would record one failed job and
     start the next."""
 
 
 class SweepRefused(BaseException):
-    """A sweep does not begin; the message says why. Not an ``Exception``: Hydra makes a warning of a callback's."""
+    """A sweep does not begin; the message states why. Not an ``Exception``, which Hydra turns into a warning."""

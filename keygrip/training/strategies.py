@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Lightning's others (bf16-true, 16-true, 64-true) would cast weights and the statistics of the data as well: to bf16 a
-# range of positions is off by millimetres, and what a network keeps in float32 beside autocast would not fit the rest.
+# Lightning's other precisions (bf16-true, 16-true, 64-true) would also cast weights and the statistics of the data. In
+# bf16 a range of positions has an error of millimetres, and parts that a network keeps in float32 would not match.
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
-SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}  # as Lightning takes them
+SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}  # short names that Lightning accepts
 
 
 class MissingGPUError(ValueError):
-    """A GPU was asked for and this machine has none."""
+    """A GPU was requested and this machine has none."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Strategy:
     """Devices, processes and precision of a run.
 
     Args:
-        accelerator: ``auto`` takes a GPU where there is one.
-        devices: processes per node; ``auto``: as many as torchrun or srun started; all GPUs where srun started one
-            process or neither did.
+        accelerator: ``auto`` uses a GPU if there is one.
+        devices: processes per node; ``auto``: as many as torchrun or srun started; all GPUs if srun started one
+            process, or without torchrun and srun.
         num_nodes: ``auto``: read from torchrun or SLURM, else 1.
         kind: ``single`` one process, ``ddp`` replicated, ``fsdp`` sharded.
-        precision: Lightning's name (`PRECISIONS`, `SHORT`), or ``auto``: bf16 autocast where the hardware is faster in
+        precision: Lightning's name (`PRECISIONS`, `SHORT`), or ``auto``: bf16 autocast if the hardware is faster with
             it, else float32.
-        tf32: float32 products in TF32 (10 bits of mantissa) on a GPU's tensor cores: what stays in float32 under
-            autocast, such as an action head, takes a fraction of the time.
-        reshard_after_forward: with ``fsdp``: blocks let go of gathered parameters between forward and backward pass;
-            false: they keep them, for more memory and a third less traffic.
+        tf32: float32 products in TF32 (10 bits of mantissa) on a GPU's tensor cores: parts that stay in float32 under
+            autocast, such as an action head, take a fraction of the time.
+        reshard_after_forward: with ``fsdp``: blocks free gathered parameters between forward and backward pass;
+            false: they keep them, with more memory and a third less communication.
     """
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -79,7 +79,7 @@ class Strategy:
         """Whether this strategy computes on a GPU of this machine.
 
         Raises:
-            MissingGPUError: a GPU was asked for and there is none.
+            MissingGPUError: a GPU was requested and there is none.
         """
         import torch
 
@@ -98,11 +98,11 @@ class Strategy:
         return self._devices() * self._nodes()
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """Arguments for ``lightning.Trainer``.
+        """Return arguments for ``lightning.Trainer``.
 
         Raises:
-            ValueError: a GPU or a number of devices was asked for that this machine does not have, or other processes
-                than srun started.
+            ValueError: the requested GPU or number of devices is not available, or the number of processes differs from
+                that of srun.
         """
         import torch
 
@@ -151,7 +151,7 @@ class Strategy:
         return "auto"
 
     def _refuse_other_processes_than_of_srun(self) -> None:
-        """Lightning does so, too, but once the data are read and the model is made."""
+        """Raise ValueError if srun started other processes. Lightning also checks this, but after loading the data."""
         tasks, nodes = tasks_of_srun(), nodes_of_srun()
         started = f"srun started {tasks} processes on {nodes} node{'' if nodes == 1 else 's'}"
         if self.kind == "single":
@@ -169,9 +169,9 @@ class Strategy:
             return int(self.devices)
         if os.environ.get("LOCAL_WORLD_SIZE", "").isdigit():
             return int(os.environ["LOCAL_WORLD_SIZE"])
-        if tasks_of_srun() > 1:  # SLURM_NTASKS_PER_NODE may be the whole job's, or missing
+        if tasks_of_srun() > 1:  # SLURM_NTASKS_PER_NODE may be that of the whole job, or missing
             return max(tasks_of_srun() // nodes_of_srun(), 1)
-        # Without srun, and with one task of it, Lightning starts the other processes: one for each GPU.
+        # Without srun, or with a single srun task, Lightning starts the other processes: one for each GPU.
         if self.accelerator == "cpu" or not self.on_gpu:
             return 1
         import torch
@@ -187,10 +187,10 @@ class Strategy:
 
 
 def use_tf32(wanted: bool, on_gpu: bool, setting: str = "tf32") -> None:
-    """Computes float32 products of this process in TF32, or in full.
+    """Compute float32 products of this process in TF32 or in full precision.
 
     Args:
-        wanted: in TF32. on_gpu: whether it computes on a GPU. setting: its name, for messages.
+        wanted: whether to use TF32. on_gpu: whether this process computes on a GPU. setting: its name, for messages.
 
     Raises:
         ValueError: TF32 without a GPU.
@@ -200,16 +200,16 @@ def use_tf32(wanted: bool, on_gpu: bool, setting: str = "tf32") -> None:
     if wanted and not on_gpu:
         raise ValueError(f"{setting}=true is for GPUs, and this process computes on the CPU: leave it out")
     torch.set_float32_matmul_precision("high" if wanted else "highest")
-    torch.backends.cudnn.allow_tf32 = wanted  # torch would compute convolutions in TF32 either way
+    torch.backends.cudnn.allow_tf32 = wanted  # by default torch computes convolutions in TF32
 
 
 def automatic_precision(on_gpu: bool) -> str:
-    """bf16 autocast where the hardware is faster in bf16, float32 elsewhere."""
+    """Return bf16 autocast if the hardware is faster with bf16, else float32."""
     return "bf16-mixed" if is_faster_in_bf16("cuda" if on_gpu else "cpu") else "32-true"
 
 
 def automatic_autocast(device: torch.device) -> torch.autocast:
-    """The context of `automatic_precision` on a device, where no trainer has one: so images are drawn and evaluated."""
+    """Return the autocast context of `automatic_precision` for use without a trainer, when sampling images."""
     import torch
 
     half = automatic_precision(device.type == "cuda") == "bf16-mixed"
@@ -217,7 +217,7 @@ def automatic_autocast(device: torch.device) -> torch.autocast:
 
 
 def is_faster_in_bf16(device: str) -> bool:
-    """Whether a type of device of this machine is faster in bf16; types beside "cuda" and "cpu" count as such."""
+    """Return whether a device type is faster with bf16 on this machine; True for types other than "cuda" and "cpu"."""
     if device == "cuda":
         import torch
 
@@ -226,7 +226,7 @@ def is_faster_in_bf16(device: str) -> bool:
 
 
 def named_precision(accelerator: str | None, precision: str) -> str:
-    """Lightning's present name for a precision that may be "auto", on this machine, or in short."""
+    """Return Lightning's current name for a precision that may be a short name, or "auto" for this machine."""
     if precision != "auto":
         return SHORT.get(str(precision), precision)
     import torch
@@ -235,15 +235,15 @@ def named_precision(accelerator: str | None, precision: str) -> str:
 
 
 def cpu_is_faster_in_bf16() -> bool:
-    """Whether bf16 products are faster than float32 ones, by the processor's own description.
+    """Return whether bf16 products are faster than float32 products, from the processor's flags.
 
-    With AMX steps of an MLP took half as long as in float32 (`benchmarks/cpu_precision_amx.json`). With Intel's
-    AVX512-BF16 without AMX, as virtual machines often have it, they took 1.4 times as long
-    (`benchmarks/cpu_precision.json`). AMD's AVX512-BF16 and Arm's instructions are taken to be faster, unmeasured.
+    With AMX, steps of an MLP took half as long as in float32 (`benchmarks/cpu_precision_amx.json`). With Intel's
+    AVX512-BF16 without AMX, common in virtual machines, they took 1.4 times as long (`benchmarks/cpu_precision.json`).
+    AMD's AVX512-BF16 and Arm's instructions are assumed to be faster; this was not measured.
     """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False  # no such file on this system: nothing is known, float32 is always right
+        return False  # no such file on this system: use float32, which is always possible
     flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split()
     return "amx_bf16" in flags or "bf16" in flags or ("avx512_bf16" in flags and "GenuineIntel" not in text)

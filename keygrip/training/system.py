@@ -45,7 +45,7 @@ class System(LightningModule):
             its module. A run whose weights this one starts from may need the same files.
         own_packages: packages other than keygrip whose classes the run's settings name; set and used in the same way.
         window: the batches of an optimiser step, if gradients of several batches are accumulated.
-        resumed: whether the run is resumed: its weights come from its own checkpoint, and `init_from` is not read again.
+        resumed: whether the run is resumed: its weights come from its own checkpoint, and `init_from` is not read.
 
     Args:
         optimizer: the recipe of optimiser and schedule.
@@ -75,8 +75,8 @@ class System(LightningModule):
         return self.optimizer_recipe.configure(self.trained_part(), self.trainer.estimated_stepping_batches)
 
     def progress(self) -> float:
-        """Return the completed share of the run, 0 to 1: of its steps, or of its time (`max_minutes`) if that is larger;
-        the same in every process."""
+        """Return the completed share of the run, 0 to 1: of its steps, or of its time (`max_minutes`) if that is
+        larger; the same in every process."""
         schedules = [each.scheduler for each in self.trainer.lr_scheduler_configs]
         of_time = [each.time_share for each in schedules if isinstance(each, ScheduledRates)]
         return min(1.0, max(self.global_step / max(1, self.trainer.estimated_stepping_batches), *of_time, 0.0))
@@ -246,7 +246,7 @@ def parameters_m(network: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def check_names(where: str, **names: tuple[Sequence[str], Sequence[str]]) -> None:
-    """Compare names that correspond to indices in the weights, such as `arms` and `cameras`, of another run and this one.
+    """Compare names that correspond to indices in the weights, such as `arms` and `cameras`, with those of another run.
 
     Args:
         where: description of the other run for messages. names: names there and here; a side without names is skipped.

@@ -1,4 +1,4 @@
-"""Validation metrics by task: an average hides a task that is not learned."""
+"""Validation metrics by task, because an average hides a task that is not learned."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class MeansByTask:
     """Means of values for each of a known list of instructions, over all processes.
 
     Args:
-        instructions: of the training split, in the same order on every process. Fewer than two, or more than 200, and
-            nothing is kept; a sentence outside of the list is not counted.
+        instructions: of the training split, in the same order on every process. With fewer than two or more than 200,
+            no means are computed; a sentence that is not in the list is not counted.
     """
 
     def __init__(self, instructions: Sequence[str]) -> None:
@@ -27,14 +27,14 @@ class MeansByTask:
         self._sums: dict[str, Tensor] = {}
 
     def clear(self) -> None:
-        """Forgets what was added."""
+        """Remove all added values."""
         self._sums = {}
 
     def add(self, instructions: Sequence[str], values: Mapping[str, Tensor], valid: Tensor) -> None:
-        """Adds a batch.
+        """Add a batch.
 
         Args:
-            instructions: B sentences. values: by name, ``[B, ...]``. valid: bool of the same shape: what counts.
+            instructions: B sentences. values: by name, ``[B, ...]``. valid: bool of the same shape: values that count.
         """
         if not self.numbers:
             return
@@ -49,7 +49,7 @@ class MeansByTask:
             sums.index_add_(1, tasks, torch.stack([totals, counts])[:, rows])
 
     def means(self) -> dict[str, float]:
-        """``<task>/<name>`` of every task that was seen on any process."""
+        """Return ``<task>/<name>`` for every task with values on any process."""
         everywhere = self._over_all_processes()
         found = {}
         for name, (totals, counts) in everywhere.items():
@@ -68,7 +68,7 @@ class MeansByTask:
 
 
 def _keys(sentences: Sequence[str]) -> list[str]:
-    """Short names for a logger, all different."""
+    """Return unique short names for a logger."""
     keys: list[str] = []
     for sentence in sentences:
         key = re.sub(r"[^a-z0-9]+", "_", sentence.lower()).strip("_")[:40] or "no_instruction"

@@ -1,4 +1,4 @@
-"""A wall-clock limit that shapes the learning rate, so that a run which it ends is not cut off in the middle."""
+"""A wall-clock limit that also sets the learning-rate schedule, so that a run ends with a small learning rate."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from keygrip.training.optimizers import ScheduledRates
 
 
 class TimeLimit(Timer):
-    """Lightning's timer, which ends a run with an optimiser step, never in the middle of accumulating gradients for
-    one; tells the schedules which share of the time has passed. All processes are told that of the first.
+    """Lightning's timer, which ends a run after a complete optimiser step, never while gradients are accumulated. It
+    passes the elapsed share of the time to the schedules; all processes use that of the first process.
 
-    The time that a run took before it was resumed counts.
+    The time before a resume is included.
 
     Args:
-        minutes: of training, validation and saving.
+        minutes: limit for training, validation and saving together.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -28,7 +28,7 @@ class TimeLimit(Timer):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         for rates in self._tell(trainer):
-            rates.apply()  # of a resumed run, whose time goes on
+            rates.apply()  # for a resumed run, whose time continues
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._tell(trainer)
@@ -38,7 +38,7 @@ class TimeLimit(Timer):
             super().on_train_batch_end(trainer, *args, **kwargs)
 
     def _tell(self, trainer: Trainer) -> list[ScheduledRates]:
-        """Tells the schedules of a run which share of the time has passed, and returns them."""
+        """Pass the elapsed share of the time to the schedules of a run, and return the schedules."""
         elapsed, remaining = self.time_elapsed(), self.time_remaining()
         assert remaining is not None  # it has a duration
         share = min(1.0, float(trainer.strategy.broadcast(elapsed / max(elapsed + remaining, 1e-9))))

@@ -1,8 +1,7 @@
-"""Files of torch that somebody else may have written: read as plain data, within the memory that the file itself takes.
+"""Read torch files from untrusted sources as plain data, without using more memory than the file's size.
 
-`torch.load(weights_only=True)` runs no code of a file, but it unpacks compressed records, makes tensors and bytes whose
-size has nothing to do with the file's (expanded, without storage, by a constructor that takes a size), and what it
-raises depends on what is wrong.
+`torch.load(weights_only=True)` runs no code from a file. But it decompresses records, creates tensors and bytes of any
+size (expanded, without storage, by a constructor that takes a size), and raises many kinds of exceptions.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from torch import Tensor
 
 from keygrip.training.nested_values import inside_of, size_of
 
-# What a file that is cut off, damaged or made for this purpose can raise in torch.load, beside its UnpicklingError.
+# Exceptions of torch.load for a file that is truncated, damaged or malicious, in addition to its UnpicklingError.
 BROKEN: tuple[type[Exception], ...] = (
     *(RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError),
     *(AssertionError, MemoryError, ImportError, struct.error, zipfile.BadZipFile, pickle.PickleError),
 )
-EXPANDED_BYTES = 1 << 26  # by which a tensor may be larger than its storage: small expanded buffers do no harm
-MOST_VALUES = 10_000_000  # in nested containers, each counted wherever it is named
-# All that tensors and plain values need. Torch allows more names, of which some take any size for an argument
-# (bytearray, the constructors of tensors) and others make more of what they are given (codecs, casts).
+EXPANDED_BYTES = 1 << 26  # by which a tensor may be larger than its storage: small expanded buffers are harmless
+MOST_VALUES = 10_000_000  # in nested containers; a value is counted once per reference
+# All names that tensors and plain values need. Torch allows more names, some of which accept any size as an argument
+# (bytearray, the constructors of tensors), while others enlarge their input (codecs, casts).
 NAMED = {
     *(
         "collections OrderedDict",
@@ -49,10 +48,10 @@ LEGACY_PICKLES = 5  # before torch 1.6: a number, a version, the machine, the co
 
 
 class TorchFileError(ValueError):
-    """A file of torch that is not read; the message says which and why.
+    """A torch file is rejected; the message states which file and why.
 
     Attributes:
-        is_archive: whether the file is a whole zip archive, as torch writes them.
+        is_archive: whether the file is a complete zip archive, as torch writes them.
     """
 
     def __init__(self, message: str, is_archive: bool) -> None:
@@ -61,22 +60,22 @@ class TorchFileError(ValueError):
 
 
 def read_torch_file(file: str | Path, map_location: Any = "cpu", mapped: bool = False) -> Any:
-    """The content of a file that `torch.save` wrote: tensors and plain values. Runs no code of it.
+    """Read a file that `torch.save` wrote, with tensors and plain values. Runs no code from it.
 
     Args:
-        map_location: device of the tensors. mapped: on the CPU they stay in the file until they are read (archives
-            alone; the file must not be overwritten so long, only replaced).
+        map_location: device of the tensors. mapped: on the CPU, memory-map the tensors (archives only; while the file
+            is in use it must not be overwritten, only replaced).
 
     Raises:
-        OSError: there is no such file, or it may not be read.
-        TorchFileError: it is cut off, holds more than tensors and plain values, or would take more memory than the
-            file.
+        OSError: there is no such file, or it is not readable.
+        TorchFileError: the file is truncated, contains more than tensors and plain values, or would use more memory
+            than its size.
     """
     path = Path(file)
-    with path.open("rb") as opened:  # what the system refuses is said in its own words
-        begins_as_archive = opened.read(len(ARCHIVE)) == ARCHIVE  # by which torch tells them
+    with path.open("rb") as opened:  # errors of the system are not changed
+        begins_as_archive = opened.read(len(ARCHIVE)) == ARCHIVE  # how torch recognises an archive
     is_archive = zipfile.is_zipfile(path)
-    if begins_as_archive != is_archive:  # what is looked at here must be what torch reads
+    if begins_as_archive != is_archive:  # the content checked here must be the content that torch reads
         raise TorchFileError(f"{path} {_what_is_wrong(EOFError(), False, path)}", is_archive)
     if is_archive:
         _refuse_compressed(path)
@@ -102,7 +101,7 @@ def read_torch_file(file: str | Path, map_location: Any = "cpu", mapped: bool = 
 
 
 def refuse_missing_device(device: Any) -> None:
-    """Refuses a device that this machine does not have.
+    """Reject a device that this machine does not have.
 
     Raises:
         ValueError: torch has no such device, or cannot use it here.
@@ -124,12 +123,12 @@ def refuse_missing_device(device: Any) -> None:
 
 
 def _refuse_compressed(path: Path) -> None:
-    """torch stores its records as they are; a compressed one may unpack to a thousand times its size."""
+    """Reject compressed records: torch does not compress, and a record may unpack to a thousand times its size."""
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [member for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
     except (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, struct.error, OSError) as error:
-        # torch, which reads archives in its own way, may find there what was not looked at here
+        # torch has its own archive reader and may find content that was not checked here
         raise TorchFileError(f"{path} {_what_is_wrong(error, True, path)}", is_archive=True) from error
     if packed:
         raise TorchFileError(
@@ -140,9 +139,9 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def _unknown_name(path: Path, is_archive: bool) -> str | None:
-    """A class or function that a file names and that tensors and plain values do not need; None: there is none."""
+    """Return a class or function named in a file that tensors and plain values do not need; None if there is none."""
     with path.open("rb") as file:
-        if is_archive:  # by torch's own reader: another one may see another record
+        if is_archive:  # with torch's own reader, since another reader may find another record
             pickles: list[IO[bytes]] = [io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))]
         else:
             pickles = [file] * LEGACY_PICKLES
@@ -164,7 +163,7 @@ def _what_is_wrong(error: Exception, is_archive: bool, path: Path) -> str:
 
 
 def _tensors(content: Any) -> list[Tensor]:
-    """All tensors in nested containers, each once: a pickle may name one container many times."""
+    """Return all tensors in nested containers; each container is visited once, as a pickle may repeat it many times."""
     found, waiting, seen = [], [content], set()
     while waiting:
         value = waiting.pop()
@@ -177,7 +176,7 @@ def _tensors(content: Any) -> list[Tensor]:
 
 
 def _oddity(tensor: Tensor) -> str | None:
-    """Why a tensor is not one of numbers that lie in the file, or None."""
+    """Return why the values of a tensor are not all stored in the file, or None."""
     size = tensor.numel() * tensor.element_size()
     if size > tensor.untyped_storage().nbytes() + EXPANDED_BYTES:
         return f"a tensor of {size} bytes in {tensor.untyped_storage().nbytes()} of storage"

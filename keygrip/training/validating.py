@@ -1,4 +1,4 @@
-"""When a run validates: every so many optimiser steps, however many batches a step takes."""
+"""Validate after a given number of optimiser steps, regardless of the number of batches per step."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lightning.pytorch.callbacks import Callback
 from keygrip.training.accumulation import completes_step
 from keygrip.training.compatibility import say_no_validation
 
-NEVER = sys.maxsize  # no batch has this number; of an infinite one Lightning makes the end of every epoch
+NEVER = sys.maxsize  # larger than any batch number; Lightning reads infinity as the end of every epoch
 
 
 class ValidateBySteps(Callback):
-    """Validates after every ``every_n_steps`` optimiser steps.
+    """Validate after every ``every_n_steps`` optimiser steps.
 
-    Lightning counts batches, of which the last step of an epoch takes fewer where `accumulate_grad_batches` does not
-    divide the epoch.
+    Lightning counts batches, and the last step of an epoch has fewer batches if the number of batches in an epoch is
+    not a multiple of `accumulate_grad_batches`.
 
     Args:
-        monitor: the metric of the best checkpoint, of which there is none in a run without validation; None: none is
-            wanted.
+        monitor: metric of the best checkpoint, which a run without validation does not have; None: no best checkpoint
+            is requested.
     """
 
     def __init__(self, every_n_steps: int, monitor: str | None = None) -> None:
@@ -30,11 +30,11 @@ class ValidateBySteps(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
-        said = 0 < trainer.max_steps < self.every_n_steps  # by `no_validation`, which knows the settings alone
+        said = 0 < trainer.max_steps < self.every_n_steps  # `no_validation` has reported it, from the settings
         if steps < self.every_n_steps and not said and trainer.enable_validation:
             reason = f"val_every_n_steps={self.every_n_steps} is above the {steps} steps of this run"
             say_no_validation(reason, self.monitor)
-        self._plan(trainer, due=trainer.global_step > 0)  # where Lightning leaves out that of a resumed step
+        self._plan(trainer, due=trainer.global_step > 0)  # Lightning would skip that of a resumed step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._plan(trainer, due=completes_step(trainer))

@@ -157,8 +157,9 @@ class DinoMultiView(GeometryEncoder):
     It learns from depth maps together with the actions, so no pretrained geometry is needed if a simulator gives depth.
 
     Args:
-        backbone: the shared DINO module. views: V at most. dim: D. layers: blocks, those within a view first.
-        heads: of attention. cells: c, along a side of a patch.
+        backbone: the shared DINO module. views: V at most. dim: D. layers: blocks, in turn within each view (the first)
+            and over all views; a single block attends over all views. heads: of attention. cells: c, along a side of a
+            patch.
         camera_rays: the encoder also reads each patch's viewing ray (that is, the calibration), not only the images.
         action_gradient: the action loss also trains it; false: only depth does.
         point_weight, depth_weight: weights of the two losses: mean absolute error of points in decimetres, and of the
