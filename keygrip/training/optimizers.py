@@ -24,7 +24,7 @@ class AdamW:
     Args:
         lr: peak learning rate.
         betas: decay of the first and second moment.
-        weight_decay: on parameters with two or more dimensions that are not embeddings or tokens (see `_without_decay`).
+        weight_decay: for parameters with two or more dimensions, except embeddings and tokens (`_without_decay`).
         warmup_steps: linear, from lr / warmup_steps; at most a tenth of the run.
         final_lr_share: the cosine ends at this share of ``lr``.
         schedule: ``cosine`` or ``constant``.
