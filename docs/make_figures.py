@@ -1,4 +1,4 @@
-"""Makes the images of README.md from a trained run: ``python docs/make_figures.py runs/demo``.
+"""Make the images of README.md from a trained run: ``python docs/make_figures.py runs/demo``.
 
 Writes into docs/images: ``episode.gif`` (a held-out closed-loop episode with the plan drawn in) and ``prediction.png``
 (heatmap, trajectories, height, gripper and rotation of a validation frame).
@@ -36,7 +36,7 @@ def main(run: Path) -> None:
 
 
 def prediction(data: object, module: VolumeQueryModule) -> None:
-    """A validation frame in which the gripper is on its way to the object."""
+    """Plot the prediction for a validation frame in which the gripper moves towards the object."""
     samples = data.val_samples  # type: ignore[attr-defined]
     batch = PolicyBatch.collate([samples[12]])
     with torch.no_grad():
@@ -47,7 +47,7 @@ def prediction(data: object, module: VolumeQueryModule) -> None:
 
 
 def episode(record: dict[str, Any], run: Path) -> None:
-    """One held-out episode as an animation; `record` is the run's setting `data.record`."""
+    """Save one held-out episode as an animation; `record` is the run's setting `data.record`."""
     loop = ClosedLoop(
         build_stored(record["task"], "data.record.task"),
         {"episode": [{}]},

@@ -1,8 +1,8 @@
-"""Makes docs/images/metaworld_rollouts.gif from an evaluation with videos of every task.
+"""Make docs/images/metaworld_rollouts.gif from an evaluation with videos of every task.
 
-``python -m keygrip.evaluate checkpoint=RUN env=metaworld env.tasks=mt50 open_loop=false episodes=10 first_seed=500000
-videos=1``, then ``python docs/make_metaworld_grid.py RUN/evaluation``: the first recorded episode of tasks that failed
-in it, and of as many that succeeded.
+First run ``python -m keygrip.evaluate checkpoint=RUN env=metaworld env.tasks=mt50 open_loop=false episodes=10
+first_seed=500000 videos=1``, then ``python docs/make_metaworld_grid.py RUN/evaluation``. The grid shows the first
+recorded episode of up to CELLS tasks: at most half of the cells show failed episodes, the others successful ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draws the plots of docs/*.md from the figures in benchmarks/: ``python docs/make_plots.py``."""
+"""Draw the plots of docs/*.md from the records in benchmarks/: ``python docs/make_plots.py``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def frames_and_tokens() -> None:
-    """Quality and time of the language model against the number of frames: one chosen token per frame, and many."""
+    """Plot the language model's accuracy and time against the number of frames: one token per frame, or several."""
     runs = {run["run"]: run for run in read("foveated_vlm")["runs"]}
     figure = Figure(figsize=(9.5, 4.6), layout="constrained")
     quality, time = figure.subplots(1, 2)
@@ -52,7 +52,7 @@ def frames_and_tokens() -> None:
 
 
 def sampler_curve() -> None:
-    """Distance from the exact sample against time, by solver and by the interval of noise levels with guidance."""
+    """Plot the distance from the exact sample against time, by solver and by the noise levels that use guidance."""
     recorded = read("dit_curve")
     figure = Figure(figsize=(8.8, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -84,7 +84,7 @@ TOKENS = (
 
 
 def token_counts() -> None:
-    """Accuracy against the compute of training: one chosen token per frame, and several pooled ones."""
+    """Plot accuracy against training compute: one chosen token per frame, or several pooled tokens."""
     runs = read("foveated_vlm")["claims"]["token_counts"]["runs"]
     figure = Figure(figsize=(9.5, 3.2), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
@@ -112,7 +112,7 @@ def token_counts() -> None:
 
 
 def token_counts_label_taught() -> None:
-    """Accuracy in validation while training, with the encoder that saw labels."""
+    """Plot validation accuracy during training, with the encoder that was pretrained with labels."""
     runs = read("foveated_vlm")["claims"]["token_counts_label_taught"]["runs"]
     figure = Figure(figsize=(9.5, 3.2), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
@@ -133,7 +133,7 @@ def token_counts_label_taught() -> None:
 
 
 def metaworld_demonstrations() -> None:
-    """Success on MT10 against the demonstrations of each task, at one training time; the peers beside it."""
+    """Plot success on MT10 against the demonstrations per task, at equal training time, also for LeRobot's policies."""
     recorded = read("metaworld_equal_time")
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()

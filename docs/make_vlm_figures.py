@@ -1,7 +1,7 @@
-"""Makes the image of the foveated model's card from a trained run: ``python docs/make_vlm_figures.py runs/vlm``.
+"""Make the images of the foveated model's card from a trained run: ``python docs/make_vlm_figures.py runs/vlm``.
 
-Writes docs/images/where_it_looked.png: a question of each kind about a held-out video, the answer, and the query's
-attention in every frame; and for README.md its upper half, where_it_looked_three.png.
+Writes docs/images/where_it_looked.png: questions of different kinds about held-out videos, the model's answers, and
+the query's attention in every frame. Also writes its upper half, where_it_looked_three.png, for README.md.
 """
 
 from __future__ import annotations
