@@ -1,8 +1,8 @@
-"""What every model promises, over all options of the group `model`: a new one is included without an edit.
+"""The requirements for every model, over all options of the group `model`: a new option is included without an edit.
 
-Each is trained for a step at its module's `toy_overrides`, then loaded from its checkpoint alone, with every data
-folder and run folder gone; it plans, answers or draws as its `evaluation_kind` says; it is exported, loaded from the
-export, and evaluated.
+Each is trained for a step with its module's `toy_overrides`, then loaded from its checkpoint alone, with every data
+folder and run folder gone. It plans, answers or draws according to its `evaluation_kind`; it is exported, loaded from
+the export, and evaluated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ VARIANTS = (
     "patch_dit_source",
     "volume_query_language",
     "volume_query_tuned",
-)  # of modules that are here anyway
+)  # variants of modules that are tested anyway
 BASELINES = ("coordinate_regression", "pooled_vlm", "patch_dit_base", "vlm_encoder_pretraining")
 STAGES = ("depth_reader", "image_autoencoder", "vlm_encoder_self_supervised")
 LONGEST = ("foveated_vlm", "geometry_vla", "patch_dit", "volume_query")  # their tests train, load and evaluate them too
@@ -46,7 +46,7 @@ FOLDERS = ("data", "runs")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder that all models work in: recordings that two of them share are made once."""
+    """The working folder of all models: recordings that two of them share are made once."""
     folder = tmp_path_factory.mktemp("contract")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -54,10 +54,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def use(module: System, source: Path) -> None:
-    """What a loaded model is for."""
+    """Use a loaded model for its purpose."""
     if module.evaluation_kind == "policy":
         policy: Any = keygrip.load_policy(source)
-        assert "over" in (*policy.needs.cameras, policy.needs.camera)  # a robot with several shall give it this one
+        assert "over" in (*policy.needs.cameras, policy.needs.camera)  # a robot with several must provide this one
         plan = policy.plan(observation(policy))
         assert plan.position.shape[:1] + plan.position.shape[2:] == (len(policy.needs.arms), 3)
         assert np.isfinite(plan.position).all()
@@ -93,7 +93,7 @@ def use(module: System, source: Path) -> None:
     ],
 )
 def test_a_model_keeps_its_promises(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # the evaluator of images learns 400 steps: what it finds is tested elsewhere
+    # the attribute classifier is trained for 400 steps by default: its results are tested elsewhere
     monkeypatch.setattr(ClassifierOptions.__init__, "__defaults__", (8, 2, 4, 3e-3, 0.08))
     chosen = OPTIONS.get(name, (f"model={name}",))
     node = compose("train", [*chosen, "run_dir=x"]).model
@@ -118,7 +118,7 @@ def test_a_model_keeps_its_promises(name: str, home: Path, monkeypatch: pytest.M
 
     file = home / f"{name}.ckpt"
     shutil.copy(run / "checkpoints" / "last.ckpt", file)
-    for folder in FOLDERS:  # whatever it was made of
+    for folder in FOLDERS:  # whatever data it was trained on
         (home / folder).rename(home / f"{folder}-gone")
     try:
         module: Any = keygrip.load(file)

@@ -1,7 +1,7 @@
-"""Every model on a pretended GPU: a step of training with validation and images, its checkpoint, and what it is for.
+"""Every model on a pretended GPU: a training step with validation and images, its checkpoint, and its use.
 
-Losses are those of the CPU, in bf16 nearly. A tensor, an index or a generator that was left on the CPU ends the test,
-and so does a type that does not fit another one.
+Losses equal those of the CPU, approximately in bf16. A tensor, an index or a generator that was left on the CPU fails
+the test, and so does a tensor whose dtype does not fit another one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ANSWERED = (
     ("video=null", "question=hello"),
     ("video=a.png", "question=what", "figure=figure.png", "mode=coarse_fine"),
 )
-# By file, where a training step waits for the GPU: which rows have how many frames and tokens decides what is computed.
+# Per file, where a training step waits for the GPU: the computation depends on how many frames and tokens each row has.
 # In qwen_vl.py transformers' vision tower reads the sizes of images.
 WAITS: dict[str, dict[str, int]] = {
     "volume_query": {},
@@ -65,7 +65,7 @@ WAITS: dict[str, dict[str, int]] = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder that all models work in, with two images and a mask."""
+    """The working folder of all models, with two images and a mask."""
     folder, generator = tmp_path_factory.mktemp("contract_on_gpu"), np.random.default_rng(0)
     for name in ("a", "b"):
         Image.fromarray(generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{name}.png")
@@ -78,7 +78,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def use(kind: str | None, run: Path, tmp_path: Path, streams: bool) -> None:
-    """What a model of that evaluation kind is for; `streams`: it answers about videos that have not ended."""
+    """Use a model according to its evaluation kind; `streams`: it answers about videos that have not ended."""
     if kind == "policy":
         policy: Any = keygrip.load_policy(run, device="cuda")
         for _ in range(2):
@@ -103,7 +103,7 @@ def use(kind: str | None, run: Path, tmp_path: Path, streams: bool) -> None:
 
 
 def test_images_are_evaluated_on_the_gpu(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After training Lightning has taken the model back to the CPU, and the command reads it onto the CPU."""
+    """After training, Lightning has moved the model back to the CPU, and the command loads it onto the CPU."""
     monkeypatch.setattr(ClassifierOptions.__init__, "__defaults__", (8, 2, 4, 3e-3, 0.08))
     seen, draw = [], PatchDiTModule.draw
 
@@ -139,7 +139,7 @@ def test_a_training_step_seldom_waits_for_the_gpu(
         keygrip.train(overrides)
     assert len(found) == 2
     del found[1]["qwen_vl.py"]
-    assert dict(found[1]) == WAITS[name]  # the first step reads the statistics of the data, once
+    assert dict(found[1]) == WAITS[name]  # the first step reads the statistics of the data once
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -151,7 +151,7 @@ def test_a_model_trains_and_works_on_a_gpu(
     kind: Any = get_class(compose("train", [*CASES[name], "run_dir=x"]).model._target_)
     overrides = [*CASES[name], *QUICK, *kind.toy_overrides, "max_steps=2"]
     runs = home / "runs" / str(bf16)
-    here = keygrip.train([*overrides, f"run_dir={runs / name}-cpu"])  # and makes the data
+    here = keygrip.train([*overrides, f"run_dir={runs / name}-cpu"])  # this run also creates the data
     on_gpu = runs / f"{name}-gpu"
     with pretended_gpu(bf16):
         found = keygrip.train([*overrides, "strategy=gpu", "strategy.precision=auto", f"run_dir={on_gpu}"])

@@ -1,4 +1,4 @@
-"""`model.init_from`: a policy starts from the weights of another run, and needs that run no more afterwards."""
+"""`model.init_from`: a policy starts from the weights of another run, and afterwards no longer needs that run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICK = ("callbacks.ema=null", "logger=none", "data.num_workers=0", "data.batch_
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The setting that has the tests record into one folder, so that what two of them need is recorded once."""
+    """The setting that makes the tests record into one folder, so that shared recordings are made once."""
     return f"data.record.folder={tmp_path_factory.mktemp('recordings')}"
 
 
@@ -91,7 +91,7 @@ def test_a_vla_does_not_start_with_weights_that_mean_something_else(
     after.init_from = "run"
     with pytest.raises(ValueError, match=r"has the cameras over, front, this run front, over.*data\.cameras=\[over,fr"):
         after.set_statistics(turned)
-    caplog.clear()  # of what building it said
+    caplog.clear()  # remove the messages of building it
     with caplog.at_level(logging.WARNING):
         after.set_statistics(statistics)
         assert not caplog.messages

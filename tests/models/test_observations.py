@@ -1,4 +1,5 @@
-"""Observations: the block of the documents that builds one, and what is said of one that lacks a lot."""
+"""Observations: the code block of the docs that builds one, and the error for an observation that lacks several
+entries."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ POSE = {"position": np.zeros(3), "quaternion": [1.0, 0, 0, 0], "gripper": 1.0}
 
 
 class Reads:
-    """Reads of an observation what its needs say, as policies do."""
+    """A policy that reads from an observation what its needs list."""
 
     def __init__(self, needs: Needs) -> None:
         self.needs = needs
@@ -47,7 +48,7 @@ def test_the_block_of_the_documents_builds_what_a_policy_reads(
     policy = Reads(Needs(("right",), cameras[:1], instruction=True))
     monkeypatch.setattr(keygrip, "load_policy", lambda run: policy)
     names: dict[str, Any] = {}
-    exec(block, names)  # a page of this repository
+    exec(block, names)  # the code comes from a page of this repository
     assert np.isfinite(names["plan"].position).all()
 
 
@@ -74,5 +75,5 @@ def test_what_is_complete_or_lacks_one_entry_is_left_to_who_reads_it() -> None:
     refuse_incomplete({name: value for name, value in whole.items() if name != "gripper"}, ONE)
     told = {**POSE, "instruction": "pick", "cameras": {"over": VIEW, "front": {"image": VIEW["image"]}}}
     refuse_incomplete(told, TWO)
-    refuse_incomplete({**told, "cameras": {"over": VIEW, "front": None}}, TWO)  # a camera that gives nothing now
+    refuse_incomplete({**told, "cameras": {"over": VIEW, "front": None}}, TWO)  # a camera without an image
     refuse_incomplete({**whole, "instruction": "pick"}, Needs(("right",), ("over",), instruction=True))

@@ -17,7 +17,7 @@ State = dict[str, Tensor]
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Every tensor far from its initial value, so that one that is lost, swapped or ignored shows in the features."""
+    """Set every tensor far from its initial value, so that a lost, swapped or ignored tensor changes the features."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -33,7 +33,8 @@ def _one_thread_and_no_outside_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small() -> Callable[..., DinoBackbone]:
-    """Builds a reduced backbone of any variant in eval mode; random weights, `pretrained`, or those of a path."""
+    """Build a reduced backbone of any variant in eval mode with random weights, `pretrained` weights or those of a
+    path."""
 
     def build(variant: str, weights: str = "random", **options: object) -> DinoBackbone:
         settings: dict[str, object] = {"image_size": 6 * VARIANTS[variant].patch_size, "weights": weights, **SIZES}
@@ -95,7 +96,7 @@ def hf_v3() -> Callable[[bool], nn.Module]:
 
 
 def round_rope(model: nn.Module) -> Tensor:
-    """Gives a transformers DINOv3 the rotary periods of Meta's files (rounded to bfloat16) and returns them."""
+    """Set a transformers DINOv3 to the rotary periods of Meta's files (rounded to bfloat16) and return them."""
     rope = next(module for module in model.modules() if hasattr(module, "inv_freq"))
     periods = (1.0 / rope.inv_freq).bfloat16()
     rope.inv_freq = 1.0 / periods.float()
@@ -124,7 +125,7 @@ def meta_v3(model: nn.Module, periods: Tensor) -> State:
         state[f"{block}attn.qkv.bias"] = torch.cat(
             [
                 source[f"{layer}attention.q_proj.bias"],
-                torch.full((width,), 9.0),  # whatever stands here is masked in the release
+                torch.full((width,), 9.0),  # masked in the release, whatever the values are
                 source[f"{layer}attention.v_proj.bias"],
             ]
         )

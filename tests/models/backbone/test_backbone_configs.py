@@ -1,4 +1,4 @@
-"""Every option of the group backbone fits the constructor; the one that needs no weights is built from it."""
+"""Every option of the group backbone fits the constructor; the option that needs no weights is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features of every variant: shapes, the deep query's exactness, modes, recomputation, sizes."""
+"""Features of every variant: shapes, exactness of the deep query, modes, gradient checkpointing, sizes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_features_have_the_stated_shapes_on_any_grid(small, images, variant):
 
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_patches_lie_where_the_picture_changed(small, images, variant):
-    """Row-major order: a change in one patch moves that patch's token most."""
+    """Row-major order: a change in one patch changes that patch's token most."""
     patch = VARIANTS[variant].patch_size
     torch.manual_seed(0)
     backbone = DinoBackbone(variant, 6 * patch, "random", depth=1, width=64, heads=4).eval()
@@ -58,14 +58,14 @@ def test_query_from_the_cls_input_is_the_cls_output(small, images, variant):
 
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_query_is_exact_in_float32(variant):
-    """Models as built, without the strong test weights."""
+    """Models with their default random weights, without the strong test weights."""
     torch.manual_seed(0)
     backbone = DinoBackbone(variant, 8 * VARIANTS[variant].patch_size, "random", depth=4, width=128, heads=2).eval()
     picture = torch.randn(2, 3, backbone.image_size, backbone.image_size)
     backbone.requires_grad_(False)
     features, kv = backbone.forward_with_kv(picture)
     cls = backbone.query(backbone.cls_input().expand(2, -1, -1), kv)[:, 0]
-    # 1e-6 of features of size 1: float32 rounding of a dozen sums, in another order.
+    # 1e-6 for features of size 1: float32 rounding of a dozen sums in a different order.
     assert (cls - features.cls).norm(dim=-1).max() < 1e-6 * features.cls.norm(dim=-1).max()
 
 
@@ -112,7 +112,7 @@ def test_frozen_stays_in_eval_mode_and_out_of_the_graph(small, images, variant):
     assert not any(module.training for module in backbone.net.modules())
     picture = images(backbone.image_size, backbone.image_size)
     assert torch.equal(backbone(picture).patches, backbone(picture).patches)
-    backbone.requires_grad_(True)  # as a wrapper might
+    backbone.requires_grad_(True)  # as a wrapper might do
     assert not backbone(picture).patches.requires_grad
     parent = torch.nn.Sequential(backbone)
     parent.train()
@@ -216,13 +216,14 @@ def test_tiny_has_a_convolutional_stem_without_batch_statistics():
     assert 0.9e6 < sum(parameter.numel() for parameter in backbone.parameters()) < 3e6
     patch = DinoBackbone("tiny", 192, "random", stem="patch")
     assert patch.net.patch_embed.proj.weight.shape == (128, 3, 16, 16)
-    # An image's features do not depend on its company.
+    # The features of an image do not depend on the other images of the batch.
     pictures = torch.randn(3, 3, 192, 192)
     torch.testing.assert_close(backbone(pictures).patches[1:2], backbone(pictures[1:2]).patches, rtol=0, atol=1e-5)
 
 
 def test_tokens_of_the_convolutional_stem_sit_on_their_patches():
-    """The centre of what a token sees is the centre of its patch, to half a pixel, as it is for a linear embedding."""
+    """The centre of a token's receptive field is the centre of its patch, to half a pixel, as for a linear
+    embedding."""
     torch.manual_seed(0)
     stem = DinoBackbone("tiny", 192, "random").net.patch_embed.proj
     pictures = torch.randn(16, 3, 192, 192, requires_grad=True)
@@ -249,7 +250,7 @@ def test_layers_for_optimisers(small):
 
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_mixed_precision_keeps_a_float32_residual_stream(small, images, variant):
-    """Only matrix products run in bfloat16; the sums over blocks would lose small updates otherwise."""
+    """Only matrix products run in bfloat16; otherwise the sums over blocks would lose small updates."""
     backbone = small(variant)
     picture = images(backbone.image_size, backbone.image_size)
     exact = backbone(picture)

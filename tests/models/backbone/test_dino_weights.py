@@ -1,4 +1,4 @@
-"""Weights from every format, compared with transformers' own models; each known trap has a test that falls into it."""
+"""Weights from every format, compared with transformers' own models; each known trap has a test."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_hugging_face_dinov3(small, hf_v3, formats, images, tmp_path, variant, g
     backbone = small(variant, str(tmp_path))
     picture = images(96, 128)
     unrounded = model(pixel_values=picture).last_hidden_state
-    # transformers keeps the rotary periods unrounded; with Meta's, its features are ours.
+    # transformers does not round the rotary periods; with Meta's rounded periods its features equal ours.
     formats["round_rope"](model)
     assert_same_features(backbone, model, picture)
     assert (model(pixel_values=picture).last_hidden_state - unrounded).abs().max() > 5e-5
@@ -150,7 +150,7 @@ def test_hugging_face_dinov2(small, hf_v2, images, tmp_path, variant, registers)
 
 
 def test_hugging_face_dinov2_with_both_spellings_of_the_projections(small, hf_v2, images, tmp_path):
-    """The names of the query projection changed between transformers releases."""
+    """The names of the query projection changed between transformers releases; both are read."""
     model = hf_v2(False)
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
@@ -209,7 +209,8 @@ def test_trap_key_biases_that_count_are_refused(small, hf_v3, formats, saved):
 
 
 def test_trap_weights_of_satellite_images_are_refused(small, hf_v3, formats, saved, tmp_path):
-    """They were trained with other statistics of the pixels than ImageNet's, which all images here are given."""
+    """They were trained with other pixel statistics than ImageNet's, and all images here are normalised with
+    ImageNet's."""
     model = hf_v3(False)
     state = formats["meta_v3"](model, formats["round_rope"](model))
     satellite = state | {f"local_cls_norm.{name}": torch.ones(64) for name in ("weight", "bias")}
@@ -221,13 +222,13 @@ def test_trap_weights_of_satellite_images_are_refused(small, hf_v3, formats, sav
     model.save_pretrained(tmp_path / "dinov3-vitl16-pretrain-sat493m")
     with pytest.raises(ValueError, match=said):
         small("dinov3_vits16", str(tmp_path / "dinov3-vitl16-pretrain-sat493m"))
-    cached = "models--timm--vit_large_patch16_dinov3.sat493m/snapshots/0123/model.pth"  # of the hub's cache
+    cached = "models--timm--vit_large_patch16_dinov3.sat493m/snapshots/0123/model.pth"  # a path in the hub's cache
     with pytest.raises(ValueError, match=said):
         small("dinov3_vits16", saved(state, cached))
     with pytest.raises(ValueError, match=f"{said}.*, or rename what is called sat493m if these are others"):
         small("dinov3_vits16", saved(state, "weights/sat493m/vitl16/model.pth"))
     own = small("dinov3_vits16", saved({f"teacher.backbone.{name}": value for name, value in satellite.items()}))
-    assert "training file" in own.loaded_weights  # of any images
+    assert "training file" in own.loaded_weights  # trained on any images
 
 
 def test_trap_rotary_periods_come_from_the_file_and_survive_casts(small, hf_v3, formats, images, saved):
@@ -248,7 +249,7 @@ def test_trap_rotary_periods_come_from_the_file_and_survive_casts(small, hf_v3, 
         assert torch.equal(backbone.net.rope.periods, wanted)
         assert backbone.net.rope.periods.dtype == torch.float32
 
-    # A wrapper that casts buffers by itself loses nothing, and angles are computed in float32 again.
+    # A wrapper that casts buffers itself loses nothing: angles are computed in float32 again.
     backbone.net.rope.periods = wanted.bfloat16()
     assert_same_features(small("dinov3_vits16", saved(state)), model, images(96, 128))
     backbone(images(96, 96))
@@ -257,7 +258,7 @@ def test_trap_rotary_periods_come_from_the_file_and_survive_casts(small, hf_v3, 
 
 
 def test_trap_rotary_periods_travel_in_checkpoints(small, hf_v3, formats, images, saved):
-    """A model rebuilt with random weights and loaded from its own state must have the file's periods."""
+    """A model that is rebuilt with random weights and loaded from its own state dict must have the file's periods."""
     model = hf_v3(False)
     unusual = (formats["round_rope"](model).float() * 1.5).bfloat16()
     loaded = small("dinov3_vits16", saved(formats["meta_v3"](model, unusual)))
@@ -276,7 +277,8 @@ def test_periods_of_random_weights_are_metas():
 
 @pytest.mark.parametrize("grid", [(16, 16), (12, 20), (40, 9)])
 def test_trap_position_table_is_resampled_as_meta_does(small, images, grid):
-    """Against Meta's rule written out: an offset of 0.1 in the scale, bicubic, no antialiasing; timm's is far off."""
+    """Compared with Meta's rule: an offset of 0.1 in the scale, bicubic, no antialiasing; timm's rule differs
+    clearly."""
     backbone = small("dinov2_vits14")
     table = backbone.net.pos_embed[:, 1:]
     square = table.reshape(1, 37, 37, 64).permute(0, 3, 1, 2)
@@ -301,7 +303,7 @@ def test_register_models_resample_with_antialiasing_as_transformers_does(small, 
 
 
 def test_position_tables_of_other_trainings_are_taken_as_they_are(small, hf_v2, formats, images, saved):
-    """A teacher trained at 224 has 16 x 16 positions; they are neither resampled on loading nor lost in checkpoints."""
+    """A teacher trained at 224 has 16 x 16 positions, which loading does not resample and checkpoints keep."""
     for variant, registers in V2:
         state = formats["meta_v2"](hf_v2(registers))
         state["pos_embed"] = torch.randn(1, 257, 64)
@@ -316,7 +318,7 @@ def test_position_tables_of_other_trainings_are_taken_as_they_are(small, hf_v2, 
 
 
 def test_loading_leaves_the_tensors_it_was_given(small, hf_v2, formats, saved):
-    """timm's conversion takes entries out of its argument: the second load of one dictionary must work too."""
+    """timm's conversion removes entries from its argument: loading the same dictionary twice must work too."""
     from keygrip.models.backbone.weights import _to_timm
 
     state = formats["meta_v2"](hf_v2(True))
@@ -344,7 +346,7 @@ def test_run_folders_and_checkpoints_are_sources(small, images, saved, tmp_path,
     assert not torch.equal(
         small(variant, str(tmp_path / "run/checkpoints/step-10.ckpt"))(picture).patches, source(picture).patches
     )
-    ema = saved({"state_dict": other, "ema": {"updates": 2, "parameters": state}}, "ema.ckpt")  # is preferred
+    ema = saved({"state_dict": other, "ema": {"updates": 2, "parameters": state}}, "ema.ckpt")  # preferred
     assert torch.equal(small(variant, ema)(picture).patches, source(picture).patches)
     with pytest.raises(ValueError, match=r"old\.ckpt has format 2 and this keygrip reads"):
         small(variant, saved({"keygrip": {"format": 2}, "state_dict": state}, "old.ckpt"))
@@ -426,7 +428,7 @@ def test_pretrained_without_a_network_says_what_to_download_and_where_to_put_it(
         assert part in text
     assert "\n" not in text
 
-    monkeypatch.setenv("DINO_REPO_DIR", str(tmp_path))  # a checkout without the file: still no random weights
+    monkeypatch.setenv("DINO_REPO_DIR", str(tmp_path))  # a checkout without the file: no random weights
     with pytest.raises(FileNotFoundError, match="cannot get the weights of dinov2_vits14 from the hub"):
         DinoBackbone("dinov2_vits14", 224, "pretrained")
 
@@ -493,7 +495,8 @@ def test_reduced_models_have_no_hub_weights(monkeypatch):
 
 
 def test_weights_of_another_model_name_the_variant_that_fits(saved):
-    """Of the real sizes, which alone tell variants apart; without memory, for no number counts."""
+    """Uses the real sizes, because only sizes distinguish variants; on the meta device, because values do not
+    matter."""
     with torch.device("meta"):
         shapes = {
             name: value.shape for name, value in DinoBackbone("dinov2_vits14", 224, "random").net.state_dict().items()
@@ -567,7 +570,7 @@ def test_broken_and_dangerous_files_are_refused(small, hf_v3, formats, saved, tm
 
 
 class Malicious:
-    """Makes a file when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -576,7 +579,7 @@ class Malicious:
         return os.mkdir, (str(self.target),)
 
 
-if os.environ.get("DINO_REPO_DIR"):  # a checkout of Meta's code with weights: compare with its own model
+if os.environ.get("DINO_REPO_DIR"):  # a checkout of Meta's code with weights: compare with Meta's own model
 
     @pytest.mark.slow
     @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The regression baseline: what it normalises it gets back, its loss, and that the image matters to it."""
+"""The regression baseline: decoding inverts normalisation, its loss, and its outputs depend on the image."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_metrics_are_zero_for_the_truth(module: CoordinateRegressionModule) -> N
 
 
 def test_a_validation_is_the_mean_over_all_elements(module: CoordinateRegressionModule) -> None:
-    """However they are divided into batches, of which one shows no target and one is past the end of its demo."""
+    """The mean does not depend on the batches; in one no target is visible, and one is past the end of its demo."""
     two, module.mask_padded_steps = batch(), True
     twice = {name: torch.cat([value, value]) for name, value in vars(two).items() if isinstance(value, torch.Tensor)}
     data = replace(two, instruction=2 * two.instruction, **twice)

@@ -1,4 +1,4 @@
-"""`keygrip generate`: many videos and questions in batches, text alone, conversations of a file, bad videos."""
+"""`keygrip generate`: batches of videos and questions, text alone, conversations from a file, unreadable videos."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(module: FoveatedVLMModule, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @pytest.fixture
 def videos(tmp_path: Path) -> list[Path]:
-    """Folders of 3, 1 and 2 frames."""
+    """Folders with 3, 1 and 2 frames."""
     generator = np.random.default_rng(0)
     folders = []
     for name, count in (("a", 3), ("b", 1), ("c", 2)):
@@ -67,7 +67,7 @@ def test_batches_give_what_all_together_do(run: Run, videos: list[Path], monkeyp
     asked = [listed(videos), 'question=["Which digit?","Sure?"]']
     together = run(*asked)
     apart = run(*asked, "batch_frames=4")
-    # padding counts, and a row for each question
+    # padding counts towards batch_frames, and each question needs a row of its own
     assert batches == [
         ([3, 1, 2], [0, 0, 1, 1, 2, 2]),
         *[([3], [0])] * 2,
@@ -112,10 +112,10 @@ def test_many_questions_about_a_video_are_answered_in_parts_and_it_is_encoded_on
 def test_questions_that_do_not_fit_are_named_and_the_others_answered(
     run: Run, module: FoveatedVLMModule, videos: list[Path]
 ) -> None:
-    """Here 128 positions: the long question has no room, and one that fits a frame does not fit behind three."""
+    """The context has 128 positions: the long question does not fit; another fits with one frame but not with three."""
     alone = run(listed(videos[:2]), "question=Sure?")
     taken = len(module.collator.prompt((Turn("user", "Sure?"),)).ids)
-    close = "Sure?" + " 7" * (128 - 6 - taken - 1)  # with the answer and one frame it takes 128, if "7" takes one each
+    close = "Sure?" + " 7" * (128 - 6 - taken - 1)  # with answer and one frame it takes 128, if "7" takes one each
     while len(module.collator.prompt((Turn("user", close),)).ids) > 128 - 6 - 1:
         close = close[:-1]
     for more in ([], ["stream=true"]):
@@ -161,7 +161,8 @@ def test_a_figure_shows_the_videos_and_passes_over_text_alone(run: Run, videos: 
 
 
 def test_a_streamed_answer_has_the_room_of_any(run: Run, tmp_path: Path) -> None:
-    """Up to the last frame that fits beside so long an answer, as without a stream."""
+    """A streamed answer may be as long as without a stream: up to the largest max_new_tokens with which all frames
+    fit."""
     (tmp_path / "long").mkdir()
     for number in range(8):
         Image.new("RGB", (28, 28), (number, 0, 0)).save(tmp_path / "long" / f"{number}.png")
@@ -177,7 +178,7 @@ def test_a_streamed_answer_has_the_room_of_any(run: Run, tmp_path: Path) -> None
     assert 1 < tokens < 127
     streamed = run(f"video={tmp_path / 'long'}", f"question={question}", f"max_new_tokens={tokens}", "stream=true")
     assert streamed["answers"] == found["answers"]
-    alone = ["video=null", f"question={question}", f"max_new_tokens={tokens + 8}"]  # the frames' room too
+    alone = ["video=null", f"question={question}", f"max_new_tokens={tokens + 8}"]  # also the frames' room
     assert run(*alone, "stream=true")["answers"] == run(*alone)["answers"]
 
 
@@ -197,7 +198,7 @@ def test_times_are_told_to_a_stream_too(run: Run, module: FoveatedVLMModule, vid
 def test_conversations_of_a_file(
     run: Run, module: FoveatedVLMModule, videos: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Several turns, a video between words, text alone."""
+    """Several turns, a video between words, and text alone."""
     video = {"type": "video", "video": str(videos[0])}
     words = {"type": "text", "text": "Which digit?"}
     talks = [
@@ -236,7 +237,7 @@ def test_lines_of_sharegpt_are_answered_as_messages_are(
 
 
 def test_samples_and_cuts_are_those_of_a_chat(run: Run, module: FoveatedVLMModule, videos: list[Path]) -> None:
-    """Of questions about videos and of conversations; in parts too."""
+    """For questions about videos and for conversations; also in several batches."""
     talks = [
         [{"role": "user", "content": [{"type": "video", "video": str(path)}, {"type": "text", "text": question}]}]
         for path in videos

@@ -1,4 +1,4 @@
-"""The pooled baseline: which tokens a row sees, padding, text alone."""
+"""The pooled baseline: which visual tokens a row attends to, padding, text alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build(tokens: int = 4) -> PooledVLM:
 
 
 def test_tokens_are_the_means_of_the_frames_quarters() -> None:
-    network = build()  # 28 px with patches of 14: a token per patch
+    network = build()  # 28 px with patches of 14: one visual token per patch
     frames = frames_of([2])
     with torch.no_grad():
         visual, passes, _ = network.visual_tokens(frames, rows_of([(0, 3, 1)], [2]), "many_tokens")

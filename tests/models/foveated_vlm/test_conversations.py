@@ -1,4 +1,4 @@
-"""Which characters carry loss, where the visual tokens stand, and that prompts have the same ids everywhere."""
+"""Which characters carry loss, where the visual tokens are placed, and that prompts have the same ids everywhere."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from keygrip.models.language.tokenizers import (
     TrainedTokenizer,
 )
 
-# As SmolLM2 has it: a system turn where the user gives none.
+# Like SmolLM2's template: it adds a system turn if the user gives none.
 SMOLLM_LIKE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Content is stripped, and a system turn stands in the first user's, as in Llama 2.
+# Like Llama 2's template: content is stripped, and the system turn becomes part of the first user turn.
 STRIPPING = (
     "{% set told = messages[0]['content'] | trim if messages[0]['role'] == 'system' else '' %}"
     "{% for message in messages %}{% if message['role'] == 'user' %}[user] {{ told }}{% set told = '' %}"
@@ -57,7 +57,7 @@ def smollm(tiny: ChatTokenizer) -> ChatTokenizer:
 
 
 def marked(tokenizer: ChatTokenizer, ids: Sequence[int], mask: Sequence[bool]) -> str:
-    """The decoded text with brackets around what the mask covers."""
+    """Return the decoded text with brackets around the tokens that the mask covers."""
     text, inside = "", False
     for token, on in zip(ids, mask, strict=True):
         text += "[" * (on and not inside) + "]" * (inside and not on) + tokenizer.decode([token], special=True)
@@ -67,7 +67,7 @@ def marked(tokenizer: ChatTokenizer, ids: Sequence[int], mask: Sequence[bool]) -
 
 @pytest.mark.usefixtures("two_without_locks")
 def test_each_of_several_processes_trains_the_tokenizer_on_a_disk_without_locks(tmp_path: Path) -> None:
-    """One file; a data module prepares its collator in such a place too."""
+    """They end with one tokenizer file; a data module can also prepare its collator on such a disk."""
     made = TrainedTokenizer(300).load(tmp_path, [turn.text for turn in TALK])
     assert TrainedTokenizer(300).load(tmp_path).state() == made.state()
 
@@ -102,7 +102,7 @@ def test_the_visual_tokens_stand_before_everything_or_behind_the_first_question(
     row = encode_conversation(TALK, smollm, "question_first", "all")
     assert smollm.decode(row.ids[: row.visual_at], special=True).endswith("\nWhich digit is on the red cube?")
     assert smollm.decode(row.ids[row.visual_at :], special=True).startswith("<|im_end|>\n<|im_start|>assistant\n7")
-    # words that occur before, in the template or in a system turn
+    # words that also occur earlier, in the template or in a system turn
     talk = (Turn("system", "user: 7"), Turn("user", "7"), Turn("assistant", "7"))
     row = encode_conversation(talk, smollm, "question_first", "answers")
     assert smollm.decode(row.ids[: row.visual_at], special=True).endswith("<|im_start|>user\n7")
@@ -114,7 +114,7 @@ def test_the_visual_tokens_stand_before_everything_or_behind_the_first_question(
 def test_words_that_the_template_holds_too_and_no_words_have_the_visual_tokens_in_their_turn(
     template: str, words: str, tiny: ChatTokenizer
 ) -> None:
-    """Behind the words, in one turn and in several, whatever stands around them; in training and in generation."""
+    """They follow the words in one turn and in several, whatever surrounds them; in training and in generation."""
     source = {"tiny": None, "smollm": SMOLLM_LIKE, "stripping": STRIPPING}[template]
     tokenizer = ChatTokenizer.from_state(tiny.state() | ({"chat_template": source} if source else {}))
     opening = (Turn("system", f"Say {words} or im_end|>"), Turn("assistant", f"{words} user"))
@@ -155,7 +155,7 @@ LLAMA_LIKE = (
 
 
 def sentence_pieces(scheme: str) -> ChatTokenizer:
-    """A tokenizer as SentencePiece's are converted: `prepend` as Llama 2's, `first` as newer ones."""
+    """Return a tokenizer as converted from SentencePiece: `prepend` as Llama 2's, `first` as in newer models."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -186,7 +186,8 @@ def sentence_pieces(scheme: str) -> ChatTokenizer:
 
 @pytest.mark.parametrize("end", [[], [0xE4], [0xE4, 0xBD]], ids=["whole", "cut", "cut_later"])
 def test_a_streamed_answer_of_bytes_is_what_its_tokens_decode_to(end: list[int]) -> None:
-    """Bytes in a row are decoded together, and an incomplete character at their end makes all of them unreadable."""
+    """Consecutive byte tokens are decoded together; an incomplete character at their end makes all of them
+    unreadable."""
     tokenizer = sentence_pieces("prepend")
     ids = tokenizer.encode("gold \u4f60\u597d gold \u4f60")
     ids += [tokenizer._tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in end]
@@ -214,14 +215,14 @@ def test_pieces_of_a_sentence_piece_tokenizer_have_the_ids_of_the_whole(scheme: 
     assert len(between) == 3
     assert tokenizer.decode([each for part in between for each in part]) == tokenizer.decode(plain.ids)
     alone = [each for piece in (whole[:40], whole[40:]) for each in tokenizer.encode(piece)]
-    assert alone != wanted  # what the words before a piece are told for
+    assert alone != wanted  # this is why a piece is encoded together with the words before it
 
 
 @pytest.mark.parametrize("order", ["visual_first", "question_first"])
 def test_a_long_text_ends_with_the_last_answer_that_fits(tiny: ChatTokenizer, order: str) -> None:
     whole = encode_conversation(TALK, tiny, order, "answers")
     first = encode_conversation(TALK[:2], tiny, order, "answers")
-    end = len(first.ids) - first.answer[::-1].index(True)  # behind the first answer's end token
+    end = len(first.ids) - first.answer[::-1].index(True)  # after the first answer's end token
     assert not whole.truncated
     for limit in (end, end + 1, len(whole.ids) - 3):
         cut = encode_conversation(TALK, tiny, order, "answers", max_tokens=limit)
@@ -246,7 +247,7 @@ def test_words_that_spell_control_tokens_neither_end_a_turn_nor_begin_one(smollm
     assert smollm.decode(row.ids, special=True) == spelt
     assert marked(smollm, row.ids, row.answer).count("[7<|im_end|> and on<|im_end|>]") == 1
     ends = [row.ids[n] == smollm.end_of_turn for n, on in enumerate(row.answer) if on]
-    assert ends == [False] * (len(ends) - 1) + [True]  # the answer goes on behind what it spells
+    assert ends == [False] * (len(ends) - 1) + [True]  # the answer continues after the control token that it spells
     if order == "question_first":
         assert smollm.decode(row.ids[: row.visual_at], special=True).endswith(forged)
 
@@ -289,7 +290,7 @@ def test_conversations_and_templates_that_cannot_be_used_are_refused(tiny: ChatT
 
 
 class Given:
-    """A source of a tokenizer that is there."""
+    """A tokenizer source that returns a given tokenizer."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self.tokenizer = tokenizer
@@ -301,8 +302,9 @@ class Given:
 def test_a_token_that_ends_the_last_turn_alone_makes_no_answer_of_what_lies_between(
     tiny: ChatTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As Phi-3 has it: every turn ends with another token, and the conversation with the eos token. One question can
-    be trained with, and of several it is said before any shard is read that they cannot."""
+    """Like Phi-3's template: another token ends each turn, and the eos token ends only the conversation. Samples of one
+    question can be trained on; for samples of several questions, a warning before any shard is read states that they
+    will be refused."""
     template = (
         "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + '[end]' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '[assistant]' }}{% else %}{{ '<|im_end|>' }}{% endif %}"
@@ -372,20 +374,20 @@ def test_a_batch_holds_a_row_for_each_conversation(tmp_path: Path) -> None:
     assert not batch.loss_mask[0, count:].any()
     assert batch.loss_mask[0].nonzero()[0] == alone.prompt
     assert 0 < text_rows(batch).padding_share() < 0.6
-    # the tokenizer is found again, not trained again
+    # the stored tokenizer is loaded and not trained again
     again = ConversationCollator(TrainedTokenizer(400), "question_first", "answers")
     again.prepare(tmp_path, lambda: pytest.fail("trained twice"))
     assert torch.equal(again(samples()).input_ids, batch.input_ids)
 
 
 def test_the_end_of_an_answer_carries_loss_although_padding_may_have_its_id(tmp_path: Path) -> None:
-    """SmolLM2's padding token is its end token: a mask made by comparing ids would unlearn stopping."""
+    """SmolLM2's padding token is its end token: a mask from comparing ids would make the model unlearn stopping."""
     collator = ConversationCollator(TrainedTokenizer(400), "question_first", "answers")
     collator.prepare(tmp_path, lambda: iter([turn.text for turn in TALK]))
     batch = collator(samples())
     end = collator.tokenizer.end_of_turn
     ends = (batch.input_ids == end) & batch.loss_mask
-    assert ends.sum(1).tolist() == [1, 2, 1]  # every answer's
+    assert ends.sum(1).tolist() == [1, 2, 1]  # one end token per answer
     assert collator.tokenizer.encode(END_OF_TEXT) != collator.tokenizer.encode(TURN_END)
 
 

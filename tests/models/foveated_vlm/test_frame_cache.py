@@ -1,4 +1,4 @@
-"""A frozen encoder: what it makes of frames is kept, and a query path of its own stands beside it."""
+"""A frozen encoder: caching of its frame features, and a query path with its own weights."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_kept_keys_give_what_fresh_ones_do() -> None:
             kv = cache.get([b"a", b"b", b"c", b"d"], real, encode)
             kept = network(frames, rows, "coarse_fine", kv=kv)
             torch.testing.assert_close(kept.hidden, fresh.hidden, atol=2e-5, rtol=1e-4)
-    assert calls == 4  # each frame once
+    assert calls == 4  # each frame is encoded once
 
 
 def test_kept_pooled_patches_give_what_fresh_ones_do() -> None:
@@ -63,7 +63,7 @@ def test_kept_pooled_patches_give_what_fresh_ones_do() -> None:
     cache = FrameCache(1.0)
     with torch.no_grad():
         fresh = network(frames, rows, "many_tokens").hidden
-        for encode in (network.encode, None):  # the second time nothing is encoded
+        for encode in (network.encode, None):  # the second time, everything comes from the cache
             kv = cache.get([b"a", b"b", b"c", b"d"], real, encode)  # type: ignore[arg-type]
             kept = network(torch.full_like(frames, torch.nan), rows, "many_tokens", kv=kv).hidden
             torch.testing.assert_close(kept, fresh, atol=2e-5, rtol=1e-4)
@@ -71,7 +71,8 @@ def test_kept_pooled_patches_give_what_fresh_ones_do() -> None:
 
 
 def test_a_frame_has_one_name_wherever_it_comes(tmp_path: Path) -> None:
-    """In clips and whole videos, under any key and beside any padding; a video that no row asks about has names too."""
+    """The name of a frame is the same in clips and whole videos, under any key and with any padding; frames of a video
+    without a question have names too."""
     collator = small_module(tmp_path, ["Which digit?"] * 3).collator
     shades = np.broadcast_to(np.arange(5, dtype=np.uint8)[:, None, None, None], (5, 28, 28, 3))
     asked, unasked = ((Turn("user", "?"), Turn("assistant", "x")), (Turn("assistant", "x"),))
@@ -98,7 +99,7 @@ def test_what_is_kept_does_not_depend_on_the_batch() -> None:
 
 
 def test_what_is_kept_in_training_is_what_validation_would_keep(tmp_path: Path) -> None:
-    """On a processor, training in bf16 has attention of its own, which the frozen encoder has no part in."""
+    """On a CPU, bf16 training uses a different attention, which the frozen encoder does not use."""
     module, kept = small_module(tmp_path, ["Which digit?"] * 3), []
     frames = np.random.default_rng(0).integers(0, 255, (4, 28, 28, 3)).astype(np.uint8)
     turns = (Turn("user", "?"), Turn("assistant", "x"))
@@ -121,11 +122,11 @@ def test_there_is_no_more_kept_than_allowed() -> None:
     cache.get([b"a", b"b"], frames, network.encode)
     assert list(cache.kept) == [b"a"]
     held = sum(part.untyped_storage().nbytes() for block in cache.kept[b"a"] for part in (block.key, block.value))
-    assert held == size  # and no larger tensor behind it
+    assert held == size  # not a view of a larger tensor
 
 
 def test_training_goes_on_where_validation_kept_frames() -> None:
-    """Lightning validates in inference mode, whose tensors can neither be written nor learned from outside of it."""
+    """Lightning validates in inference mode, whose tensors cannot be written or used for training outside of it."""
     network, frames, rows = with_path("own"), frames_of([1, 1], 32), rows_of([(0, 9, 4), (1, 6, 3)], [1, 1])
     cache, fresh = FrameCache(1.0), network.encode(frames[:, 0])
     with torch.inference_mode():
@@ -167,7 +168,7 @@ def test_bad_paths_are_refused() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_numbered_frames_are_the_same_alone_in_a_batch_and_in_order(mode: str) -> None:
-    """By the book: the language model reads each token with its frame's vector, whatever the mode computes first."""
+    """Each visual token is read with the vector of its frame number, in whichever order a mode computes its passes."""
     network = with_path("shared", frame_numbers=5).eval()
     frames, rows = frames_of(COUNTS, 32, longest=4), rows_of(TEXTS, COUNTS)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The fused kernel gives the loss and the gradients of the chunked loss: by Triton's interpreter, and on a GPU."""
+"""The fused kernel gives the loss and gradients of the chunked loss, both in Triton's interpreter and on a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def installed() -> bool:
 
 
 def computed(function: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
-    """Losses, which are right, and the gradients of a loss in which every token weighs something else."""
+    """Return the losses, which predictions are right, and the gradients of a loss with a different weight per token."""
     inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     loss, right = function(*inputs, targets)
     importance = torch.linspace(0, 1, len(targets), device=loss.device)
@@ -42,7 +42,7 @@ def computed(function: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) ->
 def assert_same(device: str, tokens: int, width: int, vocabulary: int, rtol: float, atol: float) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(tokens, width, device=device), torch.randn(vocabulary, width, device=device)
-    # some are the most probable token, most are not
+    # some targets are the most probable token, most are not
     targets = torch.randint(vocabulary, (tokens,), device=device)
     targets[::3] = (hidden @ weight.T).argmax(-1)[::3]
     found = computed(fused_cross_entropy, hidden, weight, targets)
@@ -56,7 +56,8 @@ def assert_same(device: str, tokens: int, width: int, vocabulary: int, rtol: flo
 @pytest.mark.skipif(not installed(), reason="needs liger-kernel")
 @pytest.mark.slow
 def test_the_kernel_by_triton_s_interpreter() -> None:
-    """In a process of its own: Triton decides when it is imported. As much of the kernel as can run without a GPU."""
+    """Runs in a separate process, because Triton chooses its backend on import. Covers as much of the kernel as can run
+    without a GPU."""
     program = "import test_fused_loss as t; t.assert_same('cpu', 9, 16, 50, 1e-4, 1e-5)"
     paths = [str(ROOT), str(ROOT / "tests" / "support"), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     variables = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
@@ -79,7 +80,7 @@ def test_the_kernel_on_a_gpu(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or not installed(), reason="needs a GPU and liger-kernel")
 def test_its_products_are_counted() -> None:
-    """torch 2.11's own counts end the step at them."""
+    """torch 2.11's own FLOP counts raise an error at these products."""
     hidden = torch.randn(30, 64, device="cuda", requires_grad=True)
     weight, targets = torch.randn(500, 64, device="cuda", requires_grad=True), torch.arange(30, device="cuda")
     with (

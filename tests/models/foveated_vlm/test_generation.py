@@ -1,4 +1,4 @@
-"""Generation with the cache against the book: one token at a time, the whole row computed again each time."""
+"""Generation with the cache against a reference that computes the whole row again for every token."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ COUNTS = [3, 0, 1]
 
 
 class Letters:
-    """Stands for a tokenizer: token n is the n-th character."""
+    """Stand-in for a tokenizer: token n is the n-th character."""
 
-    size = 300  # fewer than the table has rows
+    size = 300  # fewer than the embedding table has rows
     stop_tokens = frozenset([299])
 
     @staticmethod

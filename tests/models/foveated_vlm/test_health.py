@@ -1,4 +1,4 @@
-"""Health figures on attention that is known, and warnings that come once."""
+"""Health metrics on attention with known values, and warnings that are given once."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def test_entropy_is_one_for_uniform_attention_and_zero_for_a_single_token() -> N
     assert relative_entropy(single) == pytest.approx(0.0, abs=1e-6)
     half = torch.tensor([[0.5, 0.5, 0, 0, 0, 0, 0, 0]])
     assert relative_entropy(half) == pytest.approx(math.log(2) / math.log(8))
-    # rows behind a stream's end are zero and do not count
+    # rows after the end of a stream are zero and do not count
     assert relative_entropy(torch.cat([uniform, torch.zeros(5, 8)])) == pytest.approx(1.0)
 
 
 def test_attention_on_a_thing_is_relative_to_uniform() -> None:
     patches = torch.zeros(4, 4)
     patches[1, 2] = 1.0
-    # 64 px, patches of 16: the thing fills the patch of row 1, column 2
+    # 64 px, patches of 16: the target fills the patch of row 1, column 2
     assert attention_on_target(patches, (40.0, 24.0), 256.0, 64) == pytest.approx(16.0)
     assert attention_on_target(patches, (8.0, 24.0), 256.0, 64) == 0.0
     assert attention_on_target(torch.ones(4, 4), (40.0, 24.0), 256.0, 64) == pytest.approx(1.0)
-    # a thing over two patches: half of the attention's peak
+    # a target over two patches: half of the attention's peak
     assert attention_on_target(patches, (32.0, 24.0), 256.0, 64) == pytest.approx(8.0)
-    # a tiny thing still has the patch under its centre; one at the edge is inside
+    # a tiny target still has the patch under its centre; a target at the edge is inside
     assert attention_on_target(patches, (33.0, 17.0), 1.0, 64) == pytest.approx(16.0)
     assert attention_on_target(torch.ones(4, 4), (64.0, 64.0), 4.0, 64) == pytest.approx(1.0)
 

@@ -1,4 +1,5 @@
-"""Exports, tokenizers, chat templates and conversations of others: what cannot be is refused, and takes no memory."""
+"""Untrusted exports, tokenizers, chat templates and conversations: impossible content is refused without using
+memory."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ SETTINGS = [
     *("+backbone.width=32", "+backbone.depth=2", "+backbone.heads=2"),
     *("language.model.width=32", "language.model.layers=1", "language.model.mlp_width=48"),
 ]
-PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}  # a normalizer that no library reads
+PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}  # a normalizer that no library can read
 TALK = [{"role": "user", "content": "Which digit?"}]
 
 
@@ -55,7 +56,7 @@ def user(*items: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a small model, as `save_pretrained` writes it."""
+    """An export of a small model, as `save_pretrained` writes it."""
     folder = tmp_path_factory.mktemp("hostile")
     config: Any = OmegaConf.to_container(compose("train", [*SETTINGS, f"run_dir={folder / 'run'}"]), resolve=True)
     module: Any = build_module(config)
@@ -68,7 +69,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(export: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy whose stored content somebody has changed, with hashes that fit."""
+    """Copy an export, change its stored content and update its hashes to match."""
     folder.mkdir()
     for file in export.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -168,7 +169,7 @@ def test_ids_beyond_the_vocabulary_are_refused_before_the_library_takes_them(
     file.write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match=rf"tokenizer\.json: the token 'zz' has the id {number}; .*below 400"):
         KeygripProcessor.from_pretrained(folder)
-    if number != 400:  # which a larger model may have
+    if number != 400:  # a larger model may have this id
         with pytest.raises(ValueError, match=rf"tokenizer\.json: the token 'zz' has the id {number}"):
             PretrainedTokenizer(str(folder)).load(tmp_path)
 
@@ -182,7 +183,7 @@ def sequence(name: str, *parts: Any) -> dict[str, Any]:
 
 
 def charsmap(*texts: str) -> dict[str, Any]:
-    """A normalizer with SentencePiece's map of a table without entries, and these texts."""
+    """Return a normalizer with a SentencePiece map that has a table without entries and these texts."""
     content = struct.pack("<I256I", 1024, *[0] * 256) + b"".join(text.encode() + b"\0" for text in texts)
     return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
 
@@ -231,7 +232,7 @@ def test_a_tokenizer_that_makes_far_more_of_a_text_is_refused(parts: dict[str, A
         ChatTokenizer.from_state(made | {"tokenizer": hostile})
 
 
-# The parts of known families, as their files have them.
+# Parts of tokenizers of known families, as in their files.
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 SPLIT = {"type": "Split", "pattern": {"Regex": r"\p{L}+| ?\p{N}"}, "behavior": "Isolated", "invert": False}
 PIECES = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
@@ -271,7 +272,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "pre_tokenizer": PIECES,
     },
     "CLIP": {"normalizer": sequence("normalizers", {"type": "NFC"}, replacing(r"\s+", " ", "Regex"))},
-    "SigLIP": {  # as transformers makes one of SentencePiece's file
+    "SigLIP": {  # as transformers converts it from SentencePiece's file
         "normalizer": sequence(
             "normalizers",
             *({"type": "Lowercase"}, replacing(f"[{re.escape(string.punctuation)}]", "", "Regex")),
@@ -354,12 +355,12 @@ def test_tokens_as_long_as_known_ones_are_taken(tmp_path: Path) -> None:
     assert tokenizer.encode(" " * 1024).ids == [tokenizer.token_to_id(" " * 1024)]
 
 
-# ---- code that a folder brings ---------------------------------------------------------------------------------------
+# ---- code in an export folder ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def bringing_code(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An export with code of its own in it; whoever is asked whether to execute it says yes."""
+    """An export that contains code of its own; a prompt that asks whether to execute it is answered with yes."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder = changed(export, tmp_path / "a", lambda content: None)
     (folder / "evil.py").write_text(
@@ -389,7 +390,7 @@ def test_no_code_of_a_folder_is_executed(bringing_code: Path, tmp_path: Path) ->
 
 
 def test_no_code_of_an_audio_tokenizer_is_executed(bringing_code: Path, export: Path, tmp_path: Path) -> None:
-    """transformers loads one by whatever class the folder names, from wherever it says."""
+    """transformers loads an audio tokenizer with the class and from the path that the folder names."""
     named = {"audio_tokenizer_class": "AutoTokenizer", "audio_tokenizer_name_or_path": str(bringing_code)}
     inside, beside = (changed(export, tmp_path / name, lambda content: None) for name in ("inside", "beside"))
     file = inside / "processor_config.json"
@@ -402,7 +403,7 @@ def test_no_code_of_an_audio_tokenizer_is_executed(bringing_code: Path, export: 
 
 
 def test_a_token_beyond_a_gap_of_ids_counts_in_the_size(tmp_path: Path) -> None:
-    """Rows of the table behind the largest id have no token; those of a gap are few."""
+    """Rows of the embedding table above the largest id have no token; the rows in a gap of ids are few."""
     state = TrainedTokenizer(300).load(tmp_path, TEXTS).state()
     tokenizer = json.loads(state["tokenizer"])
     tokenizer["model"]["vocab"]["zz"] = 5000
@@ -411,7 +412,8 @@ def test_a_token_beyond_a_gap_of_ids_counts_in_the_size(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_an_end_token_is_stored_without_one(tmp_path: Path) -> None:
-    """Its turns end with <|im_end|>; no token "None" is added, here or in what an export holds."""
+    """The turns of such a tokenizer end with <|im_end|>; no token "None" is added, in the stored state or in an
+    export."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     made = TrainedTokenizer(320).load(tmp_path / "made", TEXTS)
@@ -510,7 +512,7 @@ def test_templates_that_take_all_time_or_memory_are_ended(template: str) -> None
 
 @pytest.mark.parametrize("loops", [10, 11, 18, 100])
 def test_loops_that_stand_in_each_other_are_limited_before_they_are_compiled(loops: int) -> None:
-    """Ten are taken, of one turn each; more took seconds of Jinja and ended in errors of Python."""
+    """Ten nested loops with one iteration each are accepted; more took Jinja seconds and ended in Python errors."""
     template = "".join(f"{{% for a{n} in [1] %}}" for n in range(loops)) + "{{ a0 }}" + "{% endfor %}" * loops
     if loops <= 10:
         assert render_chat(template, TALK, True, {}) == "1"
@@ -571,7 +573,7 @@ def test_wide_formats_are_refused(template: str) -> None:
 
 @pytest.mark.parametrize("name", ["many widths", "widths of names"])
 def test_what_would_be_large_is_refused_before_it_is_made(name: str) -> None:
-    assert render_chat("x", TALK, True, {}) == "x"  # what rendering needs is there
+    assert render_chat("x", TALK, True, {}) == "x"  # loads everything that rendering needs
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="chat template cannot render this conversation"):
@@ -667,7 +669,7 @@ def test_what_a_template_says_itself_is_one_line_of_some_length() -> None:
     assert len(str(found.value)) < 500
 
 
-# Whatever a chat template may use, used: of `x`, a text; `d`, a dictionary; `l`, a list of messages; `n`, numbers.
+# All that a chat template may use, applied to `x`, a text; `d`, a dictionary; `l`, a list of messages; `n`, numbers.
 USED = {
     "filter": [
         *("-3|abs", "x|capitalize", "l|count", "q|d('z')", "q|default('z', true)", "d|dictsort", "x|e", "x|escape"),
@@ -766,7 +768,7 @@ def test_what_templates_may_use_does_what_it_does_for_transformers(kind: str) ->
 
 
 def test_a_long_text_may_be_gone_through_several_times() -> None:
-    """What is said counts in the work that a template may do."""
+    """The work that a template may do grows with the length of the messages."""
     template = (
         "{% for message in messages %}{% set text = message.content %}{% if '</think>' in text %}"
         "{% set text = text.split('</think>')[-1] %}{% endif %}{% if not text.startswith('<tool_response>') %}"
@@ -793,7 +795,7 @@ def test_an_endless_template_of_an_export_is_refused_where_it_renders(export: Pa
             render()
 
 
-# What templates of known models do, all in one.
+# What templates of known models do, combined in one template.
 USUAL = """{%- macro said(message, end='<|im_end|>') -%}
 {{ '<|im_start|>' + message.role + '\n' ~ (message['content']|trim) ~ end }}
 {% endmacro -%}
@@ -845,7 +847,7 @@ def animation(kind: str, **options: Any) -> tuple[Image.Image, np.ndarray, bytes
 @pytest.mark.parametrize(
     ("kind", "options", "numbers"),
     [
-        ("GIF", {"duration": [1500, 0, 2000, 900, 500]}, [0, 0, 2, 2, 3]),  # 0 stands for a tenth of a second
+        ("GIF", {"duration": [1500, 0, 2000, 900, 500]}, [0, 0, 2, 2, 3]),  # 0 is read as a tenth of a second
         ("PNG", {"duration": [1500, 100, 2000, 900, 500]}, [0, 0, 2, 2, 3]),
         ("WEBP", {"duration": [1500, 100, 2000, 900, 500], "lossless": True}, [0, 0, 2, 2, 3]),
         ("GIF", {"duration": 100}, [0]),
@@ -855,7 +857,7 @@ def animation(kind: str, **options: Any) -> tuple[Image.Image, np.ndarray, bytes
 def test_an_opened_animation_is_read_as_a_video(
     kind: str, options: dict[str, Any], numbers: list[int], tmp_path: Path
 ) -> None:
-    """A frame per second, which of a GIF is what its file gives."""
+    """One frame per second, the same frames as from the file; TIFF is not read from a file."""
     chat = VideoChat(small_module(tmp_path, TEXTS))
     image, pixels, content = animation(kind, **options)
     image.seek(2)
@@ -936,6 +938,6 @@ def test_a_conversation_with_its_answer_is_rendered_and_a_template_sees_no_image
 
 
 def test_the_files_of_the_fixture_are_an_export(export: Path) -> None:
-    """What the changed copies rest on."""
+    """The other tests change copies of this export."""
     assert (export / WEIGHTS).is_file()
     assert VideoChat.from_pretrained(changed(export, export.parent / "same", lambda content: None), "cpu")

@@ -1,4 +1,4 @@
-"""Chunked cross-entropy, and figures by kind."""
+"""Chunked cross-entropy, and scores per kind of question."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def conversation(question: str, answer: str, kind: str) -> Conversation:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Callable[..., tuple[FoveatedVLMModule, VideoTextBatch]]:
-    """A module and a batch: a video with two questions, a longer video, a text."""
+    """Build a module and a batch of a video with two questions, a longer video and a text."""
 
     def make(**options: object) -> tuple[FoveatedVLMModule, VideoTextBatch]:
         torch.manual_seed(0)
@@ -127,7 +127,7 @@ def test_an_answer_is_exact_only_with_all_its_tokens_and_its_end(parts: Callable
     module, batch = parts()
     with torch.no_grad():
         output = module(batch, "coarse_only")
-        # a readout that knows the answers: hidden states replaced by the embeddings of what comes next
+        # a perfect readout: hidden states are replaced by the embeddings of the next tokens
         weight = torch.eye(320)[:, :320]
         hidden = torch.zeros(*output.hidden.shape[:2], 320)
         for row in range(len(batch)):
@@ -138,14 +138,14 @@ def test_an_answer_is_exact_only_with_all_its_tokens_and_its_end(parts: Callable
 
         assert score(perfect, batch, weight, 4096).exact.all()
         last = batch.answer_mask[2].nonzero()[-1, 0]
-        hidden[2, output.layout.text_at[2, last] - 1] = 0.0  # the end of the turn is missed
+        hidden[2, output.layout.text_at[2, last] - 1] = 0.0  # the end of the turn is predicted wrongly
         assert score(perfect, batch, weight, 4096).exact.tolist() == [True, True, False, True]
 
 
 def test_rows_of_the_table_that_no_token_has_make_no_answer_wrong(
     parts: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Generation never says them."""
+    """Generation never outputs tokens of these rows."""
     module, batch = parts()
     size = module.tokenizer.size
     assert size < 320
@@ -159,7 +159,7 @@ def test_rows_of_the_table_that_no_token_has_make_no_answer_wrong(
         monkeypatch.setattr(type(module.network.language), "head_weight", property(lambda self: weight))
         scored = module.score(perfect, batch)
     assert scored.exact.all()
-    assert scored.loss > 9 * int(scored.tokens)  # they have a part in the loss, as in training
+    assert scored.loss > 9 * int(scored.tokens)  # these rows are part of the loss, as in training
 
 
 @pytest.mark.parametrize("supervise", ["all", "answers"])
@@ -231,7 +231,7 @@ def test_dry_run_reports_every_mode(parts: Callable[..., tuple]) -> None:
 
 @pytest.mark.slow
 def test_a_steps_memory_is_counted_as_it_is(parts: Callable[..., tuple]) -> None:
-    """Against torch's own record of a real step; recomputing takes less."""
+    """The estimate matches torch's profile of a real step; gradient checkpointing needs less."""
     from torch.profiler import ProfilerActivity, profile
 
     module, batch = parts(refinement=1)
@@ -268,7 +268,7 @@ def test_the_first_videos_of_a_batch(parts: Callable[..., tuple]) -> None:
 
 
 def test_refinement_begins_with_its_share_of_the_time_where_that_comes_first(parts: Callable[..., tuple]) -> None:
-    """Of a run without a last step too."""
+    """Also in a run without a last step."""
     module, _ = parts(refinement=2, refinement_from=0.4)
     configured = AdamW(1e-3, schedule="constant").configure(module.network, math.inf)
     rates = configured["lr_scheduler"]["scheduler"]
@@ -291,7 +291,7 @@ def test_refinement_begins_with_its_share_of_the_time_where_that_comes_first(par
 
 
 class Descent(FoveatedVLMModule):
-    """Plain gradient descent, whose step is the gradient."""
+    """Plain gradient descent: the update is the negative gradient."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.network.parameters(), lr=1.0)
@@ -332,7 +332,7 @@ def test_a_share_of_the_steps_trains_the_coarse_pass_alone(parts: Callable[..., 
         ("coarse_fine", 1),
     }
     for (mode, _, before), (_, _, after) in itertools.pairwise(steps):
-        assert torch.equal(before, after) == (mode == "coarse_only")  # what chooses queries is not used there
+        assert torch.equal(before, after) == (mode == "coarse_only")  # weights for choosing queries unused
 
 
 def test_answering_leaves_the_loss_of_some_kinds_alone(parts: Callable[..., tuple]) -> None:
@@ -350,7 +350,8 @@ def test_answering_leaves_the_loss_of_some_kinds_alone(parts: Callable[..., tupl
 
 @pytest.mark.filterwarnings("ignore")
 def test_coarse_steps_learn_from_the_named_kinds_alone(parts: Callable[..., tuple]) -> None:
-    """Of steps whose batch has none of the kinds the coarse ones change nothing; after many the kinds are refused."""
+    """Coarse steps change nothing if the batch has none of the named kinds; after many such steps the kinds are
+    refused."""
     quiet = {"monitor_every_n_steps": 0, "log_images_every_n_steps": 0}
     module, batch = parts(coarse_share=0.5, coarse_kinds=["glance"], **quiet)
     module.__class__ = Descent
@@ -374,7 +375,8 @@ def test_coarse_steps_learn_from_the_named_kinds_alone(parts: Callable[..., tupl
 
 @pytest.mark.filterwarnings("ignore")
 def test_batches_of_a_step_count_by_their_tokens(parts: Callable[..., tuple]) -> None:
-    """Three batches of very different numbers of tokens in two steps: each is that of all its tokens together."""
+    """Three batches with very different numbers of tokens in two steps: the loss of a step is the mean over all its
+    tokens."""
     module, _ = parts(mode="coarse_only", refinement=0, monitor_every_n_steps=0, log_images_every_n_steps=0)
     module.__class__ = Descent
     words = " ".join(["digit"] * 8)

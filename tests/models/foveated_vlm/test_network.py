@@ -1,4 +1,4 @@
-"""The three modes against each other, against a dense reference, and against themselves under padding."""
+"""The three modes compared with each other and with a dense reference; padding changes nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_keys_and_values_alone_are_those_of_the_whole_forward() -> None:
 
 @torch.no_grad()
 def reference(network: FoveatedVLM, frames: Tensor, ids: Tensor, at: int, mode: str) -> tuple[Tensor, Tensor]:
-    """One row, written without caches, batches or shortcuts: hidden states [T, C] and z [F, D]."""
+    """Compute one row without caches, batches or shortcuts: hidden states [T, C] and z [F, D]."""
     backbone, language = network.backbone, network.language
 
     def look(frame: Tensor, query: Tensor) -> Tensor:
@@ -235,7 +235,8 @@ def test_unknown_modes_and_sources_are_refused(build: Build) -> None:
 
 
 def test_the_projection_of_queries_has_a_scale_of_its_own(build: Build) -> None:
-    """As with query_std=1 but for the learned queries, and bit by bit as before where it is not given."""
+    """projection_std changes the scale of the projection alone; without it, the projection is bit-identical to
+    before."""
     plain, small, apart = build(), build(query_std=0.02), build(query_std=0.02, projection_std=1.0)
     assert torch.equal(apart.query_projection.weight, plain.query_projection.weight)
     assert torch.equal(apart.static_query, small.static_query)
@@ -244,14 +245,15 @@ def test_the_projection_of_queries_has_a_scale_of_its_own(build: Build) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_published_model_has_two_maps_on_either_side_of_the_encoder(build: Build, bias: bool) -> None:
-    """Their places, biases and initial values are those of github.com/spsanps/nanoSmol, fVLM/release/model."""
+    """The places, biases and initial values of the maps are those of github.com/spsanps/nanoSmol,
+    fVLM/release/model."""
     network, plain = build(published_projections=True, query_bias=bias), build()
     assert network.query_input is not None
     assert network.embedding_output is not None
     assert network.query_projection.bias is not None
     assert (network.query_input.bias is not None) == bias
     for linear in (network.query_projection, network.query_input, network.embedding_output, network.connector.linear):
-        bound = linear.in_features**-0.5  # of torch's own initial values
+        bound = linear.in_features**-0.5  # the bound of torch's default initialisation
         assert 0.9 * bound < linear.weight.abs().max() <= bound
     assert torch.equal(network.static_query, plain.static_query), "the learned queries are as large as before"
     added = network.state_dict().keys() - plain.state_dict().keys()
@@ -264,7 +266,8 @@ def test_the_published_model_has_two_maps_on_either_side_of_the_encoder(build: B
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_query_enters_through_the_published_map(build: Build, mode: str) -> None:
-    """What its bias would do to all queries alike is published claim A3; without one a map of zero hides them all."""
+    """The bias of the map acts on all queries alike (published claim A3); without a bias, a map of zero removes all
+    differences between queries."""
     network = build(published_projections=True)
     frames, rows = frames_of(COUNTS), rows_of(MIXED, COUNTS, width=12)
     with torch.no_grad():
@@ -295,7 +298,7 @@ LONG = [
     (1, 54, 1),
     (2, 55, 3),
     (2, 50, 1),
-]  # in bins longer than the context of 128
+]  # packed into bins longer than the context of 128
 
 
 @pytest.mark.parametrize("texts", [SEVERAL, LONG], ids=["short", "long"])
@@ -303,7 +306,7 @@ LONG = [
 def test_packed_rows_give_what_padded_ones_do(
     build: Callable[..., FoveatedVLM], mode: str, texts: list[tuple[int, int, int]]
 ) -> None:
-    """Rows of very different lengths, text alone among them; gradients too."""
+    """Rows of very different lengths, some of text alone; gradients are the same too."""
     counts = [3, 1, 0]
     frames, rows = frames_of(counts), rows_of(texts, counts)
     found = []
@@ -320,7 +323,7 @@ def test_packed_rows_give_what_padded_ones_do(
 
 
 def test_packing_puts_every_position_once() -> None:
-    lengths = [300, 20, 250, 30, 33, 1]  # bins as long as the longest row
+    lengths = [300, 20, 250, 30, 33, 1]  # bins are as long as the longest row
     packing = Packing.of(lengths, 310)
     assert packing.source.shape == (3, 300)
     rows, positions = packing.rows[packing.rows >= 0], packing.positions[packing.rows >= 0]
@@ -332,7 +335,7 @@ def test_packing_puts_every_position_once() -> None:
     for row, length in enumerate(lengths):
         assert torch.equal(back[row, :length], values[row, :length])
     assert Packing.of([7, 2, 5], 9).source.shape == (2, 7)
-    assert Packing.of([73, 60, 60, 55, 55, 50], 73).source.shape == (3, 133)  # no two fit into one of 73
-    assert Packing.of([100, 70, 60, 60, 50], 100).source.shape == (2, 170)  # at most 256: three of 100 would be needed
-    assert Packing.of([100] * 5, 100).source.shape == (5, 100)  # two of 200 and a half would take more
+    assert Packing.of([73, 60, 60, 55, 55, 50], 73).source.shape == (3, 133)  # no two rows fit into a bin of 73
+    assert Packing.of([100, 70, 60, 60, 50], 100).source.shape == (2, 170)  # five bins of 100 would take more
+    assert Packing.of([100] * 5, 100).source.shape == (5, 100)  # two and a half bins of 200 would take more
     assert Packing.of([], 0).source.shape == (0, 0)

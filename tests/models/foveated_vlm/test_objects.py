@@ -1,4 +1,4 @@
-"""Objects found by colour: their middles and colours, which ones are drawn, and the crops around them."""
+"""Objects found by colour: their centres and colours, which objects are sampled, and the crops around them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def random(seed: int = 0) -> torch.Generator:
 
 
 def test_windows_come_to_rest_in_the_middle_of_objects() -> None:
-    """Also where another object touches, and wherever the pixel lies from which they start."""
+    """Also if another object touches it, and from whichever of its pixels the window starts."""
     images = torch.stack([frame((10, 20, 16, RED), (26, 20, 16, BLUE)), frame((37, 33, 16, BLUE))])
     found = draw_objects(images, 60, random())
     assert found.centre.shape == (2, 60, 2)
@@ -40,7 +40,7 @@ def test_windows_come_to_rest_in_the_middle_of_objects() -> None:
 
 
 def test_rare_colours_are_drawn_as_often_as_common_ones() -> None:
-    """A square of 6 % of the frame in half of the draws; evenly drawn pixels would hit it in 6 %."""
+    """A square of 6 % of the frame is in half of the samples; uniformly sampled pixels would hit it in 6 %."""
     images = frame((40, 8, 16, RED))[None].expand(20, -1, -1, -1)
     found = draw_objects(images, 12, random())
     on_red = (found.colour[..., 0] > 2 * found.colour[..., 1]).float().mean()
@@ -72,4 +72,4 @@ def test_crops_are_squares_of_the_image() -> None:
     torch.testing.assert_close(crops[0, 0], image[0, :, 8:12, 6:10], atol=1e-5, rtol=0)
     between = (image[0, :, 6:10, 22:26] + image[0, :, 6:10, 23:27]) / 2
     torch.testing.assert_close(crops[0, 1], between, atol=1e-5, rtol=0)
-    torch.testing.assert_close(crops[0, 2, :, :, 0], crops[0, 2, :, :, 3])  # the border goes on
+    torch.testing.assert_close(crops[0, 2, :, :, 0], crops[0, 2, :, :, 3])  # the border pixels are repeated

@@ -1,4 +1,4 @@
-"""Weights in the published model's own form: the model made of them computes what the published one does."""
+"""Weights in the published format: the model built from them computes the same as the published model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from keygrip.prepare import run
 
 SENTENCES = ["You are a helpful AI assistant.", "Which digit is on the red cube in frame 2?", "The 3rd cube."]
 WORDS, WIDTH, DIM, SCALE = 400, 48, 128, 0.14
-# transformers 4, with which the published files were written, has these names; 5 has others
+# names of transformers 4, with which the published files were written; transformers 5 uses others
 OLD_NAMES = (
     (".attention.q_proj.", ".attention.attention.query."),
     (".attention.k_proj.", ".attention.attention.key."),
@@ -40,7 +40,7 @@ OLD_NAMES = (
 
 
 class Published(nn.Module):
-    """The published forward passes over transformers' own models, one video at a time."""
+    """The published forward passes on transformers' own models, one video at a time."""
 
     def __init__(self, tied: bool) -> None:
         from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
@@ -85,7 +85,7 @@ class Published(nn.Module):
         return found
 
     def look(self, queries: Tensor, keys: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Visual tokens [T, C] of T frames under queries [T, D]."""
+        """Return the visual tokens [T, C] of T frames for queries [T, D]."""
         token = self.encoder.query_input_proj(queries)[:, None]
         for layer, (key, value) in zip(self.encoder.dino.encoder.layer, keys, strict=True):
             query = layer.attention.q_proj(layer.norm1(token))
@@ -102,7 +102,7 @@ class Published(nn.Module):
         return self.llm.model(inputs_embeds=torch.cat([visual, words])[None]).last_hidden_state[0]
 
     def forward(self, frames: Tensor, ids: Tensor, mode: str) -> Tensor:
-        """Hidden states [T + L, C] of frames [T, 3, S, S] and ids [L]."""
+        """Return the hidden states [T + L, C] of frames [T, 3, S, S] and ids [L]."""
         keys = self.keys(frames)
         visual = self.look(self.q_static.expand(len(frames), -1), keys)
         if mode == "coarse_fine":
@@ -117,7 +117,7 @@ class Published(nn.Module):
         return self.read(visual, ids)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the published names; a copy of each, for tied ones may not be shared in a file."""
+        """Return a copy of each tensor under its published name; a file may not contain tied tensors as shared ones."""
         named = {}
         for name, value in self.state_dict().items():
             for new, old in OLD_NAMES if name.startswith("encoder.") else ():
@@ -144,7 +144,7 @@ def language_folder(folder: Path, model: Published) -> Path:
 
 @pytest.fixture
 def published(tmp_path: Path) -> tuple[Published, Path, Path]:
-    """The model, its weights in a folder as on the hub, and its language model's folder."""
+    """The model, a folder with its weights as on the hub, and the folder of its language model."""
     torch.manual_seed(0)
     model = Published(tied=True).eval()
     (tmp_path / "fvlm").mkdir()
@@ -165,7 +165,7 @@ def test_hidden_states_are_those_of_the_published_passes(
     theirs, weights, language = published
     chat = VideoChat.from_pretrained(converted(weights, language, tmp_path / "chat"))
     ids = torch.randint(3, 300, (11,))
-    frames = torch.randn(5, 3, 56, 56)  # 4 x 4 patches of a table of 5 x 5, which is resampled
+    frames = torch.randn(5, 3, 56, 56)  # 4 x 4 patches; the position table of 5 x 5 is resampled
     rows = TextRows(ids[None], [11], [0], [0], [5])
     with torch.no_grad():
         wanted = theirs(frames, ids, mode)
@@ -190,7 +190,7 @@ def test_the_step_makes_a_model_that_answers_as_the_published_one(
     )
     report = run(cfg)
     assert report["folder"] == str(tmp_path / "chat")
-    left_out = DIM * (1 + 25 - 16)  # the mask token, which is for DINO's own training, and places of a 5 x 5 table
+    left_out = DIM * (1 + 25 - 16)  # the mask token, which only DINO's training uses, and positions of the 5 x 5 table
     assert report["parameters"] == sum(each.numel() for each in theirs.parameters()) - left_out
     chat = VideoChat.from_pretrained(tmp_path / "chat")
     module = chat.module
@@ -205,7 +205,7 @@ def test_the_step_makes_a_model_that_answers_as_the_published_one(
     with torch.no_grad():
         for _ in range(12):
             hidden = theirs(frames, torch.tensor([*ids, *answer]), "autoregressive")
-            likely = theirs.llm.lm_head(hidden[-1])[: module.tokenizer.size]  # the table has rows of no word
+            likely = theirs.llm.lm_head(hidden[-1])[: module.tokenizer.size]  # the table has rows without a token
             answer.append(int(likely.argmax()))
     content = [{"type": "video", "video": video}, {"type": "text", "text": question}]
     found = chat.generate([{"role": "user", "content": content}], max_new_tokens=12)
@@ -214,7 +214,7 @@ def test_the_step_makes_a_model_that_answers_as_the_published_one(
     card = (tmp_path / "chat" / "README.md").read_text()
     assert f"did not train it: its weights are those of {weights}" in card
     assert "trained with" not in card
-    own = PretrainedTokenizer(str(tmp_path / "chat")).load(tmp_path)  # for a training that begins with the model
+    own = PretrainedTokenizer(str(tmp_path / "chat")).load(tmp_path)  # for a training run that starts from this model
     assert own.same_words(module.tokenizer, template=False)
     assert not own.same_words(module.tokenizer)  # the system turn is in its template
     assert own.render([("user", question)]) == module.tokenizer.render(
@@ -227,7 +227,8 @@ def test_the_step_makes_a_model_that_answers_as_the_published_one(
 
 
 def test_all_forms_of_a_file_give_the_same_model(published: tuple[Published, Path, Path], tmp_path: Path) -> None:
-    """A checkpoint of the published training, of a compiled model, in bfloat16, and without one of the tied tables."""
+    """A checkpoint of the published training, one of a compiled model, one in bfloat16, one without one of the tied
+    tables."""
     theirs, weights, language = published
     state = theirs.tensors()
     plain = load(converted(weights, language, tmp_path / "plain")).state_dict()
@@ -315,7 +316,7 @@ def test_what_is_not_the_published_model_is_refused_and_nothing_is_written(
     wide = {table: torch.zeros(1, 2, 10**6 * 64)} | {
         name: torch.zeros(1, 10**6 * 64) for name in ("q_static", "q_init")
     }
-    refused("is no DINOv2", state | wide)  # before a network of that width is built
+    refused("is no DINOv2", state | wide)  # refused before a network of that width is built
     refused("query_projection.weight is", state | {"llm_to_query.weight": torch.zeros(DIM, 9)})
     refused("mlp.up_proj.weight", without("llm.model.layers.1.mlp.up_proj.weight"))
     for name in ("q_init", "encoder.dino.layernorm.bias", "llm.model.norm.weight"):
@@ -345,7 +346,7 @@ def test_what_is_not_the_published_model_is_refused_and_nothing_is_written(
 def test_all_parts_of_sharded_weights_are_fetched_from_the_hub(
     lacking: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The files come into one folder, each when it is asked for."""
+    """The files are downloaded into one folder, each when it is requested."""
     state = Published(tied=True).tensors()
     there = {f"model-{n}.safetensors": dict(list(state.items())[n::3]) for n in range(3)}
     where = {key: name for name, part in there.items() for key in part}

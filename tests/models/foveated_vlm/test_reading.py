@@ -1,4 +1,4 @@
-"""Reading: what the patches are said to show, and encoders that are made where they are missing."""
+"""Encoder pretraining: the labels of the patches, and encoders that are trained where they are missing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_cubes_follow_from_the_evidence_of_questions() -> None:
     assert batch.frames.shape == (3, 3, 32, 32)
     assert batch.frame.tolist() == [1, 2]
     assert batch.colour.tolist() == [0, 1]
-    assert batch.digit.tolist() == [7, IGNORED]  # the second one's digit is hidden: nobody asked for it
+    assert batch.digit.tolist() == [7, IGNORED]  # the second cube's digit is hidden: no question asks for it
     assert batch.pointed.tolist() == [1, 1]
     with pytest.raises(ValueError, match="has no labels of the cubes"):
         EncoderPretrainingCollator(COLOURS)([a_video(1, [answer("?", "yes", "caption")])])
@@ -72,14 +72,15 @@ def test_patches_show_what_covers_them() -> None:
     assert (labels["colour"][0] == 0).all()
     assert (labels["digit"][0] == IGNORED).all()
     colour = labels["colour"][1].view(4, 4)
-    assert colour[0].tolist() == [IGNORED, 2, 0, 0]  # an eighth of the first is covered: neither one nor the other
+    assert colour[0].tolist() == [IGNORED, 2, 0, 0]  # an eighth of the first is covered: neither cube nor table
     assert (colour[1:] == 0).all()
     assert labels["digit"][1].view(4, 4)[0].tolist() == [IGNORED, 5, IGNORED, IGNORED]
     assert labels["pointed"][1].view(4, 4)[0, 1] == 0
 
 
 def test_cubes_of_frames_that_are_read_smaller_are_where_they_are_seen(tmp_path: Path) -> None:
-    """A tour of 64 pixels read at 32: a cube of 16 x 16 pixels around (40, 40) is one of 8 x 8 around (20, 20)."""
+    """A tour with frames of 64 pixels, read at 32: a cube of 16 x 16 pixels around (40, 40) becomes 8 x 8 around (20,
+    20)."""
     told = {"frame": 1, "colour": "red", "pixel": [40.0, 40.0], "pixels_seen": 256}
     with ShardWriter(tmp_path / "s-000.tar") as writer:
         images = [picture(n, 64) for n in range(2)]
@@ -120,7 +121,7 @@ def test_a_small_reader_learns_its_frames() -> None:
 
 
 def cubes(frames: int, asked: int) -> EncoderPretrainingBatch:
-    """So many frames, of which the first are asked about."""
+    """Return a batch of `frames` frames, of which the first `asked` have a question."""
     generator = torch.Generator().manual_seed(frames)
     return EncoderPretrainingBatch(
         frames=torch.randint(0, 255, (frames, 3, 32, 32), generator=generator, dtype=torch.uint8),
@@ -148,8 +149,8 @@ def _part(rank: int, folder: str) -> None:
 
 
 def test_two_processes_have_the_loss_of_one(tmp_path: Path) -> None:
-    """One of them has fewer frames, and fewer of these are asked about."""
-    mp.start_processes(_part, (str(tmp_path),), nprocs=2, start_method="fork")  # spawned, they import torch anew
+    """One of the processes has fewer frames, and fewer of them have a question."""
+    mp.start_processes(_part, (str(tmp_path),), nprocs=2, start_method="fork")  # spawned, they import torch again
     few, many = cubes(2, 1), cubes(6, 6)
     names = ("frames", "pixel", "area", "colour", "digit", "pointed")
     whole = {name: torch.cat([getattr(few, name), getattr(many, name)]) for name in names}
@@ -186,7 +187,7 @@ def test_weights_must_name_every_loss() -> None:
     [("questions", {"mark": 4, "caption": 0}), ("questions", 3), ("val_questions", {"glance": 1}), ("kinds", ["mark"])],
 )
 def test_settings_that_leave_cubes_unnamed_are_refused(tmp_path: Path, setting: str, value: object) -> None:
-    """What no question names would be trained on as no cube."""
+    """A cube that no question names would be trained on as if it were absent."""
     write_set(tmp_path / "train", [2] * 4, kinds=("mark", "glance", "caption"))
     weights = {"colour": 1.0, "digit": 2.0, "pointed": 1.0, "frame_colour": 0.3, "frame_digit": 0.5, "asked": 1.0}
     network = EncoderPretraining(small_backbone("tiny"), 2)

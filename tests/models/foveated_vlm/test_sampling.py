@@ -1,4 +1,4 @@
-"""Drawn tokens against transformers' own rules, and several answers to one conversation."""
+"""Sampled tokens against transformers' own rules, and several answers to one conversation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def chat(tmp_path: Path) -> VideoChat:
 def test_tokens_are_drawn_from_those_of_transformers_warpers(
     temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    """With rows that have no token (-inf), and with equal logits at the edge of the k most probable."""
+    """Also with table rows that have no token (-inf) and with equal logits at the edge of the k most probable
+    tokens."""
     logits = 3 * torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
     logits[:, 40:] = -torch.inf
     logits[0, :20] = 7.0
@@ -46,7 +47,7 @@ def test_tokens_are_drawn_from_those_of_transformers_warpers(
         warpers.append(TopPLogitsWarper(top_p))
     ids = torch.zeros(64, 1, dtype=torch.int64)
     own = Sampling(temperature, 3, top_k, top_p)
-    rows = slice(0 if top_p in (None, 1) else 1, None)  # which of equal tokens top_p keeps is a matter of sorting
+    rows = slice(0 if top_p in (None, 1) else 1, None)  # which of equal tokens top_p keeps depends on sorting
     wanted = warpers(ids, logits.clone())
     torch.testing.assert_close(own.kept(logits / temperature)[rows], wanted[rows], rtol=0, atol=0)
     generators = [own.generator(logits.device) for _ in logits]
@@ -117,7 +118,8 @@ def test_other_settings_are_refused_with_those_that_there_are(chat: VideoChat) -
 
 
 def test_samples_are_the_answers_of_the_seeds_that_follow(chat: VideoChat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a video before the words, text alone and a video between words; also where they do not fit together."""
+    """For a video before the words, text alone and a video between words; also if the samples do not fit into one
+    batch."""
     talks = [asked(3), asked(0), asked(1, 1), asked(2, 2, "In ")]
     how: dict[str, Any] = {"temperature": 2.0, "top_p": 0.95}
     alone = [[chat.generate(talk, 6, seed=7 + sample, **how) for sample in range(5)] for talk in talks]
@@ -133,7 +135,7 @@ def test_samples_are_the_answers_of_the_seeds_that_follow(chat: VideoChat, monke
     monkeypatch.setattr(video_chat, "generate", lambda *given: (rows.append(len(given[4])), whole(*given))[1])
     monkeypatch.setattr(chat.module.network, "encode", lambda frames: (encodes.append(len(frames)), encode(frames))[1])
     assert chat.generate(talks[:3], 6, seed=7, samples=5, batch_frames=6, **how) == alone[:3]
-    # of 3 frames two rows at a time, text alone five, which leave no room for the last; encoded once
+    # 3 frames: two rows at a time; text alone: five rows, which leave no room for the last one; encoded once
     assert (rows, encodes) == ([2, 2, 1, 5, 5], [3, 1])
     monkeypatch.setattr(video_chat, "BATCH_ROWS", 12)
     rows.clear()

@@ -1,4 +1,4 @@
-"""The encoder that no label teaches: what its losses compare, that it learns, that no label is read, resuming."""
+"""Self-supervised encoder pretraining: what its losses compare, that it learns, that it reads no labels, resuming."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def video(frames: int, key: str, said: str = "7") -> VideoTextSample:
 
 def test_targets_are_detail_and_mean_of_each_patch() -> None:
     images = torch.zeros(1, 3, 4, 4)
-    images[0, :, :2, 2:] = torch.tensor([[1.0, 3.0], [1.0, 3.0]])  # the patch on the upper right
+    images[0, :, :2, 2:] = torch.tensor([[1.0, 3.0], [1.0, 3.0]])  # the upper right patch
     patches = patches_of(images, 2)
     assert patches[0, 1].tolist() == [1, 3, 1, 3] * 3
     wanted = patch_targets(patches)
@@ -58,7 +58,7 @@ def test_targets_are_detail_and_mean_of_each_patch() -> None:
 def test_a_moved_frame_has_its_edges_drawn_out() -> None:
     images = torch.arange(16.0).view(1, 1, 4, 4)
     found = moved(images, 1, -2)[0, 0]
-    assert found[1].tolist() == [2, 3, 3, 3]  # the first row's right half
+    assert found[1].tolist() == [2, 3, 3, 3]  # the right half of the first row
     assert found[0].tolist() == found[1].tolist()
     assert torch.equal(moved(images, 0, 0), images)
 
@@ -97,11 +97,12 @@ def test_every_loss_falls_on_the_frames_it_learns() -> None:
 
 
 def test_heads_that_know_the_crops_have_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each token's object is the one drawn from a pixel of its patch, each query's the one of its colour."""
+    """The target of a token is the object sampled from a pixel of its patch; that of a query, the object of its
+    colour."""
     trained, batch = module(shift=0, objects=6), squares()
     network, patch = trained.network, trained.network.backbone.patch_size
     random = torch.Generator().manual_seed(3)
-    torch.randint(0, 1, (2,), generator=random)  # as the module moves frames before it draws
+    torch.randint(0, 1, (2,), generator=random)  # the module shifts frames before it samples objects
     drawn = draw_objects(batch.frames.float() / 255, 6, random)
     at = (drawn.drawn // patch).long()
     asked_at, told = [], []
@@ -126,11 +127,11 @@ def test_a_colour_that_is_none_of_the_frame_means_the_object_nearest_to_it() -> 
         for asking in range(4):
             far = [float((asked[frame, asking] - colour[frame, one]).norm()) for one in range(4)]
             assert int(meant[frame, asking]) == far.index(min(far))
-    assert float((meant != torch.arange(4)).float().mean()) > 0.15  # of the others many mean another object
+    assert float((meant != torch.arange(4)).float().mean()) > 0.15  # many are nearest to another object
 
 
 def test_contrast_is_of_a_query_and_its_own_crop_among_all_but_the_same_object() -> None:
-    """Embeddings are the first numbers: frame 0 draws one object twice (0 and 1) and another (2)."""
+    """Embeddings are one-hot vectors: frame 0 samples one object twice (0 and 1) and another object (2)."""
     trained = module()
     trained.network.asked_embedding = trained.network.crop_embedding = torch.nn.Identity()
     centre = torch.tensor([[[10.0, 10.0], [11.0, 12.0], [40.0, 10.0]], [[10.0, 10.0], [30.0, 30.0], [50.0, 50.0]]])
@@ -141,11 +142,11 @@ def test_contrast_is_of_a_query_and_its_own_crop_among_all_but_the_same_object()
     def loss(read: torch.Tensor, meant: torch.Tensor = own) -> float:
         return float(trained._contrast(read, crops, centre, meant))
 
-    assert loss(crops) < 1e-3  # the crop of the other draw, which is the same, is no wrong answer
+    assert loss(crops) < 1e-3  # the crop of the other sample of the same object is not a negative
     exchanged = crops.clone()
-    exchanged[0, 0], exchanged[1, 0] = crops[1, 0], crops[0, 0]  # the same place of another frame is one
+    exchanged[0, 0], exchanged[1, 0] = crops[1, 0], crops[0, 0]  # the same place of another frame is a negative
     assert loss(exchanged) > 3
-    other = torch.tensor([[2, 1, 0], [0, 2, 1]])  # a query may mean another object of its frame
+    other = torch.tensor([[2, 1, 0], [0, 2, 1]])  # a query may refer to another object of its frame
     assert loss(crops.gather(1, other[..., None].expand(-1, -1, 6)), other) < 1e-3
     assert loss(crops, other) > 3
     assert loss(torch.zeros(2, 3, 6)) == pytest.approx(float(torch.tensor([5.0, 5, 6, 6, 6, 6]).log().mean()))
@@ -161,7 +162,7 @@ def test_nothing_but_frames_reaches_the_losses() -> None:
     trained = module()
     first, again, third = (trained.losses(batch, seed) for batch, seed in ((one, 5), (two, 5), (two, 6)))
     assert all(torch.equal(first[name], again[name]) for name in LOSSES)
-    assert not any(torch.equal(first[name], third[name]) for name in LOSSES)  # another seed moves and draws otherwise
+    assert not any(torch.equal(first[name], third[name]) for name in LOSSES)  # another seed: other shifts and samples
     with pytest.raises(ValueError, match="a batch without frames"):
         FramesCollator()([replace(samples[0], frames=samples[0].frames[:0])])
 
@@ -180,13 +181,13 @@ def test_processes_and_batches_of_an_accumulated_step_draw_otherwise(monkeypatch
         own.trainer = SimpleNamespace(accumulate_grad_batches=3, global_step=step, global_rank=rank)  # type: ignore[assignment]
         seeds.append(own._seed(3 * step + number))
     assert len(set(seeds)) == 12
-    assert seeds[0] == 0  # one process without accumulation: the step alone
+    assert seeds[0] == 0  # one process without accumulation: the seed is the step
     assert seeds[6] == 1
 
 
 @pytest.mark.slow
 def test_runs_without_labels_and_runs_resumed_end_with_the_same_weights(tmp_path: Path) -> None:
-    """One run on a set with questions of cubes; one on the same images with other words, and cut in two."""
+    """One run on data with questions about cubes; one on the same images with other words, interrupted and resumed."""
     for name, kinds in (("labelled", ("mark", "cue")), ("wordless", ("caption",))):
         write_set(tmp_path / name / "train", [2, 3, 1, 2, 3, 1], kinds=kinds)
         write_set(tmp_path / name / "val", [2, 3], prefix="v", kinds=kinds)

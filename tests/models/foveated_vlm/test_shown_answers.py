@@ -1,4 +1,4 @@
-"""Answers that are shown in training: of rows as training has them, cut ones too; a figure ends no run."""
+"""Answers logged as figures in training: for the rows of training, truncated rows too; a failed figure ends no run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXTS = ["What happens? question about it, answer", "yes no"]
 
 
 def batch_of(module: FoveatedVLMModule, turns: int, words: str = "") -> VideoTextBatch:
-    """A conversation of so many questions and answers about two frames."""
+    """Return a conversation of `turns` questions and answers about two frames."""
     said = [
         Turn(role, f"{text} {number} {words}")
         for number in range(turns)

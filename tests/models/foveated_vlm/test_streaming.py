@@ -1,4 +1,4 @@
-"""A stream gives what the whole video gives, whenever it is asked, and can be asked again."""
+"""A stream answers as the whole video does, after any number of frames, and can be asked again."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_stream_answers_as_the_whole_video_does(tmp_path: Path, source: str, o
         if count in (1, 3, 5):
             wanted = whole(module, frames[:count], mode)
             assert stream.answer(12) == wanted
-            assert stream.answer(12) == wanted  # the first answer has left nothing behind
+            assert stream.answer(12) == wanted  # the first answer left no state behind
     assert stream.frames == 5
 
 
@@ -62,7 +62,7 @@ def test_the_states_of_a_stream_are_those_of_the_whole_video(build: Callable[...
 
 
 def test_a_conversation_that_is_kept_goes_on_where_it_stood(tmp_path: Path) -> None:
-    """Text, a frame, an answer, text again: as if all had been read at once."""
+    """Text, a frame, an answer, text again: the same as reading all of it at once."""
     module = small_module(tmp_path, [QUESTION] * 3, query_source="coarse")
     frame = module.as_input(video(1))[0, 0]
     first, second = [5, 9, 7], [11, 4, 8]
@@ -70,7 +70,7 @@ def test_a_conversation_that_is_kept_goes_on_where_it_stood(tmp_path: Path) -> N
     session.push(frame)
     unfinished = session.tokens(first, 6, keep=True)
     next(unfinished)
-    unfinished.close()  # leaves nothing behind
+    unfinished.close()  # leaves no state behind
     said = list(session.tokens(first, 6, keep=True))
     session.push(frame)
     again = StreamingSession(module.network, module.tokenizer)
@@ -99,7 +99,7 @@ def test_more_frames_than_a_table_holds(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_leaves_the_stream_as_it_was(tmp_path: Path) -> None:
-    """The language model holds 128 positions: a question that is too long is refused, a shorter one answered."""
+    """The language model has 128 positions: a question that is too long is refused, a shorter question answered."""
     module = small_module(tmp_path, [QUESTION] * 3, query_source="coarse")
     frame = module.as_input(video(1))[0, 0]
     tried, other = (StreamingSession(module.network, module.tokenizer) for _ in range(2))
@@ -132,7 +132,7 @@ def test_impossible_answers_are_refused_in_a_sentence(tmp_path: Path) -> None:
 
 
 def test_frames_wait_for_the_end_of_an_answer(tmp_path: Path) -> None:
-    """They would stand behind half an answer, and be forgotten with it."""
+    """A frame pushed during an answer would be placed after half of the answer and be discarded with it."""
     module = small_module(tmp_path, [QUESTION] * 3, query_source="coarse")
     stream, other = module.stream(QUESTION), module.stream(QUESTION)
     frames = video(2)
@@ -171,7 +171,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_of_coarse_passes_alone_answers_so(tmp_path: Path) -> None:
-    """Queries of the fine pass are as they were drawn there."""
+    """The queries of the fine pass still have their initial random values in such a model."""
     module = small_module(tmp_path, [QUESTION] * 3, query_source="fine")
     frames = video(3)
     assert module.answer_mode == "autoregressive"
@@ -214,7 +214,8 @@ def test_a_model_that_is_told_the_times_needs_them_before_the_frames(tmp_path: P
 
 
 def test_frames_are_of_the_seconds_that_the_stream_was_told(tmp_path: Path) -> None:
-    """Without a second of their own, and with the same one; another one and a frame too many are refused."""
+    """A frame may be pushed without a second or with the same second; another second and a frame too many are
+    refused."""
     module, frames, seconds = small_module(tmp_path, [QUESTION] * 3, frame_clock=True), video(3), (0.0, 3.0, 7.5)
     told, given = module.stream(QUESTION, seconds=seconds), module.stream(QUESTION)
     for frame, second in zip(frames, seconds, strict=True):
@@ -255,7 +256,7 @@ def test_seconds_that_are_none_or_fall_back_are_refused_and_leave_the_stream_as_
             ValueError, match=rf"a frame of second {bad:g}, behind one of second 5: .* do not fall back"
         ):
             tried.push(frames[1], bad)
-    for bad in (1.7e9, 1e39):  # the time of day, and what float32 has no number for
+    for bad in (1.7e9, 1e39):  # the time of day, and a value that float32 cannot represent
         with pytest.raises(ValueError, match="seconds count from the video's beginning"):
             tried.push(frames[1], bad)
     for odd in ([1], None, "frame.png"):
@@ -271,7 +272,7 @@ def test_seconds_that_are_none_or_fall_back_are_refused_and_leave_the_stream_as_
 
 
 def test_a_frame_without_a_second_comes_a_second_after_the_last(tmp_path: Path) -> None:
-    """From 0 on where none has one, and again from a mark."""
+    """Counts from 0 if no frame has a second, and continues from a mark after going back to it."""
     module = small_module(tmp_path, [QUESTION] * 3, frame_clock="seconds")
     frames = module.as_input(video(5))[0]
 
@@ -299,18 +300,19 @@ def test_pieces_are_whole_characters() -> None:
             return bytes(ids).decode(errors="replace")
 
         def is_byte(self, token: int) -> bool:
-            return False  # as of a byte-level tokenizer: what follows does not change characters that are complete
+            return False  # as in a byte-level tokenizer: later bytes do not change complete characters
 
     text = "a\u00e9\u20acb"
     found = list(pieces(Bytes(), iter(text.encode())))  # type: ignore[arg-type]
     assert found == list(text)
     found = list(pieces(Bytes(), iter(b" \n a  b \n")))  # type: ignore[arg-type]
-    assert found == ["a", "  b"]  # as an answer that is not streamed
+    assert found == ["a", "  b"]  # the same as an answer that is not streamed
     assert list(pieces(Bytes(), iter(b"  "))) == []  # type: ignore[arg-type]
 
 
 def test_a_full_stream_still_answers(tmp_path: Path) -> None:
-    """A camera never ends: frames are refused while there is room for an answer, and answers can be had then."""
+    """A camera stream does not end: when only the room for an answer is left, frames are refused but answers are
+    given."""
     module = small_module(tmp_path, [QUESTION] * 3, context=96)
     stream, frames = module.stream(QUESTION, answer_tokens=12), video(1)
     room = stream.room
@@ -320,7 +322,7 @@ def test_a_full_stream_still_answers(tmp_path: Path) -> None:
     assert stream.room == 0
     with pytest.raises(ValueError, match=f"the stream is full: {room} frames and room for an answer of 12 tokens"):
         stream.push(frames[0])
-    assert stream.answer(12) == stream.answer(12) == stream.answer()  # as much as there is room for
+    assert stream.answer(12) == stream.answer(12) == stream.answer()  # as many tokens as there is room for
     with pytest.raises(ValueError, match=r"max_new_tokens=13: .* has room for 12 tokens of an answer"):
         stream.answer(13)
     with pytest.raises(ValueError, match="no frame has room"):

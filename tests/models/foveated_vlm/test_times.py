@@ -1,4 +1,4 @@
-"""When frames were taken: a clock that counts seconds, and time stamps in words."""
+"""Times of frames: a clock that counts seconds, and time stamps in words."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_kinds_of_coarse_steps_must_be_asked(tmp_path: Path) -> None:
     module = small_module(tmp_path, texts)
     module.coarse_kinds = frozenset(["glance", "cuee"])
     there = VideoTextStatistics(tmp_path, "f", 28, "stretch", 8, lambda: iter(texts))
-    module.set_statistics(there)  # kinds that are not known
+    module.set_statistics(there)  # the kinds are unknown here
     with pytest.raises(ValueError, match=r"model\.coarse_kinds=\['cuee'\]: asked are glance, mark"):
         module.set_statistics(replace(there, kinds=frozenset(["mark", "glance"])))
 
@@ -133,7 +133,7 @@ def test_time_stamps_are_told_before_the_question(tmp_path: Path) -> None:
     assert torch.equal(with_times.input_ids[1, :count], without.input_ids[1, :count])
     prompt = told.prompt((Turn("user", "At second 3, what?"),), (0.0, 2.5, 5.0))
     assert with_times.input_ids[0, : len(prompt.ids)].tolist() == prompt.ids
-    assert prompt.visual_at == with_times.visual_at[0]  # behind the question
+    assert prompt.visual_at == with_times.visual_at[0]  # after the question
     assert with_times.seconds == [(0.0, 2.5, 5.0), ()]
     assert with_times.seconds_of(0) == (0.0, 2.5, 5.0)
 
@@ -144,7 +144,7 @@ def test_times_that_are_not_known_are_no_row(tmp_path: Path) -> None:
     assert (len(batch), batch.left_out) == (1, 1)
     with pytest.raises(ValueError, match=r"collator\.timestamps=true: when the frames of a video were taken"):
         told.prompt((Turn("user", "?"),))
-    assert collator(tmp_path).prompt((Turn("user", "?"),)).ids  # by default nobody asks
+    assert collator(tmp_path).prompt((Turn("user", "?"),)).ids  # by default the times are not needed
 
 
 def test_images_without_a_common_time_are_told_none_and_numbered(build: Build, tmp_path: Path) -> None:

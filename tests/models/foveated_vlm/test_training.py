@@ -1,4 +1,4 @@
-"""The command from shards to answers: train, resume in mid-epoch, evaluate by mode, answer a question; stages."""
+"""From shards to answers: train, resume in mid-epoch, evaluate by mode, answer a question; training stages."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one(
     overrides: Callable[..., list[str]], tmp_path: Path, cache: list[str]
 ) -> None:
-    """Also where what the encoder makes of frames is kept, of which validation is the first to see some."""
+    """Also if encoder features of frames are cached and validation is the first to use some of the frames."""
     options = [
         *cache,
         "model.refinement=2",
@@ -135,7 +135,7 @@ BUDGET = "data.budget={_target_: keygrip.data.shards.budget.Budget, frames: 6, p
 def test_a_resumed_run_reads_with_its_own_tokenizer(
     overrides: Callable[..., list[str]], tmp_path: Path, more: list[str]
 ) -> None:
-    """Whichever lies beside the data by then: an id means the same word in all steps."""
+    """Whichever tokenizer is next to the data by then: an id must mean the same word in all steps."""
     options = [*more, "val_every_n_steps=3", "model.monitor_every_n_steps=0"]
     train.run(compose("train", overrides("whole", "max_steps=3", *options)))
     train.run(compose("train", overrides("parts", "max_steps=1", *options)))
@@ -160,8 +160,8 @@ def test_two_processes_of_which_one_may_have_text_alone_train_the_weights_of_one
     batch: list[str],
     strategy: Sequence[str],
 ) -> None:
-    """Examined in every step: what is computed there must not wait for the other. With a budget processes have other
-    numbers of rows. Validation goes frame by frame through videos of other lengths."""
+    """Monitors run in every step: their computations on one process must not wait for the other. With a budget, the
+    processes have different numbers of rows. Validation goes frame by frame through videos of different lengths."""
     options = [*batch, "data.sources.texts.share=0.5", "model.monitor_every_n_steps=1", "max_steps=6"]
     options += ["val_every_n_steps=3", "model.log_images_every_n_steps=2", "logger=csv"]
     train.run(compose("train", overrides("one", *options)))
@@ -169,8 +169,8 @@ def test_two_processes_of_which_one_may_have_text_alone_train_the_weights_of_one
     done = command("keygrip.train", *parallel, *strategy)
     assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    # Rounding, where Adam divides gradients near 0 by themselves, makes 2e-5 on some processors; the next test has what
-    # a wrong mean makes with a budget.
+    # On some processors, rounding makes 2e-5, where Adam divides gradients near 0 by themselves. The next test shows
+    # how much a wrong mean makes with a budget.
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-4, rtol=0, msg=name)
     for name in ("train/loss", "health/grad_norm_clipped"):
@@ -185,8 +185,8 @@ def test_two_processes_of_which_one_may_have_text_alone_train_the_weights_of_one
 def test_a_mean_over_each_processes_own_tokens_would_be_found(
     overrides: Callable[..., list[str]], command: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """It trains weights further from those of one process than the test above allows, where processes have other
-    numbers of tokens, as with a budget."""
+    """It trains weights that differ more from those of one process than the test above allows, if the processes have
+    different numbers of tokens, as with a budget."""
     (tmp_path / "own_means.py").write_text(
         "from keygrip import train\n"
         "from keygrip.models.foveated_vlm import module\n"
@@ -203,7 +203,7 @@ def test_a_mean_over_each_processes_own_tokens_would_be_found(
 
 
 def values_of(folder: Path, name: str) -> list[float]:
-    """A metric of the steps of a run at which it was logged."""
+    """Return the values of a metric at all steps of a run at which it was logged."""
     with (folder / "csv" / "metrics.csv").open(newline="") as file:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
@@ -236,7 +236,7 @@ def test_a_configuration_of_a_million_layers_is_not_built(
     train.run(compose("train", overrides("run", "max_steps=1")))
     content = read_checkpoint(tmp_path / "run")
     content["keygrip"]["config"]["model"]["network"]["language"]["layers"] = 1_000_000
-    monkeypatch.setattr(build_limits, "EXTERNAL_PARAMETERS", 500)  # sooner than after 20 000
+    monkeypatch.setattr(build_limits, "EXTERNAL_PARAMETERS", 500)  # stops sooner than with 20 000
     monkeypatch.setattr(checkpoints, "read_checkpoint", lambda *_, **__: content)
     with pytest.raises(ValueError, match=r"builds more than \d+ parameters, far more than it holds"):
         load_module(tmp_path / "run")
@@ -249,7 +249,7 @@ def test_what_is_computed_now_and_then_is_logged(overrides: Callable[..., list[s
     (logged,) = (tmp_path / "run").rglob("metrics.csv")
     header = logged.read_text().splitlines()[0].split(",")
     assert {"train/padding_share", "train/text_only_share", "data/skipped"} <= set(header)
-    # every range is one of a metric that is logged
+    # every range belongs to a metric that is logged
     assert {name if "/" in name else f"health/{name}" for name in RANGES} <= set(header)
 
 
@@ -274,7 +274,7 @@ def test_stages_of_a_curriculum_end_after_their_optimizer_steps(
 def test_rows_that_the_context_does_not_hold_are_said_before_training(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """The first such batch ended the training with "a row has 50 positions and language.model.context=46"."""
+    """Before, the first such batch ended the training with "a row has 50 positions and language.model.context=46"."""
     more = ["max_steps=1", "limit_val_batches=0"]
     with pytest.raises(
         ValueError, match=r"every sample of the source 'tours' .* lower data\.max_frames=64 or lower collator"
@@ -286,7 +286,7 @@ def test_rows_that_the_context_does_not_hold_are_said_before_training(
 def test_training_and_evaluation_leave_the_same_rows_out(
     overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The evaluation ended with the first row longer than the context."""
+    """Before, the evaluation ended at the first row longer than the context."""
     scored: list[tuple[str, str]] = []
     score = FoveatedVLMModule.score
 
@@ -311,7 +311,7 @@ def test_training_and_evaluation_leave_the_same_rows_out(
 def test_shares_of_rows_are_those_of_all_batches_since_the_last(
     overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Texts come in batches of their own where there are enough: the share of one batch is 0 or 1."""
+    """Texts come in batches of their own if there are enough of them: the share of one batch is 0 or 1."""
     batches: list[VideoTextBatch] = []
     step = FoveatedVLMModule.training_step
 
@@ -324,7 +324,7 @@ def test_shares_of_rows_are_those_of_all_batches_since_the_last(
     train.run(compose("train", overrides("run", *more, "max_steps=4", "model.monitor_every_n_steps=0")))
     names = ("text_only_share", "padding_share", "clips")
     values = {name: values_of(tmp_path / "run", f"train/{name}") for name in names}
-    assert len(batches) == 7  # a step at the end of an epoch has one
+    assert len(batches) == 7  # the step at the end of an epoch has one batch
     for number, part in enumerate((batches[:4], batches[4:])):
         lengths = [(each.attention_mask.sum(1) + each.frame_mask.sum(1)[each.video_index]).tolist() for each in part]
         held, places = sum(map(sum, lengths)), sum(len(each) * max(each) for each in lengths)
@@ -333,7 +333,7 @@ def test_shares_of_rows_are_those_of_all_batches_since_the_last(
         assert 0 < texts < rows
         assert values["text_only_share"][number] == pytest.approx(texts / rows, abs=1e-6)
     assert values["clips"] == [8, 6]
-    assert values_of(tmp_path / "run", "train/left_out_rows") == [4, 7]  # all so far
+    assert values_of(tmp_path / "run", "train/left_out_rows") == [4, 7]  # counted from the start
 
 
 def test_a_checkpoint_alone_evaluates_and_answers(
@@ -342,7 +342,7 @@ def test_a_checkpoint_alone_evaluates_and_answers(
     monkeypatch.setattr(metrics.shutil, "which", lambda name: None)  # Java takes seconds to start
     run = str(tmp_path / "run")
     train.run(compose("train", overrides("run", "max_steps=2", "val_every_n_steps=2")))
-    tokenizer_of(tmp_path / "videos").unlink()  # it lies in the checkpoint
+    tokenizer_of(tmp_path / "videos").unlink()  # the checkpoint contains it
     result = evaluate.run(
         compose("evaluate", [f"checkpoint={run}", "max_new_tokens=3", "mode=[coarse_fine,coarse_only]"])
     )

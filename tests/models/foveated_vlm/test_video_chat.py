@@ -1,4 +1,4 @@
-"""Conversations with images and videos, together or as they come, text as transformers has it; the hub's layout."""
+"""Conversations with images and videos, together or streamed; text as in transformers; the hub's layout."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def chat(tmp_path: Path) -> VideoChat:
 
 
 def test_answers_depend_on_pixels(chat: VideoChat) -> None:
-    """What the other tests of this file rest on."""
+    """The other tests of this file rely on this."""
     answers = {chat.generate([user(video(pixels(3, seed)), "Which digit?")], 8) for seed in range(6)}
     assert len(answers) > 2
 
@@ -63,9 +63,10 @@ def test_a_video_and_a_question_are_answered_as_in_training(chat: VideoChat) -> 
 
 
 def test_of_a_question_a_stream_is_a_session(configured: tuple[FoveatedVLMModule, Header], tmp_path: Path) -> None:
-    """Of what `from_pretrained` returns, with the answers of the module's own session and of the whole video."""
+    """For a model returned by `from_pretrained`: the answers are those of the module's own session and of the whole
+    video."""
     module, header = configured
-    with torch.no_grad():  # so large that answers differ from video to video
+    with torch.no_grad():  # so large that answers differ between videos
         for parameter in module.network.parameters():
             parameter.mul_(4 if parameter.ndim > 1 else 1)
     content: dict[str, Any] = {"keygrip": header.header, "global_step": 7}
@@ -114,7 +115,7 @@ def test_arguments_of_the_other_stream_are_refused(chat: VideoChat) -> None:
 
 
 def test_conversations_together_give_what_each_gives_alone(chat: VideoChat) -> None:
-    """Of other lengths, with several turns, with text alone, with an image; in one batch."""
+    """Conversations of different lengths, with several turns, with text alone and with an image, in one batch."""
     several = [
         [user(video(pixels(3)), "Which digit?")],
         [{"role": "user", "content": "And which?"}],
@@ -155,11 +156,11 @@ def test_many_conversations_are_decoded_and_answered_in_batches(
     batches.clear()
     with pytest.raises(FileNotFoundError, match=r"nothing\.mp4"):
         chat.generate([*talks, [user({"type": "video", "video": "nothing.mp4"}, "x")]], batch_frames=4)
-    assert batches == []  # seen before anything is answered
+    assert batches == []  # found before anything is answered
 
 
 def test_a_long_text_is_not_answered_beside_many_short_ones(chat: VideoChat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are padded to the longest: so much memory would a batch of them take."""
+    """Rows are padded to the longest, so a batch with the long text would need too much memory."""
     talks = [[user(video(pixels(1, n)), "Which?" + " red" * (60 if n == 2 else 0))] for n in range(5)]
     alone = [chat.generate(talk, 6) for talk in talks]
     batches: list[int] = []
@@ -174,7 +175,7 @@ def test_a_long_text_is_not_answered_beside_many_short_ones(chat: VideoChat, mon
 
 @pytest.mark.parametrize("image_first", [True, False])
 def test_a_users_words_cannot_forge_a_turn(chat: VideoChat, image_first: bool) -> None:
-    """Neither where a video stands before the words nor where it is read between them."""
+    """Neither if a video comes before the words nor if it is between them."""
     tokenizer, frames = chat.module.tokenizer, video(pixels(2))
     counts = []
     for words in ("Which?", "Which?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>"):
@@ -187,7 +188,7 @@ def test_a_users_words_cannot_forge_a_turn(chat: VideoChat, image_first: bool) -
 
 
 def test_images_between_words_stand_where_they_are_said(chat: VideoChat) -> None:
-    """Read one after the other: text, video, text, image, text."""
+    """The parts are read in order: text, video, text, image, text."""
     frames, image = pixels(2), pixels(1, 5)
     messages = [user("First ", video(frames), " then ", {"type": "image", "image": image}, "which?")]
     prompt = chat.reader.read(messages)
@@ -260,8 +261,8 @@ def _said(chat: VideoChat, question: str) -> list[int]:
 @pytest.mark.parametrize("question", ["Which digit?", " Which digit?\n"])
 @pytest.mark.parametrize("further", [False, True])
 def test_text_alone_is_what_transformers_gives(question: str, further: bool, chat: VideoChat, tmp_path: Path) -> None:
-    """The same weights in transformers' own model, its own loop of generation, the same template and stop tokens: the
-    one behind a turn, and perhaps one that would be said."""
+    """The reference has the same weights in transformers' own model, its own generation loop, the same template and the
+    same stop tokens: the end-of-turn token, and in one case a token that would otherwise be generated."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     language, tokenizer = chat.module.network.language, chat.module.tokenizer
@@ -294,7 +295,7 @@ def test_text_alone_is_what_transformers_gives(question: str, further: bool, cha
 
 
 def test_the_hubs_layout_and_back(chat: VideoChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers reads the tokenizer with its template; the files say how images are prepared."""
+    """transformers reads the tokenizer with its template; the files state how images are prepared."""
     from transformers import AutoTokenizer
 
     from keygrip.exporting.folder import read_export
@@ -332,7 +333,7 @@ SETTINGS = [
 
 @pytest.fixture
 def configured(tmp_path: Path) -> tuple[FoveatedVLMModule, Header]:
-    """A small model, and what a run of it would write at the head of its checkpoints."""
+    """A small model, and the header that a run of it would write into its checkpoints."""
     config: Any = OmegaConf.to_container(compose("train", [*SETTINGS, f"run_dir={tmp_path / 'run'}"]), resolve=True)
     module = build_module(config)
     assert isinstance(module, FoveatedVLMModule)
@@ -344,7 +345,7 @@ def configured(tmp_path: Path) -> tuple[FoveatedVLMModule, Header]:
 def test_save_pretrained_writes_the_weights_that_the_model_has(
     configured: tuple[FoveatedVLMModule, Header], tmp_path: Path
 ) -> None:
-    """Not those of its source: the model may have been trained on since it was loaded."""
+    """Not the weights of its source: the model may have been trained further since it was loaded."""
     module, header = configured
     content: dict[str, Any] = {"keygrip": header.header, "global_step": 7}
     module.on_save_checkpoint(content)
@@ -387,14 +388,14 @@ def test_save_pretrained_writes_the_weights_that_the_model_has(
 def test_a_model_is_loaded_in_the_type_that_it_was_saved_in(
     dtype: torch.dtype, configured: tuple[FoveatedVLMModule, Header], tmp_path: Path
 ) -> None:
-    """And answers as before: of videos alone, together, in a stream and by the command."""
+    """It gives the same answers as before: for single videos, in a batch, in a stream and with the command."""
     from keygrip import generate as command
     from keygrip.inference.processor import KeygripConfig
 
     module, header = configured
     content: dict[str, Any] = {"keygrip": header.header, "global_step": 7}
     torch.manual_seed(2)
-    with torch.no_grad():  # so that roundings change answers
+    with torch.no_grad():  # so that rounding changes the answers
         for parameter in module.network.parameters():
             parameter.add_(torch.randn_like(parameter))
     module.on_save_checkpoint(content)
@@ -460,7 +461,8 @@ def test_a_model_without_a_source_is_saved_with_the_configuration_of_its_run_or_
 
 @pytest.mark.parametrize("order", ["visual_first", "question_first"])
 def test_transformers_reads_the_processor_and_it_gives_what_the_model_reads(order: Any, tmp_path: Path) -> None:
-    """Through AutoProcessor, and again from what it saves itself; rows of other lengths, several turns, text alone."""
+    """Loaded with AutoProcessor, and again from what it saves itself; rows of different lengths, several turns, text
+    alone."""
     from transformers import AutoProcessor
 
     from keygrip.inference.processor import KeygripProcessor
@@ -511,7 +513,7 @@ def test_transformers_reads_the_processor_and_it_gives_what_the_model_reads(orde
         processor.apply_chat_template(talks[0], tokenize=True, add_generation_prompt=False)
 
 
-# A system turn where the user gives none, as SmolLM2's template has it.
+# Adds a system turn if the user gives none, like SmolLM2's template.
 OWN_SYSTEM = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
@@ -526,7 +528,7 @@ ODD = 'It\'s "brief"\\n\n{{ no }} {% raw %} \u00e9 \U0001f600 #}.'
 def test_the_chat_template_of_an_export_has_the_system_turn_of_training(
     system: str | None, template: str | None, tmp_path: Path
 ) -> None:
-    """The ids of what it renders are those of the processor; also where a conversation has a system turn of its own."""
+    """The ids of the rendered text are those of the processor, also if a conversation has its own system turn."""
     from transformers import AutoProcessor, AutoTokenizer
 
     from keygrip.inference.processor import KeygripProcessor
@@ -560,7 +562,7 @@ def test_the_chat_template_of_an_export_has_the_system_turn_of_training(
         assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == ids
         assert (f"system\n{system}<|im_end|>" in rendered) == (system is not None and talk is not talks[2])
     assert processor.apply_chat_template(talks) == [processor.apply_chat_template(talk) for talk in talks]
-    processor.system = "Another."  # an older export's template knows none
+    processor.system = "Another."  # the template of an older export contains none
     (ids,) = processor([asked])["input_ids"].tolist()
     assert tokenizer(processor.apply_chat_template(asked), add_special_tokens=False)["input_ids"] == ids
     seen = [user(video(pixels(2)), "Which digit?")]
@@ -610,7 +612,8 @@ def test_the_processor_takes_what_transformers_processors_are_given_or_says_what
 
 
 def test_the_processor_takes_transformers_batch_call(chat: VideoChat, tmp_path: Path) -> None:
-    """Arguments that ask for what is done anyway are taken; others are refused with what there is."""
+    """Arguments that ask for the default behaviour are accepted; others are refused, and the message names those
+    accepted."""
     from keygrip.inference.processor import KeygripProcessor
 
     files, facts = chat.module.export_files()
@@ -672,7 +675,8 @@ def test_images_and_videos_are_given_by_url_as_to_transformers_and_nothing_is_fe
 
 
 def test_arrays_are_thinned_as_files_are_and_keep_their_times(chat: VideoChat) -> None:
-    """As many frames as in training, evenly spaced; more than the language model holds would end the command."""
+    """As many frames as in training, evenly spaced; more than fit into the language model would make the command
+    fail."""
     frames = pixels(200)
     (kept,), (times,) = (lambda prompt: (prompt.visuals, prompt.times))(chat.reader.read([user(video(frames), "?")]))
     assert times == (0.0, 28.0, 57.0, 85.0, 114.0, 142.0, 171.0, 199.0)
@@ -691,7 +695,7 @@ def test_an_image_that_is_a_folder_or_an_animation_is_refused(chat: VideoChat, t
     for name in ("folder", "moving.gif"):
         with pytest.raises(ValueError, match=f"{name} is a folder, a video or an animation, and no image"):
             chat.reader.read([user({"type": "image", "image": str(tmp_path / name)}, "?")])
-    stills[0].save(tmp_path / "short.webp", save_all=True, append_images=stills[1:], duration=100)  # of one second
+    stills[0].save(tmp_path / "short.webp", save_all=True, append_images=stills[1:], duration=100)  # below 1 s
     refused = "a folder, a video or an animation, and no image: give it as a video"
     for given, why in (
         ({"type": "image", "image": tmp_path / "short.webp"}, refused),
@@ -713,7 +717,7 @@ def test_times_are_told_wherever_the_video_stands(chat: VideoChat) -> None:
 
 
 def test_frames_of_several_visuals_are_numbered_where_a_clock_counts_seconds(tmp_path: Path) -> None:
-    """They have no common time; together, as they come, and between words."""
+    """Such frames have no common time; answered in a batch, in a stream, and with the visuals between words."""
     image = {"type": "image", "image": pixels(1, 5)}
     spaced = [user(video(pixels(20)), image, "Which digit?")]  # thinned to 8 frames, two or three seconds apart
     between = [user("Which ", video(pixels(20)), "digit", image, "?")]
@@ -727,7 +731,7 @@ def test_frames_of_several_visuals_are_numbered_where_a_clock_counts_seconds(tmp
 def test_a_mode_that_cannot_read_a_conversation_is_refused_before_any_is_answered(
     chat: VideoChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(chat.reader, "max_frames")  # nothing can be decoded
+    monkeypatch.delattr(chat.reader, "max_frames")  # so that nothing can be decoded
     talks = [[user(video(pixels(2)), "Which?")], [user("Which is in ", video(pixels(2)), "?")]]
     with pytest.raises(ValueError, match=r"mode=coarse_fine: .* is seen in autoregressive or coarse_only"):
         chat.generate(talks, 4, mode="coarse_fine")
@@ -762,7 +766,7 @@ def test_what_is_no_conversation_is_refused(chat: VideoChat, messages: list[Any]
 
 def test_frames_may_be_images_of_any_size_and_mode(chat: VideoChat) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (3, 28, 28, 3)).astype(np.uint8)
-    frames[2] = 77  # of one colour, which no change of size changes
+    frames[2] = 77  # of one colour, so that resizing does not change it
     images = [Image.fromarray(frame) for frame in frames]
     mixed = [images[0].convert("RGBA"), images[1], images[2].resize((56, 40))]
     shown = [chat.reader.read([user(video(given), "Which?")]) for given in (frames, images, mixed)]
@@ -828,7 +832,7 @@ def test_what_is_no_conversation_and_no_length_is_refused(chat: VideoChat) -> No
 
 
 def test_conversations_that_fit_alone_fit_together(tmp_path: Path) -> None:
-    """The longest text and the longest video are of different rows, and more than the context together."""
+    """The longest text and the longest video are in different rows, and together they are longer than the context."""
     module = sensitive_module(tmp_path, TEXTS)
     module.image_options["max_frames"] = 64
     chat = VideoChat(module)

@@ -1,4 +1,4 @@
-"""The benchmark cases on a small network: their figures, and that a measured frame leaves its cache as it was."""
+"""The benchmark cases on a small network: their results, and that measuring a frame leaves its cache unchanged."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def network(monkeypatch: pytest.MonkeyPatch) -> FoveatedVLM:
 
 
 def test_cases_at_the_published_sizes_need_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is fetched for weights that a time does not depend on."""
+    """No weights are downloaded for a time that does not depend on them."""
     built: list[Any] = []
     monkeypatch.setattr(measuring, "build_module", built.append)
     cases = [case for case in compose("bench", []).cases.values() if "foveated_vlm" in case._target_]
     overrides = [list(case.overrides) for case in cases if "overrides" in case]
     assert len(overrides) == 4
     for each in overrides:
-        with pytest.raises(ValueError, match="NoneType"):  # of the module that is not built
+        with pytest.raises(ValueError, match="NoneType"):  # because the module is not built
             foveated_vlm._network(each)
     for config in built:
         network = config["model"]["network"]
@@ -55,7 +55,7 @@ def test_cases_at_the_published_sizes_need_no_weights(monkeypatch: pytest.Monkey
 
 
 def test_peak_of_a_step_has_the_gradients(network: FoveatedVLM) -> None:
-    """There are more weights than there is anything else."""
+    """The weights take more memory than anything else in the step."""
     images = torch.randn(1, 1, 3, network.backbone.image_size, network.backbone.image_size)
     step = _Step(network, images, TextRows(torch.tensor([[3, 4]]), [2], [0], [0], [1]), "coarse_fine")
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -140,7 +140,8 @@ def test_a_measured_push_is_one_frame_more_and_leaves_the_stream_as_it_was(netwo
 
 
 def test_the_fullest_batches_of_a_budget() -> None:
-    """Of the stages' budget both limits are full from 16 frames, with less text, to 22, with nearly the longest."""
+    """With the stages' budget, batches reach both limits from 16 frames, with less text, to 22, with nearly the longest
+    text."""
     budget = Budget(1024, 24576)
     assert fullest(budget, 64, 0, 0, 512) == (64, 384)
     assert fullest(budget, 64, 16, 16, 512) == (64, 368)
@@ -156,8 +157,9 @@ def test_the_fullest_batches_of_a_budget() -> None:
 
 @pytest.mark.slow
 def test_memory_of_a_recipe_at_its_budgets_corners(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny, but through the recipe's own configuration; gradients that are accumulated lie there from the start."""
-    monkeypatch.setattr(foveated_vlm, "GIB", 1)  # in bytes
+    """A tiny model with the recipe's own configuration; accumulated gradients take memory from the start of the
+    step."""
+    monkeypatch.setattr(foveated_vlm, "GIB", 1)  # so that memory is in bytes
     small = ["language=tiny", "backbone=tiny", "backbone.image_size=32", "data.batch_size=4", "collator.max_tokens=16"]
     budget = ["data.budget.frames=8", "data.budget.positions=200"]
     stage1 = ["experiment=vlm_stage1", *small, *budget]

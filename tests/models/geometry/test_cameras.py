@@ -19,7 +19,8 @@ from keygrip.models.geometry.cameras import (
 
 
 def camera_above(height: float = 1.0, tilt: float = 0.4) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and world_to_camera of a camera over the origin that looks down and forward (+y) by ``tilt`` radians."""
+    """Return K and world_to_camera of a camera above the origin that points down and forward (+y) by ``tilt``
+    radians."""
     k = torch.tensor([[200.0, 0, 96], [0, 220.0, 90], [0, 0, 1]], dtype=torch.float64)
     c, s = torch.cos(torch.tensor(tilt, dtype=torch.float64)), torch.sin(torch.tensor(tilt, dtype=torch.float64))
     forward = torch.stack([torch.zeros_like(c), s, -c])
@@ -55,13 +56,13 @@ def test_recover_inverts_project() -> None:
 
 
 def test_parallel_and_backward_rays_are_errors() -> None:
-    k, extrinsics = camera_above(tilt=torch.pi / 2)  # looks along the horizon
+    k, extrinsics = camera_above(tilt=torch.pi / 2)  # points along the horizon
     with pytest.raises(ParallelRayError, match="1 of 1"):
         recover_3d(
             torch.tensor([[96.0, 90.0]], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64), k, extrinsics
         )
     k, extrinsics = camera_above(tilt=0.2)
-    above = torch.tensor([2.0], dtype=torch.float64)  # a plane above the camera, which looks down
+    above = torch.tensor([2.0], dtype=torch.float64)  # a plane above the camera, which points down
     with pytest.raises(ParallelRayError):
         recover_3d(torch.tensor([[96.0, 90.0]], dtype=torch.float64), above, k, extrinsics)
     masked = recover_3d(torch.tensor([[96.0, 90.0]], dtype=torch.float64), above, k, extrinsics, strict=False)
@@ -69,7 +70,7 @@ def test_parallel_and_backward_rays_are_errors() -> None:
 
 
 def test_the_table_of_voxel_centres_is_of_each_samples_own_camera() -> None:
-    cameras = [camera_above(1.0, 0.3), camera_above(0.8, 1.4)]  # the second sees the horizon
+    cameras = [camera_above(1.0, 0.3), camera_above(0.8, 1.4)]  # the horizon is visible in the second
     k, extrinsics = (torch.stack(parts) for parts in zip(*cameras, strict=True))
     heights = torch.tensor([0.0, 0.1, 0.25])
     table = world_xyz_table(k, extrinsics, heights, pred_size=6, image_size=192)
@@ -93,7 +94,8 @@ def test_cells_are_indexed_by_row_and_column() -> None:
 
 
 def test_reduced_precision_leaves_geometry_alone() -> None:
-    """Targets are computed inside training steps, which run under autocast."""
+    """Projections, camera centres and rays stay float32 under autocast, in which training steps compute their
+    targets."""
     k, pose = (matrix.float() for matrix in camera_above())
     points = torch.tensor([[0.1, 0.3, 0.05], [-0.2, 0.41, 0.0], [0.033, 0.27, 0.11]])
     exact = *project(points, k, pose), camera_centre(pose), pixel_rays(torch.tensor([[33.3, 71.7]]), k, pose)
@@ -112,7 +114,7 @@ def test_rays_meet_where_they_come_from() -> None:
     found, apart = nearest_to_rays(centres, rays)
     torch.testing.assert_close(found, points, atol=1e-4, rtol=0)
     assert apart.max() < 1e-4
-    # two rays that pass each other at right angles, 2 cm apart: the middle, a centimetre from both
+    # two rays that pass each other at right angles, 2 cm apart: the midpoint, one centimetre from both
     found, apart = nearest_to_rays(
         torch.tensor([[1.0, 0.0, 0.31], [0.0, 1.0, 0.29]]), torch.tensor([[-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
     )

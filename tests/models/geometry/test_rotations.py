@@ -56,7 +56,7 @@ def test_product_and_mean_agree_with_scipy() -> None:
 
 
 def yaw_data(count: int = 400, tilt: float = 0.02) -> torch.Tensor:
-    """Downward gripper turned about the vertical, with a little wobble; signs of the quaternions alternate."""
+    """A downward gripper rotated about the vertical, with small random tilts; signs of the quaternions alternate."""
     rng = np.random.default_rng(3)
     yaw = Rotation.from_euler("z", rng.uniform(-1.2, 1.2, (count, 1)))
     wobble = Rotation.from_rotvec(rng.normal(0, tilt, (count, 3)))
@@ -93,7 +93,7 @@ def test_pca_expectation_is_finer_than_a_bin() -> None:
 
 def test_pca_warns_where_one_component_is_not_enough(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, quaternions = random_rotations(300)
-    for _ in range(2):  # fitted, and as it was kept
+    for _ in range(2):  # newly fitted, then loaded
         caplog.clear()
         fit_or_load(PCARotation(), quaternions, tmp_path, "x")
         (said,) = (r.getMessage() for r in caplog.records if "first principal component" in r.getMessage())
@@ -161,11 +161,11 @@ def test_a_damaged_basis_is_fitted_again(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_outliers_are_said_and_do_not_widen_the_bins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     axis = torch.tensor([0.0, 0.0, 1.0])
-    turns = torch.cat([torch.linspace(-0.7, 0.7, 995), torch.full((5,), 3.0)])  # 0.5 % wrong readings
+    turns = torch.cat([torch.linspace(-0.7, 0.7, 995), torch.full((5,), 3.0)])  # 0.5 % wrong measurements
     rotations = rotation_exp(turns[:, None] * axis)
     wide, narrow = PCARotation(32), PCARotation(32, outlier_share=0.02)
     said = r"span 212 degrees, and 98 % of the training rotations lie within 79: .*6.6 degrees wide in place of 2.5"
-    for _ in range(2):  # fitted, and as it was kept
+    for _ in range(2):  # newly fitted, then loaded
         caplog.clear()
         report = fit_or_load(wide, rotations, tmp_path, "x")
         (record,) = caplog.records

@@ -1,4 +1,4 @@
-"""MapAnything as a stand-in, and one small policy for all tests that only look at it."""
+"""A stand-in for MapAnything, and one small policy for all tests that only read it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STAND_INS = Path(__file__).resolve().parents[2] / "support" / "stand_ins"
 
 @pytest.fixture
 def mapanything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of weights for the stand-in package, which can be imported from here on."""
+    """A folder of weights for the stand-in package, which the fixture makes importable."""
     monkeypatch.syspath_prepend(str(STAND_INS))
     for name in [name for name in sys.modules if name.partition(".")[0] in ("mapanything", "uniception")]:
         monkeypatch.delitem(sys.modules, name)

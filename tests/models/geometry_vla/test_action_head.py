@@ -1,4 +1,4 @@
-"""The action head: what reaches the actions and what must not, caches, draws, precision."""
+"""The action head: which inputs change the actions and which must not, caches, several noise samples, precision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def head(**changes: int) -> ActionHead:
     torch.manual_seed(0)
     options = {"future_tokens": 3, "head_size": 16, "self_attention_every": 1} | changes
     built = ActionHead(H, 3, DS, DA, T, **options)
-    for block in [*built.blocks, *built.mixers]:  # AdaLN starts at nothing, which would hide that the level matters
+    for block in [*built.blocks, *built.mixers]:  # AdaLN starts at zero, which would hide the noise level
         torch.nn.init.normal_(block.modulation.linear.weight, std=0.2)
     return built
 
@@ -56,7 +56,8 @@ def test_every_input_changes_the_velocity() -> None:
 
 
 def test_self_attention_blocks_mix_the_tokens() -> None:
-    """With the context in their place tokens would never meet: a change of one action must reach the others."""
+    """If all blocks attended to the context only, tokens would never mix: a change of one action must reach the
+    others."""
     built = head()
     actions, level, state = inputs()
     other = actions.clone()
@@ -66,7 +67,7 @@ def test_self_attention_blocks_mix_the_tokens() -> None:
 
 
 def test_without_self_attention_the_state_would_be_ignored() -> None:
-    """Why it cannot be switched off: this is what the blocks with a context do on their own."""
+    """This is why it cannot be switched off: blocks with a context alone do not carry the state to the actions."""
     with pytest.raises(ValueError, match="the state has no effect"):
         head(self_attention_every=0)
     with pytest.raises(ValueError, match="give 1 to 3"):
@@ -91,7 +92,7 @@ def test_padding_of_the_context_does_not_matter() -> None:
 
 
 def test_draws_of_a_sample_share_its_context() -> None:
-    """R draws at once are R calls with one each."""
+    """R noise samples in one call give the same as R calls with one each."""
     built = head()
     actions, level, state = inputs(draws=3)
     together = built(actions, level, state, contexts(tokens()))

@@ -1,4 +1,4 @@
-"""Actions that are no poses: joints of the YAM arm, inputs of a controller; and robots with statistics of their own."""
+"""Actions that are not poses: joints of the YAM arm, controller inputs; and robots with statistics of their own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TURN = Rotation.from_euler("z", 0.7)
 
 
 def joint_chunks(count: int = 32, seed: int = 0) -> PolicyTargets:
-    """Targets of a YAM whose base stands turned beside the world's origin."""
+    """Targets of a YAM whose base is rotated and shifted with respect to the world's origin."""
     generator = np.random.default_rng(seed)
     limits = arm_chain().limits
     joints = generator.uniform(limits[:, 0], limits[:, 1], (count, 1, T + 1, 6))
@@ -47,7 +47,7 @@ def joint_chunks(count: int = 32, seed: int = 0) -> PolicyTargets:
 
 
 def test_poses_of_joints_are_those_of_float32_under_autocast() -> None:
-    """In bf16 they are off by millimetres."""
+    """In bf16 the poses would be wrong by millimetres."""
     chunks = joint_chunks()
     actions = PoseActions(["right"], "joint")
     actions.take(chunks)
@@ -72,7 +72,7 @@ def test_joints_become_the_recorded_poses_wherever_the_base_stands() -> None:
     assert geodesic_angle(quaternion, chunks.quaternion).max() < 1e-3
     torch.testing.assert_close(gripper, chunks.gripper, atol=1e-5, rtol=0)
     again = PoseActions(["right"], "joint")
-    again.load_state_dict(actions.state_dict())  # where the base stands, too
+    again.load_state_dict(actions.state_dict())  # including the pose of the base
     assert torch.equal(again.decode(encoded, chunks.start_position, chunks.start_quaternion)[0], position)
 
 
@@ -105,8 +105,8 @@ def test_a_controllers_inputs_are_ways_and_turns_one_after_the_other() -> None:
 
 
 def lagging(count: int = 200, seed: int = 0) -> PolicyTargets:
-    """Chunks of an arm under an operational-space controller: each input sets a goal from the pose reached so far, and
-    a critically damped spring pulls towards it for a twentieth of a second."""
+    """Chunks of an arm under an operational-space controller: each input sets a goal relative to the pose reached so
+    far, and a critically damped spring pulls the arm towards it for a twentieth of a second."""
     generator = np.random.default_rng(seed)
     stiffness, step = 150.0, 0.002
     damping, chunks = 2 * stiffness**0.5, poses(count, seed)
@@ -114,7 +114,7 @@ def lagging(count: int = 200, seed: int = 0) -> PolicyTargets:
     place, speed = generator.uniform(-0.1, 0.1, (count, 3)), np.zeros((count, 3))
     turn, turns = [Rotation.identity()] * count, np.zeros((count, T + 1, 4))
     wish = generator.uniform(-0.6, 0.6, (count, 3))
-    for frame in range(-4, T + 1):  # it is moving when the chunk begins
+    for frame in range(-4, T + 1):  # the arm is already moving when the chunk begins
         if frame >= 0:
             reached[:, frame], turns[:, frame] = place, [each.as_quat(scalar_first=True) for each in turn]
         if frame == T:
@@ -184,8 +184,8 @@ def test_such_actions_train_plan_and_travel(tmp_path: Path, kind: str) -> None:
     chunks = joint_chunks(64)
     chunks.controller = 0.1 * torch.randn(64, 1, T, 7, generator=torch.Generator().manual_seed(0))
     module = trained(tmp_path, kind, chunks)
-    assert module.may_keep_apart == (kind != "joint")  # joints are of one model of an arm
-    module.statistics._position_range.copy_(torch.tensor([[-9.0] * 3, [9.0] * 3]))  # nothing is moved into it
+    assert module.may_keep_apart == (kind != "joint")  # joints belong to one arm model
+    module.statistics._position_range.copy_(torch.tensor([[-9.0] * 3, [9.0] * 3]))  # moves nothing into it
     batch = small_batch()
     for name in ("start_joints", "joints", "controller"):
         setattr(batch, name, getattr(chunks, name)[: len(batch)])
@@ -218,7 +218,7 @@ def test_such_actions_train_plan_and_travel(tmp_path: Path, kind: str) -> None:
     led = policy.plan_continuing(timed, shifted, delay_s=2 * plan.step_seconds)
     off = np.abs(getattr(led, name) - getattr(shifted, name))[:, :2].mean()
     assert off < 0.5 * 0.1, "without guidance it would be all of the shift"
-    if kind != "delta":  # whose plans are poses, which every plan under way has
+    if kind != "delta":  # plans of delta are poses, as all plans are
         with pytest.raises(ValueError, match=f"has 4 {name} per step, those of this policy have"):
             policy.plan_continuing(timed, replace(shifted, **{name: numbers[..., :4]}), delay_s=0.1)
         policy.reset(0)
@@ -229,8 +229,8 @@ def test_such_actions_train_plan_and_travel(tmp_path: Path, kind: str) -> None:
     module.statistics._position_range.copy_(torch.zeros(2, 3))
     left = getattr(GeometryVLAPolicy(module).plan(observation), name)
     if kind == "joint":
-        assert left is None  # its poses were moved: not as planned
-    else:  # poses are moved into what training saw; those of a controller's inputs are an estimate, so these stay
+        assert left is None  # its poses were moved, so the joints no longer match
+    else:  # poses are moved into the range seen in training; poses of controller inputs are estimates, so these stay
         assert np.abs(left).max() <= {"delta": 0.0101, "osc": 1}[kind]
 
 
@@ -281,7 +281,7 @@ def test_which_robot_it_drives_is_asked_before_an_episode(tmp_path: Path, monkey
     monkeypatch.setattr("keygrip.evaluation.trained_policy.load_module", lambda path, **options: module)
     loop = ClosedLoop(TaskOptions(name="reach"), {"as_trained": [{}]}, episodes=1, processes=1)
     for use in (
-        lambda: loop.run(tmp_path),  # and is no failed episode
+        lambda: loop.run(tmp_path),  # and it does not count as a failed episode
         lambda: policy_of(module, "run", {"seed": 1}),
     ):
         with pytest.raises(ValueError, match=r"was trained for yam, panda: choose one .*policy.embodiment=NAME"):

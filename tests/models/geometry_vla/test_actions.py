@@ -1,4 +1,4 @@
-"""Actions: there and back, no clipping, padding left out of the statistics, missing statistics."""
+"""Actions: decoding inverts encoding, no clipping, padding excluded from the statistics, missing statistics."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def test_delta_is_the_way_from_the_present_pose() -> None:
 
 @pytest.mark.parametrize("kind", ["absolute", "delta"])
 def test_nothing_is_clipped(kind: ActionKind) -> None:
-    """What lies beyond the usual range is normalised beyond -1 .. 1, and comes back: a clip would move it."""
+    """Values beyond the usual range are normalised to values beyond -1 .. 1 and decoded again: clipping would change
+    them."""
     actions, batch = fitted(kind, tail=0.2), chunks(64)
     encoded = actions.encode(batch)
     assert (encoded.abs() > 1.2).float().mean() > 0.05
@@ -71,7 +72,7 @@ def test_almost_all_of_the_training_split_lies_in_range_and_constants_do_not_exp
 
 
 def test_values_far_beyond_the_range_of_almost_all_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    """A gripper that is shut in less than the tail's share of the frames, say."""
+    """For example a gripper that is closed in a smaller share of the frames than the tail."""
     data = chunks(300)
     PoseActions(["right"]).take(data)
     assert not caplog.records

@@ -1,4 +1,4 @@
-"""Ways in which geometry reaches the head, for controlled comparisons: what each context holds, and what acts."""
+"""Ways in which geometry reaches the head, for controlled comparisons: the content of each context and its effect."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POINTED = {"pointing_cells": 2, "pointed_tokens": True}
 
 
 def changed_by_geometry(module: GeometryVLAModule) -> bool:
-    """Whether the geometry encoder's weights act on the plan."""
+    """Return whether the geometry encoder's weights change the plan."""
     batch = small_batch()
     before = module.sample(module(batch), batch)
     assert module.network.geometry is not None
@@ -61,7 +61,7 @@ def test_geometry_through_the_language_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["pool", "per_layer", "qformer"])
 def test_geometry_tokens_carry_their_places(kind: str, tmp_path: Path) -> None:
-    """With an encoder that sees the same everywhere, tokens differ by their places alone."""
+    """If the encoder outputs the same at every place, tokens differ by their places alone."""
     options = {"geom_compression_type": kind, "geom_dit_tokens": 2}
     module = ready_module(tmp_path, geom_places=True, **options)
     plain = ready_module(tmp_path, **options)
@@ -86,7 +86,7 @@ def test_geometry_tokens_carry_their_places(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"geom_dit_tokens": 0, **POINTED}], ids=["compressed", "pointed"])
 def test_blank_tokens_hold_nothing_of_the_scene(tmp_path: Path, options: dict[str, Any]) -> None:
-    """As many tokens and parameters, the encoder trained by depth alone, and the model points where it did."""
+    """There are as many tokens and parameters, depth alone trains the encoder, and the model points as before."""
     module, plain = (ready_module(tmp_path, geom_blank=value, **options) for value in (True, False))
     assert {name: p.shape for name, p in module.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
     batch = small_batch()
@@ -110,7 +110,7 @@ def test_blank_tokens_hold_nothing_of_the_scene(tmp_path: Path, options: dict[st
 
 
 def test_standardised_tokens_differ_between_scenes_alone(tmp_path: Path) -> None:
-    """What the K tokens have in common in all samples is gone, and the statistics are those of training."""
+    """Values that the K tokens share in all samples are removed; evaluation uses the statistics of training."""
     module, plain = (ready_module(tmp_path, geom_standardised=value, geom_dit_tokens=2) for value in (True, False))
     batch = small_batch()
     start = module(batch).groups[0]
@@ -160,7 +160,8 @@ def test_a_dry_run_says_what_there_is(module: GeometryVLAModule) -> None:
 
 
 def test_recomputed_activations_train_on_a_processor(tmp_path: Path) -> None:
-    """The whole step with the kernel that short rows take there, whose backward pass runs outside of it."""
+    """A whole training step with the CPU kernel for short rows, whose backward pass runs outside of the context
+    manager."""
     batch, found = small_batch(), []
     for recompute in (False, True):
         module = ready_module(tmp_path, vlm=small_vlm(gradient_checkpointing=recompute)).train()
@@ -187,21 +188,21 @@ TRIANGULATED = ("arm_triangulated", "arm_both_triangulated")
     ids=lambda value: str(value[0]).partition("=")[2] if value else "",
 )
 def test_every_ablation_fits_every_small_recipe(recipe: tuple[str, ...], meaningless: tuple[str, ...]) -> None:
-    """What an ablation needs off is off whatever the recipe has on, and an arm means the same with each."""
+    """Each ablation switches off what it needs off in every recipe, and an arm has the same meaning in each recipe."""
     whole = composed("train", [*recipe])
     OmegaConf.set_struct(whole, False)
     sections = OmegaConf.load(config_folder() / "ablation" / "geometry_vla" / "options.yaml")
     assert isinstance(sections, DictConfig)
     assert len(sections) > 40
     for name, section in sections.items():
-        if "defaults" in section:  # another section's, longer; or another optimiser
+        if "defaults" in section:  # extends another section; or another optimiser
             continue
         cfg = OmegaConf.merge(whole, section, {"geometry": {"init_from": None}})
         if name in meaningless:
             with pytest.raises(InstantiationException, match="trains the encoder by depth alone"):
                 instantiate(cfg.geometry)
             continue
-        with torch.device("meta"):  # nothing is drawn
+        with torch.device("meta"):  # no weights are sampled
             network = instantiate(cfg.model.network, _convert_="all")
         if str(name).startswith(("arm_", "no_triangulation")) and name != "arm_both":
             assert network.triangulates == (name in TRIANGULATED), name

@@ -1,6 +1,6 @@
-"""Plans with a compiled action head and geometry encoder are those without; nothing is compiled while a robot waits.
+"""Compiled action heads and geometry encoders give the same plans; nothing is compiled while a robot waits.
 
-All but one do without a compiler: where plans are compared, the graphs are those that inductor gets (`aot_eager`).
+All but one test need no compiler: where plans are compared, the graphs are those that inductor receives (`aot_eager`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs as torch captures them, run as they are: a third of the time, where only their number matters."""
+    """Run the graphs that torch captures without compiling them: a third of the time, for tests that only count
+    graphs."""
     monkeypatch.setattr(GeometryVLA, "compile_parts", partialmethod(GeometryVLA.compile_parts, backend="eager"))
 
 

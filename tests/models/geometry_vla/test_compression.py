@@ -1,4 +1,4 @@
-"""Compression of geometry tokens: written-out results, odd numbers of tokens, sizes at the published dimensions."""
+"""Compression of geometry tokens: expected results, odd numbers of tokens, sizes at the published dimensions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_pooling_is_the_mean_of_consecutive_tokens(count: int) -> None:
 
 
 def test_a_number_of_tokens_that_does_not_divide_leaves_none_out() -> None:
-    tokens = torch.eye(10)[None]  # each token marks itself
+    tokens = torch.eye(10)[None]  # one-hot tokens
     share = pooled(tokens, 4)[0]  # [4, 10] weights of the means
     torch.testing.assert_close(share.sum(dim=1), torch.ones(4))
     assert (share.sum(dim=0) > 0).all()
@@ -64,8 +64,8 @@ def test_layers_differ_and_the_qformer_depends_on_the_input() -> None:
     qformer = build_geom_compressor("qformer", 6, 8, 3, tokens=4, heads=2)
     found = qformer(geometry)
     assert torch.equal(found[0], found[2])
-    assert (found[0][:, 0] - found[0][:, 1]).abs().max() > 0.01  # queries do not all see the same
-    # attention, not pooling: which token stands where does not matter, what it holds does
+    assert (found[0][:, 0] - found[0][:, 1]).abs().max() > 0.01  # queries do not all attend to the same tokens
+    # attention, not pooling: the order of the tokens does not matter, only their content
     torch.testing.assert_close(qformer(geometry.flip(1))[0], found[0])
     assert (qformer(geometry * 2)[0] - found[0]).abs().max() > 0.01
 

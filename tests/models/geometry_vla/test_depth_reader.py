@@ -1,4 +1,4 @@
-"""A geometry encoder that is trained on depth first: it learns, another begins with it, and it stays frozen."""
+"""A geometry encoder that is first trained on depth: it learns, another run starts from it, and it stays frozen."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ BACKBONE = ("image_size=64", "width=48", "depth=2", "heads=4", "stem=patch")
     ids=["as it ships", "all changed"],
 )
 def test_what_the_encoder_is_reaches_the_run_that_trains_it(overrides: list[str]) -> None:
-    """Whatever changes its sizes or what its numbers mean: the run to start from has the same."""
+    """Every setting that changes its sizes or the meaning of its values is the same in the run to start from."""
     policy = compose("train", ["experiment=vla_yam_language", *overrides])
     given = PretrainingStage(list(policy.geometry.init_from.overrides), "depth_reader").overrides
     stage = compose("train", given)
@@ -180,7 +180,7 @@ def test_the_command_trains_one_and_another_run_begins_with_it(tmp_path: Path) -
     (tmp_path / "first").rename(made.run_dir)
     node = {"_target_": "keygrip.training.pretraining.PretrainingStage", **vars(made)}
     ready = complete_stages({"geometry": {"init_from": node}, "model": {"init_from": node, "views": [4]}})
-    assert ready["geometry"] == {"init_from": str(made.run_dir)}  # where the model takes it from
+    assert ready["geometry"] == {"init_from": str(made.run_dir)}  # the model starts from the same run
     assert ready["model"] == {"init_from": str(made.run_dir), "views": [4]}
     encoder = small_geometry(init_from=ready["model"]["init_from"], views=4, cells=4)
     encoder.take_start()

@@ -1,4 +1,4 @@
-"""Figures of what the head makes of geometry: each on cases whose answer is known."""
+"""Metrics of how the head uses geometry, each on cases whose result is known."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_attention_on_small_values_reads_little() -> None:
     assert (attention.shares(x, (2, 4), silent, mask)[:, 1] > 0.1).all()
     found = attention.reads(x, (2, 4), context, mask)
     torch.testing.assert_close(found.sum(dim=-1), torch.ones(2))
-    # what the layer gives without its bias is the sum of its parts
+    # the output of the layer without its bias is the sum of its parts
     first = attention(x, silent, mask) - attention.output.bias
     second = attention(x, context, mask) - attention(x, silent, mask)
     sizes = torch.stack([part.square().mean(dim=(1, 2)).sqrt() for part in (first, second)], dim=-1)
@@ -85,7 +85,7 @@ def test_geometry_is_worth_what_plans_lose_without_it(tmp_path: Path) -> None:
     batch = small_batch()
     scene = module(batch)
     sampled = module.sample(scene, batch)
-    batch.position = module.decode(sampled, batch)[0].detach()  # what was planned is right
+    batch.position = module.decode(sampled, batch)[0].detach()  # so that the plan is exact
     batch.action_is_pad[:, :, 1:] = True
     found = exchanged_geometry(module, scene, batch, sampled)
     assert float(found["geometry_worth_cm"]) > 1e-3

@@ -45,7 +45,7 @@ def test_positions_are_those_of_transformers(order: str, tmp_path: Path) -> None
     assert int(pictures.sum()) == len(INSTRUCTIONS) * V * vlm.tokens_per_view
     expected, _ = vlm.model.get_rope_index(ids, pictures, image_grid_thw=grid, attention_mask=mask.long())
     assert torch.equal(positions[:, mask], expected[:, mask])
-    # places: views from 1, rows and columns as shares; nothing for words
+    # places: views from 1, rows and columns as fractions; zero for words
     assert torch.equal(places[..., 0] > 0, pictures.bool())
     of_first = places[0][pictures[0].bool()].unflatten(0, (V, 2, 2))
     assert of_first[:, 0, 0, 0].tolist() == [1, 2]
@@ -174,7 +174,7 @@ def test_weights_of_a_folder_as_the_hub_ships_it(tmp_path: Path) -> None:
     whole.save_pretrained(tmp_path / "hub")
     loaded = small_vlm(weights=str(tmp_path / "hub"))
     loaded.model.load_state_dict(loaded.model.state_dict())
-    with torch.no_grad():  # `small_vlm` makes words louder
+    with torch.no_grad():  # `small_vlm` scales word embeddings up
         loaded.model.language_model.embed_tokens.weight.div_(25)
     for (name, own), other in zip(vlm.model.state_dict().items(), loaded.model.state_dict().values(), strict=True):
         torch.testing.assert_close(own, other, msg=name)
@@ -216,7 +216,7 @@ def test_embeddings_that_are_given_stand_before_the_images(vlm: QwenVL) -> None:
     with torch.no_grad():
         first = vlm(batch.images, batch.instruction, 1, extra).layers[0]
         second = vlm(batch.images, batch.instruction, 1, -extra).layers[0]
-        # The embedding of a known token given by hand is that token.
+        # An embedding of a known token, given by hand, equals that token.
         known = vlm.model.get_input_embeddings()(torch.full((2, 3), vlm.vision_end))
         by_hand = vlm(batch.images, batch.instruction, 1, known).layers[0]
         ids = torch.where(ids == -1, vlm.vision_end, ids)

@@ -1,4 +1,4 @@
-"""The cache of geometry features: by content, limited, whole files, several processes."""
+"""The cache of geometry features: keyed by content, limited in size, complete files, several processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keygrip.models.geometry_vla.feature_cache import FeatureCache
 
 
 class Counting:
-    """Features that are a function of the images, and how many were computed."""
+    """Compute features from the images, and count how many were computed."""
 
     def __init__(self) -> None:
         self.computed = 0
@@ -72,9 +72,9 @@ def test_size_stays_below_the_limit_and_the_least_used_go(tmp_path: Path) -> Non
     cache.features(first, "a", compute)
     for seed in range(20):
         cache.features(pictures(1, seed=seed), "a", compute)
-        cache.features(first, "a", compute)  # always in use
+        cache.features(first, "a", compute)  # always the most recently used
         for age, path in enumerate(sorted((tmp_path / "cache").glob("*/*.safetensors"), key=os.path.getmtime)):
-            os.utime(path, ns=(age, age))  # the clock is too coarse to tell them apart
+            os.utime(path, ns=(age, age))  # the clock is too coarse to distinguish them
         held = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.safetensors"))
         assert held <= limit
         assert cache.size() == held
@@ -88,7 +88,7 @@ def test_a_broken_file_is_computed_again(tmp_path: Path) -> None:
     first = cache.features(images, "a", compute)
     (path,) = tmp_path.glob("*/*.safetensors")
     whole = path.read_bytes()
-    for computed, broken in ((2, whole[:20]), (3, whole[:-1] + bytes([whole[-1] ^ 1]))):  # cut off; one bit changed
+    for computed, broken in ((2, whole[:20]), (3, whole[:-1] + bytes([whole[-1] ^ 1]))):  # truncated; one bit changed
         path.write_bytes(broken)
         assert torch.equal(cache.features(images, "a", compute), first)
         assert compute.computed == computed

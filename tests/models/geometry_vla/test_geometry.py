@@ -1,4 +1,4 @@
-"""Geometry encoders: depth targets against projection, what each looks at, MapAnything's own conditions."""
+"""Geometry encoders: depth targets against projection, which inputs each uses, MapAnything's own conditions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_depth_targets_are_the_points_that_project_to_their_pixels() -> None:
     pixels, depth = project(
         points, batch.view_intrinsics[:, :, None, None], batch.view_world_to_camera[:, :, None, None]
     )
-    own = (torch.arange(8) * 4 + 2 + 0.5).float()  # the centre of the pixel that a cell's centre lies in
+    own = (torch.arange(8) * 4 + 2 + 0.5).float()  # the centre of the pixel that contains the centre of the cell
     shown = metres > 0
     torch.testing.assert_close(pixels[..., 0][shown], own.expand_as(metres)[shown], atol=1e-3, rtol=0)
     torch.testing.assert_close(pixels[..., 1][shown], own[:, None].expand_as(metres)[shown], atol=1e-3, rtol=0)
@@ -40,14 +40,14 @@ def test_depth_targets_are_the_points_that_project_to_their_pixels() -> None:
 
 
 def test_predictions_stand_where_their_targets_do() -> None:
-    """A head that writes the row of its patch must be compared with the targets of that row."""
+    """A head that predicts the row of its patch must be compared with the targets of the same row."""
     encoder = small_geometry(cells=2)
     batch = small_batch()
     assert encoder.head is not None
     with torch.no_grad():
-        encoder.norm.weight.zero_()  # tokens are then the norm's bias: the same everywhere
+        encoder.norm.weight.zero_()  # tokens then equal the norm's bias everywhere
         encoder.head.weight.zero_()
-        encoder.head.bias.copy_(torch.arange(16.0))  # cell by cell: x, y, z, log depth
+        encoder.head.bias.copy_(torch.arange(16.0))  # per cell: x, y, z, log depth
     features = encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera)
     assert features.points is not None
     assert features.points.shape == (2, V, 4, 4, 3)
@@ -88,7 +88,7 @@ def test_every_view_reaches_every_views_tokens() -> None:
         other[:, view] = 255 - other[:, view]
         difference = (encoder(other, *cameras).tokens - plain).abs().amax(dim=(0, 2))
         assert (difference > 1e-4).all()
-    # which camera an image comes from matters
+    # which camera an image belongs to matters
     swapped = encoder(batch.images.flip(1), *cameras).tokens.unflatten(1, (V, -1)).flip(1).flatten(1, 2)
     assert (swapped - plain).abs().max() > 1e-4
 
@@ -109,7 +109,7 @@ def test_the_actions_gradient_can_be_kept_out(kind: str, tmp_path: Path) -> None
     pointing = {"pointing_cells": 2, "pointed_tokens": True}
     options: dict[str, dict[str, Any]] = {
         "tokens": {},
-        "points": {**pointing, "geom_dit_tokens": 0},  # the head reads geometry at the pointed places alone
+        "points": {**pointing, "geom_dit_tokens": 0},  # the head receives geometry at the pointed places alone
         "maps": {**pointing, "pointing_patch_cells": 2, "geom_inject_to_vlm": True},
     }
     for let in (True, False):
@@ -194,7 +194,7 @@ def test_cached_features_are_those_of_the_model(mapanything: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(("samples", "size"), [(4, 448), (1, 32)])
 def test_a_count_of_memory_asks_no_cache(mapanything: Path, tmp_path: Path, samples: int, size: int) -> None:
-    """Images of the real size have no content then; nothing is kept of small ones, which have."""
+    """When memory is counted, images of the real size have no content; small images have content and are not cached."""
     (mapanything / "config.json").write_text(json.dumps({"width": 10, "dim": 24, "patch_size": 16}))
     images = torch.zeros(samples, V, 3, size, size, dtype=torch.uint8)
     assert (images.numel() > SMALL) == (size == 448)
@@ -210,7 +210,7 @@ def test_a_count_of_memory_asks_no_cache(mapanything: Path, tmp_path: Path, samp
 
 
 def test_mapanything_reads_calibration_in_its_own_terms(mapanything: Path) -> None:
-    """Rays and poses that its package makes of intrinsics and camera poses, at the size at which it looks."""
+    """Rays and poses are those that its package computes from intrinsics and camera poses, at its own image size."""
     encoder, batch = MapAnythingGeometry(str(mapanything), image_size=2 * S, calibration=True), small_batch()
     turned = batch.view_world_to_camera.clone()
     turned[:, 1, :3, :3] = quaternion_to_matrix(rotation_exp(torch.tensor([0.3, -0.2, 0.5])))
@@ -220,7 +220,7 @@ def test_mapanything_reads_calibration_in_its_own_terms(mapanything: Path) -> No
         rays, quaternion = view["ray_directions_cam"], view["camera_pose_quats"]
         assert rays.shape == (2, 2 * S, 2 * S, 3)
         torch.testing.assert_close(rays.norm(dim=-1), torch.ones(2, 2 * S, 2 * S))
-        # The pixel of column 10 and row 5 at twice the size has its centre at (5.25, 2.75) of the image.
+        # At twice the size, the centre of the pixel in column 10, row 5 lies at (5.25, 2.75) of the image.
         expected = torch.tensor([(5.25 - 16) / 40, (2.75 - 16) / 40, 1.0])
         torch.testing.assert_close(rays[0, 5, 10] / rays[0, 5, 10, 2], expected)
         camera_to_world = torch.linalg.inv(turned[:, number])
@@ -236,7 +236,7 @@ def test_mapanything_reads_calibration_in_its_own_terms(mapanything: Path) -> No
 
 
 def test_mapanything_is_told_the_cameras_that_are_calibrated(mapanything: Path, tmp_path: Path) -> None:
-    """As with the optional inputs of all views, less those of the views of which it is told none."""
+    """The same as giving the optional inputs of all views and removing those of the uncalibrated views."""
     batch = small_batch()
     names = ("over", "front")
     every, some, again = (
@@ -261,7 +261,7 @@ def test_mapanything_is_told_the_cameras_that_are_calibrated(mapanything: Path, 
     assert torch.equal(every(batch.images, *cameras).tokens, found)
     assert not torch.allclose(found, whole)
     assert torch.equal(again(batch.images, *cameras).tokens, whole)
-    # what stands in place of the other's matrices says nothing, and features are not kept by it
+    # the other view's matrices have no effect, neither on the features nor on their cache key
     unknown = tuple(part.clone() for part in cameras)
     unknown[0][:, 1], unknown[1][:, 1] = torch.eye(3), torch.eye(4)
     assert torch.equal(some(batch.images, *unknown).tokens, found)
@@ -359,7 +359,7 @@ def test_mapanything_draws_nothing_from_the_runs_generators(mapanything: Path) -
         torch.manual_seed(7)
         found = [encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera).tokens]
         assert torch.equal(torch.rand(3), untouched)
-        for _ in range(8):  # nor do its features depend on chance
+        for _ in range(8):  # the features do not depend on random numbers either
             found.append(encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera).tokens)
             assert torch.equal(found[-1], found[0])
         assert encoder._model[0].geometric_input_config == settings
@@ -454,7 +454,8 @@ def test_without_the_package_or_its_weights_it_is_said_what_to_do(
 def test_what_torch_hub_lacks_is_not_taken_for_missing_weights(
     mapanything: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The image encoder's code and weights come from torch.hub when the model is built."""
+    """The code and weights of the image encoder come from torch.hub when the model is built; an error there is
+    reported."""
     encoder = MapAnythingGeometry(str(mapanything), image_size=S)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     kind = type(encoder._model[0])

@@ -1,4 +1,4 @@
-"""Where the gripper will be in the pictures: the maps' layout, the targets, and that the loss reaches the model."""
+"""Where the gripper will be in the images: the layout of the maps, the targets, and that the loss reaches the model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_cells_lie_where_their_tokens_are() -> None:
 
 def test_cells_of_patches_lie_where_the_patches_are() -> None:
     torch.manual_seed(0)
-    side, dim, cells = 2 * P, 6, 2  # two patches along a token, so that there are 12 cells along an image
+    side, dim, cells = 2 * P, 6, 2  # two patches per token side, so that there are 12 cells per image side
     pointing = PatchPointing(H, dim, A, T, cells)
     places = torch.zeros(2, 2 + V * P * P + 1, 3)
     places[:, 2:-1, 0] = torch.arange(V).repeat_interleave(P * P) + 1.0
@@ -65,7 +65,7 @@ def test_cells_of_patches_lie_where_the_patches_are() -> None:
     assert all(sample == 1 and view == 1 for sample, view, _, _ in changed)
     assert {(r // cells, c // cells) for _, _, r, c in changed} == {(row, column)}
     asked = hidden.clone()
-    asked[0, 2 + (row // 2) * P + column // 2] *= torch.linspace(-1, 1, H)  # the token over that patch, first view
+    asked[0, 2 + (row // 2) * P + column // 2] *= torch.linspace(-1, 1, H)  # the token over it, first view
     changed = (pointing(asked, places, V, patches) != before).any(dim=(2, 3)).nonzero().tolist()
     assert {(sample, view, r // cells // 2, c // cells // 2) for sample, view, r, c in changed} == {
         (0, 0, row // 2, column // 2)
@@ -99,13 +99,13 @@ def test_maps_read_from_patches_need_maps_and_one_grid(tmp_path: Path) -> None:
     without = small_module(pointing_patch_cells=1, pointing_cells=2, geom_inject_to_dit=False)
     assert without.network.patch_pointing is None
     said = r"patch_cells=1 gives maps of 2 cells per side, and pointing_cells=2 of 4: .* set pointing_patch_cells=2"
-    module = small_module(pointing_cells=2, pointing_patch_cells=1)  # the encoder takes images of any size
+    module = small_module(pointing_cells=2, pointing_patch_cells=1)  # the encoder accepts images of any size
     with pytest.raises(ValueError, match=said):
         module.set_statistics(small_statistics(tmp_path))
 
 
 class FixedSize(DinoMultiView):
-    """Looks at images at one size, as MapAnything."""
+    """An encoder with one fixed image size, like MapAnything."""
 
     side = 2
 
@@ -146,7 +146,7 @@ def test_the_loss_is_least_at_the_gripper_and_counts_what_is_seen() -> None:
                 logits[sample, view, 0, step, row, column] = torch.tensor(across * down).clamp(min=1e-9).log()
     logits.requires_grad_()
     losses = pointing_losses(logits, batch)
-    # A map that equals the target: no gradient, and its mean is the pixel itself.
+    # A map that equals the target has no gradient, and its mean is the pixel itself.
     (gradient,) = torch.autograd.grad(losses["pointing"], logits)
     assert gradient.abs().max() < 1e-5
     assert losses["pointing_px"] < 0.01
@@ -161,7 +161,7 @@ def test_the_loss_is_least_at_the_gripper_and_counts_what_is_seen() -> None:
 
 def test_the_keyframe_has_a_map_of_its_own() -> None:
     batch = small_batch()
-    batch.action_is_pad[:] = True  # padding says nothing of the keyframe
+    batch.action_is_pad[:] = True  # padded steps do not affect the keyframe
     logits = torch.randn(2, V, 1, T + 1, 8, 8)
     losses = pointing_losses(logits, batch)
     assert losses["pointing"] == 0
@@ -231,7 +231,7 @@ def test_maps_keep_their_sum_on_other_grids(side: int) -> None:
 
 
 def only(tokens: PointedTokens, part: str) -> PointedTokens:
-    """With nothing but one part, which hands on what it reads in the first numbers of a token."""
+    """Set all parameters to zero except one part, which copies its input into the first values of a token."""
     with torch.no_grad():
         for parameter in tokens.parameters():
             parameter.zero_()
@@ -243,14 +243,14 @@ def only(tokens: PointedTokens, part: str) -> PointedTokens:
 def test_pointed_tokens_hold_the_geometry_of_the_place() -> None:
     dim = 6
     logits = torch.full((2, V, A, T, 8, 8), -30.0)
-    logits[1, 1, 0, 2, 5, 3] = 30.0  # row 5, column 3 of 8 x 8: patch (2, 1) of 4 x 4, points' cells (5, 3)
+    logits[1, 1, 0, 2, 5, 3] = 30.0  # row 5, column 3 of 8 x 8: patch (2, 1) of 4 x 4, cells (5, 3) of the points
     geometry = GeometryFeatures(torch.randn(2, V * 16, dim), torch.randn(2, V, 8, 8, 3), torch.zeros(2, V, 8, 8))
     assert geometry.points is not None
-    slot = A * T + 2  # of the second view, the third step
+    slot = A * T + 2  # the second view, the third step
     seen = only(PointedTokens(H, A, T, V, dim), "seen")(logits, geometry)
     assert seen.shape == (2, V * A * T, H)
     torch.testing.assert_close(seen[1, slot, :dim], geometry.tokens[1, 16 + 2 * 4 + 1])
-    torch.testing.assert_close(seen[0, 0, :dim], geometry.tokens[0, :16].mean(dim=0))  # a map that knows nothing
+    torch.testing.assert_close(seen[0, 0, :dim], geometry.tokens[0, :16].mean(dim=0))  # a uniform map
     points = only(PointedTokens(H, A, T, V, dim), "points")(logits, geometry)
     torch.testing.assert_close(points[1, slot, :3], DECIMETRES * geometry.points[1, 1, 5, 3])
     without = PointedTokens(H, A, T, V)
@@ -263,7 +263,7 @@ def test_a_peak_is_not_moved_by_what_lies_far_from_it() -> None:
     maps[:, 4, 6], maps[:, 5, 6] = 0.3, 0.6
     maps[1, 14, 1] = 0.1
     torch.testing.assert_close(peak_means(maps), torch.tensor([6.5, (0.3 * 4.5 + 0.6 * 5.5) / 0.9]).expand(2, 2) / 16)
-    maps[1, 5, 9] = 0.3  # within its reach
+    maps[1, 5, 9] = 0.3  # within the window of the peak
     assert peak_means(maps)[1, 0] * 16 == pytest.approx((0.9 * 6.5 + 0.3 * 9.5) / 1.2)
 
 
@@ -286,8 +286,8 @@ def test_triangulated_tokens_hold_the_place_that_the_views_point_at() -> None:
     expected = DECIMETRES * batch.position[:, None].expand(-1, V, -1, -1, -1)
     torch.testing.assert_close(found[..., :3], expected, atol=2e-3, rtol=0)
     assert found[..., 3].abs().max() < 1e-3
-    _, apart = meeting_points(logits.roll(1, dims=1), shares, batch.view_world_to_camera)  # each points as the other
-    assert apart.median() > 0.05  # rays that miss each other
+    _, apart = meeting_points(logits.roll(1, dims=1), shares, batch.view_world_to_camera)  # maps exchanged
+    assert apart.median() > 0.05  # rays that do not meet
 
 
 @pytest.mark.parametrize("keyframe", [True, False])
@@ -306,17 +306,17 @@ def test_each_action_is_told_its_own_meeting_point_and_the_keyframes(keyframe: b
 
     for arm in range(arms):
         other = met.clone()
-        other[1, arm, 2] += 0.01  # of the third step
+        other[1, arm, 2] += 0.01  # the third step
         assert changed(other) == [[1, 2]]
         if keyframe:
             other = met.clone()
             other[1, arm, T] += 0.01
             assert changed(other) == [[1, step] for step in range(T)]
         aside = present.clone()
-        aside[2, arm, 1] += 0.01  # where the gripper is
+        aside[2, arm, 1] += 0.01  # the position of the gripper
         assert changed(met, aside) == [[2, step] for step in range(T)]
     away = met.clone()
-    away[0, 0, 0, 0] = 1e6  # of rays that are nearly parallel
+    away[0, 0, 0, 0] = 1e6  # from rays that are nearly parallel
     assert told(away, present)[0, 0].abs().max() < 100 * before.abs().max()
 
 
@@ -336,7 +336,7 @@ def test_what_an_action_is_told_is_where_the_rays_meet_normalised_as_the_state(t
     torch.testing.assert_close(scene.places, module.actions.places(scene.met))
     assert module.network.pointed_actions is not None
     torch.nn.init.normal_(module.network.pointed_actions.mlp[2].weight, std=0.3)  # type: ignore[arg-type]
-    # the draws of a sample are told what it is told, alone or in a batch
+    # all noise samples of a sample receive the same points, alone or in a batch
     level, noisy = torch.rand(2).repeat_interleave(draws), torch.randn(2 * draws, T, 10)
     found = module.network.velocity(scene, noisy, level, module.state(batch))
     for sample in range(2):
@@ -352,7 +352,7 @@ def test_what_an_action_is_told_is_where_the_rays_meet_normalised_as_the_state(t
         rows = slice(sample * draws, (sample + 1) * draws)
         alone = module.network.velocity(module(one), noisy[rows], level[rows], module.state(one))
         torch.testing.assert_close(found[rows], alone, atol=1e-4, rtol=1e-4)
-    # plans are told too
+    # plans use the points too
     policy = module.policy()
     seen, aside = observation(), observation()
     aside["cameras"]["over"]["world_to_camera"] = np.eye(4)
@@ -367,7 +367,7 @@ def test_what_an_action_is_told_is_where_the_rays_meet_normalised_as_the_state(t
 def test_triangulated_places_reach_the_actions(tmp_path: Path, geometry: bool, where: str) -> None:
     options = {"pointing_cells": 2, "pointed_tokens": True, where: True}
     module = ready_module(tmp_path, geom_inject_to_dit=geometry, **options)
-    if module.network.pointed_actions is not None:  # nothing at first
+    if module.network.pointed_actions is not None:  # zero at first
         torch.nn.init.normal_(module.network.pointed_actions.mlp[2].weight, std=0.3)  # type: ignore[arg-type]
     batch = small_batch()
     before = module.sample(module(batch), batch)

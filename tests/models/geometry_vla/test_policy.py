@@ -1,4 +1,4 @@
-"""The whole policy: what changes its actions, what trains, what is masked, plans, checkpoints."""
+"""The whole policy: which inputs change its actions, what trains, what is masked, plans, checkpoints."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def type_of(features: Any, tokens: Tensor) -> Any:
 
 @pytest.mark.parametrize("type", ["pool", "per_layer", "qformer"])
 def test_every_part_that_should_train_gets_a_gradient(tmp_path: Path, type: str) -> None:
-    """With the actions' loss alone: depth must not be the only thing that trains the geometry encoder."""
+    """Uses the action loss alone: depth must not be the only loss that trains the geometry encoder."""
     geometry = small_geometry(point_weight=0.0, depth_weight=0.0)
     module = ready_module(tmp_path, geometry=geometry, geom_compression_type=type, geom_qformer_heads=2)
     batch = small_batch(depth=False)
@@ -131,7 +131,7 @@ def test_loss_is_written_out_and_padded_steps_do_not_count(module: GeometryVLAMo
     error = (predicted - velocity(clean, noise)).square()
     expected = torch.cat([error[:2, :2].flatten(), error[2:].flatten()]).mean()
     torch.testing.assert_close(found, expected)
-    # what stands in the padded steps trains nothing: their own error has no weight
+    # the padded steps train nothing: their own error has no weight
     weight = torch.autograd.grad(
         module.losses(scene, batch)["action"], [module.network.head.decode[3].bias], retain_graph=True
     )[0]
@@ -141,7 +141,8 @@ def test_loss_is_written_out_and_padded_steps_do_not_count(module: GeometryVLAMo
 
 
 def test_padding_of_the_prompt_does_not_reach_the_actions(tmp_path: Path) -> None:
-    """A short instruction beside a long one gives what it gives alone, through the head's cross-attention too."""
+    """A short instruction next to a long one gives the same actions as alone, also through the head's
+    cross-attention."""
     module = ready_module(tmp_path)
     batch = small_batch()
     together = actions_of(module, batch)
@@ -354,13 +355,13 @@ def test_a_plan_continues_the_one_under_way(module: GeometryVLAModule) -> None:
     led = policy.plan_continuing(seen, shifted, delay_s=2 * free.step_seconds)
 
     off = np.abs(led.position[:, :2] - shifted.position[:, :2]).mean()
-    assert off < 0.5 * 0.02  # without guidance it would be all of the shift
+    assert off < 0.5 * 0.02  # without guidance it would be the whole shift
     policy.reset(1)
     past = policy.plan_continuing(seen, replace(shifted, time_s=-1000.0), delay_s=0.1)
-    np.testing.assert_array_equal(past.position, free.position)  # nothing of it is left: an ordinary plan
+    np.testing.assert_array_equal(past.position, free.position)  # no part of the old plan is left: an ordinary plan
     with pytest.raises(ValueError, match="time_s"):
         policy.plan_continuing(observation(), shifted, delay_s=0.1)
-    longer = policy.plan_continuing(seen, shifted, delay_s=1e308)  # than any plan
+    longer = policy.plan_continuing(seen, shifted, delay_s=1e308)  # longer than any plan
     assert np.isfinite(longer.position).all()
 
 

@@ -1,4 +1,4 @@
-"""MapAnything itself, of its own package with random weights and small sizes, beside our use of it."""
+"""The real MapAnything package, with random weights and small sizes, compared with our use of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.mapanything
 SIDE, PATCH, WIDTH = 42, 14, 48
 VIEWS = ("over", "front", "wrist")
 INFINITE = float("inf")
-# As its configs/model/mapanything.yaml (V1.1), with one layer of DINOv2-S and a multi-view transformer of four.
+# As in its configs/model/mapanything.yaml (V1.1), with one layer of DINOv2-S and a multi-view transformer of four.
 CONFIG: dict[str, Any] = {
     "name": "mapanything",
     "encoder_config": {
@@ -88,7 +88,7 @@ CONFIG: dict[str, Any] = {
         },
         "scale_adaptor": {"name": "scale", "mode": "exp", "vmin": 1e-8, "vmax": INFINITE},
     },
-    # configs/model/task/aug_training.yaml: what it is given is left to chance
+    # configs/model/task/aug_training.yaml: its optional inputs are dropped at random
     "geometric_input_config": {
         "ray_dirs_encoder_config": {
             "name": "rays",
@@ -117,20 +117,20 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder as the hub holds it."""
+    """A folder with config and weights as on the hub."""
     from mapanything.models import MapAnything
 
     folder = tmp_path_factory.mktemp("weights")
     text = json.dumps(CONFIG)
     (folder / "config.json").write_text(text)
     torch.manual_seed(0)
-    save_model(MapAnything(**json.loads(text)), str(folder / "model.safetensors"))  # it writes into what it is given
+    save_model(MapAnything(**json.loads(text)), str(folder / "model.safetensors"))  # it changes its argument
     return str(folder)
 
 
 @pytest.fixture(scope="module")
 def scene() -> tuple[Tensor, Tensor, Tensor]:
-    """Images and cameras, all turned and placed differently in the two samples."""
+    """Images and cameras; all cameras have different orientations and positions in the two samples."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (2, len(VIEWS), 3, SIDE, SIDE), generator=generator).to(torch.uint8)
     intrinsics = torch.tensor([[40.0, 0.0, 20.0], [0.0, 44.0, 22.0], [0.0, 0.0, 1.0]]).repeat(2, len(VIEWS), 1, 1)
@@ -143,12 +143,12 @@ def scene() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def of_its_own_inference(model: Any, scene: tuple[Tensor, Tensor, Tensor], told: tuple[str, ...]) -> Tensor:
-    """Tokens of the views and of the scale ``[B, G + 1, D]`` in the forward pass of `MapAnything.infer`, which gets the
-    cameras of the views `told`."""
+    """Return the tokens of the views and of the scale ``[B, G + 1, D]`` in the forward pass of `MapAnything.infer`,
+    which is given the cameras of the views `told`."""
     images, intrinsics, world_to_camera = scene
     mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     centres_at_whole_numbers = intrinsics.clone()
-    centres_at_whole_numbers[..., :2, 2] -= 0.5  # its convention of pixels
+    centres_at_whole_numbers[..., :2, 2] -= 0.5  # its pixel convention
     views: list[dict[str, Any]] = []
     for number, name in enumerate(VIEWS):
         views.append({"img": (images[:, number] / 255 - mean) / std, "data_norm_type": ["dinov2"]})
@@ -159,7 +159,7 @@ def of_its_own_inference(model: Any, scene: tuple[Tensor, Tensor, Tensor], told:
     hook = model.info_sharing.register_forward_hook(lambda _, __, output: found.append(output[0]))
     out = model.infer(views, use_amp=False, memory_efficient_inference=False)
     hook.remove()
-    assert out[0]["pts3d"].shape == (2, SIDE, SIDE, 3)  # to its end
+    assert out[0]["pts3d"].shape == (2, SIDE, SIDE, 3)  # the inference ran to its end
     tokens = [view.flatten(2).transpose(1, 2) for view in (*found[0].features, found[0].additional_token_features)]
     return torch.cat(tokens, dim=1)
 
@@ -178,7 +178,7 @@ def test_tokens_are_those_of_its_own_inference(
     found = torch.cat([features.tokens, features.scale[:, None]], dim=1)
     assert found.shape == (2, len(VIEWS) * (SIDE // PATCH) ** 2 + 1, WIDTH) == (2, 28, encoder.dim)
     torch.testing.assert_close(found, of_its_own_inference(encoder._model[0], scene, told), atol=1e-5, rtol=1e-5)
-    for _ in range(5):  # whatever it draws
+    for _ in range(5):  # independent of its random numbers
         assert torch.equal(encoder(*scene).tokens, features.tokens)
     others = {False: ("over",), True: ("over", "wrist"), ("over",): VIEWS, ("over", "wrist"): ()}[calibration]
     assert (found - of_its_own_inference(encoder._model[0], scene, others)).abs().max() > 1e-3
@@ -201,7 +201,7 @@ def test_cameras_that_it_is_not_told_have_no_effect(
 
 @pytest.mark.parametrize("calibration", [False, True, ("over",)], ids=str)
 def test_its_memory_is_counted_without_computing(weights: str, tmp_path: Path, calibration: bool | tuple[str]) -> None:
-    """At the real size of images, of which more than a million numbers are not computed."""
+    """At the real size of images, for which more than a million values are not computed."""
     samples, size = 4, 448
     images = torch.zeros(samples, len(VIEWS), 3, size, size, dtype=torch.uint8)
     assert images.numel() > SMALL
@@ -221,7 +221,7 @@ def test_its_memory_is_counted_without_computing(weights: str, tmp_path: Path, c
 
     counted = count_forward(encoder, forward)
     assert shapes == [(samples, len(VIEWS) * (224 // PATCH) ** 2, WIDTH)]
-    once = {value.data_ptr(): value.nbytes for value in model.state_dict().values()}  # some have two names
+    once = {value.data_ptr(): value.nbytes for value in model.state_dict().values()}  # some tensors have two names
     assert counted.undivided == sum(once.values())
     assert counted.step > 4 * images.numel()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -229,7 +229,7 @@ def test_its_memory_is_counted_without_computing(weights: str, tmp_path: Path, c
 
 
 def test_loading_it_leaves_products_in_full_precision(weights: str) -> None:
-    """Importing it turns TF32 on."""
+    """Importing MapAnything switches TF32 on."""
     torch.set_float32_matmul_precision("highest")
     MapAnythingGeometry(weights, SIDE)
     assert torch.get_float32_matmul_precision() == "highest"
@@ -237,7 +237,7 @@ def test_loading_it_leaves_products_in_full_precision(weights: str) -> None:
 
 
 def test_half_precision_is_taken_where_it_computes_in_it(weights: str, scene: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Rays and poses enter it in float32 under bfloat16 too, as on a GPU."""
+    """Under bfloat16, as on a GPU, rays and poses are still passed to it in float32."""
     encoder = MapAnythingGeometry(weights, SIDE, calibration=True, cameras=VIEWS)
     plain = encoder(*scene).tokens
     model = encoder._model[0]

@@ -1,4 +1,5 @@
-"""The policy with its parameters divided over two processes takes the step of one, whatever of it is trained."""
+"""A step of the policy with parameters sharded over two processes equals the step of one, whichever parts are
+trained."""
 
 from __future__ import annotations
 
@@ -29,14 +30,14 @@ def built(kind: str, folder: Path) -> GeometryVLAModule:
     module = ready_module(folder, vlm=vlm, pointing_cells=2, pointed_tokens=True)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if "lora_B" in name:  # zeros at first, which would leave the other half without a gradient
+            if "lora_B" in name:  # zeros at first: the other half would have no gradient
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     module.log_images = False
     return module
 
 
 def step_and_validation(module: GeometryVLAModule) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Parameters after a step, and what is logged of it and of a validation."""
+    """Return the parameters after a step, and the logged values of the step and of a validation."""
     logged: dict[str, float] = {}
     module.log_values = lambda split, values, *_: logged.update(  # type: ignore[method-assign]
         {f"{split}/{name}": float(value.detach()) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""The benchmark cases: parameters at the published sizes, and the parts of a chunk on a small policy."""
+"""The benchmark cases: parameters at the published sizes, and the parts of computing a chunk on a small policy."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_parts_of_a_chunk_with_geometry_at_the_pointed_places_alone(
 
 @pytest.mark.slow
 def test_memory_of_a_recipe_is_counted() -> None:
-    """On the small model: the parts add up, sharding divides what lies there between steps, and a frozen
+    """On the small model: the parts add up, sharding divides the memory that persists between steps, and a frozen
     vision-language model needs less."""
     small = ["model=geometry_vla", "data=yam_language", "data.batch_size=2", "data.image_size=64"]
     recipes = {"whole": small, "sharded": [*small, "data.batch_size=4"], "frozen": [*small, "vlm.trainable=frozen"]}
@@ -97,7 +97,7 @@ def test_memory_of_a_recipe_is_counted() -> None:
 def test_gradients_of_the_batches_before_are_counted_where_a_recipe_accumulates_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("keygrip.training.memory.GIB", 1)  # in bytes: the model is small
+    monkeypatch.setattr("keygrip.training.memory.GIB", 1)  # so that memory is in bytes: the model is small
     small = ["model=geometry_vla", "data=yam_language", "data.batch_size=2", "data.image_size=64"]
     recipes = {"single": small, "several": [*small, "accumulate_grad_batches=2"]}
     found = VLAMemory(recipes, dict.fromkeys(recipes, 1), geom_dim=32, geom_tokens=16, gpu_gib=1.0).run(quick=False)
@@ -112,12 +112,13 @@ def test_gradients_of_the_batches_before_are_counted_where_a_recipe_accumulates_
 def test_memory_of_the_recipes_is_of_the_mapanything_that_they_use(
     mapanything: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its weights at hand it is counted, on each GPU whole; without, the width of its tokens is that of V1.1."""
+    """If its weights are available it is counted, in full on each GPU; otherwise the width of its tokens is that of
+    V1.1."""
     cases = compose("bench").cases
     assert (cases.vla_memory.geom_dim, cases.vla_plan_memory.geom_dim) == (1536, 1536)
     assert cases.vla_memory.weights is None
     monkeypatch.setattr(geometry_vla, "GIB", 1)
-    monkeypatch.setattr("keygrip.training.memory.GIB", 1)  # in bytes: the model is small
+    monkeypatch.setattr("keygrip.training.memory.GIB", 1)  # so that memory is in bytes: the model is small
     small = ["model=geometry_vla", "data=yam_language", "geometry=mapanything_cached", "data.image_size=64"]
     off = [f"model.network.{name}" for name in ("pointing_cells=0", "pointing_keyframe=false", "pointed_tokens=false")]
     recipe = [*small, *off, "geometry.image_size=64", "data.batch_size=4", "data.depth=false"]
@@ -129,7 +130,7 @@ def test_memory_of_the_recipes_is_of_the_mapanything_that_they_use(
     without, whole = found[None], found[str(mapanything)]
     assert whole["recipe_parameters_m"] - without["recipe_parameters_m"] == pytest.approx(outside / 1e6, abs=1.1e-3)
     assert whole["recipe_trained_m"] == without["recipe_trained_m"]
-    digest = 32 // 2  # bytes that the encoder's own buffer takes of each GPU
+    digest = 32 // 2  # bytes of the encoder's own buffer on each GPU
     assert whole["recipe_weights_gib"] - without["recipe_weights_gib"] == pytest.approx(4 * outside + digest, abs=1)
     plan = VLAPlanMemory(recipe, dim, tokens, ["float32"], str(mapanything)).run(quick=False)
     alone = VLAPlanMemory(recipe, dim, tokens, ["float32"]).run(quick=False)
@@ -138,7 +139,7 @@ def test_memory_of_the_recipes_is_of_the_mapanything_that_they_use(
 
 @pytest.mark.slow
 def test_memory_of_a_plan_is_counted_by_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geometry_vla, "GIB", 1)  # in bytes: the model is small
+    monkeypatch.setattr(geometry_vla, "GIB", 1)  # so that memory is in bytes: the model is small
     small = ["model=geometry_vla", "data=yam_language", "data.image_size=64"]
     case = VLAPlanMemory(small, geom_dim=32, geom_tokens=16, precisions=["float32", "bfloat16", "int8"])
     found = case.run(quick=False)

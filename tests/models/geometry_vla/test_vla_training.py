@@ -1,4 +1,4 @@
-"""From demonstrations to plans: train by the command, resume in mid-epoch, load, plan; and that it learns."""
+"""From demonstrations to plans: train with the command, resume in mid-epoch, load, plan; and that it learns."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_train_resume_load_and_plan(overrides: Callable[..., list[str]], tmp_pat
     assert resumed.keys() == straight.keys()
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
-    # The tokenizer, the statistics and the cameras come with the checkpoint; the demonstrations may be gone.
+    # The checkpoint contains the tokenizer, the statistics and the cameras; the demonstrations may be gone.
     loaded = load_module(tmp_path / "whole", expected=GeometryVLAModule)
     assert isinstance(loaded, GeometryVLAModule)
     assert loaded.views == CAMERAS
@@ -119,7 +119,7 @@ def test_train_resume_load_and_plan(overrides: Callable[..., list[str]], tmp_pat
 
 
 def with_mapanything(overrides: list[str], weights: Path, *more: str) -> list[str]:
-    """As the recipe of the real size: MapAnything, no pointing, no depth."""
+    """The same settings as the recipe of the real size: MapAnything, no pointing, no depth."""
     plain = [each for each in overrides if not each.startswith(("backbone.", "geometry."))]
     sizes = ("data.image_size=32", "geometry.image_size=32", "data.depth=false", "data.verify=false", "max_steps=2")
     off = [f"model.network.{name}" for name in ("pointing_cells=0", "pointing_keyframe=false", "pointed_tokens=false")]
@@ -185,7 +185,7 @@ def test_a_run_goes_on_with_features_and_data_in_another_place(
     train.run(compose("train", settings("parts", "features", "max_steps=1")))
     moved = (tmp_path / "demos").rename(tmp_path / "elsewhere")
     changed = ("geometry.cache.limit_gb=1", "data.max_broken_share=0.5", "resume=true")
-    changed = (f"data.root={moved}", "data.allow_changed=true", *changed)  # these verify no images
+    changed = (f"data.root={moved}", "data.allow_changed=true", *changed)  # these options verify no images
     train.run(compose("train", settings("parts", "other", *changed)))
     assert list((tmp_path / "other").glob("*/*.safetensors"))
     whole, parts = (read_checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "parts"))
@@ -196,8 +196,8 @@ ROBOTS = {"yam": {"begin": (0.2, 0.0, 0.1), "step_m": 0.01}, "panda": {"begin": 
 
 
 def own_ranges(folders: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """``[2, 3]`` each, of some recordings: the middle 98 % of the positions of all four-step targets that lie before
-    the end, and the box of everything reached and commanded."""
+    """Return two ranges ``[2, 3]`` of some recordings: the middle 98 % of the positions of all four-step targets before
+    the end, and the box of all reached and commanded positions."""
     targets, everything = [], []
     for folder in folders:
         arm = read_native(folder).arms["right"]
@@ -233,7 +233,7 @@ def test_a_mixture_of_robots_is_normalised_by_each_ones_own_recordings(
     chosen, _ = split_demos(names, 0.3, compose("train", overrides("straight")).data.split_seed)
     module = load_module(tmp_path / "straight", expected=GeometryVLAModule)
     assert isinstance(module, GeometryVLAModule)
-    sampled: list[tuple[np.ndarray, np.ndarray]] = []  # the head's actions and state, as it has them
+    sampled: list[tuple[np.ndarray, np.ndarray]] = []  # the head's actions and state, as normalised for the head
     whole = module.network.sample
 
     def seen(scene: Scene, noise: torch.Tensor, state: torch.Tensor, sampling: ActionSampling) -> torch.Tensor:
@@ -268,12 +268,12 @@ def test_a_mixture_of_robots_is_normalised_by_each_ones_own_recordings(
 def test_a_dry_run_is_of_one_process_of_several(
     overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("keygrip.training.memory.GIB", 1)  # memory in bytes: the model is small
+    monkeypatch.setattr("keygrip.training.memory.GIB", 1)  # so that memory is in bytes: the model is small
 
     def dry(name: str, *more: str) -> dict[str, Any]:
         return train.run(compose("train", overrides(name, "dry_run=true", *more)))
 
-    several = ("strategy.accelerator=gpu", "strategy.devices=2")  # counted, where there are none
+    several = ("strategy.accelerator=gpu", "strategy.devices=2")  # counted even if there are no GPUs
     whole, copied = dry("one"), dry("ddp", *several, "strategy.kind=ddp")
     divided = dry("fsdp", *several, "strategy.kind=fsdp")
     assert [(each["processes"], each["images"][0]) for each in (whole, copied, divided)] == [(1, 4), (2, 2), (2, 2)]
@@ -294,7 +294,7 @@ def test_a_dry_run_is_of_one_process_of_several(
 def test_a_dry_run_counts_mapanything_and_asks_no_cache_for_images_without_content(
     overrides: Callable[..., list[str]], mapanything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("keygrip.training.memory.GIB", 1)  # memory in bytes
+    monkeypatch.setattr("keygrip.training.memory.GIB", 1)  # so that memory is in bytes
     (mapanything / "config.json").write_text(json.dumps({"width": 10, "dim": 24, "patch_size": 32}))
     outside = (3 * 32 * 32 + 1) * 10 + (10 + 1) * 24
 
@@ -345,22 +345,22 @@ def test_errors_at_the_grip_are_of_the_steps_that_close(tmp_path: Path) -> None:
     module = ready_module(tmp_path)
     batch = small_batch()
     batch.start_gripper = torch.tensor([[1.0], [0.0]])
-    batch.gripper = torch.tensor([[[1.0, 0.9, 0.1, 0.0]], [[0.0, 1.0, 1.0, 0.2]]])  # close at steps 2 and 3
+    batch.gripper = torch.tensor([[[1.0, 0.9, 0.1, 0.0]], [[0.0, 1.0, 1.0, 0.2]]])  # they close at steps 2 and 3
     sampled = module.actions.encode(batch)
     exact = module.grip_errors(batch, sampled)
     assert all(len(errors) == 2 and errors.abs().max() < 1e-3 for errors in exact.values())
     batch.position[0, 0, 2] += torch.tensor([0.03, -0.04, 0.01])
     batch.position[1, 0, 3] += torch.tensor([0.0, 0.0, -0.02])
-    batch.position[:, 0, 1] += 1.0  # nothing closes there
+    batch.position[:, 0, 1] += 1.0  # the gripper does not close there
     found = module.grip_errors(batch, sampled)
     torch.testing.assert_close(found["grip_side_cm"], torch.tensor([5.0, 0.0]), atol=1e-3, rtol=0)
     torch.testing.assert_close(found["grip_height_cm"], torch.tensor([1.0, 2.0]), atol=1e-3, rtol=0)
-    batch.action_is_pad[0, 0, 2] = True  # padding
+    batch.action_is_pad[0, 0, 2] = True  # padded
     assert len(module.grip_errors(batch, sampled)["grip_side_cm"]) == 1
 
 
 def test_a_validation_is_the_mean_over_all_steps(tmp_path: Path) -> None:
-    """However they are divided into batches, of which one is all padding."""
+    """The mean does not depend on how the steps are divided into batches, one of which is all padding."""
     module, data = ready_module(tmp_path), small_batch(2 * INSTRUCTIONS)
     module.log_images = False
     data.action_is_pad[0, :, 1:] = True
@@ -375,7 +375,7 @@ def test_a_validation_is_the_mean_over_all_steps(tmp_path: Path) -> None:
 
 
 def unevenly_seen() -> MultiViewPolicyBatch:
-    """Four samples, of which the first is in no image and without depth, and each other in another share of both."""
+    """Four samples: the first is in no image and has no depth, and the others have different shares of both."""
     data = small_batch(2 * INSTRUCTIONS)
     assert data.depth is not None
     away = data.view_world_to_camera.clone()
@@ -389,7 +389,8 @@ def unevenly_seen() -> MultiViewPolicyBatch:
 
 
 def test_a_validation_of_maps_and_depth_is_the_mean_over_all_that_count(tmp_path: Path) -> None:
-    """However they are divided into batches, of which one holds none; and a batch of one sample spoils no other."""
+    """The mean does not depend on the batches, one of which has no valid values; a batch of one sample affects no
+    other."""
     module = ready_module(tmp_path, pointing_cells=2, pointing_keyframe=True, pointed_tokens=True)
     module.log_images = False
     data = unevenly_seen()
@@ -407,7 +408,7 @@ def test_a_validation_of_maps_and_depth_is_the_mean_over_all_that_count(tmp_path
 def test_errors_at_the_grip_are_means_over_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, logged = ready_module(tmp_path), {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
-    others = iter([8.0, 1.0, 8.0, 1.0])  # the sum of the other process's errors, and how many there are
+    others = iter([8.0, 1.0, 8.0, 1.0])  # the sum of the other process's errors, and their number
     monkeypatch.setattr("keygrip.models.geometry_vla.module.global_sum", lambda value: value + next(others))
     module._grips = {"grip_side_cm": [torch.tensor([1.0, 3.0]), torch.zeros(0)], "grip_height_cm": [torch.zeros(0)]}
     module.on_validation_epoch_end()

@@ -1,4 +1,4 @@
-"""Every family of language models drives the foveated model: against transformers' own, with a cache and without."""
+"""Every family of language models works in the foveated model: against transformers' own, with and without a cache."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAMILIES: list[type[LanguageModel]] = [
 
 
 class Letters:
-    """Stands for a tokenizer: token n is the n-th character."""
+    """Stand-in for a tokenizer: token n is the n-th character."""
 
     size, stop_tokens = 300, frozenset([299])
 
@@ -47,7 +47,7 @@ def language(request: pytest.FixtureRequest) -> LanguageModel:
 
 
 def whole_model(language: LanguageModel) -> torch.nn.Module:
-    """transformers' own model with the same weights."""
+    """Return transformers' own model with the same weights."""
     import transformers
 
     theirs: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(language.model.config).eval()
@@ -79,7 +79,7 @@ def test_rows_of_text_are_those_of_transformers_and_weights_come_from_a_folder(
 def test_rotary_frequencies_are_those_of_transformers_in_every_type(
     dtype: torch.dtype, language: LanguageModel, tmp_path: Path
 ) -> None:
-    """Which loads weights in fewer bits and keeps the frequencies in float32; and back again."""
+    """transformers loads weights in fewer bits and keeps the frequencies in float32; the same after converting back."""
     import transformers
 
     whole_model(language).save_pretrained(tmp_path)

@@ -27,7 +27,7 @@ SENTENCES = ["Which digit is on the red cube in frame 2?", "The arm lifts the 3r
 
 
 def export(folder: Path, tie: bool = True, **changes: object) -> torch.nn.Module:
-    """A checkpoint folder as the hub ships them."""
+    """A checkpoint folder as on the hub."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(5)
@@ -42,7 +42,7 @@ def export(folder: Path, tie: bool = True, **changes: object) -> torch.nn.Module
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": tie,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "pad_token_id": 2,  # as in SmolLM2: the end token
+        "pad_token_id": 2,  # the end token, as in SmolLM2
         "eos_token_id": 2,
     }
     model = LlamaForCausalLM(LlamaConfig(**(options | changes))).eval()
@@ -127,7 +127,7 @@ def test_cached_steps_give_the_hidden_states_of_one_pass() -> None:
 def test_holes_in_the_cache_are_neither_seen_nor_counted() -> None:
     language = small_language().eval()
     rows = torch.randn(3, 9, 24)
-    valid = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)  # the last: nothing yet
+    valid = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)  # the last row is still empty
     cache = LanguageCache()
     with torch.no_grad():
         language.extend(rows[:, :4], cache, valid)
@@ -145,7 +145,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         ids = torch.arange(3, 12)[None]
         language(language.embed(ids)).square().sum().backward()
         gradients.append(language.model.embed_tokens.weight.grad)
-        with torch.no_grad():  # the cache works all the same
+        with torch.no_grad():  # the cache still works
             cache = LanguageCache()
             pieces = [language.extend(language.embed(ids[:, a : a + 3]), cache) for a in (0, 3, 6)]
             torch.testing.assert_close(torch.cat(pieces, 1), language(language.embed(ids)), atol=1e-5, rtol=1e-4)
@@ -163,13 +163,13 @@ def test_a_trained_tokenizer_is_kept_and_spells_everything(tmp_path: Path) -> No
     for text in (*SENTENCES, "unseen ☃ \n 4711"):
         assert first.decode(first.encode(text)) == text
         assert again.encode(text) == first.encode(text)
-    assert len(first.encode("4711")) == 4  # digits one by one
+    assert len(first.encode("4711")) == 4  # one token per digit
     assert first.size <= 400
     assert first.end_text == TURN_END
     assert first.encode(TURN_END) == [first.end_of_turn]
     with pytest.raises(FileNotFoundError, match="prepare the data"):
         TrainedTokenizer(400).load(tmp_path / "other")
-    with pytest.raises(FileNotFoundError, match="prepare the data"):  # of another size
+    with pytest.raises(FileNotFoundError, match="prepare the data"):  # with another vocabulary size
         TrainedTokenizer(300).load(tmp_path)
     file = TrainedTokenizer(400).file_in(tmp_path)
     whole = file.read_bytes()
@@ -182,7 +182,7 @@ def test_a_trained_tokenizer_is_kept_and_spells_everything(tmp_path: Path) -> No
 
 
 def test_a_template_that_floods_is_refused() -> None:
-    """Somebody else's, in its sandbox, which bounds no text."""
+    """An untrusted template runs in transformers' sandbox, which does not limit the text."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -209,7 +209,7 @@ def test_a_tokenizer_survives_pickling_and_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_tokens_that_a_template_names_survive_a_checkpoint(tmp_path: Path) -> None:
-    """A template that begins with the beginning of text, as Llama's; of several by name the default one is taken."""
+    """A template that starts with the bos token, like Llama's; of several named templates the default one is used."""
     from transformers import PreTrainedTokenizerFast
 
     made = TrainedTokenizer(400).load(tmp_path / "made", SENTENCES)
@@ -276,7 +276,8 @@ def _lengths_depend_on(tokenizer: ChatTokenizer) -> str:
 def test_an_answer_stops_at_every_token_that_the_weights_name(
     file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The one behind a turn, the tokenizer's own, and those of the folder's configuration; a checkpoint keeps them."""
+    """At the end-of-turn token, the tokenizer's own, and those of the folder's configuration; a checkpoint keeps
+    them."""
     from transformers import PreTrainedTokenizerFast
 
     made = TrainedTokenizer(400).load(tmp_path / "made", SENTENCES)
@@ -285,7 +286,7 @@ def test_an_answer_stops_at_every_token_that_the_weights_name(
     )
     fast.save_pretrained(tmp_path / "hub")
     source, own = str(tmp_path / "hub"), {made.end_of_turn, fast.eos_token_id}
-    caplog.clear()  # of what training it said
+    caplog.clear()  # remove the messages of training it
     with caplog.at_level("INFO", "keygrip"):
         plain = PretrainedTokenizer(source).load(tmp_path)
     assert [(each.levelname, f"{source}: an answer ends where" in each.message) for each in caplog.records] == [
@@ -302,7 +303,7 @@ def test_an_answer_stops_at_every_token_that_the_weights_name(
         assert tokenizer.stop_tokens == own | further
         assert ChatTokenizer.from_state(json.loads(json.dumps(tokenizer.state()))).stop_tokens == own | further
         assert tokenizer.same_words(plain)
-        assert _lengths_depend_on(tokenizer) == _lengths_depend_on(plain)  # lengths measured before hold
+        assert _lengths_depend_on(tokenizer) == _lengths_depend_on(plain)  # lengths measured before stay valid
     for damaged in ('{"eos_token_id": "x"}', '{"eos_token_id": [1.5]}', "[]", "{"):
         (tmp_path / "hub" / "generation_config.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"generation_config\.json"):
@@ -343,6 +344,6 @@ def test_a_tokenizer_that_cannot_encode_is_refused_when_it_is_loaded() -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="[UNK]"))  # and [UNK] is no token
+    words = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="[UNK]"))  # [UNK] is not in the vocabulary
     with pytest.raises(ValueError, match=r"the tokenizer is damaged.*Missing \[UNK\]"):
         ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, chat_template="x", eos_token="</s>"))

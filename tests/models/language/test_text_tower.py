@@ -1,4 +1,4 @@
-"""Frozen text towers of CLIP and SigLIP, against transformers' own models, saved as the hub ships them."""
+"""Frozen text towers of CLIP and SigLIP, against transformers' own models, saved as on the hub."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_states_are_transformers_own(folder: Path) -> None:
     kind = transformers.AutoConfig.from_pretrained(folder).model_type
     model = transformers.CLIPTextModel if kind.startswith("clip") else transformers.SiglipTextModel
     theirs = model.from_pretrained(folder)
-    trained_with = 12  # tokens, to which SigLIP pads whatever instruction.length is
+    trained_with = 12  # tokens; SigLIP pads to this length, whatever instruction.length is
     padded = tokenizer()(sentences, padding="max_length", max_length=trained_with, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = theirs.eval()(input_ids=padded)
@@ -44,7 +44,7 @@ def test_states_are_transformers_own(folder: Path) -> None:
 
 
 class Executed:
-    """What a pickle may hold: a call, here one that writes a file."""
+    """A pickled call, as a pickle may contain; here it writes a file."""
 
     def __init__(self, at: Path) -> None:
         self.at = at
@@ -56,7 +56,7 @@ class Executed:
 def test_weights_in_a_file_of_pytorch_are_read_and_what_else_it_holds_is_not_executed(
     folder: Path, tmp_path: Path
 ) -> None:
-    """As openai/clip-vit-base-patch32 has them on the hub."""
+    """openai/clip-vit-base-patch32 has its weights in this form on the hub."""
 
     def read() -> Tensor:
         tower = PretrainedTextTower(str(folder), width=16, length=8)
@@ -106,7 +106,7 @@ def test_weights_are_refused_with_another_tower_than_theirs(
         with pytest.raises(ValueError, match=said):
             nn.Sequential(tower).load_state_dict({f"0.{name}": value for name, value in stored.items()})
     untrained = PretrainedTextTower(str(folder), width=16, length=8).state_dict()
-    PretrainedTextTower(str(seeded), width=16, length=8).load_state_dict(untrained)  # nothing was trained with any
+    PretrainedTextTower(str(seeded), width=16, length=8).load_state_dict(untrained)  # not trained with any
 
 
 def test_a_checkpoint_older_than_the_hash_is_loaded_and_saved_with_it(
@@ -116,7 +116,7 @@ def test_a_checkpoint_older_than_the_hash_is_loaded_and_saved_with_it(
     older = {name: value for name, value in model.state_dict().items() if not name.endswith("_digest")}
     model.load_state_dict(older, strict=True)
     assert f"instruction.source={folder} is the tower that it was trained with" in caplog.text
-    assert set(older) == {"0.weight", "0.bias"}  # the caller's is left as it was
+    assert set(older) == {"0.weight", "0.bias"}  # the caller's dictionary is unchanged
     saved = model.state_dict()["1._digest"]
     assert torch.equal(saved, model[1].digest())
     assert saved.any()

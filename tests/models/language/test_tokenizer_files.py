@@ -1,5 +1,5 @@
-"""What transformers makes a tokenizer of beside tokenizer.json: tokenizers of known families are read, and none that
-has more of anything than any of them, whatever file it comes from."""
+"""Files other than tokenizer.json from which transformers builds a tokenizer: tokenizers of known families are read; a
+tokenizer that exceeds all known ones in any size is refused, whatever file it comes from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOO_LONG = r"has 500\d characters; no tokenizer has one of more than 4096"
 
 
 def pieces(kind: str = "unigram") -> bytes:
-    """The file of a small SentencePiece model."""
+    """Return the file of a small SentencePiece model."""
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(WORDS),
@@ -45,7 +45,7 @@ def pieces(kind: str = "unigram") -> bytes:
 
 
 def field(number: int, content: bytes) -> bytes:
-    """A field of protobuf's format that holds bytes."""
+    """Return a length-delimited field in protobuf's format."""
     length, written = len(content), b""
     while length > 127:
         written, length = written + bytes([length & 127 | 128]), length >> 7
@@ -55,7 +55,7 @@ def field(number: int, content: bytes) -> bytes:
 
 
 def write(folder: Path, **files: Any) -> str:
-    """Files by name without its ending, as JSON where they are neither text nor bytes."""
+    """Write files by their name without its ending: bytes and text as they are, everything else as JSON."""
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
         if isinstance(content, bytes):
@@ -68,14 +68,14 @@ def write(folder: Path, **files: Any) -> str:
 
 
 def words() -> dict[str, Any]:
-    """tokenizer.json of whole words."""
+    """Return the content of a tokenizer.json with whole words."""
     made = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, "red": 2}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return dict(json.loads(made.to_str()))
 
 
 def bytes_of(**config: Any) -> dict[str, Any]:
-    """vocab.json, merges.txt and tokenizer_config.json of GPT-2's and Qwen's kind."""
+    """Return vocab.json, merges.txt and tokenizer_config.json as in GPT-2 and Qwen."""
     vocab = {letter: number for number, letter in enumerate([*LETTERS, "Ġ", "re", "red", "<|endoftext|>"])}
     return {"vocab": vocab, "merges": "#version: 0.2\nr e\nre d\n", "tokenizer_config": config}
 
@@ -164,7 +164,7 @@ def large_id(content: dict[str, Any]) -> dict[str, Any]:
 
 CONVERTED = {"tokenizer_class": "LlamaTokenizer"}
 T5 = {"tokenizer_class": "T5Tokenizer"}
-# what a folder holds beside config.json, and why it is not read
+# files in a folder in addition to config.json, and why the tokenizer is not read
 HOSTILE: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "growth by version": (
         lambda: {
@@ -321,7 +321,7 @@ def test_what_no_tokenizer_has_is_refused_whatever_file_it_stands_in(
 def test_what_transformers_makes_is_checked_where_no_file_shows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a version of transformers reads a file that is not known here."""
+    """For example if a version of transformers reads a file that keygrip does not check."""
     for name in ("TOKENIZER_FILE", "VOCABULARY_FILES", "TOKEN_FILES"):
         monkeypatch.setattr(f"keygrip.models.language.hub.{name}", () if name != "TOKENIZER_FILE" else "no.json")
     hostile = [
@@ -413,7 +413,7 @@ def test_a_sentencepiece_is_read_as_its_own_library_reads_it(monkeypatch: pytest
 
 
 def test_a_tokenizer_of_tokens_that_are_settings_is_as_transformers_makes_it(tmp_path: Path) -> None:
-    """The files that are checked are not changed by that."""
+    """Reading the tokenizer does not change the checked files."""
     made = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     made.normalizer = normalizers.NFC()
     made.add_special_tokens([AddedToken("<s>", special=True)])

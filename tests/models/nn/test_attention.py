@@ -1,4 +1,4 @@
-"""Attention: against a dense reference, cached against uncached, masks, fused kernels, shares."""
+"""Attention: against a dense reference, cached against uncached, masks, fused kernels, attention shares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from keygrip.models.nn.attention import Attention, KeyValues
 
 
 def dense(layer: Attention, x: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The same by explicit matrices, one head at a time."""
+    """Compute the same with explicit matrices, one head at a time."""
     queries, (keys, values) = layer.query(x), layer.key_value(context).chunk(2, dim=-1)
     heads = []
     for head in range(layer.heads):
@@ -48,7 +48,7 @@ def test_self_attention_is_attention_to_itself() -> None:
 
 
 def test_context_in_two_parts() -> None:
-    """Keys and values of a fixed part, computed once, joined with those of a changing token."""
+    """Keys and values of a fixed part, computed once, are joined with those of a changing token."""
     layer, x, context = Attention(16, heads=2), torch.randn(2, 6, 16), torch.randn(2, 5, 16)
     joined = layer.keys_values(context[:, :4]).joined(layer.keys_values(context[:, 4:]))
     assert len(joined) == 5
@@ -75,7 +75,7 @@ def test_repeated_and_rows() -> None:
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_stays_fused(masked: bool) -> None:
-    """Neither the mask nor QK-norm drives torch to its unfused fallback."""
+    """Neither the mask nor QK-norm makes torch use its unfused fallback."""
     layer, x, context = Attention(32, heads=2), torch.randn(2, 6, 32), torch.randn(2, 5, 32)
     mask = torch.tensor([[True, True, False, False, True]]).expand(2, -1) if masked else None
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
@@ -106,7 +106,7 @@ def test_training_in_bf16_on_a_cpu_agrees_with_the_fused_kernel(masked: bool) ->
 
 
 def test_qk_norm_bounds_the_logits() -> None:
-    """Queries and keys a thousand times as large attend as before."""
+    """Scaling queries and keys by a thousand does not change the attention."""
     layer, x = Attention(16, heads=2, bias=False), torch.randn(2, 6, 16)
     values = layer.keys_values(x).values
     large = KeyValues(layer.keys_values(1000 * x).keys, values)
@@ -119,7 +119,7 @@ def test_shares() -> None:
     mask = torch.tensor([[True, False, True, True, False], [True] * 5])
     shares = layer.shares(x, [2, 3], layer.keys_values(context), mask)
     torch.testing.assert_close(shares.sum(-1), torch.ones(2))
-    # Where all logits are equal, a group's share is its number of tokens that count.
+    # If all logits are equal, a group's share is the number of its unmasked tokens.
     with torch.no_grad():
         layer.query.weight.zero_()
         layer.query.bias.zero_()

@@ -1,4 +1,4 @@
-"""Flow matching: the convention, noise levels, and the order of the solvers."""
+"""Flow matching: the convention, timesteps, and the order of the solvers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_velocity_from_data_is_bounded_near_the_data() -> None:
 
 
 def test_the_other_convention_is_the_same_path() -> None:
-    """t = 1 - s with target data - noise, stepped from t = 0 to 1, arrives where this module does."""
+    """t = 1 - s with target data - noise, integrated from t = 0 to 1, gives the same result as this module."""
     noise, data = torch.randn(4), torch.randn(4)
     x = noise.clone()
     for _ in range(5):
@@ -78,7 +78,7 @@ def test_levels_follow_the_global_seed(sampler: flow.TimestepSampler) -> None:
 
 
 def error(solver: flow.Solver, steps: int) -> float:
-    """Of dx/ds = x cos(3 s) integrated from s = 1 to 0."""
+    """Return the error of integrating dx/ds = x cos(3 s) from s = 1 to 0."""
     start = torch.ones(1, dtype=torch.float64)
     end = flow.integrate(lambda x, level: x * math.cos(3 * level), start, flow.noise_levels(steps), solver)
     return abs(float(end) - math.exp(-math.sin(3) / 3))
@@ -90,7 +90,7 @@ def test_order_of_the_solvers(solver: flow.Solver, order: int) -> None:
 
 
 def test_heun_is_second_order_but_for_its_last_step() -> None:
-    """The last step is an Euler step over a length of 1 / steps: an error of second order too."""
+    """The last step is an Euler step of length 1 / steps: its error is of second order too."""
     assert math.log2(error("heun", 64) / error("heun", 128)) == pytest.approx(2, abs=0.25)
     assert error("heun", 32) < error("euler", 64)
 
@@ -128,7 +128,7 @@ def test_noise_levels() -> None:
 
 
 def test_noise_levels_fall_from_1_to_0_under_every_shift() -> None:
-    """Exactly: rounding put the first one above 1, out of the interval of guidance, which ends there."""
+    """Exactly: rounding made the first level exceed 1, which is outside the guidance interval that ends at 1."""
     resolutions = [flow.resolution_shift(tokens, 256) for tokens in range(16, 4097, 16)]
     for shift in [*(number / 100 for number in range(1, 1001)), *resolutions, *(0.2 * own for own in resolutions)]:
         levels = flow.noise_levels(10, shift)

@@ -1,4 +1,4 @@
-"""Guided sampling against what is known in closed form."""
+"""Guided sampling compared with closed-form results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def test_soft_mask_is_the_papers() -> None:
 
 
 def test_guidance_continues_what_is_fixed_and_stays_with_the_model() -> None:
-    """Data is a walk whose steps are 0.02 wide around a common normal offset: the known start tells the rest."""
+    """The data is a random walk with steps of 0.02 around a common normal offset: the known start determines the
+    rest."""
     torch.manual_seed(0)
     steps = 8
     covariance = torch.ones(steps, steps) + 4e-4 * torch.eye(steps)
@@ -39,6 +40,6 @@ def test_guidance_continues_what_is_fixed_and_stays_with_the_model() -> None:
     led = integrate(guided_velocity(velocity, known, weight), noise, levels)
     assert (free - known)[:, :2].abs().mean() > 1.0
     assert (led - known)[:, :2].abs().mean() < 0.1
-    assert (led - known)[:, 5:].abs().mean() < 0.15  # nothing fixed these: the model's own correlation did
+    assert (led - known)[:, 5:].abs().mean() < 0.15  # nothing fixed these steps: the model's correlation did
     unled = integrate(guided_velocity(velocity, known, torch.zeros(steps)), noise, levels)
     torch.testing.assert_close(unled, free)

@@ -1,4 +1,4 @@
-"""Low-rank adaptation: what is trained, what is computed, and what its files hold; peft beside it where installed."""
+"""Low-rank adaptation: what is trained, what is computed, and the content of its files; compared with peft."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plain(seed: int = 0) -> nn.Sequential:
 
 
 def adapted() -> nn.Sequential:
-    """With differences that are not zero."""
+    """Return a network with LoRA whose differences are not zero."""
     pytest.importorskip("peft")
     network = plain()
     add_lora(network, LORA)
@@ -50,7 +50,7 @@ def adapted() -> nn.Sequential:
 
 
 def files(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None] = lambda *_: None) -> None:
-    """An adapter as peft lays it out, made by hand."""
+    """Write a hand-made adapter in peft's layout."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for name in ("0.query", "1.output"):
@@ -77,7 +77,7 @@ def test_differences_are_added_to_the_weights(tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_merged_only_where_inputs_are_normalised_as_it_learned(tmp_path: Path) -> None:
-    """Its metadata says how they were; adapters of others say nothing and are taken."""
+    """Its metadata states the normalisation; other adapters have no such metadata and are accepted."""
     files(tmp_path)
     for said, known, fits in ((None, "b", True), ("b", "b", True), ("b", None, True), ("a", "b", False)):
         tensors = load_file(tmp_path / WEIGHTS)
@@ -92,7 +92,7 @@ def test_an_adapter_is_merged_only_where_inputs_are_normalised_as_it_learned(tmp
 
 
 def test_an_adapter_for_other_weights_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Also where it is in the weights already; of others' adapters nothing is known, and nothing said."""
+    """Also if it is already merged into the weights; for adapters without this information there is no warning."""
     write_lora(Adapter(adapted(), LORA), tmp_path)
     said = "was trained on other weights than this checkpoint's"
     network = plain()
@@ -269,7 +269,7 @@ def test_an_adapter_of_changed_base_weights_is_taken_once_peft_has_converted_it(
     x = torch.randn(4, 6)
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["query", "output"], init_lora_weights="pissa")
     theirs = peft.get_peft_model(plain(), config)
-    theirs.peft_config["default"].init_lora_weights = True  # as peft's guide has it, so that it is loaded unchanged
+    theirs.peft_config["default"].init_lora_weights = True  # as in peft's guide, so that it is loaded unchanged
     theirs.save_pretrained(str(tmp_path / "start"))
     theirs.peft_config["default"].init_lora_weights = "pissa"
     with torch.no_grad():
@@ -289,8 +289,8 @@ def test_an_adapter_of_changed_base_weights_is_taken_once_peft_has_converted_it(
 
 @pytest.mark.slow
 def test_the_language_model_is_adapted_alone(tmp_path: Path) -> None:
-    """From a folder of weights as the hub ships them: same start, and only the differences learn; the adapter goes into
-    the hub's own class."""
+    """From a folder of weights as on the hub: the start is the same, only the differences are trained, and the adapter
+    can be loaded into the hub's own class."""
     peft = pytest.importorskip("peft")
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -303,7 +303,7 @@ def test_the_language_model_is_adapted_alone(tmp_path: Path) -> None:
     whole.save_pretrained(tmp_path / "hub")
     options = {"weights": str(tmp_path / "hub"), "trainable": "language", "gradient_checkpointing": True}
     network = small_vlm(lora=lora, **options)
-    with torch.no_grad():  # `small_vlm` makes words louder
+    with torch.no_grad():  # `small_vlm` scales word embeddings up
         network.model.language_model.embed_tokens.weight.div_(25)
     assert vlm.tokenizer is not None
     network.set_tokenizer(vlm.tokenizer)
@@ -322,7 +322,7 @@ def test_the_language_model_is_adapted_alone(tmp_path: Path) -> None:
                 parameter.normal_(std=0.1)
         changed = network.eval()(batch.images, batch.instruction, 2).layers[-1]
         assert (changed - expected).abs().max() > 1e-3
-        # A checkpoint rebuilds it without the hub, and int8 weights hold the differences too.
+        # A checkpoint rebuilds it without the hub; int8 weights include the differences too.
         again = small_vlm(trainable="language", lora=lora).eval()
         again.load_state_dict(network.state_dict())
         again.set_tokenizer(vlm.tokenizer)

@@ -1,4 +1,4 @@
-"""Weights in fewer bits: what rounding does to a layer, to the language model and to a policy's plan."""
+"""Weights in fewer bits: the effect of rounding on a layer, on the language model and on a policy's plan."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def test_int8_weights_are_within_half_a_step() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(40, 12)
     with torch.no_grad():
-        layer.weight[3] *= 100  # a row of its own size
+        layer.weight[3] *= 100  # a row of a different scale
         layer.weight[5] = 0.0
     small = Int8Linear(layer)
     back = small.weight_int8 * small.scale
     step = layer.weight.abs().amax(dim=1, keepdim=True) / 127
     assert ((back - layer.weight).abs() <= step / 2 + 1e-7).all()
     x = torch.randn(7, 40)
-    bound = x.abs().sum(dim=1, keepdim=True) * step.T / 2  # of every rounding, all in one direction
+    bound = x.abs().sum(dim=1, keepdim=True) * step.T / 2  # if all rounding errors have the same sign
     assert ((small(x) - layer(x)).abs() <= bound + 1e-4).all()
     assert small(x.bfloat16()).dtype == torch.bfloat16
     assert torch.equal(small(x)[:, 5], layer.bias[5].expand(7))
 
 
 def weight_bytes(network: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
+    """Return the number of bytes of parameters and buffers."""
     return sum(part.numel() * part.element_size() for part in [*network.parameters(), *network.buffers()])
 
 
@@ -85,7 +85,7 @@ def test_a_policy_is_rounded_before_it_goes_to_its_device(tmp_path: Path, monkey
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_never_holds_more_than_the_rounded_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ready_module(tmp_path, vlm=small_vlm(mlp_width=1 << 16))  # 19 M numbers, 75 MB
+    module = ready_module(tmp_path, vlm=small_vlm(mlp_width=1 << 16))  # 19 M values, 75 MB
     monkeypatch.setattr(trained_policy, "load_module", lambda path, **options: module)
     expected = weight_bytes(module)
     torch.cuda.reset_peak_memory_stats()

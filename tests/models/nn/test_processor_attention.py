@@ -1,4 +1,4 @@
-"""Attention of a training step on a processor in bf16 is computed in float32, wherever it is called."""
+"""The attention of a bf16 training step on a CPU is computed in float32, wherever it is called."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Types(TorchFunctionMode):
-    """Notes the type of the queries of each attention."""
+    """Record the dtype of the queries of each attention call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def bf16() -> torch.autocast:
     ids=["all", "causal", "mask", "added mask", "scale"],
 )
 def test_values_and_gradients_are_those_of_float32(options: dict) -> None:
-    """Of operands that bf16 holds exactly: then the result is rounded once and nothing between."""
+    """The operands are exact in bf16: the result is then rounded once, and no intermediate value is rounded."""
     query, key, value = (each.detach().bfloat16().float().requires_grad_() for each in operands())
     exact = F.scaled_dot_product_attention(query, key, value, **options)
     expected = torch.autograd.grad(exact.bfloat16().float().square().sum(), (query, key, value))
@@ -79,20 +79,20 @@ def test_operands_in_bf16_are_computed_in_float32_too() -> None:
 
 def test_only_training_in_bf16_on_a_processor_has_it() -> None:
     with trained_on(CPU):
-        assert not within()  # in float32 there is nothing to do
+        assert not within()  # float32 needs no change
     with bf16(), trained_on(torch.device("cuda")):
         assert not within()
     with Types() as types, bf16(), trained_on(CPU):
         assert within()
         F.scaled_dot_product_attention(*operands())
-        with torch.no_grad():  # where nothing is learned the kernel in bf16 is the faster one
+        with torch.no_grad():  # without gradients the bf16 kernel is the faster one
             F.scaled_dot_product_attention(*operands())
     assert not within()
     assert types.found == [torch.float32, torch.bfloat16]
 
 
 def test_rows_with_many_keys_are_left_to_the_kernel_in_bf16() -> None:
-    """It is the faster one there; the number of queries does not matter."""
+    """The bf16 kernel is faster for them; the number of queries does not matter."""
     (few, many), (short, long) = ((operands(n)[0] for n in sizes) for sizes in ((3, 600), (FLOAT32_KEYS, 513)))
     with Types() as types, bf16(), trained_on(CPU):
         for queries in (few, many):
@@ -103,7 +103,8 @@ def test_rows_with_many_keys_are_left_to_the_kernel_in_bf16() -> None:
 
 
 def gradients(network: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
-    """Of a forward pass as in a training step, with the backward pass outside of it, as Lightning runs it."""
+    """Return the gradients of a training step's forward pass; its backward pass runs outside of the context, as in
+    Lightning."""
     with bf16(), trained_on(CPU):
         output = run()
     output.float().square().sum().backward()
@@ -117,7 +118,7 @@ def assert_the_same(found: list[list[Tensor]]) -> None:
 
 
 def test_recomputed_activations_are_those_of_the_forward_pass(tmp_path: Path) -> None:
-    """Gradient checkpointing computes what was computed, in every model that has it."""
+    """Gradient checkpointing recomputes the same values in every model that supports it."""
     languages, backbones, views = [], [], []
     for recompute in (False, True):
         torch.manual_seed(0)

@@ -53,7 +53,7 @@ def test_a_number_that_never_changes_becomes_zero() -> None:
     for _ in range(3):
         out = norm(torch.tensor([[5.0, 0.0], [5.0, 1.0]]))
     assert torch.equal(out[:, 0], torch.zeros(2))
-    assert norm(torch.tensor([[5.001, 0.0]]))[0, 0] < 1.1  # and is not blown up
+    assert norm(torch.tensor([[5.001, 0.0]]))[0, 0] < 1.1  # and is not amplified
 
 
 def test_training_goes_on_from_the_stored_statistics() -> None:
@@ -76,7 +76,7 @@ def _half(rank: int, folder: str) -> None:
 
 
 def test_two_processes_have_the_statistics_of_one(tmp_path: Path) -> None:
-    mp.start_processes(_half, (str(tmp_path),), nprocs=2, start_method="fork")  # spawned, they import torch anew
+    mp.start_processes(_half, (str(tmp_path),), nprocs=2, start_method="fork")  # spawned, they import torch again
     one = RunningStandardisation(4, 5)
     for batch in batches(3):
         one(batch)

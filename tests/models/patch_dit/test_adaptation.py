@@ -1,4 +1,4 @@
-"""Starting from other weights: names of other implementations, patches that are new, LoRA, a student of few steps."""
+"""Starting from other weights: names of other implementations, new patches, LoRA, a student of few steps."""
 
 from __future__ import annotations
 
@@ -33,18 +33,21 @@ def velocity(network: PatchDiT, conditions: Conditions) -> Tensor:
 
 
 def by_branch(value: Tensor, parts: int) -> Tensor:
-    """Rows of a modulation as others have them: shift, scale (and gate) of a branch, then those of the next."""
+    """Return the rows of a modulation in the order of other implementations: shift, scale (and gate) of one branch,
+    then those of the next."""
     kinds = value.unflatten(0, (parts // 3, 3, -1))  # ours: all shifts, then all scales, ...
     return torch.cat([kinds[kind, branch] for branch in range(3) for kind in range(parts // 3)])
 
 
 def by_cell(value: Tensor) -> Tensor:
-    """Rows of the output layer as others have them: by row and column of a token's cells, then by channel."""
+    """Return the rows of the output layer in the order of other implementations: by row and column of a token's cells,
+    then by channel."""
     return torch.cat([value[cell::4] for cell in range(4)])
 
 
 def foreign(network: PatchDiT) -> dict[str, Tensor]:
-    """The network's weights under the names, in the fused layers and in the order of the source's own transformer."""
+    """Return the network's weights with the names, the fused layers and the row order of the source's own
+    transformer."""
     own, found = network.state_dict(), {}
     for name, value in own.items():
         if "modulation.linear" in name and name.startswith("blocks"):
@@ -86,10 +89,10 @@ def foreign(network: PatchDiT) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("options", [{}, {"adaln": "gated", "final_modulation": True}])
 def test_weights_under_other_names_are_all_taken(options: dict[str, Any]) -> None:
-    """Under the source's names and with its rows in its own order, the network computes the same."""
+    """With the source's names and row order, the loaded network computes the same."""
     source, network = small_dit(seed=3, **options), small_dit(seed=4, **options)
     weights = foreign(source)
-    assert len(set(weights) & set(network.state_dict())) < 8  # the last norm; the rest has other names
+    assert len(set(weights) & set(network.state_dict())) < 8  # the last norm; all others have different names
     report = take(network, weights, "there", min_share=1.0)
     assert not report.missing
     assert not report.unexpected
@@ -106,7 +109,7 @@ def test_weights_under_other_names_are_all_taken(options: dict[str, Any]) -> Non
     ],
 )
 def test_separate_keys_and_values_are_joined(names: tuple[str, str, str], rules: dict[str, str]) -> None:
-    """Of usual names, and of others by rules."""
+    """For the usual names, and with rules for other names."""
     source, network = small_dit(seed=3), small_dit(seed=4)
     weights: dict[str, Tensor] = {}
     for name, value in foreign(source).items():
@@ -125,7 +128,8 @@ def test_separate_keys_and_values_are_joined(names: tuple[str, str, str], rules:
 
 
 def test_gates_of_the_usual_transformer_are_no_shifts_and_scales(caplog: pytest.LogCaptureFixture) -> None:
-    """Six vectors of a DiT's block are shift, scale and gate of two branches; by shape they are ours of three."""
+    """Six vectors of a DiT block are shift, scale and gate of two branches; their shape also fits our shift and scale
+    of three."""
     source, network = small_dit(seed=3), small_dit(seed=4)
     before = network.blocks[0].modulation.linear.weight.clone()
     weights = {name: value for name, value in foreign(source).items() if "dino_proj" not in name}
@@ -134,7 +138,7 @@ def test_gates_of_the_usual_transformer_are_no_shifts_and_scales(caplog: pytest.
     assert "blocks.0.modulation.linear.weight" in report.missing
     assert "blocks.0.adaLN_modulation.1.weight" in report.unexpected
     assert "six vectors of a block are usually shift, scale and gate of two" in caplog.text
-    inside = {f"dit.{name}": value for name, value in weights.items()}  # a rule that says nothing of modulations
+    inside = {f"dit.{name}": value for name, value in weights.items()}  # a rule that does not mention modulations
     assert "blocks.0.modulation.linear.weight" in take(network, inside, "there", {r"^dit\.": ""}, 0.5).missing
     take(network, weights, "there", {r"adaLN_modulation\.1": "modulation.linear"}, min_share=0.5)
     assert torch.equal(network.blocks[0].modulation.linear.weight, weights["blocks.0.adaLN_modulation.1.weight"])
@@ -152,8 +156,8 @@ def test_names_of_the_source_are_known_behind_rules() -> None:
 
 
 def test_layers_without_bias_and_nulls_in_the_space_of_features() -> None:
-    """A bias that the source does not have is zero, not what it was initialised to; a null embedding that it drops in
-    before the projection is projected."""
+    """A bias that the source lacks is set to zero instead of its initial value; a null embedding that the source
+    inserts before the projection is projected."""
     source, network = small_dit(seed=3), small_dit(seed=4)
     biases = [n for n in source.state_dict() if n.endswith(".bias") and ("attention" in n or "mlp" in n)]
     biases = [name for name in biases if name.startswith("blocks")]
@@ -190,7 +194,7 @@ def test_own_rules_come_first_and_too_little_is_an_error() -> None:
 
 
 def test_own_rules_say_in_which_order_rows_stand() -> None:
-    """To a usual name: as usual, by cell; to our name: as here, by channel."""
+    """With a usual name: in the usual order, by cell; with our name: in our order, by channel."""
     source = small_dit(seed=3)
     weights = {name: value for name, value in source.state_dict().items() if not name.startswith("latent_out")}
     for part in ("weight", "bias"):
@@ -203,14 +207,14 @@ def test_own_rules_say_in_which_order_rows_stand() -> None:
 
 
 def test_new_patches_with_their_own_attention_change_nothing_at_first() -> None:
-    """From a CLS-only network; in a joint context the same patches change the output."""
+    """Starts from a CLS-only network; in a joint context the same patches change the output."""
     source, conditions = small_dit(use_dino_patches=False), conditions_of()
     expected = velocity(source, conditions)
     for attention, equal in (("separate", True), ("joint", False)):
         network = small_dit(seed=9, stirred=False, patch_attention=attention)
         take(network, source.state_dict(), "there", min_share=0.5)
         assert torch.equal(velocity(network, conditions), expected) == equal
-        if equal:  # and they learn from the first step on
+        if equal:  # and they are trained from the first step on
             context = network.context_builder(conditions, flags(True, True), flags(True, True), 1.0)
             network(torch.randn(2, CHANNELS, *SIZE), torch.rand(2), context).velocity.pow(2).sum().backward()
             assert network.blocks[0].patch_attention.output.weight.grad.abs().max() > 1e-6
@@ -236,7 +240,7 @@ def test_the_last_norm_may_see_the_noise_level() -> None:
 
 @pytest.mark.slow
 def test_a_warm_start_reaches_the_layers_that_lora_adapts() -> None:
-    """Every number of the base is taken, whatever its layer is called now; the differences count for nothing."""
+    """Every value of the base is loaded, whatever its layer is called now; the differences do not count as missing."""
     pytest.importorskip("peft")
     source, network = small_dit(seed=3), small_dit(seed=4)
     add_lora(network, LoRA(rank=2, alpha=4.0, targets=["query", "key_value", "output"]))
@@ -251,8 +255,8 @@ def test_a_warm_start_reaches_the_layers_that_lora_adapts() -> None:
 
 
 def test_a_student_learns_its_teachers_chords() -> None:
-    """The loss of a network whose velocity is constant along each window, as its teacher's, is zero; trained briefly, a
-    student of two steps comes nearer to its guided teacher's images than before."""
+    """The loss is zero for a network whose velocity is constant along each window, like its teacher's; after brief
+    training, a student of two steps is nearer to its guided teacher's images than before."""
     teacher, conditions = small_dit(depth=1), conditions_of(batch=2)
     few = FewSteps(2, 3, Sampling(2.0, 1.5))
     few.take_teacher(teacher, InitSource("teacher", {}))
@@ -278,8 +282,8 @@ def test_a_student_learns_its_teachers_chords() -> None:
 
 
 def test_a_student_that_predicts_images_is_not_ruled_by_the_last_levels() -> None:
-    """Near the data a velocity is an error of the image over next to nothing: 1 / s^2 of a level s of a thousandth is
-    a million. Below `timestep_floor` errors weigh no more, as in plain training."""
+    """Near the data, a velocity error is the image error divided by a small timestep: for s = 0.001 the factor 1 / s^2
+    is a million. Below `timestep_floor` errors get no larger weight, as in plain training."""
     few, conditions = FewSteps(1, 2, Sampling(2.0, 1.5)), conditions_of(batch=2)
     few.take_teacher(small_dit(depth=1), InitSource("teacher", {}))
     student, both = small_dit(depth=1, prediction="x", timestep_floor=0.2), ConditionDropout(0.0, 0.0, 0.0, 1.0)
@@ -325,7 +329,7 @@ def test_settings_of_a_teacher_that_nothing_reads_are_refused(teacher: dict[str,
 
 
 def test_a_student_that_learns_another_guidance_than_its_teachers_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """The images of the teacher's run are then not those that it learns to draw."""
+    """The images of the teacher's run are then not those that the student learns to generate."""
     run = {"text_scale": 4, "dino_scale": 1.5, "guidance": "dino_then_text", "interval": [0.0, 0.9], "steps": 20}
     for way, said in (
         (Sampling(4.0, 1.5, guidance="dino_then_text", interval=(0.0, 0.9)), ""),

@@ -1,4 +1,5 @@
-"""The detail head: starts as nothing, sees across tokens and not across the image, packs pixels as the autoencoder."""
+"""The detail head: starts at zero, mixes nearby tokens but not the whole image, packs pixels as the autoencoder
+does."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ from keygrip.models.patch_dit.detail import DetailHead
 from keygrip.models.patch_dit.network import ContextCache
 
 HEAD = partial(DetailHead, width=8, blocks=1)
-SIDE = 16  # of a token in pixels: 2 x 2 cells of 8
+SIDE = 16  # side of a token in pixels: 2 x 2 cells of 8
 
 
 def inputs(seed: int = 0) -> dict[str, Tensor]:
-    """Latents of 64 px images in cells of 8 px."""
+    """Return the head's inputs for latents of 64 px images with cells of 8 px."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -52,8 +53,8 @@ def test_it_starts_as_nothing() -> None:
 @pytest.mark.parametrize("name", ["noisy", "draft"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_it_sees_pixels_of_other_tokens_that_are_near(name: str, stride: int) -> None:
-    """One pixel at a token's border changes pixels of the next token, beside it, and none farther than the
-    convolutions reach. Group norms, which see the whole image, stand still for the test."""
+    """One pixel at a token's border changes pixels of the next token, and none farther away than the convolutions
+    reach. Group norms, which average over the whole image, are replaced by identities for the test."""
     network = head(stride=stride)
     for block in network.blocks:
         block.norms = torch.nn.ModuleList(torch.nn.Identity() for _ in range(2))
@@ -95,7 +96,7 @@ def test_tokens_stand_where_their_pixels_are() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(8, 8), (4, 12)])
 def test_in_the_network(size: tuple[int, int]) -> None:
-    """As nothing at first, in every shape; and with kept keys and values the same."""
+    """It adds zero at first, in every shape, and gives the same with cached keys and values."""
     plain, conditions, both = small_dit(), conditions_of(), flags(True, True)
     network = small_dit(stirred=False, detail=partial(HEAD, stride=2))
     network.load_state_dict(plain.state_dict(), strict=False)

@@ -1,4 +1,4 @@
-"""The benchmark cases on a small network: what is measured is what is meant."""
+"""The benchmark cases on a small network: they measure what they report."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_both_ways_compute_the_same_and_something() -> None:
     assert step.difference(THREE) < 1e-4
     torch.testing.assert_close(step.first(), plain, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(step.next(), plain, atol=1e-4, rtol=1e-4)
-    assert (step.next(0.3) - plain).abs().max() > 1e-3  # the level counts
+    assert (step.next(0.3) - plain).abs().max() > 1e-3  # the timestep matters
     passes: list[tuple[int, int]] = []
     keys = network.blocks[0].cross_attention.key_value
     keys.register_forward_pre_hook(lambda _, arguments: passes.append(tuple(arguments[0].shape[:2])))
@@ -69,7 +69,7 @@ def test_a_sampler_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_peak_of_a_step_has_the_gradients() -> None:
-    """There are more weights than there is anything else."""
+    """The weights take more memory than anything else in the step."""
     network, length = random_network([*SMALL, "model.network.width=192"], CPU)
     step = TrainingStep(network.train(), random_conditions(network, 1, length, 3, 3, CPU), latent=4)
     assert peak_extra_bytes(step, CPU) >= 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -77,7 +77,7 @@ def test_peak_of_a_step_has_the_gradients() -> None:
 
 @pytest.mark.slow
 def test_figures_of_a_step() -> None:
-    figures = DiTStep(**(SIZES | {"patch_grid": 12})).run(quick=False)  # enough patches to weigh something
+    figures = DiTStep(**(SIZES | {"patch_grid": 12})).run(quick=False)  # enough patches to take noticeable memory
     assert {"patches_over_cls_time", "step_ms", "peak_mb", "patches_over_cls_memory"} <= figures.keys()
     assert figures["patches_over_cls_memory"] > 1
     assert figures["blocks"] == 3
@@ -99,7 +99,7 @@ def test_the_curve_falls_with_the_steps() -> None:
 
 @pytest.mark.slow
 def test_the_curve_of_a_run_is_drawn_as_that_run_is(tmp_path: Path) -> None:
-    """From the captions and features of its val images, and with its own scales and shift."""
+    """With the captions and features of its val images, and with its own scales and shift."""
     root = write_images(tmp_path / "images")
     options = ["model.sampling.timestep_shift=3", "model.sampling.guidance=dino_then_text", "max_steps=1"]
     train.run(compose("train", [*SMALL, *options, f"data.root={root}", f"run_dir={tmp_path / 'run'}"]))
@@ -125,7 +125,7 @@ def test_the_curve_of_a_run_with_a_guide_is_drawn_with_it(tmp_path: Path) -> Non
     train.run(compose("train", [*SMALL, *options]))
     settings = [["euler", 4, 0, 1], ["euler", 4, 0.3, 0.8]]
     figures = DiTCurve(str(tmp_path / "run"), 1, 1, 4, 4, 8, 8, settings=settings, threads=1).run(quick=True)
-    assert figures["euler_4_evaluations"] == 16  # of three branches and the guide
+    assert figures["euler_4_evaluations"] == 16  # three branches and the guide
     assert figures["euler_4_distance"] > 0
 
 

@@ -1,4 +1,4 @@
-"""The context: one builder, null embeddings that hide what is dropped, masks, and where patches stand."""
+"""The context: one builder, null embeddings that hide dropped conditions, masks, and the positions of patches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def builder() -> ContextBuilder:
 
 
 def test_709_tokens_in_order() -> None:
-    """512 of text, CLS, 14 x 14 patches; 513 for the baseline without patches."""
+    """512 text tokens, CLS, 14 x 14 patches; 513 tokens for the baseline without patches."""
     conditions = conditions_of(lengths=(30, 512), text_length=512, grid=(14, 14))
     for use, count in ((True, 709), (False, 513)):
         builder = ContextBuilder(16, 6, 10, use_dino_patches=use)
@@ -37,7 +37,7 @@ def test_709_tokens_in_order() -> None:
 
 
 def test_null_text_is_the_same_for_every_caption(builder: ContextBuilder) -> None:
-    """Trap 2: its length must not shine through, neither in the tokens that count nor in their number."""
+    """Trap 2: the caption's length must not be visible, neither in the unmasked tokens nor in their number."""
     conditions = conditions_of(lengths=(2, 7))
     context = builder(conditions, flags(False, False), flags(True, True), 1.0)
     mask = context.text_mask
@@ -60,7 +60,7 @@ def test_an_empty_caption_is_no_caption(builder: ContextBuilder) -> None:
 
 
 def test_what_is_dropped_leaves_no_trace(builder: ContextBuilder) -> None:
-    """CLS and patches go together; the other sample of the batch keeps its own."""
+    """CLS and patches are dropped together; the other sample of the batch keeps its own."""
     first, second = conditions_of(seed=1), conditions_of(seed=2)
     drop_first = flags(False, True)
     one, two = (builder(conditions, flags(True, True), drop_first, 1.0) for conditions in (first, second))
@@ -99,13 +99,13 @@ def test_trimming_cuts_what_counts_nowhere(builder: ContextBuilder) -> None:
 
 @pytest.mark.parametrize("aspect", [0.5, 1.0, 16 / 9])
 def test_one_frame_for_latents_and_patches(aspect: float) -> None:
-    """A patch that covers 2 x 2 latent cells lies where these cells lie, in every bucket."""
+    """A patch that covers 2 x 2 latent cells has the position of these cells, in every bucket."""
     cells = grid_positions((8, 12), aspect).unflatten(0, (8, 12))
     patches = grid_positions((4, 6), aspect).unflatten(0, (4, 6))
     torch.testing.assert_close(cells.unflatten(0, (4, 2)).unflatten(2, (6, 2)).mean((1, 3)), patches)
     whole = grid_positions((1, 1), aspect)
     torch.testing.assert_close(whole, torch.zeros(1, 2))
-    # Half a cell beyond the outermost centres is the border: sides 1 / sqrt(aspect) and sqrt(aspect).
+    # The border is half a cell beyond the outermost centres: sides 1 / sqrt(aspect) and sqrt(aspect).
     low, high = cells[0, 0], cells[-1, -1]
     sides = (high - low) * torch.tensor([8 / 7, 12 / 11])
     torch.testing.assert_close(sides, torch.tensor([aspect**-0.5, aspect**0.5]))
@@ -115,7 +115,7 @@ def test_positions_tell_every_cell_apart() -> None:
     features = position_features(grid_positions((16, 16), 1.0), 64, 16)
     near = torch.cdist(features, features) + 1e3 * torch.eye(256)
     assert near.min() > 1.0
-    # Neighbours are more alike than cells far from each other.
+    # Neighbouring cells are more similar than distant ones.
     product = (features @ features.T).unflatten(0, (16, 16)).unflatten(2, (16, 16))
     assert product[8, 8, 8, 9] > product[8, 8, 8, 15]
     with pytest.raises(ValueError, match="divides by 4"):
@@ -138,7 +138,7 @@ def test_dropout_categories_are_exclusive_and_have_their_shares() -> None:
 
 
 def test_patches_count_in_or_around_a_rectangle() -> None:
-    """In the share that is asked for; off, nothing is drawn and nothing changes."""
+    """For the requested share of samples; at zero no random numbers are used and nothing changes."""
     count, grid = 2000, (4, 6)
     whole = Conditions(None, None, torch.zeros(count, 2), torch.zeros(count, 24, 2), grid)
     torch.manual_seed(0)
@@ -182,7 +182,7 @@ def test_halves_belong_together() -> None:
 
 
 def test_the_same_builder_serves_the_network() -> None:
-    """Trap 3: there is one, and the network has no other way to its tokens."""
+    """Trap 3: there is only one, and the network builds its context tokens in no other way."""
     network = small_dit()
     builders = [part for part in network.modules() if isinstance(part, ContextBuilder)]
     assert builders == [network.context_builder]

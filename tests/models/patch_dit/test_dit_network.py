@@ -1,4 +1,4 @@
-"""The network: size, what changes its output and what must not, starts, options, routing."""
+"""The network: size, which inputs change its output and which must not, initial values, options, routing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def velocity(network: PatchDiT, conditions: Conditions, x: Tensor | None = None,
 
 
 def difference(left: Tensor, right: Tensor) -> float:
-    """Relative to the size of the first."""
+    """Return the difference relative to the size of the first."""
     return float(((left - right).norm() / left.norm()).detach())
 
 
@@ -62,7 +62,7 @@ def test_reference_size(use_patches: bool, low: float, high: float) -> None:
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 12)])
 def test_shuffled_patches_change_the_output(size: tuple[int, int]) -> None:
-    """Trap 1: the layout lies in where the patches are, in every bucket."""
+    """Trap 1: the layout depends on the positions of the patches, in every bucket."""
     network, conditions, x = small_dit(), conditions_of(grid=(3, 4)), latents(*size)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     shuffled = replace(conditions, patches=conditions.patches[:, order])  # type: ignore[index]
@@ -92,7 +92,7 @@ def test_padding_of_the_text_does_not_count() -> None:
 
 
 def test_the_unconditional_branch_does_not_know_the_caption() -> None:
-    """Trap 2, at the output: neither the words nor their number."""
+    """Trap 2, at the output: it depends neither on the words nor on their number."""
     network = small_dit()
     nothing = {"text": flags(False, False), "dino": flags(False, False)}
     short, long = (velocity(network, conditions_of(lengths=lengths, seed=4), **nothing) for lengths in ((1, 2), (8, 7)))
@@ -100,7 +100,7 @@ def test_the_unconditional_branch_does_not_know_the_caption() -> None:
 
 
 def test_cls_drives_the_norms_and_is_a_token() -> None:
-    """CLS + noise level is used twice: without either use it still changes the output."""
+    """The sum of CLS and timestep is used twice: without either use it still changes the output."""
     conditions = conditions_of()
     other = replace(conditions, cls=-conditions.cls)  # type: ignore[operator]
     no_token = small_dit()
@@ -117,7 +117,7 @@ def test_cls_drives_the_norms_and_is_a_token() -> None:
 
 @pytest.mark.parametrize("adaln", ["shift_scale", "gated"])
 def test_starts_at_zero_and_wakes_up(adaln: Any) -> None:
-    """The first output is zero and every block the identity; a step later each parameter gets a gradient."""
+    """The first output is zero and every block the identity; a few steps later each parameter gets a gradient."""
     network = small_dit(stirred=False, adaln=adaln).train()
     parts = {name: len(p) // 32 for name, p in network.named_parameters() if name.endswith("modulation.linear.bias")}
     assert set(parts.values()) == {6 if adaln == "shift_scale" else 9}
@@ -143,7 +143,7 @@ def test_starts_at_zero_and_wakes_up(adaln: Any) -> None:
 
 
 def test_prediction_of_the_clean_latent() -> None:
-    """The same raw output read as data gives the velocity that leads there, bounded near the data."""
+    """The same raw output, read as data, gives the velocity towards that data, bounded near the data."""
     v_network, x_network = small_dit(), small_dit(prediction="x")
     conditions, x = conditions_of(), latents()
     level = torch.tensor([0.01, 0.8])
@@ -157,7 +157,7 @@ def test_prediction_of_the_clean_latent() -> None:
 
 @pytest.mark.parametrize("prediction", ["v", "x"])
 def test_a_perfect_prediction_has_no_loss(prediction: Any) -> None:
-    """At every level, also below the floor, and above it the target is the velocity of the path."""
+    """At every timestep, also below the floor; above the floor the target is the velocity of the path."""
     network = small_dit(prediction=prediction, timestep_floor=0.2 if prediction == "x" else None)
     data, noise, level = latents(), torch.randn(2, CHANNELS, 8, 8), torch.tensor([0.1, 0.6])
     x = interpolate(data, noise, level)
@@ -202,7 +202,7 @@ def test_attention_shares_by_block() -> None:
 
 
 def test_attention_stays_fused() -> None:
-    """The context's mask must not drive the attention to the unfused kernel, in float32 or under autocast."""
+    """The context's mask must not make torch use the unfused attention kernel, in float32 or under autocast."""
     network, conditions = small_dit(), conditions_of()
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
         velocity(network, conditions)
@@ -239,7 +239,7 @@ def test_tokens_are_taken_and_put_back_as_by_gather_and_scatter() -> None:
 
 
 def test_routed_tokens_pass_by_the_middle() -> None:
-    """The middle blocks see so many tokens; those that pass by come back as they were, in their places."""
+    """The middle blocks receive a share of the tokens; the others return unchanged to their places."""
     network = small_dit(routing=TokenRouting(share=0.75, start=1, stop=2)).train()
     seen: list[Tensor] = []
     network.blocks[1].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
@@ -289,7 +289,7 @@ def test_errors_name_the_setting() -> None:
 
 
 def test_products_under_rotation_depend_on_the_distance_alone() -> None:
-    """Queries and keys of two pairs of places that lie alike to each other, in a square and a wide grid."""
+    """For queries and keys of two pairs of places with the same offset, in a square and a wide grid."""
     for grid, aspect in (((4, 4), 1.0), ((3, 6), 2.0)):
         angles = rotary_angles(grid_positions(grid, aspect), 16, 8)
         query, key = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
@@ -321,8 +321,8 @@ def test_rotary_positions_enter_the_self_attention_alone() -> None:
 
 
 def test_routed_tokens_keep_their_places() -> None:
-    """A block with the angles of the tokens that were routed to it gives what it gives them among tokens that it may
-    not look at: here its self-attention on the same tokens with angles picked by hand."""
+    """A block that is given the routed tokens and their angles must give the same as among tokens that it may not
+    attend to: here its self-attention on the same tokens with angles selected by hand."""
     network = small_dit(rotary=True, depth=4, routing=TokenRouting(0.5, 1, -1)).train()
     seen: list[Tensor] = []
     for block in network.blocks:
@@ -333,6 +333,6 @@ def test_routed_tokens_keep_their_places() -> None:
     whole = seen[0]
     assert [angles.shape[-2] for angles in seen] == [16, 8, 8, 16]
     assert torch.equal(seen[3], whole)
-    for sample in seen[1]:  # rows of the whole table, in order
+    for sample in seen[1]:  # the rows of the whole table, in order
         places = [int((whole == row).all(1).nonzero()[0]) for row in sample]
         assert places == sorted(set(places))

@@ -1,4 +1,4 @@
-"""Parts beside the network: alignment with DINO features, warm start, monitoring, the grid of images."""
+"""Parts next to the network: alignment with DINO features, warm start, monitoring, the grid of images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from keygrip.training.monitors import RangeChecks, gradient_norm
 
 
 class Through(torch.nn.Module):
-    """A projector that changes nothing."""
+    """An identity projector."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -47,7 +47,8 @@ def test_alignment_is_zero_where_tokens_are_the_features(alignment: FeatureAlign
 
 @pytest.mark.parametrize("grid", [(2, 2), (8, 8)])
 def test_alignment_compares_the_same_places(alignment: FeatureAlignment, grid: tuple[int, int]) -> None:
-    """Features that differ left from right: tokens of another grid over the same image align, mirrored do not."""
+    """Features that differ left from right: tokens of another grid over the same image align, mirrored tokens do
+    not."""
 
     def sides(rows: int, columns: int) -> Tensor:
         left = (torch.arange(columns) < columns // 2).float().expand(rows, -1).flatten()
@@ -78,7 +79,7 @@ def test_alignment_weight_decays() -> None:
 
 
 def test_alignment_of_the_samples_without_patches_alone() -> None:
-    """Weighs nothing of those that are told the features which they are compared with."""
+    """Samples that are given the features with which they are compared have no weight."""
     has_patches = torch.tensor([True, False, True])
     every, without = (FeatureAlignment(4, 4, 2, block=1, only_without_patches=only) for only in (False, True))
     assert every.counted(has_patches).tolist() == [True, True, True]
@@ -109,7 +110,7 @@ def test_everything_that_fits_is_taken_and_the_rest_is_listed() -> None:
     own = dict(target.named_parameters())
     assert len(report.loaded) + 1 + 6 == len(own)
     torch.testing.assert_close(own["blocks.1.mlp.0.weight"], dict(source.named_parameters())["blocks.1.mlp.0.weight"])
-    assert report.zeroed == ["latent_in.bias"]  # its layer comes from a file that has no bias for it
+    assert report.zeroed == ["latent_in.bias"]  # the file has its layer but no bias for it
     assert not target.latent_in.bias.any()
     lines = report.describe()
     assert len(lines) == 4
@@ -117,7 +118,7 @@ def test_everything_that_fits_is_taken_and_the_rest_is_listed() -> None:
 
 
 def test_two_sets_of_weights_in_a_file_are_refused() -> None:
-    """Which of them counted would be a matter of their order."""
+    """Otherwise their order would decide which of them is loaded."""
     network = small_dit(seed=1)
     both = {f"model.{name}": value for name, value in network.state_dict().items()}
     take(small_dit(seed=2), both | {f"ema.{name}": value for name, value in network.state_dict().items()}, "there")
@@ -178,13 +179,13 @@ def test_nothing_that_fits_is_an_error(tmp_path: Path) -> None:
 
 
 def test_of_several_sets_of_weights_the_ema_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Training scripts of DiT and SiT save both and draw with the EMA."""
+    """Training scripts of DiT and SiT save both and sample with the EMA."""
     caplog.set_level("INFO")
     first, second = {"a.weight": torch.zeros(3)}, {"a.weight": torch.ones(3)}
     torch.save({"model": first, "ema": second, "opt": {"step": 3}}, tmp_path / "both.pt")
     assert torch.equal(read_source(tmp_path / "both.pt").weights["a.weight"], torch.ones(3))
     assert "its weights are those under 'ema'" in caplog.text
-    others = {"initted": torch.tensor(True), "ema_model.a.weight": torch.ones(3)}  # of a class that keeps an EMA
+    others = {"initted": torch.tensor(True), "ema_model.a.weight": torch.ones(3)}  # from a class that stores an EMA
     for number, ema in enumerate(({"decay": 0.9}, others)):
         torch.save({"model": first, "ema": ema}, tmp_path / f"{number}.pt")
         assert torch.equal(read_source(tmp_path / f"{number}.pt").weights["a.weight"], torch.zeros(3))
@@ -263,4 +264,4 @@ def test_grid_of_pictures() -> None:
     assert grid.shape == (2 * (TITLE + 96 + 2), 3 * (128 + 2), 3)
     assert (grid[TITLE + 50, 60] == [255, 0, 0]).all()
     assert (grid[-50, 60] == 0).all()
-    assert (grid[-50, -60] == 255).all()  # nothing there: white
+    assert (grid[-50, -60] == 255).all()  # no image there: white

@@ -1,4 +1,4 @@
-"""The sample command: words, images, both; files, seeds and refusals."""
+"""The sample command: with words, with images, with both; files, seeds and error messages."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_size_that_was_not_trained_on_is_said(
 def test_a_reference_that_is_cut_to_a_trained_shape_is_said(
     drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of 16 x 16 and 24 x 16 the latter is the likest to 80 x 20: 30 x 20 of it are seen."""
+    """Of 16 x 16 and 24 x 16, the latter is most similar to 80 x 20: 30 x 20 pixels of it are used."""
     for name, size in (("long", (80, 20)), ("square", (40, 40))):
         Image.open(trained / "one.png").resize(size).save(tmp_path / f"{name}.png")
     said = "long.png: of its 80 x 20 pixels the middle 30 x 20 are used"
@@ -117,7 +117,7 @@ def test_a_reference_that_is_cut_to_a_trained_shape_is_said(
     assert caplog.text.count(f"image={tmp_path / 'long.png'}: of its 80 x 20 pixels the middle 20 x 20") == 1
     caplog.clear()
     drawn(f"image={tmp_path / 'long.png'}", "size=24x16", name="asked")
-    assert "pixels the middle" not in caplog.text  # by whoever gives the size
+    assert "pixels the middle" not in caplog.text  # no warning if the size is given
 
 
 @pytest.mark.parametrize(
@@ -156,14 +156,14 @@ def test_missing_files(drawn: Callable[..., dict[str, Any]], tmp_path: Path) -> 
 
 
 def test_a_file_of_prompts(drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path) -> None:
-    """Each row with what it names; one grid; the images are those that the rows give one by one."""
+    """Each row has its own settings; there is one grid; the images are the same as from each row alone."""
     (tmp_path / "one.png").write_bytes((trained / "one.png").read_bytes())
     rows = [{"prompt": "a red thing", "seed": 4}, {"prompt": "a thing", "image": "one.png"}, {"image": "one.png"}]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     many = drawn(f"prompts={tmp_path / 'prompts.jsonl'}", "seed=7", "batch_size=2", name="many")
     assert many["prompts"] == ["a red thing", "a thing", None]
     assert many["seeds"] == [4, 7, 7]
-    assert many["sizes"] == [[16, 16], [24, 16], [24, 16]]  # those with a reference of 60 x 40 keep its shape
+    assert many["sizes"] == [[16, 16], [24, 16], [24, 16]]  # rows with a reference of 60 x 40 keep its shape
     assert [pixels(path).shape for path in many["images"]] == [(16, 16, 3), (16, 24, 3), (16, 24, 3)]
     alone = drawn("prompt=a thing", f"image={tmp_path / 'one.png'}", "seed=7", name="alone")
     assert np.abs(pixels(many["images"][1]) - pixels(alone["images"][0])).max() <= 1
@@ -213,11 +213,11 @@ def test_an_image_that_stays_where_it_is_not_redrawn(
     found = pixels(drawn(*start, f"redraw={tmp_path / 'mask.png'}", name="part")["images"][0])
     assert np.array_equal(found[:, 12:], np.asarray(whole)[:, 12:])
     assert not np.array_equal(found[:, :12], np.asarray(whole)[:, :12])
-    # at the edge of a mask that is eight times as large too
+    # also at the edge of a mask that is eight times as large
     Image.fromarray(mask.repeat(8, axis=0).repeat(8, axis=1)).save(tmp_path / "large.png")
     large = pixels(drawn(*start, f"redraw={tmp_path / 'large.png'}", name="large")["images"][0])
     assert np.array_equal(large, found)
-    # A network that has hardly been trained predicts a velocity of nearly 0, which leaves its input as it is.
+    # A network that has hardly been trained predicts a velocity of nearly 0, which leaves its input unchanged.
     own = [
         "model.network.prediction=v",
         "model.network.timestep_floor=null",
@@ -242,7 +242,7 @@ def test_an_interval_between_the_steps_is_refused(drawn: Callable[..., dict[str,
 def test_an_interval_is_that_of_the_steps_from_the_start_image(
     drawn: Callable[..., dict[str, Any]], trained: Path
 ) -> None:
-    """Three steps at strength 0.5 are two, at 0.5 and 0.25; at strength 0.3 one, at 0.3."""
+    """Three steps at strength 0.5 become two, at 0.5 and 0.25; at strength 0.3 they become one, at 0.3."""
     start = [f"start_image={trained / 'one.png'}", "prompt=thing", "steps=3", "timestep_shift=1", "text_scale=4"]
     guided = drawn(*start, "strength=0.5", "interval=[0.4,0.6]", name="guided")
     everywhere = drawn(*start, "strength=0.5", "interval=[0.2,0.6]", name="everywhere")
@@ -331,7 +331,8 @@ def test_images_that_cannot_all_be_written_leave_none(
 def test_no_batch_is_kept(
     drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Thousands of images fit: while a batch is drawn, the one before last and its references are gone."""
+    """Thousands of images fit into memory: during a batch, the images and references before the previous batch are
+    freed."""
     from keygrip.inference import images
     from keygrip.models.patch_dit.module import PatchDiTModule
 
@@ -368,7 +369,7 @@ def test_a_broken_reference_is_said_before_anything_is_drawn(
     from keygrip.models.patch_dit.module import PatchDiTModule
 
     whole = (trained / "one.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])  # its size can be read
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])  # its size can still be read
     monkeypatch.setattr(PatchDiTModule, "draw", lambda *_: pytest.fail("something was drawn"))
     with pytest.raises(ValueError, match=r"image=.*cut\.png cannot be read as an image"):
         drawn(f"image=[{trained / 'one.png'},{tmp_path / 'cut.png'}]", "batch_size=1")
@@ -387,7 +388,7 @@ def test_a_row_of_a_grid_has_an_end(
     result = drawn("prompt=thing", "samples=5", "steps=1", "size=16")
     assert titles == ["thing (the first 2 of 5)"]
     assert len(result["images"]) == 5
-    scale = 6  # images below 96 pixels are shown larger
+    scale = 6  # images below 96 pixels are enlarged
     first = pixels(result["images"][0]).repeat(scale, axis=0).repeat(scale, axis=1)
     grid = pixels(result["grid"])
     assert grid.shape[1] == 2 * (16 * scale + 2)
@@ -397,7 +398,7 @@ def test_a_row_of_a_grid_has_an_end(
 def test_several_references_and_their_regions(
     drawn: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path
 ) -> None:
-    """Where a mask is white everywhere, its image's patches are all that count; without masks the order is nothing."""
+    """If a mask is white everywhere, only the patches of its image count; without masks the order does not matter."""
     half = np.zeros((40, 60), np.uint8)
     half[:, :30] = 255
     for name, mask in (("white", np.full_like(half, 255)), ("left", half)):
@@ -416,7 +417,7 @@ def test_several_references_and_their_regions(
     shown = drawn(f"image={one}", f"image_mask={white}", name="shown")
     assert np.array_equal(pixels(shown["images"][0]), pixels(alone["images"][0]))
     assert not np.array_equal(pixels(hidden["images"][0]), pixels(alone["images"][0]))
-    # In a batch each mask belongs to the image of its own request; one of another shape belongs to none.
+    # In a batch each mask applies to the image of its own request; a mask of another shape fits no image.
     Image.open(two).resize((91, 61)).save(tmp_path / "other.png")
     each = drawn(f"image=[{one},{tmp_path / 'other.png'}]", f"image_mask={white}", name="each")
     assert np.abs(pixels(each["images"][0]) - pixels(shown["images"][0])).max() <= 1
@@ -474,7 +475,7 @@ def test_a_student_is_drawn_as_it_was_trained_and_in_no_other_way(trained: Path,
     start = f"start_image={trained / 'one.png'}"
     with pytest.raises(ValueError, match=r"start_image at strength=0\.6: a student of few steps"):
         run(start)
-    assert run(start, f"redraw={trained / 'two.png'}")["images"]  # from noise alone, with a part that stays
+    assert run(start, f"redraw={trained / 'two.png'}")["images"]  # starts from noise alone and keeps a part
 
 
 def test_masks_and_scales_of_patches_are_refused_where_the_model_has_none(trained: Path, tmp_path: Path) -> None:
@@ -493,7 +494,7 @@ def test_an_image_is_turned_as_its_camera_says(
     upright = Image.open(trained / "one.png").transpose(Image.Transpose.ROTATE_90)
     upright.save(tmp_path / "upright.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned back to the right by whoever reads it
+    exif[0x0112] = 6  # readers rotate it back to the right
     upright.save(tmp_path / "turned.png", exif=exif)
     straight, turned = (
         drawn(f"image={path}", name=path.stem) for path in (trained / "one.png", tmp_path / "turned.png")

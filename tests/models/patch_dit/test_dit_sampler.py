@@ -1,4 +1,4 @@
-"""The sampler: equal to the plain one, the guidance formula, which branches run, seeds."""
+"""The sampler: equal to the plain sampler, the guidance formula, which branches are evaluated, seeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def only(conditions: Conditions, what: str) -> Conditions:
 
 
 def counted(network: PatchDiT) -> list[int]:
-    """Batch sizes of the network's passes."""
+    """Record the batch sizes of the network's passes."""
     batches: list[int] = []
     network.register_forward_pre_hook(lambda _, arguments: batches.append(len(arguments[0])))
     return batches
@@ -48,7 +48,7 @@ def counted(network: PatchDiT) -> list[int]:
 )
 @pytest.mark.parametrize("prediction", ["v", "x"])
 def test_equals_the_plain_sampler(given: str, options: dict[str, Any], prediction: Any) -> None:
-    """Batched branches, cached keys and values and trimmed padding change nothing but the rounding."""
+    """Batched branches, cached keys and values and trimmed padding change only the rounding."""
     network, conditions = small_dit(prediction=prediction), only(conditions_of(lengths=(3, 5)), given)
     sampling = Sampling(steps=4, **options)
     fast = sample(network, conditions, SIZE, sampling, seeds=[1, 2])
@@ -58,7 +58,7 @@ def test_equals_the_plain_sampler(given: str, options: dict[str, Any], predictio
 
 
 def test_the_formula_by_hand() -> None:
-    """Against the network called by hand, Euler, two steps."""
+    """Compared with calling the network directly: Euler, two steps."""
     network, conditions = small_dit(), conditions_of()
     sampling = Sampling(text_scale=3.0, dino_scale=2.0, steps=2)
     x = seeded_noise([4, 5], (CHANNELS, *SIZE))
@@ -74,7 +74,7 @@ def test_the_formula_by_hand() -> None:
 
 
 def test_passes_and_branches() -> None:
-    """Three branches as one batch; one outside of the interval; none for a scale of zero."""
+    """Three branches in one batch; one branch outside of the interval; no branch for a scale of zero."""
     conditions = conditions_of()
     for given, options, expected in (
         ("both", {}, [6, 6, 6, 6]),
@@ -96,7 +96,7 @@ def test_passes_and_branches() -> None:
 
 @pytest.mark.parametrize("shift", [0.2, 1.0, 3.0])
 def test_a_bound_of_the_interval_that_is_a_level_of_a_step_has_guidance(shift: float) -> None:
-    """However the level was rounded: as written, computed in float64, or in the float32 of diffusers' schedulers."""
+    """However the timestep is rounded: as written, computed in float64, or in the float32 of diffusers' schedulers."""
     conditions, plain = conditions_of(), Sampling(steps=10, timestep_shift=shift)
     levels = plain.levels()[:-1]
     assert plain.evaluations(conditions) == 30
@@ -113,7 +113,7 @@ def test_a_bound_of_the_interval_that_is_a_level_of_a_step_has_guidance(shift: f
 
 
 def test_large_pictures_on_a_cpu_run_a_branch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the same result, and each branch's context kept from step to step."""
+    """The result is the same, and each branch's context is cached from step to step."""
     conditions, sampling = conditions_of(), Sampling(steps=3)
     network = small_dit()
     usual = sample(network, conditions, SIZE, sampling, seeds=[1, 2])
@@ -124,7 +124,7 @@ def test_large_pictures_on_a_cpu_run_a_branch_at_a_time(monkeypatch: pytest.Monk
     batches = counted(network)
     single = sample(network, conditions, SIZE, sampling, seeds=[1, 2])
     assert batches == [2] * 9
-    assert lengths == [1 + 1 + 9, 5 + 1 + 9, 1 + 1 + 9] + [1] * 6  # none, text, dino: each trimmed by itself
+    assert lengths == [1 + 1 + 9, 5 + 1 + 9, 1 + 1 + 9] + [1] * 6  # none, text, dino: each is trimmed separately
     torch.testing.assert_close(single, usual, atol=1e-5, rtol=1e-5)
 
 
@@ -136,7 +136,7 @@ def test_scales_that_add_up_to_one_need_no_unconditional_branch() -> None:
 
 
 def test_context_is_computed_once_but_for_cls() -> None:
-    """Keys and values of 1 token per step after the first, at every block."""
+    """After the first step, every block computes keys and values of 1 token per step."""
     network = small_dit()
     lengths: list[int] = []
     layer = network.blocks[1].cross_attention.key_value
@@ -147,9 +147,9 @@ def test_context_is_computed_once_but_for_cls() -> None:
 
 @torch.no_grad()
 def test_the_cls_token_in_the_cache_is_the_current_one() -> None:
-    """A sampler that kept the first step's CLS token would not see the noise level in the context."""
+    """A sampler that cached the first step's CLS token would not have the current timestep in the context."""
     network, conditions = small_dit(), conditions_of()
-    for block in network.blocks:  # leave the noise level no other way in
+    for block in network.blocks:  # remove every other path of the timestep
         block.modulation.linear.weight.zero_()
     fast = sample(network, conditions, SIZE, Sampling(steps=4), seeds=[1, 2])
     torch.testing.assert_close(fast, sample(network, conditions, SIZE, Sampling(steps=4), seeds=[1, 2], **PLAIN))
@@ -167,7 +167,8 @@ def test_a_sample_depends_on_its_own_seed_and_conditions() -> None:
 
 
 def test_rescale_brings_back_the_spread() -> None:
-    """Rescaled wholly, the prediction under text alone has the spread of the conditional one."""
+    """With full rescaling, the guided prediction for text alone has the standard deviation of the conditional
+    prediction."""
     network, conditions = small_dit(), only(conditions_of(), "text")
     x, level = seeded_noise([1, 2], (CHANNELS, *SIZE)), 0.7
     with torch.no_grad():
@@ -240,7 +241,7 @@ def test_without_guidance_what_the_model_has_beside_it_falls_away() -> None:
         own.changed({"guidance": "none", "text_scale": 2.0})
 
 
-# ---- one condition after the other, and images that are drawn anew ---------------------------------------------------
+# ---- sequential guidance by one condition after the other, and images that are redrawn -------------------------------
 
 
 def branch(network: PatchDiT, conditions: Conditions, x: Tensor, level: float, told: tuple[bool, bool, bool]) -> Tensor:
@@ -287,7 +288,8 @@ def test_chained_guidance_by_hand(options: dict[str, Any], steps: list[Any], att
 
 @pytest.mark.parametrize("given", ["both", "text", "dino"])
 def test_autoguidance_by_hand(given: str) -> None:
-    """Away from another network's prediction on everything given, beside the guidance by conditions."""
+    """Guidance away from another network's prediction with all conditions, in addition to the guidance by
+    conditions."""
     network, guide, conditions = small_dit(), small_dit(seed=1), only(conditions_of(lengths=(3, 5)), given)
     sampling = Sampling(text_scale=3.0, dino_scale=2.0, steps=2, guide_scale=1.5, guidance="dino_then_text")
     batches = counted(guide)
@@ -357,7 +359,7 @@ def test_less_strength_stays_nearer_to_the_image_and_takes_fewer_steps() -> None
 
 
 def test_masked_patches_say_nothing() -> None:
-    """What a masked patch holds does not matter; what the others hold does."""
+    """The content of a masked patch does not matter; that of the other patches does."""
     network, conditions = small_dit(), conditions_of()
     assert conditions.patches is not None
     mask = torch.ones(conditions.patches.shape[:2], dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The command from shards to pictures: train, what is logged, resume in mid-epoch, warm start, checkpoints."""
+"""From shards to images with the command: train, logged values, resume in mid-epoch, warm start, checkpoints."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ GUIDED = ["ablation=patch_dit/early_guide", "model.guide.at_step=3", "callbacks.
 def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one(
     options: list[str], overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trap 6: the data's position, the noise, the levels and the dropped conditions are all those of the step."""
-    monkeypatch.setattr(EarlyGuide, "check", lambda *_: None)  # a first part of 3 steps stands for an interruption
+    """Trap 6: data position, noise, timesteps and dropped conditions all depend on the step alone."""
+    monkeypatch.setattr(EarlyGuide, "check", lambda *_: None)  # a first part of 3 steps replaces an interruption
     options = [*options, "val_every_n_steps=2", "model.monitor_every_n_steps=2"]
     train.run(compose("train", overrides("whole", "max_steps=5", *options)))
     train.run(compose("train", overrides("parts", "max_steps=3", *options)))
@@ -87,7 +87,7 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_on
 def test_the_guide_is_the_ema_of_its_step_and_drawn_with(
     overrides: Callable[..., list[str]], tmp_path: Path, shards: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is stored, it is neither trained nor averaged, and samples go away from it."""
+    """The guide is stored, it is neither trained nor averaged, and guidance moves samples away from it."""
     train.run(compose("train", overrides("early", "max_steps=2", "callbacks.ema.decay=0.9")))
     guided = [*GUIDED, "model.guide.at_step=2", "val_every_n_steps=1", "model.log_images_every_n_steps=1"]
     train.run(compose("train", overrides("run", "max_steps=4", *guided)))
@@ -108,7 +108,7 @@ def test_the_guide_is_the_ema_of_its_step_and_drawn_with(
     usual = module.draw(conditions, size, [0, 1], module.sampling_with({"guide_scale": 0.0}))
     assert (module.draw(conditions, size, [0, 1]) - usual).abs().max() > 1e-5
     assert module.guide is not None
-    module.guide.taken.fill_(False)  # as of a run that was stopped before that step
+    module.guide.taken.fill_(False)  # as in a run that was stopped before that step
     with pytest.raises(ValueError, match="its step has not come"):
         module.draw(conditions, size, [0, 1])
     caplog.set_level("WARNING")
@@ -126,8 +126,9 @@ def test_the_guide_is_the_ema_of_its_step_and_drawn_with(
 def test_a_guide_is_the_same_under_fsdp(
     command: Callable[..., Any], overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """Processes that hold half of the weights each take those that processes with all of them take (noise is drawn by
-    process: one process draws another), and draw with them in validation."""
+    """FSDP processes, which hold half of the weights each, take the same guide as DDP processes, which hold all of
+    them, and sample with it in validation. Compared with two DDP processes, because noise depends on the number of
+    processes."""
     guided = [*GUIDED, "max_steps=5", "val_every_n_steps=4", "model.log_images_every_n_steps=1"]
     two_processes = ("strategy.accelerator=cpu", "strategy.devices=2", "strategy.precision=32-true")
     for kind in ("ddp", "fsdp"):
@@ -183,7 +184,7 @@ def test_dropout_and_scales_without_effect_are_refused(options: list[str], messa
 
 
 class Recorded:
-    """Stands in for a logger and its writer of TensorBoard."""
+    """Stand-in for a logger and its TensorBoard writer."""
 
     def __init__(self) -> None:
         self.experiment = self
@@ -237,7 +238,7 @@ def test_what_a_run_logs_and_shows(overrides: Callable[..., list[str]], monkeypa
 
 
 def recorded_run(monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> Recorded:
-    """A run that draws samples, with a logger that keeps them."""
+    """Run a training that draws samples, with a logger that records them."""
     recorded = Recorded()
     monkeypatch.setattr(PatchDiTModule, "logger", recorded)
     monkeypatch.setattr(PatchDiTModule, "loggers", [recorded])
@@ -250,14 +251,14 @@ def recorded_run(monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> Recor
 def test_samples_of_batches_of_one_image_fill_a_row(
     overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The row of swapped features needs two images; captions of other lengths are padded."""
+    """The row of swapped features needs two images; captions of different lengths are padded."""
     options = ["data.batch_size=1", "max_steps=2", "limit_val_batches=8", "model.shown=3", "data.trim_text=true"]
     recorded = recorded_run(monkeypatch, overrides("run", *options))
     one, more = "val/samples@2", recorded.images["val/samples@2"]
     assert recorded.texts["val/captions"].count("thing") == 3
     alone = recorded_run(monkeypatch, overrides("alone", *options, "limit_val_batches=1")).images[one]
     assert more.shape[1] > 2 * alone.shape[1]
-    assert more.shape[0] * 4 == alone.shape[0] * 5  # a row more
+    assert more.shape[0] * 4 == alone.shape[0] * 5  # one row more
 
 
 def test_joined_batches_are_one(shards: Path) -> None:
@@ -283,7 +284,8 @@ def test_joined_batches_are_one(shards: Path) -> None:
 def test_without_the_autoencoder_training_goes_on_without_samples(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """FLUX's autoencoder is not on the training machine; shards hold its latents, here those of a packing as large."""
+    """FLUX's autoencoder is not on the training machine; the shards contain its latents, here those of an equal-sized
+    packing."""
     flux = "keygrip.models.patch_dit.autoencoders.FluxAutoencoder"
     missing = f"+encoders.autoencoder={{_target_: {flux}, source: {tmp_path / 'no_flux'}, channels: 48, stride: 4}}"
     small = [override for override in SMALL if override != "encoders.autoencoder.edge=4"]
@@ -297,7 +299,7 @@ def test_without_the_autoencoder_training_goes_on_without_samples(
 
 
 def test_sparse_figures_reach_the_event_files(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
-    """What is computed every so many steps is written at these very steps."""
+    """A value that is computed every n steps is written at exactly these steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     options = ["logger=tensorboard", "log_every_n_steps=3", "model.monitor_every_n_steps=2", "max_steps=6"]
@@ -311,7 +313,7 @@ def test_sparse_figures_reach_the_event_files(overrides: Callable[..., list[str]
 def test_monitors_see_every_batch_of_accumulated_steps_once(
     overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Four images of a step come one at a time: shares and losses are of all of them, norms are looked at once."""
+    """The four images of a step come in four batches: shares and losses cover all of them, norms are computed once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     counted: list[int] = []
@@ -391,7 +393,8 @@ def test_without_statistics_nothing_is_drawn() -> None:
 def test_warm_start_from_the_baseline(
     overrides: Callable[..., list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A CLS-only checkpoint gives all that it has; patch projection and null patches are new, and said to be."""
+    """A CLS-only checkpoint fills all layers that it contains; patch projection and null patches are reported as
+    new."""
     train.run(compose("train", overrides("cls", "max_steps=2", "model.network.use_dino_patches=false")))
     frozen = ["max_steps=1", "optimizer.warmup_steps=0", "optimizer.lr=1e-12"]
     with caplog.at_level(logging.INFO):
@@ -408,7 +411,7 @@ def test_warm_start_from_the_baseline(
 
 
 def test_noise_levels_are_shifted_by_the_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training and sampling alike: 16 tokens where 4 are unshifted are twice as far towards noise."""
+    """In training and sampling, 16 tokens have a shift of two towards noise if 4 tokens are unshifted."""
     config = OmegaConf.to_container(
         compose("train", [*SMALL, "model.shift_tokens=4", "model.sampling.timestep_shift=1"]), resolve=True
     )
@@ -444,7 +447,7 @@ def test_noise_levels_are_shifted_by_the_resolution(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("only", [False, True])
 def test_the_alignment_loss_is_of_the_samples_that_are_asked_for(only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `only_without_patches`, what samples with patches look like inside changes nothing; no such sample is 0."""
+    """With `only_without_patches`, the loss ignores samples with patches; it is 0 if there are no others."""
     given = ["ablation=patch_dit/repa", f"model.alignment.only_without_patches={str(only).lower()}"]
     module = build_module(OmegaConf.to_container(compose("train", [*SMALL, *given]), resolve=True))  # type: ignore[arg-type]
     assert isinstance(module, PatchDiTModule)
@@ -491,6 +494,6 @@ def test_masks_of_patches_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_headline_recipes() -> None:
-    """3e-4 at the reference size."""
+    """The learning rate is 3e-4 at the reference size."""
     optimizer = compose("train", ["model=patch_dit_base", "data=image_shards"]).optimizer
     assert (optimizer.lr, optimizer.warmup_steps, list(optimizer.betas)) == (3e-4, 1000, [0.9, 0.99])

@@ -1,4 +1,4 @@
-"""Frozen encoders: exact packing, words without a vocabulary, what DINO is shown, the hub's formats, fingerprints."""
+"""Frozen encoders: exact packing, words without a vocabulary, DINO's input view, the hub's formats, fingerprints."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_words_are_known_by_themselves_and_by_their_place() -> None:
     assert not states[~mask].any()
     assert torch.equal(states[0, 0], states[3, 0])
     assert not torch.equal(states[0, 1], states[3, 1])
-    # the same word at another place differs by the places alone
+    # the same word at another place differs in its position alone
     places = text.encode(["a a a"])[0][0]
     torch.testing.assert_close(states[2, 2] - states[0, 1], places[2] - places[1])
 
@@ -90,7 +90,7 @@ def test_long_captions_are_cut_and_it_is_said_once(caplog: pytest.LogCaptureFixt
 
 
 def test_dino_is_shown_grey_images_unless_asked_otherwise() -> None:
-    """By the one comparison at hand (benchmarks/dit_claims.json) colour overrides the words: it is a choice."""
+    """A design choice: in the one comparison available (benchmarks/dit_claims.json) colour overrides the words."""
     for encoders in ("tiny", "own_autoencoder", "flux_t5_dinov3"):
         given = ["model=patch_dit", "data=robot_images", f"encoders={encoders}"]
         assert compose("train", given).encoders.dino_view == "grey"
@@ -99,7 +99,7 @@ def test_dino_is_shown_grey_images_unless_asked_otherwise() -> None:
 
 def test_a_grey_view_does_not_tell_the_colours_apart_and_a_coloured_one_does() -> None:
     shown = torch.stack([torch.tensor(rgb).view(3, 1, 1).expand(3, 48, 48) for rgb in palette().values()])
-    views = (shown * 255 * 0.8).round().to(torch.uint8)  # under one light
+    views = (shown * 255 * 0.8).round().to(torch.uint8)  # under the same light
     spread = {}
     for dino_view in ("grey", "colour"):
         cls, patches = small_encoders(dino_view).encode_view(views)
@@ -146,7 +146,7 @@ def test_views_that_cannot_be_are_refused(options: dict[str, Any], said: str) ->
 
 def test_the_fingerprint_tells_encoders_apart() -> None:
     same = small_encoders()
-    torch.manual_seed(123)  # random weights do not depend on what was drawn before
+    torch.manual_seed(123)  # random weights do not depend on earlier random numbers
     assert small_encoders().fingerprint == same.fingerprint
     others = [small_encoders("colour"), small_encoders(shape="aspect"), small_encoders(edge=8)]
     longer = Encoders(same.autoencoder, RandomWordVectors(9, 8), same.view, same.dino_view)
@@ -157,11 +157,11 @@ def test_the_fingerprint_tells_encoders_apart() -> None:
 def test_stored_weights_come_back_wherever_they_came_from(tmp_path: Path) -> None:
     encoders = small_encoders()
     with torch.no_grad():
-        encoders.view.backbone.net.norm.weight.mul_(1.5)  # not the random ones any more
+        encoders.view.backbone.net.norm.weight.mul_(1.5)  # different from the random weights
     state = encoders.state()
     torch.save(state, tmp_path / "state.pt")
     other = small_encoders()
-    other.view.options["weights"] = str(tmp_path / "gone")  # as a run folder that was removed
+    other.view.options["weights"] = str(tmp_path / "gone")  # like a run folder that was removed
     other.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
     views = pictures(1, 48, 48)
     assert torch.equal(other.encode_view(views)[1], encoders.encode_view(views)[1])
@@ -186,7 +186,7 @@ def test_nothing_is_loaded_before_it_is_used() -> None:
     )
     assert sizes == (16, 8, 512, 4096, 1024)
     assert encoders.dino_grid(512, 768) == (14, 14)
-    assert encoders.view.state() is None  # a large DINO is known by name, and not loaded to find that out
+    assert encoders.view.state() is None  # a large DINO is identified by name, without loading it
     assert encoders.view._backbone is None
 
 
@@ -207,19 +207,19 @@ def test_the_autoencoder_of_a_flux_folder(flux: Path) -> None:
     shown = pictures(2, 32, 48)
     latents = autoencoder.encode(shown)
     assert latents.shape == (2, 16, 4, 6)
-    assert torch.equal(latents, autoencoder.encode(shown))  # the mean, not a draw
+    assert torch.equal(latents, autoencoder.encode(shown))  # the mean, not a sample
     posterior = autoencoder.model.encode(shown.float() / 127.5 - 1).latent_dist
     torch.testing.assert_close(latents, (posterior.mean - 0.1159) * 0.3611)
     decoded = autoencoder.decode(latents)
     torch.testing.assert_close(decoded, (autoencoder.model.decode(posterior.mean).sample + 1) / 2, atol=1e-4, rtol=1e-4)
-    own = FluxAutoencoder(str(flux / "vae"), dtype="float32")  # the part's own folder
+    own = FluxAutoencoder(str(flux / "vae"), dtype="float32")  # the folder of the part itself
     torch.testing.assert_close(own.encode(shown), latents)
     assert own.description() == autoencoder.description()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_latents_are_decoded_in_the_autoencoder_s_own_type(dtype: torch.dtype, flux: Path) -> None:
-    """Also where the network that drew them is evaluated in fewer bits, in which this one exceeds float16."""
+    """Also if the network that generated them is evaluated in fewer bits; the autoencoder would overflow in float16."""
     autoencoder = FluxAutoencoder(str(flux), dtype="float32")
     with torch.no_grad():
         autoencoder.model.decoder.conv_in.weight.mul_(1e5)
@@ -241,7 +241,7 @@ def test_t5_states_do_not_depend_on_the_padding(flux: Path) -> None:
     captions = ["a red cube", "a gold cube left of the blue block near the red cube"]
     states, mask = text.encode(captions)
     assert states.shape == (2, 12, 24)
-    assert mask.sum(dim=1).tolist() == [4, 12]  # with the end of the sentence; the second is cut off
+    assert mask.sum(dim=1).tolist() == [4, 12]  # including the end of the sentence; the second is truncated
     assert not states[~mask].any()
     alone, alone_mask = text.encode(captions[:1])
     assert torch.equal(alone_mask, mask[:1])
@@ -249,7 +249,7 @@ def test_t5_states_do_not_depend_on_the_padding(flux: Path) -> None:
 
 
 def test_a_blank_caption_is_none_though_t5_ends_it_with_a_token(flux: Path) -> None:
-    """The network then draws what it draws without words, and not what `</s>` alone would mean."""
+    """The network then generates the same as without words, and not what `</s>` alone would give."""
     small = small_encoders()
     encoders = Encoders(small.autoencoder, text_of(flux), small.view)
     assert encoders.text.encode([""])[1].sum() == 1
@@ -274,7 +274,7 @@ def test_t5_of_another_width_is_refused(flux: Path) -> None:
 def test_a_t5_folder_brings_no_code_and_its_tokenizer_is_checked(
     flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever is asked whether to execute code says yes
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # the question whether to execute code gets a yes
     foreign, hostile = (shutil.copytree(flux, tmp_path / name) for name in ("foreign", "hostile"))
     folder = foreign / "tokenizer_2"
     (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'executed')!r}).touch()\n")
@@ -295,7 +295,7 @@ def test_a_t5_folder_brings_no_code_and_its_tokenizer_is_checked(
 def test_weights_in_a_file_of_pytorch_are_read_and_what_else_it_holds_is_not_executed(
     part: str, flux: Path, tmp_path: Path
 ) -> None:
-    """As google/t5-v1_1-xxl has them on the hub."""
+    """google/t5-v1_1-xxl has its weights in this form on the hub."""
 
     def described(source: Path) -> object:
         return text_of(source).encode(["a"]) if part == "text_encoder_2" else FluxAutoencoder(str(source)).description()
@@ -353,8 +353,8 @@ def test_without_diffusers_it_names_the_line_that_installs_it(monkeypatch: pytes
 
 
 def test_a_loaded_model_keeps_the_weights_that_its_encoders_name() -> None:
-    """Loading a checkpoint sets pretrained backbones to random, since their weights come with it; a frozen encoder's do
-    not."""
+    """Loading a checkpoint sets pretrained backbones to random, since the checkpoint contains their weights; it does
+    not contain those of a frozen encoder."""
     from omegaconf import OmegaConf
 
     node = OmegaConf.to_container(
@@ -368,7 +368,7 @@ def test_a_loaded_model_keeps_the_weights_that_its_encoders_name() -> None:
 def test_weights_of_the_hub_are_not_downloaded_on_a_checkpoints_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody else's checkpoint may name them: those on this machine are read, others where its opener says so."""
+    """An untrusted checkpoint may name them: weights on this machine are read, others only if the user allows it."""
     import huggingface_hub
 
     node = {"_target_": "keygrip.models.patch_dit.dino_view.DinoView", "variant": "dinov3_vits16", "size": 32}
@@ -388,7 +388,7 @@ def test_weights_of_the_hub_are_not_downloaded_on_a_checkpoints_word(
     said = (
         r"encoders.view.download is off, .* encoders\.view\.download=true \(of a checkpoint below external: external\."
     )
-    with pytest.raises(FileNotFoundError, match=said):  # the setting of a training
+    with pytest.raises(FileNotFoundError, match=said):  # the setting in a training
         _ = DinoView("dinov3_vits16", 32, "pretrained", download=False).backbone
     assert asked == []
     allowed = build_stored(node, "encoders.view", external={"download": True})
@@ -406,7 +406,7 @@ def test_weights_of_the_hub_are_not_downloaded_on_a_checkpoints_word(
     view = build_stored(node, "encoders.view")
     _ = view.backbone
     assert given["weights_path"] == str(tmp_path / "model.safetensors")
-    assert view.options["weights_path"] is None  # what it is stays as it was
+    assert view.options["weights_path"] is None  # the stored settings stay unchanged
     assert asked == ["dinov3_vits16"] * 2
 
 
@@ -422,7 +422,7 @@ def test_a_view_begins_with_the_backbone_of_a_file(tmp_path: Path) -> None:
 
 
 def test_a_stored_view_is_no_larger_than_its_weights() -> None:
-    """A checkpoint may ask for a million blocks, which would be built before their weights are compared."""
+    """A checkpoint may name a million blocks, which would be built before their weights are compared."""
     small = DinoView("tiny", 48, "random", width=16, depth=1, heads=2)
     state = small.state()
     for options in ({"width": 16, "depth": 1_000_000}, {"width": 1 << 16, "depth": 1}):

@@ -1,4 +1,4 @@
-"""Runs with LoRA: the base stays bit by bit, a checkpoint is all that loading needs, resuming changes nothing."""
+"""Runs with LoRA: the base stays bit-identical, the checkpoint is all that loading needs, resuming changes nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_run_leaves_its_base_and_resumes_to_the_same_bits(tmp_path: Path) -> N
     lora = [*given, "ablation=patch_dit/lora", "model.lora.rank=2", f"model.init_from={tmp_path / 'base'}"]
     for name, steps in (("whole", [4]), ("parts", [2, 4])):
         for count in steps:
-            if count != steps[0]:  # a run that goes on has all that it needs
+            if count != steps[0]:  # a resumed run needs no other files
                 (tmp_path / "base").rename(tmp_path / "away")
             options = [f"run_dir={tmp_path / name}", f"max_steps={count}", f"resume={str(count != steps[0]).lower()}"]
             train.run(compose("train", [*lora, *options]))
@@ -36,7 +36,7 @@ def test_a_run_leaves_its_base_and_resumes_to_the_same_bits(tmp_path: Path) -> N
         assert all(torch.equal(value, other[name]) for name, value in one.items())
     differences = [name for name in whole["state_dict"] if is_difference(name)]
     assert any(whole["state_dict"][name].any() for name in differences if "lora_B" in name)
-    base = keygrip.load(tmp_path / "base").state_dict()  # the EMA weights, where there are any
+    base = keygrip.load(tmp_path / "base").state_dict()  # the EMA weights, if there are any
     kept = {plain_name(name): value for name, value in whole["state_dict"].items() if not is_difference(name)}
     names = [name for name in kept if name.startswith("network.")]
     assert names

@@ -1,4 +1,5 @@
-"""What `keygrip sample` takes from the command line and from files of prompts, its masks, and the rows of its grids."""
+"""The inputs of `keygrip sample` from the command line and from files of prompts, its masks, and the rows of its
+grids."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ def test_numbers_are_text_and_null_is_no_prompt() -> None:
 
 
 def test_blank_words_beside_others_are_none_for_callers_that_hold_images() -> None:
-    """As on the command line, where they are drawn in batches of their own."""
+    """The same as on the command line, where they are drawn in batches of their own."""
     module: Any = None  # nothing is drawn
     image = Image.new("RGB", (8, 8))
     for prompt in ("", " ", ["a red cube", "  "]):
@@ -90,7 +91,7 @@ def test_one_image_is_not_blended_with_prompts_of_a_file_either(tmp_path: Path) 
 
 
 def test_an_empty_list_is_refused_by_its_name() -> None:
-    """It would be left out of account without a word, or be counted among lists of different lengths."""
+    """Otherwise it would be ignored silently, or be reported as one of several lists of different lengths."""
     for given in (["prompt=x", "image=[]"], ["prompt=[]"], ["prompt=[]", "image=a.png"]):
         empty = next(each for each in given if each.endswith("[]")).replace("[]", r"\[\]")
         with pytest.raises(ValueError, match=f"{empty} is an empty list: give at least one, or leave it out"):
@@ -101,7 +102,7 @@ def test_an_empty_list_is_refused_by_its_name() -> None:
 
 
 def test_files_of_prompts_may_be_written_in_other_ways(tmp_path: Path) -> None:
-    """Endings in capitals, spaces around names of columns and seeds; a key that a row holds twice is refused."""
+    """Endings in capitals, spaces around column names and seeds; a key that occurs twice in a row is refused."""
     (tmp_path / "A.TXT").write_text("a red cube\n")
     assert [request.prompt for request in asked(f"prompts={tmp_path / 'A.TXT'}")] == ["a red cube"]
     (tmp_path / "a.Csv").write_text("prompt, image , seed\na red cube, a.png, 7 \nthing,, \n")
@@ -146,7 +147,7 @@ SQUARE = Bucket(64, 64)
 
 
 def halves(folder: Path) -> Path:
-    """An image twice as wide as high, white on the left; its crop for a square shows the middle."""
+    """Write an image twice as wide as high, white on the left; its square crop is the middle."""
     pixels = np.zeros((96, 192, 3), np.uint8)
     pixels[:, :72] = 255
     Image.fromarray(pixels).save(folder / "image.png")

@@ -1,4 +1,4 @@
-"""Weights of the source's own transformer compute here what they compute there, or are refused with what is missing."""
+"""Weights of the source's own transformer compute the same here, or are refused with the setting that is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.warm_start import rename_rules, take, warm_start
 
 WIDTH, DEPTH, HEADS, CELL = 32, 3, 2, 2
-SIZE = (6, 8)  # of latents, not square: rows and columns are told apart
+SIZE = (6, 8)  # size of the latents; not square, to distinguish rows from columns
 SETTINGS: dict[str, Any] = {
     "qk_norm": False,
     "level_hidden": WIDTH,
@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class SourceLayers(nn.Module):
-    """Parameters under the source's names: `parts` are layers by name, whose dots make modules."""
+    """Parameters under the source's names: `parts` are layers by name; dots in a name create submodules."""
 
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -46,10 +46,10 @@ class SourceLayers(nn.Module):
 
 
 class SourceDiT(nn.Module):
-    """The source's transformer by its description: names, layers without bias, order of rows and arithmetic.
+    """The source's transformer, built from its description: names, layers without bias, order of rows and arithmetic.
 
     Args:
-        patches: with patch tokens; else text and CLS alone.
+        patches: with patch tokens; otherwise text and CLS alone.
     """
 
     def __init__(self, patches: bool = True) -> None:
@@ -83,7 +83,7 @@ class SourceDiT(nn.Module):
             self.nulls["null_dino_patch_token"] = torch.randn(1, 1, DINO_DIM)
 
     def weights(self) -> dict[str, Tensor]:
-        """As the source's own file has them."""
+        """Return the weights as in the source's own file."""
         return dict(self.layers.state_dict()) | {name: value.data for name, value in self.nulls.items()}
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class SourceDiT(nn.Module):
 
     @staticmethod
     def places(rows: int, columns: int) -> Tensor:
-        """Of each cell: sines and cosines of its row, then of its column."""
+        """Return the position of each cell: sines and cosines of its row, then of its column."""
         rates = 10000.0 ** (-torch.arange(WIDTH // 4) / (WIDTH // 4))
         found = []
         for row in range(rows):
@@ -145,7 +145,7 @@ class SourceDiT(nn.Module):
 
 
 def outputs(source: SourceDiT, network: PatchDiT, conditions: Conditions) -> tuple[Tensor, Tensor]:
-    """Of both, for the same latents, noise levels and features."""
+    """Return the outputs of both for the same latents, timesteps and features."""
     x, level = seeded_noise([1, 2], (CHANNELS, *SIZE)), torch.tensor([0.3, 0.8])
     assert conditions.text is not None
     assert conditions.text_mask is not None
@@ -167,7 +167,7 @@ def test_the_sources_weights_compute_here_what_they_compute_there() -> None:
     report = warm_start(network, InitSource("there", source.weights()), min_share=0.9)
     assert not report.unexpected
     assert not report.reshaped
-    assert set(report.missing) - set(report.zeroed) == {"final_norm.weight", "final_norm.bias"}  # none there
+    assert set(report.missing) - set(report.zeroed) == {"final_norm.weight", "final_norm.bias"}  # the source has none
     found, expected = outputs(source, network, conditions_of())
     assert expected.std() > 0.05
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -183,12 +183,12 @@ def test_a_wrapper_s_prefix_before_the_source_s_names_changes_nothing(prefix: st
     take(plain, weights, "there")
     take(wrapped, {f"{prefix}{name}": value for name, value in weights.items()}, "there", min_share=0.9)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True))
-    rules = rename_rules([[f"^{prefix.replace('.', chr(92) + '.')}", ""]])  # for the names as they stand in the file
+    rules = rename_rules([[f"^{prefix.replace('.', chr(92) + '.')}", ""]])  # for the names as written in the file
     take(wrapped, {f"{prefix}{name}": value for name, value in weights.items()}, "there", rules, min_share=0.9)
 
 
 def test_weights_without_patches_compute_the_same_beside_patches_of_their_own() -> None:
-    """With an attention of their own, patches that the file knows nothing of leave the output as it was."""
+    """With an attention of their own, patches that are not in the file leave the output unchanged."""
     source = source_dit(patches=False)
     settings = SETTINGS | {"patch_attention": "separate", "patch_positions": True}
     network = small_dit(seed=4, stirred=False, depth=DEPTH, heads=HEADS, **settings)
@@ -197,7 +197,7 @@ def test_weights_without_patches_compute_the_same_beside_patches_of_their_own() 
     found, expected = outputs(source, network, conditions_of())
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     other, _ = outputs(source, network, conditions_of(seed=7).with_dino_of(torch.tensor([1, 0])))
-    assert not torch.equal(found, other)  # CLS and text do count
+    assert not torch.equal(found, other)  # CLS and text do matter
     stir(network)
     assert not torch.allclose(outputs(source, network, conditions_of())[0], expected, atol=1e-2)
 
@@ -217,7 +217,7 @@ def test_weights_without_patches_compute_the_same_beside_patches_of_their_own() 
 def test_the_sources_weights_are_refused_where_they_would_compute_something_else(
     setting: str, value: Any, named: str
 ) -> None:
-    """Each setting matters to the output, and the message gives the one that is missing and no other; nothing is
+    """Each setting changes the output; the message names the missing setting and no other; no weights are
     overwritten."""
     source = source_dit()
     network = small_dit(seed=4, depth=DEPTH, heads=HEADS, **SETTINGS | {setting: value})
@@ -245,12 +245,12 @@ def test_other_files_are_warned_of_by_what_their_names_and_shapes_show(caplog: p
         assert f"model.network.{named}" in caplog.text
     caplog.clear()
     take(small_dit(seed=4, qk_norm=False, level_hidden=40, output_convolution=True), there.state_dict(), "there")
-    take(small_dit(seed=4, output_convolution=True), small_dit(seed=3).state_dict(), "there")  # starts as nothing
+    take(small_dit(seed=4, output_convolution=True), small_dit(seed=3).state_dict(), "there")  # starts at zero
     assert not caplog.text
 
 
 def test_the_sources_config_has_the_sources_settings() -> None:
-    """At the published size; the experiment for large images leaves them as they are."""
+    """At the published size; the experiment for large images does not change them."""
     for given in (["data=image_shards"], ["experiment=dit_512px"]):
         network = compose("train", [*given, "model=patch_dit_source"]).model.network
         assert {name: network[name] for name in SETTINGS} == SETTINGS | {"level_hidden": network.width}

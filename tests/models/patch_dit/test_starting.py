@@ -1,4 +1,5 @@
-"""Runs that start from another run: its weights keep their meaning, and a student of few steps learns from it."""
+"""Runs that start from another run: the loaded weights keep their meaning, and a student of few steps learns from
+it."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ from keygrip.training.checkpoints import load_module, read_checkpoint
 from keygrip.training.saving import AtomicCheckpointIO
 
 VELOCITIES = ["model.network.prediction=v", "model.network.timestep_floor=null", "model.network.rotary=false"]
-SETTLED = ["optimizer.lr=1e-12", "max_steps=1"]  # weights stay as they begin
+SETTLED = ["optimizer.lr=1e-12", "max_steps=1"]  # weights stay at their initial values
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sets of shards of different images, and runs on the first that predict images and velocities."""
+    """Two sets of shards of different images, and runs on the first set that predict images and velocities."""
     root = tmp_path_factory.mktemp("runs")
     write_images(root / "images")
     write_images(root / "other_images", train=6)
@@ -67,7 +68,7 @@ def test_features_are_normalised_as_in_the_run_that_gives_the_weights(
     kept = started("kept", source).statistics
     assert kept.normalisation == base.statistics.normalisation
     assert all(torch.equal(a, b) for a, b in zip(buffers(kept), buffers(base.statistics), strict=True))
-    assert kept.fingerprint == fresh.fingerprint  # of the shards
+    assert kept.fingerprint == fresh.fingerprint  # fingerprint of the shards
     assert started("data", source, "model.init_from_statistics=data").statistics.normalisation == fresh.normalisation
     plain = buffers(started("plain", source, "model.init_from_statistics=identity").statistics)
     assert all(not mean.any() for mean in plain[:3])
@@ -107,7 +108,7 @@ def test_an_export_is_a_start_as_its_run_is(runs: Path, tmp_path: Path) -> None:
 def test_weights_that_would_compute_something_else_are_refused(
     option: str, named: str, runs: Path, started: Callable[..., PatchDiTModule]
 ) -> None:
-    """Names and shapes fit; nothing but the stored settings tells."""
+    """Names and shapes fit; only the stored settings show the difference."""
     with pytest.raises(ValueError, match=named):
         started("other", option, f"model.init_from={runs / 'base'}")
 
@@ -132,7 +133,7 @@ OTHER_NETWORKS = (
 def test_a_teacher_or_a_base_is_taken_whole_or_refused(
     options: list[str], named: str, setting: str, runs: Path, started: Callable[..., PatchDiTModule]
 ) -> None:
-    """Either stays as it is: layers that are initialised afresh would never learn."""
+    """Both are frozen: newly initialised layers would never be trained."""
     asked = {
         "few_steps": ["experiment=dit_few_steps", "callbacks.images=null", "model.sampling.steps=4"],
         "lora": ["ablation=patch_dit/lora", "model.lora.rank=2"],
@@ -146,7 +147,7 @@ def test_a_teacher_or_a_base_is_taken_whole_or_refused(
 def test_a_file_of_others_may_hold_more_than_the_network(
     runs: Path, tmp_path: Path, started: Callable[..., PatchDiTModule]
 ) -> None:
-    """Fixed positions, a text encoder: left out as ever. A block too many is another network."""
+    """Fixed positions and a text encoder are left out as always; a block too many makes it another network."""
     base = load_module(runs / "base")
     assert isinstance(base, PatchDiTModule)
     weights = dict(base.network.state_dict()) | {
@@ -165,8 +166,8 @@ def test_a_file_of_others_may_hold_more_than_the_network(
 
 
 def test_a_shift_by_resolution_that_changes_nothing_at_the_sources_size_is_free() -> None:
-    """From 64 tokens to larger images with `shift_tokens=64`; back to none from images that were shifted is refused,
-    and a file that is no run of ours says nothing."""
+    """`shift_tokens=64` is accepted from 64 tokens to larger images; going back to none from shifted images is refused;
+    a file that is not from a keygrip run is not checked."""
     small = InitSource("small", {}, {}, {"shift_tokens": None}, ((8, 8),))
     small.refuse_other_shift(64, patch_size=1)
     with pytest.raises(ValueError, match=r"model\.shift_tokens=16 gives"):
@@ -185,7 +186,7 @@ def test_a_student_is_no_teacher() -> None:
 
 
 def test_a_teacher_is_drawn_with_its_guide(runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its early weights are read with it, where its student's settings ask for autoguidance."""
+    """Its early weights are loaded with it if the student's settings request autoguidance."""
     settings = ["ablation=patch_dit/early_guide", "model.guide.at_step=2", "model.sampling.guide_scale=0.5"]
     place = [f"data.root={runs / 'images'}", f"run_dir={tmp_path / 'guided'}"]
     train.run(compose("train", [*SMALL, *settings, *place, "max_steps=4", "optimizer.lr=0.1"]))
@@ -257,8 +258,8 @@ def test_stored_standard_deviations_are_above_0(std: float, runs: Path, tmp_path
 def test_a_student_is_trained_validated_and_drawn(
     runs: Path, tmp_path: Path, started: Callable[..., PatchDiTModule]
 ) -> None:
-    """From the experiment's own settings: it starts as its teacher, is validated by what it learns, and a teacher that
-    predicts something else is refused."""
+    """With the experiment's own settings: the student starts as its teacher and is validated on its own loss; a teacher
+    that predicts something else is refused."""
     options = ["experiment=dit_few_steps", "callbacks.images=null", "model.sampling.steps=4"]
     student = started("student", *options, f"model.init_from={runs / 'base'}")
     teacher = load_module(runs / "base")
@@ -279,14 +280,14 @@ def test_a_student_is_trained_validated_and_drawn(
     ]
     assert losses[0] == losses[1] != losses[2]
 
-    # every parameter has a gradient, whatever is dropped: processes that drop other conditions sum the same ones
+    # every parameter has a gradient, whatever is dropped: processes that drop different conditions sum the same ones
     for shares in ((0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):
         student.network.zero_grad()
         dropout = ConditionDropout(*shares)
         student.few_steps.loss(student.network, data, conditions, dropout).backward()
         assert [name for name, value in student.network.named_parameters() if value.grad is None] == []
 
-    # of larger images than those without a shift: windows and sampling alike
+    # larger images than without a shift: the shift applies to windows and sampling alike
     student.shift_tokens = 4
     assert student.sampling_at((4, 4)).timestep_shift == 12
     few = student.few_steps
@@ -319,7 +320,7 @@ def test_a_student_of_low_rank_differences_learns_from_a_teacher_with_a_guide(
     first, second = (started(name, *options).few_steps for name in ("first", "second"))
     assert first is not None
     assert second is not None
-    assert first.teacher_digest == second.teacher_digest  # whatever the differences begin with
+    assert first.teacher_digest == second.teacher_digest  # whatever the initial differences are
     student = started("guided", *options)
     base = load_module(runs / "base")
     assert isinstance(base, PatchDiTModule)
@@ -331,7 +332,7 @@ def test_a_student_of_low_rank_differences_learns_from_a_teacher_with_a_guide(
 
 @pytest.mark.parametrize("recipe", ["dit_few_steps", "dit_few_steps_512px", "dit_few_steps_latents_128px"])
 def test_how_a_teacher_is_drawn_can_be_said_whole(recipe: str) -> None:
-    """`guide_scale` is what the warning at a guided teacher asks for."""
+    """`guide_scale` is the setting that the warning for a guided teacher asks for."""
     teacher = compose(
         "train", [f"experiment={recipe}", "model.few_steps.teacher.guide_scale=0.5"]
     ).model.few_steps.teacher

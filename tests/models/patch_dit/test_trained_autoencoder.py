@@ -1,4 +1,4 @@
-"""An autoencoder of our own: sizes, what it learns, its place among the encoders, and how it travels."""
+"""A trained autoencoder: sizes, what it learns, its use as one of the encoders, and its weights in checkpoints."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def encoders_of(run: Path | str | None) -> Encoders:
 
 
 def settings(folder: Path) -> list[str]:
-    """Of a small autoencoder on the images of a folder."""
+    """Return settings for a small autoencoder on the images of a folder."""
     sizes = [f"model.network.{name}={value}" for name, value in SIZES.items()]
     small = [option for option in SMALL if not option.startswith("model")]
     return ["model=image_autoencoder", *small, *sizes, f"data.root={folder / 'images'}"]
@@ -87,7 +87,7 @@ def settings(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the command on small images of exact pixels."""
+    """Run the command on small images with exact pixel values."""
     folder = tmp_path_factory.mktemp("autoencoder")
     write_images(folder / "images", {SQUARE: 8}, small_encoders())
     more = [f"run_dir={folder / 'run'}", "max_steps=2", "val_every_n_steps=2"]
@@ -96,7 +96,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_becomes_an_encoder_whose_weights_travel(run: Path, tmp_path: Path) -> None:
-    """Shards by it, which keep the images; a model on them, loaded with the run gone; another autoencoder refused."""
+    """Shards encoded with it keep the images; a model trained on them loads without the run; another autoencoder is
+    refused."""
     encoders = encoders_of(run)
     assert not encoders.exact
     shown = (images(2) * 127.5 + 127.5).to(torch.uint8)
@@ -165,7 +166,7 @@ def test_shards_of_something_else_than_pixels_are_refused(run: Path, tmp_path: P
 
 
 def test_a_decoder_alone_is_trained_on_from_a_run_with_noise_on_its_latents(run: Path, tmp_path: Path) -> None:
-    """The encoder stays to the bit, EMA included, so that models of its latents stay valid; the decoder changes."""
+    """The encoder stays bit-identical, EMA included, so that models of its latents stay valid; the decoder changes."""
     more = [f"model.init_from={run}", "model.decoder_only=true", "model.latent_noise=0.5", "max_steps=2"]
     train.run(compose("train", [*settings(run.parent), *more, f"run_dir={tmp_path / 'on'}"]))
     before, after = load_module(run), load_module(tmp_path / "on")
@@ -178,7 +179,7 @@ def test_a_decoder_alone_is_trained_on_from_a_run_with_noise_on_its_latents(run:
 def test_a_run_with_parts_of_a_package_starts_from_another_one(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run's own settings name the package, which is permission to build its parts from the earlier checkpoint."""
+    """The run's own settings name the package, which permits building its parts from the earlier checkpoint."""
     (tmp_path / "own_lab.py").write_text(
         "from keygrip.models.patch_dit.trained_autoencoder import ConvAutoencoder\n"
         "from keygrip.training.parts import model_part\n\n\n"
@@ -193,12 +194,12 @@ def test_a_run_with_parts_of_a_package_starts_from_another_one(
     assert isinstance(before, AutoencoderModule)
     assert isinstance(after, AutoencoderModule)
     torch.testing.assert_close(after.network.encoder.state_dict(), before.network.encoder.state_dict(), rtol=0, atol=0)
-    with pytest.raises(UntrustedPartError, match=r"own_lab\.Network is not built"):  # of a run that does not name it
+    with pytest.raises(UntrustedPartError, match=r"own_lab\.Network is not built"):  # for a run that does not name it
         train.run(compose("train", [*own, "model.network._target_=" + NETWORK, *on, f"run_dir={tmp_path / 'other'}"]))
 
 
 def test_latent_noise_is_of_each_image_and_in_standard_deviations() -> None:
-    """By its largest strength, at which the decoder's input is off by a uniform share of so many deviations."""
+    """`latent_noise` is the largest strength; each image gets a uniform share of that many standard deviations."""
     module = AutoencoderModule(ConvAutoencoder(**SIZES), small_encoders(), AdamW(1e-3), latent_noise=0.5)
     pixels = images(64)
     mean, _ = module.network.posterior(pixels)
@@ -206,7 +207,7 @@ def test_latent_noise_is_of_each_image_and_in_standard_deviations() -> None:
     decode = module.network.decode
     module.network.decode = lambda latents: given.append(latents) or decode(latents)  # type: ignore[assignment, func-returns-value, method-assign]
     with torch.no_grad():
-        module.network.encoder[-1].weight[SIZES["channels"] :] = 0  # variances of exp(-20): no posterior to add
+        module.network.encoder[-1].weight[SIZES["channels"] :] = 0  # variances of exp(-20): no posterior noise
         module.network.encoder[-1].bias[SIZES["channels"] :] = -20
         module.losses(pixels, sampled=True)
         module.losses(pixels, sampled=False)
@@ -227,7 +228,7 @@ def test_a_decoder_alone_needs_a_run(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_transformer_begins_with_the_decoder_and_that_with_its_autoencoder() -> None:
-    """One stage each, trained one after the other."""
+    """There is one stage for each, trained one after the other."""
     overrides = ["experiment=dit_robot_images_latents_128px"]
     for begins_with in ("image_decoder_128px", "image_autoencoder_128px"):
         resolved: Any = OmegaConf.to_container(compose("train", [*overrides, "run_dir=x"]), resolve=True)

@@ -21,7 +21,7 @@ HEIGHTS = torch.tensor([0.0, 0.16])
 
 
 def overhead_camera() -> tuple[torch.Tensor, torch.Tensor]:
-    """A camera 1 m above the table that looks straight down: 1 px is 1 cm on the table."""
+    """Return a camera 1 m above the table that points straight down: 1 px is 1 cm on the table."""
     k = torch.tensor([[[100.0, 0, 48], [0, 100.0, 48], [0, 0, 1]]])
     extrinsics = torch.tensor([[[1.0, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, 1], [0, 0, 0, 1]]])
     return k, extrinsics
@@ -85,7 +85,7 @@ def test_every_decoder_finds_a_sharp_trajectory(name: str) -> None:
 
 def test_viterbi_prefers_the_consistent_path_over_a_slightly_better_jump() -> None:
     result = peaked([(10, 10), (10, 11), (10, 12), (10, 13)], [8, 8, 8, 8], strength=8.0)
-    result.volume.pixel[0, 0, 2, 20, 2] = 8.5  # a far second mode that wins on its own
+    result.volume.pixel[0, 0, 2, 20, 2] = 8.5  # a distant second mode that is best for this step alone
     jumps = decode(Decoder("argmax"), result).pixels[0, 0, 2]
     stays = decode(Decoder("viterbi", motion_std_m=0.05), result).pixels[0, 0, 2]
     torch.testing.assert_close(jumps, torch.tensor([10.0, 82.0]))
@@ -128,10 +128,10 @@ def test_viterbi_equals_exhaustive_search() -> None:
 
 def test_a_camera_along_the_table_is_an_error_not_a_far_point() -> None:
     k, _ = overhead_camera()
-    level = torch.tensor([[[1.0, 0, 0, 0], [0, 0, -1, 0.08], [0, 1, 0, 0], [0, 0, 0, 1]]])  # looks along +y, 8 cm up
+    level = torch.tensor([[[1.0, 0, 0, 0], [0, 0, -1, 0.08], [0, 1, 0, 0], [0, 0, 0, 1]]])  # points along +y, 8 cm up
     result = peaked([(12, 12)] * 2, [8, 8])
     k = k.clone()
-    k[:, 1, 1] = 1e6  # sees nothing above or below
+    k[:, 1, 1] = 1e6  # nothing above or below is in the image
     for name in get_args(DecoderName):
         decode = partial(
             Decoder(name).decode, result, [codec()], world_to_camera=level, height_range=HEIGHTS, image_size=S
@@ -142,7 +142,7 @@ def test_a_camera_along_the_table_is_an_error_not_a_far_point() -> None:
 
 
 def tilted_camera(down: float, height: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A camera of a wide view that looks `down` degrees below the horizon along +y, `height` metres up."""
+    """Return a wide-angle camera `height` metres up, pointing `down` degrees below the horizon along +y."""
     k = torch.tensor([[[40.0, 0, 48], [0, 40.0, 48], [0, 0, 1]]])
     turn = torch.deg2rad(torch.tensor(down))
     pose = torch.eye(4)
@@ -171,14 +171,14 @@ def test_what_is_no_point_is_not_decoded(name: str, coupled: bool, height: float
     assert torch.isfinite(decoded.entropy).all()
     back, _ = project(decoded.position, k[:, None, None], pose[:, None, None])
     torch.testing.assert_close(back, decoded.pixels, atol=1e-3, rtol=0, check_dtype=False)
-    if name == "argmax":  # the best of the points, of all voxels written out
+    if name == "argmax":  # the best of all voxels that are points
         dense = result.volume.float().dense()[0, 0]  # [T, Z, P, P]
         cells = torch.stack(torch.meshgrid(*[torch.arange(P) + 0.5] * 2, indexing="xy"), dim=-1) * 4
         heights = (torch.arange(Z) + 0.5) / Z * 0.16
         points = recover_3d(cells, heights[:, None, None], k[0], pose[0], strict=False)
         there = torch.isfinite(points).all(-1)
         assert 0.05 < float(there.double().mean()) < 0.95
-        assert not there.flatten()[dense.flatten(1).argmax(-1)].all()  # unmasked, some steps would lie in the sky
+        assert not there.flatten()[dense.flatten(1).argmax(-1)].all()  # unmasked, some steps would be above the horizon
         best = dense.masked_fill(~there, -torch.inf).flatten(1).argmax(-1)
         torch.testing.assert_close(
             decoded.position[0, 0], points.flatten(0, 2)[best], check_dtype=False, atol=1e-3, rtol=1e-4

@@ -1,4 +1,5 @@
-"""The training module: its loss against a loss written out, its floors, its images, and the policy made from it."""
+"""The training module: its loss against an explicit loss, its lower bounds, its images, and the policy built from
+it."""
 
 from __future__ import annotations
 
@@ -77,7 +78,7 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> float:
 
 
 def batch(size: int = 2, arms: int = 1, seed: int = 0) -> PolicyBatch:
-    """Random poses over a table seen straight from above, 1 m away: all inside the image."""
+    """Random poses over a table viewed from straight above, 1 m away: all are inside the image."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> torch.Tensor:
@@ -244,7 +245,7 @@ def test_a_plan_says_how_far_it_was_held_back_and_the_log_once_an_episode(
     assert not caplog.messages
     low, high = free.position[0].min(axis=0), free.position[0].max(axis=0)
     box = np.stack([low - 1, high + 1])
-    box[:, 1] = high[1] - 0.15, high[1] - 0.12  # the farthest step lies 12 cm beyond, 11 beyond the margin
+    box[:, 1] = high[1] - 0.15, high[1] - 0.12  # the farthest step is 12 cm outside, 11 cm beyond the margin
     module.statistics.position_range.copy_(torch.as_tensor(box))
     policy = VolumeQueryPolicy(module, margin_m=0.01)
     for _ in range(2):
@@ -278,10 +279,10 @@ def test_turn_and_opening_are_read_where_the_plan_goes(
 ) -> None:
     module, data = build(("right",), tmp_path, network={"step_features": True}).eval(), batch(size=1)
     pixel, height = torch.zeros(1, T, P, P), torch.zeros(1, T, Z)
-    pixel[..., 10, 4], pixel[:, 1, 12, 12] = 10.0, 10.1  # one path, which the best voxel of its middle step leaves
+    pixel[..., 10, 4], pixel[:, 1, 12, 12] = 10.0, 10.1  # one path; the best voxel of its middle step is elsewhere
     height[..., 3] = 9.0
     if sky:
-        pixel[..., 1, 8] = 12.0  # no point: the camera looks 5 degrees below the horizon
+        pixel[..., 1, 8] = 12.0  # no point: the camera points 5 degrees below the horizon
         turn = torch.deg2rad(torch.tensor(5.0))
         pose = torch.eye(4)
         pose[1, 1:3] = torch.stack([-turn.sin(), -turn.cos()])
@@ -289,7 +290,7 @@ def test_turn_and_opening_are_read_where_the_plan_goes(
         pose[:3, 3] = -pose[:3, :3] @ torch.tensor([0.0, -1.0, 0.5])
         data.world_to_camera = pose[None]
     with torch.no_grad():
-        module.network.refiner.refine[-1].weight.mul_(30)  # as initialised, places look much the same
+        module.network.refiner.refine[-1].weight.mul_(30)  # initially, features of different places are much the same
     volume = VolumeLogits(pixel, height, torch.zeros(1, T))
     monkeypatch.setattr(module.network.streams["right"], "volume", lambda *_: volume)
     calls: list[Any] = []
@@ -307,7 +308,7 @@ def test_turn_and_opening_are_read_where_the_plan_goes(
             assert float((best.rotation - told.rotation).abs().max()) > 1e-2
         elif decoder == "soft_argmax":
             assert torch.equal(best.rotation, planned.rotation), "no camera without a horizon changes anything"
-        module.decoder = Decoder(decoder)  # and so in validation
+        module.decoder = Decoder(decoder)  # and the same in validation
         targets, settings = module.targets(data), module._decoding(data)
         output = module(data, targets, teacher=False)
         pixels = module.decoder.decode(output, [module.codec("right")], **settings).pixels
@@ -337,7 +338,7 @@ def test_weights_with_which_nothing_is_learned_are_refused(weights: dict[str, fl
 
 
 def test_open_and_closed_are_told_apart_by_the_bin(tmp_path: Path) -> None:
-    """The right bin is the right half; a neighbour of it on the same side is wrong by its bin alone."""
+    """The exact bin also has the right half; a neighbouring bin on the same side is wrong in the bin alone."""
     module, data = build(("right",), tmp_path), batch(size=1)
     targets = module.targets(data)
     output = module(data, targets, teacher=True)
@@ -374,7 +375,7 @@ def language() -> dict[str, Any]:
 
 
 def test_a_validation_is_the_mean_over_all_elements(tmp_path: Path) -> None:
-    """However they are divided into batches, of which one has no valid step."""
+    """The mean does not depend on the batches, one of which has no valid step."""
     module, data = build(("right",), tmp_path, mask_padded_steps=True, log_images_every_n_steps=0), batch(size=4)
     data.action_is_pad[0, :, 1:] = True
     data.action_is_pad[3] = True
@@ -428,7 +429,7 @@ def test_a_policy_that_reads_language_asks_for_it_and_names_unknown_words(
     report = module.set_statistics(statistics(("right",), tmp_path, instructions=("open the drawer", "close it")))
     assert report["instructions"] == 2
     again = build(("right",), network=language()).eval()
-    again.load_state_dict(module.state_dict())  # what a checkpoint carries
+    again.load_state_dict(module.state_dict())  # the content of a checkpoint
     policy = again.policy()
     assert policy.needs.instruction
     observation = {
@@ -448,7 +449,7 @@ def test_a_policy_that_reads_language_asks_for_it_and_names_unknown_words(
     assert "fridge" in caplog.text
     for number in range(2 * SENTENCES_KEPT):
         policy._tokens([{"instruction": f"open {number}"}])
-    assert len(policy._read) <= SENTENCES_KEPT  # whatever clients send
+    assert len(policy._read) <= SENTENCES_KEPT  # however many clients send
 
 
 def test_validation_keeps_means_of_every_instruction() -> None:
@@ -496,7 +497,7 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
     one = several(batch(), 1)
     targets = plain.targets(one)
     expected, same = (module(one, targets, teacher=True) for module in (plain, world))
-    assert torch.equal(expected.volume.pixel, same.volume.pixel)  # one view: the same to the bit
+    assert torch.equal(expected.volume.pixel, same.volume.pixel)  # one view: bit-identical
     assert same.volume.voxel is None
 
     two = several(batch(), 2)
@@ -512,7 +513,7 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
             height_range=world.statistics.height_range, image_size=64,
         )  # fmt: skip
         assert torch.isfinite(decoded.position).all()
-    with torch.no_grad():  # a black second camera changes nothing, a black first one leaves the second
+    with torch.no_grad():  # a black second camera changes nothing; with a black first one, the second still counts
         two.images[:, 1] = 0
         black = world(two, targets, teacher=True).volume
         assert torch.equal(argmax_voxel(black)[0], argmax_voxel(plain(two, targets, teacher=True).volume)[0])
@@ -530,7 +531,7 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert float(green.voxel.slice(0).abs().max()) == 0
 
         noise = torch.randint(0, 3, two.images[:, 1].shape, dtype=torch.uint8)
-        two.images[:, 1] = noise  # a covered lens: the server lets it through, since it is left out
+        two.images[:, 1] = noise  # a covered lens: the server accepts it, since the view is left out
         covered = world(two, targets, teacher=True).volume
         assert isinstance(covered.voxel, WorldScores)
         assert float(covered.voxel.slice(0).abs().max()) == 0
@@ -581,7 +582,7 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
     np.testing.assert_array_equal(
         blind, policy.plan(observation | {"cameras": {"over": view[0], "front": covered_lens}}).position
     )
-    # a hundredth of the whole image is bright and a larger share of the cut: what the server sees decides
+    # a hundredth of the whole image is bright and a larger share of the crop: the server's image decides
     again.statistics._image_field.fill_(0.5)
     corner = np.zeros((64, 64, 3), dtype=np.uint8)
     corner[30:36, 30:36] = 200
@@ -599,12 +600,12 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_a_masked_view_trains_as_a_batch_without_it(tmp_path: Path) -> None:
-    """Whatever a masked view holds, loss and gradient are those of the batch that lacks it."""
+    """Whatever the image of a masked view, loss and gradient are those of the batch without that view."""
     world = build(("right",), network={"world_views": True, "step_features": True, "state": ["height"]})
     world.set_statistics(statistics(("right",), tmp_path, cameras=("over", "front", "side")))
 
     def trained(data: MultiViewPolicyBatch, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss summed over the steps of the first ``count`` samples, and its gradient."""
+        """Return the loss summed over the steps of the first ``count`` samples, and its gradient."""
         targets = world.targets(data)
         assert bool(targets.valid.all())
         loss = world.losses(world(data, targets, teacher=True), data, targets)["total"] * count
@@ -631,7 +632,7 @@ def test_a_masked_view_trains_as_a_batch_without_it(tmp_path: Path) -> None:
     masked = trained(data, 4)
     assert float((masked[0] - everything[0]).abs()) > 1e-3
     assert_same(masked, trained(only(data, slice(4), [0, 2]), 4))
-    # masked from sample to sample: the sum over the samples, each without the views that it lacks
+    # a different mask per sample: the sum over the samples, each without its masked views
     data.view_mask = torch.tensor([[True, False, True], [True, True, False], [True, False, False], [True, True, True]])
     parts = [
         trained(only(data, slice(row, row + 1), [view for view in range(3) if data.view_mask[row, view]]), 1)
@@ -643,12 +644,12 @@ def test_a_masked_view_trains_as_a_batch_without_it(tmp_path: Path) -> None:
 
 def test_steps_that_the_network_sees_above_the_horizon_are_counted(tmp_path: Path) -> None:
     module, data = build(("right",), tmp_path), batch()
-    level = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0.3], [0, 1, 0, 1.0], [0, 0, 0, 1]])  # looks along +y, 30 cm up
+    level = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0.3], [0, 1, 0, 1.0], [0, 0, 0, 1]])  # points along +y, 30 cm up
     data = replace(data, world_to_camera=level.expand(2, 4, 4))
     targets = module.targets(data)
     assert targets.valid.any()
     output = module(data, targets, teacher=False)
-    output.volume.pixel[0, ..., 2, 8] += 100  # above the horizon in the image's middle
+    output.volume.pixel[0, ..., 2, 8] += 100  # above the horizon, in the middle column
     output.volume.pixel[1, ..., 14, 8] += 100  # below it
     assert float(module.metrics(output, data, targets)["no_point_share"]) == pytest.approx(
         float(targets.valid[0].sum() / targets.valid.sum())

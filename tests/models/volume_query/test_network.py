@@ -70,7 +70,7 @@ def test_q_t_gets_no_gradient_from_the_volume_loss() -> None:
     output = network(torch.randn(2, 3, 64, 64), torch.rand(2, 1, 2) * 64)
     target = hard_target(torch.zeros(2, 1, 3, 2, dtype=torch.long), torch.zeros(2, 1, 3, dtype=torch.long))
     volume_cross_entropy(output.volume, target).sum().backward()
-    # With a trunk as wide as the query its last 24 outputs are q_t; the last block's MLP writes them.
+    # With a trunk as wide as the query, its last 24 outputs are q_t, computed by the last block's MLP.
     gradient = network.streams["right"].blocks[-1].modulation.linear.weight.grad.view(3, 96, -1)[2]  # the gate's rows
     assert gradient[:72].abs().max() > 0
     assert gradient[72:].abs().max() == 0
@@ -104,7 +104,7 @@ def test_step_features_look_at_the_decoded_pixel_unless_told() -> None:
 
 
 def test_bilinear_sampling_follows_the_corner_convention() -> None:
-    # A feature equal to its cell centre's x coordinate must read back the pixel's own x.
+    # If a feature equals its cell centre's x coordinate, sampling must return the x of the pixel.
     centres = (torch.arange(8) + 0.5) * 4
     feature_map = torch.stack([centres[None].expand(8, 8), centres[:, None].expand(8, 8)])[None]
     pixels = torch.tensor([[[7.3, 20.1], [16.0, 3.0]]])
@@ -144,12 +144,12 @@ def test_coupled_arms_see_each_other_and_start_as_single_ones() -> None:
     with torch.no_grad():
         before = single(image, start, state).rotation
         assert torch.equal(before, coupled(image, start, state).rotation)
-        for network in (single, coupled):  # blocks and couplings are nothing at initialisation
+        for network in (single, coupled):  # blocks and couplings are zero at initialisation
             torch.manual_seed(3)
             for parameter in network.parameters():
                 torch.nn.init.normal_(parameter, std=0.2)
         moved = state.clone()
-        moved[:, 0] += 1.0  # the left arm alone
+        moved[:, 0] += 1.0  # only the left arm
         for network, sees in ((single, False), (coupled, True)):
             right = [network(image, start, each).rotation[:, 1] for each in (state, moved)]
             assert torch.equal(*right) != sees

@@ -1,4 +1,4 @@
-"""The second look: windows against plain slices, the same network without it, training and inference that agree."""
+"""The fine pass: windows against plain slices, the same network without it, training and inference that agree."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOOK = {"second_look": Q, "look_size": L}
 
 
 def decoded_as_validation_does(module: VolumeQueryModule, output: Any, data: Any) -> Any:
-    """Poses of a batch from what the network says of it, without a policy."""
+    """Decode the poses of a batch from the network's output, without a policy."""
     return module.decoder.decode(
         output, [module.codec("right")], intrinsics=data.intrinsics, world_to_camera=data.world_to_camera,
         height_range=module.statistics.height_range, image_size=S,
@@ -86,7 +86,7 @@ def test_it_learns_a_turn_that_only_the_sharp_image_shows(tmp_path: Path) -> Non
     module = build(tmp=tmp_path, network=LOOK)
     data = batch(size=6)
     data.image.zero_()
-    data.quaternion = data.quaternion[:, :, :1].expand(-1, -1, T, -1).contiguous()  # one turn a sample
+    data.quaternion = data.quaternion[:, :, :1].expand(-1, -1, T, -1).contiguous()  # one rotation per sample
     code = module.codec("right").encode(data.quaternion)[:, 0, 0]
     data.detail = torch.full((6, 3, Q, Q), 128, dtype=torch.uint8)
     stripes = torch.arange(Q)
@@ -99,7 +99,7 @@ def test_it_learns_a_turn_that_only_the_sharp_image_shows(tmp_path: Path) -> Non
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert float(loss.detach()) < 0.3  # by chance: 1.8
+    assert float(loss.detach()) < 0.3  # 1.8 at chance level
 
 
 def test_own_backbone_begins_as_the_shared_one_and_reads_the_windows(tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_own_backbone_begins_as_the_shared_one_and_reads_the_windows(tmp_path: P
         for weight in shared.network.parameters():
             weight.add_(0.01)
     with pytest.raises(RuntimeError, match=r"second_look\.backbone"):
-        own.network.load_state_dict(shared.network.state_dict())  # a checkpoint that lacks weights stays an error
-    own.network.load_state_dict(own.started_from(shared.network.state_dict()))  # as a run with model.init_from does
+        own.network.load_state_dict(shared.network.state_dict())  # a checkpoint that lacks weights is still an error
+    own.network.load_state_dict(own.started_from(shared.network.state_dict()))  # as in a run with model.init_from
     data = batch()
     data.detail = torch.randint(0, 256, (2, 3, Q, Q), dtype=torch.uint8)
 
@@ -199,7 +199,7 @@ def test_with_several_cameras_it_looks_into_the_first(tmp_path: Path) -> None:
         decoded = decoded_as_validation_does(module, output, data)
         np.testing.assert_allclose(plan.quaternion, decoded.quaternion[0].numpy(), atol=1e-5)
         np.testing.assert_allclose(plan.gripper, decoded.gripper[0].numpy(), atol=1e-5)
-        # the windows lie where the volume of both cameras is decoded, not that of the first alone
+        # the windows are centred on the decoded volume of both cameras, not on that of the first alone
         volumes = output.volume, replace(output.volume, voxel=None)
         pixels, alone = (best_places(volume).grid * (S / module.network.pred_size) for volume in volumes)
         assert float((pixels - alone).abs().max()) > 0.5
@@ -208,7 +208,7 @@ def test_with_several_cameras_it_looks_into_the_first(tmp_path: Path) -> None:
             sharp=module.sharp_image(data),
         )  # fmt: skip
         torch.testing.assert_close(again.rotation, output.rotation, atol=1e-4, rtol=1e-4)
-        # a covered first camera corrects nothing
+        # with a covered first camera, nothing is corrected
         data.images[:, 0] = 0
         data.detail.zero_()
         covered, without = (each(data, targets, teacher=True) for each in (module, plain))

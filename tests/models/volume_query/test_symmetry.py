@@ -1,4 +1,4 @@
-"""Equivalent grips: their rotations, classes, shared loss and errors, against sums written out."""
+"""Equivalent grips: their rotations, classes, shared loss and errors, against explicit sums."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def about_vertical(degrees: torch.Tensor) -> torch.Tensor:
 
 
 def codec() -> PCARotation:
-    """32 bins over 160 degrees about the vertical, around no turn."""
+    """Return a codec with 32 bins over 160 degrees about the vertical, centred on no rotation."""
     fitted = PCARotation(classes=32)
     fitted.fit(about_vertical(torch.linspace(-80, 80, 161)))
     return fitted
 
 
 def observed(data: PolicyBatch, quaternion: torch.Tensor, gripper: float) -> Observation:
-    """A black image through a batch's first camera, the gripper turned by [4] and open by 0 to 1."""
+    """Return a black image from a batch's first camera, with a gripper rotated by [4] and open by 0 to 1."""
     turned = {"quaternion": quaternion.numpy(), "gripper": np.float32(gripper)}
     return {**observation_of(data, np.zeros((S, S, 3), np.uint8)), **turned}
 
@@ -59,13 +59,13 @@ def test_classes_are_those_of_the_equivalents_that_the_codec_holds() -> None:
     bins, degrees = codec(), torch.tensor([20.0, 75.0, 20.0])
     free = torch.tensor([True, True, False])
     classes = equivalent_classes(bins, about_vertical(degrees), free, 4)
-    for row, there in enumerate(([20.0, -70.0], [75.0, -15.0], [20.0])):  # the others lie beyond the bins
+    for row, there in enumerate(([20.0, -70.0], [75.0, -15.0], [20.0])):  # the others are outside of the bins
         expected = bins.encode(about_vertical(torch.tensor(there)))
         assert classes[row].nonzero().flatten().tolist() == sorted(expected.tolist())
 
 
 def test_a_gripper_that_training_never_turned_about_the_vertical_has_one_grip() -> None:
-    """Its bins are of a tilt: a quarter turn changes nothing there, and must not pass for one of them."""
+    """Its bins are bins of tilt: a quarter turn must not be encoded as one of them."""
     tilts = rotation_exp(torch.deg2rad(torch.linspace(-40, 40, 81))[:, None] * torch.tensor([1.0, 0.0, 0.0]))
     bins = PCARotation(classes=32)
     bins.fit(tilts)
@@ -73,7 +73,7 @@ def test_a_gripper_that_training_never_turned_about_the_vertical_has_one_grip() 
     for order in (2, 4, 8):
         classes = equivalent_classes(bins, chosen, free.expand(len(chosen)), order)
         assert classes.sum(-1).tolist() == [1] * len(chosen)
-        turned = equivalent_turns(chosen[:1], order)[:, 1]  # where the gripper stands at the start
+        turned = equivalent_turns(chosen[:1], order)[:, 1]  # the rotation of the gripper at the start
         kept = steady_turns(chosen[:1], turned[0], free, bins, order)
         torch.testing.assert_close(kept, chosen[:1])
     assert bool(bins.covers(tilts[1:-1]).all())
@@ -89,7 +89,7 @@ def test_a_turn_about_the_axis_beyond_the_bins_allows_its_equivalents_no_more_ti
 
 
 def test_a_gripper_that_is_tilted_too_keeps_its_equivalent_grips() -> None:
-    """Tilts lie off the axis of bins of yaw, and a turn about the vertical leaves them as they are."""
+    """Tilts are off the axis of bins of yaw, and a rotation about the vertical does not change them."""
     torch.manual_seed(0)
     yaw = about_vertical(torch.rand(2000) * 190 - 95)
     shares = []
@@ -119,7 +119,7 @@ def test_a_plan_does_not_turn_from_one_equivalent_to_another() -> None:
     found = steady_turns(about_vertical(decoded), about_vertical(start), free, bins, 4)
     expected = torch.tensor([[10.0, 20.0, 25.0, 30.0], [10.0, -70.0, 25.0, -60.0], [50.0, 60.0, 75.0, 70.0]])
     assert float(torch.rad2deg(geodesic_angle(found, about_vertical(expected))).max()) < 0.1
-    # -5 and 85 degrees are the same grip, but training never turned to 85
+    # -5 and 85 degrees are the same grip, but 85 degrees is outside of the training range
     beyond = steady_turns(
         about_vertical(torch.tensor([[79.0, -5.0]])), about_vertical(torch.tensor([70.0])), free[:1], bins, 4
     )
@@ -160,7 +160,7 @@ CUBE, BAR, BALL = "pick up the Cube", "pick up the bar.", "pick up the ball"
 
 
 def test_the_number_of_grips_follows_from_a_word_of_the_instruction(tmp_path: Path) -> None:
-    """Of one batch each sample is treated as by a policy for its object alone."""
+    """In a mixed batch each sample is treated as by a policy for its object alone."""
     words = {"cube": 4, "bar": 2}
     mixed = build(rotation_symmetry=words)
     mixed.set_statistics(statistics(("right",), tmp_path, instructions=(CUBE, BAR, BALL)))
@@ -195,7 +195,7 @@ def test_words_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for wrong in ({}, {"cube": 1}, {"cube": 9}, 9):
         with pytest.raises(ValueError, match=r"1 \(none\) to 8 equal turns"):
             GripSymmetry(wrong)
-    assert GripSymmetry({"cube": 4}).order_of("pick up the cubes") == 1  # whole words
+    assert GripSymmetry({"cube": 4}).order_of("pick up the cubes") == 1  # whole words only
 
 
 def test_a_policy_of_several_objects_needs_the_instruction(tmp_path: Path) -> None:

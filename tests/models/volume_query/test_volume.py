@@ -1,4 +1,4 @@
-"""The factorised volume against the dense one: loss, gradient, argmax, sampling."""
+"""The factorised volume against the dense volume: loss, gradient, argmax, sampling."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_soft_loss_and_gradient_equal_the_dense_reference(coupled: bool) -> None
 
 
 def test_bf16_autocast_rounds_no_logit() -> None:
-    """The normaliser, its gradient and what is decoded are of the same float32 logits."""
+    """The normaliser, its gradient and the decoded values are computed from the same float32 logits."""
     logits = random_logits(coupled=True).map(lambda part: part.float())
     cells = torch.stack([torch.randint(0, H, (B, T)), torch.randint(0, W, (B, T))], dim=-1)
     target = hard_target(cells, torch.randint(0, Z, (B, T)))
@@ -131,7 +131,7 @@ def test_samples_follow_the_dense_distribution(coupled: bool) -> None:
     index = (heights * H + cells[..., 0]) * W + cells[..., 1]
     frequency = torch.bincount(index, minlength=Z * H * W) / draws
     expected = one.dense()[0, 0].detach().flatten().softmax(-1)
-    # Total variation of an empirical distribution over 210 voxels from 40 000 draws is about 0.02.
+    # The total variation of an empirical distribution over 210 voxels from 40 000 samples is about 0.02.
     assert float((frequency - expected).abs().sum() / 2) < 0.04
 
 

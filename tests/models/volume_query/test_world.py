@@ -1,4 +1,4 @@
-"""Several cameras in one volume: loss, gradient and argmax against the dense volume written out voxel by voxel."""
+"""Several cameras in one volume: loss, gradient and argmax against an explicit dense volume, voxel by voxel."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ B, A, T, V, Z, P, S = 2, 2, 3, 2, 4, 6, 60
 
 
 def cameras(views: int, dtype: torch.dtype = torch.float64, size: int = S) -> tuple[torch.Tensor, torch.Tensor]:
-    """Intrinsics [B, 1 + views, 3, 3] and poses of cameras a metre above the table that look down from other places,
-    moved from sample to sample; `size`: side of their images."""
+    """Return intrinsics [B, 1 + views, 3, 3] and poses of cameras a metre above the table that point down from
+    different places and differ between the samples; `size`: side of their images."""
     focal = 80 * size / S
     k = torch.tensor([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], dtype=dtype)
     poses = torch.eye(4, dtype=dtype).repeat(B, 1 + views, 1, 1)
@@ -56,7 +56,8 @@ def random_logits(seed: int = 0, size: int = S) -> VolumeLogits:
 
 
 def written_out(logits: VolumeLogits, size: int = S) -> torch.Tensor:
-    """The volume [B, A, T, Z, P, P], each voxel projected and interpolated by hand; sample 1 lacks view 2."""
+    """Compute the volume [B, A, T, Z, P, P], each voxel projected and interpolated explicitly; sample 1 lacks view
+    2."""
     assert isinstance(logits.voxel, WorldScores)
     k, poses = cameras(V, size=size)
     heights = torch.linspace(0, 0.2, Z, dtype=torch.float64)
@@ -82,12 +83,12 @@ def written_out(logits: VolumeLogits, size: int = S) -> torch.Tensor:
     return torch.stack(rows).unflatten(0, (B, Z, P, P)).permute(0, 4, 5, 1, 2, 3)
 
 
-@pytest.mark.parametrize("size", [S, 100])  # 100 / P is no float32
+@pytest.mark.parametrize("size", [S, 100])  # 100 / P is not exact in float32
 def test_loss_gradient_and_argmax_equal_the_dense_reference(size: int) -> None:
     logits = random_logits(size=size)
     assert isinstance(logits.voxel, WorldScores)
     dense = written_out(logits, size)
-    assert 0.2 < float(logits.voxel.where.seen.mean()) < 0.95  # some voxels lie outside of the further views
+    assert 0.2 < float(logits.voxel.where.seen.mean()) < 0.95  # some voxels are not in the further views
     torch.testing.assert_close(logits.dense(), dense, rtol=0, atol=1e-9)
     generator = torch.Generator().manual_seed(1)
     position = torch.rand(B, A, T, 2, generator=generator, dtype=torch.float64) * P
@@ -139,7 +140,7 @@ def test_known_projections_are_those_that_would_be_made_anew(monkeypatch: pytest
     usable = torch.tensor([[True, False], [True, True]])
 
     def same(k: torch.Tensor, poses: torch.Tensor, usable: torch.Tensor | None) -> int:
-        """How many pairs of cameras were projected, where the result is that of all anew."""
+        """Check that the result equals a new projection; return how many pairs of cameras were projected."""
         made.clear()
         ours, fresh = known(k, poses, heights, P, S, usable), project_voxels(k, poses, heights, P, S, usable)
         assert torch.equal(ours.grid, fresh.grid)
@@ -147,11 +148,11 @@ def test_known_projections_are_those_that_would_be_made_anew(monkeypatch: pytest
         return len(made)
 
     assert same(k, poses, None) == 4
-    assert same(k, poses, usable) == 0  # a covered camera stands where it stood
+    assert same(k, poses, usable) == 0  # a covered camera has not moved
     assert same(k.flip(0), poses.flip(0), None) == 0
-    poses[1, 2, 0, 3] += 0.01  # one further camera moves: the others stay known
+    poses[1, 2, 0, 3] += 0.01  # one further camera moves: the projections of the others stay cached
     assert same(k, poses, None) == 1
-    poses[:, 0, 0, 3] += 0.01  # the first moves: its voxels are others
+    poses[:, 0, 0, 3] += 0.01  # the first camera moves: its voxels change
     assert same(k, poses, None) == 4
     assert same(k, poses, None) == 0
     k[0, 1, 0, 0] = 90.0
