@@ -20,26 +20,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 for variable in [name for name in os.environ if name.startswith("SLURM_")]:
-    del os.environ[variable]  # tests that are stopped by a signal would queue the job again in which they run
+    del os.environ[variable]  # else a test that is stopped by a signal would requeue the Slurm job that runs the tests
 
 ROOT = Path(__file__).resolve().parents[1]
 SUPPORT = ROOT / "tests" / "support"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """The collector need not look at a million objects of imported libraries again and again."""
+    """Freeze the about one million objects of imported libraries, so that the garbage collector skips them."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # libraries look at the end for what was left behind
+    gc.unfreeze()  # some libraries check at exit for objects that were not freed
 
 
 @pytest.fixture
 def two_without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process is one of two that were started together, on a disk without file locks."""
+    """Simulate one of two processes that were started together, on a disk without file locks."""
 
     def refused(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -50,7 +50,7 @@ def two_without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def computed_once() -> Iterator[None]:
-    """Hydra and OmegaConf compute the same at each of the thousand compositions of a session: here they do it once."""
+    """Cache what Hydra and OmegaConf compute identically at each of the thousand compositions of a session."""
     from composing import memoized
 
     with pytest.MonkeyPatch.context() as patch:
@@ -60,7 +60,7 @@ def computed_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def on_no_disk_that_fails() -> Iterator[None]:
-    """Files need not outlive a power cut here, so that no test waits for the disk."""
+    """Disable `os.fsync`: test files need not survive a power cut, so no test waits for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
@@ -68,7 +68,8 @@ def on_no_disk_that_fails() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def what_was_imported_stays_frozen() -> Iterator[None]:
-    """A server that ends unfreezes all objects: each later collection would look at the million of the libraries."""
+    """Disable `gc.unfreeze`: a server that ends unfreezes all objects, and each later collection would then scan the
+    million objects of the libraries."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gc, "unfreeze", lambda: None)
         yield
@@ -76,9 +77,9 @@ def what_was_imported_stays_frozen() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def seeds_of_absent_devices_keep_no_trace() -> Iterator[None]:
-    """At each `manual_seed` torch formats the stack three times, to show it should a device that is used later refuse
-    the seed: a millisecond for every batch of a training."""
-    torch = sys.modules.get("torch")  # not imported where no test needs it
+    """Disable the stack traces of `manual_seed`. torch formats the stack three times per call, to show it if a device
+    that is used later refuses the seed; this costs a millisecond per training batch."""
+    torch = sys.modules.get("torch")  # not imported if no test needs it
     with pytest.MonkeyPatch.context() as patch:
         for device in () if torch is None else (torch.cuda, torch.xpu, torch.mtia):
             patch.setattr(device, "traceback", SimpleNamespace(format_stack=list), raising=False)
@@ -87,7 +88,7 @@ def seeds_of_absent_devices_keep_no_trace() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def clean_hydra() -> Iterator[None]:
-    """Hydra keeps global state: no test sees another's."""
+    """Clear Hydra's global state after each test, so that no test sees the state of another one."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
@@ -98,7 +99,8 @@ def clean_hydra() -> Iterator[None]:
 
 @pytest.fixture
 def toy_overrides(tmp_path: Path) -> Callable[..., list[str]]:
-    """Overrides that train the toy model into ``tmp_path / name`` for two and a half epochs of 5 batches."""
+    """Return a function that gives overrides: the toy model is trained into ``tmp_path / name`` for two and a half
+    epochs of 5 batches."""
 
     def overrides(name: str, *more: str) -> list[str]:
         return [
@@ -119,7 +121,7 @@ def toy_overrides(tmp_path: Path) -> Callable[..., list[str]]:
 
 
 class Outcome(NamedTuple):
-    """What a command left: exit code, standard output, standard error."""
+    """The result of a command: exit code, standard output, standard error."""
 
     code: int
     out: str
@@ -130,7 +132,7 @@ class Outcome(NamedTuple):
 def cli(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Outcome]]:
-    """The train command, or another one by name, in this process, in an empty folder."""
+    """Return a function that runs the train command, or another one by name, in this process and in an empty folder."""
     from keygrip import command, train
 
     root = logging.getLogger()
@@ -155,7 +157,7 @@ def cli(
 
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs ``python -m <module> <arguments>`` in an empty folder, as a user would."""
+    """Return a function that runs ``python -m <module> <arguments>`` in an empty folder, as a user would."""
 
     def run(module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = dict(os.environ) | variables

@@ -1,4 +1,4 @@
-"""Small data sets: native folders written by hand, to the letter of the format and not through our writer."""
+"""Small data sets: native folders written by hand, exactly as the format specifies and not through our writer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def write_native_by_hand(
     cameras: tuple[str, ...] = ("over",),
     seed: int = 0,
 ) -> Path:
-    """One demo: the arm moves 5 mm per frame along x at height `level`; commands lead by one frame, 1 mm higher."""
+    """Write one demo: the arm moves 5 mm per frame along x at height `level`; commands lead by one frame and are 1 mm
+    higher."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     trajectory: dict[str, Any] = {"timestamps_ns": np.arange(frames, dtype=np.int64) * 100_000_000}
@@ -99,7 +100,7 @@ def native_demo() -> Callable[..., Path]:
 
 @pytest.fixture
 def native_root(tmp_path: Path) -> Path:
-    """Ten demos of twelve frames at different heights."""
+    """Write ten demos of twelve frames at different heights."""
     root = tmp_path / "demos"
     for number in range(10):
         write_native_by_hand(root / f"demo_{number:02d}", level=0.1 + 0.01 * number, seed=number)
@@ -108,7 +109,7 @@ def native_root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def robot_demos() -> Callable[..., RobotDemos]:
-    """A data module with small settings; keywords replace them."""
+    """Return a function that builds a data module with small settings; keyword arguments replace them."""
 
     def make(root: Path | None, **changes: Any) -> RobotDemos:
         settings: dict[str, Any] = {
@@ -136,7 +137,7 @@ def edit_metadata(folder: Path, **changes: Any) -> None:
 
 
 def edit_archive(path: Path, **changes: np.ndarray | None) -> None:
-    """Replaces arrays of an .npz file by name (None removes one); "/" in names is written as "__"."""
+    """Replace arrays of an .npz file by name (None removes an array). In the keywords, "/" is written as "__"."""
     with np.load(path) as archive:
         content = {key: archive[key] for key in archive.files}
     for key, value in changes.items():
@@ -160,7 +161,7 @@ def change_archive() -> Callable[..., None]:
 def write_counting_video(
     path: Path, frames: int, codec: str = "libx264", gop: int = 12, options: dict[str, str] | None = None
 ) -> Path:
-    """A video of 96 x 48 pixels in which frame i shows the number i as six black or white bars."""
+    """Write a video of 96 x 48 pixels in which frame i shows the number i in binary, as six black or white bars."""
     import av
 
     with av.open(str(path), "w") as container:

@@ -1,4 +1,4 @@
-"""The one error that broken data becomes, and how many of them a run takes."""
+"""The single error that is raised for broken data, and how many of these errors a run accepts."""
 
 from __future__ import annotations
 

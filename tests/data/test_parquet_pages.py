@@ -1,5 +1,5 @@
-"""The pages of Parquet files made to the letter: what their headers say, how long examining them can take, and how
-long the texts are that they name."""
+"""Pages of Parquet files built by hand: what their headers state, how long examining them can take, and how long their
+texts are."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def listed(kind: int, contents: Iterable[bytes]) -> bytes:
 
 
 def structure(*fields: tuple[int, int, Any]) -> bytes:
-    """Number, type and value of each field, with numbers in their long form."""
+    """Encode a Thrift struct: number, type and value of each field, with field numbers in their long form."""
     content = b""
     for number, kind, value in fields:
         encoded = signed(value) if kind in (I32, I64) else plain(len(value)) + value if kind == BINARY else value
@@ -84,11 +84,12 @@ def table(
     encoding: int = PLAIN,
     writer: bytes = b"",
 ) -> Path:
-    """A file with one column `a` of pages.
+    """Write a file with one column `a` of pages.
 
     Args:
-        values: rows that the footer says. groups: row groups of the same pages. stored: bytes of them that the footer
-            says. dictionary_bytes: of the first page, if it is a dictionary of JSON. encoding: of the values.
+        values: number of rows that the footer states. groups: row groups of the same pages. stored: bytes of the pages
+            that the footer states. dictionary_bytes: of the first page, if it is a dictionary of JSON. encoding: of the
+            values.
     """
     column = [(1, I32, kind), (3, I32, 0), (4, BINARY, b"a")]
     if dictionary_bytes:
@@ -133,7 +134,7 @@ OUTER: list[tuple[int, int, Any]] = [(1, I32, 0), (2, I32, 24), (3, I32, 24), (5
 FEW: list[tuple[int, int, Any]] = [(1, I32, 1), *INNER[1:]]
 MANY = [(number, I32, 0) for number in range(6, 46)]
 TWO_OF_40 = structure(*INNER, (5, STRUCT, structure(*MANY)), *MANY)
-# each is read by Arrow, with three numbers in the page
+# Arrow reads each of them, with three values in the page
 HEADERS = {
     "values whose number overflows": [*OUTER[:3], (5, STRUCT, structure(*FEW, ((1 << 16) + 1, I32, 3)))],
     "values twice": [*OUTER[:3], (5, STRUCT, structure(*FEW, (1, I32, 3)))],
@@ -150,8 +151,8 @@ HEADERS = {
 
 @pytest.mark.parametrize("kind", HEADERS)
 def test_headers_that_arrow_may_read_otherwise_are_refused(tmp_path: Path, kind: str) -> None:
-    """Arrow keeps 16 bits of a field's number, and of fields of a number the last one."""
-    values = 1 if kind.startswith(("values", "a structure")) else 3  # as the footer and what it can be taken for say
+    """Arrow keeps 16 bits of a field number, and the last of several fields with the same number."""
+    values = 1 if kind.startswith(("values", "a structure")) else 3  # by the footer and one reading of the header
     path = table(tmp_path / "a.parquet", structure(*HEADERS[kind]) + numbers(7, 8, 9), values)
     assert parquet.read_table(path)["a"].to_pylist() == [7, 8, 9][:values]
     with pytest.raises(BadSample, match=r"a\.parquet: the header of a page before byte \d+ is damaged"):
@@ -184,7 +185,7 @@ def test_very_many_pages_take_too_much(tmp_path: Path, one: bytes) -> None:
 
 
 def test_row_groups_do_not_share_pages(tmp_path: Path) -> None:
-    """Else each of thousands of them would have all the pages of the file to go through."""
+    """Otherwise all pages of the file would be examined for each of thousands of row groups."""
     content = page(100, numbers(*range(100)))
     path = table(tmp_path / "a.parquet", content, 100, groups=2)
     assert parquet.read_table(path).num_rows == 200
@@ -199,7 +200,7 @@ def test_pages_are_within_their_column(tmp_path: Path) -> None:
     path = table(tmp_path / "a.parquet", content * 2, 200, stored=len(content))
     with pytest.raises(BadSample, match=r"the page at byte \d+ is not within what the footer says of its column"):
         read_table(path)
-    old = b"parquet-mr version 1.2.8"  # such ones count less
+    old = b"parquet-mr version 1.2.8"  # such writers state too small sizes
     path = table(tmp_path / "a.parquet", content, 100, stored=len(content) - 40, writer=old)
     assert read_table(path)["a"].to_pylist() == [*range(100)]
 
@@ -223,7 +224,7 @@ def test_a_footer_is_examined_once_for_all_row_groups(tmp_path: Path, monkeypatc
     monkeypatch.setattr(parquet, "read_metadata", read_metadata)
     assert [row["a"] for group in range(50) for row in rows_of(path, group, ["a"], 64)] == [*range(50)]
     assert len(examined) == 1
-    parquet.write_table(arrow.table({"a": [*range(50, 100)]}), path, row_group_size=1)  # in as many bytes
+    parquet.write_table(arrow.table({"a": [*range(50, 100)]}), path, row_group_size=1)  # a file of the same size
     assert [row["a"] for row in rows_of(path, 7, ["a"], 64)] == [57]
 
 
@@ -231,7 +232,8 @@ def test_a_footer_is_examined_once_for_all_row_groups(tmp_path: Path, monkeypatc
 
 
 def bounds(path: Path, one_by_one: bool) -> list[tuple[Page, int]]:
-    """The pages of a file's only column with values, and the bytes that their texts may have beyond them."""
+    """Return the pages with values of a file's only column, each with the number of bytes that its texts may have
+    beyond it."""
     metadata, texts, found = parquet.read_metadata(path), None, []
     leaf, column = metadata.row_group(0).column(0), metadata.schema.column(0)
     content = path.read_bytes()
@@ -276,13 +278,13 @@ def test_what_texts_have_in_common_is_summed_up(tmp_path: Path, kind: str, count
 
 
 def blocks(count: int, block: int, parts: int) -> bytes:
-    """DELTA_BINARY_PACKED of zeros without a bit."""
+    """Encode zeros as DELTA_BINARY_PACKED with a bit width of 0."""
     return plain(block) + plain(parts) + plain(count) + b"\0" + bytes(1 + parts) * -(-count // block)
 
 
 @pytest.mark.parametrize(("block", "parts"), [(8, 1), (64, 2), (128, 8), (192, 6)])
 def test_blocks_of_other_sizes_count_as_the_worst(tmp_path: Path, block: int, parts: int) -> None:
-    """Arrow refuses those; very many would take long."""
+    """Arrow refuses such blocks; examining very many of them would take long."""
     good = blocks(10_000, 128, 4) * 2
     path = table(
         tmp_path / "a.parquet", page(10_000, good, DELTA_BYTE_ARRAY), 10_000, BYTE_ARRAY, encoding=DELTA_BYTE_ARRAY
@@ -307,7 +309,7 @@ def test_texts_of_a_dictionary_are_summed_up(tmp_path: Path, entries: int, missi
     chance, path = random.Random(entries), tmp_path / "a.parquet"
     texts = [str(number) * chance.randrange(1, 20) for number in range(entries)]
     values: list[str | None] = []
-    while len(values) < 40_000:  # alone and in runs
+    while len(values) < 40_000:  # single values and runs
         values += [None if missing and chance.random() < 0.2 else chance.choice(texts)] * chance.choice([1, 1, 1, 30])
     parquet.write_table(arrow.table({"a": [*texts, *values]}), path, data_page_version=version)
     rest = iter([*texts, *values])
@@ -347,7 +349,7 @@ def test_numbers_of_a_dictionary_that_are_damaged_count_as_the_worst(tmp_path: P
 
 
 def test_the_older_lz4_counts_as_the_worst(tmp_path: Path) -> None:
-    """Its pages may come with or without a frame, so that what unpacks them here may not be what Arrow does."""
+    """Its pages may have a frame or not, so that our decompression may give another result than Arrow's."""
     content = blocks(2000, 128, 4) * 2
     packed = arrow.Codec("lz4_raw").compress(content, asbytes=True)
     one = page(2000, packed, DELTA_BYTE_ARRAY, size=len(content))
@@ -362,7 +364,8 @@ def test_the_older_lz4_counts_as_the_worst(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("codec", [3, 8, 100])
 def test_a_codec_that_arrow_does_not_know_does_not_end_the_process(tmp_path: Path, codec: int) -> None:
-    """Arrow does, where it is asked for the name of one. Before 26 it reads such pages as if they were not packed."""
+    """Arrow ends the process if it is asked for the name of such a codec. Before 26 it reads such pages as
+    uncompressed."""
     content = page(20, blocks(20, 128, 4) * 2, DELTA_BYTE_ARRAY)
     path = table(tmp_path / "a.parquet", content, 20, BYTE_ARRAY, codec, encoding=DELTA_BYTE_ARRAY)
     refused = pytest.raises(BadSample, match=r"a\.parquet: .*(codec|LZO)")

@@ -1,4 +1,4 @@
-"""Parquet tables that nobody vouches for: what a small file would unpack to is counted before it is unpacked."""
+"""Untrusted Parquet tables: the unpacked size of a small file is computed before the file is unpacked."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write(path: Path, table: dict[str, Any], **options: Any) -> Path:
 
 
 def varint(value: int) -> bytes:
-    """A number of Thrift's compact protocol that is not negative."""
+    """Encode a non-negative integer as in Thrift's compact protocol."""
     value, found = 2 * value, bytearray()
     while value > 127:
         found.append(value & 127 | 128)
@@ -44,10 +44,10 @@ def varint(value: int) -> bytes:
 
 
 def claim(path: Path, numbers: dict[int, int], pages: bytes = b"", encodings: tuple[bytes, bytes] = (b"", b"")) -> None:
-    """Writes other numbers in a file's footer in place of those that stand there, each in as many bytes.
+    """Replace integers in a file's footer by others, each in the same number of bytes.
 
     Args:
-        pages: put in front of the footer. encodings: what stands in the footer in place of what.
+        pages: inserted before the footer. encodings: bytes of the footer, and the bytes that replace them.
     """
     content = path.read_bytes()
     start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
@@ -103,11 +103,11 @@ def test_a_small_file_does_not_become_a_large_table(tmp_path: Path, kind: str, s
     assert path.stat().st_size < 16_000
     with pytest.raises(BadSample, match=rf"train-0.parquet: unpacked, it has more than the {LIMIT} bytes"):
         read_table(path)
-    if kind == "a text in a dictionary":  # 64 of its rows are within the limit, and are let go of before the next
+    if kind == "a text in a dictionary":  # 64 of its rows are within the limit, and are freed before the next
         assert [row["a"] for _, row in row_groups(tmp_path, "train-*", ["a"], "it")[0].rows(["a"])] == [TEXT] * 200
     elif kind == "in lists":
         said = rf"cannot be read \(unpacked, it has more than the {LIMIT} bytes.* into several files\)$"
-        with pytest.raises(ValueError, match=said) as refused:  # and not: download it again
+        with pytest.raises(ValueError, match=said) as refused:  # without the advice to download it again
             list(row_groups(tmp_path, "train-*", ["a"], "it")[0].rows(["a"]))
         assert is_too_large(refused.value)
 
@@ -149,7 +149,7 @@ except (BadSample, MemoryError) as error:
 
 @pytest.mark.parametrize("kind", ["a run in one row", "a page of one byte", "beginnings in one row"])
 def test_a_hostile_file_is_refused_within_little_memory(tmp_path: Path, kind: str) -> None:
-    """In a process that may take 48 MB more than it has: Arrow alone, which unpacks the file, does not come through."""
+    """The process may use 48 MB more than it has. Arrow alone, which unpacks the file, fails within this limit."""
     path = tmp_path / "hostile.parquet"
     options: dict[str, Any] = {"use_dictionary": False, "write_statistics": False}
     if kind == "a run in one row":
@@ -182,7 +182,8 @@ def test_a_hostile_file_is_refused_within_little_memory(tmp_path: Path, kind: st
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("codec", ["snappy", "gzip", "brotli", "zstd", "lz4", "none"])
 def test_texts_stored_by_their_beginnings_count_as_they_are(tmp_path: Path, codec: str, version: str) -> None:
-    """Writers of version 2 (parquet-mr, arrow-rs) store texts so where they do not repeat as a whole."""
+    """Writers of version 2 (parquet-mr, arrow-rs) store texts by common prefixes if the texts do not repeat as a
+    whole."""
     chance = random.Random(0)
     texts = [f"{chance.random()} " * chance.randrange(1, 50) for _ in range(4000)]
     tables: dict[str, list[Any]] = {
@@ -202,7 +203,7 @@ def test_texts_stored_by_their_beginnings_count_as_they_are(tmp_path: Path, code
 
 @pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
 def test_texts_partly_of_a_dictionary_count_as_they_are(tmp_path: Path, encoding: str) -> None:
-    """A writer of version 2 gives a dictionary up within a row group where it becomes too large."""
+    """A writer of version 2 stops using a dictionary within a row group when the dictionary becomes too large."""
     number = {"DELTA_BYTE_ARRAY": 7, "DELTA_LENGTH_BYTE_ARRAY": 6}[encoding]
 
     def joined(first: list[str], then: list[str]) -> Path:
@@ -307,7 +308,7 @@ def test_ordinary_tables_are_as_arrow_reads_them(tmp_path: Path, encoding: str |
 
 @pytest.mark.parametrize("store_schema", [False, True])
 def test_one_long_text_of_a_dictionary_does_not_count_for_all(tmp_path: Path, store_schema: bool) -> None:
-    """JSON is given one by one: 6000 times 20 kB would be refused."""
+    """JSON is returned value by value: 6000 times 20 kB would be refused."""
     values = [f'{{"answer": {row % 40}}}' for row in range(6000)]
     values[5] = f'{{"answer": "{TEXT + TEXT}"}}'
     path = write(tmp_path / "a.parquet", {"a": arrow.array(values, arrow.json_())}, store_schema=store_schema)

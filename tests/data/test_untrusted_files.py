@@ -1,4 +1,4 @@
-"""Readers of untrusted files: sizes are checked first, and what is broken is one error."""
+"""Readers of untrusted files: sizes are checked first, and all kinds of damage raise the same error."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def write(
     b_frames: int = 0,
     noise: int = 0,
 ) -> Path:
-    """A video in which the frame at `times[n]` has the shade 20 + 10 (n mod 20), with a silent sound track."""
+    """Write a video in which the frame at `times[n]` has the shade 20 + 10 (n mod 20), with a silent sound track."""
     rng = np.random.default_rng(0)
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=fps)
@@ -74,13 +74,13 @@ def test_sound_and_a_late_start_do_not_change_the_frames(
 def test_time_stamps_in_milliseconds_lose_no_frame(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.mkv", [int(1000 * n / 3) / 1000 for n in range(9)], 3
-    )  # 0, 0.333, 0.666, 1.0, ... cut off
+    )  # 0, 0.333, 0.666, 1.0, ... truncated
     assert duration_s(path) == pytest.approx(2.999, abs=0.001)
     assert numbers(decode_timed(str(path), 16, "stretch", 64)[0]) == [0, 3, 6]
 
 
 def test_matroska_of_few_frames_beside_longer_sound_is_read(tmp_path: Path) -> None:
-    """libav gives the images the length of the whole there, as if they were cut off."""
+    """For such files libav reports the length of the whole file for the video stream, as if the frames were cut off."""
     path = write(tmp_path / "a.mkv", [0, 1, 2, 3], 1, audio_s=20.0)
     with av.open(str(path)) as file:
         assert file.streams.video[0].duration is not None
@@ -89,7 +89,8 @@ def test_matroska_of_few_frames_beside_longer_sound_is_read(tmp_path: Path) -> N
 
 
 def test_windows_media_whose_frames_begin_late_are_as_long_as_they_are_shown(tmp_path: Path) -> None:
-    """Its header counts from 0: of 4 seconds from second 3 on frames up to second 6 were asked for."""
+    """Regression: its header counts from 0. For 4 seconds that begin at second 3, frames up to second 6 were
+    requested."""
     with av.open(str(tmp_path / "a.wmv"), "w") as file:
         stream = file.add_stream("wmv2", rate=5)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -113,7 +114,8 @@ def test_sparse_frames_are_those_on_show(tmp_path: Path) -> None:
 def test_long_videos_are_skipped_through_to_the_same_frames(
     tmp_path: Path, ending: str, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """100 s of 5 frames per second, whose shades tell them apart, with B-frames; of the file and of its bytes."""
+    """The video has 100 s at 5 frames per second, frames with different shades, and B-frames. It is read from the file
+    and from its bytes."""
     path = tmp_path / f"a.{ending}"
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=5)
@@ -133,12 +135,12 @@ def test_long_videos_are_skipped_through_to_the_same_frames(
 
     for source in (str(path), path.read_bytes()):
         frames = frames_at(source, times, np.asarray)
-        if ending == "avi":  # which does not say when frames of this codec are shown
+        if ending == "avi":  # it does not state when frames of this codec are shown
             assert not sought
         else:
             assert len(sought) >= (
                 7 if group == 7 and ending != "ts" else 1
-            )  # which has no index: read from end to end
+            )  # ts has no index: it is read from end to end
         for time, frame in zip(times(100), frames, strict=True):
             number = int(5 * time + 1e-6)
             assert abs(float(frame[24, 16, 0]) - 20 - number % 200) < 3
@@ -152,12 +154,12 @@ def test_long_videos_are_skipped_through_to_the_same_frames(
 
 
 def with_matrix(path: Path, *matrix: float) -> bytes:
-    """A video of four colours, with the display matrix [[a, b], [c, d]] in the header of its track."""
+    """Return a video of four colours, with the display matrix [[a, b], [c, d]] in the header of its track."""
     image = np.zeros((16, 32, 3), np.uint8)
     image[:8, 16:], image[8:, :16], image[8:, 16:] = (255, 0, 0), (0, 255, 0), (255, 255, 255)
     write_video(path, np.stack([image] * 4), 4)
     content = bytearray(path.read_bytes())
-    place = content.index(b"tkhd") + 4 + 24 + 16  # of the matrix, behind version, times, layer and volume
+    place = content.index(b"tkhd") + 4 + 24 + 16  # of the matrix, after version, times, layer and volume
     a, b, c, d = (round(value * 65536) for value in matrix)
     content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     return bytes(content)
@@ -181,11 +183,11 @@ def with_matrix(path: Path, *matrix: float) -> bytes:
 def test_videos_of_phones_are_upright_and_mirrored_as_ffmpeg_shows_them(
     tmp_path: Path, matrix: tuple[float, ...], filters: tuple[tuple[str, str], ...]
 ) -> None:
-    """Whose frames lie on their side or are mirrored, with a display matrix in the track's header. The filters are
-    those that ffmpeg's `autorotate` puts in for it (fftools/ffmpeg_filter.c)."""
+    """Frames stored rotated or mirrored, with a display matrix in the track's header, are shown upright. The filters
+    are those that ffmpeg's `autorotate` inserts for the matrix (fftools/ffmpeg_filter.c)."""
     content = with_matrix(tmp_path / "a.mp4", *matrix)
     (shown,) = frames_at(content, lambda _: [0], np.asarray)
-    with av.open(str(tmp_path / "a.mp4")) as file:  # as it is stored
+    with av.open(str(tmp_path / "a.mp4")) as file:  # the frame as stored
         graph = av.filter.Graph()
         buffer = graph.add_buffer(template=file.streams.video[0])
         graph.link_nodes(
@@ -206,7 +208,7 @@ def test_a_video_turned_by_another_angle_is_refused(tmp_path: Path, matrix: tupl
 
 
 def test_a_list_of_files_in_place_of_a_video_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FFmpeg would read the files that it names, those of the working directory too, and show them as the video."""
+    """FFmpeg would read the files that the list names, also from the working directory, and show them as the video."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "secret.mp4", [0, 1], 1)
     write(tmp_path / "secret.ts", [0, 1], 1)
@@ -272,7 +274,7 @@ def test_a_video_that_ends_early_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["mp4", "mov", "mkv"])
 def test_uneven_times_with_b_frames_lose_no_end(tmp_path: Path, ending: str) -> None:
-    """The header of an mp4 counts in decoding order: it says 1.1 s of 9."""
+    """The header of an mp4 counts in decoding order: it states 1.1 s of the 9 s."""
     path = write(tmp_path / f"a.{ending}", [n / 10 for n in range(10)] + [9.0], 10, b_frames=3)
     assert duration_s(path) == pytest.approx(9.1, abs=0.01)
     shown = frames_at(str(path), lambda _: [0, 1, 8.9, 9.05], lambda image: np.asarray(image))
@@ -282,7 +284,7 @@ def test_uneven_times_with_b_frames_lose_no_end(tmp_path: Path, ending: str) -> 
 @pytest.mark.parametrize("ending", ["mkv", "webm", "avi"])
 @pytest.mark.parametrize("audio_s", [0.0, 4.0])
 def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, ending: str, audio_s: float) -> None:
-    """Its header says how long it was, and what is there can be decoded."""
+    """Its header states the original length, and the part that is there can be decoded."""
     if ending == "webm":
         path = tmp_path / "a.webm"
         write(tmp_path / "a.mkv", [n / 10 for n in range(40)], 10, audio_s, noise=60).rename(path)
@@ -290,7 +292,7 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, ending: str, audio_s
         path = write(tmp_path / f"a.{ending}", [n / 10 for n in range(40)], 10, audio_s, noise=60)
     assert len(decode_timed(str(path), 16, "stretch", 64)[0]) == 4
     whole = path.read_bytes()
-    for share in (0.25, 0.4):  # behind that an AVI has little but its index
+    for share in (0.25, 0.4):  # after that an AVI has little except its index
         with pytest.raises(ValueError, match=r"says it lasts 4\.\d s|cannot be decoded"):
             decode_timed(whole[: int(share * len(whole))], 16, "stretch", 64)
 
@@ -332,7 +334,7 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_named_by_a_time_of_day_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before a colon FFmpeg reads a protocol."""
+    """FFmpeg takes the text before a colon as a protocol."""
     frames = np.stack([np.full((32, 32, 3), shade, np.uint8) for shade in (0, 90, 180)])
     write_video(tmp_path / "a.mp4", frames, 1)
     (tmp_path / "a.mp4").rename(tmp_path / "2024-05-01T10:30:00.mp4")
@@ -362,7 +364,7 @@ def test_frames_larger_than_their_header_says_are_refused() -> None:
 
 
 def growing(path: Path) -> Path:
-    """Six frames of 64 x 64 pixels as the header says, and one of 160 x 160."""
+    """Write six frames of 64 x 64 pixels, as the header states, and one of 160 x 160."""
     with av.open(str(path), "w", format="avi") as file:
         stream = file.add_stream("mjpeg", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
@@ -390,7 +392,7 @@ def test_each_frame_is_held_against_the_limit(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_frame_far_beyond_the_limit_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "MAX_PIXELS", 100 * 100)  # the decoder is told twice as many; the frame has 25 600
+    monkeypatch.setattr(video, "MAX_PIXELS", 100 * 100)  # the decoder's limit is twice as high; the frame has 25 600
     path = growing(tmp_path / "a.avi")
     assert read_frame(path, 5).shape == (64, 64, 3)
     with pytest.raises(OSError, match=r"a\.avi: frame 6 cannot be decoded"):
@@ -403,7 +405,7 @@ def test_the_index_reads_the_stream_only_while_its_container_is_open(
     path = write(tmp_path / "a.mp4", [n / 10 for n in range(8)], 10, tick=10240)
     container, stream = video._open_container(path)
 
-    class Stream:  # of PyAV's, memory that closing the container frees; what is read then is whatever lies there
+    class Stream:  # PyAV's is memory that closing the container frees: reading it later gives arbitrary data
         @property
         def time_base(self) -> Fraction:
             assert opened.open

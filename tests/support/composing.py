@@ -1,4 +1,4 @@
-"""What composing a configuration computes again each time, computed once."""
+"""Caches for what composing a configuration computes again each time."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SUPPORT = Path(__file__).parent
 
 
 def memoized(patch: pytest.MonkeyPatch) -> None:
-    """Keeps what is read of a configuration file until the file changes, what an interpolation is parsed to, and what
-    the same options are merged to before settings are given; makes the choices that a defaults list may refer to only
-    where one does. None of it changes what is composed."""
-    Plugins.instance()  # imports the sources anew: classes imported before are not those that it uses
+    """Cache each configuration file as read until the file changes, each interpolation as parsed, and the merge of the
+    same options before settings are given. Build the choices that a defaults list may refer to only where one does.
+    None of this changes the composed configuration."""
+    Plugins.instance()  # imports the sources again: it does not use the classes imported before
     known: dict[tuple[object, ...], bytes] = {}
     for scheme in ("file", "pkg"):
         source = SourcesRegistry.instance().resolve(scheme)
@@ -52,7 +52,7 @@ def _read_once(
                 return load(self, config_path)
             key += (file.stat().st_mtime_ns, file.stat().st_size)
         if key not in known:
-            known[key] = pickle.dumps(load(self, config_path))  # read back sooner than a deep copy is made
+            known[key] = pickle.dumps(load(self, config_path))  # unpickling is faster than a deep copy
         return pickle.loads(known[key])
 
     return load_config
@@ -107,7 +107,8 @@ def _merged_once(compose: Callable[..., DictConfig]) -> Callable[..., DictConfig
 
 
 def _state(repo: IConfigRepository) -> tuple[object, ...] | None:
-    """Where options come from, and each file there with its time and size. None: a folder of one test's own."""
+    """Return where options come from, and each file there with its time and size. None: a test has a folder of its
+    own."""
     sources = [(source.provider, source.scheme(), source.path) for source in repo.get_sources()]
     folders = [path for _, scheme, path in sources if scheme == "file"]
     if not all(Path(folder) in (config_folder(), SUPPORT / "conf") for folder in folders):

@@ -16,7 +16,7 @@ from keygrip.training.run_folder import register_resolvers
 
 
 def composed(root: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
-    """A root config, with the node ``hydra`` where that is wanted."""
+    """Compose a root config, with the node ``hydra`` if `with_hydra`."""
     importlib.import_module(f"keygrip.{root}")  # registers its schema
     register_resolvers()
     register_options()
@@ -25,7 +25,7 @@ def composed(root: str, overrides: list[str], with_hydra: bool = False) -> DictC
 
 
 def nodes(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every mapping with a ``_target_``, with its place."""
+    """Yield every mapping with a ``_target_``, with its path."""
     if isinstance(node, dict):
         if "_target_" in node:
             yield path, node
@@ -37,7 +37,7 @@ def nodes(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def assert_fits(path: str, node: dict[str, Any]) -> None:
-    """The keys of a config node are parameters of what it builds, and all that are needed are there."""
+    """Assert that the keys of a config node are parameters of its target, and that all required ones are given."""
     target = get_object(node["_target_"])
     signature = inspect.signature(target)
     given = {key: value for key, value in node.items() if not (key.startswith("_") and key.endswith("_"))}

@@ -1,4 +1,4 @@
-"""What every model is asked for in the contract suites: a step of training, a plan, an evaluation."""
+"""What the contract suites require of every model: a training step, a plan, an evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# Options that change what a model is given.
+# Options that change the inputs of a model.
 OPTIONS = {
     "volume_query_of_two_views": (
         *("model=volume_query", "model.network.world_views=true", "data.cameras=[over,front]"),
@@ -34,7 +34,7 @@ EVALUATE = {
 
 
 def observation(policy: Any) -> dict[str, Any]:
-    """What a policy says that it needs, of a camera that looks at the table."""
+    """Return the inputs that a policy requires, from a camera directed at the table."""
     generator, arms = np.random.default_rng(0), len(policy.needs.arms)
     view = {
         "image": generator.integers(0, 255, (96, 128, 3), dtype=np.uint8),
@@ -50,7 +50,7 @@ def observation(policy: Any) -> dict[str, Any]:
 
 
 def wrong_observations(seen: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Observations that are wrong in one entry, and what is said of each; `seen` is right."""
+    """Yield observations that are wrong in one entry, each with the expected message; `seen` is correct."""
     arms = len(seen["gripper"])
     for name, value, said in (
         ("position", np.full((arms, 3), np.nan), "'position' of the observation holds numbers that are not finite"),
@@ -64,7 +64,7 @@ def wrong_observations(seen: dict[str, Any]) -> Iterator[tuple[dict[str, Any], s
     for name in ("position", "quaternion", "gripper"):
         yield {key: value for key, value in seen.items() if key != name}, f"the observation lacks '{name}', which is"
     cameras, image = [*seen["cameras"]], seen["image"]
-    # the only camera needs no name, and has none in what is said then
+    # the only camera needs no name, and the message then gives none
     for names in [cameras, []] if len(cameras) == 1 else [cameras]:
         whose = f"camera '{names[0]}' of the observation" if names else "the observation"
         for wrong, said in (

@@ -21,7 +21,8 @@ TEXT_DIM, DINO_DIM, CHANNELS = 6, 10, 3
 
 
 def small_dit(seed: int = 0, stirred: bool = True, **changes: Any) -> PatchDiT:
-    """Zero layers are filled where ``stirred``: a network that starts as the identity hides what it would do."""
+    """Build a small DiT. Zero layers are filled if ``stirred``: a network that starts as the identity hides its
+    effects."""
     torch.manual_seed(seed)
     options: dict[str, Any] = {"width": 32, "depth": 3, "heads": 2, "patch_size": 2, "position_cells": 8}
     network = PatchDiT(CHANNELS, TEXT_DIM, DINO_DIM, **(options | changes))
@@ -32,7 +33,7 @@ def small_dit(seed: int = 0, stirred: bool = True, **changes: Any) -> PatchDiT:
 
 @torch.no_grad()
 def stir(network: nn.Module) -> None:
-    """Fills what starts at zero with small random numbers, as training would."""
+    """Fill parameters that are zero at the start with small random values, as training would."""
     for parameter in network.parameters():
         if not parameter.any():
             parameter.normal_(std=0.2)
@@ -45,7 +46,7 @@ def conditions_of(
     grid: tuple[int, int] = (3, 3),
     seed: int = 1,
 ) -> Conditions:
-    """Padding holds noise, which must not matter."""
+    """Return random conditions. Padding holds noise, which must not matter."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -90,7 +91,8 @@ SMALL = [
 
 
 def write_images(root: Path, overrides: Sequence[str] = (), train: int = 10, val: int = 4) -> Path:
-    """Image shards in a square and a wide bucket, of noise in two colours with a caption each, by small encoders."""
+    """Write image shards with a square and a wide bucket: noise in two colours with captions, encoded by small
+    encoders."""
     config = compose("train", [*SMALL, *overrides])
     encoders = instantiate(config.encoders)
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +121,7 @@ def write_images(root: Path, overrides: Sequence[str] = (), train: int = 10, val
 
 
 def write_flux(folder: Path) -> Path:
-    """A folder as FLUX.1's, with a small random autoencoder, T5 encoder (states of 24) and tokenizer."""
+    """Write a folder like FLUX.1's, with a small random autoencoder, T5 encoder (states of 24) and tokenizer."""
     from diffusers import AutoencoderKL
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel

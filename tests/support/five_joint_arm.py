@@ -1,5 +1,5 @@
-"""An arm of five joints as MJCF and URDF, whose poses are known in closed form: a turn about z, three bends in one
-plane, a roll; and the jaw of its gripper. Metres, rad."""
+"""An arm of five joints as MJCF and URDF, with poses in closed form: a rotation about z, three bends in one plane, a
+roll; and the jaw of its gripper. Metres, rad."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ URDF = (
 
 
 def poses_in_closed_form(joints: np.ndarray) -> np.ndarray:
-    """base_from_tip [N, 4, 4] of joints [N, 5]."""
+    """Return base_from_tip [N, 4, 4] of joints [N, 5]."""
     pan, lift, elbow, flex, roll = joints.T
     out, up = np.zeros(len(joints)), np.full(len(joints), HEIGHT)
     for length, pitch in ((UPPER, lift), (FORE, lift + elbow), (HAND, lift + elbow + flex)):

@@ -1,4 +1,4 @@
-"""A gymnasium environment of somebody else, and the one small class that makes it an environment of keygrip."""
+"""A gymnasium environment of a third party, and the one small class that makes it an environment of keygrip."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ GOAL = np.array([0.3, 0.1, 0.2])
 
 
 class PointMass(gymnasium.Env[np.ndarray, np.ndarray]):
-    """A point moved by up to 5 cm per step; done within 2 cm of the goal. It renders 32 x 32 pixels, without a camera
-    model, and starts where the seed says."""
+    """A point moved by up to 5 cm per step; done within 2 cm of the goal. It renders 32 x 32 pixels without a camera
+    model. The seed determines its start."""
 
     observation_space = spaces.Box(-1, 1, (3,), np.float64)
     action_space = spaces.Box(-1, 1, (3,), np.float64)
@@ -36,7 +36,8 @@ class PointMass(gymnasium.Env[np.ndarray, np.ndarray]):
 
 
 class Calibrated(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Observations with camera and gripper pose; actions from commanded poses. The expert goes straight to the goal."""
+    """Observations with camera and gripper pose; actions from commanded poses. The expert moves straight to the
+    goal."""
 
     def _seen(self, point: np.ndarray) -> dict[str, Any]:
         intrinsics = np.array([[40.0, 0, 16], [0, 40.0, 16], [0, 0, 1]])
@@ -60,14 +61,14 @@ class Calibrated(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 class Wide(gymnasium.ObservationWrapper[Any, Any, Any]):
-    """The calibrated observation, with 16 columns more at the right."""
+    """The calibrated observation with 16 more image columns on the right."""
 
     def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
         return {**observation, "image": np.pad(observation["image"], ((0, 0), (0, 16), (0, 0)))}
 
 
 class TwoArms(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """The point is the left arm; the right one is its mirror image, and its expert says so too."""
+    """The point is the left arm. The right arm is its mirror image, and so are the expert's commands for it."""
 
     mirror = np.array([1.0, -1.0, 1.0])
 
@@ -100,7 +101,7 @@ class Inexpert(gymnasium.ObservationWrapper[Any, Any, Any]):
 
 
 class TwoCameras(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """A second camera, 10 cm beside the first and darker; says what to do at the start alone."""
+    """A second camera, 10 cm from the first and darker. The instruction is given only at reset."""
 
     def _seen(self, seen: dict[str, Any]) -> dict[str, Any]:
         beside = seen["world_to_camera"].copy()

@@ -1,4 +1,4 @@
-"""Drawn images with ground truth, small encoders, and image shards of both."""
+"""Drawn images with ground truth, small encoders, and image shards made with both."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def small_encoders(dino_view: str = "grey", shape: str = "square", edge: int = 4
 
 
 def drawn(number: int, bucket: Bucket, scale: int = 2) -> tuple[Image.Image, dict[str, Any]]:
-    """A image of a coloured square and a blue bar at places that follow from its number, and its evidence."""
+    """Draw a coloured square and a blue bar at places that depend on the number; return the image and its evidence."""
     rng = np.random.default_rng(number)
     width, height = bucket.width * scale, bucket.height * scale
     pixels = np.full((height, width, 3), 200 + rng.integers(0, 30), np.uint8)
@@ -55,11 +55,11 @@ def write_images(
     said: bool = True,
     keep_images: bool = False,
 ) -> Path:
-    """Shards of drawn pictures: so many a bucket and split.
+    """Write shards of drawn images, with the given number of images per bucket in each split.
 
     Args:
-        splits: number of the first image of each; {"": 0}: a set without splits. without_patches: numbers of the
-            images that lack theirs. said: write images.json. keep_images: pixels too.
+        splits: number of the first image of each; {"": 0}: a set without splits. without_patches: numbers of the images
+            without DINO patches. said: write images.json. keep_images: store pixels too.
     """
     for split, first in splits.items():
         for bucket, count in counts.items():
@@ -87,7 +87,7 @@ def write_images(
 
 
 def write_tiny_clip(folder: Path) -> tuple[Any, Any]:
-    """A CLIP of random weights whose words are letters, in the hub's layout; and its tokenizer."""
+    """Save a CLIP with random weights whose tokens are letters, in the hub's layout; return it and its tokenizer."""
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]

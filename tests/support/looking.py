@@ -1,4 +1,4 @@
-"""Cameras of tests."""
+"""Camera poses for tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def looking_at(eye: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """World to camera [4, 4] (OpenCV) of an upright camera at `eye` that looks at `target`, both [3] in metres."""
+    """Return world to camera [4, 4] (OpenCV) of an upright camera at `eye` directed at `target`, both [3] in metres."""
     forward = (target - eye) / np.linalg.norm(target - eye)
     right = np.cross(forward, [0.0, 0.0, 1.0])
     right /= np.linalg.norm(right)

@@ -1,6 +1,6 @@
-"""What Meta-World's cameras see of things whose places are known, and what a seed decides: one line of JSON.
+"""Print where Meta-World's cameras show objects at known places, and what a seed determines: one line of JSON.
 
-`tests/envs/metaworld/test_metaworld.py` runs it in the Python environment that has Meta-World.
+`tests/envs/metaworld/test_metaworld.py` runs this file in the Python environment that has Meta-World.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ CHANGED = 8  # grey levels
 
 
 def changed(now: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> np.ndarray:
-    """[n, 2] centres of the pixels in which two images of a camera differ."""
+    """Return the [n, 2] centres of the pixels in which two images of a camera differ."""
     differs = np.abs(now["image"].astype(int) - before["image"]).max(-1) > CHANGED
     return np.argwhere(differs)[:, ::-1] + 0.5
 
 
 def described(view: dict[str, np.ndarray], point: np.ndarray, pixels: np.ndarray) -> dict[str, Any]:
-    """A camera, a point of the world, and the pixels that changed with it."""
+    """Return a camera, a point of the world, and the pixels that changed with the point."""
     camera = {name: view[name].tolist() for name in ("intrinsics", "world_to_camera")}
     return camera | {"point": point.tolist(), "pixels": pixels.tolist()}
 
 
 def goals(environment: MetaWorldEnvironment, cameras: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Of each camera, where the mark of the goal is drawn, for several goals."""
+    """For each camera, return where the mark of the goal is drawn, for several goals."""
     model, data = environment.env.model, environment.env.data
     mark = model.site("goal").id
 
@@ -49,7 +49,7 @@ def goals(environment: MetaWorldEnvironment, cameras: list[str]) -> dict[str, li
 
 
 def fingers(environment: MetaWorldEnvironment, camera: str) -> dict[str, Any]:
-    """What changes where the hand stands still, moved to the side, and shuts its fingers."""
+    """Return the pixels that change when the hand, moved to the side, stands still and closes its fingers."""
     target = np.concatenate([environment.position + [0.1, 0.0, 0.05], DOWN])
     views = []
     for opening in (1.0, 0.0):
@@ -60,7 +60,7 @@ def fingers(environment: MetaWorldEnvironment, camera: str) -> dict[str, Any]:
 
 
 def starts(environment: MetaWorldEnvironment) -> list[list[float]]:
-    """What is sensed at the start of the seeds 3, 4 and 3, with some steps between."""
+    """Return the sensed state at the start of the seeds 3, 4 and 3, with some steps between them."""
     found = []
     for seed in (3, 4, 3):
         environment.reset(seed=seed)

@@ -1,4 +1,4 @@
-"""A worker process that dies where its jobs say so; started by `keygrip.envs.workers.run_jobs`."""
+"""A worker process that dies if its jobs demand it; started by `keygrip.envs.workers.run_jobs`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeded damage to files, and the outcome of reading them: the same, refused or skipped in one line, or other."""
+"""Seeded damage to files, and the outcome of reading them: unchanged, refused or skipped in one line, or different."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 HANG_S = 20
-REFUSALS = (ValueError, FileNotFoundError)  # what a command prints as one line
+REFUSALS = (ValueError, FileNotFoundError)  # a command prints these as one line
 
 
 class Hang(BaseException):
-    """Not an Exception, so that no reader takes it for a broken sample."""
+    """Not an Exception, so that no reader handles it as a broken sample."""
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def time_limit(seconds: int = HANG_S) -> Iterator[None]:
 
 
 class TouchesFile:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,7 +51,7 @@ class TouchesFile:
 
 
 def flipped(content: bytes, rng: np.random.Generator) -> bytes:
-    """Damage without knowledge of the format: bits, bytes, blocks and cuts."""
+    """Damage bytes without knowledge of the format: bits, bytes, blocks and cuts."""
     changed = bytearray(content or b"\0")
     place = int(rng.integers(len(changed)))
     kind = int(rng.integers(7))
@@ -73,7 +73,7 @@ def flipped(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def png_saying(width: int, height: int) -> bytes:
-    """The header of a PNG file of that size."""
+    """Return a PNG file whose header states that size."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -104,7 +104,7 @@ def hostile_images() -> list[bytes]:
 
 
 def hostile_json(field: bytes) -> list[bytes]:
-    """JSON that is no sample; `field` is a key that readers look at."""
+    """Return JSON that is no valid sample; `field` is a key that readers use."""
     values = [
         b"1e400",
         b"NaN",
@@ -148,7 +148,7 @@ def hostile_npy(sentinel: Path) -> list[bytes]:
 
 
 class Outcomes:
-    """Counts what became of each mutation."""
+    """Counts the outcomes of mutations."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -156,7 +156,7 @@ class Outcomes:
         self.different: list[str] = []
 
     def run(self, name: str, read: Callable[[], Any], whole: Any) -> Any:
-        """Reads a mutated set. What `read` gives, or None where it refused."""
+        """Read a mutated set. Return what `read` returns, or None if it refused."""
         try:
             with time_limit():
                 found = read()

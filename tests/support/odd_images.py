@@ -1,4 +1,4 @@
-"""Odd image files with what they show, and others with the reason for which they are left out."""
+"""Unusual image files with the pixels that they show, and others with the reason why they are left out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def grey3(values: np.ndarray) -> np.ndarray:
 
 
 def png(header: bytes, rows: bytes) -> bytes:
-    """A PNG file by hand: header fields after IHDR's name, and uncompressed rows with their filter bytes."""
+    """Build a PNG file by hand: header fields after IHDR's name, and uncompressed rows with their filter bytes."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -46,7 +46,7 @@ def exif(orientation: int) -> bytes:
 
 
 def as_stored(orientation: int) -> np.ndarray:
-    """Pixels that a reader turns into `PLAIN` when it follows an EXIF orientation."""
+    """Return pixels that become `PLAIN` when a reader applies an EXIF orientation."""
     undo: dict[int, Callable[[np.ndarray], np.ndarray]] = {
         1: lambda a: a,
         2: np.fliplr,
@@ -61,12 +61,12 @@ def as_stored(orientation: int) -> np.ndarray:
 
 
 def tiff(pixels: np.ndarray, photometric: int, *more: tuple[int, int], kind: int = 1, bits: int | None = None) -> bytes:
-    """An uncompressed TIFF by hand, of any number of channels and bits, which Pillow cannot write.
+    """Build an uncompressed TIFF by hand, of any number of channels and bits, which Pillow cannot write.
 
     Args:
         photometric: 1 grey, 2 RGB, 5 CMYK. more: further tags of one short.
         kind: 1 unsigned, 2 signed, 3 floating point.
-        bits: of each number, packed with the highest first; None: those of the array's type.
+        bits: of each value, packed with the highest first; None: those of the array's type.
     """
     height, width, channels = (*pixels.shape, 1)[:3]
     data = pixels.tobytes()
@@ -78,7 +78,7 @@ def tiff(pixels: np.ndarray, photometric: int, *more: tuple[int, int], kind: int
     tags += [(278, height), (279, len(data)), (339, kind), *more]
     table, behind = b"", b""
     for tag, value in sorted(tags):
-        if tag in (258, 339) and channels > 2:  # one for each channel, behind the data
+        if tag in (258, 339) and channels > 2:  # one for each channel, after the data
             table += struct.pack("<HHII", tag, 3, channels, 8 + len(data) + len(behind))
             behind += struct.pack(f"<{channels}H", *[value] * channels)
         elif tag in (258, 339) and channels == 2:
@@ -95,7 +95,7 @@ def tiff(pixels: np.ndarray, photometric: int, *more: tuple[int, int], kind: int
 
 
 def deep_png(kind: int, depth: int, rows: list[bytes], *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG by hand with further chunks before its pixels, such as a gamma or a transparent colour."""
+    """Build a PNG by hand with further chunks before its pixels, such as a gamma or a transparent colour."""
     header = struct.pack(">IIBBBBB", EDGE, EDGE, depth, kind, 0, 0, 0)
     whole = png(header, b"".join(b"\0" + row for row in rows))
     more = b"".join(
@@ -107,7 +107,8 @@ def deep_png(kind: int, depth: int, rows: list[bytes], *chunks: tuple[bytes, byt
 
 
 def unusual() -> dict[str, tuple[bytes, np.ndarray, int]]:
-    """Depths, colour spaces and transparencies that few programs write, and most readers get wrong in silence."""
+    """Depths, colour spaces and transparencies that few programs write, and most readers decode wrongly without an
+    error."""
     whole, wide = Image.fromarray(PLAIN), GREY.astype(np.uint16) * 257
     deep = PLAIN.astype(np.uint16) * 257
     half = np.full_like(ALPHA, 128)
@@ -192,7 +193,7 @@ def unusual() -> dict[str, tuple[bytes, np.ndarray, int]]:
 
 @functools.cache
 def right() -> dict[str, tuple[bytes, np.ndarray, int]]:
-    """Files with the pixels that they show, and how far a lossy format may be from them."""
+    """Return files with the pixels that they show, and how much a lossy format may differ from them."""
     whole, grey = Image.fromarray(PLAIN), Image.fromarray(GREY)
     wide = GREY.astype(np.uint16) * 257
     rgba = Image.fromarray(np.dstack([PLAIN, ALPHA]))
@@ -271,7 +272,7 @@ def right() -> dict[str, tuple[bytes, np.ndarray, int]]:
 
 @functools.cache
 def refused() -> dict[str, tuple[bytes, str]]:
-    """Files with the reason for which they are left out."""
+    """Return files with the reason why they are left out."""
     whole = Image.fromarray(PLAIN)
     frames = [whole, Image.fromarray(255 - PLAIN)]
     several = {"save_all": True, "append_images": frames[1:]}

@@ -1,7 +1,7 @@
-"""A robot that talks to a policy server with the real openpi-client; runs where that package is installed.
+"""A robot client of a policy server, with the real openpi-client; runs where that package is installed.
 
-Reads arrays (an .npz of an observation) and prints what came back as JSON: the metadata's keys, actions of plans, the
-error that a bad observation raises.
+Reads arrays (an .npz of an observation) and prints the answers as JSON: the metadata's keys, actions of plans, the
+error that an invalid observation raises.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a robot of one arm sees where a batch of policy samples begins; and validations of batches in pieces."""
+"""The observation of a one-armed robot at the first sample of a batch; and validation of a batch in pieces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Batch = TypeVar("Batch", bound=PolicyTargets)
 
 
 def observation_of(data: PolicyBatch, image: np.ndarray) -> dict[str, Any]:
-    """An image ``[H, W, 3]`` uint8 with the first sample's camera and gripper pose."""
+    """Return an observation: an image ``[H, W, 3]`` uint8 with the first sample's camera and gripper pose."""
     return {
         "image": image,
         "intrinsics": data.intrinsics[0].numpy(),
@@ -29,7 +29,7 @@ def observation_of(data: PolicyBatch, image: np.ndarray) -> dict[str, Any]:
 
 
 def validated_in_pieces(module: LightningModule, data: Batch, pieces: Sequence[slice]) -> dict[str, float]:
-    """What is logged of a validation whose batches are pieces of one."""
+    """Return what a validation logs whose batches are pieces of one batch."""
     batches = [
         replace(
             data,

@@ -1,15 +1,15 @@
-"""A pretended GPU: tensors say that they lie on `cuda:0`, compute on the CPU, and must not meet those of the CPU.
+"""A simulated GPU: its tensors report the device `cuda:0`, compute on the CPU, and must not be mixed with CPU tensors.
 
-What goes wrong on a GPU alone is mostly a tensor, an index or a generator that was left on the CPU. Here such a mixture
-raises `MixedDevices` on any machine, with the rules of CUDA: scalars of the CPU may be mixed in, indices of the CPU may
-read and write a tensor of the GPU, a copy may cross, numpy reads nothing from the GPU. The random numbers are those of
-the CPU, so that a run computes the same as there.
+Most errors that occur only on a GPU come from a tensor, an index or a generator that was left on the CPU. Here such a
+mixture raises `MixedDevices` on any machine, by the rules of CUDA: CPU scalars may be mixed in, CPU indices may read
+and write a GPU tensor, a copy may go from one device to the other, numpy cannot read from the GPU. The random numbers
+are those of the CPU, so that a run computes the same as on the CPU.
 
-It also notes each place at which the CPU would wait until the GPU is done: where Python reads a value, and where the
-size of a result depends on one.
+It also records each place where the CPU would wait until the GPU is done: where Python reads a value, and where the
+size of a result depends on a value.
 
-Speed, memory, kernels and streams of CUDA are not pretended. Autocast follows the rules of the CPU: what it computes in
-bf16 it does on a GPU too, but for norms and softmax, which return float32 there.
+Speed, memory, kernels and streams of CUDA are not simulated. Autocast follows the rules of the CPU. What it computes in
+bf16, a GPU computes in bf16 too, except norms and softmax, which return float32 there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 aten = torch.ops.aten
-# index_fill_ is what x[indices] = scalar becomes on the CPU alone
+# x[indices] = scalar becomes index_fill_ on the CPU only
 READ = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_fill_.int_Scalar}
 WRITE = {
     *(aten.index_put.default, aten.index_put_.default),
@@ -44,15 +44,15 @@ is_autocast_enabled, get_autocast_dtype = torch.is_autocast_enabled, torch.get_a
 Generator = torch.Generator
 
 
-waits: list[str] = []  # file and line of each, since the pretended GPU was there
+waits: list[str] = []  # file and line of each wait since the simulated GPU was started
 
 
 class MixedDevices(RuntimeError):
-    """What CUDA would refuse."""
+    """An operation that CUDA would refuse."""
 
 
 class OnGPU(Tensor):
-    """A tensor that says it lies on the GPU; `held` is the one of the CPU that it computes with."""
+    """A tensor that reports the GPU as its device; `held` is the CPU tensor that it computes with."""
 
     held: Tensor
     device = property(lambda self: CUDA)
@@ -62,7 +62,7 @@ class OnGPU(Tensor):
 
     @staticmethod
     def __new__(cls: type[OnGPU], held: Tensor) -> OnGPU:
-        # C++ takes it for a tensor of the CPU: with the other name it would ask the driver for streams.
+        # C++ treats it as a CPU tensor: with the other device it would request streams from the driver.
         made = Tensor._make_wrapper_subclass(
             cls,
             held.size(),
@@ -89,7 +89,7 @@ class OnGPU(Tensor):
 
 
 def _wait() -> None:
-    """Notes the innermost line of the package; of other callers the innermost one outside torch."""
+    """Record the innermost line of the package, or for other callers the innermost line outside torch."""
     frame, found = sys._getframe(1), None
     while frame is not None:
         name = frame.f_code.co_filename
@@ -113,7 +113,7 @@ def _pretended(value: Any) -> Any:
 
 def _compute(operation: Any, args: Any, kwargs: Any) -> Any:
     if torch.is_inference_mode_enabled():
-        with inference_mode(mode=False):  # a wrapper made within it could not be viewed
+        with inference_mode(mode=False):  # a wrapper made in inference mode could not be viewed
             return _checked(operation, args, kwargs)
     return _checked(operation, args, kwargs)
 
@@ -169,7 +169,7 @@ class _Down(torch.autograd.Function):
 
 
 def moved(x: Tensor, device: Any) -> Tensor:
-    """A tensor on another device, differentiable; itself where it is there already."""
+    """Return a tensor on another device, differentiably; the tensor itself if it is there already."""
     kind = x.device.type if device is None else torch.device(device).type
     if kind == x.device.type or kind == "meta":
         return x
@@ -202,11 +202,11 @@ class _Autocast(autocast):  # type: ignore[misc, valid-type]
 
 
 class _AnyGenerator(metaclass=_GeneratorKind):
-    """In the place of torch.Generator, which asks the driver."""
+    """Replaces torch.Generator, which would call the driver."""
 
 
 class _Calls(TorchFunctionMode):
-    """Calls from Python: those that move a tensor or make one where they are told to."""
+    """Calls from Python that move a tensor, or make one on a given device."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -278,8 +278,8 @@ class _Operations(TorchDispatchMode):
 
 
 def _apply_to(parameters: dict[Any, tuple[Tensor, Tensor]]) -> Callable[..., nn.Module]:
-    """`nn.Module._apply` that puts parameters of another kind in the places of a module's own: torch's sets their data,
-    which cannot change its class. Tied parameters stay tied."""
+    """Return an `nn.Module._apply` that replaces a module's parameters if their class changes: torch's own sets their
+    data, which cannot change the class. Tied parameters stay tied."""
 
     def apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for child in module.children() if recurse else ():
@@ -300,7 +300,7 @@ def _apply_to(parameters: dict[Any, tuple[Tensor, Tensor]]) -> Callable[..., nn.
                     made = nn.Parameter(new, old.requires_grad)
                 if old.grad is not None:
                     made.grad = function(old.grad)
-                parameters[key] = (old, made)  # with the old one, so that no other takes its id
+                parameters[key] = (old, made)  # keeps the old one alive, so that its id is not reused
             module._parameters[name] = parameters[key][1]  # type: ignore[assignment]
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -312,7 +312,7 @@ def _apply_to(parameters: dict[Any, tuple[Tensor, Tensor]]) -> Callable[..., nn.
 
 @contextmanager
 def pretended_gpu(bf16: bool = False) -> Iterator[None]:
-    """Within it torch has one GPU, which knows bf16 or does not."""
+    """Within this context torch has one GPU, with or without bf16."""
     load, save = torch.load, torch.save
     waits.clear()
 

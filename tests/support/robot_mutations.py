@@ -1,4 +1,4 @@
-"""Damage to every file of a folder of robot demonstrations, and what becomes of its frames and poses."""
+"""Damage to every file of a folder of robot demonstrations, and its effect on their frames and poses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HOSTILE_CONTENT = {
 
 
 def contents(root: Path) -> dict[str, Any]:
-    """Poses and pixels (hashed) of every frame of every demonstration that can be read."""
+    """Return the poses and pixels (hashed) of every frame of every demonstration that can be read."""
     found: dict[str, Any] = {}
     for reference in find_demos(root):
         try:
@@ -54,7 +54,7 @@ def contents(root: Path) -> dict[str, Any]:
 
 
 def image(demo: Demo, camera: str, frame: int) -> np.ndarray:
-    """As training reads it, without the cache."""
+    """Read an image as training does, without the cache."""
 
     class Uncached:
         def read(self, demo_index: int, frame: int) -> np.ndarray:
@@ -81,7 +81,8 @@ def files(root: Path) -> list[Path]:
 
 
 def every_damage(root: Path, rounds: int, sentinel: Path) -> Iterator[tuple[Path, bytes, str]]:
-    """(file, its content, what is done to it): the folder is damaged while the caller holds the item, then mended."""
+    """Yield (file, damaged content, kind of damage). The caller writes the content and restores the file before the
+    next."""
     rng = np.random.default_rng(0)
     held = files(root)
     for number in range(rounds):
@@ -96,11 +97,11 @@ def every_damage(root: Path, rounds: int, sentinel: Path) -> Iterator[tuple[Path
 
 
 def assert_damage_is_found(root: Path, rounds: int, unnoticed: tuple[str, ...]) -> Outcomes:
-    """Damages files one by one; no reader may raise anything but a refusal, hang, or run what is stored.
+    """Damage files one by one. No reader may raise anything except a refusal, hang, or execute stored content.
 
     Args:
-        root: a whole folder of demonstrations; it is the same afterwards.
-        unnoticed: suffixes of files without a checksum, in which a change can be another valid content.
+        root: a valid folder of demonstrations; it is unchanged afterwards.
+        unnoticed: suffixes of files without a checksum, where a change can give other valid content.
     """
     sentinel, outcomes = root.parent / "ran", Outcomes()
     whole = contents(root)

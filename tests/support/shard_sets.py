@@ -17,14 +17,14 @@ from keygrip.data.video_text.conversations import answer, describe_video_text, v
 
 
 def picture(shade: int, size: int = 8) -> bytes:
-    """A PNG file of one grey."""
+    """Return a PNG file with one shade of grey."""
     buffer = io.BytesIO()
     Image.fromarray(np.full((size, size, 3), shade, np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def small_video() -> bytes:
-    """Two seconds of mp4, 8 frames of 16 pixels."""
+    """Return two seconds of mp4, 8 frames of 16 pixels."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=4)
@@ -48,7 +48,8 @@ def write_set(
     lengths: Sequence[int] | None = None,
     kinds: Sequence[str] = ("mark",),
 ) -> Path:
-    """A set with a sample for each number of frames; sample n is called <prefix>n, its images have the shade n."""
+    """Write a set with one sample per number of frames; sample n is named <prefix>n, and its images have the shade
+    n."""
     for start in range(0, len(frames), per_shard):
         with ShardWriter(root / f"{prefix}-{start // per_shard:03d}.tar") as writer:
             for number in range(start, min(start + per_shard, len(frames))):
@@ -60,7 +61,7 @@ def write_set(
 
 
 class CharacterCollator:
-    """One token a character of the first turn."""
+    """Makes one token per character of the first turn."""
 
     def __call__(self, samples: list[VideoTextSample]) -> VideoTextBatch:
         frames, frame_mask = stack_frames(samples)
@@ -85,7 +86,7 @@ class CharacterCollator:
 
 
 def write_conversations(root: Path, samples: Sequence[tuple[int, Sequence[Conversation]]], prefix: str = "s") -> Path:
-    """A set of (frames, conversations), as another program would write it: without settings."""
+    """Write a set of (frames, conversations) as another program would: without settings."""
     with ShardWriter(root / "train" / f"{prefix}-000.tar") as writer:
         for number, (frames, said) in enumerate(samples):
             images = [picture(number % 256)] * frames

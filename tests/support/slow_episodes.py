@@ -1,4 +1,4 @@
-"""Stands in for the processes of a closed-loop evaluation: the first episode ends at once, the others do not."""
+"""Replaces the processes of a closed-loop evaluation: the first episode ends at once, the others do not."""
 
 from __future__ import annotations
 

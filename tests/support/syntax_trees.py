@@ -1,4 +1,4 @@
-"""What stands in Python files, parsed once for all tests of a process."""
+"""Syntax trees of Python files, parsed once for all tests of a process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 @cache
 def tree(path: Path) -> ast.Module:
-    """A file's syntax tree."""
+    """Return a file's syntax tree."""
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
 @cache
 def nodes_of(path: Path) -> list[ast.AST]:
-    """All that is in a file's syntax tree, the outer before the inner."""
+    """Return all nodes of a file's syntax tree, outer before inner ones."""
     return list(ast.walk(tree(path)))

@@ -16,7 +16,7 @@ SIZES: dict[str, Any] = {
 
 
 def tokenizer() -> Any:
-    """A word is a token; words that it does not know are one and the same."""
+    """Return a tokenizer with one token per word; all unknown words share one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
@@ -30,7 +30,7 @@ def tokenizer() -> Any:
 
 
 def write_text_tower(folder: Path, kind: str = "clip", seed: int = 0) -> Path:
-    """A tower with random weights and its tokenizer in a folder. `kind`: clip or siglip."""
+    """Write a tower with random weights and its tokenizer into a folder. `kind`: clip or siglip."""
     torch.manual_seed(seed)
     if kind == "clip":
         model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**SIZES))

@@ -1,4 +1,4 @@
-"""A model and a data module small enough to train in a second, with everything that a real one does."""
+"""A model and a data module that train within a second and have all the features of real ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from keygrip.training.system import System
 
 
 class ToyNetwork(nn.Sequential):
-    """With a `forward` of its own: torch 2.11 compiles none of torch's own."""
+    """Has its own `forward`, since torch 2.11 does not compile torch's own modules."""
 
     def forward(self, x: Tensor) -> Tensor:
         for part in self:
@@ -68,7 +68,7 @@ class ToyModule(System):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         if f"{self.trainer.global_step} {batch_idx}" == os.environ.get("TOY_STOP_IN_VALIDATION"):
             os.kill(os.getpid(), getattr(signal, os.environ["TOY_SIGNAL"]))
-        torch.rand(3)  # validation draws numbers too; training must not notice
+        torch.rand(3)  # validation uses random numbers too; they must not affect training
         values = {"total": self.loss(batch), "error": self.errors(batch).abs().mean()}
         self.log_values("val", values, len(batch["x"]))
 
@@ -78,9 +78,9 @@ class ToyModule(System):
 
 @data_part
 class ToyData(LightningDataModule):
-    """Batches that are a function of (seed, epoch, step); rank r takes the r-th slice of each global batch.
+    """Batches that are a function of (seed, epoch, step); rank r gets the r-th slice of each global batch.
 
-    Validation is of one sample less, so that two processes hold different numbers of them.
+    Validation has one sample less, so that two processes have different numbers of samples.
     """
 
     def __init__(self, samples: int = 40, batch_size: int = 8, seed: int = 0, fail: str = "") -> None:
@@ -120,7 +120,7 @@ class ToyData(LightningDataModule):
 
 
 class ToyLoader:
-    """Iterates the rest of an epoch first after resuming, whole epochs then."""
+    """Iterates over the rest of an epoch after resuming, and over whole epochs afterwards."""
 
     def __init__(self, data: ToyData, shuffled: bool) -> None:
         self.data, self.shuffled = data, shuffled
@@ -136,4 +136,4 @@ class ToyLoader:
         epoch, start = divmod(data.position, len(self))
         data.position = (epoch + 1) * len(self)
         order = torch.randperm(data.samples, generator=torch.Generator().manual_seed(1000 * data.seed + epoch))
-        yield from data.batches(order, start)  # a generator: an iterator that nobody asks for a batch moves nothing
+        yield from data.batches(order, start)  # a generator: nothing moves before the first batch is requested

@@ -51,7 +51,7 @@ def small_vlm(**changes: object) -> QwenVL:
         "rope_theta": 10000.0,
     }
     built = QwenVL(**(options | changes))  # type: ignore[arg-type]
-    with torch.no_grad():  # as initialised, words and images are too faint to see in a test
+    with torch.no_grad():  # as initialised, words and images have too little effect for a test
         built.model.language_model.embed_tokens.weight.mul_(25)
     return built
 
@@ -70,12 +70,12 @@ def small_module(
     draws: int = 2,
     **changes: object,
 ) -> GeometryVLAModule:
-    """Without `geometry`, the small one; `geom_inject_to_dit=False` leaves it out."""
+    """Build a small module. Without `geometry` it has the small one; `geom_inject_to_dit=False` leaves it out."""
     vlm, geometry = vlm or small_vlm(), geometry or small_geometry()
     options: dict[str, object] = {"blocks": 2, "geom_dit_tokens": 4, "future_tokens": 3, "head_size": 16}
     torch.manual_seed(2)
     network = GeometryVLA(vlm, geometry, ("right",), T, **(options | changes))  # type: ignore[arg-type]
-    for block in [*network.head.blocks, *network.head.mixers]:  # AdaLN starts at nothing
+    for block in [*network.head.blocks, *network.head.mixers]:  # AdaLN is zero-initialised
         torch.nn.init.normal_(block.modulation.linear.weight, std=0.1)
     recipe = AdamW(lr=1e-3, schedule="constant")
     return GeometryVLAModule(network, PoseActions(("right",), kind), recipe, BetaTimesteps(), draws=draws)
@@ -122,7 +122,7 @@ def small_batch(instructions: Sequence[str] = INSTRUCTIONS, seed: int = 3, depth
 
 
 def observation(seed: int = 0, instruction: str = INSTRUCTIONS[0]) -> dict[str, Any]:
-    """What a policy of such a module plans from: images of noise from both cameras."""
+    """Return an observation for a policy of such a module: images of noise from both cameras."""
     generator = np.random.default_rng(seed)
     batch = small_batch()
     views = {
@@ -163,7 +163,7 @@ def small_statistics(folder: Path, instructions: Sequence[str] = INSTRUCTIONS) -
 
 
 def ready_module(folder: Path, **changes: object) -> GeometryVLAModule:
-    """`small_module` with statistics and tokenizer."""
+    """Return `small_module` with statistics and tokenizer."""
     module = small_module(**changes)  # type: ignore[arg-type]
     module.set_statistics(small_statistics(folder))
     return module
@@ -178,7 +178,7 @@ def write_demos(
     begin: Sequence[float] = (0.2, 0.0, 0.1),
     step_m: float = 0.01,
 ) -> Path:
-    """Folders of two cameras with depth: the gripper moves along x and z from `begin`, by `step_m` per frame."""
+    """Write folders of two cameras with depth: the gripper moves along x and z from `begin`, by `step_m` per frame."""
     generator = np.random.default_rng(0)
     world_to_camera = np.diag([1.0, -1.0, -1.0, 1.0])
     world_to_camera[2, 3] = 1.0

@@ -30,7 +30,7 @@ SIZES = {"dinov2_vits14": 28, "dinov3_vits16": 32, "tiny": 32}
 
 def small_backbone(variant: str = "dinov2_vits14") -> DinoBackbone:
     backbone = DinoBackbone(variant, SIZES[variant], "random", width=32, depth=3, heads=2)
-    with torch.no_grad():  # LayerScale starts near nothing, which would hide what the blocks do
+    with torch.no_grad():  # LayerScale starts near zero, which would hide the effect of the blocks
         for name, parameter in backbone.named_parameters():
             if "gamma" in name:
                 parameter.fill_(0.5)
@@ -55,7 +55,7 @@ def small_language(family: type[LanguageModel] = Llama, **changes: object) -> La
 
 
 def frames_of(counts: Sequence[int], size: int = 28, seed: int = 1, longest: int | None = None) -> Tensor:
-    """[V, F, 3, S, S]; padding frames hold noise, which must not matter."""
+    """Return [V, F, 3, S, S]; padding frames hold noise, which must not matter."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(len(counts), longest or max(counts, default=0), 3, size, size, generator=generator)
 
@@ -63,7 +63,7 @@ def frames_of(counts: Sequence[int], size: int = 28, seed: int = 1, longest: int
 def rows_of(
     texts: Sequence[tuple[int, int, int]], counts: Sequence[int], width: int | None = None, seed: int = 2
 ) -> TextRows:
-    """Rows given by (video, length, visual_at); padding holds random ids, which must not matter."""
+    """Return rows given by (video, length, visual_at); padding holds random ids, which must not matter."""
     generator = torch.Generator().manual_seed(seed)
     width = width or max(length for _, length, _ in texts)
     ids = torch.randint(3, 320, (len(texts), width), generator=generator)
@@ -74,7 +74,7 @@ def rows_of(
 def small_module(
     folder: Path, texts: Sequence[str], order: PromptOrder = "question_first", context: int = 128, **network: Any
 ) -> FoveatedVLMModule:
-    """A module with a tokenizer trained on some texts, as it would be after training on images of 28 pixels."""
+    """Return a module whose tokenizer was trained on some texts, as after training on images of 28 pixels."""
     torch.manual_seed(0)
     collator = ConversationCollator(TrainedTokenizer(320), order, "answers")
     collator.prepare(folder, lambda: iter(texts))
@@ -86,7 +86,7 @@ def small_module(
 
 
 def sensitive_module(folder: Path, texts: Sequence[str], **network: Any) -> FoveatedVLMModule:
-    """As `small_module`, with weights so large that its answers differ from video to video."""
+    """Return a `small_module` with weights so large that its answers differ from video to video."""
     module = small_module(folder, texts, visual_scale=1.0, **network)
     with torch.no_grad():
         for parameter in module.network.parameters():
@@ -95,7 +95,7 @@ def sensitive_module(folder: Path, texts: Sequence[str], **network: Any) -> Fove
 
 
 def self_supervised_module(weights: dict[str, float] | None = None, **changes: float) -> SelfSupervisedModule:
-    """A small one, all losses of weight 1 where no weights are given."""
+    """Return a small module; all losses have weight 1 if no weights are given."""
     torch.manual_seed(0)
     network = SelfSupervisedEncoder(small_backbone("tiny"), width=32)
     weights = dict.fromkeys(LOSSES, 1.0) if weights is None else weights

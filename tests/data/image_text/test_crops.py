@@ -1,4 +1,4 @@
-"""Aspect buckets, and the crop that latent and DINO view share."""
+"""Aspect buckets, and the crop that the latent and the DINO view share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_nearest_bucket_is_of_the_likest_shape() -> None:
 
 
 def test_of_buckets_of_one_shape_the_first_is_taken() -> None:
-    """A model draws at the most usual of its sizes, which comes first."""
+    """A model samples at the most common of its sizes, which comes first."""
     large, small = Bucket(128, 128), Bucket(64, 64)
     assert nearest_bucket(640, 640, [large, small]) == large
     assert nearest_bucket(640, 640, [small, large]) == small
@@ -53,13 +53,13 @@ def test_the_crop_has_the_shape_of_the_bucket_and_touches_the_picture(size: tupl
     left, top, right, bottom = shared_crop(*size, bucket)
     assert (right - left) / (bottom - top) == pytest.approx(bucket.width / bucket.height)
     assert min(left, top) == pytest.approx(0.0, abs=1e-9)
-    assert left + right == pytest.approx(size[0])  # in the middle
+    assert left + right == pytest.approx(size[0])  # the crop is centred
     assert top + bottom == pytest.approx(size[1])
 
 
 @pytest.mark.parametrize("step", [16, 64])
 def test_no_crop_leaves_the_image_by_rounding(step: int) -> None:
-    """Pillow refuses a box that begins 1e-14 pixels outside."""
+    """Pillow refuses a box that begins 1e-14 pixels outside of the image."""
     buckets = aspect_buckets(512, step, 2.0)
     for width in range(400, 2000, 37):
         for height in [*range(400, 2000, 41), width * 9 // 16, width * 2 // 3]:
@@ -75,7 +75,7 @@ def test_usual_sizes_are_cut(size: tuple[int, int]) -> None:
 
 
 def centre_of_red(pixels: np.ndarray) -> tuple[float, float]:
-    """Of the red pixels, (x, y) in fractions of the image."""
+    """Return the centre (x, y) of the red pixels, in fractions of the image."""
     weight = np.clip(pixels[..., 0].astype(float) - pixels[..., 1], 0, None)
     y, x = np.indices(weight.shape)
     return tuple(
@@ -87,7 +87,7 @@ def centre_of_red(pixels: np.ndarray) -> tuple[float, float]:
 @pytest.mark.parametrize("size", [(300, 150), (150, 300), (311, 200)])
 @pytest.mark.parametrize("bucket", [Bucket(64, 64), Bucket(96, 48), Bucket(48, 96)])
 def test_latent_picture_and_view_show_the_same_crop(size: tuple[int, int], bucket: Bucket) -> None:
-    """A mark lies at the same place of both, though one is square and the other is not."""
+    """A mark lies at the same place in both, although one is square and the other is not."""
     pixels = np.zeros((size[1], size[0], 3), np.uint8)
     x, y = size[0] // 2 + 20, size[1] // 2 - 18  # inside every crop
     pixels[y - 6 : y + 6, x - 6 : x + 6] = (255, 0, 0)

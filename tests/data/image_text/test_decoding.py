@@ -1,4 +1,4 @@
-"""Odd image files: each is decoded right, or left out with its name and a reason; none ends a run."""
+"""Unusual image files: each is decoded correctly, or left out with its name and a reason; none ends a run."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_odd_images_are_decoded_as_they_look(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(content)
     found = decode_image(tmp_path / name)
     assert found.mode == "RGB"
-    assert size_of(tmp_path / name) == found.size  # from the header, which decides on the bucket
+    assert size_of(tmp_path / name) == found.size  # read from the header; it determines the bucket
     difference = np.abs(np.asarray(found).astype(int) - expected.astype(int))
-    assert difference.max() <= tolerance + (12 if tolerance > 1 else 0)  # lossy: the mean counts, edges ring
+    assert difference.max() <= tolerance + (12 if tolerance > 1 else 0)  # lossy formats have artefacts at edges
     assert difference.mean() <= tolerance / 2 + 0.01
 
 
@@ -46,7 +46,7 @@ def test_images_of_conversations_are_those_of_shards(tmp_path: Path, name: str) 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["tif", "jpg", "png", "webp"])
 def test_the_header_tells_the_size_after_the_turn(tmp_path: Path, ending: str, orientation: int) -> None:
-    """Pillow itself turns a TIFF, and nothing else."""
+    """Pillow itself rotates TIFF images only."""
     noted = Image.Exif()
     noted[0x0112] = orientation
     path = tmp_path / f"a.{ending}"
@@ -62,7 +62,7 @@ def test_a_profile_of_another_colour_space_changes_nothing(tmp_path: Path) -> No
 
 
 def test_a_profile_of_the_pixels_is_followed(tmp_path: Path) -> None:
-    """The sRGB profile with its red and green primaries exchanged, under its old name."""
+    """The file has the sRGB profile with exchanged red and green primaries, under its original name."""
     srgb = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     table = {
         bytes(srgb[132 + 12 * n : 136 + 12 * n]): 132 + 12 * n for n in range(int.from_bytes(srgb[128:132], "big"))
@@ -76,11 +76,12 @@ def test_a_profile_of_the_pixels_is_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alpha", [False, True])
 def test_a_linear_profile_that_is_called_srgb_is_followed(tmp_path: Path, alpha: bool) -> None:
-    """What a profile does counts: the sRGB profile with the curves of light itself keeps its name."""
+    """The curves of a profile count, not its name: the file has the sRGB profile with linear curves under its original
+    name."""
     linear = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     for entry in range(132, 132 + 12 * int.from_bytes(linear[128:132], "big"), 12):
         start = int.from_bytes(linear[entry + 4 : entry + 8], "big")
-        if bytes(linear[entry : entry + 4]).endswith(b"TRC"):  # a parametric curve: an exponent alone, of 1
+        if bytes(linear[entry : entry + 4]).endswith(b"TRC"):  # a parametric curve: a single exponent of 1
             linear[start + 8 : start + 10], linear[start + 12 : start + 16] = bytes(2), struct.pack(">i", 65536)
     grey = Image.new("RGBA" if alpha else "RGB", (80, 80), (55, 55, 55))
     grey.save(tmp_path / "a.png", icc_profile=bytes(linear))
@@ -91,7 +92,8 @@ def test_a_linear_profile_that_is_called_srgb_is_followed(tmp_path: Path, alpha:
 
 @pytest.mark.parametrize("place", ["list", "decoding"])
 def test_every_odd_file_of_a_folder_is_encoded_or_named(tmp_path: Path, place: str) -> None:
-    """The whole folder in one run: nothing ends it, and nothing is missing from samples and list together."""
+    """The whole folder in one run: no file ends the run, and every file is in the samples or in the list of
+    failures."""
     if place == "decoding":
         for name, (content, reason) in refused().items():
             (tmp_path / name).write_bytes(content)
@@ -184,7 +186,8 @@ def test_images_added_later_get_shards_of_their_own(tmp_path: Path) -> None:
 
 
 def test_images_are_kept_where_asked(tmp_path: Path) -> None:
-    """With their pixels; read for evaluation alone; a broken one is found by validation and by who reads it."""
+    """Their pixels are stored but read for evaluation only. Validation finds a broken one, and so does whoever reads
+    it."""
     source, root = tmp_path / "source", tmp_path / "root"
     listed(source, ("a.png", "one"), ("b.png", "two"))
     encode_folder(source, root, small_encoders(), keep_images=True, **OPTIONS)
@@ -214,7 +217,7 @@ def test_files_of_one_content_are_one_sample_with_all_captions(tmp_path: Path) -
     assert (report["samples"], report["failed"], report["duplicates"]) == (2, 0, 1)
     assert read_image_text(ShardSet(root / "bucket_32x32"), 0).record["captions"] == ["first", "second"]
     assert "the same file as x.png" in (root / "failed.jsonl").read_text()
-    # Once they are one, a copy in another format is found by its latent.
+    # A copy in another format becomes a sample of its own; `validate` finds it by its latent.
     other = tmp_path / "other"
     other.mkdir()
     noise(other / "x.png", 5)
@@ -229,8 +232,8 @@ def test_files_of_one_content_are_one_sample_with_all_captions(tmp_path: Path) -
 
 
 def test_no_caption_is_lost_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Names written in other ways, files that are not there, captions beside an image that the list leaves out, and
-    those that the text encoder cuts off."""
+    """Captions are used or reported: names written in other ways, names of files that do not exist, captions next to an
+    image that the list omits, and captions that the text encoder truncates."""
     source, root = tmp_path / "source", tmp_path / "root"
     (source / "b").mkdir(parents=True)
     for number, name in enumerate(("a.png", "b/c.png", "d.png", "e.png")):
@@ -256,7 +259,7 @@ def test_no_caption_is_lost_without_a_word(tmp_path: Path, caplog: pytest.LogCap
 
 
 def grey_profile(gamma: float) -> bytes:
-    """An ICC profile of grey by hand (version 2.1: description, copyright, white point and one gamma)."""
+    """Build a grey ICC profile by hand (version 2.1: description, copyright, white point and one gamma)."""
 
     def numbers(*values: float) -> bytes:
         return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
@@ -279,7 +282,7 @@ def grey_profile(gamma: float) -> bytes:
 
 @pytest.mark.parametrize("kind", ["8 bit", "16 bit png", "16 bit tiff", "alpha", "one transparent value"])
 def test_a_profile_of_grey_is_followed_in_every_kind_of_grey(tmp_path: Path, kind: str) -> None:
-    """Grey that is proportional to light: a mid-grey is 188 on a screen of sRGB."""
+    """The grey values are proportional to light: a mid-grey is 188 in sRGB."""
     grey = np.arange(0, 256, dtype=np.uint8)[None].repeat(4, 0)
     light = grey / 255
     screen = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 255
@@ -289,9 +292,9 @@ def test_a_profile_of_grey_is_followed_in_every_kind_of_grey(tmp_path: Path, kin
         image.putalpha(Image.fromarray(np.full_like(grey, 255)))
     if kind == "one transparent value":
         options["transparency"] = 7  # type: ignore[assignment]
-        screen[grey == 7] = 255  # laid over white
+        screen[grey == 7] = 255  # composited over white
     image.save(path, **options)
     found = np.asarray(decode_image(path)).astype(int)
     off = np.abs(found - screen[..., None])
     assert off[grey >= 16].max() <= 2
-    assert off.max() <= 12  # LittleCMS computes 8 bits with tables that are coarse near black
+    assert off.max() <= 12  # LittleCMS converts 8-bit values with tables that are coarse near black

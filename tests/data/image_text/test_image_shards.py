@@ -1,4 +1,4 @@
-"""Image shards: what is read is what was written, one bucket per batch, skipped samples, resume."""
+"""Image shards: samples are read as they were written, one bucket per batch, skipped samples, resume."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_parts_in_upper_case_are_read_as_in_lower_case(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "a.tar") as writer:
         for key, written in (("lower", parts), ("upper", upper), ("some", some)):
             writer.add(key, written, row)
-    assert make_manifests(tmp_path, again=True)["bad_samples"] == 0  # described anew
+    assert make_manifests(tmp_path, again=True)["bad_samples"] == 0  # the manifests are written again
     shards = ShardSet(tmp_path)
     for number in range(3):
         assert {name: values[number].item() for name, values in shards.columns.items()} == row
@@ -137,7 +137,8 @@ def test_parts_in_upper_case_are_read_as_in_lower_case(tmp_path: Path) -> None:
 
 
 def test_a_blank_caption_of_a_foreign_set_is_read_as_none(tmp_path: Path) -> None:
-    """Its encoder ended the empty text with a token; a sample that does not name its caption keeps its text."""
+    """The foreign encoder ended the empty text with a token. A sample without a caption in its record keeps its
+    text."""
     arrays = (np.zeros((3, 2, 2)), np.ones((5, 6)), np.array([True, *[False] * 4]), np.zeros(7), np.zeros((4, 7)))
     with ShardWriter(tmp_path / "a.tar") as writer:
         for key, record in (("blank", {"caption": " "}), ("unnamed", {}), ("told", {"caption": "word"})):
@@ -182,7 +183,7 @@ def test_every_batch_is_of_one_bucket(root: Path) -> None:
     batches = list(module(root).train_dataloader())
     assert all(isinstance(batch, ImageTextBatch) for batch in batches)
     shapes = Counter(tuple(batch.latents.shape) for batch in batches)
-    assert shapes == {(4, 48, 8, 8): 2, (4, 48, 8, 12): 1}  # 11 and 6 samples in fours
+    assert shapes == {(4, 48, 8, 8): 2, (4, 48, 8, 12): 1}  # 11 and 6 samples in batches of four
     batch = batches[0]
     assert batch.text_states.shape == (4, 8, 8)
     assert batch.dino_patches.shape == (4, 9, 16)
@@ -216,7 +217,7 @@ def test_held_out_samples_come_once_in_a_fixed_order(root: Path) -> None:
     )
     limited = [key for batch in keys(data.held_out("val", 6)) for key in batch]
     assert len(limited) == 6
-    assert {key.split("-")[1] for key in limited} == {SQUARE.name, WIDE.name}  # of every bucket
+    assert {key.split("-")[1] for key in limited} == {SQUARE.name, WIDE.name}  # samples of every bucket
 
 
 def test_ranks_share_each_batch() -> None:
@@ -237,11 +238,11 @@ def test_no_rank_of_validation_goes_without_a_batch() -> None:
     assert [len(batches) for batches in ranks] == [len(sampler) for sampler in samplers] == [8, 8]
     assert all(batch for batches in ranks for batch in batches)
     seen = [key.sample for batches in ranks for batch in batches for key in batch]
-    assert sorted(seen) == sorted([*range(28), 13])  # none comes twice but that of the bucket of one
+    assert sorted(seen) == sorted([*range(28), 13])  # only the bucket of one sample repeats it
     alone = list(BucketBatchSampler(buckets, 4, **options))  # type: ignore[arg-type]
     merged = [[*left, *right] for left, right in zip(*ranks, strict=True)]
     places = [next(n for n, batch in enumerate(alone) if batch[0] == both[0]) for both in merged]
-    assert places == sorted(places)  # in the order of one process
+    assert places == sorted(places)  # in the order of a single process
 
 
 def test_too_few_samples_for_a_batch_are_refused() -> None:
@@ -259,7 +260,7 @@ def test_a_bucket_below_a_batch_is_said(root: Path, caplog: pytest.LogCaptureFix
 
 
 class Fit:
-    """As much of a trainer as the data module asks for."""
+    """The attributes of a trainer that the data module uses."""
 
     def __init__(self, done: int = 0) -> None:
         self.global_rank, self.world_size = 0, 1
@@ -373,8 +374,8 @@ def test_statistics_are_of_the_training_split_and_kept(root: Path) -> None:
 
 
 def test_channels_that_do_not_vary_are_not_scaled(tmp_path: Path) -> None:
-    """Of one image the CLS vector does not vary: that of another one stays what it is but for the shift. Nor do
-    channels that float16 rounds up here and down there; small ones that vary are scaled."""
+    """With a single image the CLS vector does not vary: the vector of another image is shifted and not scaled. Channels
+    that vary only by float16 rounding are not scaled either; channels that vary by small amounts are scaled."""
     write_images(tmp_path, {SQUARE: 1}, small_encoders(), splits={"train": 0, "val": 1000})
     found = module(tmp_path, batch_size=1).statistics
     assert torch.equal(found.cls_std, torch.ones_like(found.cls_std))
@@ -411,7 +412,7 @@ def test_a_set_without_images_for_validation_is_said(
     write_images(tmp_path, {SQUARE: 8}, small_encoders(), {split: 0})
     with caplog.at_level("WARNING"):
         data = module(tmp_path, val_fraction=0.001)
-        assert not caplog.text  # nothing is validated yet, and perhaps nothing will be
+        assert not caplog.text  # validation is not requested yet, and perhaps never will be
         assert data.val_dataloader() == []
     assert f"{tmp_path} has no images for validation ({said}): training writes no val/ figures" in caplog.text
 
@@ -447,11 +448,11 @@ def test_copies_that_a_training_made_are_spared(
     for _ in data.train_dataloader():
         pass
     assert before
-    assert all(path.is_file() for path in before) is spares  # where it is not, in the folders that it read
+    assert all(path.is_file() for path in before) is spares  # else removed in the folders that it read
 
 
 def make_drawn(root: Path, options: dict[str, Any]) -> None:
-    """A maker, as `MadeImages` calls one."""
+    """A function that makes a set, with the arguments that `MadeImages` passes."""
     write_images(Path(root), {SQUARE: options["train"]}, small_encoders(), {"train": 0})
 
 
@@ -469,7 +470,7 @@ def test_images_are_made_once_and_again_where_the_making_was_cut_off(
     before = {path: path.stat().st_mtime_ns for path in make.root.rglob("*.tar")}
     data.prepare_data()
     assert {path: path.stat().st_mtime_ns for path in make.root.rglob("*.tar")} == before
-    (make.root / "images.json").unlink()  # written last: without it the set is not whole
+    (make.root / "images.json").unlink()  # written last: without it the set is not complete
     shutil.rmtree(make.root / "train")
     data.prepare_data()
     data.setup()
@@ -502,7 +503,7 @@ def test_validation_finds_a_bucket_without_patches_and_broken_parts(tmp_path: Pa
 
 
 def test_validation_finds_buckets_that_training_does_not_read(tmp_path: Path) -> None:
-    """Training goes by `images.json`; a bucket that was brought later has a manifest of its own."""
+    """Training reads the buckets in `images.json`; a bucket that was added later has a manifest of its own."""
     write_images(tmp_path, {SQUARE: 3}, small_encoders(), {"train": 0})
     write_images(tmp_path / "later", {WIDE: 3}, small_encoders(), {"train": 0})
     assert validate(tmp_path)["errors"] == 0

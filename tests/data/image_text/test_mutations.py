@@ -1,4 +1,4 @@
-"""Damaged and hostile images with text, in shards and before they are encoded: skipped or refused, in one line."""
+"""Damaged and hostile images with text, in shards and before encoding: skipped or refused with a one-line message."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def members(number: int) -> dict[str, bytes]:
 
 
 def write(root: Path, changes: dict[str, bytes] | None = None) -> Path:
-    """Five samples, sample 2 with other members, and no index."""
+    """Write five samples without an index; `changes` replaces members of sample 2."""
     with ShardWriter(root / "a.tar") as writer:
         for number in range(5):
             writer.add(f"s{number}", members(number) | ((changes or {}) if number == 2 else {}), {"n": 0})
@@ -54,7 +54,7 @@ def write(root: Path, changes: dict[str, bytes] | None = None) -> Path:
 
 
 def everything(root: Path, index: bool = True) -> dict[str, Any]:
-    """Numbers (hashed) and records of every sample that can be read."""
+    """Return the arrays (hashed) and records of every sample that can be read."""
     if index:
         write_manifest(root, describe_image_text, max_broken_share=0.9, progress=False)
     shards, found = ShardSet(root), {}
@@ -73,8 +73,9 @@ def everything(root: Path, index: bool = True) -> dict[str, Any]:
 
 @pytest.mark.parametrize("rounds", ROUNDS)
 def test_damaged_shards(tmp_path: Path, rounds: int) -> None:
-    """A tar file has no checksum of its content: a change before it is indexed that leaves finite numbers of the same
-    shape is a different sample, and only in the sample that was touched. After that every changed byte is found."""
+    """A tar file has no checksum of its content. A change before indexing that leaves finite values of the same shape
+    gives a different sample, and only for the sample that was changed. After indexing, every changed byte is
+    detected."""
     rng, outcomes = np.random.default_rng(0), Outcomes()
     whole = everything(write(tmp_path / "whole"))
     assert len(whole) == 5
@@ -98,7 +99,7 @@ def test_damaged_shards(tmp_path: Path, rounds: int) -> None:
 
 @pytest.mark.slow
 def test_hostile_members(tmp_path: Path) -> None:
-    """A sample whose member is hostile is left out; the others of its shard are read as they are."""
+    """A sample with a hostile member is left out; the others of its shard are read unchanged."""
     sentinel, outcomes = tmp_path / "ran", Outcomes()
     whole = everything(write(tmp_path / "whole"))
     others = {key: value for key, value in whole.items() if key != "s2"}
@@ -113,7 +114,7 @@ def test_hostile_members(tmp_path: Path) -> None:
         found = outcomes.run(f"{next(iter(changes))} {number}", lambda root=root: everything(root), whole)
         assert found is not None, outcomes.unexpected
         assert {key: value for key, value in found.items() if key != "s2"} == others
-        if TEXT_MASK not in changes and "s2" in found:  # another caption is another sample; a caption may be missing
+        if TEXT_MASK not in changes and "s2" in found:  # another caption gives another sample; a caption may be missing
             assert isinstance(found["s2"][2].get("caption", ""), str)
             assert changes.get(RECORD) != record
     outcomes.assert_clean(sentinel)
@@ -133,7 +134,7 @@ class Views:
 
 
 def prepared(source: Path) -> dict[str, Any]:
-    """Pixels (hashed) and captions of every image that can be used."""
+    """Return the pixels (hashed) and captions of every image that can be used."""
     buckets = aspect_buckets(32, 16, 2.0)
     items = list_items(source, buckets, 1.0, progress=False)
     assert all("\n" not in item.reason for item in items)
@@ -165,8 +166,8 @@ def image_folder(root: Path) -> Path:
 
 @pytest.mark.parametrize("rounds", ROUNDS)
 def test_damaged_image_folders(tmp_path: Path, rounds: int) -> None:
-    """JPEG, WebP, BMP and TIFF have no checksum of their pixels, and texts none at all: a change that can still be
-    decoded gives other pixels or another text, and only of the image that was touched."""
+    """JPEG, WebP, BMP and TIFF have no checksum of their pixels, and texts have none at all. A change that can still be
+    decoded gives other pixels or another text, and only for the image that was changed."""
     rng, outcomes = np.random.default_rng(0), Outcomes()
     source = image_folder(tmp_path / "source")
     whole = prepared(source)
@@ -240,7 +241,7 @@ def test_captions_in_capitals_are_read_and_notes_of_macos_are_not(
     assert [(item.path, item.reason) for item in items] == [
         (name, "") for name in ("i0.PNG", "i1.JPG", "i2.WEBP", "i3.BMP", "i4.TIF")
     ]
-    hidden = notes // 2 + 1  # those beside the files, and the folder __MACOSX
+    hidden = notes // 2 + 1  # the notes next to the files, and the folder __MACOSX
     assert f"{hidden} hidden files and folders in {source} are not read (._Captions.CSV, ...)" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""Pictures and intrinsics change together: a drawn point is found where the new camera puts it."""
+"""Images and intrinsics change together: a drawn point is found where the new camera projects it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def looking_down() -> np.ndarray:
 
 
 def picture_of(point: np.ndarray, intrinsics: np.ndarray, pose: np.ndarray, sigma: float = 3.0) -> np.ndarray:
-    """A soft bright dot where the point projects, on black. Pixel centres lie at half integers."""
+    """Draw a soft bright dot on black where the point projects. Pixel centres lie at half integers."""
     pixel, _ = project(*(torch.from_numpy(part) for part in (point, intrinsics, pose)))
     x, y = np.meshgrid(np.arange(WIDTH) + 0.5, np.arange(HEIGHT) + 0.5)
     value = 255 * np.exp(-((x - float(pixel[0])) ** 2 + (y - float(pixel[1])) ** 2) / (2 * sigma**2))
@@ -45,7 +45,7 @@ def test_a_point_is_found_where_the_new_camera_puts_it(fit: str, rotate: float, 
     augmentation = Augmentation(scale=(0.7, 1.3), shift=0.2, rotate_degrees=rotate)
     rng, seen, worst = np.random.default_rng(0), 0, 0.0
     pose = looking_down()
-    margin = 14 * size / 96  # the dot must lie wholly inside, or its centre of mass says nothing
+    margin = 14 * size / 96  # the dot must lie entirely inside, or its centre of mass is wrong
     for draw in range(120):
         point = np.array([*rng.uniform(-0.25, 0.25, 2), rng.uniform(0, 0.2)])
         picture = picture_of(point, INTRINSICS, pose)
@@ -151,7 +151,7 @@ def test_each_change_of_colour_is_what_it_says(part: str, expected: Callable[[np
     picture = np.random.default_rng(2).integers(90, 150, (1, 1, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
     picture[::4, ::4] = picture[0, 0]
     picture[2:, 2:] = picture[0, 0] + 5
-    picture[::4, ::4] = picture[0, 0]  # the sample that the mean grey is taken from
+    picture[::4, ::4] = picture[0, 0]  # the pixels from which the mean grey is computed
     generator = np.random.default_rng(3)
     order = ["brightness", "contrast", "saturation"]
     factor = 1.0
@@ -168,7 +168,7 @@ def test_each_change_of_colour_is_what_it_says(part: str, expected: Callable[[np
 
 
 def recoloured(augmentation: Augmentation, seed: int, picture: np.ndarray) -> np.ndarray:
-    """Values 0 to 255 of the image in other colours, height x width x 3."""
+    """Return the values 0 to 255 of the recoloured image, height x width x 3."""
     colours = augmentation.colours(np.random.default_rng(seed), picture)
     image = normalise(picture, MEAN, STD, colours).permute(1, 2, 0).double().numpy()
     return (image * STD + MEAN) * 255

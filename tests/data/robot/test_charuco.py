@@ -1,4 +1,4 @@
-"""ChArUco calibration: a rendered board gives back the lens and the camera's place on the hand."""
+"""ChArUco calibration: a rendered board gives the lens and the camera's pose on the hand."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def pose(turn: list[float], place: list[float]) -> np.ndarray:
 
 
 def rendered(camera_from_board: np.ndarray) -> np.ndarray:
-    """The board's image through K (corner convention), 640 x 480."""
+    """Render the board through K (corner convention), 640 x 480."""
     import cv2
 
-    scale = 4000  # pixels of the drawn board for each metre
+    scale = 4000  # pixels of the board image per metre
     flat = charuco_board(BOARD).generateImage((round(7 * 0.03 * scale), round(5 * 0.03 * scale)))
     to_board = np.diag([1 / scale, 1 / scale, 1.0])
     to_board[:2, 2] = 0.5 / scale
@@ -90,7 +90,7 @@ def test_displacement_is_that_of_opencv() -> None:
 def test_a_lens_that_distorts_is_said(
     tmp_path: Path, native_demo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The calibration file has no place for it: images that are not undistorted would not fit the file."""
+    """The calibration file cannot store distortion: images that are not undistorted would not match the file."""
     native_demo(tmp_path / "demos/demo_0")
     settings = ("auto", None, "over", "right", True, False, BOARD, 8)
     for number, (found, said) in enumerate(((lens(-0.2, 0, 0, 0, 0), True), (lens(0, 0, 0, 0, 0), False))):
@@ -106,7 +106,7 @@ def test_a_lens_that_distorts_is_said(
 def test_a_camera_without_calibration_is_what_a_board_is_for(
     tmp_path: Path, native_demo, change_metadata, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its intrinsics are made up, and none to keep."""
+    """Its intrinsics are placeholders, so there are none to keep."""
     cameras = json.loads((native_demo(tmp_path / "demos/demo_0") / "metadata.json").read_text())["cameras"]
     change_metadata(tmp_path / "demos/demo_0", cameras={"over": cameras["over"] | {"uncalibrated": "no entry"}})
     monkeypatch.setattr(keygrip.data.robot.charuco, "calibrate_camera", lambda *given: lens(0, 0, 0, 0, 0))
@@ -126,7 +126,8 @@ def test_a_gripper_that_does_not_turn_is_refused() -> None:
 
 
 def seen(mounted: bool, axes: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Poses of a gripper that turns about so many axes, of the board in its camera, and the camera's true place."""
+    """Return poses of a gripper that rotates about `axes` axes, poses of the board in its camera, and the camera's true
+    pose."""
     rng = np.random.default_rng(1)
     true, fixed = pose([0.1, -0.2, 2.3], [0.02, -0.05, 0.06]), pose([0, 0.2, 0.4], [0.3, 0.1, 0.0])
     noise = np.stack([pose(*rng.normal(0, 0.001, (2, 3)).tolist()) for _ in range(20)])
@@ -156,7 +157,7 @@ def test_a_wrong_pose_moves_no_camera(mounted: bool, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize("mounted", [True, False])
 @pytest.mark.parametrize("wrong", [[0], [4, 9]])
 def test_a_board_that_is_seen_tilted_the_other_way_moves_no_camera(mounted: bool, wrong: list[int]) -> None:
-    """As a small flat board looks: its place is right, and its turn alone is wrong."""
+    """A small flat board can be estimated like this: its position is right and only its rotation is wrong."""
     poses, board, true = seen(mounted)
     board[wrong] = board[wrong] @ pose([np.radians(25), 0, 0], [0, 0, 0])
     place, used, _, spread_deg = camera_place(poses, board, mounted)
@@ -175,7 +176,7 @@ def test_images_that_do_not_fit_the_poses_are_refused(mounted: bool) -> None:
 
 
 def test_turns_about_one_axis_determine_no_place() -> None:
-    """Whatever is added along that axis fits as well: without a word it was decimetres beside the truth."""
+    """Any shift along that axis fits equally well. Regression: the result was decimetres off, without an error."""
     with pytest.raises(ValueError, match="degrees, and by 0 about a second axis: turn it"):
         refuse_turns_about_one_axis(seen(True, axes=1)[0])
     refuse_turns_about_one_axis(seen(True, axes=2)[0])

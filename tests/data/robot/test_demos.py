@@ -1,4 +1,4 @@
-"""Native folders: what is read, what is refused by name, and what the writer leaves behind."""
+"""Native folders: what is read, what is refused by name, and what the writer leaves on the disk."""
 
 from __future__ import annotations
 
@@ -530,7 +530,7 @@ def test_a_video_that_starts_between_key_frames(tmp_path: Path, counting_video: 
                 packet.stream = copy
                 target.mux(packet)
     video = VideoFrames(tmp_path / "part.mp4")
-    # frames before the first key frame cannot be decoded by anyone: an error, never a wrong image
+    # no decoder can decode frames before the first key frame: an error, never a wrong image
     with pytest.raises(OSError, match="frame 0 cannot be decoded"):
         video.read(0)
     first_key = 12 - 5

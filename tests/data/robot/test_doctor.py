@@ -1,4 +1,4 @@
-"""The geometry doctor: nothing to say about a sound folder, and exactly the injected fault about a faulty one."""
+"""The geometry doctor: it reports nothing for a sound folder, and exactly the injected fault for a faulty one."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ INTRINSICS = np.array([[110.0, 0, 64.0], [0, 110.0, 48.0], [0, 0, 1]])
 
 @pytest.fixture(autouse=True)
 def sheets_are_compressed_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They hold the same pixels, and each test writes one."""
+    """Compress contact sheets at level 1: their pixels are the same, and each test writes a sheet."""
     monkeypatch.setattr(Image.Image, "save", partialmethod(Image.Image.save, compress_level=1))
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What one demo is written from; faults replace some of it."""
+    """The arrays from which one demo is written; faults replace some of them."""
 
     times: np.ndarray
     position: np.ndarray
@@ -59,7 +59,8 @@ def images_of(position: np.ndarray, world_to_camera: np.ndarray) -> np.ndarray:
 
 @cache
 def sound(number: int) -> Parts:
-    """A grasp: open above the table, down, close, up, to the side. Poses are the kinematics of the joints."""
+    """Return a grasp: open above the table, down, close, up, to the side. Poses are the forward kinematics of the
+    joints."""
     corners = np.array([[0.36, -0.12, 0.2], [0.38, 0.0, 0.2], [0.38, 0.0, 0.02], [0.38, 0.0, 0.02], [0.38, 0.1, 0.22]])
     corners = corners + [0.0, 0.02 * number, 0.0]
     at = np.array([0, 8, 14, 18, FRAMES - 1])
@@ -99,7 +100,8 @@ def arm_pose(parts: Parts, frame: int) -> ArmPose:
 
 
 def write(root: Path, fault: Fault = unchanged, told: Fault | None = None) -> Path:
-    """`told`: what is changed of commands, which are where the sound arm is at the next frame; None: there are none."""
+    """Write demos. `told` changes the commands, which are the poses of the sound arm at the next frame; None: no
+    commands."""
     for number in range(DEMOS):
         parts = fault(sound(number), number)
         command = None if told is None else told(sound(number), number)
@@ -136,7 +138,7 @@ def test_a_sound_folder_gives_no_finding_and_a_sheet_with_the_gripper_marked(tmp
     assert np.abs(report["arm/right/site_offset_m"]).max() < 1e-3
     sheet = np.asarray(Image.open(tmp_path / "out/contact_sheet_over.png").convert("RGB")).astype(int)
     marked = (np.abs(sheet - [255, 210, 0]).max(axis=-1) < 40).sum()
-    assert marked > 300  # rings and paths
+    assert marked > 300  # pixels of rings and paths
     assert sheet.shape[1] > 6 * 200
 
 
@@ -304,7 +306,7 @@ def bright(parts: Parts, number: int) -> Parts:
 )
 def test_one_fault_gives_one_finding_that_says_what_to_do(tmp_path, fault, check, severity, said):
     findings = examine(tmp_path, fault)
-    others = {"frozen_camera"} if fault in (dark, bright) else set()  # nothing to see is nothing that changes
+    others = {"frozen_camera"} if fault in (dark, bright) else set()  # images without content do not change either
     found = [finding for finding in findings if finding.check not in others]
     assert [finding.check for finding in found] == [check], [str(finding) for finding in findings]
     assert severity is None or found[0].severity == severity
@@ -403,7 +405,7 @@ def test_broken_demos_are_named_and_the_others_examined(tmp_path):
     findings = doctor(root, tmp_path / "again", compare_images=False, progress=False).findings
     assert [finding.check for finding in findings] == ["broken_demo"]
     assert json.loads((tmp_path / "again/report.json").read_text())["readable"] == 0
-    doctor(root, tmp_path / "out", compare_images=False, progress=False)  # where the report of another run lies
+    doctor(root, tmp_path / "out", compare_images=False, progress=False)  # this folder holds the report of another run
     page = (tmp_path / "out/report.html").read_text()
     assert "1 of 1 demos cannot be read" in page
     assert page.count("data:image/jpeg") == 0
@@ -412,7 +414,7 @@ def test_broken_demos_are_named_and_the_others_examined(tmp_path):
 
 
 def test_a_broken_camera_that_is_not_calibrated_leaves_its_demo(tmp_path, native_demo, change_metadata):
-    """Training reads the others."""
+    """The demo stays readable, since training can use its other cameras."""
     for number in range(2):
         folder = native_demo(tmp_path / f"data/demo_{number}")
         shutil.copytree(folder / "rgb/over", folder / "rgb/hand")
@@ -431,9 +433,9 @@ def test_a_broken_camera_that_is_not_calibrated_leaves_its_demo(tmp_path, native
 
 
 def test_a_camera_that_is_not_calibrated_leaves_the_other_checks(tmp_path):
-    """Some models need no calibration, and what was made up of it says nothing."""
+    """Some models need no calibration. Checks that would use the placeholder calibration are left out."""
 
-    def hung(parts: Parts, number: int) -> Parts:  # needs the camera's pose to be found
+    def hung(parts: Parts, number: int) -> Parts:  # can only be found with the camera's pose
         return frozen(parts, number)
 
     root = write(tmp_path / "data", hung)
@@ -502,7 +504,7 @@ def test_max_demos_looks_at_an_even_spread(tmp_path):
     root = write(tmp_path / "data", lambda parts, number: gap(parts, number))
     assert (
         doctor(root, tmp_path / "out", max_demos=2, compare_images=False, progress=False).findings == []
-    )  # the first and the last; the gap is in between
+    )  # the first and the last demo; the gap is in the one between
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert (report["demos"], report["examined"]) == (3, 2)
 
@@ -519,7 +521,7 @@ def test_a_gap_and_a_jump_are_named_with_their_frames(tmp_path):
 
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[ModuleType]:
-    """benchmarks/doctor.py"""
+    """Import benchmarks/doctor.py."""
     folder = Path(__file__).parents[3] / "benchmarks"
     spec = importlib.util.spec_from_file_location("doctor_benchmark", folder / "doctor.py")
     assert spec is not None

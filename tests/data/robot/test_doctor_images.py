@@ -1,5 +1,5 @@
-"""Images against poses: flips, lags, moved and wrongly calibrated cameras are named, sound sets are not, and
-self-calibration gives the camera back. Images are the robot's silhouette over a textured table."""
+"""Images compared with poses: flips, lags, moved and wrongly calibrated cameras are reported, sound sets are not, and
+self-calibration recovers the camera. Images are the robot's silhouette over a textured table."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Recorded:
 
 @cache
 def sound(number: int, tilt: float = 0.3) -> Recorded:
-    """The gripper goes over the table, turns and goes down and up."""
+    """Return a recording in which the gripper moves over the table, rotates, and moves down and up."""
     rng = np.random.default_rng(number)
     corners = np.array(
         [[0.3, -0.14, 0.2], [0.36, 0.1, 0.16], [0.32, 0.12, 0.05], [0.24, -0.05, 0.12], [0.3, -0.1, 0.05]]
@@ -81,7 +81,7 @@ def sound(number: int, tilt: float = 0.3) -> Recorded:
 
 
 def shown(joints: np.ndarray, gripper: np.ndarray, pose: np.ndarray, base: Sequence[float] = (0, 0, 0)) -> np.ndarray:
-    """[N, SIDE, SIDE, 3] the arm over a table."""
+    """Render the arm over a table: [N, SIDE, SIDE, 3]."""
     points = yam_surface().at(joints, gripper) + np.array(base, dtype=np.float32)
     pixels, _ = seen(points, INTRINSICS, pose)
     mask, _ = splat(pixels, SIDE, SIDE)
@@ -94,7 +94,7 @@ Fault = Callable[[Recorded, int], Recorded]
 
 
 def write(root: Path, fault: Fault, joints: bool = True, told: bool = False, robot: str = "yam") -> Path:
-    """`told`: with commands, which are where the sound arm is at the next frame."""
+    """Write demos. `told`: with commands, which are the poses of the sound arm at the next frame."""
     for number in range(DEMOS):
         demo, following = fault(sound(number), number), sound(number)
         with DemoWriter(root / f"demo_{number}", robot, "pick", "pick up the cube", 10.0) as writer:
@@ -221,7 +221,7 @@ WIDE_POSE = looking_at(np.array([1.4, -0.3, 1.1]), np.array([0.3, 0.2, 0.06]))
 
 
 def two_armed(folder: Path, late: int = 0) -> list[Demo]:
-    """Two arms side by side, both in the images, which are some frames late."""
+    """Return demos of two arms side by side, both visible in the images. The images are `late` frames late."""
     demos = []
     for number, reference in enumerate(find_demos(write(folder, same))):
         right, left, demo = sound(number), sound(number + DEMOS), reference.read()
@@ -300,7 +300,7 @@ def test_cameras_under_each_others_names_are_named(tmp_path, exchanged):
 
 
 def examined(root: Path, output: Path, caplog: pytest.LogCaptureFixture, **settings: bool) -> tuple[dict, str]:
-    """What the step counts, and the last line that it says of faults."""
+    """Return the counts of the step, and its message "no fault found ..." or an empty string."""
     caplog.set_level("INFO")
     counts = examine(root, output, "auto", None, None, 12, 32, 56, settings.get("compare_images", True))
     return counts, next((text for text in caplog.messages if text.startswith("no fault found")), "")
@@ -308,7 +308,7 @@ def examined(root: Path, output: Path, caplog: pytest.LogCaptureFixture, **setti
 
 @pytest.mark.parametrize("fault", [same, mirrored])
 def test_an_arm_that_nothing_is_known_of_is_said_not_to_be_compared(tmp_path, caplog, fault):
-    """Mirrored images show in the gripper's own motion, which says nothing else."""
+    """The gripper's own motion reveals mirrored images, and nothing else."""
     root = write(tmp_path / "data", fault, robot="panda")
     counts, last = examined(root, tmp_path / "out", caplog)
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -388,7 +388,7 @@ def test_a_yam_is_known_by_its_models_or_by_its_name(robot, models, known):
 
 @pytest.mark.slow
 def test_a_demo_that_goes_with_no_image_is_not_passed_over(tmp_path):
-    """No small step of its camera or clock raises an agreement of 0."""
+    """Its poses match none of its images: no small change of camera or clock raises its agreement from 0."""
 
     def gone(demo: Recorded, number: int) -> Recorded:
         if number != 1:
@@ -431,11 +431,12 @@ def test_sound_set_gives_no_finding_and_a_whole_report(tmp_path):
 
 @pytest.mark.parametrize(("after", "check", "fitted"), [(0.8, "registration", True), (0.05, "disagreement", False)])
 def test_overlays_of_a_camera_that_is_badly_wrong_show_it(tmp_path, monkeypatch, after, check, fitted):
-    """Turned by 20 degrees, which is found or not: the outline as recorded is drawn, and no other where no fit is."""
+    """The camera is rotated by 20 degrees, and a fit is found or not. The recorded outline is drawn in both cases, a
+    fitted one only if there is a fit."""
     change = np.zeros(NUMBERS)
     change[2] = np.radians(20)
     fit = Fit(-change, np.zeros(NUMBERS), before=0.04, after=after, residual=1.0, points=100, cost=0.1)
-    for name in ("fit", "wide_fit"):  # takes half a minute
+    for name in ("fit", "wide_fit"):  # the real functions take half a minute
         monkeypatch.setattr(images_and_poses, name, lambda pairs: fit)
     monkeypatch.setattr(images_and_poses, "FITTED", 2)
     monkeypatch.setattr(images_and_poses, "camera_cause", lambda *_: Cause("turned", "by 20 degrees", "calibrate"))
@@ -487,7 +488,7 @@ def test_calibration_gives_the_camera_back_and_leaves_the_recording(tmp_path):
     assert np.linalg.norm(centre) < 0.01
     assert track.intrinsics[0, 0, 0] == pytest.approx(248.0, rel=0.02)
     assert len(demo) == FRAMES - 2
-    # the image of a pose is the one that shows it
+    # after the correction of the lag, image and pose belong together
     assert np.abs(track.frames.read(5).astype(int) - sound(0).images[5]).mean() < 3
     assert len(pickle.loads(pickle.dumps(track.frames))) == FRAMES - 2
     with pytest.raises(FileExistsError, match="name another file"):
@@ -510,7 +511,7 @@ def test_two_arms_one_of_which_has_no_joints_are_not_calibrated_and_the_reason_i
     [
         ("set/fixed.yaml", "robot/five.xml"),
         ("fixed.yaml", "set/robot/five.xml"),
-        ("other/fixed.yaml", "fixed_robot_five.xml"),  # whence no path is read: it has a copy
+        ("other/fixed.yaml", "fixed_robot_five.xml"),  # no path without `..` leads to the model: it is copied
     ],
 )
 def test_the_models_of_a_calibration_file_are_found_from_where_its_corrections_are_written(
@@ -550,7 +551,7 @@ def test_the_models_of_a_calibration_file_are_found_from_where_its_corrections_a
 
 
 def test_corrections_are_not_made_on_top_of_others(tmp_path):
-    """What was written would undo the first ones, since it is used in their place."""
+    """The new file would replace the first one and so undo its corrections."""
     root, file = write(tmp_path / "data", same), tmp_path / "first.yaml"
     head = "schema: keygrip.calibration/1\nconventions: {camera: opencv, pixel: corner, length: m}\n"
     file.write_text(head + "corrections: {over: {focal_factor: 1.1}}")
@@ -600,12 +601,12 @@ def test_a_principal_point_says_whose_images_a_camera_matrix_is_of(centre, size)
 @pytest.mark.parametrize("blur", [0.0, 0.8])
 @pytest.mark.parametrize("place", [20.0, 20.3, 20.8])
 def test_an_edge_is_found_at_half_its_contrast(contrast, blur, place):
-    covered = np.clip(place - np.arange(40), 0, 1)  # of each pixel's width: robot to the left
+    covered = np.clip(place - np.arange(40), 0, 1)  # share of each pixel's width: the robot is on the left
     row = gaussian_filter1d(covered * contrast, blur) if blur else covered * contrast
     added = np.broadcast_to(row[None, None, :, None] * [1.0, -0.5, 0.2], (1, 9, 40, 3)).astype(np.float32)
     at = np.array([[place - 0.6, 4.5], [place + 0.4, 4.5], [5.0, 4.5]])
     found, good = at_half_contrast(added, np.zeros(3, int), at, np.array([[1.0, 0.0]] * 3))
-    assert good.tolist() == [True, True, False]  # there is no edge near the last
+    assert good.tolist() == [True, True, False]  # there is no edge near the last point
     assert at[:2, 0] + found[:2] == pytest.approx([place] * 2, abs=0.2)
 
 

@@ -1,4 +1,5 @@
-"""Commanded against reached tracks and clocks: a difference alone is named, a sound pair gives no finding."""
+"""Commanded and reached tracks, and clocks: exactly the injected difference is reported, and a sound pair gives no
+finding."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ FRAMES, DELAY = 60, 1.6
 
 
 def at(when: np.ndarray, number: int) -> ArmTrajectory:
-    """A reach that starts tilted, then points straight down: [N] frame numbers."""
+    """Return a reach that starts tilted and then points straight down, at the [N] frame numbers `when`."""
     along = np.clip(when / 45, 0, 1)
     side, depth = np.sin(3 * along + number), np.cos(4 * along - number)
     position = np.stack([0.38 + 0.08 * depth, 0.14 * side, 0.2 - 0.15 * along], axis=1)
@@ -99,7 +100,7 @@ def test_one_demo_with_inverted_commands_is_told_from_the_others():
 
 
 def upside_down_commands(track: ArmTrajectory) -> ArmTrajectory:
-    """Early, elsewhere, in other rotations, and inverted openings."""
+    """Return commands that are early, displaced and rotated, with inverted openings."""
     turn = (Rotation.from_rotvec([0, 0, 0.4]) * Rotation.from_quat(track.quaternion, scalar_first=True)).as_quat(
         scalar_first=True
     )
@@ -144,7 +145,7 @@ def test_a_lag_is_that_of_the_demos_that_a_finding_names(monkeypatch):
 
 @pytest.mark.parametrize("factor", [0.3, 0.8, 1.2, 3.28])
 def test_scaled_reached_positions_are_no_late_commands(factor):
-    """Of tracks of unequal scale the best delay is frames off: openings are compared at the usual one."""
+    """If the scales of the tracks differ, the best delay is frames off: openings are compared at the usual delay."""
     sound = [demo(number, lambda track: track) for number in range(3)]
     exam = examined([reached(found, position=factor * found.arms["right"].position) for found in sound])
     names = [found.name for found in sound]
@@ -192,7 +193,7 @@ def hung(track: ArmTrajectory, first: int, last: int) -> ArmTrajectory:
 
 
 def hung_demo(first: int, last: int, told: bool = True, joints: bool = False) -> Demo:
-    """Poses hang at some frames; commands and joints, if there are any, do not."""
+    """Return a demo whose poses are frozen in some frames; its commands and joints, if there are any, are not."""
     found = demo(1, lambda track: track)
     arm = found.arms["right"]
     angles = np.linspace(0, 1, FRAMES)[:, None] * np.ones(6)
@@ -209,8 +210,8 @@ def hung_demo(first: int, last: int, told: bool = True, joints: bool = False) ->
         (10, 29, False, True, "while the joints turn by"),
         (10, 29, False, False, "elsewhere right after"),
         (40, 59, False, True, "while the joints turn by"),
-        (20, 23, True, False, None),  # no half a second
-        (50, 59, True, False, None),  # the arm stands: the reach ends before
+        (20, 23, True, False, None),  # less than half a second
+        (50, 59, True, False, None),  # the arm stands still: the reach has ended
         (50, 59, False, False, None),
     ],
 )
@@ -232,8 +233,8 @@ def test_poses_that_hang_are_named_with_their_frames_and_no_other_fault(first, l
 
 
 def paused(number: int, unit: float = 1.0, tremble: float = 0.0, pressed: float = 0.0) -> Demo:
-    """The arm waits for 20 frames in mid-demo, with equal rows. Its commands are in `unit` metres; meanwhile they
-    tremble by so much of it, and lead `pressed` metres down."""
+    """Return a demo in which the arm waits for 20 frames, with equal rows. Its commands are in units of `unit` metres,
+    oscillate by `tremble` units, and lie `pressed` metres lower during the wait."""
     found = demo(number, lambda track: track)
     arm, index = found.arms["right"], np.concatenate([np.arange(20), np.full(20, 20), np.arange(20, 40)])
     assert arm.commanded is not None
@@ -275,7 +276,7 @@ def test_joints_that_hang_are_named():
     assert [(f.check, f.cause) for f in exam.findings] == [("frozen_joints", "joints frozen in frames 5 to 30")]
 
 
-MOVING = np.where(np.arange(FRAMES - 1) < 46, 0.05, 0.002)  # of the pixels, that change: the arm stands from then on
+MOVING = np.where(np.arange(FRAMES - 1) < 46, 0.05, 0.002)  # share of changed pixels: the arm stands from frame 46
 
 
 def seen_by(found: Demo, exam: Examination, camera: str, changed: np.ndarray) -> Demo:
@@ -290,9 +291,9 @@ def seen_by(found: Demo, exam: Examination, camera: str, changed: np.ndarray) ->
     [
         (0, 59, 0.05, None, "error"),
         (5, 25, 0.05, None, "error"),
-        (45, 59, 0.05, None, "warning"),  # someone may walk by while the arm waits
+        (45, 59, 0.05, None, "warning"),  # someone may walk past while the arm waits
         (5, 25, 0.004, None, None),  # the arm waits
-        (5, 25, 0.05, 0.004, None),  # someone walks by before one of two cameras
+        (5, 25, 0.05, 0.004, None),  # someone walks past one of two cameras
     ],
 )
 def test_poses_that_hang_while_images_show_the_arm_move_are_named(first, last, while_hung, other_camera, severity):
@@ -327,12 +328,12 @@ def test_an_arm_that_waits_for_the_other_one_is_no_fault():
 
 
 def openings(*values: float) -> np.ndarray:
-    """Openings at evenly spread moments, and linear between."""
+    """Return openings with the given values at evenly spaced times, linear in between."""
     return np.interp(np.linspace(0, 1, FRAMES), np.linspace(0, 1, len(values)), values)
 
 
 def lifted(number: int, opening: np.ndarray) -> Demo:
-    """Down to the table by the middle, and up again."""
+    """Return a demo in which the arm moves down to the table until mid-demo, and up again."""
     found = demo(number, lambda track: track)
     arm = found.arms["right"]
     height = np.interp(np.arange(FRAMES), [0, 25, 35, 59], [0.3, 0.03, 0.03, 0.3])
@@ -406,7 +407,7 @@ def test_exchanged_colours_by_words_alone_are_a_warning_unless_several_colours_s
 
 
 def two_armed(number: int) -> Demo:
-    """Arms whose bases are 0.9 m apart."""
+    """Return a demo of two arms whose bases are 0.9 m apart."""
     sound = demo(number, lambda track: track)
     left = demo(number + 9, lambda track: track).arms["right"]
     assert left.commanded is not None

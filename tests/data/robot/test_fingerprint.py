@@ -1,4 +1,4 @@
-"""A run that is resumed on other demonstrations says what has changed."""
+"""A run that is resumed on other demonstrations reports what has changed."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ def test_resuming_on_changed_demonstrations_stops_with_their_names(
         data.load_state_dict(state)
     refuse_changed(other, other)
     with pytest.raises(ValueError, match="not those of the checkpoint: they come in another order; restore them"):
-        refuse_changed(other, dict(reversed(other.items())))  # roots of several data sets, named the other way round
+        refuse_changed(other, dict(reversed(other.items())))  # roots of several data sets, given in another order
     with pytest.raises(ValueError, match=r"5 added \(a, b, c, ...\)"):
         refuse_changed({}, dict.fromkeys("abcde", ""))

@@ -26,7 +26,7 @@ DEMO_BYTES = FRAMES * HEIGHT * WIDTH * 3
 
 @dataclass(frozen=True)
 class Counted:
-    """Frames that depend on the demo's number and the index; each decoding leaves a line in a file."""
+    """Frames that depend on the demo's number and the index; each decoding appends a line to a file."""
 
     number: int
     log: Path
@@ -134,7 +134,7 @@ def test_lost_pixels_are_decoded_again(tmp_path: Path, make: Callable[..., Frame
     cache.close()
     (pixels,) = (tmp_path / "cache").glob("*.pixels")
     content = bytearray(pixels.read_bytes())
-    content[:DEMO_BYTES] = bytes(DEMO_BYTES)  # marks reached the disk, the first demo's pixels did not
+    content[:DEMO_BYTES] = bytes(DEMO_BYTES)  # marks were written to the disk, the first demo's pixels were not
     pixels.write_bytes(content)
     np.testing.assert_array_equal(all_frames(make(10**6)), reference)
     assert decodings(tmp_path) == 18 + FRAMES
@@ -190,7 +190,7 @@ def test_old_unused_caches_are_removed_and_used_ones_kept(
 def test_old_caches_of_machines_that_are_gone_are_removed(
     make: Callable[..., FrameCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each start of a container has a new name."""
+    """A container has a new machine name at each start."""
     caches = []
     for number in range(3):
         monkeypatch.setattr(frame_cache.platform, "node", lambda number=number: f"pod-{number}")
@@ -213,7 +213,8 @@ def test_old_caches_of_machines_that_are_gone_are_removed(
 def test_caches_that_cannot_be_removed_are_left(
     make: Callable[..., FrameCache], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of another user of a shared set, removed by a process that starts too, or used again meanwhile."""
+    """A cache may belong to another user of a shared set, may just have been removed by another process that starts, or
+    may be in use again."""
     caches = []
     long_ago = time.time() - 2 * frame_cache.STALE_ELSEWHERE_S
     for number in range(3):
@@ -223,7 +224,7 @@ def test_caches_that_cannot_be_removed_are_left(
         os.utime(cache.marks_path, (long_ago, long_ago))
     foreign, used, gone = (cache.marks_path for cache in caches)
     vanished = gone.with_name(gone.name.replace("pod-2", "pod-3"))
-    vanished.symlink_to("nothing")  # listed, and not there
+    vanished.symlink_to("nothing")  # a listed file that does not exist
     real_open, real_lock = os.open, frame_cache.fcntl.flock
 
     def opened(path: Any, *rest: Any) -> int:
@@ -246,7 +247,7 @@ def test_caches_that_cannot_be_removed_are_left(
 
 
 def test_names_that_begin_alike_are_others(make: Callable[..., FrameCache], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A camera "over" is not "over-left", nor the machine "node" "node-2", whose cache is kept for a week."""
+    """Camera "over" is not "over-left", and machine "node" is not "node-2", whose cache is kept for a week."""
     monkeypatch.setattr(frame_cache.platform, "node", lambda: "node-2")
     left, elsewhere = make(10**6, camera="over-left"), make(10**6)
     monkeypatch.setattr(frame_cache.platform, "node", lambda: "node")
@@ -260,7 +261,7 @@ def test_names_that_begin_alike_are_others(make: Callable[..., FrameCache], monk
 def test_a_cache_in_use_is_never_old(
     tmp_path: Path, make: Callable[..., FrameCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where locks of another machine are not seen its age is all that tells."""
+    """If locks of another machine are not visible, only the age of a cache shows whether it is in use."""
     long_ago = time.time() - 2 * frame_cache.STALE_ELSEWHERE_S
     cache = make(10**6)
     os.utime(cache.marks_path, (long_ago, long_ago))
@@ -278,7 +279,7 @@ def test_a_cache_in_use_is_never_old(
         raise OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(frame_cache.os, "utime", stale_handle)
-    all_frames(again)  # no broken frame
+    all_frames(again)  # no frame counts as broken
 
 
 def test_frames_of_other_sizes_than_promised_are_refused(tmp_path: Path) -> None:

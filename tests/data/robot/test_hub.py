@@ -1,4 +1,4 @@
-"""Data sets of the hub: downloaded once, refused in a sentence without a network."""
+"""Data sets of the hub: downloaded once, and refused with a one-line message if there is no network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from keygrip.training.parts import build_stored
 
 @pytest.fixture
 def within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub has answered just now."""
+    """Simulate that the hub has just answered."""
     monkeypatch.setattr(hub_network, "_last", (time.monotonic(), None))
 
 
@@ -47,7 +47,7 @@ def test_a_data_set_of_the_hub_is_downloaded_once(
 
 
 def test_a_checkpoint_downloads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What a file says is no reason to ask a server for anything."""
+    """The content of a checkpoint file must not cause a request to a server."""
     asked: list[Any] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **told: asked.append(told))
@@ -75,7 +75,7 @@ def test_without_a_network_a_set_that_is_not_there_is_refused_before_anything_sl
     assert not asked, "its client would try each file for half a minute"
     shutil.copytree(native_root, "data/hub/lab/cubes")
     Path("data/hub/lab/cubes/.complete").touch()
-    data.refuse_missing()  # what was downloaded before needs no network
+    data.refuse_missing()  # data sets that were downloaded before need no network
     with pytest.raises(FileNotFoundError, match=r"data folder nowhere does not exist"):
         robot_demos(["hub:lab/cubes", "nowhere"]).refuse_missing()
 
@@ -109,7 +109,7 @@ def test_without_a_network_one_line_says_what_to_do(
     ) as caught:
         robot_demos("hub:lab/cubes").prepare_data()
     assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError):  # nor is what was left taken for the data set
+    with pytest.raises(FileNotFoundError):  # and the partial download is not used as the data set
         robot_demos("hub:lab/cubes").prepare_data()
 
 

@@ -1,4 +1,4 @@
-"""Recordings prove themselves: manifests, one check of every frame, and the version of a data set."""
+"""Integrity of recordings: manifests, one check of every frame, and the version of a data set."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FRAME = Path("rgb/over/000005.jpg")
 
 @pytest.fixture
 def root(native_root: Path) -> Path:
-    """Ten recordings with manifests."""
+    """Write ten recordings with manifests."""
     report = make_manifests(native_root)
     assert (report["recordings"], report["written"], report["broken"]) == (10, 10, [])
     return native_root
@@ -87,13 +87,14 @@ def test_recordings_are_looked_at_once(root: Path, robot_demos: Make, monkeypatc
     flip_a_bit(root / "demo_04" / FRAME)
     assert [error.name for error in ready(robot_demos(root)).broken] == ["demo_04"]
     assert checked[10:] == ["demo_04"]
-    (root / ".keygrip" / VERIFIED).write_text('{"a": [1, 2]}')  # a damaged file of findings is no finding
+    (root / ".keygrip" / VERIFIED).write_text('{"a": [1, 2]}')  # a damaged file of earlier results is ignored
     assert [error.name for error in ready(robot_demos(root)).broken] == ["demo_04"]
     assert len(checked) == 21
 
 
 def test_a_recording_that_was_restored_is_taken_again(root: Path, robot_demos: Make) -> None:
-    """`rsync -a` restores bytes, size and time: by these nothing has changed since it was found broken."""
+    """`rsync -a` restores bytes, size and time. By size and time, the recording is unchanged since it was found
+    broken."""
     path = root / "demo_03" / FRAME
     content, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     flip_a_bit(path)
@@ -106,7 +107,7 @@ def test_a_recording_that_was_restored_is_taken_again(root: Path, robot_demos: M
 
 TORCHRUN = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "1"}
 SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train"}
-LAUNCHERS = {  # variables of the first process and of the second one of a start, and of the next start
+LAUNCHERS = {  # variables of the first and the second process of a launch, and of the next launch
     "torchrun": (TORCHRUN | {"LOCAL_RANK": "0"}, TORCHRUN | {"LOCAL_RANK": "1"}, TORCHRUN | {"MASTER_PORT": "1"}),
     "srun": (SRUN | {"SLURM_PROCID": "0"}, SRUN | {"SLURM_PROCID": "1"}, SRUN | {"SLURM_STEP_ID": "1"}),
     "lightning": ({}, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, {}),
@@ -114,7 +115,7 @@ LAUNCHERS = {  # variables of the first process and of the second one of a start
 
 
 def test_starts_that_their_launcher_gives_one_name_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun on several machines without a name of its own: the same words at every start."""
+    """torchrun on several machines without a run id of its own sets the same variables at every launch."""
     for name, value in (TORCHRUN | {"MASTER_PORT": "29500"}).items():
         monkeypatch.setenv(name, value)
     assert name_of_start()
@@ -128,7 +129,7 @@ def test_starts_that_their_launcher_gives_one_name_have_none(monkeypatch: pytest
 def test_what_one_process_leaves_out_all_of_its_start_do(
     root: Path, robot_demos: Make, monkeypatch: pytest.MonkeyPatch, launcher: str
 ) -> None:
-    """A disk that fails for a moment would else give them other demonstrations in their batches."""
+    """If a disk failed for a moment, the processes would otherwise have different demonstrations in their batches."""
     names = {name for case in LAUNCHERS.values() for variables in case for name in variables}
     checked: list[str] = []
     real = integrity._checked_content
@@ -215,7 +216,7 @@ def test_resuming_on_other_pixels_is_refused_unless_allowed(
         ready(robot_demos(native_root)).load_state_dict(state)
     ready(robot_demos(native_root, allow_changed=True)).load_state_dict(state)
     assert "1 changed (demo_05); going on with them" in caplog.text
-    del state["recordings"]  # of an older checkpoint
+    del state["recordings"]  # as in an older checkpoint
     ready(robot_demos(native_root)).load_state_dict(state)
 
 

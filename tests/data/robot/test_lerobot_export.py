@@ -1,4 +1,4 @@
-"""The writer of LeRobot data sets: what is written is what our reader reads back, and what is described."""
+"""The writer of LeRobot data sets: our reader reads back what was written, and the metadata describe it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 
 @pytest.fixture
 def demos(tmp_path: Path, native_demo) -> Path:
-    """Three demos of two arms and two cameras, with 12, 9 and 12 frames; the camera `over` moves in the second."""
+    """Write three demos of two arms and two cameras, with 12, 9 and 12 frames; the camera `over` moves in the second
+    demo."""
     root = tmp_path / "demos"
     for number, frames in enumerate((12, 9, 12)):
         folder = native_demo(
@@ -89,7 +90,7 @@ def test_actions_are_commands_and_signs_are_continuous(demos: Path, tmp_path: Pa
 
 
 def test_what_lerobot_has_no_word_for_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "VIDEO_FILE_S", 0.5)  # several files
+    monkeypatch.setattr(files, "VIDEO_FILE_S", 0.5)  # to write several files
     rng, matrix, rate = np.random.default_rng(0), np.diag([60.0, 60.0, 1.0]), 29.97
     words = ["", "把红色方块放进碗里 ☕", "go"]
     for number, sentence in enumerate(words):
@@ -113,7 +114,7 @@ def test_what_lerobot_has_no_word_for_is_read_back(tmp_path: Path, monkeypatch: 
     assert (summary.episodes, summary.left_out) == (3, ["depth of over"])
     assert len(list((tmp_path / "set").rglob("file-*.mp4"))) == 2 * 3
     tasks = pq.read_table(tmp_path / "set/meta/tasks.parquet").to_pydict()["task"]
-    assert tasks == ["lift it", *words[1:]]  # LeRobot's policies are told the task's name where nobody said a sentence
+    assert tasks == ["lift it", *words[1:]]  # LeRobot's policies receive the task's name if there is no instruction
     for reference, back, sentence in zip(
         find_demos(tmp_path / "demos"), find_demos(tmp_path / "set"), words, strict=True
     ):
@@ -157,18 +158,18 @@ def test_an_export_says_where_frames_are_missing(
     (said,) = [record.getMessage() for record in caplog.records if "time stamps jump" in record.getMessage()]
     assert "in 1 demos (demo_2 (5.10 s))" in said
     read = find_demos(tmp_path / "set")[2].read()
-    np.testing.assert_array_equal(read.timestamps, times)  # our reader still sees the gap
+    np.testing.assert_array_equal(read.timestamps, times)  # our reader still finds the gap
 
 
 def test_models_of_arms_are_read_back_and_may_not_differ(demos: Path, tmp_path: Path, change_metadata) -> None:
-    """The joints of a YAM mean other poses with another gripper."""
+    """The joints of a YAM give other poses with another gripper."""
     models = {"left": ["yam", "linear_4310"], "right": ["yam_pro", "flexible_4310"]}
     for number in range(3):
         change_metadata(demos / f"demo_{number}", source={"recorder": "keygrip.run", "models": models})
     export_lerobot(demos, tmp_path / "set", progress=False)
     for reference in find_demos(tmp_path / "set"):
         assert reference.read().source["models"] == models
-    change_metadata(demos / "demo_1", source={"models": {"right": ["yam_pro", "flexible_4310"]}})  # left: the usual one
+    change_metadata(demos / "demo_1", source={"models": {"right": ["yam_pro", "flexible_4310"]}})  # left: the default
     export_lerobot(demos, tmp_path / "again", progress=False)
     change_metadata(demos / "demo_2", source={})
     with pytest.raises(ValueError, match=r"'demo_2' has models .*linear_4310.* the first one .*flexible_4310"):
@@ -214,7 +215,7 @@ def test_statistics_are_numpys_and_merge_to_those_of_all() -> None:
     bins = (one.max(0) - one.min(0)) / statistics.BINS
     found = statistics.of_numbers(one)
     for name, share in statistics.QUANTILES.items():
-        ordered = np.sort(one, axis=0)  # the quantile lies within a bin of the value that many are at or below
+        ordered = np.sort(one, axis=0)  # the exact quantile: this share of the values lies at or below it
         at = ordered[int(np.ceil(share * len(one))) - 1]
         assert (np.abs(found[name] - at) <= 2 * bins + 1e-12).all(), name
     counter, images = statistics.ImageCounter(), rng.integers(0, 255, (3, 20, 30, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Batches of several cameras with depth: shapes, what follows what, and what is refused."""
+"""Batches of several cameras with depth: shapes, what stays aligned, and what is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TWO: dict[str, Any] = {"cameras": CAMERAS, "depth": True}
 
 
 def add_depth(folder: Path, camera: str, height: int = 40, width: int = 48) -> None:
-    """Depth whose value says where it was: 1000 mm, 1 more a column and 100 more a frame."""
+    """Add depth images whose values encode their place: 1000 mm, plus 1 per column and 100 per frame."""
     (folder / "depth" / camera).mkdir(parents=True)
     metadata = json.loads((folder / "metadata.json").read_text())
     for frame in range(metadata["frames"]):
@@ -40,7 +40,7 @@ def add_depth(folder: Path, camera: str, height: int = 40, width: int = 48) -> N
 
 @pytest.fixture
 def root(tmp_path: Path, native_demo: Any) -> Path:
-    """Six demos of two cameras with depth."""
+    """Write six demos of two cameras with depth."""
     for number in range(6):
         folder = native_demo(
             tmp_path / "root" / f"demo_{number}", cameras=CAMERAS, seed=number, level=0.1 + 0.01 * number
@@ -87,7 +87,7 @@ def test_the_first_view_is_what_a_policy_of_one_camera_is_given(root: Path, robo
     many, one = ready(robot_demos(root, **TWO)), ready(robot_demos(root))
     assert RobotDemos.batch_type({"cameras": list(CAMERAS)}) is MultiViewPolicyBatch
     assert RobotDemos.batch_type({"cameras": None}) is RobotDemos.batch_type({}) is PolicyBatch
-    assert issubclass(MultiViewPolicyBatch, PolicyBatch)  # goes where one is asked for, and not the other way round
+    assert issubclass(MultiViewPolicyBatch, PolicyBatch)  # accepted as a PolicyBatch, but not the other way round
     assert not issubclass(PolicyBatch, MultiViewPolicyBatch)
     ours, theirs = next(iter(many.val_dataloader())), next(iter(one.val_dataloader()))
     for name in (
@@ -115,7 +115,7 @@ def test_views_keep_their_order(root: Path, robot_demos: Make) -> None:
 
 @pytest.mark.parametrize("rotate", [0.0, 20.0])
 def test_depth_follows_its_picture(root: Path, robot_demos: Make, rotate: float) -> None:
-    """The value says its column and frame: it must lie where the intrinsics say that the column went."""
+    """A depth value encodes its column and frame: it must lie where the intrinsics place that column."""
     module = ready(robot_demos(root, **TWO, augmentation=Augmentation(rotate_degrees=rotate)))
     turned = 0.0
     for index in range(0, len(module.train_samples), 3):
@@ -164,7 +164,7 @@ def test_the_sharper_cut_is_the_first_views(root: Path, robot_demos: Make) -> No
     for index in range(0, len(sharp.train_samples), 9):
         without, sample = (module.train_samples[SampleKey(index, 1)] for module in (plain, sharp))
         assert without.detail is None
-        assert torch.equal(sample.images, without.images)  # to the bit: nothing more is drawn
+        assert torch.equal(sample.images, without.images)  # bit-identical: no further random numbers are used
         small = torch.nn.functional.avg_pool2d(sample.detail[None].float(), 2)[0]
         assert float((small - sample.images[0].float()).abs().mean()) < 6
         assert float((small - sample.images[1].float()).abs().mean()) > 12
@@ -220,7 +220,7 @@ def test_chunks_are_the_training_samples_targets(root: Path, robot_demos: Make) 
     assert statistics.cameras == CAMERAS
     assert type(chunks) is PolicyTargets
     assert len(chunks) == len(module.train_samples) == len(chunks.instruction)
-    assert set(chunks.demo_index.tolist()) == set(module.train_indices)  # and nothing of the validation demos
+    assert set(chunks.demo_index.tolist()) == set(module.train_indices)  # and none of the validation demos
     for index in range(0, len(chunks), 7):
         sample = module.train_samples[SampleKey(index, 0)]
         for name in ("start_position", "start_quaternion", "start_gripper", "position", "quaternion", "gripper"):
@@ -248,7 +248,7 @@ def test_of_many_frames_the_chunks_are_an_even_choice(
 def test_of_many_frames_every_robot_has_its_own_choice_and_range(
     tmp_path: Path, native_demo: Any, change_metadata: Any, robot_demos: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A robot whose one demo falls between two frames of an even choice over all was said to have none."""
+    """Regression: a robot whose only demo lay between two evenly chosen frames of all demos got no chunks."""
     for number in range(7):
         folder = native_demo(tmp_path / f"demo_{number}", seed=number, cameras=CAMERAS, level=0.1 + 0.01 * number)
         if number == 2:
@@ -284,7 +284,7 @@ def test_demos_without_depth_are_named_and_theirs_is_unknown(
     rows = [row for row in range(len(module.train_samples)) if module.train_samples.sample_demo[row] == number]
     sample = module.train_samples[SampleKey(rows[0], 0)]
     assert sample.depth[0].max() > 0
-    assert (sample.depth[1] == 0).all()  # unknown
+    assert (sample.depth[1] == 0).all()  # 0: depth is unknown
     for folder in root.glob("demo_*"):
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match=r"no demo holds depth for all of over, front \(first: flat\)"):
@@ -300,7 +300,7 @@ def test_a_demo_that_lacks_a_camera_is_broken(root: Path, robot_demos: Make) -> 
 
 @pytest.mark.parametrize(("metres", "angle"), [(0.0, 0.0), (0.2, 22.6)])
 def test_statistics_say_how_far_cameras_stand_apart(root: Path, robot_demos: Make, metres: float, angle: float) -> None:
-    """As seen from the middle of the workspace, half a metre below both."""
+    """Angles are measured from the middle of the workspace, half a metre below both cameras."""
     middle = np.array(ready(robot_demos(root, cameras=CAMERAS)).statistics.position_range).mean(axis=0)
     for folder in root.glob("demo_*"):
         with np.load(folder / "cameras.npz") as file:
@@ -338,7 +338,7 @@ def test_of_a_model_that_masks_views_a_demo_may_lack_all_but_the_first(
     caplog.set_level(logging.WARNING, logger="keygrip")
     module = asked(robot_demos(root, **settings, cache_gb=0.1))
     assert "camera front is masked in 2 of 8 demos (first: half: it has no such camera)" in caplog.text
-    assert [error.name for error in module.broken] == ["blind"]  # the first camera stays needed
+    assert [error.name for error in module.broken] == ["blind"]  # the first camera is still required
     assert module.statistics.cameras == CAMERAS
     lacking = {index for index, demo in enumerate(module.demos) if demo.name in ("half", "lost")}
     seen = set()
@@ -352,7 +352,7 @@ def test_of_a_model_that_masks_views_a_demo_may_lack_all_but_the_first(
             assert torch.equal(sample.view_world_to_camera[1], torch.eye(4))
             assert not sample.depth[1].any()
     assert seen == {True, False}
-    whole = ready(robot_demos(root, **settings))  # of any other model they are broken
+    whole = ready(robot_demos(root, **settings))  # for any other model these demos are broken
     assert sorted(error.name for error in whole.broken) == ["blind", "half", "lost"]
     row = module.train_samples.sample_demo.tolist().index(0)
     one, other = (each.train_samples[SampleKey(row, 0)] for each in (module, whole))
@@ -371,13 +371,13 @@ def test_of_a_model_that_masks_views_a_damaged_further_camera_is_masked_and_the_
     sound = asked(robot_demos(root, **TWO, val_fraction=0.0))
     (root / "demo_2" / "rgb" / "front" / "000005.jpg").write_bytes(b"damaged")
     caplog.set_level(logging.WARNING, logger="keygrip")
-    for _ in range(2):  # what an earlier start found is looked at again
+    for _ in range(2):  # the findings of an earlier start are checked again
         caplog.clear()
         module = asked(robot_demos(root, **TWO, val_fraction=0.0))
         assert not module.broken
         assert "demo 'demo_2': camera 'front' is masked: " in caplog.text
         assert "camera front is masked in 1 of 6 demos (first: demo_2: " in caplog.text
-        masked = module.origin["masked"]  # as the run's metadata have it
+        masked = module.origin["masked"]  # as in the run's metadata
         assert {name: list(views) for name, views in masked.items()} == {"demo_2": ["front"]}
         assert f"camera 'front' is masked: {masked['demo_2']['front']}" in caplog.text
         assert ("000005.jpg: it is not the file" if manifests else "frame 5 cannot be used") in caplog.text
@@ -387,9 +387,9 @@ def test_of_a_model_that_masks_views_a_damaged_further_camera_is_masked_and_the_
     for row, number in enumerate(module.train_samples.sample_demo):
         whole = module.demos[number].name != "demo_2"
         assert module.train_samples[SampleKey(row, 0)].view_mask.tolist() == [True, whole]
-    other = robot_demos(root, **TWO, val_fraction=0.0, max_broken_share=0.2)  # of any other model it is broken
+    other = robot_demos(root, **TWO, val_fraction=0.0, max_broken_share=0.2)  # for any other model the demo is broken
     assert [error.name for error in ready(other).broken] == ["demo_2"]
-    (root / "demo_2" / "rgb" / "over" / "000005.jpg").write_bytes(b"damaged")  # and so is the first camera
+    (root / "demo_2" / "rgb" / "over" / "000005.jpg").write_bytes(b"damaged")  # now the first camera is broken too
     first = asked(robot_demos(root, **TWO, val_fraction=0.0, max_broken_share=0.2))
     assert [error.name for error in first.broken] == ["demo_2"]
     assert (sound.origin["masked"], first.origin["masked"]) == ({}, {})
@@ -418,7 +418,7 @@ def test_a_further_cameras_frame_that_cannot_be_read_in_training_is_masked_and_c
         for batch in other.train_dataloader()
         for number, frame in zip(batch.demo_index, batch.frame_index, strict=True)
     ]
-    assert ("demo_2", 5) not in frames  # of any other model the sample is replaced
+    assert ("demo_2", 5) not in frames  # for any other model the sample is replaced
 
 
 def test_a_sample_of_several_views_that_cannot_be_read_counts_once(
@@ -463,7 +463,7 @@ def test_of_a_model_that_reads_one_cameras_calibration_the_other_needs_none(root
             each.train_samples[SampleKey(each.train_samples.sample_demo.tolist().index(at), 0)]
             for each, at in ((module, index), (whole, int(name[-1])))
         )
-        assert torch.equal(one.images, other.images)  # it is seen all the same
+        assert torch.equal(one.images, other.images)  # images of an uncalibrated camera are still used
         assert one.view_mask.all()
         assert torch.equal(one.view_world_to_camera[0], other.view_world_to_camera[0])
         assert torch.equal(one.view_world_to_camera[1], torch.eye(4)) == (name in ("demo_1", "demo_3"))
@@ -504,7 +504,7 @@ def test_views_are_dropped_at_random_in_training_alone(root: Path, robot_demos: 
             sample = module.train_samples[SampleKey(row, epoch)]
             masks.append(sample.view_mask)
             assert bool(sample.images[1].any()) == bool(sample.view_mask[1])
-            if row % 17 == 0:  # a function of the sample and the epoch, so that a resumed run draws the same
+            if row % 17 == 0:  # depends on the sample and the epoch only, so that a resumed run samples the same
                 same = again.train_samples[SampleKey(row, epoch)]
                 assert torch.equal(sample.images, same.images)
                 assert torch.equal(sample.view_mask, same.view_mask)

@@ -1,4 +1,4 @@
-"""The data module: which demos, which targets, which statistics, and an order that survives an interruption."""
+"""The data module: which demos, which targets, which statistics, and a sample order that survives an interruption."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_commanded_targets_are_the_command_given_one_frame_before(native_root: P
         sample = module.train_samples[SampleKey(index, 0)]
         frame, level = int(sample.frame_index), module.demos[int(sample.demo_index)].arms["right"].position[0, 2]
         for step, ahead in enumerate((2, 4, 6)):
-            # the command of frame i was to be at 5 mm x (i + 1), 1 mm above the path
+            # the command of frame i is at 5 mm x (i + 1), 1 mm above the path
             expected = 0.005 * min(frame + ahead, 12)
             assert float(sample.position[0, step, 0]) == pytest.approx(expected, abs=1e-6)
             assert float(sample.position[0, step, 2]) == pytest.approx(level + 0.001, abs=1e-6)
@@ -128,11 +128,11 @@ def test_keyframes_are_where_the_gripper_is_to_close_or_open_and_the_end() -> No
         position = np.stack([np.arange(10.0), np.zeros(10), np.full(10, height)], axis=-1)
         return ArmTrajectory(position, np.tile([1.0, 0, 0, 0], (10, 1)), np.array(gripper))
 
-    reached = trajectory([1, 1, 1, 0.9, 0.4, 0.2, 0.2, 0.6, 1, 1])  # is shut in frame 4, open again in frame 7
+    reached = trajectory([1, 1, 1, 0.9, 0.4, 0.2, 0.2, 0.6, 1, 1])  # is closed in frame 4, open again in frame 7
     expected = [4, 4, 4, 4, 7, 7, 7, 9, 9, 9]
     assert [int(keyframe_of(reached, frame, "reached")) for frame in range(10)] == expected
     assert keyframe_of(reached, np.arange(10), "reached").tolist() == expected
-    # Told in frame 2 to shut, which is to have happened in frame 3, and in frame 5 to open.
+    # Commanded to close in frame 2, which is reached in frame 3, and to open in frame 5.
     commanded = trajectory([1, 1, 0, 0, 0, 1, 1, 1, 1, 1], height=0.5)
     arm = replace(reached, commanded=commanded)
     assert keyframe_of(arm, np.arange(10), "commanded").tolist() == [3, 3, 3, 6, 6, 6, 9, 9, 9, 9]
@@ -176,7 +176,7 @@ def test_openings_may_be_commanded_where_poses_are_reached(
         for step, ahead in enumerate((2, 4, 6)):
             np.testing.assert_allclose(sample.position[0, step], arm.position[min(frame + ahead, 11)], atol=1e-6)
             assert float(sample.gripper[0, step]) == float(not 4 <= min(frame + ahead - 1, 11) < 8)
-        # Told in frame 4 to shut and in frame 8 to open: the keyframes are one later, where the arm has come to then.
+        # Commanded to close in frame 4 and open in frame 8: keyframes are one later, when the arm has got there.
         keyframe = next(each for each in (5, 9, 11) if each > frame or each == 11)
         np.testing.assert_allclose(sample.keyframe[0], arm.position[keyframe], atol=1e-6)
         torch.testing.assert_close(chunks.gripper[index], sample.gripper)
@@ -211,7 +211,7 @@ def test_openings_that_never_shut_a_gripper_are_said(
     change_archive: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A plan of them leaves it as it is: what a robot commands changes below 0.4 and above 0.6."""
+    """A plan of such openings does not move the gripper: a robot's gripper command changes below 0.4 and above 0.6."""
     execution = yaml.safe_load((config_folder() / "execution" / "options.yaml").read_text(encoding="utf-8"))
     assert execution["asynchronous"]["grip_below"] == GRIP_BELOW
     both = {"right__gripper_opening": opening, "right__commanded_gripper_opening": commanded}
@@ -228,7 +228,7 @@ def test_openings_that_never_shut_a_gripper_are_said(
     caplog.clear()
     for folder in native_root.glob("demo_*"):
         change_archive(folder / "trajectory.npz", right__controller_action=np.zeros((12, 7)))
-    inputs = robot_demos(native_root, targets="reached", frame_stride=1)  # to a controller, the gripper's among them
+    inputs = robot_demos(native_root, targets="reached", frame_stride=1)  # of a controller, the gripper's included
     inputs.asked_by(types.SimpleNamespace(extra_targets=("controller",)))
     ready(inputs)
     assert "close a gripper" not in caplog.text
@@ -333,7 +333,7 @@ def test_a_frame_that_breaks_is_replaced_by_its_neighbour_and_named(
     assert stands_in["frame_index"] == 4
     assert sorted(reason.partition(":")[0] for reason in module.skipped.reasons) == [f"demo {broken.name!r}"] * 2
     assert all("of camera 'over' cannot be read" in reason for reason in module.skipped.reasons)
-    assert module.skipped.count <= 3  # frame 6 tries frame 5 first
+    assert module.skipped.count <= 3  # the replacement of frame 6 tries frame 5 first
     settings = {"num_workers": workers, "cameras": cameras, "max_broken_share": 0.001, "verify": False}
     module = ready(robot_demos(native_root, **settings))
     module.skipped.checked_after = 8
@@ -364,7 +364,7 @@ def test_the_split_is_by_name_and_stable_under_added_demos() -> None:
     assert {names[i] for i in val} == {more[i] for i in val_of_more if i < 200}
     assert split_demos(names, 0.2, 1)[1] != val
     assert split_demos(names, 0.0, 0)[1] == []
-    for count in (2, 3):  # both sides get one, however small the set
+    for count in (2, 3):  # both sides get at least one demo, however small the set
         assert all(split_demos(names[:count], fraction, 0)[side] for fraction in (0.01, 0.99) for side in (0, 1))
 
 
@@ -385,7 +385,7 @@ def test_statistics_are_those_of_the_training_split(native_root: Path, robot_dem
         module = ready(robot_demos(native_root, targets=targets))
         levels = [demo.arms["right"].position[0, 2] for demo in module.train_demos]
         low, high = module.statistics.height_range
-        # reached poses count as well as targets, so the lowest is that of the reached ones
+        # the range covers reached poses and targets, so its lowest value is a reached one
         assert (low, high) == (pytest.approx(min(levels)), pytest.approx(max(levels) + above))
         assert module.statistics.frames == 12 * len(module.train_indices)
         assert module.statistics.quaternions["right"].shape == (12 * len(module.train_indices), 4)
@@ -450,7 +450,7 @@ def test_max_demos_takes_the_first_ones(native_root: Path, robot_demos: Make) ->
 
 
 def stamped(demo: Path, rate: float, change_archive: Any) -> None:
-    """Gives a demo of twelve frames the time stamps of a rate."""
+    """Give a demo of twelve frames the time stamps of `rate` frames per second."""
     change_archive(demo / "trajectory.npz", timestamps_ns=(np.arange(12) * 1e9 / rate).round().astype(np.int64))
 
 
@@ -466,7 +466,7 @@ def test_mixed_frame_rates_are_refused(
 def test_time_stamps_of_another_rate_than_fps_are_refused(
     native_root: Path, robot_demos: Make, change_metadata: Any, change_archive: Any
 ) -> None:
-    """Their plans would run three times as fast as what was shown, and nothing else would tell."""
+    """Their plans would run three times as fast as the recorded motion, and nothing else would reveal it."""
     for demo in native_root.glob("demo_*"):
         change_metadata(demo, fps=30.0)
     with pytest.raises(
@@ -476,7 +476,7 @@ def test_time_stamps_of_another_rate_than_fps_are_refused(
     for demo in native_root.glob("demo_*"):
         change_metadata(demo, fps=10.0)
     stamped(native_root / "demo_03", 10.6, change_archive)
-    data = ready(robot_demos(native_root))  # one among many is left out
+    data = ready(robot_demos(native_root))  # a single such demo is left out
     assert [str(broken) for broken in data.broken] == [
         "demo 'demo_03': its time stamps say 10.6 frames per second, its fps is 10: plans would run 0.943 times as "
         "fast as what was shown"
@@ -489,7 +489,7 @@ def test_time_stamps_of_another_rate_than_fps_are_refused(
     change_archive(native_root / "demo_04" / "trajectory.npz", timestamps_ns=jitter)
     dropped = np.delete(np.arange(15), [4, 7, 10]) * 100_000_000
     change_archive(native_root / "demo_05" / "trajectory.npz", timestamps_ns=dropped)
-    bursts = np.cumsum([0, *([1, 1, 364] * 4)[:-1]]) * 1_000_000  # three images at once, as fast as the others in all
+    bursts = np.cumsum([0, *([1, 1, 364] * 4)[:-1]]) * 1_000_000  # three images at once, same mean rate as the others
     change_archive(native_root / "demo_06" / "trajectory.npz", timestamps_ns=bursts)
     assert len(ready(robot_demos(native_root)).demos) == 10
 
@@ -508,7 +508,7 @@ def test_gaps_in_the_time_stamps_are_said_once(
 
 
 def test_heights_that_differ_by_rounding_alone_are_refused(native_root: Path, robot_demos: Make) -> None:
-    """Height bins between numbers that float32 cannot tell apart are not a number."""
+    """Height bins between values that float32 cannot distinguish would give NaN."""
     statistics = ready(robot_demos(native_root)).statistics
     taken = PolicyStatistics()
     with pytest.raises(
@@ -588,7 +588,7 @@ def test_pauses_can_be_dropped(native_root: Path, robot_demos: Make, change_arch
     count = len(module.train_indices)
     assert len(module.train_samples) == 9 * count
     assert {int(f) for f in module.train_samples.sample_frame} == set(range(12)) - {6, 7, 8}
-    assert len(module.val_samples) == 12 * len(module.val_indices)  # what is measured stays the same
+    assert len(module.val_samples) == 12 * len(module.val_indices)  # validation samples stay the same
 
 
 def test_a_closing_gripper_is_no_pause(native_root: Path, robot_demos: Make, change_archive: Any) -> None:
@@ -628,7 +628,7 @@ def test_a_folder_that_the_user_names_must_be_there(tmp_path: Path, robot_demos:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch, native_demo: Any) -> list[dict[str, Any]]:
-    """A stand-in recorder that writes what is missing; the calls that it got."""
+    """Install a stand-in recorder that writes missing demos. Return the list of its calls."""
     calls: list[dict[str, Any]] = []
 
     def record(**arguments: Any) -> None:
@@ -661,7 +661,7 @@ def test_missing_demonstrations_are_recorded_once_and_said(
     assert recorder[0]["task"] == {"name": "pick", "region": "all"}
     assert recorder[0]["root"] == module.root
     robot_demos(None, record=recording(tmp_path / "data")).prepare_data()
-    assert len(recorder) == 1  # they are there now
+    assert len(recorder) == 1  # the demos exist now
     module = robot_demos(None, record=recording(tmp_path / "data", demos=5))
     module.prepare_data()
     assert len(recorder) == 2
@@ -722,7 +722,7 @@ def test_other_options_lie_in_another_folder(tmp_path: Path) -> None:
         recording(tmp_path, seed=7).root,
     ]
     assert len({plain, *others}) == 6
-    assert recording(tmp_path, demos=7, processes=3).root == plain  # more of the same
+    assert recording(tmp_path, demos=7, processes=3).root == plain  # more demos of the same kind
     assert recording(tmp_path, hz=10).root == plain
 
 
@@ -765,14 +765,14 @@ def test_the_shipped_config_records_in_the_simulator(tmp_path: Path) -> None:
 
     demo = module.demos[0]
     assert TaskOptions(**demo.source["task"]) == TaskOptions(name="reach")
-    assert max(module.off_screen_shares().values()) < 0.05  # the embedded camera sees the whole motion
+    assert max(module.off_screen_shares().values()) < 0.05  # the embedded camera covers the whole motion
 
 
 # --------------------------------------------------------------------------------------------------------------- resume
 
 
 class Watcher(LightningModule):
-    """Notes which samples, in which views, it is given."""
+    """Records which samples it is given, and the sum of their augmented images."""
 
     def __init__(self, checkpoint_at: tuple[str, int] | None = None, path: Path | None = None) -> None:
         super().__init__()
@@ -841,7 +841,7 @@ def fit(module: Watcher, data: RobotDemos, checkpoint: Path | None = None, **sch
 def test_resumed_training_sees_what_uninterrupted_training_sees(
     schedule: str, every: int, tmp_path: Path, native_root: Path, robot_demos: Make
 ) -> None:
-    """Saved at each place of the list, or at every second one."""
+    """The checkpoint is saved at each place of the list, or at every second one."""
     data = partial(robot_demos, native_root, augmentation=Augmentation(), cache_gb=0.1)
     whole = fit(Watcher(), data(), **SCHEDULES[schedule])
     per_epoch = len(ready(data()).train_dataloader())
@@ -880,7 +880,7 @@ def test_an_order_that_cannot_be_continued_is_refused(native_root: Path, robot_d
 def test_steps_that_no_demonstration_reaches_are_said_and_refused_where_there_is_none(
     native_root: Path, robot_demos: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Demos of twelve frames hold targets up to eleven frames ahead."""
+    """Demos of twelve frames contain targets up to eleven frames ahead."""
     ready(robot_demos(native_root, horizon=5, frame_stride=2))
     assert "no demo shows them" not in caplog.text
     ready(robot_demos(native_root, horizon=6, frame_stride=2))

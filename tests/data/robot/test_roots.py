@@ -1,4 +1,4 @@
-"""Several data sets at once: their demos' names, weights, calibrations, and what each is checked for."""
+"""Several data sets at once: names of their demos, weights, calibrations, and the checks of each set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Make = Callable[..., RobotDemos]
 
 @pytest.fixture
 def roots(tmp_path: Path, native_demo: Any, change_metadata: Any) -> list[str]:
-    """A set of six demos of 12 frames, and one of two of 24, of another robot."""
+    """Write a set of six demos of 12 frames, and a set of two demos of 24 frames of another robot."""
     for number in range(6):
         native_demo(tmp_path / "a" / f"demo_{number}", seed=number, level=0.1 + 0.01 * number)
     for number in range(2):
@@ -36,7 +36,7 @@ def ready(data: RobotDemos) -> RobotDemos:
 
 
 def drawn(data: RobotDemos, epochs: int = 4) -> Counter[str]:
-    """How often each set is drawn in some epochs."""
+    """Count how often each set is sampled in some epochs."""
     sampler = data.train_dataloader().batch_sampler
     order = np.concatenate([sampler.order(epoch) for epoch in range(epochs)])
     names = [data.train_samples.demos[demo].name for demo in data.train_samples.sample_demo[order]]
@@ -49,7 +49,7 @@ def test_demos_of_all_roots_are_there_under_names_that_tell_them_apart(roots: li
     assert data.root_of == [0] * 6 + [1] * 2
     assert set(data.contents) == {demo.name for demo in data.demos}
     assert data.origin["root"] == roots
-    assert data.statistics.position_range[1][2] > 0.45  # of both
+    assert data.statistics.position_range[1][2] > 0.45  # the range covers both sets
     alone = ready(robot_demos([roots[0]], val_fraction=0.0))
     assert alone.demos[0].name == "demo_0"
     assert alone.contents == {name[2:]: content for name, content in data.contents.items() if name.startswith("a/")}
@@ -109,7 +109,7 @@ def test_what_cannot_be_is_said(roots: list[str], robot_demos: Make, changes: di
 
 
 def resampled(demo: Path, fps: float, change_metadata: Any, change_archive: Any) -> None:
-    """The same frames at another rate."""
+    """Give a demo another frame rate with the same frames."""
     with np.load(demo / "trajectory.npz") as archive:
         frames = len(archive["timestamps_ns"])
     change_archive(demo / "trajectory.npz", timestamps_ns=(np.arange(frames) * 1e9 / fps).round().astype(np.int64))
@@ -118,7 +118,7 @@ def resampled(demo: Path, fps: float, change_metadata: Any, change_archive: Any)
 
 @pytest.fixture
 def rates(roots: list[str], change_metadata: Any, change_archive: Any) -> list[str]:
-    """The first set at 30 frames per second, the second at 20."""
+    """Give the first set 30 frames per second and the second 20."""
     for root, fps in zip(roots, (30.0, 20.0), strict=True):
         for demo in Path(root).iterdir():
             resampled(demo, fps, change_metadata, change_archive)

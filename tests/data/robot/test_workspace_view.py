@@ -1,4 +1,4 @@
-"""What `data.fit=auto` chooses: by projection of the YAM arm's reachable workspace into usual cameras."""
+"""`data.fit=auto`, tested by projecting the YAM arm's reachable workspace into common cameras."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRODUCTION = ImageGeometry(448, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), field=0.95)  #
 
 @pytest.fixture(scope="module")
 def reachable() -> np.ndarray:
-    """[M, 3] positions that the arm reaches above the table and in front of its base."""
+    """Return [M, 3] positions that the arm reaches above the table and in front of its base."""
     limits = arm_chain().limits
     joints = np.random.default_rng(0).uniform(limits[:, 0], limits[:, 1], (4000, len(limits)))
     positions = forward_kinematics(joints)[0]
@@ -30,7 +30,8 @@ def reachable() -> np.ndarray:
 
 
 def camera(width: int, height: int, points: np.ndarray, fill: float, wide: bool) -> CameraTrack:
-    """A camera before the table whose image the points fill to this share, in width or wherever they touch first."""
+    """Return a camera in front of the table. The points fill the share `fill` of its image, in width or in the
+    direction that is filled first."""
     eye, target = np.array([1.4, 0.0, 0.9]), points.mean(axis=0)
     pose = looking_at(eye, target)
     seen = points @ pose[:3, :3].T + pose[:3, 3]
@@ -53,9 +54,9 @@ def test_the_reachable_workspace_stays_in_view(
     assert shares["over"] == kept_share(chosen, [track], reachable)
     assert shares["over"][0] >= 0.95
     cropped = kept_share(PRODUCTION, [track], reachable)[0]
-    assert (chosen == PRODUCTION) == (cropped >= 0.95)  # the central square wherever it does
+    assert (chosen == PRODUCTION) == (cropped >= 0.95)  # the central crop wherever it shows enough
     if size == (1280, 720) and wide and fill == 0.98:
-        assert cropped < 0.8  # what the recipe did
+        assert cropped < 0.8  # the share that the recipe's crop showed
         assert chosen.fit == "stretch"
 
 
@@ -69,7 +70,7 @@ def test_the_data_module_chooses_and_says_so(
         assert data.statistics.geometry == data.geometry
     assert (narrow.geometry.fit, narrow.geometry.field) == ("crop", 0.9)
     assert "data.fit=auto: fit=crop field=0.9" in caplog.text
-    assert wide.geometry.field == 1.0  # so little of the image would not do
+    assert wide.geometry.field == 1.0  # such a small part of the image would not be enough
     assert "camera over sees 100.0 % of the workspace, the network 100.0 % of that" in caplog.text
     size = narrow.demos[0].cameras["over"]
     assert size.width > size.height
@@ -97,6 +98,6 @@ def test_the_whole_image_of_all_cameras_where_one_is_not_calibrated(
         chosen = fit_to_workspace(demos, cameras, data.arms, data.geometry)
         assert (chosen.fit, chosen.field) == ("stretch", 1.0)
         assert "camera hand is not known" in caplog.text
-    demos[1:] = known[1:]  # one calibrated demonstration is enough to know
+    demos[1:] = known[1:]  # one calibrated demonstration is enough
     demos[-1] = replace(known[-1], cameras={**known[-1].cameras, "hand": known[-1].cameras["over"]})
     assert fit_to_workspace(demos, ("over", "hand"), data.arms, data.geometry) == data.geometry

@@ -1,4 +1,4 @@
-"""Batches by a budget of frames and positions: all fit, nothing is lost or doubled, padding stays small."""
+"""Batches within a budget of frames and positions: all fit, no sample is lost or repeated, and padding stays small."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_batch_fits_and_every_sample_comes_once(mixture: Mixture) -> None:
         seen = Counter(np.concatenate(batches).tolist())
         videos = [count for sample, count in seen.items() if sample < 20000]
         assert set(videos) == {1}
-        assert len(videos) >= 0.98 * 20000  # what makes too many batches is left out of an epoch
+        assert len(videos) >= 0.98 * 20000  # samples of surplus batches are left out of an epoch
         assert sum(seen.values()) - len(videos) == pytest.approx(0.14 * mixture.samples, rel=0.05)
 
 
@@ -90,7 +90,8 @@ def test_ranks_share_each_batch(mixture: Mixture, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_no_rank_has_more_than_its_share_of_the_rows_and_one_sample(ranks: int) -> None:
-    """By length, the way that batches are sorted, one rank had all the longest ones."""
+    """Regression: when the samples were split by length, in which batches are sorted, one rank had all the longest
+    ones."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         count = int(rng.integers(ranks, 40))
@@ -135,7 +136,8 @@ def test_the_costliest_batches_are_the_largest_by_each_measure(mixture: Mixture)
 
 
 def test_the_batch_with_the_most_rows_times_frames_is_one_of_the_costliest() -> None:
-    """The first of these has the most frames, the second the most positions, and both more of both together."""
+    """Batch [0] has the most frames and batch [1, 2] the most positions, and both cost more in total. Batch [3, 4] has
+    the most rows times frames."""
     sizes = Sizes(
         np.array([200, 10, 0, 60, 60]), np.array([300.0, 20.0, 4000.0, 80.0, 80.0]), np.array([1, 9, 1, 9, 2])
     )
@@ -148,7 +150,7 @@ def test_the_batch_with_the_most_rows_times_frames_is_one_of_the_costliest() -> 
 
 
 def test_the_positions_of_all_rows_count() -> None:
-    """One video with eight questions takes as much as eight with one."""
+    """One video with eight questions takes as many positions as eight videos with one question."""
     alone = component("videos", 2000)
     rows = np.random.default_rng(0).integers(1, 9, 2000)
     part, longest = replace(alone, rows=rows), alone.bucket + alone.length
@@ -160,7 +162,7 @@ def test_the_positions_of_all_rows_count() -> None:
 def test_rows_that_samples_give_at_most() -> None:
     count, kinds = np.array([1, 9, 30]), ["caption", "mark cue", "mark cue text"]
     found = [rows_of(how, count, kinds).tolist() for how in (None, 3, {"mark": 4, "cue": 3, "caption": 0})]
-    assert found == [[1, 9, 30], [1, 3, 3], [1, 7, 30]]  # all of a kind that is not named: how many nobody knows
+    assert found == [[1, 9, 30], [1, 3, 3], [1, 7, 30]]  # all rows of a kind not named: their number is unknown
 
 
 def test_a_sample_larger_than_the_budget_is_alone() -> None:
@@ -190,7 +192,7 @@ def test_halves_of_many_batches_are_found_without_looking_at_all_of_them_each_ti
     batches: list[Any] = [Counted([n] * (4 + n % 3)) for n in range(1000)]
     found = with_count(batches, 1100)
     assert looked_at < 5 * 1000
-    halved = [n for n in range(1000) if n % 3 == 2][:100]  # of the largest, the first
+    halved = [n for n in range(1000) if n % 3 == 2][:100]  # the first ones of the largest
     assert [list(batch) for batch in found] == [
         part for n in range(1000) for part in ([[n] * 3] * 2 if n in halved else [[n] * (4 + n % 3)])
     ]
@@ -202,7 +204,8 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_a_curriculum_within_a_budget() -> None:
-    """Stages change at their steps, hold their weights and shares, fit the budget, and are as long in every epoch."""
+    """Stages change at their steps and have their weights and shares, batches fit the budget, and all epochs are
+    equally long."""
     easy, hard = component("short", 3000, most=3), component("long", 3000)
     stages = [Stage({"short": 1.0}, 15), Stage({"short": 0.5, "long": 0.5}, 400), Stage({"long": 1.0})]
     mixture = Mixture([easy, hard, component("text", 500, 0.14)], 64, curriculum=stages, budget=BUDGET)
@@ -220,11 +223,11 @@ def test_a_curriculum_within_a_budget() -> None:
     assert shares[0] == pytest.approx([0.86, 0.0, 0.14], abs=0.06)  # 15 batches, of which one or two are left out
     assert shares[1] == pytest.approx([0.43, 0.43, 0.14], abs=0.02)
     assert shares[2] == pytest.approx([0.0, 0.86, 0.14], abs=0.02)
-    assert len(parts[0]) / 15 > 1.5 * len(parts[2]) / (len(steps) - 415)  # more short ones fit
+    assert len(parts[0]) / 15 > 1.5 * len(parts[2]) / (len(steps) - 415)  # more short samples fit in a batch
     long = parts[2][(parts[2] >= 3000) & (parts[2] < 6000)]
     often = Counter(long.tolist())
     assert len(often) == 3000
-    longest = hard.bucket == 64  # few fill a batch: they must not be left out more often
+    longest = hard.bucket == 64  # few of these fill a batch; they must not be left out more often
     mean = [np.mean([often[3000 + n] for n in np.flatnonzero(of)]) for of in (longest, ~longest)]
     assert mean[0] == pytest.approx(mean[1], rel=0.08)
     again = Mixture(mixture.components, 64, curriculum=stages, budget=BUDGET)

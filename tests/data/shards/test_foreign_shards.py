@@ -1,4 +1,4 @@
-"""Shards that other programs wrote, or that are hostile: every sample is delivered, or named with its reason."""
+"""Shards of other programs, or hostile ones: every sample is read, or reported with a reason."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def jpeg() -> bytes:
 
 
 def deep_grey() -> bytes:
-    """A PNG of 16 bits, half as bright as it can be."""
+    """Return a PNG with 16 bits at half of the maximum brightness."""
     buffer = io.BytesIO()
     Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -77,13 +77,13 @@ GOOD = pair("good")
 
 
 def published(frames: int | None = 2, **content: Any) -> bytes:
-    """The json of a sample of the published model's shards."""
+    """Return the json of a sample as in the shards of the published model."""
     told = {"user": "", "assistant": "A dog runs.", "source": "openvid"} | content
     return text(**told, **({} if frames is None else {"frame_count": frames}))
 
 
 THREE = [("a.000.jpg", jpeg()), ("a.001.jpg", jpeg())]
-# name: members, and frames of the samples that are delivered; all other keys are named
+# name: members, and number of frames of the samples that are read; all other keys are reported
 LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
     "the published model's frames": ([*THREE, ("a.json", published())], {"a": 2}),
     "the published model's image": ([("a.jpg", jpeg()), ("a.json", published(1, user="Which?"))], {"a": 1}),
@@ -294,8 +294,8 @@ def write_tar(path: Path, members: Members, change: Callable[[tarfile.TarFile], 
 
 
 def delivered_and_named(root: Path) -> tuple[dict[str, int], dict[str, str]]:
-    """Frames of every sample that is read, by key; and the reason of every other, by key. Readers of texts alone find
-    the same conversations and times."""
+    """Return the number of frames of every sample that is read, and the reason for every other one, both by key.
+    Readers of texts without images must find the same conversations and times."""
     make_manifests(root, max_broken_share=1.0)
     shards = ShardSet(root)
     named = {key: why for index in map(shards.index, range(len(shards.shards))) for key, why in index.bad.items()}
@@ -326,7 +326,7 @@ def test_every_sample_is_delivered_or_named(name: str, tmp_path: Path) -> None:
 
 
 def test_texts_are_found_whatever_the_case_of_their_names(tmp_path: Path) -> None:
-    """By what counts tokens, trains a tokenizer and validates, as by what reads samples."""
+    """This holds for counting tokens, training a tokenizer and validation as well as for reading samples."""
     talk = text(caption="a dog runs over the grass")
     for case in (str.lower, str.upper):
         members = [
@@ -354,7 +354,7 @@ def test_deep_images_keep_their_brightness(tmp_path: Path) -> None:
 
 def test_what_transparency_hides_is_not_shown(tmp_path: Path) -> None:
     members: Members = []
-    drawn = Image.new("RGBA", (8, 8), (0, 0, 0, 0))  # black, and hidden
+    drawn = Image.new("RGBA", (8, 8), (0, 0, 0, 0))  # black and fully transparent
     drawn.putpixel((0, 0), (255, 0, 0, 255))
     for key, image in (("a", drawn), ("b", drawn.getchannel("R").convert("LA")), ("c", drawn.quantize(4))):
         buffer = io.BytesIO()
@@ -367,7 +367,7 @@ def test_what_transparency_hides_is_not_shown(tmp_path: Path) -> None:
         frame = read_sample(shards, sample, 8).frames[0]
         assert frame[0, 0].tolist() == [255, 0, 0]
         assert (frame[1:] == 255).all()
-    assert (read_sample(shards, 1, 8).frames[0, 1:] == 0).all()  # opaque, whatever it could be
+    assert (read_sample(shards, 1, 8).frames[0, 1:] == 0).all()  # opaque, although the mode (LA) has transparency
 
 
 def test_placeholders_are_no_words_of_the_question(tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ HTML = "<body>\n  <video>\n    <source>\n  </video>\n</body> <image> <|image_pad
     ],
 )
 def test_html_is_text_and_what_stands_for_an_image_is_none(asked: str, packed: bool, read: str, tmp_path: Path) -> None:
-    """Of answers nothing is taken out: they are learned as they are."""
+    """Nothing is removed from answers: the model learns them unchanged."""
     talk = text(conversations=[{"user": asked, "assistant": HTML}])
     write_tar(tmp_path / "a.tar", pair("a", content=talk) if packed else [("a.json", talk)])
     frames, named = delivered_and_named(tmp_path)
@@ -439,7 +439,7 @@ def test_html_is_text_and_what_stands_for_an_image_is_none(asked: str, packed: b
 
 
 def test_characters_beyond_ascii_count_as_a_token_each(tmp_path: Path) -> None:
-    """Batches are made by four characters per token: text in Chinese would be taken for a quarter of what it is."""
+    """Batches are planned with four characters per token: a Chinese text would count as a quarter of its tokens."""
     members = [
         m for key, said in (("a", "x" * 40), ("b", "\u6c49" * 40)) for m in pair(key, content=text(caption=said))
     ]
@@ -450,11 +450,11 @@ def test_characters_beyond_ascii_count_as_a_token_each(tmp_path: Path) -> None:
 
 
 def test_images_are_upright(tmp_path: Path) -> None:
-    """As their EXIF says; notes that are damaged leave an image as it lies."""
+    """Images are rotated as their EXIF orientation says; with damaged EXIF data an image stays as it is stored."""
     image = np.zeros((16, 16, 3), np.uint8)
     image[:8] = 255
     exif = Image.Exif()
-    exif[0x112] = 6  # to be turned clockwise by a quarter
+    exif[0x112] = 6  # to be rotated clockwise by 90 degrees
     members: Members = []
     for key, noted in (("a", exif.tobytes()), ("b", b"Exif\0\0" + b"\xff" * 30), ("c", b"")):
         buffer = io.BytesIO()
@@ -480,7 +480,7 @@ def test_hostile_images_leave_their_shard_whole(tmp_path: Path) -> None:
 
 
 def hard_link(tar: tarfile.TarFile) -> None:
-    """As some programs write it: with the size of the file that it links to, and without its bytes."""
+    """Add a hard link as some programs write it: with the size of the linked file and without its bytes."""
     info = tarfile.TarInfo("linked.jpg")
     info.type, info.linkname, info.size = tarfile.LNKTYPE, "good.jpg", 4000
     tar.fileobj.write(info.tobuf(tarfile.USTAR_FORMAT))  # type: ignore[union-attr]
@@ -525,7 +525,7 @@ def test_frames_per_second_may_be_the_text_of_a_number(tmp_path: Path) -> None:
 def test_several_images_of_a_conversation_have_no_common_time(
     asked: str, named: dict[str, Any], seconds: tuple[float, ...], tmp_path: Path
 ) -> None:
-    """Unless they are frames of a video, or a rate is said."""
+    """The exceptions are frames of a video, and images with a given rate."""
     said = {"caption": "two"} if "caption" in asked else {"texts": [{"user": asked, "assistant": "!"}]}
     write_tar(tmp_path / "a.tar", [*TWO, ("a.json", text(**said, **named))])
     make_manifests(tmp_path)
@@ -547,13 +547,13 @@ def not_utf8(tar: tarfile.TarFile) -> None:
 
 
 def sparse(tar: tarfile.TarFile) -> None:
-    """As `tar --sparse` writes a file of 4 MB that is all hole but its last block; and a sample behind it."""
+    """Add a file as `tar --sparse` writes it (4 MB, all hole except its last block), and a sample after it."""
     info = tarfile.TarInfo("holes.jpg")
     info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    header[386:410] = b"00017777000\0" + b"00000001000\0"  # one piece: where it lies, its bytes
+    header[386:410] = b"00017777000\0" + b"00000001000\0"  # one piece: its offset and size
     header[482:483] = b"\0"  # no further pieces
-    header[483:495] = b"00020000000\0"  # with the holes
+    header[483:495] = b"00020000000\0"  # the size with the holes
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     tar.fileobj.write(bytes(header) + b"\xff" * 512)  # type: ignore[union-attr]
@@ -582,7 +582,7 @@ def test_members_that_are_no_files_of_text_names(
 
 
 def test_shards_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Compressed, cut off, no tar at all, in upper case, in other folders, two joined into one."""
+    """The files are compressed, cut off, not tar, in upper case, in other folders, or two tars joined into one."""
     write_tar(tmp_path / "a.TAR", pair("upper"))
     write_tar(tmp_path / "b.tar", GOOD)
     (tmp_path / "c.tar.gz").write_bytes(gzip.compress((tmp_path / "b.tar").read_bytes()))
@@ -592,7 +592,7 @@ def test_shards_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCa
     (tmp_path / "g.tar").write_bytes((tmp_path / "b.tar").read_bytes() * 2)
     write_set(tmp_path / "00001", [1])
     for name in ("._a.TAR", "._c.tar.gz"):
-        (tmp_path / name).write_bytes(b"\0\5\x16\7")  # macOS's notes
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")  # AppleDouble files of macOS
     frames, _ = delivered_and_named(tmp_path)
     assert frames == {"upper": 1, "good": 1}
     report = make_manifests(tmp_path, max_broken_share=1.0)
@@ -636,7 +636,7 @@ def test_validation_names_what_is_new_first_and_everything_in_a_file(
     lines = Path(report["problems_file"]).read_text().splitlines()
     assert len(lines) == 26
     assert all(any(f"bad{number:02d}" in line for line in lines) for number in range(25))
-    assert "are left out" not in caplog.text  # once for each shard
+    assert "are left out" not in caplog.text  # would appear once per shard
     write_tar(tmp_path / "a.tar", GOOD)
     make_manifests(tmp_path, again=True)
     assert (validate(tmp_path)["problems_file"], (tmp_path / "problems.txt").exists()) == (None, False)
@@ -705,7 +705,7 @@ def test_folders_that_training_does_not_read_are_not_counted(
     for number, path in enumerate(paths):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         write_tar(tmp_path / path, [*pair(f"a{number}")])
-        if number:  # as a set of its own
+        if number:  # a set of its own
             make_manifests((tmp_path / path).parent)
     for step in (make_manifests, validate):
         with pytest.raises(ValueError, match=named):
@@ -713,7 +713,8 @@ def test_folders_that_training_does_not_read_are_not_counted(
 
 
 def test_a_list_of_files_in_place_of_a_video_is_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FFmpeg would read the files that it names, beside the process, and they would be trained on."""
+    """FFmpeg would read the files that the list names, from the working directory, and they would become training
+    data."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.mp4").write_bytes(small_video())
     write_tar(tmp_path / "a.tar", [("a.mp4", b"ffconcat version 1.0\nfile 'secret.mp4'\n"), ("a.json", CAPTION), *GOOD])
@@ -767,7 +768,7 @@ def test_kinds_that_cannot_be_chosen_are_named(tmp_path: Path, kind: str) -> Non
     ],
 )
 def test_text_of_a_json_counts_before_a_txt(tmp_path: Path, content: bytes, said: str) -> None:
-    """As `docs/foveated_vlm.md` says."""
+    """The precedence is documented in `docs/foveated_vlm.md`."""
     write_tar(tmp_path / "a.tar", [("a.jpg", jpeg()), ("a.txt", b"of the txt"), ("a.json", content)])
     make_manifests(tmp_path)
     (conversation,) = read_sample(ShardSet(tmp_path), 0, 8).conversations
@@ -806,7 +807,7 @@ def test_the_source_beside_a_caption_in_txt_says_what_is_asked(source: Any, aske
     found = parse_text(told)
     assert [turn["text"] for turn in found["conversations"][0]["turns"]] == [asked or IMAGE_CAPTION_REQUEST, "A dog."]
     assert parse_text({**told, "json": b"3"})["conversations"][0]["turns"][0]["text"] == IMAGE_CAPTION_REQUEST
-    assert "fps" not in found  # of the file that was downloaded, not of these images
+    assert "fps" not in found  # it is the rate of the downloaded file, not of these images
 
 
 @pytest.mark.parametrize(
@@ -815,7 +816,7 @@ def test_the_source_beside_a_caption_in_txt_says_what_is_asked(source: Any, aske
         ({"jpg": jpeg(), "txt": b"A dog."}, IMAGE_CAPTION_REQUEST),
         ({"PNG": deep_grey(), "json": text(caption="A dog.", url="https://x.org/a.jpg")}, IMAGE_CAPTION_REQUEST),
         ({"00.jpg": jpeg(), "json": text(text="A dog.", image="a.jpg")}, IMAGE_CAPTION_REQUEST),
-        ({"00.jpg": jpeg(), "json": text(caption="A dog.", video="a.mp4")}, CAPTION_REQUEST),  # a frame of it
+        ({"00.jpg": jpeg(), "json": text(caption="A dog.", video="a.mp4")}, CAPTION_REQUEST),  # a frame of a video
         ({"00.jpg": jpeg(), "01.jpg": jpeg(), "txt": b"A dog."}, CAPTION_REQUEST),
         ({"mp4": small_video(), "txt": b"A dog."}, CAPTION_REQUEST),
     ],
@@ -823,7 +824,7 @@ def test_the_source_beside_a_caption_in_txt_says_what_is_asked(source: Any, aske
 def test_a_caption_of_one_image_is_not_asked_for_as_that_of_a_video(
     members: dict[str, bytes], asked: str, tmp_path: Path
 ) -> None:
-    """Wherever the text is read, with its images or without."""
+    """This holds wherever the text is read, with its images or without."""
     write_tar(tmp_path / "a.tar", [(f"a.{name}", content) for name, content in members.items()])
     make_manifests(tmp_path)
     shards = ShardSet(tmp_path)
@@ -843,7 +844,7 @@ ANSWERS = ["a test", {"answer": "test", "answer_confidence": "yes"}]
     "content", [{"conversations": TALK}, {"texts": PAIR}, {"user": "What?", "assistant": "This.", "source": "x"}]
 )
 def test_answers_of_annotators_to_one_question_are_its_evidence(content: dict[str, Any], tmp_path: Path) -> None:
-    """As `step=video_sft` has them, for the VQA rule."""
+    """The answers are stored as in sets of `step=video_sft`, for the VQA rule."""
     told = [ANSWERS, [], None]
     members = [(f"{n}.json", text(**content, answers=each)) for n, each in enumerate(told)]
     write_tar(tmp_path / "a.tar", [each for member in members for each in (member, (f"{member[0][0]}.jpg", jpeg()))])
@@ -885,7 +886,7 @@ def test_a_text_that_is_empty_is_named_as_empty() -> None:
         own_text({"user": "Who?", "assistant": ""}, "")
     with pytest.raises(ValueError, match=r"user with assistant; it holds assistant"):
         own_text({"assistant": "A dog."}, "")
-    for user in (0, False, []):  # no question, and not none either
+    for user in (0, False, []):  # not a question, but not a missing one either
         with pytest.raises(ValueError, match=r"a turn has no role or no text|a user.s turn without words"):
             own_text({"user": user, "assistant": "A dog."}, "", packed=True)
     with pytest.raises(ValueError, match=r"its json holds none of .*; it holds url"):

@@ -1,4 +1,4 @@
-"""Mixtures and buckets: exact shares, every sample once, little padding, the same whoever asks."""
+"""Mixtures and buckets: exact shares, every sample once, little padding, the same result in every process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_what_an_epoch_leaves_out_is_less_than_a_batch_and_changes() -> None:
 
 
 def test_the_share_is_exact_in_expectation() -> None:
-    """90 samples an epoch, 14 % are 12.6: single epochs have 12 or 13, their mean over seeds is 12.6."""
+    """14 % of 90 samples per epoch are 12.6: single epochs have 12 or 13, and their mean over seeds is 12.6."""
     counts = np.array([[retention(78, 50, 10, seed).counts(epoch)[1] for epoch in range(3)] for seed in range(1500)])
     assert set(np.unique(counts)) == {12, 13}
     assert np.abs(counts.mean(axis=0) - 12.6).max() < 4 * 0.49 / np.sqrt(1500)
@@ -207,7 +207,7 @@ def test_a_curriculum_goes_from_stage_to_stage_at_its_steps() -> None:
     assert lead.mean() == pytest.approx(0.75, abs=0.03)
     assert set(np.unique(kinds[28:])) == {1, 2}
     assert (kinds == 2).mean() == pytest.approx(0.2, abs=0.002)
-    # every lead source goes on where it stood: nothing comes again before all have come
+    # every lead source continues where it stopped: no sample is repeated before all were used
     easy = order[:7][kinds[:7] == 0]
     assert len(np.unique(easy)) == len(easy)
     hard = order[kinds == 1]
@@ -217,7 +217,8 @@ def test_a_curriculum_goes_from_stage_to_stage_at_its_steps() -> None:
 
 @pytest.mark.parametrize("budget", [None, Budget(40, 4000)])
 def test_the_stages_of_a_curriculum_count_optimizer_steps(budget: Budget | None) -> None:
-    """They counted batches: with gradients of four batches a step they ended after a quarter of the steps."""
+    """Regression: they counted batches. With gradients of four batches per step, stages ended after a quarter of their
+    steps."""
     parts = [component("easy", 60), component("hard", 100), component("text", 50, 0.2)]
 
     def of(first: int, second: int, per_step: int) -> Mixture:

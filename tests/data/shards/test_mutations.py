@@ -1,4 +1,5 @@
-"""Damaged and hostile video-text data: every reader skips or refuses it in one line; nothing else ends a run."""
+"""Damaged and hostile video-text data: every reader skips or refuses it with a one-line message; nothing else ends a
+run."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def members(number: int) -> dict[str, bytes]:
 
 
 def write(root: Path, changes: dict[tuple[int, str], bytes | None] | None = None) -> Path:
-    """Six samples; some members with other content (None: without it), and no index."""
+    """Write six samples without an index; `changes` replaces members (None: without the member)."""
     with ShardWriter(root / "a.tar") as writer:
         for number in range(6):
             parts: dict[str, Any] = members(number)
@@ -50,7 +51,7 @@ def write(root: Path, changes: dict[tuple[int, str], bytes | None] | None = None
 
 
 def everything(root: Path, index: bool = True) -> dict[str, Any]:
-    """Frames (hashed) and texts of every sample that can be read."""
+    """Return the frames (hashed) and texts of every sample that can be read."""
     if index:
         write_manifest(root, describe_video_text, max_broken_share=0.9, progress=False)
     shards, found = ShardSet(root), {}
@@ -66,10 +67,11 @@ def everything(root: Path, index: bool = True) -> dict[str, Any]:
 
 @pytest.mark.parametrize("rounds", ROUNDS)
 def test_damaged_shards(tmp_path: Path, rounds: int) -> None:
-    """Bytes of the tar, before and after it was indexed, and of index and manifest.
+    """Bytes of the tar are changed before and after it is indexed, and bytes of the index and the manifest.
 
-    A tar file has no checksum of its content: a change before it is indexed that leaves a valid image or a valid text
-    is a different sample, and only in the sample that was touched. After that the index knows every part's checksum.
+    A tar file has no checksum of its content. A change before indexing that leaves a valid image or a valid text gives
+    a different sample, and only for the sample that was changed. After indexing, the index has the checksum of every
+    part.
     """
     rng, outcomes = np.random.default_rng(0), Outcomes()
     whole = everything(write(tmp_path / "whole"))
@@ -85,7 +87,7 @@ def test_damaged_shards(tmp_path: Path, rounds: int) -> None:
                 index_path(root / "a.tar").unlink()
             found = outcomes.run(f"{file} {number}", lambda root=root, fresh=fresh: everything(root, fresh), whole)
             if found is not None and file != "a.tar" and found != whole:
-                # keys and the lists of what was left out are not hashed in a manifest; the index is
+                # a manifest hashes the index, but not keys and the lists of left-out samples
                 assert file == MANIFEST
             if found is not None and file == "a.tar" and not fresh:
                 assert {key: whole.get(key) for key in found} == found
@@ -97,7 +99,7 @@ def test_damaged_shards(tmp_path: Path, rounds: int) -> None:
 
 
 def test_hostile_members(tmp_path: Path) -> None:
-    """A sample whose member is hostile is left out or refused; the others of its shard are read as they are."""
+    """A sample with a hostile member is left out or refused; the others of its shard are read unchanged."""
     outcomes = Outcomes()
     whole = everything(write(tmp_path / "whole"))
     others = {key: value for key, value in whole.items() if key != "s2"}
@@ -197,9 +199,9 @@ SOURCE_ROUNDS = [pytest.param(5, id="quick"), pytest.param(40, id="large", marks
 @pytest.mark.parametrize("rounds", SOURCE_ROUNDS)
 @pytest.mark.parametrize("make", FOLDERS)
 def test_damaged_sources(tmp_path: Path, make: Callable[[Path], dict[str, Any]], rounds: int) -> None:
-    """A list, table or archive that is damaged: entries are counted as failed, or the step ends with one line.
+    """If a list, table or archive is damaged, entries are counted as failed, or the step ends with one line.
 
-    Lists and texts carry no checksum: a changed letter is another text.
+    Lists and texts have no checksum: a changed letter gives another text.
     """
     rng, outcomes = np.random.default_rng(1), Outcomes()
     ((file, prepare),) = make(tmp_path / "source").items()

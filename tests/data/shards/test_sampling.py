@@ -1,4 +1,4 @@
-"""The order of samples: the same whatever the ranks and workers, each sample once, resumed by one number."""
+"""The order of samples: the same for any number of ranks and workers, each sample once, resumed from one number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from keygrip.data.shards.sampling import GlobalBatchSampler, ResumableLoader, Sa
 
 
 class Keys(Dataset[torch.Tensor]):
-    """Gives back which sample was asked for, in which epoch, and the first draw of its generator."""
+    """Returns which sample was requested, in which epoch, and the first random number of its generator."""
 
     def __getitem__(self, key: SampleKey) -> torch.Tensor:
         return torch.tensor([key.sample, key.epoch, sample_generator(5, key).uniform()], dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_validation_sees_every_sample_and_all_ranks_have_equal_numbers_of_batche
     assert all(batch for part in batches for batch in part)
     indices = [key.sample for part in batches for batch in part for key in batch]
     assert set(indices) == set(range(samples))
-    assert len(indices) == max(samples, ranks)  # none comes twice but where there are fewer than ranks
+    assert len(indices) == max(samples, ranks)  # no sample is repeated, unless there are fewer samples than ranks
     assert max(len(batch) for part in batches for batch in part) <= 12 // ranks + 1
     samplers[0].set_epoch(5)
     assert [[k.sample for k in batch] for batch in samplers[0]] == [[k.sample for k in batch] for batch in batches[0]]

@@ -1,4 +1,4 @@
-"""Images under keys of their own beside a text: read as its frames, or the text is refused by name."""
+"""Images stored under their own keys, separate from their text: read as its frames, or the text is refused by name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ READ = {"good": [9], "alone": []}
 
 
 def images(key: str, numbers: list[str], ending: str = "png") -> Members:
-    """Images whose brightness is their number."""
+    """Return images whose brightness is their number."""
     return [(f"{key}_{number}.{ending}", picture(int(number))) for number in numbers]
 
 
@@ -55,7 +55,8 @@ def write_tar(path: Path, members: Members) -> None:
 
 
 def found(root: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """The brightness of the frames of every sample that is read, by key; and the reason of every other, by key."""
+    """Return the brightness of the frames of every sample that is read, and the reason for every other one, both by
+    key."""
     make_manifests(root, max_broken_share=1.0)
     manifest = json.loads((root / MANIFEST).read_bytes())
     shards = ShardSet(root, quiet=True)
@@ -191,7 +192,7 @@ def test_numbered_samples_are_no_frames_of_a_text(tmp_path: Path) -> None:
 
 
 def test_images_that_are_links_are_no_text_about_nothing(tmp_path: Path) -> None:
-    """tar packs links as such where it is not told to follow them."""
+    """tar stores links as links unless it is told to follow them."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, content in (("lay_000.png", picture(0)), ("lay.json", TALK), ("t/a.json", TALK)):
             info = tarfile.TarInfo(name)
@@ -236,7 +237,7 @@ def test_a_sample_that_is_divided_between_two_tars_is_refused(
     content = (tmp_path / MANIFEST).read_bytes()
     problems = validate(tmp_path)["problems"]
     assert any(named[key] in problem for problem in problems)
-    assert not any("again=true" in problem for problem in problems)  # the index is that of the tar
+    assert not any("again=true" in problem for problem in problems)  # the index belongs to the tar
     for again in (False, True):
         make_manifests(tmp_path, again, max_broken_share=1.0)
         assert (tmp_path / MANIFEST).read_bytes() == content
@@ -334,7 +335,7 @@ def test_no_part_of_a_video_that_tars_cut_is_learned(
 def test_another_sample_of_the_same_key_in_another_tar_takes_nothing_away(
     first: Members, second: Members, tmp_path: Path
 ) -> None:
-    """Keys begin anew in the second tar: its sample is whole, or has lost its text."""
+    """The second tar uses the same key for another sample, which is complete or has lost its text."""
     write_tar(tmp_path / "a.tar", first)
     write_tar(tmp_path / "b.tar", [*GOOD, *second])
     make_manifests(tmp_path, max_broken_share=1.0)
@@ -389,7 +390,7 @@ def test_indices_made_anew_are_written_with_their_manifest_alone(tmp_path: Path)
     write_tar(tmp_path / "a.tar", samples(numbers(0, 4), "json"))
     make_manifests(tmp_path)
     before = contents(tmp_path)
-    # of the same size, so that the index is not seen to be of another tar
+    # of the same size, so that the size does not reveal that the index is of another tar
     write_tar(tmp_path / "a.tar", [*samples(numbers(0, 3), "json"), ("000003.json", b"{" * len(TALK))])
     with pytest.raises(ValueError, match=r"1 of 4 samples in .* are bad"):
         make_manifests(tmp_path, again=True)
@@ -401,7 +402,7 @@ def test_indices_made_anew_are_written_with_their_manifest_alone(tmp_path: Path)
 
 
 def test_what_is_left_out_depends_on_the_tars_that_are_there_and_not_on_earlier_manifests(tmp_path: Path) -> None:
-    """`a.tar` alone, with an image of x in `b.tar`, and alone again."""
+    """The set is `a.tar` alone, then with an image of x in `b.tar`, then `a.tar` alone again."""
     write_tar(tmp_path / "a.tar", samples(["x", "y"], "json"))
     assert found(tmp_path) == ({"x": [], "y": []}, {})
     alone = contents(tmp_path)
@@ -417,7 +418,7 @@ def test_what_is_left_out_depends_on_the_tars_that_are_there_and_not_on_earlier_
         path.unlink()
     assert found(tmp_path) == ({"x": [], "y": []}, {})
     assert contents(tmp_path) == alone
-    # what is counted or trained on the one is not taken for the other
+    # counts and checkpoints of one set are not used for the other
     assert with_both.hashes("s")["s/a.tar"] != ShardSet(tmp_path).hashes("s")["s/a.tar"]
     assert with_both.left_out(0).keys() == {"x"}
 
@@ -434,7 +435,7 @@ def test_an_index_without_a_sample_that_an_earlier_version_found_divided_is_made
 
 
 def test_an_index_that_does_not_say_which_images_have_no_text_is_made_anew(tmp_path: Path) -> None:
-    """Earlier versions gave the keys alone, or nothing."""
+    """Earlier versions stored only the keys, or nothing."""
     write_tar(tmp_path / "a.tar", [*dotted("k", ["00", "01"]), ("k.json", TALK)])
     write_tar(tmp_path / "b.tar", [*GOOD, *dotted("k", ["02"])])
     make_manifests(tmp_path, max_broken_share=1.0)
@@ -450,7 +451,7 @@ def test_an_index_that_does_not_say_which_images_have_no_text_is_made_anew(tmp_p
 
 @pytest.mark.parametrize("text", ["caption", "conversations"])
 def test_videos_that_tars_cut_are_refused_where_several_writers_number_from_0(text: str, tmp_path: Path) -> None:
-    """Their keys begin anew in each writer's tars, and the other writer's video of that key is refused with it."""
+    """Each writer numbers its keys from 0. The other writer's video of the same key is refused as well."""
     content = json.dumps({"caption": "a cup"}).encode() if text == "caption" else TALK
     for writer in range(2):
         members = [
@@ -470,7 +471,7 @@ def test_videos_that_tars_cut_are_refused_where_several_writers_number_from_0(te
 
 
 def test_a_sample_that_is_divided_where_one_tar_ends_is_found_beside_many_whole_ones(tmp_path: Path) -> None:
-    """Its key stands for no other sample, so that most samples being whole says nothing about it."""
+    """Its key belongs to no other sample. Therefore most samples being complete proves nothing about it."""
     write_tar(tmp_path / "a.tar", [*samples(numbers(0, 50), "png", "json"), *samples(["000050"], "png")])
     write_tar(tmp_path / "b.tar", [*samples(["000050"], "json"), *samples(numbers(51, 99), "png", "json")])
     make_manifests(tmp_path)
@@ -488,7 +489,7 @@ def test_tars_of_images_and_tars_of_texts_whose_keys_begin_anew_are_refused(tmp_
 @pytest.mark.parametrize("long", ["png", "json"])
 @pytest.mark.parametrize("mark", ["-", "/"])
 def test_long_keys_with_many_marks_take_little_memory(long: str, mark: str) -> None:
-    """Such a key has 244 beginnings; kept for each member of a tar, they took 68 kB of memory."""
+    """Such a key has 244 prefixes; stored for each member of a tar, they took 68 kB of memory."""
     tail = mark * 243 + "x"
     parts = {f"{n:06d}{tail}": [(long, 0, 0)] for n in range(500)}
     parts |= {"000007": [("json" if long == "png" else "png", 0, 0)]}
@@ -502,7 +503,7 @@ def test_long_keys_with_many_marks_take_little_memory(long: str, mark: str) -> N
     assert peak < 500 * 4000
 
 
-# how many texts alone, whole samples and images alone lie in one folder, and whether the texts are read
+# numbers of texts alone, complete samples and images alone in one folder, and whether the texts are read
 FOLDERS = {
     "one image beside many texts, as a preview or an image of many questions": (100, 0, 1, False),
     "images that lost their texts, more than whole ones": (50, 2, 3, False),
@@ -526,4 +527,4 @@ def test_texts_beside_more_images_without_text_than_whole_samples_are_refused(
     frames, named = found(tmp_path)
     assert len(named) == lost + (0 if read else texts)
     assert len(frames) == whole + (texts if read else 0)
-    assert {*keys["i"]} <= {*named}  # no image is lost without a word
+    assert {*keys["i"]} <= {*named}  # every lost image is reported

@@ -1,4 +1,4 @@
-"""Writing shard sets: in parallel, resumably, with broken items counted and never fatal."""
+"""Writing shard sets: in parallel and resumable; broken items are counted and never end the run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from keygrip.recording import video_text
 
 @dataclass(frozen=True)
 class NumberMaker:
-    """A sample for each number; multiples of 5 are broken, and so is what begins with 13."""
+    """Makes a sample for each number; multiples of 5 are broken, and number 13 also gives a broken item."""
 
     log: Path | None = None
     prefix: str = "n"
@@ -91,7 +91,7 @@ def test_processes_and_interruptions_change_nothing(tmp_path: Path) -> None:
         (tmp_path / "together" / name).unlink()
     log = tmp_path / "log"
     again = written(tmp_path / "together", log=log)
-    assert sorted(int(line) for line in log.read_text().split()) == list(range(4, 16))  # three shards of five
+    assert sorted(int(line) for line in log.read_text().split()) == list(range(4, 16))  # three of the five shards
     assert again.samples == 16
     assert again.written == 9
     assert files(tmp_path / "alone") == files(tmp_path / "together")
@@ -122,7 +122,7 @@ def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path: Path) ->
 
 @dataclass(frozen=True)
 class Named:
-    """An item of a list that names a file, as sources of videos have it."""
+    """An item of a list that names a file, as in the sources of videos."""
 
     key: str
     text: str
@@ -135,7 +135,7 @@ def make_named(item: Named) -> Iterable[MadeSample | Broken]:
 
 
 def test_shards_whose_items_or_files_have_changed_are_made_anew(tmp_path: Path) -> None:
-    """A list that was corrected, a file that was missing or has grown; not a source that was moved."""
+    """A list that was corrected, or a file that was missing or has grown, causes it; moving the source does not."""
     source, root = tmp_path / "source", tmp_path / "set"
 
     def listed(folder: Path, *texts: str) -> list[Named]:
@@ -164,7 +164,7 @@ def test_shards_whose_items_or_files_have_changed_are_made_anew(tmp_path: Path) 
 def test_a_shard_made_anew_and_killed_at_any_file_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its tar, its index and its log each take the place of the old ones; between them the process may end."""
+    """Its tar, its index and its log replace the old ones one by one; the process may end between them."""
     (tmp_path / "0.txt").write_text("x")
 
     def write(text: str) -> Written:
@@ -190,7 +190,7 @@ def test_a_shard_made_anew_and_killed_at_any_file_is_made_again(
 
 @dataclass(frozen=True)
 class SlowMaker:
-    """Makes samples while another process waits for the set; the log says which items were made."""
+    """Makes samples slowly while another process waits for the set; the log lists the items that were made."""
 
     log: Path
 
@@ -246,7 +246,7 @@ def test_several_processes_are_refused_in_a_place_without_locks(tmp_path: Path) 
 
 
 def test_tours_whose_making_was_interrupted_are_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever split was being written: a set without its held-out videos would pass for whole."""
+    """This holds for whichever split was being written: a set without its held-out videos would seem complete."""
 
     def make(root: Path, interrupted: str | None) -> MadeShards:
         def split(place: Path, items: Sequence[int], *_: object, **__: object) -> Written:

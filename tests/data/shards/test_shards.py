@@ -102,7 +102,7 @@ def test_an_exception_while_writing_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_keys_with_accents_are_those_that_a_reader_of_the_tar_has(tmp_path: Path) -> None:
-    """macOS writes letters and accents apart."""
+    """macOS stores a letter and its accent as separate code points."""
     with ShardWriter(tmp_path / "a.tar") as writer:
         writer.add("cafe\u0301", *video_text_parts([], conversations("x"), "s"))
     write_manifest(tmp_path, describe_video_text, progress=False)
@@ -318,7 +318,7 @@ def test_a_sample_without_one_of_its_images_is_left_out_by_name(tmp_path: Path) 
         index = index_shard(tmp_path / "a.tar", describe_video_text)
         assert (len(index), list(index.bad)) == (0, ["a"])
         assert re.search(reason, index.bad["a"])
-        write_manifest(tmp_path, describe_video_text, progress=False)  # with the index of the writer, who did not look
+        write_manifest(tmp_path, describe_video_text, progress=False)  # the writer's index, which is not checked
         with pytest.raises(BadSample, match=reason):
             read_sample(ShardSet(tmp_path), 0, 8)
 
@@ -338,7 +338,7 @@ def test_remote_shards_are_copied_once_and_within_the_limit(tmp_path: Path) -> N
     url = f"file://{root}"
     shards = ShardSet(url, tmp_path / "near", cache_gb=2.5 * size / 1e9)
     folder = next((tmp_path / "near").iterdir())
-    assert list(folder.glob("*.tar")) == []  # nothing but the indices is read to know what is there
+    assert list(folder.glob("*.tar")) == []  # opening the set reads only the indices
     assert len(shards) == 12
     for sample in (0, 3, 6, 9, 0):
         assert read_sample(shards, sample, 8).key == f"s{sample}"
@@ -347,14 +347,14 @@ def test_remote_shards_are_copied_once_and_within_the_limit(tmp_path: Path) -> N
     assert {path.name for path in folder.glob("*.tar")} == {"s-003.tar", "s-000.tar"}
     assert ShardSet(root).fingerprint == shards.fingerprint
     shutil.move(root / "s-000.tar", tmp_path / "gone.tar")
-    assert read_sample(shards, 1, 8).key == "s1"  # from the copy
+    assert read_sample(shards, 1, 8).key == "s1"  # read from the cached copy
     with pytest.raises(BadSample, match=r"s3 of file.*s-001\.tar"):
         (root / "s-001.tar").unlink()
         read_sample(shards, 3, 8)
 
 
 def test_a_limit_that_spares_copies_removes_its_own_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As of an evaluation, beside a training with a higher one."""
+    """This is the limit of an evaluation that runs next to a training with a higher limit."""
     root = write_set(tmp_path / "far", [3] * 18, per_shard=3)
     gb = (root / "s-000.tar").stat().st_size / 1e9
     url, near = f"file://{root}", tmp_path / "near"
@@ -379,12 +379,12 @@ def test_a_limit_that_spares_copies_removes_its_own_alone(tmp_path: Path, caplog
 
 
 def test_to_look_whether_a_remote_set_is_there_removes_no_shard(tmp_path: Path) -> None:
-    """Beside what a training has copied, of whose limit nothing is known there."""
+    """The copies may belong to a training, whose limit is not known here."""
     url = f"file://{write_set(tmp_path / 'far', [1])}"
     cache = cache_of(url, tmp_path / "near")
     cache.folder.mkdir(parents=True)
     with (cache.folder / "s-007.tar").open("wb") as file:
-        file.truncate(2 * cache.limit)  # sparse
+        file.truncate(2 * cache.limit)  # a sparse file
     assert cache.fetch_optional("manifest.json") is not None
     assert (cache.folder / "s-007.tar").is_file()
 
@@ -399,7 +399,7 @@ def test_a_remote_set_that_has_changed_is_not_read_as_it_was(tmp_path: Path, cap
     assert [len(read_sample(after, sample, 8).frames) for sample in range(3)] == [2, 2, 2]
     assert after.fingerprint != before.fingerprint
     assert "as it was" not in caplog.text
-    shutil.rmtree(tmp_path / "far")  # no connection
+    shutil.rmtree(tmp_path / "far")  # as without a connection
     again = ShardSet(url, tmp_path / "near")
     assert len(read_sample(again, 0, 8).frames) == 2
     assert "is read as it was when it was copied" in caplog.text
@@ -416,7 +416,7 @@ def test_a_remote_shard_of_another_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_is_cut_off_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of "no such range" (416) fsspec makes an empty file."""
+    """For the answer "range not satisfiable" (416) fsspec makes an empty file."""
     asked: list[str] = []
 
     class Answer(io.BytesIO):

@@ -1,4 +1,4 @@
-"""The benchmark of shards: its figures are there and hold what bucketing promises."""
+"""The benchmark of shards reports its figures, and they show what bucketing must achieve."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def test_figures() -> None:
 
 @pytest.mark.slow
 def test_padding_of_a_stages_budget() -> None:
-    """Texts whose tokens are counted pad less than a tenth, of 60 000 samples; planned by characters twice as much.
-    Packed rows pad least. Batches are as new from epoch to epoch as those of estimated lengths."""
+    """On 60 000 samples, texts with counted tokens have less than a tenth of padding; planned by characters, twice as
+    much. Packed rows have the least. From epoch to epoch, batches differ as much as those of estimated lengths."""
     case = BudgetPadding(["experiment=vlm_stage2", "model.init_from=null"], 0, 60000, 0.12)
     figures = case.run(quick=True)
     assert figures["padding_share"] < 0.1 < 0.15 < figures["estimated_padding_share"] < 0.3

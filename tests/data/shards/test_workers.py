@@ -1,4 +1,4 @@
-"""Processes that load data outlive signals that are meant for the trainer, and end with it."""
+"""Data loader processes survive signals that are meant for the trainer, and end with the trainer."""
 
 from __future__ import annotations
 

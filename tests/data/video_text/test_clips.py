@@ -1,4 +1,4 @@
-"""Sub-clips: their frames, evidence and words have one time, which begins at 0; by default nothing is cut."""
+"""Sub-clips: frames, evidence and text have the same time, which begins at 0; by default nothing is cut."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from keygrip.models.language.tokenizers import TrainedTokenizer
 
 
 def asked(frame: int, kind: str = "mark") -> Conversation:
-    """A question about a second, whose answer is the shade of its frame."""
+    """Return a question about a second; its answer is the shade of the frame."""
     return answer(f"At second {frame}, which shade?", str(6 * frame), kind, {"frame": frame, "colour": "red"})
 
 
@@ -41,9 +41,9 @@ def test_a_clip_has_one_time_in_frames_evidence_and_words() -> None:
         ("mark", "At second 0, which shade?", "18", 0),
         ("mark", "At second 1, which shade?", "24", 1),
         ("mark", "At second 2, which shade?", "30", 2),
-        ("cue", "At second 1, which shade?", "24", 1),  # the one at frame 3 speaks of frame 2
+        ("cue", "At second 1, which shade?", "24", 1),  # the cue at frame 3 refers to frame 2
     ]
-    assert sample.conversations[4].evidence["frame"] == 3  # the video keeps its own
+    assert sample.conversations[4].evidence["frame"] == 3  # the evidence of the video is unchanged
 
 
 def test_a_clip_may_keep_the_times_of_its_video() -> None:
@@ -101,7 +101,8 @@ def test_what_has_no_clip_stays_whole() -> None:
 
 
 def batches(root: Path, clips: SubClips | None, max_frames: int = 8) -> list[tuple[str, int, list[tuple[str, str]]]]:
-    """(key, frames, questions and answers) of every training row's video, with its frames checked against the words."""
+    """Return (key, frames, questions and answers) of the video of every training row. Check its frames against the
+    text."""
     data = VideoTexts(
         {"tours": ShardSource(root)},
         CharacterCollator(),
@@ -126,7 +127,7 @@ def batches(root: Path, clips: SubClips | None, max_frames: int = 8) -> list[tup
 
 
 def test_training_batches_hold_clips_and_by_default_none(tmp_path: Path) -> None:
-    """Clips come from all of a video, of which training otherwise takes every third frame."""
+    """Clips come from all parts of a video, of which training otherwise uses every third frame."""
     with ShardWriter(tmp_path / "train" / "t-000.tar") as writer:
         for number in range(12):
             told = [asked(n) for n in range(24)]
@@ -141,7 +142,7 @@ def test_training_batches_hold_clips_and_by_default_none(tmp_path: Path) -> None
 
 
 def test_two_sources_of_one_set_are_cut_differently(tmp_path: Path) -> None:
-    """One of single frames, and one as `data.clips` says; held-out videos stay whole."""
+    """One source has clips of single frames, the other clips as `data.clips` says; held-out videos stay whole."""
     for split in ("train", "val"):
         with ShardWriter(tmp_path / split / "t-000.tar") as writer:
             for number in range(8):
@@ -172,7 +173,7 @@ def test_two_sources_of_one_set_are_cut_differently(tmp_path: Path) -> None:
 
 
 def test_clips_are_refused_where_no_video_can_be_cut(tmp_path: Path) -> None:
-    """Captions of web videos do not say of which frame they speak."""
+    """Captions of web videos do not state which frame they describe."""
     with ShardWriter(tmp_path / "train" / "t-000.tar") as writer:
         for number in range(8):
             images = [picture(6 * n, 4) for n in range(9)]
@@ -192,7 +193,7 @@ def test_clips_are_refused_where_no_video_can_be_cut(tmp_path: Path) -> None:
 def test_a_clip_without_questions_of_the_kinds_that_are_used_is_none(
     kinds: list[str] | None, questions: dict[str, int] | None, tmp_path: Path
 ) -> None:
-    """Every sample can be used: it has a cue of its first second, whatever is marked later."""
+    """Every sample can be used, since it has a cue about its first second and marks about later ones."""
     with ShardWriter(tmp_path / "train" / "t-000.tar") as writer:
         for number in range(12):
             told = [asked(0, "cue"), *[asked(n) for n in range(8)]]

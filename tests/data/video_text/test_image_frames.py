@@ -1,4 +1,5 @@
-"""A single image shown as several equal frames: in training, in what a budget and a context count, and when asked."""
+"""A single image shown as several equal frames: in training, in the counts of a budget and a context, and in
+inference."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def module(root: Path, longest_row: int | None = None, collator: dict[str, Any] 
 
 
 def shown(data: VideoTexts) -> dict[int, np.ndarray]:
-    """The frames of each sample, by number."""
+    """Return the frames of each sample, by number."""
     found = {}
     for batch in data.train_dataloader():
         assert isinstance(batch, VideoTextBatch)
@@ -74,7 +75,7 @@ def test_a_budget_counts_the_frames_that_are_shown(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("budget", [Budget(64, 4096), None])
 def test_rows_with_all_frames_of_an_image_are_within_the_context(budget: Budget | None, tmp_path: Path) -> None:
-    """An image of 8 frames and 16 tokens per frame takes 128 positions, a video of two 32."""
+    """An image of 8 frames with 16 tokens per frame takes 128 positions, a video of two frames takes 32."""
     talks = [(2 - n % 2, [answer("Which?", "red " * (1 + n // 8), "mark")]) for n in range(40)]
     write_conversations(tmp_path / "set", talks, "v")
     collator = {"tokens_per_frame": 16}
@@ -110,7 +111,7 @@ def chat(tmp_path: Path) -> VideoChat:
 
 
 def test_an_image_is_answered_as_in_training(chat: VideoChat, tmp_path: Path) -> None:
-    """As a video of as many such frames; several images, and videos, as they are."""
+    """It is processed as a video of the same number of equal frames; several images, and videos, stay as they are."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8))
     words = {"type": "text", "text": "Which digit?"}
 
@@ -138,7 +139,7 @@ def test_an_image_is_answered_as_in_training(chat: VideoChat, tmp_path: Path) ->
 
 
 def test_fewer_frames_than_in_training_show_an_image_as_fewer(chat: VideoChat, tmp_path: Path) -> None:
-    """Of a longer video a single frame remains single, and is not shown several times as an image."""
+    """A single frame of a longer video remains single, and is not repeated as an image is."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(5):
@@ -158,7 +159,7 @@ def test_figures_by_length_count_an_image_as_one_frame(tmp_path: Path) -> None:
     numbers = [int(key[1:]) for key in dict(zip(batch.video_index.tolist(), batch.key, strict=True)).values()]
     assert dict(zip(numbers, _octaves(batch, 1), strict=True)) == {0: 4, 1: 4, 2: 0, 3: 4, 4: 4, 5: 8}
     moving = batch.frames.clone()
-    moving[numbers.index(3), 1] += 1  # a video of as many frames
+    moving[numbers.index(3), 1] += 1  # makes it a video with the same number of frames
     batch.frames = moving
     assert dict(zip(numbers, _octaves(batch, 4), strict=True)) == {0: 1, 1: 4, 2: 0, 3: 4, 4: 1, 5: 8}
 

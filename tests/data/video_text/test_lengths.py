@@ -1,4 +1,4 @@
-"""Texts that are too long to be used, and batches that keep within a budget by what their rows really hold."""
+"""Texts that are too long to be used, and batches that stay within a budget by the true lengths of their rows."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def talk(characters: int, kind: str = "text") -> Conversation:
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Path:
-    """60 videos with captions; texts as SmolTalk has them, of which most are far longer than a row."""
+    """Write 60 videos with captions, and texts like SmolTalk's, most of which are far longer than a row."""
     write_conversations(tmp_path / "videos", [(2, [talk(60 + n % 40, "caption")]) for n in range(60)], "v")
     long = [(0, [talk(6900 + n % 50)]) for n in range(120)]
     turns = (*talk(200).turns, Turn("user", "More."), Turn("assistant", words(6000)))
@@ -86,14 +86,15 @@ def test_texts_of_which_no_answer_fits_a_row_are_left_out_beforehand(
     batches = list(data.train_dataloader())
     texts = keys(batches, "texts")
     assert {int(key[1:]) for key in texts} <= set(range(120, 141))
-    assert len(texts) in (8, 9)  # the share holds: 60 / 0.86 * 0.14 are 9.8, in whole batches
+    assert len(texts) in (8, 9)  # the share is kept: 60 / 0.86 * 0.14 are 9.8, in whole batches
     assert data.skipped.count == data.unusable.count == 0
 
 
 def test_where_an_index_does_not_tell_them_shorter_ones_take_their_place(
     stage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nine neighbours in length that are all too long ended the run, and fewer of them counted as broken samples."""
+    """Regression: nine neighbours in length that were all too long ended the run; fewer of them counted as broken
+    samples."""
     monkeypatch.setattr(Part, "usable", lambda part: part)
     data = module(stage)
     batches = list(data.train_dataloader())
@@ -131,7 +132,7 @@ def test_a_text_that_is_too_long_with_its_times_is_replaced(tmp_path: Path) -> N
 
 
 def digits(count: int) -> str:
-    """A token each: four times what English has."""
+    """Return a text with one token per character, four times as many as English has."""
     return "".join(str(n % 10) for n in range(count))
 
 
@@ -159,7 +160,7 @@ def test_batches_keep_within_the_budget_by_what_they_really_hold(
         longest = (batch.frame_mask.sum(1)[batch.video_index] * tokens_per_frame + batch.attention_mask.sum(1)).max()
         taken.append(len(batch) * int(longest))
     assert max(taken) <= 2048
-    assert np.median(taken) > 1000  # and fill it
+    assert np.median(taken) > 1000  # and most batches fill it
     assert sum(batch.left_out for batch in batches) <= (0 if exact else 0.02 * sum(map(len, batches)))
     worst = data.worst_batches()[0]
     share = int(worst.frame_mask.sum()) / 64 + len(worst) * data._tokens_per_frame * worst.frame_mask.shape[1] / 2048
@@ -169,12 +170,12 @@ def test_batches_keep_within_the_budget_by_what_they_really_hold(
     assert lengths.tokens_per_frame == tokens_per_frame
     assert isinstance(lengths, TokenLengths) != exact
     if isinstance(lengths, TokenLengths):
-        assert lengths.typical > 0.5  # tokens per character: the usual 0.25 would be far off
+        assert lengths.typical > 0.5  # tokens per character; the usual 0.25 would be far off
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_what_nobody_foresaw_is_left_out_of_a_batch_and_counted(tmp_path: Path, exact: bool) -> None:
-    """A few texts have many more tokens than nearly all others of their length; counting foresees them."""
+    """A few texts have many more tokens than nearly all others of their length; counting finds them beforehand."""
     samples = [(1, [answer("What?", digits(200) if n % 120 == 7 else words(200), "text")]) for n in range(240)]
     data = module_of(tmp_path, samples, exact)
     batches = list(data.train_dataloader())
@@ -209,7 +210,7 @@ def test_an_index_without_the_number_of_conversations_is_refused_where_lengths_a
 
 
 def rows_in(data: VideoTexts, sample: int) -> list[int]:
-    """Positions of each row of a training sample."""
+    """Return the positions of each row of a training sample."""
     (part,) = data.parts["train"]
     found = read_sample(part.shards, sample, 8)
     each = [data.collator.text_tokens(c, found.seconds) for c in found.conversations]  # type: ignore[attr-defined]
@@ -218,7 +219,7 @@ def rows_in(data: VideoTexts, sample: int) -> list[int]:
 
 @pytest.fixture
 def tours(tmp_path: Path) -> Path:
-    """60 videos of 0 to 5 frames with a short text, and every second with one of 60 digits more."""
+    """Write 60 videos of 0 to 5 frames with a short text; every second one also has a text of 60 digits."""
     short = [(n, (n % 6, [answer("Which?", digits(4 + n), "text")])) for n in range(60)]
     samples = [(frames, [*told, answer("Which?", digits(60), "text")][: 1 + n % 2]) for n, (frames, told) in short]
     write_conversations(tmp_path / "videos", samples, "v")
@@ -229,7 +230,7 @@ def tours(tmp_path: Path) -> Path:
 def test_rows_that_are_longer_than_the_context_are_left_out_and_counted(
     tours: Path, budget: Budget | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first such batch ended the training, with a curriculum after hours."""
+    """Regression: the first such batch ended the training, with a curriculum after hours."""
     options: dict[str, Any] = {"tokens_per_frame": 16, "budget": budget, "batch_size": 4}
     everything = module(tours, **options)
     rows = {number: rows_in(everything, number) for number in range(60)}
@@ -259,7 +260,7 @@ def test_rows_that_are_longer_than_the_context_are_left_out_and_counted(
 
 
 def positions_of_frames(batch: VideoTextBatch, tokens_per_frame: int) -> torch.Tensor:
-    """What each row takes."""
+    """Return the positions that each row takes."""
     return tokens_per_frame * batch.frame_mask.sum(1)[batch.video_index] + batch.attention_mask.sum(1)
 
 
@@ -279,8 +280,8 @@ def test_held_out_samples_that_turn_out_too_long_are_left_out_and_none_counts_tw
             assert sorted(taken) == sorted(fitting)
             assert list(loader)
     assert data.unusable.count == 4 * (len(part) - len(fitting))
-    assert caplog.text.count(f"val: {len(part) - len(fitting)} samples are left out whole, and") == 2  # by loader
-    data.processes = 2  # each needs as many batches as the other
+    assert caplog.text.count(f"val: {len(part) - len(fitting)} samples are left out whole, and") == 2  # once per loader
+    data.processes = 2  # both need the same number of batches
     assert len(list(data.val_dataloader())) == len(data.val_dataloader())
 
 
@@ -298,7 +299,7 @@ def test_a_sample_that_turns_out_too_long_is_named_with_what_to_change(tours: Pa
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_source_of_which_every_row_is_longer_than_the_context_is_refused(tmp_path: Path, exact: bool) -> None:
-    """By estimate 39 are shorter, since one has few tokens for its characters: without counts some are tried."""
+    """By estimate 39 are shorter, since one sample has few tokens for its characters: without counts some are tried."""
     samples = [(4, [answer("Which?", digits(60) if n else words(600), "text")]) for n in range(40)]
     write_conversations(tmp_path / "videos", samples, "v")
     options: dict[str, Any] = {"tokens_per_frame": 8, "budget": Budget(64, 4096) if exact else None}
@@ -314,7 +315,7 @@ def test_a_source_of_which_every_row_is_longer_than_the_context_is_refused(tmp_p
 
 
 def test_how_many_of_the_tried_samples_are_too_long_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """By estimate nearly all are shorter, since some have few tokens for their characters."""
+    """By estimate nearly all are shorter, since some samples have few tokens for their characters."""
     for long, level in ((30, "WARNING"), (4, "INFO")):
         texts = [digits(60) if n < long else words(60) for n in range(40)]
         root = tmp_path / level
@@ -357,7 +358,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_corpus(root: Path, images: int, texts: int) -> Path:
-    """Images and texts, log-normal in length, between none and 30 % of each digits: up to twice the tokens."""
+    """Write images and texts of log-normal length; 0 to 30 % of each text are digits, which gives up to twice the
+    tokens."""
     rng = np.random.default_rng(0)
     for name, count, frames, mean in (("videos", images, 1, 4.8), ("texts", texts, 0, 5.5)):
         samples = []
@@ -374,7 +376,7 @@ def budgeted_module(corpus: Path, exact: bool = True, **options: Any) -> VideoTe
 
 
 def positions(batch: VideoTextBatch) -> np.ndarray:
-    """What each row takes."""
+    """Return the positions that each row takes."""
     return (batch.frame_mask.sum(1)[batch.video_index] + batch.attention_mask.sum(1)).numpy()
 
 
@@ -392,7 +394,7 @@ def test_less_than_a_tenth_of_the_positions_is_padding_when_tokens_are_counted(c
 
 
 def write_questions(root: Path) -> Path:
-    """80 images and short videos, each with 1 to 16 questions whose answers differ in length."""
+    """Write 80 images and short videos, each with 1 to 16 questions whose answers differ in length."""
     rng = np.random.default_rng(0)
     samples = [
         (int(frames), [answer("Which?", digits(int(rng.integers(1, 60))), "text") for _ in range(int(rows))])
@@ -405,7 +407,8 @@ def write_questions(root: Path) -> Path:
 def test_the_padding_that_is_told_is_that_of_the_rows_of_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, packed: bool, ranks: int, tokens_per_frame: int
 ) -> None:
-    """It was counted of each sample's longest row alone: a small part of what `train/padding_share` said."""
+    """Regression: padding was computed from each sample's longest row only, a small part of what `train/padding_share`
+    reported."""
     write_questions(tmp_path)
     options: dict[str, Any] = {"batch_size": 16, "budget": Budget(64, 4096), "pack_rows": packed}
     counts = RowCounts(tokens_per_frame, packed)
@@ -426,7 +429,8 @@ def test_the_padding_that_is_told_is_that_of_the_rows_of_training(
 def test_padding_where_some_questions_are_drawn_and_where_nothing_is_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of other rows than those that are drawn, or, as is said, of each sample's as long as the longest."""
+    """It is computed from other rows than those that are sampled or, as the log states, with all rows of a sample as
+    long as its longest."""
     write_questions(tmp_path)
     data = module(tmp_path, batch_size=16, budget=Budget(64, 4096), questions=4)
     counts = RowCounts(1, False)
@@ -442,8 +446,8 @@ def test_padding_where_some_questions_are_drawn_and_where_nothing_is_counted(
 
 
 def test_the_batch_with_the_most_queries_is_among_the_worst(tmp_path: Path) -> None:
-    """Long videos with a question have the most frames, texts the most positions; videos with many questions have the
-    most rows times frames, which is how many queries a network makes that reads the question first."""
+    """Long videos with one question have the most frames, and texts have the most positions. Videos with many questions
+    have the most rows times frames, which is the number of queries in a network that reads the question first."""
     ask = answer("Which?", digits(10), "text")
     many = [(8, [ask] * 6)] * 16 + [(8, [ask])] * 8  # rows of about 40 positions
     samples = [*many, *[(32, [ask])] * 12, *[(0, [answer("Which?", digits(440), "text")])] * 16]
@@ -497,7 +501,7 @@ def collator_of(shards: ShardSet, folder: Path, **options: Any) -> ConversationC
 
 @pytest.fixture
 def several(tmp_path: Path) -> ShardSet:
-    """40 samples of 0 to 4 images with 1 to 3 conversations, of which some are too long."""
+    """Write 40 samples of 0 to 4 images with 1 to 3 conversations, some of which are too long."""
     said = [[talk(50 + 30 * n + 9 * m, "a" if n % 2 else "b") for m in range(1 + n % 3)] for n in range(40)]
     write_conversations(tmp_path, [(n % 5, each) for n, each in enumerate(said)])
     return ShardSet(tmp_path / "train")
@@ -524,7 +528,7 @@ def test_what_is_counted_is_what_rows_have(several: ShardSet, tmp_path: Path, ti
     ]
     one = found.tokens_of_rows(several, chosen, np.ones(40, np.int64)).astype(int).tolist()
     assert all(tokens in (each or [0]) for tokens, each in zip(one, every, strict=True))
-    assert one != wanted  # any row, not the longest
+    assert one != wanted  # tokens of any row, not of the longest
     assert found.tokens(several, chosen).tolist() == wanted
     assert found.rows(several, chosen).tolist() == rows
     assert found.usable(several, chosen).tolist() == [tokens > 0 for tokens in wanted]
@@ -562,7 +566,7 @@ def test_counts_are_kept_and_only_what_is_missing_is_counted(
     stored = counted(several, np.arange(40), collator, folder)
     assert stored.fingerprint == whole.fingerprint
     assert len(asked) == 10
-    at_once = counted(several, np.arange(40), collator, tmp_path / "at_once")  # not in pieces
+    at_once = counted(several, np.arange(40), collator, tmp_path / "at_once")  # counted at once, not in pieces
     assert stored.row_tokens.tolist() == whole.row_tokens.tolist() == at_once.row_tokens.tolist()
     (file,) = folder.glob("lengths-*.npz")
     other: list[tuple[dict[str, Any], list[str] | None]] = [
@@ -571,7 +575,7 @@ def test_counts_are_kept_and_only_what_is_missing_is_counted(
     ]
     for options, kinds in (*other, ({"max_tokens": 200}, ["a"])):
         counted(several, np.arange(40), collator_of(several, tmp_path, **options), folder, kinds)
-    assert len(list(folder.glob("lengths-*.npz"))) == 4  # others for other settings
+    assert len(list(folder.glob("lengths-*.npz"))) == 4  # one file per settings
     file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"lengths-.*npz is damaged .* remove it and the tokens are counted again"):
         counted(several, np.arange(40), collator, folder)

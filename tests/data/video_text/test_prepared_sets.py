@@ -1,4 +1,4 @@
-"""Sets as training finds them: frames as the model is asked about them, kinds, budgets and the worst batch."""
+"""Prepared sets in training: frames as in inference, kinds, budgets and the worst batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZE = 32
 
 
 def prepared(folder: Path, fit: str) -> Path:
-    """Instructions about a wide image with a red bar at its left end, as shards."""
+    """Write a set of instructions about a wide image with a red bar at its left end."""
     source = folder / "source"
     source.mkdir(parents=True)
     wide = np.full((45, 80, 3), 200, np.uint8)
@@ -64,7 +64,7 @@ def test_a_file_that_is_asked_about_looks_as_it_did_in_training(tmp_path: Path, 
     assert told.fit == fit
     trained = read_sample(data.parts["train"][0].shards, 0, SIZE, data.fit).frames[0].astype(int)
     asked = read_timed_frames(tmp_path / "source" / "a.png", told.image_size, told.fit, 64)[0][0].astype(int)
-    assert np.abs(trained - asked).mean() < 3  # the shard holds a JPEG
+    assert np.abs(trained - asked).mean() < 3  # the shard stores a JPEG
     for other in {"pad", "crop", "stretch"} - {fit}:
         shown = read_timed_frames(tmp_path / "source" / "a.png", SIZE, other, 64)[0][0].astype(int)
         assert np.abs(trained - shown).mean() > 10
@@ -95,7 +95,7 @@ def test_a_set_that_says_nothing_is_read_as_before(tmp_path: Path) -> None:
 
 
 def words_of(sources: Sequence[Path], vocabulary: int = 400) -> dict[str, str]:
-    """Of the tokenizer with which a run on these sets reads."""
+    """Return the words of the tokenizer that a run on these sets uses."""
     collator = ConversationCollator(TrainedTokenizer(vocabulary), "question_first", "answers")
     module({root.name: ShardSource(root, val_fraction=0.0) for root in sources}, collator=collator)
     assert collator.tokenizer is not None
@@ -135,7 +135,7 @@ def test_kinds_that_no_source_holds_are_refused(tmp_path: Path, name: str) -> No
         ValueError, match=rf"data\.{name} names 'mrak', of which no source holds .* they hold cue, mark"
     ):
         module(sources, **{name: {"mrak": 4}})
-    module(sources, **{name: {"mark": 1, "caption": 0}})  # none of what is not there
+    module(sources, **{name: {"mark": 1, "caption": 0}})  # a kind that no source has may be given 0
 
 
 # ---- the worst batch -------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_a_longer_video_in_the_place_of_another_does_not_break_the_budget_of_fra
     samples = [sample(1, f"image {n}") for n in range(10)] + [sample(40, "video")] + [sample(3, "short")]
     batch = WithinBudget(Lengths(), 10_000, ranks, 40)(samples)
     held = int(batch.frame_mask.sum())
-    assert held * ranks <= 40 + (ranks - 1) * 4  # with several processes one of them may have a sample more
+    assert held * ranks <= 40 + (ranks - 1) * 4  # with several processes, one of them may have one sample more
     assert "video" not in batch.key
     assert "short" in batch.key
     assert batch.left_out == 1

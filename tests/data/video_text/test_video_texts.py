@@ -1,4 +1,4 @@
-"""The data module of videos with text: nothing lost, nothing twice, resumed by one number, broken samples skipped."""
+"""The data module of videos with text: no sample lost or repeated, resumed from one number, broken samples skipped."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ from keygrip.data.video_text.sample_types import thinned
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.rows import text_rows
 
-FRAMES = [1, 2, 3, 1] * 40  # 160 samples, as in the trap: 40 of them were all that four workers saw
+FRAMES = [1, 2, 3, 1] * 40  # 160 samples; in a known error, four workers saw only 40 of them
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """160 videos in 4 shards for training, 12 for validation, and 60 texts."""
+    """Write 160 videos in 4 shards for training, 12 for validation, and 60 texts."""
     folder = tmp_path_factory.mktemp("sets")
     write_set(folder / "videos" / "train", FRAMES, per_shard=40)
     write_set(folder / "videos" / "val", [2] * 12, prefix="v", kinds=("mark", "cue"))
@@ -58,14 +58,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
-    """Serves a folder and says nothing."""
+    """Serves a folder without writing a log."""
 
     def log_message(self, *_: object) -> None:
         pass
 
 
 def module(root: Path, rank: int = 0, ranks: int = 1, share: float | None = None, **options: Any) -> VideoTexts:
-    """A data module as rank `rank` of `ranks` sees it."""
+    """Return a data module that is set up as rank `rank` of `ranks`."""
     sources: dict[str, ShardSource | None] = {"videos": ShardSource(root / "videos"), "left_out": None}
     if share is not None:
         sources["texts"] = ShardSource(root / "texts", share=share)
@@ -119,7 +119,7 @@ def test_stages_count_optimizer_steps_also_where_an_earlier_run_goes_on(
     with caplog.at_level(logging.INFO):
         of(2, 1)
     assert "begin at optimizer steps 0, 2\n" in caplog.text
-    data.load_state_dict(of(6, 1).state_dict())  # in which 6 batches were counted
+    data.load_state_dict(of(6, 1).state_dict())  # whose stage counted 6 batches
     with pytest.raises(ValueError, match="divide their steps by accumulate_grad_batches=3"):
         data.load_state_dict(of(2, 1).state_dict())
     with pytest.raises(ValueError, match=r"data\.fingerprint"):
@@ -188,7 +188,7 @@ def test_a_state_of_other_data_is_refused(root: Path, tmp_path: Path) -> None:
     write_manifest(tmp_path / "videos" / "train", describe_video_text, progress=False)
     with pytest.raises(ValueError, match=r"checkpoint: 1 removed \(videos/s-001\.tar\); .*restore them, or start"):
         module(tmp_path).load_state_dict(state)
-    del state["shards"]  # of earlier versions
+    del state["shards"]  # as in checkpoints of earlier versions
     with pytest.raises(ValueError, match=r"fingerprint=.*; the order of samples cannot be continued"):
         module(tmp_path).load_state_dict(state)
 
@@ -214,7 +214,7 @@ def test_mixed_in_samples_alone_are_no_validation(tmp_path: Path, caplog: pytest
 
 
 def damaged(root: Path, tmp_path: Path, samples: list[int]) -> Path:
-    """A copy of the set in which the images of some samples are overwritten."""
+    """Copy the set and overwrite the images of some samples."""
     shutil.copytree(root, tmp_path / "damaged")
     place = tmp_path / "damaged" / "videos" / "train"
     shards = ShardSet(place)
@@ -303,7 +303,7 @@ def test_questions_are_chosen_anew_each_epoch() -> None:
 
 @pytest.mark.parametrize("folder", ["", "train"])
 def test_a_set_without_splits_holds_out_by_key_and_for_ever(tmp_path: Path, folder: str) -> None:
-    """So does one of which there is train/ alone."""
+    """The same holds for a set with train/ only."""
     write_set(tmp_path / "small" / folder, [1] * 100)
     write_set(tmp_path / "large" / folder, [1] * 200)
     held: list[set[str]] = []
@@ -323,7 +323,7 @@ def test_a_set_without_splits_holds_out_by_key_and_for_ever(tmp_path: Path, fold
 def test_a_set_that_holds_nothing_out_is_said(
     fraction: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A share of a small set may be none of it, by the hashes of its keys."""
+    """A share of a small set may be empty, since keys are selected by their hashes."""
     write_set(tmp_path / "mine", [1] * 30)
     write_set(tmp_path / "texts", [0] * 9)
     sources = {
@@ -347,7 +347,7 @@ def test_sets_are_made_where_they_are_missing_and_only_there(tmp_path: Path) -> 
 
 
 class Learner(CharacterCollator):
-    """A collator that must see the text first."""
+    """A collator that must read the texts before training."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -400,7 +400,7 @@ def test_long_videos_are_thinned_evenly(tmp_path: Path) -> None:
 
 
 def test_metadata_of_thinned_videos_counts_the_frames_that_are_left(tmp_path: Path) -> None:
-    """Of ten frames 0, 3, 6 and 9 are left: frame 3 is the second one, and of frame 4 nothing is said."""
+    """Of ten frames 0, 3, 6 and 9 are left: frame 3 becomes the second one, and frame 4 is no longer referred to."""
     told = [answer(f"Frame {n}?", "1", "mark", {"frame": n, "pixel": [1, 2]}) for n in (0, 3, 4, 9)]
     with ShardWriter(tmp_path / "s-000.tar") as writer:
         writer.add("s0", *video_text_parts([picture(n) for n in range(10)], told, "s", extension="png"))
@@ -416,7 +416,8 @@ def test_metadata_of_thinned_videos_counts_the_frames_that_are_left(tmp_path: Pa
 
 @pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
 def test_a_place_in_a_frame_is_in_pixels_of_the_square(tmp_path: Path, fit: str) -> None:
-    """A wide frame with a bright field: the evidence says where it is seen, or nothing where it was cut off."""
+    """A wide frame with a bright field: the evidence gives its place in the shown image, or nothing if it was cut
+    off."""
     kept, cut = (60.0, 20.0), (8.0, 20.0)
     for name, (x, y) in {"kept": kept, "cut": cut}.items():
         frame = np.zeros((48, 96, 3), np.uint8)
@@ -462,7 +463,7 @@ def test_settings_of_a_source_that_cannot_be_are_named(setting: str, value: Any)
 
 
 def test_normalised_frames_and_padding_share() -> None:
-    """Of rows of 4 + 2, 1 + 1 and 2 + 1 positions, text and frames."""
+    """The rows have 4 + 2, 1 + 1 and 2 + 1 positions of text and frames."""
     mask = torch.tensor([[True, True, False], [True, False, False]])
     text = torch.tensor([[True] * 4, [True, False, False, False], [True, True, False, False]])
     batch = VideoTextBatch(
@@ -491,7 +492,7 @@ def test_normalised_frames_and_padding_share() -> None:
 
 
 def test_shards_on_a_web_server(root: Path, tmp_path: Path) -> None:
-    """The same batches as from the folder, from copies that stay within their limit."""
+    """Batches equal those from the folder; the cached copies stay within their limit."""
     handler = partial(QuietHandler, directory=str(root))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -526,7 +527,7 @@ def test_copies_that_a_training_made_are_spared(
     for _ in data.train_dataloader():
         pass
     assert before
-    assert all(path.is_file() for path in before) is spares  # where it is not, in the folders that it read
+    assert all(path.is_file() for path in before) is spares  # else removed in the folders that it read
 
 
 class FailingHandler(QuietHandler):
@@ -544,7 +545,8 @@ class FailingHandler(QuietHandler):
 def test_what_a_web_server_cannot_say_is_no_missing_split(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only 404 means that a set has no val/ or settings; every other error ends the run, or copies are read."""
+    """Only 404 means that a set has no val/ or settings. After any other error the run ends, or cached copies are
+    read."""
     monkeypatch.setattr("keygrip.data.shards.remote.RETRY_S", 0.0)
     shutil.copytree(root / "videos", tmp_path / "set")
     (tmp_path / "set" / "train" / "settings.json").write_text('{"fit": "pad"}')
@@ -584,7 +586,7 @@ def test_a_set_prepared_in_an_unknown_way_is_refused(root: Path, tmp_path: Path)
 
 
 class ChoosyCollator(CharacterCollator):
-    """Cannot use what is said about the samples named."""
+    """Refuses the conversations of the samples s3 and s77."""
 
     def problem(self, conversation: Conversation, seconds: Sequence[float] | None = ()) -> str | None:
         return "too long" if conversation.turns[1].text in ("s3", "s77") else None
@@ -605,7 +607,7 @@ def test_a_data_module_with_a_budget(tmp_path: Path) -> None:
     frames = [1, 2, 3, 8] * 20
     write_set(tmp_path / "videos" / "train", frames, per_shard=40)
     write_set(tmp_path / "videos" / "val", [2] * 12, prefix="v")
-    budget = Budget(16, 400, exact_lengths=False)  # this collator tells no lengths
+    budget = Budget(16, 400, exact_lengths=False)  # this collator gives no lengths
     data = module(tmp_path, budget=budget, batch_size=12)
     batches = list(data.train_dataloader())
     assert len(batches) == data.mixture.batches  # type: ignore[union-attr]
@@ -622,7 +624,7 @@ def test_a_data_module_with_a_budget(tmp_path: Path) -> None:
 
 
 def test_a_source_can_be_cut_by_length(root: Path) -> None:
-    """For a curriculum over lengths: the same set as several sources, nothing twice and nothing lost."""
+    """For a curriculum over lengths, several sources use the same set; no sample is lost or repeated."""
     sources = {
         name: ShardSource(root / "videos", frames=frames) for name, frames in (("short", [1, 1]), ("long", [2, 64]))
     }
@@ -645,7 +647,7 @@ def test_more_than_64_frames(tmp_path: Path) -> None:
 
 
 def test_annotators_answers_are_read_as_benchmarks_have_them_or_refused() -> None:
-    """A text in the place of a list was compared letter by letter."""
+    """Regression: a text in place of a list was compared letter by letter."""
 
     def told(answers: Any) -> dict[str, Any]:
         turns = [{"role": "user", "text": "Which?"}, {"role": "assistant", "text": "yes"}]
@@ -673,7 +675,7 @@ def test_a_conversation_without_a_users_turn_is_refused() -> None:
         ("<img>videos/0.jpg</img>\n<video>\nis on which page?", ("image",), ("image",)),
         ("<image>\nA.\n<video>\nB.\n<div>", ("image",), ("image",)),
         ("<video>\nWhat?", ("image",), ("image", "video")),  # the images are its frames
-        ("In <image> what?\n<video>", ("image",), ("image", "video")),  # which of both is open
+        ("In <image> what?\n<video>", ("image",), ("image", "video")),  # ambiguous: either may be meant
         ("<video>\nIs there an <image> tag?", ("video",), ("video",)),
         ("<image>\nWhat?", ("video",), ("image", "video")),
         ("In <image> and <video>?", ("image", "video"), ("image", "video")),
@@ -688,7 +690,7 @@ def test_a_mark_of_another_kind_than_what_is_shown_may_be_a_word(
 
 
 def test_long_white_space_is_read_once() -> None:
-    """A pattern that begins anew at each blank would take minutes here."""
+    """A pattern that starts again at each blank would take minutes here."""
     blanks = " " * 200_000
     assert Placeholders().without(f"a{blanks}b") == f"a{blanks}b"
     assert Placeholders().without(f"a{blanks}<image>{blanks}b") == "a b"

@@ -1,4 +1,4 @@
-"""A folder of images as shards: buckets, captions, crops, what fails, several processes, interruptions."""
+"""Encoding a folder of images into shards: buckets, captions, crops, failures, several processes, interruptions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def picture(path: Path, size: tuple[int, int] = (64, 64), shade: int = 0) -> Non
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Ten square and three wide images with captions, and three that cannot be used."""
+    """Write ten square and three wide images with captions, and three files that cannot be used."""
     folder = tmp_path / "source"
     for number in range(10):
         picture(folder / f"square.{number}.png", shade=number)
@@ -80,7 +80,8 @@ def centre_of_mark(pixels: np.ndarray) -> tuple[float, float]:
 @pytest.mark.parametrize("shape", ["square", "aspect"])
 @pytest.mark.parametrize("size", [(300, 160), (160, 300)])
 def test_what_goes_to_dino_and_to_the_autoencoder_shows_one_crop(size: tuple[int, int], shape: str) -> None:
-    """A view of the whole image, or of its middle square, beside a latent of the bucket's crop fails here."""
+    """This test fails if the view shows the whole image, or its central square, while the latent shows the bucket's
+    crop."""
     pixels = np.zeros((size[1], size[0], 3), np.uint8)
     x, y = size[0] // 2 + 15, size[1] // 2 - 20
     pixels[y - 5 : y + 5, x - 5 : x + 5] = 255
@@ -97,7 +98,7 @@ def test_what_goes_to_dino_and_to_the_autoencoder_shows_one_crop(size: tuple[int
 def test_pictures_are_turned_as_their_camera_says(tmp_path: Path) -> None:
     wide = Image.fromarray(np.zeros((40, 80, 3), np.uint8))
     exif = wide.getexif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # to be rotated by 90 degrees
     wide.save(tmp_path / "turned.jpg", exif=exif)
     assert size_of(tmp_path / "turned.jpg") == (40, 80)
     assert decode_image(tmp_path / "turned.jpg").size == (40, 80)
@@ -139,7 +140,8 @@ def test_captions_of_all_lists_columns_and_files_beside_an_image_are_kept(
 
 
 def test_lists_of_captions_in_folders_below_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The layout of the hub's image folders: a list in the folder of each split, with names relative to it."""
+    """Captions in the layout of the hub's image folders are read: a list in the folder of each split, with names
+    relative to that folder."""
     for number, name in enumerate(("0", "train/0", "train/more/1", "test/0", "test/2")):
         picture(tmp_path / f"{name}.png", shade=number)
     lists = {
@@ -209,7 +211,7 @@ def test_a_folder_becomes_shards_that_can_be_trained_on(source: Path, tmp_path: 
     report = prepared(source, root)
     assert report["samples"] == report["items"] == 13
     assert report["buckets"] == {"bucket_32x32": 10, "bucket_48x16": 3}
-    assert report["shards"] == 4  # 4 + 4 + 2 and 3
+    assert report["shards"] == 4  # of 4, 4 and 2 square samples, and of 3 wide ones
     assert report["failed"] == 3
     assert 0 <= report["data_wait_share"] <= 1
     assert 0 < report["encode_share"] <= 1
@@ -229,7 +231,7 @@ def test_a_folder_becomes_shards_that_can_be_trained_on(source: Path, tmp_path: 
 
 
 class Counting(Encoders):
-    """Counts images; breaks down after some, as a killed process would."""
+    """Counts encoded images and raises KeyboardInterrupt after `limit` of them, as if the process were killed."""
 
     def __init__(self, limit: int | None = None) -> None:
         plain = small_encoders()
@@ -264,7 +266,7 @@ def test_an_interrupted_run_goes_on_without_doing_anything_twice(source: Path, t
 def test_a_shard_whose_writing_failed_is_never_finished(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full for one sample of the first shard, and no longer for those behind it."""
+    """The disk is full for one sample of the first shard, and no longer full for the samples after it."""
     add = ShardWriter.add
 
     def full_once(self: Any, key: str, parts: Any, row: Any) -> None:
@@ -325,7 +327,7 @@ def test_a_picture_that_was_replaced_is_said(source: Path, tmp_path: Path, caplo
 
 def test_a_picture_that_breaks_while_it_is_read_is_listed(source: Path, tmp_path: Path) -> None:
     path = source / "square.5.png"
-    path.write_bytes(path.read_bytes()[:200])  # its header is whole
+    path.write_bytes(path.read_bytes()[:200])  # only the header is complete
     report = prepared(source, tmp_path / "root")
     assert (report["samples"], report["failed"]) == (12, 4)
     assert "square.5.png" in (tmp_path / "root" / "failed.jsonl").read_text()
@@ -346,18 +348,18 @@ def test_what_is_no_share_is_refused_at_the_start(share: float, source: Path, tm
 
 @pytest.mark.parametrize("place", [".", "shards", "wide/shards", "../link"])
 def test_shards_are_not_written_where_images_are_read(place: str, source: Path, tmp_path: Path) -> None:
-    """Images that were kept there would be listed as new ones by the next call."""
+    """Images that are stored there would be listed as new ones by the next call."""
     (tmp_path / "link").symlink_to(source / "wide")
     before = sorted(source.rglob("*"))
     with pytest.raises(ValueError, match=r"root=.* is (in )?source=.*: name a folder outside of it"):
         prepared(source, source / place)
     assert sorted(source.rglob("*")) == before
-    assert prepared(source, tmp_path)["samples"] == 13  # above and beside it nothing is read
+    assert prepared(source, tmp_path)["samples"] == 13  # files above the source folder and next to it are not read
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5], ids=["too many left out", "none can be used"])
 def test_a_list_that_failed_is_repaired_by_the_same_command(share: float, tmp_path: Path) -> None:
-    """Captions that come after a refused run count in the next one; finished shards stay."""
+    """Captions that are added after a refused run are used in the next one; finished shards stay."""
     source, root, told = tmp_path / "source", tmp_path / "root", 7 if share == 0.1 else 0
     for number in range(10):
         picture(source / f"{number}.png", shade=number)
@@ -405,7 +407,7 @@ def test_images_that_were_saved_or_scaled_anew_are_counted_and_named(
     prepared(source, root)
     with caplog.at_level("WARNING"):
         report = validate(root)
-    assert (report["errors"], report["near_copies"]) == (0, 4)  # each of two pairs
+    assert (report["errors"], report["near_copies"]) == (0, 4)  # the images of two pairs
     assert "4 images are near copies of another one" in caplog.text
     assert "own0.png (own0 of" in caplog.text
     assert "saved.jpg" in caplog.text
@@ -441,7 +443,8 @@ def test_near_copies_of_several_equal_thumbnails() -> None:
 
 
 def test_processes_share_the_shards_and_none_is_written_twice(source: Path, tmp_path: Path) -> None:
-    """Two processes' claims in one: what one holds, the other cannot have, until it is given back."""
+    """Simulate two processes in one: a shard that one of them holds cannot be claimed by the other until it is
+    released."""
     items = list_items(source, step.aspect_buckets(32, 16, 3.0), 1.0, False)
     jobs = jobs_of(tmp_path, items, 4)
     left, right = Claims(jobs, 2, first=0), Claims(jobs, 2, first=2)
@@ -451,7 +454,7 @@ def test_processes_share_the_shards_and_none_is_written_twice(source: Path, tmp_
     theirs = [batch[0][0] for batch in right]
     assert 0 not in theirs
     assert set(theirs) == {1, 2, 3}
-    assert theirs[0] == 2  # begins elsewhere
+    assert theirs[0] == 2  # the second process starts at another shard
     assert list(ours) == [[(0, 2), (0, 3)]]
     left.release_all()
     assert right.claim(0)
@@ -464,10 +467,10 @@ def test_the_shards_of_a_process_that_died_are_free_again(source: Path, tmp_path
     items = list_items(source, step.aspect_buckets(32, 16, 3.0), 1.0, False)
     job = jobs_of(root, items, 4)[1]
     job.path.parent.mkdir(parents=True)
-    with job.lock_path.open("w") as lock:  # a living process
+    with job.lock_path.open("w") as lock:  # a process that is still running holds the lock
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert not Claims([job], 2).claim(0)
-    assert prepared(source, root)["samples"] == 13  # its lock went with it
+    assert prepared(source, root)["samples"] == 13  # the lock was released when its holder ended
 
 
 def test_without_locks_one_process_encodes_and_several_are_refused(
@@ -512,7 +515,7 @@ def test_a_second_rank_leaves_the_rest_to_the_first(
     monkeypatch.setenv("WORLD_SIZE", "2")
     report = prepared(source, root)
     assert report["items"] == 13
-    assert not (root / "images.json").exists()  # the first process writes it, when all is there
+    assert not (root / "images.json").exists()  # rank 0 writes it when all shards are there
     monkeypatch.setenv("RANK", "0")
     report = prepared(source, root)
     assert (report["items"], report["samples"]) == (0, 13)

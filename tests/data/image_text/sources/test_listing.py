@@ -1,4 +1,4 @@
-"""Lists of a folder's images: captions that a table would lose, linked folders, and files that got another name."""
+"""Listing the images of a folder: tables in which captions would be lost, linked folders, and renamed files."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def test_a_list_beside_an_image_is_its_captions(
     ],
 )
 def test_a_broken_file_of_captions_is_named(name: str, content: bytes | None, reason: str, tmp_path: Path) -> None:
-    """And not the image beside it, which is whole; a broken image is what its row is about, and named once."""
+    """The reason names the caption file, not the valid image next to it. The reason for a broken image does not repeat
+    the name of the image."""
     picture(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no image")
     (tmp_path / "b.txt").write_text("one")
@@ -124,7 +125,8 @@ def test_a_broken_file_of_captions_is_named(name: str, content: bytes | None, re
 
 
 def test_what_stands_beside_a_caption_is_no_fault_of_it(tmp_path: Path) -> None:
-    """img2dataset writes NaN for scores that an image lacks (LAION's), and EXIF as it stands in the file."""
+    """Other values stored with a caption do not matter: img2dataset writes NaN for scores that an image lacks
+    (LAION's), and EXIF as it stands in the file."""
     beside = {"similarity": float("nan"), "hash": 10**40, "exif": "\ud83d"}
     picture(tmp_path / "a.png")
     (tmp_path / "a.json").write_text(json.dumps({"caption": "one", **beside}))
@@ -161,7 +163,7 @@ def test_linked_folders_are_read(tmp_path: Path) -> None:
 def test_what_several_ways_lead_to_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tmp_path / "source"
     picture(source / "z" / "a.png")
-    (source / "a-link").symlink_to(source / "z")  # before it by name
+    (source / "a-link").symlink_to(source / "z")  # sorts before `z`
     (source / "z" / "up").symlink_to(source)
     (source / "above").symlink_to(tmp_path)
     picture(tmp_path / "disk" / "x" / "b.png")
@@ -189,7 +191,7 @@ def test_a_renamed_file_is_no_new_sample(tmp_path: Path) -> None:
     reasons = {row["source"]: row["reason"] for row in map(json.loads, (root / "failed.jsonl").open())}
     assert reasons == {"zz.png": "the same file as p0.png, which is gone and was encoded: its sample stays"}
     assert validate(root)["errors"] == 0
-    for ending in ("png", "txt"):  # and back again
+    for ending in ("png", "txt"):  # rename the files back
         (source / f"zz.{ending}").rename(source / f"p0.{ending}")
     assert prepared(source, root)["samples"] == 7
 
@@ -205,7 +207,7 @@ def test_a_copy_whose_original_was_removed_is_no_new_sample(tmp_path: Path) -> N
     picture(source / "p5.png", 5, "picture 5")
     assert prepared(source, root)["samples"] == 4
     assert validate(root)["errors"] == 0
-    picture(source / "q.png", 7, "another picture")  # under the same name
+    picture(source / "q.png", 7, "another picture")  # another image under the name of the copy
     assert prepared(source, root)["samples"] == 5
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of precomputing makes real shards and says how long the encoders waited."""
+"""The benchmark of precomputing writes real shards and reports how long the encoders waited."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ def test_precompute_counts_images_and_waiting() -> None:
     figures = case.run(quick=True)
     assert figures["items"] == 10
     assert figures["items_per_s"] > 0
-    assert 0 < figures["data_wait_share"] < 1  # decoding in the same process: there is always some
+    assert 0 < figures["data_wait_share"] < 1  # decoding runs in the same process, so the share is never 0
     assert figures["data_wait_share"] + figures["encode_share"] <= 1.01
     assert figures["mb_per_item"] > 0.02

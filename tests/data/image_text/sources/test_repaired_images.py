@@ -1,4 +1,4 @@
-"""Images that no shard could take: encoded once they are repaired, and until then counted and named once."""
+"""Images that could not be encoded: they are encoded once they are repaired, and until then counted and named once."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def contents(root: Path) -> dict[str, bytes]:
 def failures(root: Path) -> dict[str, str]:
     rows = [json.loads(line) for line in (root / "failed.jsonl").read_text().splitlines()]
     found = {row["source"]: row["reason"] for row in rows}
-    assert len(found) == len(rows)  # each is named once
+    assert len(found) == len(rows)  # each image is named once
     return found
 
 
 def test_an_image_that_broke_while_it_was_read_is_encoded_once_it_is_repaired(tmp_path: Path) -> None:
-    """Three that break after their headers: one is repaired, one becomes a copy of another, one stays as it is."""
+    """Three images break after their headers: one is repaired, one becomes a copy of another, one stays broken."""
     source, root = tmp_path / "source", tmp_path / "root"
     for number in range(7):
         picture(source / f"{number}.jpg", number)
@@ -92,7 +92,7 @@ def test_too_many_images_that_broke_are_repaired_by_the_same_command(tmp_path: P
 
 
 class Overflowing(Encoders):
-    """Makes latents of black images that half precision cannot hold."""
+    """Gives latents of black images that half precision cannot represent."""
 
     def __init__(self) -> None:
         plain = small_encoders()

@@ -1,8 +1,8 @@
-"""A small scene that every format's test records: a gripper's path, a camera, and images with a disc where the
-gripper is.
+"""A small scene that the tests of all formats record: a gripper's path, a camera, and images with a disc at the
+gripper.
 
-A reader that gets any convention wrong (axes, inverse, rotation, flip, half a pixel, the other arm's base) puts the
-projected gripper beside the disc.
+If a reader gets a convention wrong (axes, inverse, rotation, flip, half a pixel, the other arm's base), the projected
+gripper is not on the disc.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WIDTH, HEIGHT, FRAMES = 96, 72, 6
 
 
 def looking_at(eye: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """world_to_camera of an OpenCV camera, z up in the world."""
+    """Return world_to_camera of an OpenCV camera; z is up in the world."""
     forward = (target - eye) / np.linalg.norm(target - eye)
     right = np.cross(forward, [0.0, 0.0, 1.0])
     right /= np.linalg.norm(right)
@@ -34,7 +34,7 @@ def looking_at(eye: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Scene:
-    """What was there: world_to_camera [4, 4], K for pixel corners [3, 3], the gripper's path in the world."""
+    """Ground truth: world_to_camera [4, 4], K for pixel corners [3, 3], the gripper's path in the world."""
 
     world_to_camera: np.ndarray
     intrinsics: np.ndarray
@@ -46,7 +46,7 @@ class Scene:
     background: np.ndarray = field(default_factory=lambda: np.array([20, 30, 40]))
 
     def pixels(self, position: np.ndarray | None = None) -> np.ndarray:
-        """[N, 2] pixels of points in the world, written out without the package."""
+        """Return the [N, 2] pixels of world points, computed without the package."""
         points = self.position if position is None else position
         camera = points @ self.world_to_camera[:3, :3].T + self.world_to_camera[:3, 3]
         return np.stack(
@@ -58,7 +58,7 @@ class Scene:
         )
 
     def picture(self, pixel: np.ndarray) -> np.ndarray:
-        """A red disc of radius 5 around a pixel, antialiased so that its centroid is exact."""
+        """Draw a red disc of radius 5 around a pixel, antialiased so that its centroid is exact."""
         x, y = np.meshgrid(np.arange(self.width) + 0.5, np.arange(self.height) + 0.5)
         disc = np.clip(5.5 - np.hypot(x - pixel[0], y - pixel[1]), 0, 1)[..., None]
         picture = self.background * (1 - disc) + np.array([230, 20, 20]) * disc
@@ -69,7 +69,7 @@ class Scene:
 
 
 def disc_centre(picture: np.ndarray) -> np.ndarray:
-    """Centroid of the disc, pixels in the corner convention."""
+    """Return the centroid of the disc in pixels, in the corner convention."""
     red = np.clip(picture[..., 0].astype(float) - picture[..., 2].astype(float) - 10, 0, None)
     y, x = np.mgrid[0 : picture.shape[0], 0 : picture.shape[1]] + 0.5
     return np.array([(x * red).sum(), (y * red).sum()]) / red.sum()
@@ -90,7 +90,8 @@ def scene() -> Scene:
 
 @pytest.fixture
 def check_geometry() -> Callable[..., None]:
-    """Asserts that the projected gripper of a demo lies on the disc of every image, to half a pixel."""
+    """Return a function that asserts that the projected gripper of a demo lies on the disc of every image, within half
+    a pixel."""
 
     def check(demo: Demo, camera: str, arm: str, tolerance: float = 0.5) -> None:
         track, trajectory = demo.cameras[camera], demo.arms[arm]
@@ -121,7 +122,7 @@ def write_video() -> Callable[..., None]:
 
 @pytest.fixture
 def calibration_text() -> Callable[[Scene], dict]:
-    """The user's calibration of the scene's camera, in OpenCV's pixel convention."""
+    """Return a function that gives the user's calibration of the scene's camera, in OpenCV's pixel convention."""
 
     def make(scene: Scene) -> dict:
         return {

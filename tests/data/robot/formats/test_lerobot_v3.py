@@ -1,4 +1,4 @@
-"""LeRobot v3 data sets, written to the letter of the format, read back against the scene."""
+"""LeRobot v3 data sets, written exactly as the format specifies, read back and compared with the scene."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def write_dataset(scene, write_video, calibration_text):
         joints: np.ndarray | None = None,
         state: np.ndarray | None = None,
     ) -> dict:
-        """Three episodes over the scene's path: state = position, quaternion xyzw, gripper in mm (80 open); or as
-        given."""
+        """Write three episodes of the scene's path. The state is position, quaternion xyzw and gripper in mm (80 is
+        open), or as given."""
         quaternion = Rotation.from_matrix(scene.rotation).as_quat()
         position = scene.position if joints is None else forward_kinematics(joints)[0]
         given = state is not None
@@ -148,7 +148,7 @@ def write_dataset(scene, write_video, calibration_text):
 
 
 def to_version_2(root: Path) -> None:
-    """Turns a data set of `write_dataset` into one of version 2.1, an episode per file."""
+    """Convert a data set of `write_dataset` to version 2.1, with one file per episode."""
     info = json.loads((root / "meta/info.json").read_text())
     rows = [row for path in sorted(root.glob("data/*/*.parquet")) for row in pq.read_table(path).to_pylist()]
     episodes = pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
@@ -202,7 +202,7 @@ def test_version_2_reads_as_version_3(tmp_path, write_dataset, write_video, scen
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_video_of_another_rate_is_refused(tmp_path, write_dataset, write_video, scene, version):
-    """Row i would be read as video frame i, which was taken at another time."""
+    """Row i would be read as video frame i, which was recorded at another time."""
     write_dataset(tmp_path)
     if version == 2:
         to_version_2(tmp_path)
@@ -215,7 +215,7 @@ def test_a_video_of_another_rate_is_refused(tmp_path, write_dataset, write_video
     write_video(file, np.repeat(pictures, 3, axis=0), 3 * FPS)
     with pytest.raises(DemoError, match=f"the video has {3 * FPS} frames per second and the data set {FPS}"):
         find_demos(tmp_path)[0].read()
-    corrections = {"corrections": {"top": {"lag_frames": 1}}}  # images that are a frame late are no others
+    corrections = {"corrections": {"top": {"lag_frames": 1}}}  # a lag of one frame does not change the rate
     (tmp_path / "corrected.yaml").write_text(
         yaml.safe_dump(yaml.safe_load((tmp_path / "calibration.yaml").read_text()) | corrections)
     )
@@ -232,13 +232,13 @@ def test_a_video_of_another_rate_is_refused(tmp_path, write_dataset, write_video
         with pytest.raises(DemoError, match=f"states {3 * FPS} frames per second of the video and {FPS}"):
             find_demos(tmp_path)[0].read()
     write_video(file, pictures[: LENGTHS[0]] if version == 2 else pictures, FPS)
-    info["features"][KEY]["video_info"] = {"video.fps": FPS - 0.9}  # LeRobot cuts the decimals of this number off
+    info["features"][KEY]["video_info"] = {"video.fps": FPS - 0.9}  # LeRobot truncates this number to an integer
     (tmp_path / "meta/info.json").write_text(json.dumps(info))
     assert len(find_demos(tmp_path)[0].read()) == LENGTHS[0]
 
 
 def test_times_that_are_uneven_are_said_as_such(tmp_path, write_video, scene, monkeypatch):
-    """Written anew at the data set's rate such a video would have a frame too many."""
+    """Such a video, encoded again at the data set's rate, would have one frame too many."""
     write_video(tmp_path / "x.mp4", scene.pictures()[:6], FPS)
     times = np.array([0, 1, 2, 4, 5, 6]) / FPS  # no frame 3
     monkeypatch.setattr("keygrip.data.robot.frames.frame_times", lambda path: times)
@@ -320,7 +320,7 @@ def test_a_file_of_many_episodes_is_read_once(tmp_path, write_dataset, monkeypat
     assert tuple(map(len, demos)) == LENGTHS
     data_files = [file.name for file in files if file.parent.parent.name == "data"]
     assert data_files == ["file-000.parquet", "file-001.parquet"]
-    path = tmp_path / "data/chunk-000/file-001.parquet"  # the one read last
+    path = tmp_path / "data/chunk-000/file-001.parquet"  # the file that is read last
     rows = read(path).to_pylist()
     for row in rows:
         row["observation.state"][0] += 0.5
@@ -332,8 +332,8 @@ def test_a_file_of_many_episodes_is_read_once(tmp_path, write_dataset, monkeypat
 def stored_pictures(
     path: Path, first: int, columns: tuple[str, ...] = ("left", "right")
 ) -> dict[str, list[np.ndarray]]:
-    """12 pictures in each of two columns, in row groups of 4; pixels of picture i are `first` + i, on the right 100
-    more."""
+    """Store 12 images in each of two columns, in row groups of 4. The pixels of image i are `first` + i, and 100 more
+    in the right column."""
     pictures = {
         name: [np.full((8, 8, 3), first + 100 * number + i, np.uint8) for i in range(12)]
         for number, name in enumerate(columns)
@@ -350,7 +350,7 @@ def stored_pictures(
 
 @pytest.fixture
 def group_reads(monkeypatch) -> list[tuple[int, str]]:
-    """(row group, column) of every reading."""
+    """Return the list of (row group, column) of every read."""
     reads: list[tuple[int, str]] = []
     read = pq.ParquetFile.read_row_group
 
@@ -368,10 +368,10 @@ def test_images_in_parquet_are_read_a_row_group_at_a_time(tmp_path, group_reads)
     rows = (9, 10, 2, 3, 4, 5, 6, 11)
     sources = {name: ParquetFrames(path, name, rows, tmp_path) for name in pictures}
     for index, row in enumerate(rows):
-        for name, source in sources.items():  # the cameras in turn
+        for name, source in sources.items():  # the cameras alternate
             np.testing.assert_array_equal(source.read(index), pictures[name][row])
     assert group_reads == [(2, "left"), (2, "right"), (0, "left"), (0, "right"), (1, "left"), (1, "right")]
-    other = stored_pictures(path, first=20)  # another file of the same name
+    other = stored_pictures(path, first=20)  # another file under the same name
     os.utime(path, ns=(0, 0))
     np.testing.assert_array_equal(sources["right"].read(0), other["right"][9])
     with pytest.raises(OSError, match="has no row 12"):
@@ -416,12 +416,12 @@ def test_a_small_table_that_unpacks_to_a_large_one_is_refused(tmp_path, write_da
     }[part]
     with pytest.raises(ValueError, match=rf"{path.name}: unpacked, it has more than the \d+ bytes") as refused:
         read(tmp_path)
-    assert "copy the data set again" not in str(refused.value)  # which would not help
+    assert "copy the data set again" not in str(refused.value)  # copying again would not help
 
 
 def five_joints(root: Path, model: str, calibration: dict, **joints: object) -> None:
-    """Writes the model of an arm of five joints and a calibration file that reads degrees in an order and from zeros of
-    their own: -1, 90 and so on."""
+    """Write the model of a five-joint arm, and a calibration file for states in degrees with their own joint order,
+    signs and zeros (-1, 90 and so on)."""
     (root / "robot").mkdir(exist_ok=True)
     (root / "robot" / model).write_text(MJCF if model.endswith("xml") else URDF)
     names = ["lift", "pan", "elbow", "flex", "roll"]
@@ -448,7 +448,7 @@ def five_joints(root: Path, model: str, calibration: dict, **joints: object) -> 
 
 @pytest.fixture
 def joint_states() -> tuple[np.ndarray, np.ndarray]:
-    """[6, 5] joints in rad, and [6, 6] what such a data set stores of them, with the gripper in percent."""
+    """Return [6, 5] joints in rad, and [6, 6] the stored state of such a data set with the gripper in percent."""
     joints = np.random.default_rng(0).uniform(-1.2, 1.2, (6, 5))
     degrees = np.degrees(joints)
     stored = [90 - degrees[:, 1], degrees[:, 0], degrees[:, 2] - 90, degrees[:, 3], degrees[:, 4]]
@@ -477,7 +477,7 @@ def test_joints_of_any_arm_become_poses(tmp_path, write_dataset, write_video, sc
     np.testing.assert_allclose(
         arm.commanded.position[:-1], arm.position[1:], atol=1e-9
     )  # each action is the next state
-    assert demo.source["models"] == {}  # of YAMs
+    assert demo.source["models"] == {}  # only models of YAM arms are listed
     export_lerobot(tmp_path, tmp_path / "again", max_demos=1, progress=False)
     again = find_demos(tmp_path / "again")[0].read().arms["right"]
     np.testing.assert_allclose(again.position, arm.position, atol=1e-12)
@@ -639,7 +639,7 @@ def test_tasks_are_text(tmp_path, write_dataset, tasks, said):
     file = tmp_path / "meta/episodes.jsonl"
     lines = [json.loads(line) | {"tasks": tasks} for line in file.read_text().split("\n") if line]
     file.write_text("\n".join(json.dumps(line) for line in lines))
-    if said is None:  # a number that tasks.jsonl does not hold
+    if said is None:  # a task index that tasks.jsonl does not contain
         assert find_demos(tmp_path)[0].read().instruction == ""
         return
     demo = find_demos(tmp_path)[0].read()
@@ -768,7 +768,8 @@ def test_a_row_without_numbers_is_named(tmp_path, write_dataset):
 
 
 def test_an_import_is_continued_with_what_it_was_begun_with(tmp_path, write_dataset):
-    """All episodes have one origin, the data set, which says nothing of its calibration or of their numbers."""
+    """All episodes have the same origin, the data set. The origin states neither the calibration nor the episode
+    numbers."""
     write_dataset(tmp_path / "raw")
     source, destination = tmp_path / "raw", tmp_path / "native"
     imported = partial(import_demos, source, destination, progress=False)

@@ -1,4 +1,4 @@
-"""LIBERO's HDF5 files, written as its `create_dataset.py` writes them, read back against the scene."""
+"""LIBERO's HDF5 files, written as its `create_dataset.py` writes them, read back and compared with the scene."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FOVY = 45.0
 
 @pytest.fixture
 def square(scene):
-    """The scene through a MuJoCo camera of 45 degrees and 64 x 64 pixels."""
+    """Return the scene seen by a MuJoCo camera of 45 degrees and 64 x 64 pixels."""
     focal = 0.5 * SIDE / np.tan(np.radians(FOVY) / 2)
     scene.intrinsics = np.array([[focal, 0, SIDE / 2], [0, focal, SIDE / 2], [0, 0, 1]])
     scene.width = scene.height = SIDE
@@ -36,7 +36,7 @@ def square(scene):
 
 
 def model(scene, name: str = "agentview") -> str:
-    """The part of a robosuite model that holds the camera: an OpenGL camera, position and wxyz quaternion."""
+    """Return the part of a robosuite model with the camera: an OpenGL camera, position and wxyz quaternion."""
     pose = np.linalg.inv(scene.world_to_camera)
     quaternion = Rotation.from_matrix(pose[:3, :3] @ np.diag([1, -1, -1])).as_quat(scalar_first=True)
     return (
@@ -110,7 +110,7 @@ def test_instructions_of_several_words_and_the_controllers_inputs_are_kept(tmp_p
     demo = find_demos(tmp_path / "raw")[0].read(uncalibrated=True)
     assert demo.instruction == "put the black bowl down"
     controller = demo.arms["right"].controller
-    np.testing.assert_array_equal(controller[:-1], actions[1:])  # each was given after the observation of its row
+    np.testing.assert_array_equal(controller[:-1], actions[1:])  # each follows the observation of its row
     assert demo.cameras["eye_in_hand"].uncalibrated
     poses = poses_of(demo, ["right"], 2, np.array([1, 2, 3]), "reached", ("controller",))
     np.testing.assert_allclose(poses["controller"][0], actions[3:6], atol=1e-6)
@@ -121,7 +121,8 @@ def test_instructions_of_several_words_and_the_controllers_inputs_are_kept(tmp_p
 
 
 def test_files_without_attributes_are_those_of_openvla(tmp_path, square):
-    """Regenerated without no-ops: an observation stands before the step of its own row, and nothing says the task."""
+    """Files regenerated without no-ops: each observation precedes the action of its own row, and no attribute gives the
+    task."""
     write_file(tmp_path / FILE, square, demos=1)
     actions = np.random.default_rng(0).uniform(-1, 1, (len(square.position), 7))
     with h5py.File(tmp_path / FILE, "r+") as file:
@@ -159,7 +160,7 @@ def test_a_calibration_file_adds_the_hand_and_overrides_the_model(tmp_path, squa
 
 
 def test_a_data_set_in_the_place_of_a_group_is_not_searched(tmp_path, square):
-    """What `in` asks a data set for is read: here 2^40 numbers, which take no place in the file."""
+    """`in` on an h5py data set reads its values: here 2^40 values, which take no space in the file."""
     write_file(tmp_path / FILE, square)
     with h5py.File(tmp_path / FILE, "r+") as file:
         del file["data/demo_0/obs"]
@@ -206,7 +207,7 @@ def test_data_sets_of_other_lengths_are_refused_before_any_is_read(tmp_path, squ
         demo = file["data/demo_0"]
         shape = demo[part].shape[1:]
         del demo[part]
-        demo.create_dataset(part, shape=(1_000_000, *shape), dtype="u1", chunks=(1, *shape))  # no number is stored
+        demo.create_dataset(part, shape=(1_000_000, *shape), dtype="u1", chunks=(1, *shape))  # no values are stored
     monkeypatch.setattr(libero, "own_array", lambda *data_set: pytest.fail("numbers were read"))
     said = f"{part.rpartition('/')[2]} holds 1000000 (rows|images), the demo {len(square.position)} poses"
     with pytest.raises(DemoError, match=said):

@@ -1,4 +1,4 @@
-"""raiden's converted folders, written as its converter writes them, read back against the scene."""
+"""raiden's converted folders, written as its converter writes them, read back and compared with the scene."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ def vector(matrix: np.ndarray, gripper: float) -> np.ndarray:
 
 
 def write_episode(folder: Path, scene, arms: int = 2, transform_in_rows: bool = True, protocol: int = 4) -> None:
-    """As `rd convert` does: float32 arrays, text as 0-d object arrays, metadata that claims png and 14 numbers."""
+    """Write an episode as `rd convert` does: float32 arrays, text as 0-d object arrays, metadata that state png and 14
+    values."""
     camera_to_world = np.linalg.inv(scene.world_to_camera).astype(np.float32)
     intrinsics = scene.intrinsics.astype(np.float32)
-    intrinsics[:2, 2] -= 0.5  # drivers count from the centre of the first pixel
+    intrinsics[:2, 2] -= 0.5  # drivers measure from the centre of the first pixel
     cameras = ["scene_camera"] + (["right_wrist_camera"] if arms == 2 else [])
     times = 1_700_000_000_000_000_000 + (np.arange(len(scene.position)) * 1e9 / 30).astype(np.int64)
     for camera in cameras:
@@ -64,7 +65,7 @@ def write_episode(folder: Path, scene, arms: int = 2, transform_in_rows: bool = 
         reached = [vector(own, scene.gripper[i])]
         commanded = [vector(np.linalg.inv(base) @ ahead, scene.gripper[i])]
         if arms == 2:
-            reached.insert(0, vector(left, 1.02))  # encoders pass the end of the stroke by a little
+            reached.insert(0, vector(left, 1.02))  # encoders slightly exceed the end of the stroke
             commanded.insert(0, vector(left, 1.0))
         row = {
             "intrinsics": dict.fromkeys(cameras, intrinsics),
@@ -94,7 +95,7 @@ def write_episode(folder: Path, scene, arms: int = 2, transform_in_rows: bool = 
 
 
 def write_calibration(path: Path) -> None:
-    """raiden names the inverse: `right_base_to_left_base` takes left-base to right-base coordinates."""
+    """raiden's name is that of the inverse: `right_base_to_left_base` converts left-base to right-base coordinates."""
     stored = np.linalg.inv(LEFT_FROM_RIGHT).tolist()
     path.write_text(json.dumps({"bimanual_transform": {"right_base_to_left_base": stored}}))
 
@@ -198,7 +199,7 @@ def test_a_malicious_pickle_does_nothing_but_fail(tmp_path, scene):
 
 
 def many_times(value: object, kind: object = list) -> object:
-    for _ in range(4):  # a hundred million of them in a kilobyte; without a limit it could be any number
+    for _ in range(4):  # a hundred million values from a kilobyte; without a limit there could be any number of them
         value = kind([value] * 100)
     return value
 

@@ -1,4 +1,4 @@
-"""yam-abc episodes, written as its recorder writes them, read back against the scene."""
+"""yam-abc episodes, written as its recorder writes them, read back and compared with the scene."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def write_episode(scene, joints, write_video, calibration_text):
         bases: dict[str, np.ndarray] | None = None,
         slow_camera: bool = False,
     ) -> None:
-        """Arm `arms[-1]` carries the disc. `slow_camera`: the second camera has every second image only."""
+        """Write an episode. Arm `arms[-1]` carries the disc. `slow_camera`: the second camera has only every second
+        image."""
         folder.mkdir(parents=True)
         bases = {"left": np.eye(4), "right": RIGHT_BASE} if bases is None else bases
         path = world(joints, bases[arms[-1]])
@@ -113,7 +114,8 @@ def test_notes_of_macos_are_no_episodes(tmp_path, write_episode, calibrate):
     ("arm", "gripper"), [("yam", "crank_4310"), ("big_yam", "linear_4310"), ("yam_pro", "linear_4310")]
 )
 def test_the_doctor_knows_which_arm_the_poses_were_computed_of(tmp_path, write_episode, calibrate, arm, gripper):
-    """Held against those of another, sound poses were errors: 4.7 cm beside the grasp site."""
+    """Regression: compared with the poses of another arm, correct poses were reported as errors, 4.7 cm from the grasp
+    site."""
     write_episode(tmp_path / "data" / "pick" / "20260101_120000_1a2b3c4d", ("right",))
     calibrate(tmp_path / "data", {"right": {"arm": arm, "gripper": gripper}})
     import_demos(tmp_path / "data", tmp_path / "native")
@@ -132,7 +134,8 @@ def test_the_doctor_knows_which_arm_the_poses_were_computed_of(tmp_path, write_e
 
 
 def test_a_folders_own_calibration_brings_its_corrections(tmp_path, write_episode, calibrate):
-    """As the same file does that is named: `step=calibrate` writes the cameras that it was given, and corrections."""
+    """It has the same effect as a calibration file that is named explicitly. `step=calibrate` writes the cameras that
+    it was given, and corrections."""
     write_episode(tmp_path / "data" / "pick" / "20260101_120000_1a2b3c4d")
     calibrate(tmp_path / "data", BASES)
     plain = find_demos(tmp_path / "data")[0].read().cameras["top"]
@@ -156,7 +159,7 @@ def test_an_arm_of_another_model_is_refused(tmp_path, write_episode, calibrate):
 
 
 def test_merge_keys_of_a_calibration_are_not_multiplied_out(tmp_path):
-    """Each line has ten times the pairs of the one before it: ten lines would fill any memory while they are read."""
+    """Each line has ten times the pairs of the line before: parsing ten such lines would fill any memory."""
     lines = ["a0: &a0 {x: 1}"] + [f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 10)}]}}" for i in range(5)]
     (tmp_path / "calibration.yaml").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=r"calibration\.yaml: line 2 merges another mapping \(<<\)"):
@@ -172,7 +175,7 @@ def test_poses_come_from_the_kinematics_and_cameras_from_the_user(
     (reference,) = find_demos(tmp_path)
     assert (reference.name, reference.format) == ("pick_up_the_cube/20260101_120000_1a2b3c4d", "yam_abc")
     demo = reference.read()
-    assert list(demo.cameras) == ["top"]  # the wrist's is not calibrated
+    assert list(demo.cameras) == ["top"]  # the wrist camera is not calibrated
     check_geometry(demo, "top", "right")
     right = demo.arms["right"]
     np.testing.assert_allclose(right.position, world(joints, RIGHT_BASE), atol=1e-12)
@@ -222,7 +225,8 @@ def test_a_camera_on_the_hand_moves_with_it(tmp_path, joints, write_episode, cal
 def test_a_camera_is_mounted_on_the_only_arm_by_either_name(
     tmp_path, write_episode, calibrate, calibration_text, scene
 ):
-    """`step=charuco` writes the name that the arm has here; a file of two arms means the other one by it."""
+    """`step=charuco` writes the name that keygrip gives the only arm ("right"). In a calibration file of two arms, this
+    name denotes the other arm."""
     write_episode(tmp_path / "a" / "b", arms=("left",))
     wrist = {key: value for key, value in calibration_text(scene).items() if key != "world_to_camera"}
     wrist["camera_to_gripper"] = np.eye(4).tolist()

@@ -1,4 +1,4 @@
-"""Readers of published data sets, on small files made to their formats."""
+"""Readers of published data sets, tested on small files in the same formats."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZE = 32
 
 
 def write_video(path: Path, seconds: float, fps: int = 10, width: int = 64, height: int = 48) -> Path:
-    """An H.264 file in which second s has the shade 20 + 30 s."""
+    """Write an H.264 file in which second s has the shade 20 + 30 s."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=fps)
@@ -107,7 +107,7 @@ def test_smoltalk_stages_share_nothing_and_miss_nothing(tmp_path: Path) -> None:
 def test_smoltalk_as_the_hub_has_it_gives_every_conversation_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Beside the folders of the subsets lies `all`, which repeats them."""
+    """Next to the folders of the subsets there is `all`, which repeats them."""
     source = smoltalk_folder(tmp_path / "download")
     for name, rows in (("magpie", range(9, 40)), ("smol", range(40, 60))):
         (source / "data" / name).mkdir()
@@ -181,8 +181,8 @@ def test_cauldron_images_are_frames_and_pairs_are_conversations(tmp_path: Path) 
     short = found["vqav2-train-00000-of-00001-abc-00000001"]
     assert [each.evidence for each in short.conversations] == [
         {"collection": "vqav2", "answers": [f"That {number}."]} for number in range(2)
-    ]  # what the VQA rule scores
-    # whose later questions go on from the answers before
+    ]  # the VQA rule scores these
+    # a collection whose later questions continue from earlier answers
     assert said["robut_sqa-train-00000-of-00001-abc-00000000"] == [["What 0?", "That 0.", "What 1?", "That 1."]]
     assert validate(tmp_path / "all")["errors"] == 0
     assert cauldron(tmp_path / "download", tmp_path / "one", ["ai2d"], SIZE, processes=1)["samples"] == 2
@@ -193,7 +193,7 @@ def test_cauldron_images_are_frames_and_pairs_are_conversations(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("collection", "said", "scored"),
     [
-        ("visual7w", "Answer: B", False),  # a letter of options
+        ("visual7w", "Answer: B", False),  # the letter of an option
         ("aokvqa", "Answer: red.\nRationale: It is red.", False),
         *((name, "Yes.", True) for name in ("figureqa", "vsr", "nlvr2", "hateful_memes")),
         ("cocoqa", "Red.", True),
@@ -212,7 +212,7 @@ def test_answers_of_the_cauldron_are_scored_where_they_are_words(
     assert sample.conversations[0].evidence == evidence
     settings = tmp_path / "set" / "settings.json"
     told = json.loads(settings.read_text())
-    del told["scored"]  # a set of an earlier version, whose answers are those of another list
+    del told["scored"]  # as in a set of an earlier version, with another list of scored collections
     settings.write_text(json.dumps(told))
     with pytest.raises(ValueError, match=r"other settings \(scored: None there, 2 now\)"):
         cauldron(tmp_path / "download", tmp_path / "set", None, SIZE, processes=1)
@@ -259,7 +259,7 @@ def test_cauldron_images_are_as_viewers_show_them() -> None:
     half = np.zeros((16, 16, 3), np.uint8)
     half[:8] = 255
     exif = Image.Exif()
-    exif[0x112] = 6  # to be turned clockwise by a quarter
+    exif[0x112] = 6  # to be rotated clockwise by 90 degrees
     Image.fromarray(half).save(upright, "JPEG", quality=95, exif=exif.tobytes())
     assert (np.asarray(Image.open(io.BytesIO(maker._image(hidden.getvalue())))) > 250).all()
     turned = np.asarray(Image.open(io.BytesIO(maker._image(upright.getvalue())))) > 128
@@ -295,7 +295,7 @@ def test_webvid_lists_with_videos(tmp_path: Path) -> None:
 
 
 def test_frames_of_long_videos_keep_their_seconds(tmp_path: Path) -> None:
-    """Of more seconds than frames are wanted: evenly spaced ones, which say when they were taken."""
+    """If a video has more seconds than the wanted number of frames, evenly spaced frames with their times are used."""
     source = tmp_path / "download"
     write_video(source / "videos" / "a" / "11.mp4", 7)
     (source / "list.csv").write_text("videoid,page_dir,name\n11,a,x\n")
@@ -312,9 +312,9 @@ def test_frames_of_long_videos_keep_their_seconds(tmp_path: Path) -> None:
     video_sft(source, tmp_path / "sft", SIZE, workers=1, max_frames=6, max_failed_share=0.9)
     found = samples(tmp_path / "sft")
     assert found["list-00000000"].seconds == pytest.approx([0, 1.2, 2.4, 3.6, 4.8, 6], abs=1e-6)
-    assert "list-00000001" not in found  # 12 frames
+    assert "list-00000001" not in found  # it has 12 frames
     video_sft(source, tmp_path / "both", SIZE, workers=1, max_frames=20)
-    assert samples(tmp_path / "both")["list-00000001"].seconds == ()  # of two videos
+    assert samples(tmp_path / "both")["list-00000001"].seconds == ()  # it has frames of two videos
     with pytest.raises(ValueError, match="max_frames=0: a sample has 1 to 4096"):
         webvid(source, tmp_path / "none", SIZE, max_frames=0)
     for prepare in (webvid, video_sft):
@@ -355,7 +355,8 @@ def test_webvid_tar_files_also_when_cut_off(tmp_path: Path) -> None:
 
 
 def test_webvid_tar_files_of_other_forms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Upper case, two joined into one, a sample without a video; with the list that they were downloaded by."""
+    """Names in upper case, two tars joined into one, a sample without a video; next to the list used for the
+    download."""
     source = tmp_path / "download"
     source.mkdir()
     (source / "results.csv").write_text("videoid,page_dir,name\n1,a,x\n")
@@ -396,8 +397,8 @@ def told(key: str) -> list[tuple[str, bytes]]:
 
 
 A, B = told("a"), told("b")
-NOTE = b"\0\5\x16\7"  # how macOS's notes begin
-# name: members of a tar file, keys of the samples, what the log says of others
+NOTE = b"\0\5\x16\7"  # the first bytes of AppleDouble files of macOS
+# name: members of a tar file, keys of the samples, log messages about others
 TARS: dict[str, tuple[list[tuple[str, bytes]], set[str], list[str]]] = {
     "one sample after the other": ([*A, *B], {"a", "b"}, []),
     "all videos, then all texts": ([A[0], B[0], A[1], B[1]], {"a", "b"}, []),
@@ -460,7 +461,7 @@ def test_webvid_tar_files_that_are_not_read_are_named(tmp_path: Path, caplog: py
 
 
 def test_webvid_keeps_what_lies_before_a_cut(tmp_path: Path) -> None:
-    """Within a member, between two, and before the end mark."""
+    """The cut is within a member, between two members, or before the end mark."""
     whole = write_tar(tmp_path / "whole.tar", [*A, *B]).read_bytes()
     second = 512 * 3 + -(-len(A[0][1]) // 512) * 512  # where b.mp4 begins
     cuts = {"within": second + 600, "between": second, "end": len(whole.rstrip(b"\0")) // 512 * 512 + 512}
@@ -579,7 +580,7 @@ def test_video_instructions(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert len(found["list-00000001"].frames) == 2
     moving = found["list-00000016"]
     assert moving.seconds == (0.0, 1.0)
-    assert np.abs(moving.frames.mean((1, 2, 3)) - (40 * 2 / 3, 90 * 2 / 3)).max() < 4  # with black bars
+    assert np.abs(moving.frames.mean((1, 2, 3)) - (40 * 2 / 3, 90 * 2 / 3)).max() < 4  # the mean includes black bars
     assert len(found["list-00000002"].frames) == 0
     assert found["list-00000002"].conversations[0].evidence == {"collection": "list", "answers": ["a test", "test"]}
     assert "more-00000000" in found
@@ -656,7 +657,7 @@ def test_answers_of_annotators_are_texts_or_objects_as_vqa_sets_have_them(tmp_pa
 
 @pytest.mark.parametrize("below", [True, False])
 def test_a_set_is_not_written_where_it_is_read(below: bool, tmp_path: Path) -> None:
-    """Its own lists and tar files would be read as a part of its source when it is continued."""
+    """When the set is continued, its own lists and tar files would be read as a part of its source."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "list.json").write_text("[]")
@@ -777,7 +778,7 @@ def test_placeholders_are_as_many_as_what_is_shown(tmp_path: Path) -> None:
 
 
 def test_several_images_may_be_the_frames_of_one_video(tmp_path: Path) -> None:
-    """Then one placeholder is enough, and they have a common time."""
+    """In this case one placeholder is enough, and the images have a common time."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("0.jpg", "1.jpg", "2.jpg"):
@@ -808,7 +809,7 @@ def test_several_images_may_be_the_frames_of_one_video(tmp_path: Path) -> None:
 
 
 def test_content_may_be_a_list_of_items(tmp_path: Path) -> None:
-    """As Hugging Face's chat templates take it; the files beside the turns, or in the items."""
+    """The form is that of Hugging Face's chat templates; the files are given next to the turns, or in the items."""
     source = tmp_path / "source"
     source.mkdir()
     write_video(source / "a.mp4", 2)

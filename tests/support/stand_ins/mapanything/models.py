@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-torch.backends.cuda.matmul.allow_tf32 = True  # as the real one does
+torch.backends.cuda.matmul.allow_tf32 = True  # like the real package
 
 CAMERAS = ("ray_directions_cam", "camera_pose_quats", "camera_pose_trans")
 
@@ -51,7 +51,7 @@ class MapAnything(nn.Module):
         self.encoder = _Encoder(width, patch_size)
         self.info_sharing = _InfoSharing(width, dim)
         self.seen: list[dict[str, Any]] = []
-        # as it was trained: optional inputs now and then
+        # as in its training: optional inputs are given at random
         chances = {"overall_prob": 0.9, "dropout_prob": 0.05, "ray_dirs_prob": 0.5, "cam_prob": 0.5, "depth_prob": 0.5}
         self.geometric_input_config = chances | {
             "sparse_depth_prob": 0.5,
