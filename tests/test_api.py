@@ -76,7 +76,7 @@ def test_a_model_is_trained_loaded_and_exported_from_python(
 
 
 def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands there, with settings that make it small."""
+    """It runs as printed, with settings that make it small."""
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"(?s)```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text())
     settings = '["experiment=demo"]'
@@ -133,7 +133,7 @@ def test_a_setting_that_no_evaluation_has_is_a_setting_error() -> None:
 def test_trainings_of_one_process_have_folders_of_their_own(
     toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Named as the command's, so that each finds the other's; and each says what it was asked for."""
+    """The folders are named like those of the command, so that each finds the other's; each records its overrides."""
     monkeypatch.chdir(tmp_path)
     asked = [each for each in toy_overrides("run", "max_steps=1") if not each.startswith("run_dir=")]
     results = [keygrip.train([*asked, f"seed={seed}"]) for seed in (0, 1)]
@@ -142,7 +142,7 @@ def test_trainings_of_one_process_have_folders_of_their_own(
     assert {folder.parent for folder in folders} == {Path.cwd() / "runs" / "toy_toy"}
     for folder, seed in zip(folders, (0, 1), strict=True):
         assert json.loads((folder / "result.json").read_text())["overrides"] == [*asked, f"seed={seed}"]
-    again = keygrip.train([*asked, "seed=1", "max_steps=2", "resume=true"])  # the newest of model and data
+    again = keygrip.train([*asked, "seed=1", "max_steps=2", "resume=true"])  # the newest run of this model and data
     assert (Path(again["run_dir"]), again["steps"]) == (folders[1], 2)
 
 

@@ -81,7 +81,7 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
         process.stdout.readline()
         process.send_signal(signal.SIGKILL)
     assert path.read_text() == "old"
-    (left,) = tmp_path.glob(".*")  # by the killed process
+    (left,) = tmp_path.glob(".*")  # left by the killed process
     os.utime(left, (0, 0))
     artifacts.write_text(path, "new")
     assert names(tmp_path) == ["file"]
@@ -161,7 +161,7 @@ def test_a_lock_is_no_forked_processes_own(tmp_path: Path) -> None:
     script = (
         "import os, sys, time\nfrom keygrip.artifacts import locked\n"
         "with locked(sys.argv[1]):\n"
-        "    if not os.fork():\n        print(os.getpid(), flush=True)\n"  # the child: it has let go of the lock by now
+        "    if not os.fork():\n        print(os.getpid(), flush=True)\n"  # the child has released the lock by now
         "    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE, cwd=ROOT) as process:
@@ -197,7 +197,7 @@ def test_a_place_without_locks_is_said_once(
     assert (entered, caplog.messages) == (2, [said])
     errors.append(OSError(errno.ENOLCK, "No locks available"))
     assert artifacts.is_locked(tmp_path / "lock") is None
-    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun: each process would do the work of all
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun: each process would do all of the work
     told = f"{tmp_path} cannot be locked (No locks available), so that several processes cannot divide the work: start"
     with pytest.raises(OSError, match=re.escape(told)), artifacts.locked(tmp_path / "lock"):
         pass
@@ -243,7 +243,7 @@ def test_what_is_complete_is_not_locked(tmp_path: Path) -> None:
 
 
 def test_what_a_process_that_is_gone_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
-    """Another container of the same host name has processes of its own, whose numbers say nothing here."""
+    """Another container with the same host name has its own process ids, so an id without a process is not enough."""
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     own = f"-{os.getpid()}-"
     for age, times in (("young", 0.5), ("old", 2.0)):

@@ -1,4 +1,4 @@
-"""Benchmarks: what is measured is what is meant, and the command says it in one line of JSON."""
+"""Benchmarks measure what they claim to measure, and the command prints it as one line of JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SMALL_POLICY = [
 
 
 def write_demos(root: Path, count: int, size: int) -> None:
-    """Demos of an arm that moves and turns under a camera that looks straight down."""
+    """Write demos of an arm that moves and rotates under a camera that looks straight down."""
     generator = np.random.default_rng(0)
     world_to_camera = np.diag([1.0, -1.0, -1.0, 1.0])
     world_to_camera[2, 3] = 1.0
@@ -61,7 +61,7 @@ def write_demos(root: Path, count: int, size: int) -> None:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Demos come at once and not from the simulator; the counts that were asked for."""
+    """Write demos at once, without the simulator; return the requested counts."""
     asked: list[int] = []
 
     def record(task: Any, root: Path, demos: int, image_size: int, **options: Any) -> None:
@@ -83,7 +83,7 @@ class TestMeasuring:
     def test_seconds_are_those_of_the_clock_that_is_given(self) -> None:
         ticks = itertools.count()
         seconds = interleaved_seconds({"only": lambda: next(ticks)}, 3, CPU, limit_s=60, clock=lambda: next(ticks))
-        assert seconds["only"].tolist() == [2, 2, 2]  # a tick of the work, and one until the clock is read again
+        assert seconds["only"].tolist() == [2, 2, 2]  # one tick of the work, and one until the clock is read again
 
     def test_a_slow_machine_does_fewer_repetitions(self) -> None:
         calls: list[int] = []
@@ -102,7 +102,7 @@ class TestMeasuring:
         assert peak_extra_bytes(work, CPU) == 10_000_000
 
     def test_peak_knows_what_is_replaced(self) -> None:
-        """Of parts that are copied one after the other, there is one more than before at a time."""
+        """Where parts are copied one after the other, there is one additional copy at a time."""
         parts = [torch.zeros(250_000) for _ in range(8)]
 
         def work() -> None:

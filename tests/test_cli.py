@@ -79,7 +79,7 @@ def test_completion_of_other_shells_is_refused(
 
 
 def test_tab_completion(tmp_path: Path) -> None:
-    """As bash asks for it, with a command `keygrip` on its path."""
+    """The request is that of bash, with a command `keygrip` on its path."""
     executable = tmp_path / "keygrip"
     executable.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m keygrip "$@"\n')
     executable.chmod(0o755)

@@ -77,7 +77,7 @@ def test_a_group_that_a_run_can_do_without_is_left_out_by_null() -> None:
     ],
 )
 def test_what_tests_compose_once_is_what_hydra_composes(chosen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice, with settings changed in between: what is kept is not what a test was given."""
+    """The settings are changed between two calls: the cached config is not the one that a test receives."""
 
     def read(chosen: list[str]) -> tuple[Any, ...]:
         cfg, choices = compose_with_choices("train", chosen)
@@ -142,7 +142,8 @@ def test_values_of_an_override(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_recipes_ask_for_what_they_must_be_given() -> None:
-    """`???` would leave what stands there already: a stage would begin with random weights in place of those before."""
+    """`???` would keep a value that is already set: a stage would begin with random weights instead of those of the
+    stage before."""
     asking: dict[str, set[str]] = {}
     for file in (config_folder() / "experiment").glob("*.yaml"):
         assert "???" not in file.read_text(encoding="utf-8"), file

@@ -1,4 +1,5 @@
-"""Processes are as many as the cores that a job has, not as the machine has; files as many as the system gives."""
+"""The number of processes follows the cores of the job, not of the machine; the number of open files follows the
+system's limit."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ def test_cores_are_those_that_the_process_may_use() -> None:
     allowed = os.sched_getaffinity(0)
     assert usable_cores() == len(allowed)
     try:
-        os.sched_setaffinity(0, {min(allowed)})  # as schedulers of clusters do
+        os.sched_setaffinity(0, {min(allowed)})  # as cluster schedulers do
         assert usable_cores() == 1
     finally:
         os.sched_setaffinity(0, allowed)
@@ -37,11 +38,11 @@ def test_loaders_of_a_job_with_few_cores_are_few(monkeypatch: pytest.MonkeyPatch
 
 
 def test_loaders_from_python_open_as_many_files_as_the_system_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No command has raised the soft limit there."""
+    """From Python, no command has raised the soft limit."""
     limits = {resource.RLIMIT_NOFILE: (256, 4096)}
     monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
     monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
-    ensure_enough_files(0)  # without workers nothing of the process is changed
+    ensure_enough_files(0)  # without workers the process is not changed
     assert limits == {resource.RLIMIT_NOFILE: (256, 4096)}
     ensure_enough_files(20)
     assert limits == {resource.RLIMIT_NOFILE: (4096, 4096)}

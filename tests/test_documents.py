@@ -1,4 +1,4 @@
-"""The documents: their tables are those of the records, their links lead somewhere, and the options they name exist."""
+"""The documents: their tables match the records, their links have targets, and the options they name exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from keygrip.config import check_overrides, compose_with_choices, group_options
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")])
-PRESENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which tells of options that are gone
+PRESENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # it names removed options
 LINK = re.compile(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"')
 GROUPS = ("experiment", "model", "data", "sweep", "ablation", "strategy", "backbone", "rotation", "shift", "language")
 OPTION = re.compile(rf"(?<![\w./+-])({'|'.join(GROUPS)})=([a-z0-9_/]*[a-z0-9_])(?![\w.=/{{(\[])")
@@ -64,7 +64,8 @@ def test_links_and_images_lead_to_files(path: Path) -> None:
 
 
 def headings(path: Path) -> set[str]:
-    """The anchors of a document's headings, as GitHub writes them: lower case, blanks to hyphens, punctuation gone."""
+    """Return the anchors of a document's headings, as GitHub writes them: lower case, blanks to hyphens, without
+    punctuation."""
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     return {
         re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in re.findall(r"(?m)^#+ (.+)$", text)
@@ -88,13 +89,13 @@ def test_options_that_a_document_names_exist(path: Path) -> None:
 
 
 def unquoted(command: str) -> str:
-    """A line of shell without its quoted parts and its comment."""
+    """Return a line of shell without its quoted parts and its comment."""
     return re.sub(r"(^|\s)#.*", "", re.sub(r"'[^']*'|\"[^\"]*\"", "", command))
 
 
 @pytest.mark.parametrize("path", PRESENT, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_survive_the_shell(path: Path) -> None:
-    """zsh, macOS's shell, refuses an unquoted [...] that matches no file; bash too makes two words of {a,b}."""
+    """zsh, macOS's shell, rejects an unquoted [...] that matches no file; bash also expands {a,b} to two words."""
     text = path.read_text(encoding="utf-8")
     blocks = re.findall(r"(?ms)^ *```bash\n(.*?)```", text)
     lines = [line for block in blocks for line in block.splitlines()]
@@ -139,7 +140,7 @@ def strings_of(node: Any) -> Iterator[str]:
 
 
 def test_commands_of_records_have_the_present_names_of_settings() -> None:
-    """A record is evidence as long as its command runs."""
+    """A record is evidence only as long as its command runs."""
     found = 0
     for file in sorted((ROOT / "benchmarks").rglob("*.json")):
         for text in strings_of(json.loads(file.read_text())):

@@ -1,4 +1,4 @@
-"""What a user gets wrong becomes one line that says what, where and what to do: no trace, nothing half-made."""
+"""A user's mistake becomes one line with what, where and what to do: no traceback, and no half-written files."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def test_a_full_disk_says_what_to_do(cli: Callable[..., Any], monkeypatch: pytes
 
 def test_a_run_folder_that_takes_no_log_file_is_named(cli: Callable[..., Any], tmp_path: Path) -> None:
     log = tmp_path / "run" / "train.log"
-    log.mkdir(parents=True)  # also root, who may write everywhere, cannot open it
+    log.mkdir(parents=True)  # even root, who may write everywhere, cannot open it
     outcome = cli(*TOY, f"run_dir={log.parent}")
     assert (outcome.code, outcome.err.splitlines()[-1]) == (1, f"keygrip: Is a directory: {log}")
 
@@ -318,7 +318,7 @@ def test_a_job_of_a_cluster_that_died_is_named_with_its_log() -> None:
     expected = "job 12_3 of the cluster ended without a result (state OUT_OF_MEMORY): see /a b/12_3_0_log.err"
     further = "; others may still run: when they have ended, the same command with resume=true makes the table"
     assert describe_error(UncompletedJobError(said), "train", []) == (expected + further, 1)
-    others = further.partition(":")[0]  # without resume=true, which it does not have
+    others = further.partition(":")[0]  # without resume=true, which that command does not have
     assert describe_error(UncompletedJobError(said), "evaluate", []) == (expected + others, 1)
 
 
@@ -388,7 +388,7 @@ def test_a_missing_package_is_named_with_its_extra(
 def test_a_signal_that_a_library_made_another_error_of_is_still_a_signal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As torch's `load_state_dict` does, which takes every exception for weights that do not fit."""
+    """For example torch's `load_state_dict`, which treats every exception as weights that do not fit."""
     from keygrip import command
 
     def loads_weights(cfg: object) -> None:
@@ -406,7 +406,8 @@ def test_a_signal_that_a_library_made_another_error_of_is_still_a_signal(
 
 @pytest.mark.parametrize("ignored", [False, True])  # by nohup
 def test_a_terminal_that_is_closed_ends_a_command_in_good_order(ignored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As SIGTERM does: an arm is stopped and a recording is kept when the connection to the robot's computer breaks."""
+    """It acts like SIGTERM: an arm is stopped and a recording is kept when the connection to the robot's computer
+    breaks."""
     from keygrip import command
 
     left: list[str] = []
@@ -437,7 +438,7 @@ def test_a_terminal_that_is_closed_ends_a_command_in_good_order(ignored: bool, m
 def test_a_second_signal_does_not_break_off_the_cleaning_up(
     first: signal.Signals, second: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shell passes its own SIGHUP on, so that it comes twice; systemd sends one behind SIGTERM."""
+    """A shell forwards its own SIGHUP, so it arrives twice; systemd sends one after SIGTERM."""
     from keygrip import command
 
     left: list[str] = []
@@ -466,7 +467,7 @@ def test_a_second_signal_does_not_break_off_the_cleaning_up(
 def test_a_signal_while_the_classes_of_a_configuration_are_imported_ends_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Torch alone takes seconds to import; Hydra makes an ImportError of whatever is raised meanwhile."""
+    """Torch alone takes seconds to import, and Hydra turns any exception of an import into an ImportError."""
     from keygrip import command
     from keygrip.setting_types import refuse_ill_typed
 
@@ -566,7 +567,7 @@ def test_a_refused_run_leaves_an_earlier_one_as_it_was(cli: Callable[..., Any]) 
 
 @pytest.fixture
 def anew(cli: Callable[..., Any]) -> Callable[..., Any]:
-    """`cli` as a process of its own that has chosen no folder before."""
+    """Return `cli` as in a new process that has not chosen a folder yet."""
 
     def run(*arguments: str) -> Any:
         run_folder.stamp.cache_clear()
@@ -625,7 +626,7 @@ def test_a_truncated_checkpoint_is_not_resumed(cli: Callable[..., Any]) -> None:
     assert cli(*toy).code == 0
     file = Path("run/checkpoints/last.ckpt")
     whole = file.read_bytes()
-    file.unlink()  # of which the checkpoint that is kept by its step is a hard link
+    file.unlink()  # step-00000003.ckpt is a hard link to it
     file.write_bytes(whole[:1000])
     outcome = cli(*toy, "resume=true")
     assert outcome.code == 1
@@ -634,7 +635,7 @@ def test_a_truncated_checkpoint_is_not_resumed(cli: Callable[..., Any]) -> None:
     assert re.search(
         rf"last.ckpt is truncated or not a checkpoint \(1000 bytes\): take another one, as \S+{kept}", said
     )
-    file.unlink()  # neither a new run nor the old one, without its latest checkpoint
+    file.unlink()  # without its latest checkpoint the old run cannot continue, and no new run starts
     for given, remedy in [
         ([], rf"resume=\S+{kept}, give another run_dir, or remove \S+/run/checkpoints"),
         (["resume=true"], rf"resume=\S*{kept}"),
@@ -674,5 +675,5 @@ def test_import_is_light_and_help_needs_no_torch(command: Callable[..., Any], tm
 
 def test_a_run_folder_may_be_named_by_the_overrides(cli: Callable[..., Any], tmp_path: Path) -> None:
     outcome = cli("run_dir=all/${hydra:job.override_dirname}", "seed=3", "optimizer.lr=fast")
-    assert "optimizer.lr='fast': must be a finite number" in outcome.err  # it was a RecursionError
+    assert "optimizer.lr='fast': must be a finite number" in outcome.err  # used to be a RecursionError
     assert [path.name for path in (tmp_path / "all").iterdir()] == ["optimizer.lr=fast,seed=3"]

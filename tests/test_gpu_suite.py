@@ -1,4 +1,4 @@
-"""`bench suite=gpu` and the parity script: parts run at toy size, records are kept, skipped and complete; differences
+"""`bench suite=gpu` and the parity script: parts run at toy size, records are stored, skipped and complete; differences
 between two runs are found."""
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class TestParts:
     @pytest.mark.slow
     @pytest.mark.parametrize("name", DISTINCT)
     def test_runs_on_a_pretended_gpu(self, name: str) -> None:
-        """All that it computes with is on the GPU."""
+        """All tensors of the computation are on the GPU."""
         figures: Figures = {}
         with pretended_gpu(bf16=True):
             instantiate(compose("bench").gpu[name], _convert_="all").run(True, figures)
@@ -104,7 +104,7 @@ class TestParts:
 
     @pytest.mark.slow
     def test_real_sizes_compose(self) -> None:
-        """A misspelt setting would be found on a GPU only."""
+        """Otherwise a misspelt setting would only be found on a GPU."""
         parts = compose("bench").gpu
         for name in PARTS:
             part = instantiate(parts[name], _convert_="all")
@@ -116,7 +116,7 @@ class TestParts:
                     assert ("tf32" in variant) == config.strategy.tf32
                     assert part.system != "foveated_vlm" or (part.frames or {})[variant] > 0
                     if part.system in ("foveated_vlm", "patch_dit"):
-                        with torch.device("meta"):  # without weights: whether it can be built
+                        with torch.device("meta"):  # without weights: only tests that it can be built
                             module, _ = part._module([*part.overrides, *more], variant, False)
                         assert list(module.parameters())
             elif hasattr(part, "overrides"):
@@ -251,6 +251,6 @@ class TestParity:
         assert parity.differences(before, {**before, "cpu": "d"})[0].startswith("cpu differs")
 
     def test_settings_of_today(self, parity: ModuleType) -> None:
-        """The script composes with the present names of settings."""
+        """The script composes with the current names of settings."""
         for _, settings in parity.CASES.values():
             compose("train", [*(setting.replace("{data}", "data") for setting in settings), *parity.SMALL_RUN])

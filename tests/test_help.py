@@ -1,4 +1,5 @@
-"""Every setting that `--help` lists is documented: by the comment beside it in its YAML file, or beside its parent."""
+"""Every setting that `--help` lists is documented: by the comment next to it in its YAML file, or next to its
+parent."""
 
 from __future__ import annotations
 

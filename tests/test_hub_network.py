@@ -1,4 +1,4 @@
-"""Without a network what lies in the hub's cache is read, and what does not is said at once."""
+"""Without a network, files in the hub's cache are read, and missing ones are reported at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from keygrip.models.language.hub import file_of, from_pretrained, read_config, r
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Pauses of this process, which is refused by whatever it takes for the hub."""
+    """Return the pauses of this process; its address of the hub refuses connections."""
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     with socket.socket() as unused:
@@ -43,7 +43,7 @@ def test_what_is_not_there_is_said_without_another_try(slept: list[float], monke
 
 
 def test_what_was_downloaded_before_is_read(slept: list[float], tmp_path: Path) -> None:
-    """In the layout of the hub's cache."""
+    """The files are stored in the layout of the hub's cache."""
     kept, commit = tmp_path / "models--maker--model", "0" * 40
     (kept / "snapshots" / commit).mkdir(parents=True)
     (kept / "refs").mkdir()
@@ -55,7 +55,7 @@ def test_what_was_downloaded_before_is_read(slept: list[float], tmp_path: Path) 
 
 
 def test_who_answers_is_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as silent:  # takes connections and says nothing
+    with socket.socket() as silent:  # accepts connections and sends nothing
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")

@@ -1,4 +1,4 @@
-"""How processes that a launcher starts know the first of them, and where they meet."""
+"""How processes that a launcher starts determine the first of them, and the address where they meet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORC
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
-        monkeypatch.setenv(name, "")  # so that what a test sets in the environment goes with it
+        monkeypatch.setenv(name, "")  # so that the variables that a test sets are removed after it
         monkeypatch.delenv(name)
 
 
@@ -28,7 +28,7 @@ def told(monkeypatch: pytest.MonkeyPatch, **variables: str | int) -> None:
 
 
 def meeting(monkeypatch: pytest.MonkeyPatch, job: int, step: int | None, nodes: str | None) -> tuple[str, int]:
-    """Where Lightning has the tasks of a step of a job on n1 and n2 meet."""
+    """Return the address where Lightning lets the tasks of one step of a job on n1 and n2 meet."""
     in_step: dict[str, str | int | None] = {"STEP_ID": step, "STEP_NODELIST": nodes}
     ours: dict[str, str | int | None] = {
         "NODELIST": "n[1-2]",
@@ -52,21 +52,21 @@ def test_steps_side_by_side_meet_at_nodes_and_ports_of_their_own(monkeypatch: py
     first, second = (meeting(monkeypatch, 1_234_567, step, node) for step, node in ((0, "n1"), (1, "n2")))
     assert first == ("n1", 19567)
     assert second[0] == "n2"
-    assert meeting(monkeypatch, 1_234_567, 1, "n2") == second  # as every task of it
+    assert meeting(monkeypatch, 1_234_567, 1, "n2") == second  # the same for every task of the step
     meetings = {meeting(monkeypatch, 1_234_567, step, "n1") for step in range(200)}
     assert len(meetings) == 200
     assert all(15_000 <= port < 25_000 for _, port in meetings)
 
 
 def test_the_first_steps_of_jobs_queued_together_meet_at_ports_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On nodes that the jobs share."""
+    """They run on nodes that the jobs share."""
     numbers = [(job, step) for job, step in product(range(9_990, 10_030), range(8))]
     assert len({meeting(monkeypatch, job, step, "n1") for job, step in numbers}) == len(numbers)
 
 
 def test_the_first_step_on_all_nodes_meets_where_lightning_has_it_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meeting(monkeypatch, 42, 0, "n[1-2]") == ("n1", 15042)
-    assert meeting(monkeypatch, 42, None, None) == ("n1", 15042)  # SLURM does not say it
+    assert meeting(monkeypatch, 42, None, None) == ("n1", 15042)  # SLURM does not set the step
 
 
 def test_a_meeting_that_the_user_names_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_a_meeting_that_the_user_names_stays(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_one_process_of_torchrun_under_srun_is_the_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its rendezvous numbers the nodes in whatever order they come."""
+    """torchrun's rendezvous numbers the nodes in order of arrival."""
     for local, nodes in ((1, ((0, 1), (1, 0))), (2, ((0, 2), (1, 0)))):
         first = []
         for procid, begins in nodes:
@@ -95,8 +95,8 @@ def test_one_process_of_torchrun_under_srun_is_the_first(monkeypatch: pytest.Mon
     [
         ({}, True),
         ({"SLURM_PROCID": "1"}, False),
-        ({"SLURM_PROCID": "1", "RANK": "0"}, False),  # not torchrun's: a batch script passed it on
-        ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),  # which Lightning started
+        ({"SLURM_PROCID": "1", "RANK": "0"}, False),  # not torchrun's: inherited from a batch script
+        ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),  # started by Lightning
         ({"RANK": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, False),
     ],
 )

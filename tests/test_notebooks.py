@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom, hold no outputs, and build on the package instead of redefining it."""
+"""Notebooks run from top to bottom, contain no outputs, and use the package instead of redefining it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_notebooks_define_nothing(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_notebooks_import_is_there(path: Path) -> None:
-    """Running them is slow, and what they import moves."""
+    """Running the notebooks is slow, and the names that they import may move."""
     cells = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
     imported = [node for source in cells for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     of_the_package = [node for node in imported if node.module and node.module.split(".")[0] == "keygrip"]
@@ -79,7 +79,7 @@ def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: st
     assert not list(tmp_path.iterdir())  # everything went to a temporary folder
     said = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     if name == "one_demo":
-        # Exact pixels and heights lead back to the point; cells and bins miss it by millimetres.
+        # Exact pixels and heights give the point exactly; cells and bins are off by millimetres.
         (means,) = (line.split() for line in said.splitlines() if line.startswith("mean "))
         exact, floor = float(means[1]), float(means[3])  # mean 0.0000 mm 3.76 mm
         assert exact < 0.05 < floor < 20
@@ -90,7 +90,8 @@ def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: st
 
 @pytest.mark.slow
 def test_a_folder_of_yours_is_named_from_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `KEYGRIP_DEMOS="data/Übung 1" jupyter lab notebooks` starts it; the name holds what Hydra takes in quotes."""
+    """Started as with `KEYGRIP_DEMOS="data/Übung 1" jupyter lab notebooks`; the name contains characters that Hydra
+    needs in quotes."""
     record(TaskOptions("reach"), tmp_path / "Übung 1", demos=1, processes=1)
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

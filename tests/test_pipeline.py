@@ -1,4 +1,4 @@
-"""The whole way with the real parts, small: record, train, interrupt, resume, evaluate, demo."""
+"""The whole pipeline with the real parts, small: record, train, interrupt, resume, evaluate, demo."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def trained(recordings: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 6 steps that has recorded its demonstrations first, with closed loop and images."""
+    """Train a run of 6 steps that records its demonstrations first, with closed-loop evaluation and logged images."""
     folder = tmp_path_factory.mktemp("run")
     loop = "callbacks.closed_loop.closed_loop"
     extra = [
@@ -255,7 +255,7 @@ def test_the_demo_names_an_interpreter_that_the_shell_finds(tmp_path: Path, monk
 
 
 def test_a_finished_demo_is_put_aside_before_hydra_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its log and its settings stay with it; nothing moves where nothing would run."""
+    """Its log and its settings are moved with it; nothing is moved if no demo would run."""
     folder, chosen = tmp_path / "demo", [f"run_dir={tmp_path / 'demo'}"]
     (folder / "checkpoints").mkdir(parents=True)
     for file in ("demo.log", "checkpoints/last.ckpt"):

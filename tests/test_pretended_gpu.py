@@ -1,4 +1,4 @@
-"""That the pretended GPU refuses what CUDA refuses, and computes what the CPU computes."""
+"""The pretended GPU refuses what CUDA refuses, and computes what the CPU computes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def test_what_cuda_refuses_is_refused(what: str) -> None:
 
 
 def test_what_cuda_allows_is_allowed() -> None:
-    """Scalars, indices of the CPU, copies both ways, a generator of its own; outside of it nothing is pretended."""
+    """Scalars, indices on the CPU, copies in both directions, and a generator of its own; outside the context no GPU is
+    pretended."""
     with pretended_gpu():
         x = there(3)
         assert (x * torch.tensor(2.0)).tolist() == [2, 2, 2]

@@ -1,4 +1,4 @@
-"""Private names of other packages: each is used in one file, and a test here fails when it changes."""
+"""Private names of other packages: each is used in one file, and a test fails when it changes."""
 
 from __future__ import annotations
 

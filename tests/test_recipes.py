@@ -23,7 +23,7 @@ from keygrip.training.sweeps import planned_jobs
 
 CONF = config_folder()
 MODELS = group_options("model")
-# Data that a model is tried with (the others: yam), and models that data are tried with.
+# The data that each model is tried with (the others: yam), and the model that each data set is tried with.
 DATA_OF = {
     "foveated_vlm": "robot_videos",
     "pooled_vlm": "robot_videos",
@@ -50,7 +50,7 @@ MODEL_OF = {
     ),
     **{data: model for model, data in DATA_OF.items() if data != "robot_videos"},
 }
-# What a config leaves to the user; the values stand for any.
+# Settings that a config leaves to the user; the values are arbitrary.
 GIVEN = {
     "experiment=yam_dinov3": ["data.root=folder"],
     "experiment=vlm_encoder_probe": ["backbone.init_from=null"],
@@ -78,7 +78,7 @@ GIVEN = {
 }
 
 
-# What differs from an option that is tried as well in its sizes alone.
+# Options that differ only in their sizes from an option that is tried as well.
 SIBLINGS = {
     *(f"experiment=vlm_stage{number}_{size}" for number in (1, 2, 3) for size in ("360m", "1700m")),
     *(f"backbone={name}" for name in ("dinov2_base", "dinov2_base_reg", "dinov3_base")),
@@ -87,7 +87,7 @@ SIBLINGS = {
 
 
 def without_stages(node: Any) -> Any:
-    """A resolved configuration with null in place of each pretraining stage: nothing is trained here."""
+    """Return a resolved configuration with null in place of each pretraining stage: nothing is trained here."""
     if isinstance(node, dict):
         stage = str(node.get("_target_", "")).endswith(".PretrainingStage")
         return None if stage else {name: without_stages(child) for name, child in node.items()}
@@ -99,7 +99,7 @@ def pair(model: str) -> list[str]:
 
 
 def context(group: str, option: str) -> tuple[str, list[str]]:
-    """A command and overrides with which an option can be chosen."""
+    """Return a command and overrides with which an option can be chosen."""
     choice = f"{group}={option}"
     given = [choice, *GIVEN.get(choice, [])]
     if group in ("step", "evaluate"):
@@ -117,7 +117,7 @@ def context(group: str, option: str) -> tuple[str, list[str]]:
 
 
 def choices() -> Iterator[Any]:
-    """Options of all groups but those that the sweeps choose from, which are tried there."""
+    """Yield the options of all groups, except those that the sweeps choose from, which are tried there."""
     swept = {override for sweep in group_options("sweep") for job in tried_jobs(sweep) for override in job}
     for group in sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "sweep")):
         for option in group_options(group):
@@ -127,7 +127,7 @@ def choices() -> Iterator[Any]:
 
 
 def tried_jobs(sweep: str) -> list[list[str]]:
-    """Jobs of a sweep in which every value of every parameter occurs; in a grid not with each other."""
+    """Return jobs of a sweep in which every value of every parameter occurs; for a grid, not every combination."""
     config = OmegaConf.load(CONF / "sweep" / f"{sweep}.yaml")
     if "sweeper" not in config.hydra:  # another sweep's jobs
         return tried_jobs(config.defaults[0])
@@ -156,8 +156,8 @@ def assert_sound(cfg: DictConfig) -> None:
 
 
 def assert_configures(cfg: DictConfig) -> tuple[type, int]:
-    """The module builds (a large one without memory for its weights), and its optimiser has all that it trains. Gives
-    the optimiser's class and the number of parameters."""
+    """Assert that the module builds (a large one without memory for its weights), and that its optimiser has all
+    trained parameters. Return the optimiser's class and the number of parameters."""
     large = (
         "dinov" in str(cfg.get("backbone"))
         or "Qwen/" in str(cfg.get("vlm"))
@@ -184,7 +184,7 @@ def test_every_option(group: str, option: str, tmp_path: Path, monkeypatch: pyte
     if root != "train":
         for path, node in nodes(OmegaConf.to_container(cfg, resolve=False)):
             assert_fits(path, node)
-        if root != "prepare":  # whose steps pass on what the user must give
+        if root != "prepare":  # its steps pass on settings that the user must give
             refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
         return
     assert_sound(cfg)
@@ -200,7 +200,7 @@ def test_every_option(group: str, option: str, tmp_path: Path, monkeypatch: pyte
     if group in ("model", "backbone", "rotation", "optimizer", "experiment", "ablation", "language"):
         if option.endswith("lora"):
             pytest.importorskip("peft")
-        if option.startswith("vla_qwen_mapanything"):  # whose MapAnything reads its sizes from weights
+        if option.startswith("vla_qwen_mapanything"):  # its MapAnything reads its sizes from weights
             with open_dict(cfg):
                 cfg.geometry = composed("train", pair("geometry_vla")).geometry
                 cfg.backbone = composed("train", []).backbone
@@ -209,7 +209,7 @@ def test_every_option(group: str, option: str, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("recipe", ["metaworld_vla", "vla_yam_language", "vla_yam_depth"])
 def test_recipes_of_the_small_encoder_take_the_large_one(recipe: str) -> None:
-    """What a recipe sets of its own encoder is not asked of another."""
+    """The settings that a recipe has for its own encoder are not required of another."""
     option = f"experiment={recipe}"
     cfg = composed("train", [option, *GIVEN.get(option, []), "geometry=mapanything", "backbone.image_size=224"])
     assert_sound(cfg)
@@ -220,7 +220,7 @@ def test_recipes_of_the_small_encoder_take_the_large_one(recipe: str) -> None:
 
 @pytest.mark.parametrize("option", ["experiment=vlm_stage1", "experiment=vlm_stage2_published"])
 def test_a_stage_takes_a_frozen_encoder(option: str) -> None:
-    """Its recipe has a learning rate of the encoder's own, which the user did not write."""
+    """The recipe sets a learning rate for the encoder, which the user did not write."""
     overrides = [option, *GIVEN.get(option, []), "backbone.trainable=frozen"]
     cfg = composed("train", overrides)
     assert_sound(cfg)
@@ -236,7 +236,7 @@ def test_recipes_for_own_cameras_cut_nothing_of_the_workspace_off(kind: str) -> 
 
 
 def test_a_coarse_token_in_the_published_order_differs_from_chosen_ones_in_being_coarse_alone() -> None:
-    """What a claim compares must have no other difference: prompt order, query source and start are the same."""
+    """The arms of a claim must have no other difference: prompt order, query source and start are the same."""
 
     def of(job: str) -> dict[str, Any]:
         cfg = composed("train", ["experiment=vlm_robot_videos", f"ablation=vlm_claims/{job}"])
@@ -285,7 +285,8 @@ def test_the_sweeps_of_claims_differ_in_their_encoder_alone() -> None:
 
 
 def test_one_token_differs_from_many_in_how_a_frame_becomes_tokens_alone() -> None:
-    """Both train on the same frozen encoder: no trained copy of its blocks on one side, the same optimizer and data."""
+    """Both train on the same frozen encoder: neither has a trained copy of its blocks, and optimizer and data are the
+    same."""
 
     def of(job: str) -> dict[str, Any]:
         cfg = composed("train", [f"experiment={job}", "ablation=foveated_vlm/self_supervised_encoder"])

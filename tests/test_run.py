@@ -25,7 +25,7 @@ from keygrip.runtime.takeover import KeyboardTakeover
 
 
 class Steady:
-    """Plans to stay where the arm is; fails when told to."""
+    """Plans to stay at the current pose; fails if `fails` is set."""
 
     needs = Needs(("right",))
 
@@ -66,7 +66,7 @@ def test_a_run_reports_and_a_stopped_one_is_an_error(monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_ends_with_its_plan_and_after_its_robot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that is inside torch when Python ends would abort the process; the arm waits for no plan."""
+    """A thread that is inside torch when Python ends would abort the process; the arm does not wait for the plan."""
     closed, planned = threading.Event(), threading.Event()
     close = SimulatedYam.close
 
@@ -99,7 +99,7 @@ def test_a_server_is_given_the_token_and_the_certificate_to_trust(monkeypatch: p
     local = [setting for setting in SMALL if not setting.startswith("checkpoint")]
     run(compose("run", [*local, "server=https://gpu:8421", "token=correct-horse-battery", "ca=cert.pem"]))
     assert asked == [("https://gpu:8421", {"token": "correct-horse-battery", "ca": "cert.pem", "renews": True})]
-    assert waits == [False]  # at the end, for a last answer of the server
+    assert waits == [False]  # it does not wait for a last answer of the server
     for setting in (
         "tf32=true",
         "device=cpu",
@@ -143,7 +143,7 @@ HOME = np.array([0.0, 1.05, 1.0, 0.6, 0.0, 0.0])
 
 
 class Driver:
-    """An arm that is where it was told to be."""
+    """An arm that is at the commanded joints."""
 
     def __init__(self) -> None:
         self.state = np.append(HOME, 1.0)
@@ -160,7 +160,7 @@ class Driver:
 
 
 class Grey:
-    """A camera whose images have the number of its device as their brightness."""
+    """A camera whose images have the number of its device as brightness."""
 
     def __init__(self, source: str, **settings: Any) -> None:
         self.level = int(source.removeprefix("/dev/video"))
@@ -173,7 +173,7 @@ class Grey:
 
 @pytest.fixture
 def drivers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Driver]:
-    """Arms in place of those of CAN channels, by channel, and cameras in place of video devices."""
+    """Replace the arms of CAN channels and the cameras of video devices; return the arms by channel."""
     found = {"can0": Driver(), "can1": Driver()}
     monkeypatch.setattr(keygrip.runtime.i2rt_yam, "connect", lambda channel, *_: found[channel])
     monkeypatch.setattr(keygrip.runtime.cameras, "VideoCamera", Grey)
@@ -209,7 +209,7 @@ def real(tmp_path: Path) -> list[str]:
 
 
 class Closing:
-    """Plans that the first arm closes its gripper, and the others stay as they are."""
+    """Plans to close the gripper of the first arm; the others stay as they are."""
 
     def __init__(self, *arms: str, camera: str | None = None) -> None:
         self.needs = Needs(arms, camera=camera)
@@ -227,7 +227,7 @@ class Closing:
 def test_each_of_two_arms_is_seen_and_moved_by_its_name(
     arms: tuple[str, str], monkeypatch: pytest.MonkeyPatch, drivers: dict[str, Driver], real: list[str]
 ) -> None:
-    """The file names the right arm, so that a left one that is added stands behind it."""
+    """The file names the right arm first, so the left arm, which is added, comes after it."""
     policy = Closing(*arms)
     monkeypatch.setattr(driving, "_policy", lambda cfg: policy)
     run(compose("run", [*real, "+robot.arms.left=can1"]))
@@ -253,7 +253,7 @@ def test_arms_of_other_names_and_an_order_that_cannot_be_changed_are_refused(
 
 
 class Lifting(Closing):
-    """Plans that the arm rises, farther than it reaches."""
+    """Plans to raise the arm farther than it reaches."""
 
     def plan(self, observation: Observation) -> Plan:
         plan = super().plan(observation)
@@ -264,7 +264,7 @@ class Lifting(Closing):
 def test_a_dry_run_sends_a_real_arm_nothing_and_knows_its_reach(
     monkeypatch: pytest.MonkeyPatch, drivers: dict[str, Driver], real: list[str], tmp_path: Path
 ) -> None:
-    """It was sent where it stands at the end, its gripper to the opening that was measured."""
+    """It used to receive its current pose at the end, with the measured opening of the gripper."""
     policies: list[Any] = [Closing("right", camera="over"), Lifting("right", camera="over")]
     monkeypatch.setattr(driving, "_policy", lambda cfg: policies.pop(0))
     dry = [*real, f"dry_run={tmp_path}/plan.png"]
@@ -274,7 +274,7 @@ def test_a_dry_run_sends_a_real_arm_nothing_and_knows_its_reach(
 
 
 class Fixed:
-    """A robot whose arms and cameras are in the order of its wires."""
+    """A robot whose arms and cameras are in the order of its wiring."""
 
     def __init__(self, *arms: str, cameras: tuple[str, ...] = ("over",)) -> None:
         self.arms, self.cameras = arms, cameras

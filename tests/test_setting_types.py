@@ -1,4 +1,5 @@
-"""A setting that is unknown, or of another kind than what it is given to takes, is named before anything is built."""
+"""A setting that is unknown, or whose value has a type that its receiver does not accept, is named before anything is
+built."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def test_kinds(hint: Any, good: list[Any], bad: list[Any]) -> None:
 
 
 def test_alternatives_are_told_so_that_each_is_read_as_what_it_is() -> None:
-    """The null of a list's numbers is not the null in the place of the list."""
+    """A null among the values of a list is different from a null in place of the list."""
     margins = float | tuple[float | None, float | None, float | None] | None
     said = "a finite number or null, or a list of 3, each of it a finite number or null"
     assert wanted([0.1, "far", None], margins) == said
@@ -72,7 +73,7 @@ def test_the_same_name_in_the_files_of_a_dataclass_and_its_base(monkeypatch: pyt
         monkeypatch.setitem(sys.modules, name, module)
         exec(f"from __future__ import annotations\nfrom dataclasses import dataclass\n{code}", vars(module))
     assert hints_of(module.Derived) == {"first": int, "second": str}
-    monkeypatch.delitem(sys.modules, "base")  # a script's, or one that was loaded by path
+    monkeypatch.delitem(sys.modules, "base")  # like a script, or a file loaded by path
     assert hints_of(module.Derived) == {"first": Any, "second": str}
 
 

@@ -1,4 +1,5 @@
-"""The house stays as it was built: sizes, circles, layers, and networks that neither read files nor start processes."""
+"""The structure of the package: sizes, import cycles, layers, and networks that neither read files nor start
+processes."""
 
 from __future__ import annotations
 
@@ -17,15 +18,15 @@ from syntax_trees import nodes_of, tree
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "keygrip"
 LONGEST_FILE = 500
-# Imports of keygrip inside functions: entry points that stay quick, and optional packages. Never raise this number.
+# Imports of keygrip inside functions: for fast entry points and optional packages. Never raise this number.
 MOST_LAZY_IMPORTS = 26
-# What imports keygrip's modules by name: the public names, the command table, and the declared parts of checkpoints.
+# Modules that import keygrip's modules by name: public names, the command table, and the declared parts of checkpoints.
 IMPORT_BY_NAME = {"keygrip", "keygrip.command", "keygrip.training.parts"}
-# What opens videos; the other names PyAV's errors, so that a broken video is a bad sample.
+# Modules that open videos; the second one names PyAV's errors, so that a broken video is a bad sample.
 USES_PYAV = {"keygrip.data.video", "keygrip.data.bad_samples"}
 VIDEO_LIBRARIES = {"av", "cv2", "imageio", "imageio_ffmpeg", "decord", "torchcodec", "moviepy"}
 SYSTEMS = sorted(path.parent.name for path in PACKAGE.glob("models/*/module.py"))
-# What touches files or starts processes; none of it belongs into a network or a LightningModule.
+# Calls that access files or start processes; a network or a LightningModule must not contain any of them.
 OUTSIDE = {
     "open",
     "write_text",
@@ -50,7 +51,7 @@ OUTSIDE |= {
     "save_file",
 }
 
-# Methods that PyTorch, Lightning and Hydra describe, beside all of the name on_...
+# Methods that PyTorch, Lightning and Hydra describe, in addition to all named on_...
 LIGHTNING_HOOKS = {
     "close",
     "configure_gradient_clipping",
@@ -72,7 +73,8 @@ MODULES = {
 
 
 def imports(name: str) -> dict[str, bool]:
-    """Modules of keygrip that a module imports, without those for type checking alone; True: inside a function."""
+    """Return the modules of keygrip that a module imports, without those for type checking only; True: inside a
+    function."""
     found: dict[str, bool] = {}
 
     def visit(node: ast.AST, lazy: bool) -> None:
@@ -96,12 +98,13 @@ def imports(name: str) -> dict[str, bool]:
 
 @cache
 def graph() -> dict[str, dict[str, bool]]:
-    """Of every module, what it imports; not at import, for every process of a test run imports this file."""
+    """Return the imports of every module. They are not computed at import: every process of a test run imports this
+    file."""
     return {name: imports(name) for name in MODULES}
 
 
 def circles() -> list[list[str]]:
-    """Groups of modules that import each other (Tarjan), imports inside functions counted."""
+    """Return groups of modules that import each other (Tarjan), including imports inside functions."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -146,7 +149,8 @@ def test_few_imports_hide_in_functions() -> None:
 
 
 def test_no_line_is_broken_for_the_comment_behind_it() -> None:
-    """A formatter puts brackets around a number, a name or an exception whose comment does not fit into the line."""
+    """A formatter puts brackets around a number, a name or an exception if the comment after it does not fit the
+    line."""
     broken = re.compile(r"\(\n +[\w.-]+(?:  # [^\n]+)?\n *\)")
     found = {name: broken.findall(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
     assert {name: lines for name, lines in found.items() if lines} == {}
@@ -164,7 +168,7 @@ def test_modules_are_imported_by_name_in_few_places() -> None:
 
 
 def test_videos_are_decoded_and_written_in_one_file() -> None:
-    """Other libraries for videos are used nowhere; only data/video.py opens a container."""
+    """No other library for videos is used; only data/video.py opens a container."""
     users: dict[str, set[str]] = {}
     for name, path in MODULES.items():
         for node in nodes_of(path):
@@ -187,7 +191,8 @@ def test_no_model_imports_another_model(system: str) -> None:
 
 
 def module_classes() -> list[tuple[Path, ast.ClassDef]]:
-    """Classes that derive from `nn.Module` or `LightningModule`, by the names of their bases, with their files."""
+    """Return classes that derive from `nn.Module` or `LightningModule`, by the names of their bases, with their
+    files."""
     files = MODULES.values()
     nodes = [(path, node) for path in files for node in nodes_of(path) if isinstance(node, ast.ClassDef)]
     bases: dict[str, set[str]] = {}
@@ -200,7 +205,7 @@ def module_classes() -> list[tuple[Path, ast.ClassDef]]:
 
 
 def test_networks_and_modules_touch_no_files_and_start_no_processes() -> None:
-    """Of their own files nothing does, of the others none of their classes."""
+    """Their own files contain no such call, and in other files such classes contain none."""
     files = [*PACKAGE.glob("models/*/network.py"), *PACKAGE.glob("models/*/module.py"), *PACKAGE.glob("models/nn/*.py")]
     assert len(files) > 10
     classes = module_classes()
@@ -220,7 +225,7 @@ def test_networks_and_modules_touch_no_files_and_start_no_processes() -> None:
 
 
 def test_public_names_say_what_they_are() -> None:
-    """A method may leave it to the method of the same name in its protocol, base class or PyTorch Lightning."""
+    """A method may be described by the method of the same name in its protocol, base class or PyTorch Lightning."""
     described, silent = set(LIGHTNING_HOOKS), []
 
     def visit(body: list[ast.stmt], place: str, owner: str) -> None:

@@ -1,4 +1,4 @@
-"""Worker processes that die: started again, their job repeated once, and named where that does not help."""
+"""A worker process that dies is restarted and its job repeated once; if that fails too, the job is named."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_worker_that_dies_is_started_again_and_its_job_repeated(
     ("dies", "said"),
     [
         ("always", r'exit code 9 .*twice at the job \{"number": 1, "dies": "always"\}'),
-        ("after a report", "exit code 9"),  # its part that was reported would be reported again
+        ("after a report", "exit code 9"),  # a repeated job would send its first report again
         ("refuses", "no such task"),
     ],
 )

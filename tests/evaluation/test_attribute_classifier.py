@@ -1,4 +1,4 @@
-"""The classifier: it finds what is there, says how well, keeps to pixels, and is trained once."""
+"""The classifier finds the objects, reports its error, measures distances in pixels, and is trained once."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_trained_classifier_finds_cubes_and_names_their_colours(root: Path, ca
     assert trained.error.colour > 0.9
     assert trained.error.objects > 0.6
     assert "it misses cubes by" in caplog.text
-    # its error is what is measured on the validation images afresh
+    # its error is the one measured again on the validation images
     batches = list(data.held_out("val"))
     pictures = [(real_images(encoders, b), Truth.of(b.records, trained.network.colours)) for b in batches]
     again = measure_classifier(trained.network, pictures)
@@ -83,8 +83,8 @@ def test_other_data_or_options_are_another_classifier(root: Path, tmp_path: Path
 
 
 def test_the_error_is_that_on_the_validation_images_of_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which may be more than those on which a classifier of the same training images was tested before; it is not
-    trained again for that."""
+    """There may be more validation images now than when a classifier of the same training images was last tested. The
+    classifier is not trained again for that."""
     trainings = []
 
     def trained(*told: Any) -> TrainedClassifier:
@@ -106,7 +106,7 @@ def test_the_error_is_that_on_the_validation_images_of_now(tmp_path: Path, monke
         weights.append(found.network.maps.weight)
         fingerprints.add(found.fingerprint)
     assert counts == [4, 12, 4]
-    assert (len(fingerprints), trainings) == (1, ["once"])  # what it learned from is the same
+    assert (len(fingerprints), trainings) == (1, ["once"])  # its training images are the same
     assert all(torch.equal(weights[0], each) for each in weights)
 
 
@@ -123,7 +123,7 @@ def test_without_ground_truth_there_is_no_classifier(tmp_path: Path) -> None:
     write_images(tmp_path, {SQUARE: 8}, small_encoders(), {"train": 0, "val": 100}, evidence=False)
     assert classifier_for(shards(tmp_path), small_encoders()) is None
     write_images(tmp_path / "two", {SQUARE: 8}, small_encoders(), {"train": 0, "test": 100}, evidence=False)
-    assert classifier_for(shards(tmp_path / "two"), small_encoders()) is None  # no validation images needed
+    assert classifier_for(shards(tmp_path / "two"), small_encoders()) is None  # no validation images are needed
 
 
 def test_a_classifier_that_could_not_be_tested_is_not_trained(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_distances_are_in_pixels_of_a_picture_with_a_shorter_side_of_64() -> Non
     places, truth = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.75, 0.5]])
     assert float(distance_px(places, truth, (64, 64))) == pytest.approx(16)
     assert float(distance_px(places, truth, (48, 80))) == pytest.approx(0.25 * 80 * 64 / 48)
-    assert float(distance_px(places, truth, (6, 10))) == pytest.approx(0.25 * 80 * 64 / 48)  # whatever the unit
+    assert float(distance_px(places, truth, (6, 10))) == pytest.approx(0.25 * 80 * 64 / 48)  # in any unit of length
 
 
 def test_places_lie_in_the_picture_and_follow_what_it_shows() -> None:
@@ -154,19 +154,19 @@ def test_places_lie_in_the_picture_and_follow_what_it_shows() -> None:
 
 
 def test_objects_are_counted_and_not_only_placed() -> None:
-    """An image without a cube, with two, of two colours, without a block, or as named."""
+    """Images without a cube, with two cubes, with cubes of two colours, without a block, and as named."""
     logits = torch.full((6, 3, 32, 32), -5.0)  # red, teal, block
 
     def put(image: int, kind: int, y: int, x: int) -> None:
         logits[image, kind, y, x] = 4.0
-        logits[image, kind, y, x + 1] = 3.0  # a slope belongs to its peak
+        logits[image, kind, y, x + 1] = 3.0  # a neighbouring value belongs to the same peak
 
     for image in range(1, 5):
         put(image, 0, 8, 8)
     put(2, 0, 20, 20)
     put(3, 1, 20, 20)
     for image in (0, 1, 2, 3):
-        put(image, 2, 9, 9)  # a block may lie beside a cube
+        put(image, 2, 9, 9)  # a block may lie next to a cube
     put(5, 1, 8, 8)
     put(5, 2, 20, 8)
     cubes, blocks = count_objects(logits)

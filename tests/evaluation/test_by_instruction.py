@@ -48,7 +48,7 @@ def test_what_does_not_vary_is_not_broken_down() -> None:
 
 
 class Person:
-    """Does what the expert would do with the cube that `choose` points out; keeps what it saw."""
+    """Plans the expert's actions for the cube that `choose` selects; stores its observations."""
 
     def __init__(self, choose: Callable[[Any, Observation], Any]) -> None:
         self.choose, self.cell = choose, None
@@ -105,7 +105,7 @@ def test_who_reads_the_instruction_succeeds_and_sees_every_camera(monkeypatch: p
 
 
 def test_pictures_are_drawn_for_plans_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is not drawn changes nothing."""
+    """Skipping the other images does not change the result."""
     drawn: list[int] = []
     observe = YamCell.observation
 

@@ -1,4 +1,4 @@
-"""Closed-loop evaluation at the end of training: where it takes place, and what is refused before training."""
+"""Closed-loop evaluation at the end of training: its environment, and what is refused before training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ToGoal:
 
 
 class Module(LightningModule):
-    """Drives a robot; a part of it is frozen."""
+    """Returns a robot policy; a part of it is frozen."""
 
     def __init__(self, **needs: Any) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Module(LightningModule):
 
 
 def set_up(module: Module, run_dir: Path, *overrides: str) -> tuple[EvaluateClosedLoop, Trainer]:
-    """The callback of a training with these settings, and its trainer, as they are when training starts."""
+    """Return the callback of a training with these settings, and its trainer, as they are at the start of training."""
     config = compose("train", [*overrides, f"run_dir={run_dir}"])
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     refuse_ill_typed(resolved["callbacks"])
@@ -78,7 +78,7 @@ def test_the_environment_is_that_of_the_recording(tmp_path: Path) -> None:
     assert found is not None
     assert (found.task, found.image_size, found.hz) == (TaskOptions(name="pick", object_size_m=0.03), 64, 5.0)
     assert found.control.keywords["execute_seconds"] == 1.2  # type: ignore[attr-defined]
-    assert (module.training, module.frozen.training) == (True, False)  # as before the policy was looked at
+    assert (module.training, module.frozen.training) == (True, False)  # not changed by the check of the policy
 
 
 @pytest.mark.slow

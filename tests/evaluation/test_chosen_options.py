@@ -449,10 +449,10 @@ def test_what_is_gone_through_or_preferred(said: str, option: int | None) -> Non
         ("Step B: the cube is green.", 2),
         ("Blue (see frame D).", 1),
         ("I think B. The red cube is beside it", 1),
-        ("Blue (D)", 3),  # a letter in brackets is meant
+        ("Blue (D)", 3),  # the letter in brackets counts
         ("Image B", 1),
         ("It is shown in picture C.", 2),
-        ("The letter on the cube is D, and the cube is blue.", None),  # which of both is open
+        ("The letter on the cube is D, and the cube is blue.", None),  # ambiguous: the letter or the colour
     ],
 )
 def test_a_capital_that_names_something_else_is_no_option(said: str, option: int | None) -> None:
@@ -576,7 +576,7 @@ HUES = ["Red", "Blue", "Green", "Yellow"]
 )
 @pytest.mark.parametrize("bullet", ["", "Let me see:\n"])
 def test_a_verdict_of_no_on_one_option_takes_nothing_back(no: str, end: str, bullet: str) -> None:
-    """Nor does it deny what the next line says."""
+    """Nor does it deny the content of the next line."""
     yes = " is right" if "wrong" in no else no.replace("No", "Yes").replace("no", "yes")
     said = [f"{letter}. {hue}{yes if letter == 'B' else no}" for letter, hue in zip("ABCD", HUES, strict=True)]
     for lines in (said, [f"- **{line}**" for line in said]):
@@ -611,7 +611,7 @@ DEEDS = ["A man runs.", "A dog sleeps.", "A cat eats.", "Nobody is there."]
 def test_the_only_option_that_is_said_to_be_right_is_the_answer(
     options: list[str], between: str, said: str, end: str
 ) -> None:
-    """Also where options end in a full stop of their own."""
+    """This also holds for options that end in a full stop."""
     yes, no = said.split("/")
     for label in ("{}. ", "{}) ", "({}) ", "{}: "):
         for right in range(4):
@@ -659,7 +659,7 @@ def test_verdicts_that_name_no_option_and_words_that_are_none(said: str, options
 @pytest.mark.parametrize("form", ["{0}. {1}", "({0}) {1}", "**{0}. {1}**", "{0}: {1}", "{0} - {1}", "{1}", "{1}."])
 def test_letters_case_and_tags_of_options_are_compared_as_they_are(options: list[str], form: str) -> None:
     for number, option in enumerate(options):
-        if "<" in option and "**" in form:  # tags are taken for marks of the model's
+        if "<" in option and "**" in form:  # such tags are read as markup of the model
             continue
         assert chosen_option(form.format("ABCD"[number], option), options) == number
 
@@ -686,7 +686,7 @@ def test_the_word_that_calls_an_answer_right_is_no_option(said: str, options: li
 
 
 def test_the_conclusion_behind_tagged_reasoning_is_the_answer() -> None:
-    """As LLaVA-CoT writes."""
+    """The form is that of LLaVA-CoT."""
     said = "<SUMMARY>A cube.</SUMMARY>\n<REASONING>A is dark. C?</REASONING>\n<CONCLUSION> B </CONCLUSION>"
     assert chosen_option(said, COLOURS) == 1
 
@@ -697,7 +697,7 @@ def test_the_conclusion_behind_tagged_reasoning_is_the_answer() -> None:
         "Answer: B\n\nQuestion: What shape?\nA. cube\nB. ball\nAnswer: A",
         "The answer is B.\nQ2: And now?\nThe answer is C.",
         "B. red\nUSER: And now?\nASSISTANT: Answer: C",
-        "Question: Which colour?\nAnswer: A\nWait, the answer is B.",  # what stands before it is no answer
+        "Question: Which colour?\nAnswer: A\nWait, the answer is B.",  # there is no answer before the question
     ],
 )
 def test_a_further_question_that_a_model_asks_itself_is_no_part_of_its_answer(said: str) -> None:
@@ -750,7 +750,7 @@ def test_a_tagged_answer_counts_before_a_conclusion_and_none_that_is_empty(said:
 
 
 class Counted:
-    """A pattern that counts the characters that it is given."""
+    """A pattern that counts the characters of the texts it searches."""
 
     def __init__(self, pattern: re.Pattern[str]) -> None:
         self.pattern, self.characters = pattern, 0
@@ -766,7 +766,7 @@ class Counted:
 def test_the_work_on_a_model_that_repeats_itself_grows_with_its_text(
     said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not with its square: reasoning models are allowed 32 thousand tokens."""
+    """It does not grow with the square: reasoning models may generate 32 thousand tokens."""
     looked: list[int] = []
     for length in (4000, 8000):
         denial, normal = Counted(chosen_options.NOT), Counted(re.compile(""))
@@ -806,7 +806,7 @@ CLOSES = ["The man opens the door.", "The man closes the door.", "The man sits d
         ("A. red: no.\nB. blue: a cube lies there.\nC. green: no.\nD. yellow: no.", PLAIN, 1),  # all others are denied
         ("A. red. B. blue is wrong.", PLAIN, 0),
         ("A. red, because it is seen. B. blue is wrong.", PLAIN, 0),
-        ("A. red: present at the front right.\nB. blue: not.", PLAIN, 0),  # "nt" alone denies nothing
+        ("A. red: present at the front right.\nB. blue: not.", PLAIN, 0),  # "nt" alone is no negation
         ("A. red. It is not ruled out: it is seen.\nB. blue. Not seen.", PLAIN, 0),
         ("A. red. It is seen at the end. B. blue. It is never shown.", PLAIN, 0),
         ("A. The red cube\nB. The blue cube\nC. The green cube\n\nThe answer is C.", PLAIN, 2),
@@ -825,14 +825,14 @@ def test_the_verdict_on_options_gone_through_may_be_a_sentence(said: str, option
         "A) 10% B) 70% C) 10% D) 10%",
         "A. red. Not seen.\nB. blue. Not seen.\nC. green. Not seen.\nD. yellow. Not seen.",
         "A. red. A man walks.\nB. blue. A dog runs.",
-        "A. red. The cube is not red.\nB. blue. The",  # cut off: what it would say of B is open
+        "A. red. The cube is not red.\nB. blue. The",  # cut off: the verdict on B is missing
         "A. The red cube\nB. The blue cube\nC. The green cube",
         "A. red. It is correct.\nB. blue. It is correct.",
         "A. red: correct, but not at the end.\nB. blue: not.",
     ],
 )
 def test_of_options_gone_through_none_is_named_where_nothing_decides(said: str) -> None:
-    """And not the first one's letter."""
+    """The letter of the first option is not returned either."""
     assert chosen_option(said, PLAIN) is None
 
 
@@ -868,7 +868,7 @@ def test_an_option_that_a_further_sentence_denies_is_not_named(
     ],
 )
 def test_a_before_another_option_alone_means_answer(said: str, options: list[str], option: int | None) -> None:
-    """As models answer that were trained on no dialogues."""
+    """Models that were not trained on dialogues answer in this form."""
     assert chosen_option(said, options) == option
 
 

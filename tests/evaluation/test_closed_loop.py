@@ -1,4 +1,4 @@
-"""Closed-loop evaluation: intervals, conditions, and a policy that knows the answer against one that does not."""
+"""Closed-loop evaluation: intervals, conditions, and a policy that is given the goal against one that is not."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_wilson_interval_against_published_values() -> None:
 
 @dataclass
 class Reacher:
-    """Plans a straight way to where it is told that the ball is; ``lost`` ones stay where they are."""
+    """Plans a straight path to the position of the ball that it is given; ``lost`` policies stay where they are."""
 
     goal: Any
     lost: bool = False
@@ -57,7 +57,7 @@ class Reacher:
 
 
 class FakeModule:
-    """Stands where a loaded checkpoint would: hands out a policy."""
+    """Stands in for a loaded checkpoint: returns a policy."""
 
     worker: Any = None
     lost = False
@@ -154,7 +154,7 @@ def test_a_plan_that_is_not_finite_is_the_policys_failure(monkeypatch: pytest.Mo
 
 
 def test_episodes_of_a_grids_entry_are_neighbours() -> None:
-    """Also where entries differ in a mapping, which has no order."""
+    """This also holds where entries differ in a mapping, which has no order."""
     grid = [{"options": {"a": 1}}, {"options": {"a": 2}}]
     loop = ClosedLoop(GymnasiumTask("my_lab:Lift-v0"), {"levels": grid}, episodes=4, videos=1)
     first, other = grid

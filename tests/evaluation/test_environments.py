@@ -1,4 +1,4 @@
-"""Environments behind one interface: here, in another Python process, and by name."""
+"""Environments with one interface: in this process, in another Python process, and chosen by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SUPPORT = str(Path(__file__).parents[1] / "support")
 
 
 class ToGoal:
-    """Plans straight to the goal, unless the goal is too far away to be known."""
+    """Plans a straight path to the goal, which is known."""
 
     needs = Needs(arms=("right",))
 
@@ -62,7 +62,7 @@ def drive(output: Path | None, **settings: Any) -> list[ConditionResult]:
 
 
 def fixed(results: list[ConditionResult]) -> list[dict[str, Any]]:
-    """The episodes without what is timed."""
+    """Return the episodes without measured times."""
     return [{**vars(episode), "plan_ms": 0.0} for result in results for episode in result.episodes]
 
 
@@ -75,7 +75,7 @@ def test_a_gymnasium_environment_with_one_small_wrapper_is_evaluated(tmp_path: P
     frames = read_video(grid)
     assert frames.shape[1:] == (200, 200, 3)
     red, green, _ = frames[0, 1].mean(axis=0)
-    assert green > red + 60  # the border of a success
+    assert green > red + 60  # the green border marks a success
 
 
 def test_episodes_in_another_process_are_those_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_a_recorded_folder_says_where_its_policy_is_evaluated(tmp_path: Path) ->
         found = chosen(trained_on(tmp_path), name)
         assert (found.task, found.image_size, found.hz) == (TaskOptions(name="pick", object_size_m=0.03), 96, 5.0)
     write_recording(tmp_path, environment="gymnasium", task={"id": "os:Lift-v0"}, image_size=96, hz=5.0)
-    with pytest.raises(ValueError, match=r"env=gymnasium env\.task\.id"):  # it does not say what is imported
+    with pytest.raises(ValueError, match=r"env=gymnasium env\.task\.id"):  # it does not choose the imported module
         environment_settings(trained_on(tmp_path), RECORDED)
     with pytest.raises(ValueError, match="trained on several data sets"):
         environment_settings({"root": ["a", "b"], "record": {}, "cameras": None}, RECORDED)
@@ -270,7 +270,7 @@ def test_what_a_checkpoint_says_of_its_demonstrations_is_counted_whatever_it_is(
 def test_episodes_of_another_task_were_not_recorded_for_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The same number is another arrangement there."""
+    """The same seed is a different layout in another task."""
     kind = {"_target_": "keygrip.envs.yam.tasks.TaskOptions"}
     write_recording(tmp_path / "cell", "pick_0000000", task={"name": "pick"}, image_size=96, hz=5.0)
     metaworld = {"environment": "metaworld", "every": 4, "image_size": 96, "cameras": ["corner2"]}

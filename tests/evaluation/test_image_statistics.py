@@ -1,4 +1,4 @@
-"""Distances between sets of images: known values, and that they see grain and missing variety."""
+"""Distances between sets of images: known values, and sensitivity to grain and to missing variety."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def normal(count: int, seed: int, shift: float = 0.0, spread: float = 1.0, width
 
 
 def test_frechet_distance_of_known_distributions() -> None:
-    """Means apart by 2 in each of 4 axes: 16. Standard deviations 1 and 3: 4 axes of (3 - 1)^2, 16 more."""
+    """Means differ by 2 in each of 4 axes: 16. Standard deviations of 1 and 3: 4 axes of (3 - 1)^2, 16 more."""
     left = normal(5000, 0)
     assert frechet_distance(left, left) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(left, normal(5000, 1)) == pytest.approx(0, abs=0.02)
@@ -44,7 +44,7 @@ def test_frechet_distance_of_known_distributions() -> None:
 
 
 def test_frechet_distance_equals_the_formula_with_a_matrix_root() -> None:
-    """Fewer images than features as well."""
+    """This also holds with fewer images than features."""
     mix = normal(6, 7, width=6).double()
     left, right = normal(50, 0, width=6).double() @ mix, normal(40, 1, 0.5, width=6).double()
     covariances = [torch.cov(values.T) for values in (left, right)]
@@ -64,7 +64,7 @@ def test_cmmd_is_zero_for_one_distribution_and_grows() -> None:
 
 
 def test_cmmd_is_the_sum_of_its_definition() -> None:
-    """Embeddings of length 1, bandwidth 10, times 1000, pairs of an image with itself left out."""
+    """Embeddings of length 1, bandwidth 10, a factor of 1000, and no pairs of an image with itself."""
     left, right = normal(5, 0), normal(7, 1, 0.5)
 
     def kernel(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -90,7 +90,7 @@ def test_precision_and_recall_tell_quality_from_variety() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Numbers of the largest tensor that any operation gives."""
+    """Number of values of the largest tensor that any operation returns."""
 
     numbers = 0
 
@@ -102,7 +102,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_large_sets_are_compared_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All distances between 50 000 images, of which the FID is usual, would take 20 GB several times over."""
+    """All distances between 50 000 images, the usual number for the FID, would take 20 GB several times over."""
     left, right = normal(900, 0), normal(700, 1, 0.5)
     whole = set_figures(left, right)
     monkeypatch.setattr(image_statistics, "ROWS", 64)
@@ -143,11 +143,12 @@ def test_an_encoder_without_labels_is_always_trained_to_the_same_weights() -> No
         features = network(images[64:].float() / 255)
     assert features.shape == (32, 12 * 8)
     assert torch.isfinite(features).all()
-    assert features.std(dim=0).mean() > 1e-3  # images differ in them
+    assert features.std(dim=0).mean() > 1e-3  # features differ between images
 
 
 def test_the_encoder_is_trained_on_so_many_images_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evenly from all buckets; the bound is part of its fingerprint where it leaves images out."""
+    """They are chosen evenly from all buckets. The limit is part of the encoder's fingerprint if it leaves images
+    out."""
     data = ImageShards(batch_size=3, root=write_images(tmp_path, {SQUARE: 8, WIDE: 4}, small_encoders()), num_workers=0)
     data.setup()
     seen: list[list[int]] = []
@@ -164,7 +165,7 @@ def test_the_encoder_is_trained_on_so_many_images_at_most(tmp_path: Path, monkey
         ).name
         for most in (6, 12, 100, 6)
     ]
-    assert seen == [[4, 2], [8, 4]]  # the third and the fourth are kept ones
+    assert seen == [[4, 2], [8, 4]]  # the third and the fourth encoder are cached
     assert names[0] == names[3] != names[1] == names[2]
 
 
@@ -199,7 +200,8 @@ def test_the_report_says_first_what_is_wrong() -> None:
 
 
 def test_training_images_are_no_anchor_of_their_own_distance() -> None:
-    """They are among the images that sets are compared with: near to themselves, they would make any other set far."""
+    """They are among the images that sets are compared with. Their own distance is small, so any other set would seem
+    far away."""
     cases = {"reconstruction": {"frechet": 9.0, "grain": 4.0}, "real": {"frechet": 0.01, "grain": 1.0}}
     assert len(shortcomings(cases)) == 2
     assert shortcomings(cases, "train") == ["The grain of reconstructions is 4, 4 times that of real images (1)."]
@@ -226,8 +228,8 @@ def test_pareto_rows() -> None:
 
 
 def test_curves_weigh_what_was_measured() -> None:
-    """Colour against place where a classifier says both; else similarity to the words, or the distance of the sets,
-    against likeness."""
+    """They show colour against position where a classifier measured both; otherwise similarity to the caption, or the
+    distance of the sets, against likeness."""
     scales = [{"text_scale": t, "dino_scale": 1.0, "frechet": 2.0 + t, "dino_distance": 0.3 / t} for t in (1.0, 2.0)]
     assert weighed(scales, SCALES_PARETO) == (("-frechet", "-dino_distance"), [0, 1])
     read = [{**row, "clip_similarity": 0.2} for row in scales]
@@ -244,7 +246,8 @@ def test_curves_weigh_what_was_measured() -> None:
 
 
 def test_where_all_shares_are_one_quality_decides() -> None:
-    """Three pairs draw every colour in its place, one does not: of the three the nearest to real images are named."""
+    """Three pairs of scales draw every colour in its place, one does not: of the three, those nearest to real images
+    are chosen."""
     best = {"colour_as_asked": 1.0, "cube_within_4px": 1.0}
     rows = [
         {**best, "frechet": 2.0, "grain_off": 0.1},
@@ -261,8 +264,8 @@ def test_where_all_shares_are_one_quality_decides() -> None:
 
 
 def test_inception_is_that_of_the_fid_where_its_weights_are() -> None:
-    """Averages beside a border leave the padding out, and the last block pools by the maximum: an image of one colour
-    stays of one colour behind every such branch."""
+    """Average pooling at a border leaves the padding out, and the last block uses max pooling: a constant image stays
+    constant after each of these branches."""
     torch.manual_seed(0)
     network = fid_inception().eval()
     names = set(network.state_dict())
@@ -282,7 +285,8 @@ def test_inception_is_that_of_the_fid_where_its_weights_are() -> None:
 
 
 def test_clip_gives_its_projected_embedding(tmp_path: Path) -> None:
-    """A tiny one with random weights: whole images of any size, and the hash of its weights."""
+    """A small CLIP with random weights: images of any size are embedded whole, and the hash of the weights is
+    returned."""
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPVisionConfig(
         hidden_size=16,
@@ -295,12 +299,12 @@ def test_clip_gives_its_projected_embedding(tmp_path: Path) -> None:
     )
     whole = transformers.CLIPVisionModelWithProjection(config)
     whole.half().save_pretrained(tmp_path / "half")
-    whole.float().save_pretrained(tmp_path)  # the same numbers
+    whole.float().save_pretrained(tmp_path)  # the same values
     features, name, sha256 = known_encoder("clip", tmp_path, "")
     images = torch.rand(2, 3, 20, 30)
     found = features(images)
     assert found.shape == (2, 6)
-    assert torch.equal(known_encoder("clip", tmp_path / "half", "")[0](images), found)  # in float32, too
+    assert torch.equal(known_encoder("clip", tmp_path / "half", "")[0](images), found)  # in float32 as well
     assert name == f"clip {tmp_path.name}"
     assert len(sha256) == 64
     with pytest.raises(FileNotFoundError, match=r"of clip a folder with config\.json"):
@@ -317,7 +321,7 @@ def test_images_are_compared_with_their_captions_as_clip_itself_does(tmp_path: P
     clip, tokenizer = write_tiny_clip(tmp_path)
     images, captions = torch.rand(3, 3, 20, 30), ["a red cube", " ", "Blue, " + "a b " * 60]
     found = ClipSimilarity(tmp_path)(images, captions)
-    assert found.shape == (2,)  # a blank caption asks for nothing
+    assert found.shape == (2,)  # a blank caption is left out
     words = tokenizer([captions[0], captions[2]], padding=True, truncation=True, max_length=77, return_tensors="pt")
     logits = clip(**words, pixel_values=clip_pixels(images[[0, 2]], 28)).logits_per_image
     torch.testing.assert_close(found, (logits.diag() / clip.logit_scale.exp()).detach())

@@ -81,7 +81,7 @@ def module_for(data: ImageShards, *overrides: str) -> PatchDiTModule:
 
 
 class Seer(torch.nn.Module):
-    """Judges by the colours of the drawn images themselves: no training, nearly no error."""
+    """Classifies by the colours of the generated images themselves: no training, almost no error."""
 
     colours = sorted(COLOURS)
 
@@ -106,11 +106,11 @@ class Seer(torch.nn.Module):
 
 
 def _centre(weight: torch.Tensor) -> torch.Tensor:
-    """Logits of a map's centre of mass, where it shows more than a few pixels."""
+    """Return logits that peak at the centre of mass of a map, if the map shows more than a few pixels."""
     y, x = (torch.arange(n).float() for n in weight.shape[1:])
     total = weight.sum(dim=(1, 2), keepdim=True)
     row, column = ((weight * a).sum(dim=(1, 2), keepdim=True) / total for a in (y[:, None], x))
-    slope = 1e-3 * (x + 2 * y[:, None])  # half-way between pixels there would be several highest ones
+    slope = 1e-3 * (x + 2 * y[:, None])  # without it, a centre half-way between pixels would have several maxima
     return torch.where(total > 4, 5.0, -5.0) - ((y[:, None] - row) ** 2 + (x - column) ** 2) + slope
 
 
@@ -118,7 +118,7 @@ SEEN = TrainedClassifier(Seer(), ClassifierError(4, 0.1, 0.1, 1.0, 1.0, 1.0), "s
 
 
 def quick(**options: Any) -> ImageSuite:
-    """Of few images and, for the cases that are asked for, of few settings."""
+    """Return a suite of few images and, for the requested cases, few settings."""
     asked = [settings for case, settings in OF_CASES.items() if case in (options.get("cases") or CASES)]
     return ImageSuite(**{name: v for part in (SETTINGS, *asked, options) for name, v in part.items()})
 
@@ -164,7 +164,7 @@ def test_each_case_asks_for_what_it_says(root: Path) -> None:
     assert torch.equal(swapped.conditions.patches[0], own.conditions.patches[1])  # type: ignore[index]
     assert torch.equal(swapped.target[0], real[1])
     assert swapped.records[0] == batch.records[1]
-    assert swapped.colours == own.colours  # the words keep the colour
+    assert swapped.colours == own.colours  # the caption keeps the colour
     changed, _, _ = asked_of(suite, "changed_words")
     assert torch.equal(changed.conditions.patches, own.conditions.patches)  # type: ignore[arg-type]
     assert not torch.equal(changed.conditions.text, own.conditions.text)  # type: ignore[arg-type]
@@ -177,7 +177,7 @@ def test_each_case_asks_for_what_it_says(root: Path) -> None:
     assert left is not None
     assert right is not None
     assert not torch.equal(left, right)
-    torch.testing.assert_close(left.sum(1), right.sum(1))  # the same ones
+    torch.testing.assert_close(left.sum(1), right.sum(1))  # the same patches
     assert torch.equal(shuffled.conditions.cls, own.conditions.cls)  # type: ignore[arg-type]
 
 
@@ -195,7 +195,7 @@ def test_an_image_has_the_same_seed_in_every_case_also_where_others_are_left_out
 
 
 def test_what_is_drawn_is_compared_with_what_was_asked_for(root: Path) -> None:
-    """Real images in the place of drawn ones: full marks for the right ones, and none for others."""
+    """Real images in place of generated ones: full scores for the right ones, and none for others."""
     suite = suite_of(root)
     own, _, real = asked_of(suite, "reconstruction")
     right = {name: float(values.mean()) for name, values in suite.measure(real, own).items()}
@@ -208,7 +208,7 @@ def test_what_is_drawn_is_compared_with_what_was_asked_for(root: Path) -> None:
     assert right["side_as_asked"] == 1
     assert right["objects_as_named"] == 1
     without = real.clone()
-    without[:] = real[..., :1, :1]  # the table alone
+    without[:] = real[..., :1, :1]  # only the table
     assert suite.measure(without, own)["objects_as_named"].tolist() == [0, 0, 0, 0]
     other = {name: float(values.mean()) for name, values in suite.measure(real.roll(-1, 0), own).items()}
     assert other["psnr_db"] < 30
@@ -218,7 +218,7 @@ def test_what_is_drawn_is_compared_with_what_was_asked_for(root: Path) -> None:
     followed = {name: float(values.mean()) for name, values in suite.measure(real.roll(-1, 0), swapped).items()}
     assert followed["cube_within_4px"] == 1
     assert followed["side_of_reference"] == 1
-    assert "side_as_asked" not in followed  # the words are of the own image
+    assert "side_as_asked" not in followed  # the caption is of the original image
     changed, _, _ = asked_of(suite, "changed_words")
     kept = {name: float(values.mean()) for name, values in suite.measure(real, changed).items()}
     assert (kept["colour_as_asked"], kept["colour_of_reference"], kept["objects_as_named"]) == (0, 1, 0)
@@ -238,7 +238,7 @@ def test_the_case_of_scales_follows_the_scales(root: Path, monkeypatch: pytest.M
     assert sorted({pair[:2] for pair in seen}) == [(1, 0), (1, 2), (3, 0), (3, 2)]
     assert len({pair[2] for pair in seen if pair[2][0] == 0}) == 1  # the same seeds for each pair
     assert all(row["images"] == 2 for row in rows)
-    assert [shown.shape[0] for _, shown in pictures] == [2, 2]  # one of each DINO scale
+    assert [shown.shape[0] for _, shown in pictures] == [2, 2]  # one for each DINO scale
 
 
 def test_training_on_shards_of_other_encoders_is_refused_before_it_starts(root: Path) -> None:
@@ -287,7 +287,7 @@ def test_cases_that_a_model_or_its_data_cannot_answer(root: Path, tmp_path: Path
 
 @pytest.mark.usefixtures("two_without_locks")
 def test_one_of_several_processes_evaluates_on_a_disk_without_locks(tmp_path: Path) -> None:
-    """As at the end of a training: what it makes are single files."""
+    """As at the end of training; the evaluation writes only single files."""
     data = shards(write_images(tmp_path / "set", {SQUARE: 8}, small_encoders()))
     module = module_for(data)
     assert classifier_for(data, module.ready_encoders(), QUICK) is not None
@@ -324,7 +324,7 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -
 
 
 def test_what_is_drawn_and_not_finite_ends_the_evaluation(root: Path) -> None:
-    """Precision and recall count a NaN as an image like any other."""
+    """Precision and recall would count a NaN like any other image."""
     suite = suite_of(root, cases=["text_only"])
     with torch.no_grad():
         for parameter in suite.module.network.parameters():
@@ -347,7 +347,7 @@ def test_ways_of_sampling_that_cannot_be_are_said_before_anything_is_drawn(root:
 def test_guidance_that_no_case_reads_is_refused_before_anything_is_drawn(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As by the sample command: the figures would be those of the model's own scales."""
+    """As in the sample command: otherwise the figures would be those of the model's own scales."""
     for given in ({"dino_scale": 5.0}, {"cls_scale": 2.0}, {"guidance": "independent", "full_scale": 1.0}):
         suite_of(root, sampling=given, cases=["text_only", "reconstruction"])
         with pytest.raises(ValueError, match=r"has no effect with cases=\['text_only'\]|is for prompt and"):
@@ -358,14 +358,15 @@ def test_guidance_that_no_case_reads_is_refused_before_anything_is_drawn(
     with pytest.raises(ValueError, match="cls_scale has no effect: this model was trained without patches"):
         Suite(without, data, SEEN, quick(cases=["reconstruction"], sampling={"cls_scale": 2.0}))
     Suite(without, data, SEEN, quick(cases=["reconstruction"], sampling={"steps": 3}))
-    assert "trained without patches" not in caplog.text  # which is for those who give an image
+    assert "trained without patches" not in caplog.text  # that warning is for callers that give an image
     given = SteeredImages(without, image=Image.new("RGB", (16, 16)))
     given.refuse_idle({"steps"}, without.sampling)
     assert "trained without patches: of the image only its overall look counts" in caplog.text
 
 
 def test_what_a_case_varies_itself_is_refused_where_no_other_case_reads_it() -> None:
-    """Before a training, with which the callback is built. The report would name it as what was drawn with."""
+    """It is refused before training, when the callback is built. Otherwise the report would list it among the sampling
+    settings."""
     for case, name in (("scales", "text_scale"), ("scales", "dino_scale"), ("steps", "steps")):
         with pytest.raises(ValueError, match=rf"sampling.{name} has no effect with cases=\['{case}'\] alone"):
             quick(sampling={name: 3}, cases=[case])
@@ -416,7 +417,7 @@ def test_a_case_that_was_asked_for_and_has_no_image_is_an_error(
 
 
 def test_a_split_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before a classifier is trained, with the splits that there are."""
+    """The error is raised before a classifier is trained, and names the existing splits."""
     monkeypatch.setattr(validation, "classifier_for", lambda *_: pytest.fail("trained too early"))
     write_images(tmp_path, {SQUARE: 6}, small_encoders(), {"train": 0, "val": 50})
     data = shards(tmp_path)
@@ -457,7 +458,7 @@ def test_without_the_weights_of_lpips_it_says_what_stands_in(monkeypatch: pytest
 
 
 def test_with_the_weights_at_hand_lpips_is_computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Random weights in the file's place: the way there is tested, not the figure."""
+    """Random weights in place of the file: this tests the code path, not the value."""
     from torchvision.models import alexnet
 
     (tmp_path / "checkpoints").mkdir()
@@ -494,9 +495,9 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
     curve = [(row["case"], row["steps"], row["evaluations"]) for row in figures["steps"]]  # three and two branches
     assert curve == [("reconstruction", 1, 3), ("reconstruction", 2, 6), ("text_only", 1, 2), ("text_only", 2, 4)]
     assert all({"frechet", "ssim", "s_per_image"} <= set(row) for row in [*figures["steps"], *figures["scales"]])
-    assert set(figures["real_grid"]) == {"images", "grain", "frechet", "cmmd"}  # of two images no neighbours
+    assert set(figures["real_grid"]) == {"images", "grain", "frechet", "cmmd"}  # two images have no neighbours
     assert figures["real_grid"]["images"] == quick().grid_images
-    assert [row["text_scale"] for row in figures["word_scales"]] == [1.0, 3.0]  # words alone: other images by scale
+    assert [row["text_scale"] for row in figures["word_scales"]] == [1.0, 3.0]  # text only: images differ by scale
     assert figures["word_scales"][0]["ssim"] != figures["word_scales"][1]["ssim"]
     for row in [*figures["word_scales"], *figures["scales"]]:
         assert row["grain_off"] == pytest.approx(abs(row["grain"] - figures["real_grid"]["grain"]), abs=2e-5)
@@ -532,7 +533,8 @@ def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> 
 
 
 def test_images_of_every_case_are_compared_with_their_words(root: Path, tmp_path: Path) -> None:
-    """A real image with its own caption and with another image's are the anchors; the classifier has no part in it."""
+    """The anchors are a real image with its own caption and with the caption of another image. No classifier is
+    used."""
     pytest.importorskip("transformers")
     write_tiny_clip(tmp_path)
     cases = ["reconstruction", "text_only", "changed_words", "scales"]
@@ -551,7 +553,7 @@ def test_images_of_every_case_are_compared_with_their_words(root: Path, tmp_path
 
 
 def test_images_to_compare_with_are_not_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their features are: 50 000 images of 512 px are 39 GB."""
+    """Only their features are stored: 50 000 images of 512 px are 39 GB."""
     suite, alive = suite_of(root), 0
     opened: list[weakref.ref[torch.Tensor]] = []
     _ = suite.features
@@ -566,14 +568,15 @@ def test_images_to_compare_with_are_not_kept(root: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(image_features, "real_images", watched)
     assert len(suite.reference) == len(suite.data.samples("train"))
     assert len(opened) > 2
-    assert alive <= 2  # the one before goes when the next one is there
+    assert alive <= 2  # a batch is freed when the next one is loaded
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_images_are_drawn_in_the_precision_of_the_sample_command(
     precision: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is measured is what users see: on a GPU both are bfloat16, unless another precision is asked for."""
+    """The measured images are those that users get: on a GPU both use bfloat16, unless another precision is
+    requested."""
     data = shards(root)
     drawn: list[bool] = []
 
@@ -659,7 +662,7 @@ def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path)
     assert not (tmp_path / "other" / "checkpoints").exists()
     del info["splits"]["val"]
     (tmp_path / "without" / "images.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match=r"after training: give callbacks\.images=null"):  # no val either
+    with pytest.raises(ValueError, match=r"after training: give callbacks\.images=null"):  # nor a val split
         train.run(
             compose("train", ["experiment=dit_robot_images", *small, *ENCODERS, *elsewhere, "callbacks.ema=null"])
         )
@@ -683,7 +686,7 @@ def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path)
 def test_after_training_in_several_processes_one_evaluates_all_images(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And trains the encoder of features on all: its file, kept beside the shards, is that of the whole set."""
+    """It also trains the feature encoder on all images: the file stored next to the shards is that of the whole set."""
     data = shards(root)
     module = module_for(data)
     trainer = SimpleNamespace(is_global_zero=True, global_rank=0, world_size=2, loggers=[], global_step=2)
@@ -711,7 +714,7 @@ def test_after_training_in_several_processes_one_evaluates_all_images(
 def test_the_callback_opens_the_run_with_the_files_that_the_run_itself_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large encoders are in no checkpoint; and parts of a package beside keygrip are built by nobody unasked."""
+    """Checkpoints do not contain large encoders, and parts of packages other than keygrip are built only on request."""
     from keygrip import train
 
     (tmp_path / "my_lab.py").write_text(
@@ -748,7 +751,7 @@ def test_the_callback_opens_the_run_with_the_files_that_the_run_itself_named(
 def test_what_is_drawn_of_some_images_stands_below_these_and_is_compared_with_these(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Distances depend on how many images a set holds: the anchor is of the same real images."""
+    """Distances depend on the number of images in a set, so the anchor is computed from the same real images."""
 
     def draw(self: Any, conditions: Any, size: Any, seeds: Any, sampling: Any = None) -> Any:
         tones = torch.tensor([number / 100 for number in seeds]).view(-1, 1, 1, 1)
@@ -811,7 +814,7 @@ def test_samples_show_the_neighbours_with_most_images() -> None:
     assert real[:, 0, 0, 0].tolist() == pytest.approx([0.3, 0.4, 0.5])
     assert some[:, 0, 0, 0].tolist() == pytest.approx([0.3, 1.0, 0.5])
     assert title == "some: teal, -, gold (empty: the case does not apply)"
-    samples.offer(6, rows(6, [0, 2]))  # no more than there are
+    samples.offer(6, rows(6, [0, 2]))  # no more images than before
     samples.offer(2, rows(2, [0, 1]))
     assert samples.rows[1][0] == title
     samples.offer(3, rows(3, [0, 1, 2]))

@@ -1,4 +1,5 @@
-"""Policies that plan joints are judged by their joints; by their poses where the setting or the environment says so."""
+"""Policies that plan joints are evaluated by their joints; by their poses where the setting or the environment requires
+it."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ CONTROL = partial(RecedingHorizon, execute_seconds=EXECUTED / HZ, still_distance
 
 
 class Replay:
-    """Plans the joints of a recorded demonstration, as reached, with the poses and the openings recorded there."""
+    """Plans the reached joints of a recorded demonstration, with the recorded poses and gripper openings."""
 
     needs = Needs(("right",), plans_joints=True)
 
@@ -68,7 +69,7 @@ def demo(cell: YamCell, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def noted(
     cell: YamCell, policy: Any, monkeypatch: pytest.MonkeyPatch, control: Any = CONTROL
 ) -> tuple[EpisodeResult, np.ndarray]:
-    """The episode's result, and the joints [steps, 6] that were commanded."""
+    """Return the result of the episode and the commanded joints [steps, 6]."""
     joints, whole = [], YamCell.advance
 
     def advance(self: YamCell, *command: Any) -> None:
@@ -94,9 +95,9 @@ def test_recorded_joints_replayed_through_the_cell_succeed(
     assert result.success
     assert result.joint_plans == 0
     off = np.abs(joints - policy.arm.joints[1 : len(joints) + 1]).max()
-    assert 1e-4 < off < 0.05  # inverse kinematics finds others
+    assert 1e-4 < off < 0.05  # inverse kinematics finds other joints
 
-    bare = Replay(demo, lambda plan: replace(plan, joints=None))  # the same by a policy of poses
+    bare = Replay(demo, lambda plan: replace(plan, joints=None))  # the same with a policy that plans poses
     bare.needs = Needs(("right",))
     np.testing.assert_array_equal(noted(cell, bare, monkeypatch)[1], joints)
 
@@ -123,7 +124,8 @@ def test_plans_that_were_held_back_are_counted(cell: YamCell, demo: Path) -> Non
 
 
 def test_joints_are_what_is_judged(cell: YamCell, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Poses a centimetre beside move nothing; joints that put the tool elsewhere than the poses are refused."""
+    """Poses that are off by a centimetre change nothing; joints that put the tool elsewhere than the poses are
+    refused."""
     _, joints = noted(cell, Replay(demo), monkeypatch)
     beside = Replay(demo, lambda plan: replace(plan, position=plan.position + [0.0, 0.01, 0.0]))
     result, other = noted(cell, beside, monkeypatch)
@@ -155,7 +157,7 @@ def test_plans_without_joints_are_followed_by_their_poses_or_refused(cell: YamCe
 
 
 class PosesAlone:
-    """An environment with the methods of `Environment` and no more."""
+    """An environment with only the methods of `Environment`."""
 
     def __init__(self, cell: YamCell) -> None:
         self.cell, self.hz = cell, cell.hz
@@ -188,7 +190,7 @@ def test_what_cannot_be_followed_is_no_failed_episode(cell: YamCell, demo: Path)
 
 
 def test_a_small_untrained_policy_of_joints_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its joints come from around a pose over the table; its plans jump within 0.1 rad."""
+    """Its action statistics are of joints around a pose over the table; its plans jump within 0.1 rad."""
     generator = np.random.default_rng(0)
     joints = np.array([0.0, 1.2, 1.0, 0.3, 0.0, 0.0]) + generator.uniform(-0.1, 0.1, (64, 1, T + 1, 6))
     position, quaternion = forward_kinematics(joints)
@@ -199,7 +201,7 @@ def test_a_small_untrained_policy_of_joints_is_run(tmp_path: Path, monkeypatch: 
     statistics = small_statistics(tmp_path)
     assert isinstance(statistics.chunks, PolicyTargets)
     module.set_statistics(replace(statistics, chunks=replace(statistics.chunks, **tensors)))
-    module.statistics._position_range.copy_(torch.tensor([[-2.0] * 3, [2.0] * 3]))  # no plan is moved into it
+    module.statistics._position_range.copy_(torch.tensor([[-2.0] * 3, [2.0] * 3]))  # no plan is clamped to it
     assert GeometryVLAPolicy(module).needs.plans_joints
     assert not GeometryVLAPolicy(ready_module(tmp_path)).needs.plans_joints
     monkeypatch.setattr("keygrip.evaluation.trained_policy.load_module", lambda path, **options: module)

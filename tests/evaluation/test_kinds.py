@@ -1,4 +1,4 @@
-"""Each kind of task has its own settings; those of another kind are refused with the nearest one."""
+"""Each kind of task has its own settings; a setting of another kind is refused, and the nearest valid one is named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMON = {"checkpoint_step", "seed", "debug", "run_dir", "checkpoint", "trust", 
 
 @pytest.fixture
 def holding(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes every checkpoint one of a model of some kind."""
+    """Make every checkpoint one of a model of a given kind."""
 
     def hold(kinds: dict[str, str | None]) -> None:
         def header(path: Any, mapped: bool) -> dict[str, Any]:
@@ -142,11 +142,11 @@ def test_two_evaluations_do_not_write_into_one_folder(
     assert not (tmp_path / "result.json").exists()
     result = evaluate.run(cfg)
     assert result["figure"] == 1.0
-    assert result["settings"]["episodes"] == cfg.episodes  # what was asked for stands beside the figures
+    assert result["settings"]["episodes"] == cfg.episodes  # the requested settings are stored with the figures
     assert (tmp_path / "result.json").is_file()
     evaluate.print_result(cfg)
     shown = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert shown["figure"] == 1.0
-    assert "settings" not in shown  # they would hide it
+    assert "settings" not in shown  # they would hide the figures
     assert {"wall_s", "machine"} <= set(shown)
     assert json.loads(Path(shown["file"]).read_text())["settings"] == result["settings"]

@@ -1,4 +1,5 @@
-"""The adapter for lmms-eval, with the real package: found by name, and asked in the forms of its own tasks."""
+"""The adapter for lmms-eval, with the real package: it is found by name, and receives requests in the forms of real
+tasks."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def instances(model: Any, kind: str, second: Any) -> list[Any]:
 
 @pytest.mark.parametrize("first", ["lmms_eval.models", "keygrip.evaluation.lmms"])
 def test_lmms_eval_finds_the_model_by_name(first: str) -> None:
-    """By the entry point of the package that is installed, whichever of the two is imported first."""
+    """The entry point of the installed package is used, whichever of the two is imported first."""
     code = f"import {first}; from lmms_eval.models import get_model; print(get_model('keygrip').__module__)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.stdout.split()[-1:] == ["keygrip.evaluation.lmms"], found.stderr
@@ -150,7 +151,7 @@ def test_a_video_is_encoded_once_for_requests_that_follow_each_other(
 def test_requests_that_fail_are_named_and_the_others_answered(
     model: KeygripModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A video that is not there, one whose task leaves Python, one that cannot be decoded."""
+    """A video that does not exist, one whose task exits Python, and one that cannot be decoded."""
     from lmms_eval.api.instance import Instance
 
     def leave(document: dict[str, Any]) -> list[str]:
@@ -183,7 +184,7 @@ def test_requests_that_fail_are_named_and_the_others_answered(
 def test_each_process_of_several_knows_its_place(
     model: KeygripModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """lmms-eval gives each its documents by these, and gathers counts on the model's device."""
+    """lmms-eval distributes the documents by these values, and gathers counts on the model's device."""
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     second = type(model)("run", device="cpu")
@@ -194,8 +195,8 @@ def test_each_process_of_several_knows_its_place(
 def test_documents_of_the_real_tasks_are_answered_and_scored_by_their_own_functions(
     task: str, model: KeygripModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two documents in the forms of MVBench and Video-MME, with lmms-eval's own prompts, places and scores; the video
-    of one is not there, and it counts as wrong."""
+    """Two documents in the form of MVBench or Video-MME, with lmms-eval's own prompts, paths and scores. The video of
+    one document is missing, and it counts as wrong."""
     from lmms_eval.api.instance import Instance
 
     utils = importlib.import_module(f"lmms_eval.tasks.{task}.utils")
@@ -246,7 +247,7 @@ def test_documents_of_the_real_tasks_are_answered_and_scored_by_their_own_functi
 def test_a_question_to_which_nothing_is_said_stays_in_mvbenchs_accuracy(
     model: KeygripModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its own score leaves out empty answers."""
+    """The score of lmms-eval leaves out empty answers."""
     from lmms_eval.tasks.mvbench import utils
 
     from keygrip.evaluation import lmms
@@ -261,7 +262,7 @@ def test_a_question_to_which_nothing_is_said_stays_in_mvbenchs_accuracy(
 
 
 def test_a_small_task_of_its_own_format_is_scored(model: KeygripModel, tmp_path: Path) -> None:
-    """lmms-eval's evaluator, from a task's YAML to its figure; the figure is what the answers say."""
+    """lmms-eval's evaluator runs from the YAML of a task to its figure; the figure matches the answers."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
@@ -295,8 +296,8 @@ metric_list:
 
 
 def test_a_multiple_choice_task_takes_the_likeliest_option(model: KeygripModel, tmp_path: Path) -> None:
-    """lmms-eval's evaluator, which takes the lowest number. Of one document the video is not there: its answer is the
-    second option, so that taking the first is wrong."""
+    """lmms-eval's evaluator chooses the option with the lowest value. The video of one document is missing; its answer
+    is the second option, so choosing the first is wrong."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 

@@ -1,4 +1,5 @@
-"""What the adapter for lmms-eval returns, without the package: two of its classes are stand-ins."""
+"""The values that the adapter for lmms-eval returns, without the package: two of its classes are replaced by
+stand-ins."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         vars(stand_in).update(vars(classes.get(name, SimpleNamespace())))
         monkeypatch.setitem(sys.modules, name, stand_in)
     monkeypatch.delitem(sys.modules, "keygrip.evaluation.lmms", raising=False)
-    monkeypatch.setattr(keygrip.evaluation, "lmms", None, raising=False)  # as it was, afterwards
+    monkeypatch.setattr(keygrip.evaluation, "lmms", None, raising=False)  # restored afterwards
     lmms = importlib.import_module("keygrip.evaluation.lmms")
     module = small_module(tmp_path, ["What is it? red a blue one dark best option"] * 3)
     monkeypatch.setattr(lmms, "load_module", lambda *_, **__: module)
@@ -45,7 +46,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made = lmms.KeygripModel("run", device="cpu")
     made.task_dict = {"mini": {"test": [{"video": str(tmp_path / "a")}, {"video": str(tmp_path / "gone.mp4")}]}}
     yield made
-    sys.modules.pop("keygrip.evaluation.lmms", None)  # made with the stand-ins
+    sys.modules.pop("keygrip.evaluation.lmms", None)  # imported with the stand-ins
 
 
 def request(target: Any, number: int = 0) -> Any:
@@ -58,7 +59,7 @@ def values(model: Any, *requests: Any) -> list[float]:
 
 @torch.no_grad()
 def log_likelihoods(model: Any, words: str) -> list[float]:
-    """Of each token of an answer to the first document, from the logits of its whole row."""
+    """Return the log-likelihood of each token of an answer to the first document, from the logits of its whole row."""
     module = model.module
     inputs, counts, seconds = model._video(lambda document: [document["video"]], "mini", "test", 0)
     row = module.collator.prompt((Turn("user", "What is it?"), Turn("assistant", words)), seconds[0])
@@ -69,7 +70,8 @@ def log_likelihoods(model: Any, words: str) -> list[float]:
 
 
 def test_an_option_gets_its_mean_loss_of_which_the_lowest_is_the_likeliest(model: Any) -> None:
-    """lmms-eval's multiple_choice is `np.argmin` over what its models return: float(loss), a mean over tokens."""
+    """lmms-eval's multiple_choice is `np.argmin` over the values that its models return: float(loss), a mean over
+    tokens."""
     found = values(model, *(request(f" {option}") for option in OPTIONS))
     each = [log_likelihoods(model, option) for option in OPTIONS]
     assert len({len(tokens) for tokens in each}) > 1
@@ -78,7 +80,7 @@ def test_an_option_gets_its_mean_loss_of_which_the_lowest_is_the_likeliest(model
 
 
 def test_the_target_of_a_loglikelihood_task_gets_its_log_likelihood(model: Any) -> None:
-    """Its perplexity is exp(-mean) of them."""
+    """The perplexity is exp(-mean) of these values."""
     (found,) = values(model, request(lambda document: "a blue one"))
     assert found == pytest.approx(sum(log_likelihoods(model, "a blue one")), abs=1e-3)
 

@@ -40,7 +40,7 @@ def question(
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FoveatedVLMModule:
-    """Whose videos are random, and whose calls are counted."""
+    """A module whose videos are random and whose calls are counted."""
     made = small_module(tmp_path, TEXTS)
 
     def decode(
@@ -84,7 +84,7 @@ def test_a_video_is_decoded_and_encoded_once_for_all_questions_and_modes(module:
 def test_time_by_mode_is_without_the_video_that_warms_up(
     module: FoveatedVLMModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first call takes a minute and each further one a second: of 3 frames with 3 letters."""
+    """The first call takes a minute and each further call a second; there are 3 frames and 3 letters."""
     calls: list[int] = []
 
     def scores(*given: Any) -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_questions_that_do_not_fit_are_counted_and_end_nothing(
     figures = evaluate_choices(module, [question("a", 0), question("a", 0, "? " * 200)], ["coarse_fine"], 4)
     assert (figures["questions"], figures["unreadable"], figures["too_long"]) == (1, 0, 1)
     assert "1 questions about a left out: the conversation takes 443 positions" in caplog.text
-    module.network.frame_tokens = torch.nn.Parameter(torch.zeros(2, module.network.language.width))  # of two frames
+    module.network.frame_tokens = torch.nn.Parameter(torch.zeros(2, module.network.language.width))  # for two frames
     none = evaluate_choices(module, [question("a", 0)], ["coarse_fine"], 4)
     assert none == {"questions": 0, "unreadable": 0, "too_long": 1}
     assert "no question is left: the videos of 0 cannot be decoded, and 1 are too long" in caplog.text
@@ -116,7 +116,7 @@ def test_questions_that_do_not_fit_are_counted_and_end_nothing(
 
 @torch.no_grad()
 def test_the_likeliest_letter_is_that_of_a_whole_row(module: FoveatedVLMModule) -> None:
-    """Against the log-likelihood of the prompt with each letter behind it, computed by itself."""
+    """It is compared with the log-likelihood of the prompt followed by each letter, computed separately."""
     asked = question("a", 0)
     frames, _ = multiple_choice._frames(module, asked)
     inputs = module.as_input(frames)
@@ -152,7 +152,7 @@ def test_a_set_of_which_nothing_is_left_keeps_what_others_gave(
 
     with pytest.raises(ValueError, match="no question is left of mlvu: 1 whose videos cannot be decoded and 0 that"):
         evaluated("mlvu")
-    assert kept.read_text() == ""  # an earlier run's answers are not this one's
+    assert kept.read_text() == ""  # answers of an earlier run are removed
     monkeypatch.setattr(video_text, "evaluate_modes", lambda *_: {"coarse_fine": {}})
     with pytest.raises(ValueError, match="no question is left of mlvu: 1 whose videos cannot be decoded and 0 that"):
         evaluated("mlvu", split="val", data=None)
@@ -167,7 +167,7 @@ def test_a_set_of_which_nothing_is_left_keeps_what_others_gave(
     }
     assert found["mvbench"]["questions"] == len(kept.read_text().splitlines()) == 1
     kept.unlink()
-    monkeypatch.setitem(sets, "mlvu", [question("a", 7)])  # which no option is: the set ends all
+    monkeypatch.setitem(sets, "mlvu", [question("a", 7)])  # 7 is no option: this set ends the evaluation
     monkeypatch.setattr(multiple_choice, "_likeliest", lambda *given: [0] if given[1][0].answer == 0 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluated("mvbench", "mlvu")
@@ -199,7 +199,7 @@ def test_generated_answers_are_read_as_options(module: FoveatedVLMModule, monkey
 def test_generated_answers_are_as_long_as_the_setting_allows(
     most: int, module: FoveatedVLMModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of an untrained model, whose answers have no end, through the command's function."""
+    """The model is untrained, so its answers have no end. They are generated through the command's function."""
     lengths: list[int] = []
     generate = multiple_choice.generate
 
@@ -222,7 +222,8 @@ def test_generated_answers_are_as_long_as_the_setting_allows(
 
 
 def test_mini_sets_are_scored_from_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MVBench with start and end, MLVU and Video-MME, as they come from the hub; answers say what second is shown."""
+    """MVBench with start and end, MLVU and Video-MME in the form of the hub; the answers state which second is
+    shown."""
     made = small_module(tmp_path, TEXTS)
     mean, std = (
         torch.tensor(values)[:, None, None] for values in (made.network.backbone.mean, made.network.backbone.std)
@@ -302,7 +303,8 @@ def test_mini_sets_are_scored_from_their_folders(tmp_path: Path, monkeypatch: py
 
 
 def test_whole_videos_of_mvbench_are_shown_as_its_script_shows_them(tmp_path: Path) -> None:
-    """40 seconds in 16 frames: the middles of equal parts; of other sets the first, the last and those between."""
+    """40 seconds in 16 frames: MVBench takes the middles of equal parts, other sets take the first, the last and frames
+    between."""
     entry = {"video": "a.mp4", "question": "What?", "candidates": ["x", "y"], "answer": "y"}
     for name in ("mvbench", "mlvu"):
         (tmp_path / name / "perception" / "videos").mkdir(parents=True)
@@ -310,7 +312,7 @@ def test_whole_videos_of_mvbench_are_shown_as_its_script_shows_them(tmp_path: Pa
         with av.open(str(tmp_path / name / "perception" / "videos" / "a.mp4"), "w") as file:
             stream = file.add_stream("mpeg4", rate=5)
             stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-            for number in range(200):  # the shade tells the second
+            for number in range(200):  # the brightness encodes the second
                 image = np.full((32, 32, 3), 40 + 5 * (number // 5), np.uint8)
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             file.mux(stream.encode(None))

@@ -33,7 +33,7 @@ def test_one_seed_is_mcnemars_exact_test() -> None:
     assert found.p_value == pytest.approx(2 * binom.cdf(3, 15, 0.5))
     assert found.low < 0.09 < found.high
     assert found.low > 0
-    # what a comparison of two independent rates of 72 and 63 of 100 would not have seen
+    # a comparison of two independent rates of 72 and 63 of 100 would not detect this
     assert found.p_value < 0.05
     assert paired_difference([second], [first]).difference == pytest.approx(-0.09)
     assert paired_difference([first], [first]).p_value == 1.0
@@ -55,7 +55,7 @@ def test_seeds_on_the_same_episodes_are_no_independent_draws() -> None:
 
 
 def test_several_seeds_are_tested_by_all_signs() -> None:
-    """Against every assignment of signs to the episodes' differences, counted one by one."""
+    """The result is compared with every assignment of signs to the episodes' differences, counted one by one."""
     generator = np.random.default_rng(3)
     for seeds in (2, 3):
         first, second = (generator.random((seeds, 9)) < rate for rate in (0.7, 0.4))
@@ -63,7 +63,7 @@ def test_several_seeds_are_tested_by_all_signs() -> None:
         sums = [int(np.dot(signs, differences)) for signs in product((-1, 1), repeat=9)]
         expected = np.mean([abs(each) >= abs(differences.sum()) for each in sums])
         assert paired_difference(first.tolist(), second.tolist()).p_value == pytest.approx(float(expected))
-    # far beyond what random draws of signs can tell
+    # far smaller than randomly sampled signs can resolve
     assert 0 < paired_difference([[True] * 200] * 2, [[False] * 200] * 2).p_value < 1e-50
 
 
@@ -89,7 +89,7 @@ def test_comparisons_need_the_same_episodes() -> None:
 
 
 def test_holm_adjusts_in_the_given_order() -> None:
-    # worked by hand: 3 x 0.01, 2 x 0.02, and never less than the one before
+    # computed by hand: 3 x 0.01, 2 x 0.02, and never less than the previous value
     assert holm([0.02, 0.04, 0.01]) == pytest.approx([0.04, 0.04, 0.03])
     assert holm([0.9, 0.5]) == pytest.approx([1.0, 1.0])
     assert holm([]) == []
@@ -109,7 +109,7 @@ def test_a_sweep_is_compared_by_episode(tmp_path: Path, capsys: pytest.CaptureFi
     for seed in (0, 1):
         job(tmp_path, "vla/with", seed, first)
         job(tmp_path, "vla/without", seed, second)
-    job(tmp_path, "vla/with", 2, second)  # no seed of the reference: no part of the comparison
+    job(tmp_path, "vla/with", 2, second)  # the reference has no such seed: not compared
     job(tmp_path, "vla/same", 0, second)
     job(tmp_path, "vla/broken", 0, first, status="failed")
     job(tmp_path, "vla/other_episodes", 0, first, first=5000)
@@ -170,14 +170,14 @@ def test_jobs_that_differ_in_more_than_the_seed_are_not_paired(tmp_path: Path) -
 
 
 def test_two_compared_arms_of_the_sweep_differ_in_one_thing() -> None:
-    """Of the geometry comparison; wider MLPs make up for the parameters of an encoder that is not there."""
+    """These are the arms of the geometry comparison; wider MLPs compensate for the parameters of an absent encoder."""
     conf = config_folder()
     arms = OmegaConf.load(conf / "ablation" / "geometry_vla" / "options.yaml")
     sweep = OmegaConf.load(conf / "sweep" / "geometry_comparison.yaml").hydra
     default = flat(OmegaConf.load(conf / "model" / "geometry_vla.yaml"))
     geometry = ("inject_to_dit", "inject_to_vlm", "dit_tokens", "compression_type", "standardised", "places")
     thing = {f"model.network.geom_{name}": "geometry" for name in geometry} | {"model.network.expansion": "encoder"}
-    thing["optimizer.lr_multipliers.compressor"] = "geometry"  # without it there is nothing of that name
+    thing["optimizer.lr_multipliers.compressor"] = "geometry"  # without geometry there is no such parameter
     thing |= dict.fromkeys(("model.network.pointing_cells", "model.network.pointing_keyframe"), "maps")
     planned = {name.strip() for name in sweep.sweeper.params.ablation.split(",")}
     compared = set()
@@ -200,14 +200,14 @@ def test_two_compared_arms_of_the_sweep_differ_in_one_thing() -> None:
 
 
 def whole(arms: Any, name: str) -> dict[str, Any]:
-    """An arm's values by dotted path, those of the arms that it stands on included."""
+    """Return the values of an arm by dotted path, including those of the arms that it is based on."""
     settings = flat(arms[name.removeprefix("geometry_vla/")])
     bases = [base for base in settings.pop("defaults", []) if base != "_self_"]
     return {key: value for base in bases for key, value in whole(arms, base).items()} | settings
 
 
 def flat(node: Any, path: str = "") -> dict[str, Any]:
-    """Values by dotted path."""
+    """Return values by dotted path."""
     if not isinstance(node, Mapping):
         return {path: node}
     parts = [flat(value, f"{path}.{key}" if path else str(key)) for key, value in node.items_ex(resolve=False)]  # type: ignore[attr-defined]

@@ -124,7 +124,7 @@ def test_viewpoints_are_moved_from_the_view_of_the_recordings() -> None:
     assert grids["elevation_10"] == [{"camera_elevation_deg": -5.0}, {"camera_elevation_deg": 15.0}]
     here = settings(run, ["suites=[viewpoint]", "task.camera_azimuth_deg=-30"])[0].grids
     assert here["azimuth_10"] == [{"camera_azimuth_deg": -40}, {"camera_azimuth_deg": -20}]
-    behind = settings(run, ["suites=[viewpoint]", "task.camera_azimuth_deg=170"])[0].grids  # where a turn ends
+    behind = settings(run, ["suites=[viewpoint]", "task.camera_azimuth_deg=170"])[0].grids  # the angle wraps
     assert behind["azimuth_10"] == [{"camera_azimuth_deg": 160}, {"camera_azimuth_deg": 180}]
     assert behind["azimuth_20"] == [{"camera_azimuth_deg": 150}, {"camera_azimuth_deg": -170}]
     wrong = ["suites=[viewpoint]", "conditions.viewpoint.azimuth_10=[{camera_azimuth_deg: far}]"]
@@ -148,7 +148,7 @@ def test_a_run_that_holds_nothing_out_has_no_open_loop(
 
 
 def test_the_open_loop_of_a_mac_computes_where_training_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU: MPS, which Lightning's "auto" takes where it is, has no float64."""
+    """That is the CPU: MPS, which Lightning's "auto" uses where it is available, has no float64."""
     chosen = {}
 
     class Recorder:
@@ -184,7 +184,7 @@ def test_the_folder_to_which_demonstrations_have_moved_says_how_they_were_record
     else:
         with pytest.raises(ValueError, match=r"/old, which would say .* is not there: data\.root=FOLDER names"):
             settings(run)
-    run.config.data.root = None  # recorded for the run, which itself says how
+    run.config.data.root = None  # recorded for the run, whose config holds the settings
     assert settings(run, [f"data.root={tmp_path / 'new'}", *env])[0].image_size == 32
     with pytest.raises(ValueError, match=r"data\.root has no effect with open_loop=false"):
         settings(run, [f"data.root={tmp_path / 'new'}", "open_loop=false", *env])

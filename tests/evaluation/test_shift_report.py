@@ -68,7 +68,7 @@ def test_a_result_of_another_form_is_refused_by_its_folder(sweep: Path) -> None:
 
 def test_jobs_that_did_not_finish_stand_in_the_table(sweep: Path) -> None:
     cells = {(cell.condition, cell.model): cell for cell in read_cells(sweep)}
-    # The other jobs of the shift tell under which conditions the failed one would have been tested.
+    # The other jobs of the shift show under which conditions the failed one would have been tested.
     assert cells["left", "numbers"].status == "1 failed"
     assert cells["left_to_right", "numbers"].status == "1 failed"
     assert cells["left", "numbers"].text().endswith("of 100; 1 failed")
@@ -123,7 +123,7 @@ def test_files(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert header == ["condition", "pixels", "numbers"]
     assert "95 % Wilson interval" in text
     captured = capsys.readouterr()
-    assert captured.out == ""  # standard output belongs to figures
+    assert captured.out == ""  # standard output is reserved for figures
     assert "left_to_right" in captured.err
     assert not list(sweep.glob(".*writing"))
 

@@ -1,4 +1,4 @@
-"""Caption figures against the library's known values, the VQA rule by hand, and options in generated words."""
+"""Caption metrics against known values of the library, the VQA rule computed by hand, and options in generated text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRUE = [["the cat sat on the mat"], ["a dog runs in the park"]]
 
 @pytest.fixture
 def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Java's start takes seconds; one test pays for it."""
+    """Starting Java takes seconds; only one test does it."""
     monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
 
 
@@ -77,7 +77,7 @@ def test_answers_are_compared_without_articles_punctuation_case_and_number_words
 
 
 def test_the_ten_annotator_rule() -> None:
-    # of nine others at most three agree with a lone one
+    # min(1, agreeing / 3), averaged over the ten subsets of nine annotators
     assert vqa_accuracy("blue", ["blue"] * 10) == 1.0
     assert vqa_accuracy("blue", ["blue"] + ["red"] * 9) == pytest.approx(9 / 10 / 3)
     assert vqa_accuracy("blue", ["blue"] * 2 + ["red"] * 8) == pytest.approx((8 * 2 / 3 + 2 * 1 / 3) / 10)

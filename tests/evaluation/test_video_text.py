@@ -1,4 +1,5 @@
-"""Figures over a split's batches: each video encoded once for all modes and what they say, long questions counted."""
+"""Figures over the batches of a split: each video is encoded once for all modes and their answers, long questions are
+counted."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ MARK = answer("Where is it?", "left", "mark")
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FoveatedVLMModule:
-    # Java computes METEOR, and takes longer than all else here
+    # METEOR is computed by Java, and takes longer than everything else here
     monkeypatch.setattr(video_text, "caption_metrics", lambda said, true: {"bleu_4": float(len(said))})
     made = small_module(tmp_path, ["What happens? Which colour? Where is it? a red cube falls left"] * 3)
     made.refinement = 1
@@ -46,7 +47,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FoveatedVLMModule
 
 
 def batch(module: FoveatedVLMModule, *samples: tuple[int, tuple[Conversation, ...]]) -> VideoTextBatch:
-    """Of samples given by a number of frames and conversations."""
+    """Return a batch of samples, each given by a number of frames and its conversations."""
     draw = np.random.default_rng(len(samples))
     return module.collator(
         [
@@ -59,7 +60,7 @@ def batch(module: FoveatedVLMModule, *samples: tuple[int, tuple[Conversation, ..
 def evaluated(
     module: FoveatedVLMModule, batches: list[VideoTextBatch], monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> tuple[dict[str, Any], list[list[str]], list[int]]:
-    """The figures, what was generated, and how many frames each call encoded."""
+    """Return the figures, the generated texts, and how many frames each call encoded."""
     said: list[list[str]] = []
     encodes: list[int] = []
     generate, encode = video_text.generate, module.network.encode
@@ -90,7 +91,7 @@ def test_each_video_is_encoded_once_for_all_modes_and_what_they_say(
     figures, said, encodes = evaluated(module, batches, monkeypatch, shared=True)
     assert encodes == [10, 5, 2]
     wanted, said_apart, encoded_apart = evaluated(module, batches, monkeypatch, shared=False)
-    assert len(encoded_apart) == 3 * 4 + 2 * 3  # by mode, one of them refined, and again for what is said
+    assert len(encoded_apart) == 3 * 4 + 2 * 3  # for each mode, one of them refined, and again for generation
     assert said == said_apart
     assert [len(texts) for texts in said] == [3] * 3 + [3] * 3 + [1] * 3 + [1] * 3
     for mode in ("coarse_only", "coarse_fine", "autoregressive", "coarse_fine_refined"):
@@ -126,11 +127,12 @@ def test_time_by_mode_is_without_the_batch_that_warms_up(
 def test_each_question_about_an_image_of_the_cauldron_is_asked_by_itself(
     module: FoveatedVLMModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The queries know it, nothing tells the answers to others, and each is scored, by collection too."""
+    """The queries receive it, its prompt contains no answer to another question, and each is scored, also by
+    collection."""
     pairs = [("Which colour?", "red"), ("Where is it?", "left")]
     texts = [{"user": asked, "assistant": said, "source": "x"} for asked, said in pairs]
     row = {"images": [{"bytes": picture(9, 28), "path": None}], "texts": texts}
-    for name in ("vqav2", "okvqa", "ai2d"):  # options by letter: not among those of short answers
+    for name in ("vqav2", "okvqa", "ai2d"):  # ai2d has options by letter, not short answers
         (tmp_path / "download" / name).mkdir(parents=True)
         parquet.write_table(arrow.Table.from_pylist([row]), tmp_path / "download" / name / "train-0.parquet")
     cauldron(tmp_path / "download", tmp_path / "set", None, 28, processes=1)
@@ -154,7 +156,7 @@ def test_each_question_about_an_image_of_the_cauldron_is_asked_by_itself(
 def test_questions_that_do_not_fit_are_counted_and_end_nothing(
     module: FoveatedVLMModule, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Their losses count: a row fits without the room for an answer that is generated."""
+    """They still count in the losses: a row fits if it needs no room for a generated answer."""
     long = answer("Which colour?" + " ?" * 30, "red", "vqa", {"answers": ["red"] * 10})
     fits = len(module.collator.prompt(VQA.turns[:-1]).ids) + 2 + 60
     assert fits <= module.network.language.context < len(module.collator.prompt(long.turns[:-1]).ids) + 2 + 60
@@ -196,7 +198,7 @@ def test_a_network_that_keeps_no_keys_is_evaluated_too(module: FoveatedVLMModule
 def test_another_set_is_shown_as_the_model_was_trained(
     module: FoveatedVLMModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A set that says nothing, with a wide image: brought into a square as the frames of training."""
+    """The set stores no image options; its wide image is made square in the same way as the frames of training."""
     wide = np.random.default_rng(0).integers(0, 255, (28, 84, 3)).astype(np.uint8)
     Image.fromarray(wide).save(tmp_path / "wide.png")
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""Small copies in the form of Video-MME, MLVU and MVBench."""
+"""Small copies of Video-MME, MLVU and MVBench in their own formats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_frames(*arguments: Any, **settings: Any) -> np.ndarray:
 
 
 def video(path: Path, seconds: int = 3, fps: int = 5) -> Path:
-    """A video whose brightness tells the second."""
+    """Write a video whose brightness encodes the second."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def test_questions_without_candidates_are_named_and_counted(tmp_path: Path, capl
     assert "mlvu: 1 questions are left out, which have no candidates; the first: " in caplog.text
     assert "8_sub_scene.json: 'Tell.'" in caplog.text
     write(tmp_path / "json" / "8_sub_scene.json", [told | {"video": "videos/a.mp4"}, told | {"video": "b.mp4"}])
-    assert read_benchmark("mlvu", tmp_path).open_ended == 2  # what another file repeats counts once
+    assert read_benchmark("mlvu", tmp_path).open_ended == 2  # a question repeated in another file counts once
     assert "8_sub_scene.json: 1 questions are left out, which another file has" in caplog.text
 
 
@@ -212,12 +212,12 @@ def test_frames_of_a_video_a_folder_and_a_picture(tmp_path: Path) -> None:
 
 
 def shades(frames: np.ndarray) -> list[int]:
-    """The second that each frame of `video` is of."""
+    """Return the second of `video` that each frame shows."""
     return [round((float(frame.mean()) - 40) / 60) for frame in frames]
 
 
 def test_start_and_end_choose_the_seconds(tmp_path: Path) -> None:
-    """As MVBench's scripts do: frames of the clip alone, from a video or from a folder of 3 frames per second."""
+    """As in MVBench's scripts: only frames of the clip, from a video or from a folder with 3 frames per second."""
     entry = {"video": "a.mp4", "question": "What?", "candidates": ["x", "y"], "answer": "y", "start": 1.0, "end": 3.0}
     folder = {**entry, "video": "b", "start": 2.0, "end": 4.0}
     write(tmp_path / "json" / "action_sequence.json", [entry])
@@ -230,7 +230,7 @@ def test_start_and_end_choose_the_seconds(tmp_path: Path) -> None:
     assert (clipped.clip, frames.clip) == ((1.0, 3.0), (2.0, 4.0))
     assert shades(read_frames(clipped.video, 16, "stretch", 8, clipped.clip)) == [1, 2]
     assert shades(read_frames(clipped.video, 16, "stretch", 1, clipped.clip)) == [2]  # the middle
-    # of 5 frames per second, get_index of its script takes 5 and 14 for 2 segments
+    # at 5 frames per second, get_index of its script takes frames 5 and 14 for 2 segments
     assert shades(read_frames(clipped.video, 16, "stretch", 2, (0.2, 3.9))) == [1, 2]
     reds = read_frames(frames.video, 8, "stretch", 8, frames.clip, folder_fps=3.0)[:, 0, 0, 0]
     assert np.round(reds / 10).tolist() == [6, 9]
@@ -242,7 +242,7 @@ def test_start_and_end_choose_the_seconds(tmp_path: Path) -> None:
 
 
 def names_in_the_script(start: float, end: float, images: int, segments: int) -> list[int]:
-    """MVBench's own choice of images, written again: names are numbers from 1, 3 per second."""
+    """MVBench's own selection of images, reimplemented: names are numbers from 1, 3 per second."""
     first, last = max(1, round(start * 3)), min(round(end * 3), images)
     part = float(last - first) / segments
     return [int(first + part / 2 + np.round(part * number)) for number in range(segments)]
@@ -259,7 +259,7 @@ def test_images_of_folders_are_those_of_mvbenchs_script() -> None:
         if whole_seconds(min(end, images / 3) - start) > segments:
             compared += 1
             assert chosen == wanted
-        else:  # one per second, of which its script takes more
+        else:  # one per second, where its script takes more
             assert chosen[0] == max(1, round(start * 3))
             assert set(np.diff(chosen)) <= {3, 2, 1, 0}
             assert max(chosen) <= images
@@ -267,7 +267,7 @@ def test_images_of_folders_are_those_of_mvbenchs_script() -> None:
 
 
 def test_clips_of_mvbench_that_are_turned_round_or_a_moment(tmp_path: Path) -> None:
-    """Its script shows what lies between start and end, whichever comes first."""
+    """MVBench's script shows the time between start and end, whichever comes first."""
     entry = {"video": "a.mp4", "question": "What?", "candidates": ["x", "y"], "answer": "y"}
     spans = [(3.0, 1.0), (2.0, 2.0), (-1.0, 1.0)]
     clips = [{**entry, "start": start, "end": end} for start, end in spans]
@@ -278,7 +278,7 @@ def test_clips_of_mvbench_that_are_turned_round_or_a_moment(tmp_path: Path) -> N
 
 
 def test_copies_of_mvbench_that_hold_clips_alone_are_not_cut_again(tmp_path: Path) -> None:
-    """As lmms-eval's copies: named by the clip in the questions, or only on the disk."""
+    """As in lmms-eval's copies: the clip is named in the questions, or only on the disk."""
     entry = {"question": "What?", "candidates": ["x", "y"], "answer": "y", "start": 1.25, "end": 15.4}
     write(tmp_path / "json" / "action_sequence.json", [{**entry, "video": "USNP1_1.25_15.4.mp4"}])
     write(tmp_path / "json" / "object_interaction.json", [{**entry, "question": "Which?", "video": "USNP1.mp4"}])
@@ -302,7 +302,8 @@ def test_question_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 def test_videos_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    """By the path that an entry gives, or by the folder where the set keeps a task's videos; never by chance."""
+    """They are distinguished by the path in an entry, or by the folder in which the set keeps the videos of a task;
+    never at random."""
     entry = {"question": "What?", "candidates": ["x", "y"], "answer": "y"}
     for folder in ("clevrer/video_validation", "perception/videos", "7_other"):
         video(tmp_path / folder / "v.1.mp4", seconds=1)
@@ -315,7 +316,7 @@ def test_videos_of_one_name_are_told_apart(tmp_path: Path) -> None:
     copy.parent.mkdir(parents=True)
     copy.write_bytes((tmp_path / "clevrer/video_validation/v.1.mp4").read_bytes())
     assert len(read_benchmark("mvbench", tmp_path).questions) == 3
-    for folder in ("perception/videos", "7_other", "data0613/clevrer/video_validation"):  # other videos, of other bytes
+    for folder in ("perception/videos", "7_other", "data0613/clevrer/video_validation"):  # other videos, other content
         video(tmp_path / folder / "v.1.mp4", seconds=2)
     with pytest.raises(ValueError, match=r"moving_count\.json: the entry 'What\?'.*may be"):
         read_benchmark("mvbench", tmp_path)
@@ -326,7 +327,8 @@ def test_videos_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_another_video_of_the_same_name_is_not_taken(tmp_path: Path) -> None:
-    """One in another of MVBench's folders, below other folders than the name's, or without the name's ending."""
+    """The other video is in another folder of MVBench, below folders other than those in the name, or lacks the name's
+    ending."""
     only = video(tmp_path / "star" / "Charades_v1_480" / "X1.mp4", seconds=1)
     videos = Videos(tmp_path)
     for name, folder in (
@@ -355,7 +357,7 @@ def test_another_video_of_the_same_name_is_not_taken(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "v.1" / "0.png")
     own = video(tmp_path / "sta" / "sta_video" / "X1.mkv", seconds=1)
     videos = Videos(tmp_path)
-    assert videos.find("X1.mp4", "sta/sta_video") == own  # not its namesake in star/
+    assert videos.find("X1.mp4", "sta/sta_video") == own  # not the one with the same name in star/
     assert videos.find("v.1", "data") == videos.find("v.1.mp4", "data") == tmp_path / "v.1"
     assert videos.find("v", "data") is None
 
@@ -436,7 +438,7 @@ def test_questions_of_video_mme_found_twice_count_once(tmp_path: Path, caplog: p
 
 
 def test_a_list_without_answers_does_not_displace_one_with_them(tmp_path: Path) -> None:
-    """MLVU's test set: the questions in one file, the same with answers in another."""
+    """MLVU's test set has the questions in one file, and the same questions with answers in another."""
     entry = {"video": "a.mp4", "question": "Which?", "candidates": ["x", "y"], "question_type": "count"}
     video(tmp_path / "video" / "a.mp4")
     write(tmp_path / "leaderboard" / "test_question.json", [entry])

@@ -1,4 +1,4 @@
-"""Export folders hold what a checkpoint holds for running, and a changed byte is found."""
+"""Export folders contain what a checkpoint contains for inference, and a changed byte is detected."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_the_card_tells_success_with_its_count_or_not_at_all() -> None:
         "| closed_loop/hall/success | 0 of 2 (95 % interval 0 to 0.66) |",
     ]
     assert rows({}) == [time]
-    assert rows({"conditions": {"hall": counts | {"success_rate": 0.5}}}) == [time]  # of another evaluation
+    assert rows({"conditions": {"hall": counts | {"success_rate": 0.5}}}) == [time]  # from another evaluation
 
 
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:

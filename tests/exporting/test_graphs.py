@@ -37,7 +37,7 @@ def graph(variant: str = "tiny", **options: Any) -> ExportGraph:
     network = VolumeQueryNetwork(
         backbone(variant), size, 6, horizon=3, pred_size=16, height_bins=8, gripper_bins=4, **options
     )
-    for parameter in network.parameters():  # blocks are the identity at initialisation: that would hide mistakes
+    for parameter in network.parameters():  # blocks are the identity at initialisation, which would hide mistakes
         torch.nn.init.normal_(parameter, std=0.1)
     return volume_query_graph(network)
 
@@ -45,7 +45,7 @@ def graph(variant: str = "tiny", **options: Any) -> ExportGraph:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({}, id="design", marks=pytest.mark.slow),  # that of ONNX below begins with the same export
+        pytest.param({}, id="design", marks=pytest.mark.slow),  # the ONNX export below begins with the same one
         pytest.param(TUNED | {"arms": ("left", "right")}, id="tuned, two arms", marks=pytest.mark.slow),
         pytest.param(
             {

@@ -1,4 +1,4 @@
-"""What an image model is exported as beside its own folder: a LoRA, a pipeline of diffusers."""
+"""Exports of an image model besides its own folder format: a LoRA and a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def pixels(path: str | Path) -> np.ndarray:
 
 @pytest.mark.slow
 def test_an_adapter_is_trained_exported_and_sampled_with(trained: Path, tmp_path: Path) -> None:
-    """The images of the adapted run, from the run that it started from and the adapter, and from the export with the
-    differences added; the base itself stays."""
+    """The adapted run, the initial run with the adapter, and the export with merged weights give the same images; the
+    base itself does not change."""
     pytest.importorskip("peft")
     adapted = ["ablation=patch_dit/lora", "model.lora.rank=4", f"model.init_from={trained / 'run'}", "max_steps=3"]
     given = [f"data.root={trained / 'images'}", f"run_dir={tmp_path / 'adapted'}", "optimizer.lr=0.05"]
@@ -110,7 +110,7 @@ def test_a_pipeline_of_diffusers_draws_the_same_images(trained: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def piped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained model as a pipeline; its solver is one of second order, and it has a guide."""
+    """A trained model as a pipeline, with a solver of second order and a guide."""
     folder = tmp_path_factory.mktemp("piped")
     run = ["max_steps=20", f"data.root={trained / 'images'}", f"run_dir={folder / 'run'}", "model.sampling.steps=4"]
     run += ["ablation=patch_dit/early_guide", "model.guide.at_step=5"]
@@ -141,7 +141,7 @@ def test_a_pipeline_draws_by_the_model_s_own_solver(piped: Path) -> None:
     assert (drawn["heun"] - unguided).abs().max() > 1e-4
     assert (drawn["heun"] - drawn["euler"]).abs().max() > 1e-4
     assert (drawn["adams_bashforth"] - drawn["euler"]).abs().max() > 1e-4
-    pipeline.transformer.precision = torch.float32  # bfloat16 makes a 256th of the last bit of a level
+    pipeline.transformer.precision = torch.float32  # bfloat16 turns a last-bit difference of a level into 1/256
     for solver in ("adams_bashforth", "euler"):  # 0.7 is the level of a step, and 0.69999999 in float32
         ways = {"solver": solver, "steps": 10, "interval": (0.7, 1.0)}
         with pipeline.transformer.autocast():
@@ -158,7 +158,7 @@ def test_a_pipeline_draws_by_the_model_s_own_solver(piped: Path) -> None:
 def test_with_an_adapter_autoguidance_is_left_out_and_that_is_said(
     piped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The guide knows nothing of the adapter, here one that changes nothing."""
+    """The guide was made without the adapter; here the adapter changes nothing."""
     monkeypatch.setattr("keygrip.inference.images.load_lora", lambda *_: None)
 
     def drawn(name: str, *options: str) -> np.ndarray:
@@ -186,7 +186,7 @@ def test_a_pipeline_turns_photos_as_their_camera_says(piped: Path, caplog: pytes
     pipeline.set_progress_bar_config(disable=True)
     wide = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8))
     turned = wide.transpose(Image.Transpose.ROTATE_90)
-    turned.getexif()[0x0112] = 6  # to be turned back to the right
+    turned.getexif()[0x0112] = 6  # EXIF: to be rotated back to the right
     noise = seeded_noise([3], (pipeline.transformer.module.network.latent_channels, 4, 6))
     straight, same = (np.asarray(pipeline(image=image, latents=noise).images[0]) for image in (wide, turned))
     assert straight.shape == (16, 24, 3)
@@ -194,7 +194,7 @@ def test_a_pipeline_turns_photos_as_their_camera_says(piped: Path, caplog: pytes
     assert "pixels the middle" not in caplog.text
     drawn = pipeline(
         image=[wide, Image.new("RGB", (80, 20))], num_inference_steps=1
-    ).images  # in the shape of the first
+    ).images  # in the shape of the first image
     assert [image.size for image in drawn] == [(24, 16)] * 2
     assert "image 1: of its 80 x 20 pixels the middle 30 x 20 are used" in caplog.text
     assert "give height and width for another" in caplog.text
@@ -202,7 +202,8 @@ def test_a_pipeline_turns_photos_as_their_camera_says(piped: Path, caplog: pytes
 
 @pytest.mark.slow
 def test_a_pipeline_in_half_precision_draws_nearly_the_same(piped: Path) -> None:
-    """Loaded so or brought there: the network computes in bfloat16, the statistics of features stay float32."""
+    """Whether loaded in bfloat16 or converted: the network computes in bfloat16, the feature statistics stay
+    float32."""
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
 
     def drawn(pipeline: PatchDiTPipeline) -> np.ndarray:
@@ -225,7 +226,7 @@ def test_a_pipeline_in_half_precision_draws_nearly_the_same(piped: Path) -> None
 
 @pytest.mark.slow
 def test_how_diffusers_would_fetch_and_keep_the_weights_is_left_to_us(piped: Path) -> None:
-    """Its keywords for these are taken, those that name other files than the folder's are not."""
+    """diffusers' keywords for these are accepted; those that select other files than the folder's are refused."""
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline, PatchDiTTransformer
 
     kept = {"offload_folder": "elsewhere", "offload_state_dict": True, "low_cpu_mem_usage": True, "disable_mmap": True}
@@ -246,8 +247,8 @@ def test_how_diffusers_would_fetch_and_keep_the_weights_is_left_to_us(piped: Pat
 def test_diffusers_own_class_reads_the_folder_where_it_is_told_to(
     piped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its `DiffusionPipeline` executes the folder's pipeline.py with `trust_remote_code=True` alone, after saving too;
-    our class never does."""
+    """`DiffusionPipeline` executes the folder's pipeline.py only with `trust_remote_code=True`, also after saving; our
+    class never does."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import dynamic_modules_utils
 
@@ -275,7 +276,8 @@ def test_diffusers_own_class_reads_the_folder_where_it_is_told_to(
 
 @pytest.mark.slow
 def test_a_pipeline_of_large_encoders_is_opened_with_their_files(tmp_path: Path) -> None:
-    """The folder does not hold them and is not believed where they are: the caller names them, at each opening."""
+    """The folder does not contain them, and its paths to them are not trusted: the caller gives the paths at each
+    loading."""
     from diffusers import DiffusionPipeline
 
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline, PatchDiTTransformer
@@ -310,7 +312,7 @@ def test_a_pipeline_of_large_encoders_is_opened_with_their_files(tmp_path: Path)
         if folder == pipe:
             pipeline.save_pretrained(str(tmp_path / "again"))
     assert torch.equal(*drawn)
-    with pytest.raises(ValueError, match=takes):  # what was named holds for one call
+    with pytest.raises(ValueError, match=takes):  # the given files apply to one call
         PatchDiTPipeline.from_pretrained(str(pipe))
 
     inside = pipe / "transformer"
@@ -324,7 +326,7 @@ def test_a_pipeline_of_large_encoders_is_opened_with_their_files(tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def opened(trained: Path) -> dict[str, Image.Image]:
-    """Images to steer with, beside the trained model as files too."""
+    """Images to condition on; they also exist as files next to the trained model."""
     generator = np.random.default_rng(2)
     half = np.zeros((32, 32, 3), dtype=np.uint8)
     half[:, :16] = 255
@@ -342,8 +344,8 @@ def opened(trained: Path) -> dict[str, Image.Image]:
 def test_a_pipeline_is_steered_as_keygrip_sample_is(
     trained: Path, piped: Path, opened: dict[str, Image.Image], tmp_path: Path
 ) -> None:
-    """References with masks, images to start from, parts that stay, scales of their own: the same images, each another
-    than without."""
+    """References with masks, start images, masks of the redrawn part, and scales: both give the same images, and each
+    setting changes the image."""
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
 
     pipeline = PatchDiTPipeline.from_pretrained(str(piped / "pipe"))
@@ -393,7 +395,7 @@ def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dic
     animated = Image.open(buffer)
 
     def cut() -> Image.Image:
-        """Of a file that ends too early, whose pixels nobody has asked for yet."""
+        """Return an image of a truncated file, whose pixels have not been loaded yet."""
         whole = io.BytesIO()
         Image.effect_noise((64, 64), 90).save(whole, "JPEG", quality=95)
         return Image.open(io.BytesIO(whole.getvalue()[:-900]))
@@ -496,7 +498,8 @@ def test_a_pipeline_refuses_what_keygrip_sample_refuses(piped: Path, opened: dic
 def test_a_pipeline_s_folder_names_no_code_to_import(
     name: str, part: list[str], piped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Older versions of diffusers import what model_index.json names, from the folder or from where Python looks."""
+    """Older versions of diffusers import the modules that model_index.json names, from the folder or from Python's
+    search path."""
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
 
     folder = Path(shutil.copytree(piped / "pipe", tmp_path / "pipe"))
@@ -513,7 +516,8 @@ def test_a_pipeline_s_folder_names_no_code_to_import(
 
 @pytest.mark.slow
 def test_a_pipeline_tells_of_its_steps(piped: Path) -> None:
-    """As diffusers does: the steps by number, and latents that may be changed where the scheduler takes the steps."""
+    """As in diffusers, the callback receives the number of each step, and may change the latents where the scheduler
+    takes the steps."""
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline
 
     pipeline = PatchDiTPipeline.from_pretrained(str(piped / "pipe"))
@@ -571,7 +575,7 @@ def test_schedulers_draw_at_the_model_s_noise_levels_or_are_refused() -> None:
     ):
         assert levels(kind, **options) == pytest.approx(wanted, abs=1e-5), kind
     assert levels(own, 0.5, shift=6.0)[0] == pytest.approx(0.5)
-    assert levels(own, shift=6.0, use_karras_sigmas=True)[5] != pytest.approx(wanted[5], abs=1e-3)  # as is asked for
+    assert levels(own, shift=6.0, use_karras_sigmas=True)[5] != pytest.approx(wanted[5], abs=1e-3)  # as requested
     for kind, strength, options, message in (
         (uni, 1.0, flow, "prediction_type='epsilon', and the model predicts the velocity"),
         (
@@ -593,7 +597,8 @@ def test_schedulers_draw_at_the_model_s_noise_levels_or_are_refused() -> None:
 
 @pytest.mark.slow
 def test_noise_that_a_scheduler_adds_comes_from_the_generator(piped: Path) -> None:
-    """The same images again, and each of a list as alone; what is not drawn anew stays as it is."""
+    """Repeated calls give the same images, a list gives each image as a single call does, and what is not redrawn does
+    not change."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
     from keygrip.inference.diffusers_pipeline import PatchDiTPipeline

@@ -1,4 +1,4 @@
-"""Files of conversations: what stands beside the messages is shown at its place, or the line is refused by name."""
+"""Files of conversations: media given next to the messages are put in their place, or the line is refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from keygrip.inference.conversation_files import read_conversations
 
 
 def read(folder: Path, **row: Any) -> list[Any]:
-    """The conversation of a line; one that can be read stands behind it. Raises ValueError: why it cannot be read."""
+    """Return the conversation of a line, which is followed by a readable one. Raises ValueError with the reason if it
+    cannot be read."""
     (folder / "talks.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps([user('?')])}\n")
     talks, broken = read_conversations(folder / "talks.jsonl")
     assert talks[1:] == [[user("?")]]
@@ -54,7 +55,8 @@ def test_files_beside_the_messages_take_the_places_of_placeholders(tmp_path: Pat
 
 
 def test_lines_of_sharegpt_and_llava_are_read(tmp_path: Path) -> None:
-    """As `messages` with the same words, the files beside them and the system turn too; alone and as a bare list."""
+    """They equal `messages` with the same words, also with files next to the turns and with a system turn; a bare list
+    is read too."""
     (tmp_path / "a.mp4").write_bytes(b"")
     said = [
         {"from": "human", "value": "<video>\nWhich?"},
@@ -135,7 +137,7 @@ def test_a_number_that_is_said_again_is_no_further_place(tmp_path: Path) -> None
     places = Placeholders.of(asked_in(turns), ("image",))
     assert places.count(asked_in(turns)) == 1
     trained = [text for _, text in without_placeholders(turns, places)]
-    assert trained == ["hi", "and ?", "Now, in\ntoo?"]  # as they are learned
+    assert trained == ["hi", "and ?", "Now, in\ntoo?"]  # as in training
 
 
 def test_a_mark_of_what_is_not_named_is_a_word_and_a_path_says_nothing_of_the_kind(tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_files_without_a_place_are_refused_by_name(row: dict[str, Any], why: str
 
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_json_list_of_conversations_is_told_from_json_lines(indent: int | None, tmp_path: Path) -> None:
-    """As LLaMA-Factory's data sets are."""
+    """LLaMA-Factory's data sets have this form."""
     file = tmp_path / "talks.json"
     for talks in ([{"messages": [user("?")]}] * 2, [[user("?")]] * 2):
         file.write_text(json.dumps(talks, indent=indent))
@@ -197,7 +199,7 @@ def test_a_json_list_of_conversations_is_told_from_json_lines(indent: int | None
     ],
 )
 def test_json_over_several_lines_is_told_how_to_become_lines(talk: Any, words: str, tmp_path: Path) -> None:
-    """One conversation is not taken apart."""
+    """A single conversation is not split."""
     file = tmp_path / "talks.json"
     for copies, blank in ((1, ""), (1, "\n \n"), (2, "")):
         if copies == 2 and isinstance(talk, list) and "conversations" in talk[0]:

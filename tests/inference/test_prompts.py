@@ -1,4 +1,4 @@
-"""What messages show, decoded."""
+"""The images and videos of messages, decoded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_frames_of_a_video_may_be_paths_of_images(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (40 * number,) * 3).save(paths[-1])
     reader = PromptReader(8, "pad", 3)
     prompt = reader.read(talk("video", paths))
-    assert prompt.visuals[0][:, 0, 0, 0].tolist() == [0, 80, 160]  # at most three, evenly
+    assert prompt.visuals[0][:, 0, 0, 0].tolist() == [0, 80, 160]  # at most three, evenly spaced
     assert prompt.times == ((0.0, 2.0, 4.0),)
     assert np.array_equal(
         prompt.visuals[0], reader.read(talk("video", [Image.open(path) for path in paths])).visuals[0]
@@ -52,7 +52,7 @@ def test_frames_of_a_video_may_be_paths_of_images(tmp_path: Path) -> None:
     ],
 )
 def test_frames_of_a_video_that_a_message_chooses_otherwise_are_refused(told: dict[str, Any], said: str) -> None:
-    """Qwen's keys: the answer would be about other frames than were asked for."""
+    """These are Qwen's keys: the answer would be about other frames than requested."""
     image = Image.new("RGB", (8, 8))
     video = {"type": "video", "video": [image, image]}
     words = {"type": "text", "text": "?"}

@@ -1,6 +1,6 @@
 """Tests with LeRobot's own code: `make lerobot` runs them in an environment of their own (.venv-lerobot).
 
-Elsewhere they are deselected, and pytest says how many; asked for by `-m lerobot` without lerobot, they fail.
+In other runs they are deselected, and pytest reports how many. With `-m lerobot` but without lerobot, they fail.
 """
 
 from __future__ import annotations

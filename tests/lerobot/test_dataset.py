@@ -81,7 +81,7 @@ def test_statistics_are_lerobots_own(made: Any, loaded: Any) -> None:
         spread = np.asarray(entry["max"] - entry["min"], dtype=np.float64)
         for name, value in entry.items():
             if name == "std" and ".images." in key and Version(lerobot.__version__) < Version("0.6"):
-                continue  # squares of bytes overflow there (fixed in 0.6); ours is held to numpy's in the quick tests
+                continue  # squares of bytes overflow there (fixed in 0.6); the quick tests compare ours with numpy's
             bound = 3 * spread / BINS if name.startswith("q") else 1e-5 * spread
             if name in ("mean", "std"):  # lerobot sums, and subtracts squares, in float32
                 bound = bound + 3e-3 * np.maximum(np.abs(entry["min"]), np.abs(entry["max"]))

@@ -66,7 +66,7 @@ def test_a_served_peer_acts_as_lerobot_does(made: Any, peers: Any, tmp_path: Pat
         item = dataset[frame]
         observation = {
             "position": arm.position[frame][None],
-            "quaternion": -arm.quaternion[frame][None],  # the same turn
+            "quaternion": -arm.quaternion[frame][None],  # the same rotation
             "gripper": arm.gripper[frame][None],
             "cameras": {
                 name: {"image": (item[f"observation.images.{name}"] * 255).round().byte().permute(1, 2, 0).numpy()}
@@ -74,7 +74,7 @@ def test_a_served_peer_acts_as_lerobot_does(made: Any, peers: Any, tmp_path: Pat
             },
         }
         plan = peer.plan(observation)
-        other.plan(observation)  # a session beside it changes nothing
+        other.plan(observation)  # another session changes nothing
         inputs = {key: item[key] for key in item if key.startswith("observation.")}
         with torch.no_grad():
             action = after(policy.select_action(before(inputs)))[0].numpy().astype(np.float64)
@@ -118,7 +118,7 @@ def test_a_run_that_leaves_its_time_unused_is_trained_anew_once(
     monkeypatch.syspath_prepend(str(PEERS))
     train = importlib.import_module("train")
     counts: list[int] = []
-    step_s = [1.0, 0.5, 0.4]  # the probe ran beside other work
+    step_s = [1.0, 0.5, 0.4]  # the probe ran in parallel with other work
 
     def lerobot_train(dataset: Path, policy: str, output: Path, steps: int, *rest: Any) -> str:
         output.mkdir(parents=True)  # LeRobot refuses a folder that exists
@@ -167,12 +167,12 @@ def test_smolvla_starts_random_and_trains_all_of_its_parts(smolvla: Path) -> Non
     )  # fmt: skip
     inside = "model.vlm_with_expert."
     layers = [f"{inside}vlm.model.text_model.layers.{number}." for number in range(4)]
-    assert not any(name.startswith(f"{inside}vlm.model.text_model.layers.4.") for name in first)  # 4 of 8 are kept
+    assert not any(name.startswith(f"{inside}vlm.model.text_model.layers.4.") for name in first)  # 4 of 8 layers kept
     trained = {
         "vision encoder": f"{inside}vlm.model.vision_model.",
         "connector": f"{inside}vlm.model.connector.",
         **{f"language model, layer {number}": layer for number, layer in enumerate(layers[:3])},
-        "language model, last layer's keys": f"{layers[3]}self_attn.k_proj.",  # its output is read by nobody
+        "language model, last layer's keys": f"{layers[3]}self_attn.k_proj.",  # nothing reads its output
         "expert": f"{inside}lm_expert.",
         "state": "model.state_proj.",
     }

@@ -71,7 +71,7 @@ def test_lerobots_factory_finds_it_and_it_acts_as_at_home(made: Any, saved: Path
 
 
 def seen(made: Any, *numbers: int) -> dict[str, Any]:
-    """LeRobot's batch of an environment each, which shows this frame of the first demonstration."""
+    """Return LeRobot's batch: each environment shows one of these frames of the first demonstration."""
     demo = find_demos(made.demos)[0].read()
     arm, frames = demo.arms["right"], demo.cameras["over"].frames
     poses = np.concatenate([arm.position, arm.quaternion, arm.gripper[:, None]], axis=1)
@@ -103,7 +103,7 @@ def test_what_is_drawn_by_chance_follows_from_the_number_of_the_episode(made: An
         found: list[torch.Tensor] = []
         for _ in range(count // environments):
             policy.reset()
-            chunks = policy.predict_action_chunk(seen(made, *[0] * environments))  # draws as well
+            chunks = policy.predict_action_chunk(seen(made, *[0] * environments))  # this samples too
             for controller in policy.controllers:
                 controller.reset()
             again = [policy.select_action(seen(made, *[0] * environments)) for _ in range(20)][-1]
@@ -166,7 +166,7 @@ def test_a_configuration_that_does_not_fit_is_refused(made: Any) -> None:
 
 
 def test_a_saved_policy_with_a_setting_of_no_effect_says_which(saved: Path, tmp_path: Path) -> None:
-    """What is raised while the file is read, LeRobot hides."""
+    """LeRobot hides exceptions that are raised while the file is read."""
     from lerobot_policy_keygrip import KeygripPolicy
 
     shutil.copytree(saved, tmp_path / "old")
@@ -219,7 +219,7 @@ def test_of_several_cameras_the_one_that_it_was_trained_on_is_seen(made: Any, sa
 
 
 class Followed:
-    """A body that steps move, as Meta-World's `set_xyz_action` does, and a hand that trails it."""
+    """A body that moves by steps, as with Meta-World's `set_xyz_action`, and a hand that follows it."""
 
     def __init__(self, hand: np.ndarray, step_m: float, low: np.ndarray, high: np.ndarray) -> None:
         self.hand, self.body, self.step_m, self.low, self.high = hand, hand + BESIDE, step_m, low, high
@@ -230,11 +230,12 @@ class Followed:
 
 
 OFFSET = np.array([0.0, 0.0, -0.045])
-BESIDE = np.array([-0.002, 0.0, 0.001])  # the body from the hand, when an episode begins
+BESIDE = np.array([-0.002, 0.0, 0.001])  # from the hand to the body at the start of an episode
 
 
 def stepping(made: Any, changes: dict[str, Any], reach_m: float) -> tuple[Any, Followed, Any]:
-    """A policy of position_step, what it moves within `reach_m` of where the arm begins, and what acts once."""
+    """Return a policy of position_step, the body that it moves within `reach_m` of its start, and a function that acts
+    once."""
     from lerobot_policy_keygrip import ArmLayout, CameraCalibration, KeygripConfig, KeygripPolicy
 
     demo = find_demos(made.demos)[0].read()
@@ -287,7 +288,7 @@ def test_where_the_body_is_stays_known_at_its_bounds_and_begins_anew_with_an_epi
     for _ in range(12):
         action = act()
         np.testing.assert_allclose(policy.bodies[0].position, robot.body + OFFSET, atol=1e-6)
-    assert np.abs(action[:3]).max() < 0.01  # at its bounds it is not pushed on
+    assert np.abs(action[:3]).max() < 0.01  # at its bounds it is not pushed further
     assert np.isclose(np.abs(robot.body - 0.5 * (robot.low + robot.high)).max(), 0.003)
     policy.reset()
     begun = robot.hand.copy()

@@ -65,7 +65,7 @@ def test_commands_lead_and_the_arm_follows(serial: Path) -> None:
     assert arm.commanded is not None
     next_gap = np.linalg.norm(arm.position[1:] - arm.commanded.position[:-1], axis=1)
     same_gap = np.linalg.norm(arm.position - arm.commanded.position, axis=1)
-    assert next_gap.max() < same_gap.max()  # row i is where the arm shall be at frame i + 1
+    assert next_gap.max() < same_gap.max()  # row i is the target of frame i + 1
     assert 0.004 < next_gap.max() < 0.03
     assert set(np.unique(arm.commanded.gripper)) == {0.0, 1.0}
 
@@ -76,7 +76,7 @@ def test_the_environment_shows_the_recorded_picture(serial: Path) -> None:
     cell = YamCell(PICK, image_size=SIZE)
     seen, _ = cell.reset(seed=0)
     difference = np.abs(seen["image"].astype(int) - camera.frames.read(0).astype(int))
-    assert difference.mean() < 2.0  # what JPEG loses
+    assert difference.mean() < 2.0  # the loss of JPEG
     np.testing.assert_allclose(seen["intrinsics"], camera.intrinsics[0])
     np.testing.assert_allclose(seen["world_to_camera"], camera.world_to_camera[0], atol=1e-7)
     np.testing.assert_allclose(seen["position"], demo.arms["right"].position[0], atol=1e-7)
@@ -221,7 +221,7 @@ def test_camera_jitter_moves_the_camera_in_file_and_picture(tmp_path: Path) -> N
     first, second = one.cameras["over"], two.cameras["over"]
     assert np.abs(first.world_to_camera[0] - second.world_to_camera[0]).max() > 0.01
     np.testing.assert_array_equal(first.world_to_camera[0], first.world_to_camera[-1])
-    # The other cameras stay, and so does the point that "over" looks at.
+    # The other cameras do not move, and neither does the point that "over" looks at.
     np.testing.assert_array_equal(one.cameras["front"].world_to_camera[0], two.cameras["front"].world_to_camera[0])
     for track in (first, second):
         looked_at = track.world_to_camera[0] @ np.array([0.30, 0.01, 0.055, 1.0])
@@ -259,7 +259,7 @@ def test_the_sky_has_no_depth(tmp_path: Path) -> None:
     track = reference.read().cameras["over"].depth
     assert track is not None
     depth = track.read(0)
-    assert (depth[0] == 0).mean() > 0.5  # beside the arm
+    assert (depth[0] == 0).mean() > 0.5  # around the arm
     assert depth.max() < 59_000  # mm; the far plane is at 60 m
     assert 500 < depth[SIZE // 2, SIZE // 2] < 2000  # mm
 
@@ -269,7 +269,7 @@ def test_the_wrist_camera_moves_with_the_hand(tmp_path: Path) -> None:
     demo = by_name(tmp_path)["reach_0000000"].read()
     wrist = demo.cameras["wrist"].world_to_camera
     assert np.abs(wrist[0] - wrist[-1]).max() > 0.02
-    # The tool stays in one place of the wrist camera's image.
+    # The tool stays at one place in the frame of the wrist camera.
     arm = demo.arms["right"]
     seen = np.einsum("nij,nj->ni", wrist[:, :3, :3], arm.position) + wrist[:, :3, 3]
     np.testing.assert_allclose(seen, np.broadcast_to(seen[0], seen.shape), atol=1e-4)

@@ -1,5 +1,5 @@
-"""`prepare step=record`: what belongs to evaluations, and environments without an expert, are refused by name; the
-expert of any gymnasium environment is recorded."""
+"""`prepare step=record`: settings of evaluations, and environments without an expert, are refused by name; the expert
+of any gymnasium environment is recorded."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_expert_of_a_gymnasium_environment_is_recorded(tmp_path: Path, monke
     assert (demo.instruction, demo.fps, list(demo.cameras)) == ("go to the goal", 10.0, ["over", "side"])
     np.testing.assert_allclose(
         arm.position[1:], arm.commanded.position[:-1], atol=1e-12
-    )  # this one is where it is told
+    )  # the tool is at the commanded pose
     side = demo.cameras["side"]
     assert abs(int(side.frames.read(0).mean()) - 45) <= 1
     assert side.world_to_camera[0, 0, 3] == pytest.approx(0.1)
@@ -97,7 +97,7 @@ def test_the_expert_of_a_gymnasium_environment_is_recorded(tmp_path: Path, monke
     with pytest.raises(Exception, match="has no method expert_action"):
         record(tmp_path / "none", "env.task.id=gym_lab:Inexpert-v0", "demos=1")
     assert [path.name for path in (tmp_path / "none").iterdir() if path.is_dir()] == []
-    assert record(tmp_path / "none", name, "demos=1")["recorded"] == 1  # what the failed try was told binds nobody
+    assert record(tmp_path / "none", name, "demos=1")["recorded"] == 1  # the failed attempt leaves no settings
 
 
 def test_the_expert_of_two_arms_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_arms_of_another_kind_are_an_environments_own_matter(
 
 
 def test_failures_of_earlier_calls_end_no_metaworld_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A policy that fails in every fifth episode, asked for the same 80 demonstrations again."""
+    """A policy fails in every fifth episode; the same 80 demonstrations are requested twice."""
     seeds, none_recorded = range(100), {"task": "reach-v3", "recorded": False}
     reports = [(0, {**none_recorded, "seed": seed, "success": seed % 5 != 4}) for seed in seeds]
     monkeypatch.setattr(metaworld, "run_jobs", lambda *given: iter(reports))
@@ -150,7 +150,7 @@ def test_failures_of_earlier_calls_end_no_metaworld_recording(tmp_path: Path, mo
 
 
 class Watching:
-    """Plans what is commanded; remembers the images that it saw."""
+    """Plans the given commands; stores the shapes of the images that it receives."""
 
     needs = Needs(arms=("right",))
 

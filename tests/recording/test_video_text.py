@@ -110,7 +110,7 @@ def test_frames_of_long_demonstrations_keep_their_seconds(tmp_path: Path) -> Non
 
 
 def test_more_frames_than_usual_are_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the step, and of the set that it writes: a set with another limit is not continued."""
+    """It is a setting of the step and of the set that the step writes: a set with another limit is not continued."""
     reference = SimpleNamespace(name="pick_0", read=lambda **given: LongDemo(tmp_path))
     monkeypatch.setattr(video_text, "find_demos", lambda *given: [reference])
     step = ["step=robot_videos", f"source={tmp_path}", "camera=front", "image_size=8", "val_fraction=0", "processes=1"]
@@ -159,7 +159,7 @@ def test_demonstrations_become_shards_with_their_text(tmp_path: Path) -> None:
         }
     )
     assert validate(tmp_path / "made")["errors"] == 0
-    # the same recordings through the step, and without their text: the instruction is the caption
+    # the same recordings through the step, without their text: the instruction becomes the caption
     for folder in (tmp_path / "made" / "demos-train").glob("pick_*"):
         (folder / "text.json").unlink()
     report = robot_videos(
@@ -192,7 +192,8 @@ def test_another_camera_is_asked_nothing_about_the_scene_of_the_first(tmp_path: 
 
 @pytest.mark.parametrize(("camera", "calibrated"), [("hand", True), ("hand", False), (None, False), (None, True)])
 def test_videos_need_no_calibration(tmp_path: Path, camera: str | None, calibrated: bool) -> None:
-    """Those of each demonstration's first camera are of the first that has one, whatever the others are."""
+    """Without `camera`, the first calibrated camera of a demonstration is used, or the first one if none is
+    calibrated."""
     unknown = {"hand": "no entry"} if calibrated else {"hand": "no entry", "over": "no entry"}
     with DemoWriter(tmp_path / "demos/demo_0", "yam", "pick", "pick it", 10.0, uncalibrated=unknown) as writer:
         for index in range(12):

@@ -1,4 +1,4 @@
-"""The surface of an arm from its MJCF or URDF file, and what the doctor sees with it."""
+"""The surface of an arm from its MJCF or URDF file, and the doctor's checks with it."""
 
 from __future__ import annotations
 
@@ -146,9 +146,9 @@ def test_without_a_file_there_is_no_model_and_nothing_to_set():
 
 
 def _recorded(folder: Path, robot: RobotSurface, mirrored: bool) -> Path:
-    """Three demos of the arm waving in front of a camera, drawn as its silhouette."""
+    """Write three demos of the arm waving in front of a camera, rendered as its silhouette."""
     intrinsics = np.array([[150.0, 0, 64.0], [0, 150.0, 64.0], [0, 0, 1]])
-    pose = np.array([[0.0, 1, 0, 0], [0, 0, -1, 0.25], [-1, 0, 0, 1.3], [0, 0, 0, 1]])  # from in front, level
+    pose = np.array([[0.0, 1, 0, 0], [0, 0, -1, 0.25], [-1, 0, 0, 1.3], [0, 0, 0, 1]])  # from the front, level
     frames = np.arange(16)
     for number in range(3):
         joints = np.stack(

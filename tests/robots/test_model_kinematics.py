@@ -1,4 +1,4 @@
-"""Forward kinematics of arms from an MJCF or URDF file, against poses that are known in closed form."""
+"""Forward kinematics of arms from an MJCF or URDF file, against poses known in closed form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keygrip.robots.model_kinematics import ToolKinematics
 
 @pytest.mark.parametrize("text", [MJCF, URDF], ids=["mjcf", "urdf"])
 def test_poses_are_those_in_closed_form(text: str) -> None:
-    """Also where joints are given in another order, and neither masses nor meshes are there."""
+    """This also holds for joints in another order, and without masses and meshes."""
     joints = np.random.default_rng(0).uniform(-1.5, 1.5, (20, 5))
     expected = poses_in_closed_form(joints)
     arm = ToolKinematics(text.encode(), "arm", "tip", JOINTS)

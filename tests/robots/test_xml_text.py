@@ -1,4 +1,5 @@
-"""XML that nobody vouches for: what it declares is not expanded, and what is too large or too deep is refused."""
+"""XML from untrusted sources: its declarations are not expanded, and files that are too large or too deep are
+refused."""
 
 from __future__ import annotations
 

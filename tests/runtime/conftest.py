@@ -1,4 +1,4 @@
-"""A server in a thread of the test, with a policy that does what the test says."""
+"""A server in a thread of the test, with a policy whose behaviour the test defines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOOKING = Needs(arms=("right",), cameras=("over", "front"), instruction=True)
 
 @dataclass
 class Toy:
-    """Plans to stay where the arm is, after whatever `before` does."""
+    """Plans to stay at the current pose, after calling `before`."""
 
     before: Callable[[], object] = lambda: None
     seen: list[Observation] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Toy:
 
 @dataclass
 class Dice(Toy):
-    """Draws its plan: in each session by a generator of its own."""
+    """Samples its plan; each session has a generator of its own."""
 
     seed: int = 0
     workspace: np.ndarray | None = None
@@ -63,7 +63,7 @@ class Dice(Toy):
 
 
 def view(seed: int, height: int = 48, width: int = 64) -> dict[str, np.ndarray]:
-    """What one camera sees."""
+    """Return the data of one camera."""
     world_to_camera = np.diag([1.0, -1.0, -1.0, 1.0])
     world_to_camera[2, 3] = 1.0
     return {
@@ -74,7 +74,7 @@ def view(seed: int, height: int = 48, width: int = 64) -> dict[str, np.ndarray]:
 
 
 def observe(seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """An observation of two cameras and one arm."""
+    """Return an observation of two cameras and one arm."""
     pose = {"position": np.array([0.3, 0.01 * seed, 0.1]), "quaternion": np.array([0.0, 1.0, 0.0, 0.0])}
     cameras = {"over": view(seed), "front": view(seed + 1)}
     words = {"gripper": np.array(0.5), "joints": np.zeros(6), "instruction": "put the red cube into the bowl"}
@@ -118,7 +118,7 @@ class Running:
         return int(self.url.rpartition(":")[2])
 
     def ended(self) -> BaseException | None:
-        """What ended it, of its own."""
+        """Return the exception that ended the server, if any."""
         self._thread.join(20)
         assert not self._thread.is_alive()
         return self._error
@@ -153,7 +153,7 @@ def needs() -> Needs:
 
 @pytest.fixture
 def running() -> Iterator[Callable[..., Running]]:
-    """Starts servers that are stopped when the test ends."""
+    """Start servers that are stopped when the test ends."""
     started: list[Running] = []
 
     def start(

@@ -20,7 +20,7 @@ def observation(position: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> Obser
 
 
 class Scripted:
-    """Gives the plans in order, the last one for ever."""
+    """Returns the plans in order, and then the last one again and again."""
 
     def __init__(self, *plans: Plan) -> None:
         self.plans, self.calls = list(plans), 0
@@ -46,7 +46,7 @@ def test_executes_the_first_steps_then_plans_again() -> None:
     commands = drive(controller, 12)
     assert policy.calls == 2  # 2 steps of 3 ticks, then a new plan for the next 6
     np.testing.assert_allclose(commands[[2, 5, 8, 11], 0], [0.1, 0.2, 0.3, 0.4], atol=1e-12)
-    assert (np.diff(commands[:, 0]) > 0).all()  # smooth, never back
+    assert (np.diff(commands[:, 0]) > 0).all()  # smooth, never backwards
 
 
 def test_follows_a_pause_further_than_asked() -> None:
@@ -76,7 +76,7 @@ def test_opening_is_sent_when_its_pose_is_reached() -> None:
     plan = line(0.0, 0.1)
     plan.gripper[0, 1:] = 0.0  # closed at 0.2 m
     controller = RecedingHorizon(Scripted(plan), control_hz=10, execute_seconds=1.2)
-    seen = {**observation(), "gripper": np.array([0.8])}  # the fingers' own opening; the command was: open
+    seen = {**observation(), "gripper": np.array([0.8])}  # the measured opening; the command was: open
     commands = np.stack([controller.act(seen)[0] for _ in range(9)])
     np.testing.assert_array_equal(commands[:, 7], [1, 1, 1, 1, 1, 0, 0, 0, 0])
     assert commands[5, 0] == pytest.approx(0.2)
@@ -88,7 +88,7 @@ def test_ensembling_averages_poses_planned_for_the_same_moment() -> None:
         Scripted(first, second), control_hz=10, execute_seconds=0.3, ensemble=True, ensemble_decay=0.5
     )
     commands = drive(controller, 6)
-    old, new = 0.2, 0.6  # both speak of 0.6 s after the start
+    old, new = 0.2, 0.6  # both are for 0.6 s after the start
     weight = np.exp(-0.5)
     np.testing.assert_allclose(commands[5, 0], (new + weight * old) / (1 + weight), atol=1e-9)
 
@@ -102,7 +102,7 @@ def test_steps_that_are_no_whole_control_periods_keep_their_time(step_seconds: f
     ticks = math.ceil(400 * step_seconds - 1e-6)
     commands = drive(controller, ticks)
     assert controller.plans == 1
-    assert controller.wants_observation  # and so has been followed to its end
+    assert controller.wants_observation  # the plan has been followed to its end
     times = np.minimum(0.1 * np.arange(1, ticks + 1), 40 * step_seconds)
     assert np.abs(commands[:, 0] - 0.2 * times).max() < 0.1 * 0.2 * step_seconds + 1e-9  # eased between waypoints
     np.testing.assert_array_equal(commands[:, 7], times < 21 * step_seconds - 1e-6)

@@ -1,4 +1,4 @@
-"""The client of a policy server believes no more of what answers than the server believes of its clients."""
+"""The client of a policy server trusts the server's answers no more than the server trusts its clients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEALTH = b'{"stochastic": true, "needs": {"arms": ["right"], "cameras": [], "ins
 
 @contextmanager
 def answering(**answers: bytes) -> Iterator[str]:
-    """A server with the same answer to every request of a kind; its URL."""
+    """Serve the same answer to every request of a kind; yield the URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def _answer(self) -> None:
@@ -31,10 +31,10 @@ def answering(**answers: bytes) -> Iterator[str]:
         do_GET = do_POST = do_DELETE = _answer
 
         def log_message(self, *arguments: object) -> None:
-            """Says nothing."""
+            """Log nothing."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # looks this often whether it is to end
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # how often it checks for the shutdown
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}"

@@ -1,4 +1,4 @@
-"""Real-time chunking with a policy on a server: the plan under way travels with the observation."""
+"""Real-time chunking with a policy on a server: the plan in execution is sent with the observation."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from keygrip.runtime.wire import CONTENT_TYPE, WireError, decode_request, encode
 
 Observe = Callable[..., dict[str, Any]]
 Start = Callable[..., Any]
-PATIENT = {"plan_s": 120.0, "stuck_s": 240.0, "read_s": 120.0}  # a busy machine is no failure
+PATIENT = {"plan_s": 120.0, "stuck_s": 240.0, "read_s": 120.0}  # a busy machine must not fail the test
 BOUNDS = Bounds(speed_m_s=50.0)  # the policy is untrained, its plans are jumps
 
 
 def under_way(delay_s: float = 0.3, **changes: Any) -> UnderWay:
-    """A plan of the small policy's own size, made 0.6 s before the observation."""
+    """Return a plan with the size of the small policy's plans, made 0.6 s before the observation."""
     generator = np.random.default_rng(7)
     plan = Plan(
         position=np.array([0.3, 0.0, 0.1]) + 0.02 * generator.random((1, T, 3)),
@@ -53,7 +53,7 @@ def under_way(delay_s: float = 0.3, **changes: Any) -> UnderWay:
 
 
 class StillArm:
-    """A robot on a simulated clock that sees something else every period; the tool stays in the middle of the box."""
+    """A robot on a simulated clock with a new observation every period; the tool stays in the middle of the box."""
 
     control_hz = 10.0
 
@@ -82,7 +82,7 @@ class StillArm:
 
 
 def plans_with(policy: Policy, observe: Observe, continue_chunks: bool = True) -> list[Plan]:
-    """All plans of three seconds in the control loop, each of which arrives 0.3 s after its observation."""
+    """Return all plans of three seconds in the control loop, each of which arrives 0.3 s after its observation."""
     robot, plans = StillArm(observe), list[Plan]()
     execution = ChunkExecution(
         SimulatedPlanner(policy, lambda: 0.3), robot.control_hz, execute_seconds=0.6, continue_chunks=continue_chunks
@@ -124,7 +124,8 @@ def test_a_policy_on_a_server_continues_its_plans_as_one_in_process(
     assert not np.allclose(apart[1].position, local[1].position, atol=1e-4)
 
     def break_m(plans: list[Plan]) -> float:
-        """Where a plan's step of the present lies beside that of the plan before, which it replaces after 0.3 s."""
+        """Return the mean distance between the current step of a plan and that of the plan that it replaces after 0.3
+        s."""
         ways = [new.position[0, 0] - old.position[0, 1] for old, new in pairwise(plans)]
         return float(np.mean(np.linalg.norm(ways, axis=1)))
 
@@ -152,7 +153,7 @@ def test_those_that_continue_a_plan_wait_with_those_that_do_not(observation: Obs
 
 
 def test_the_end_waits_for_the_thread_that_computes(observation: Observe) -> None:
-    """One that is inside torch when Python ends would abort the process."""
+    """A thread that is inside torch when Python ends would abort the process."""
     inside, ended = threading.Event(), threading.Event()
 
     class Slow:
@@ -269,7 +270,7 @@ def attacked(body: bytes, changes: dict[str, np.ndarray | None]) -> bytes:
 
 
 def post(port: int, body: bytes) -> tuple[int, str]:
-    """Status and sentence of a refusal."""
+    """Post a body; return the status and the message of a refusal."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.request("POST", "/plan", body, {"Content-Type": CONTENT_TYPE})
     answer = connection.getresponse()
@@ -300,7 +301,7 @@ def test_a_plan_under_way_that_makes_no_sense_is_refused_in_a_sentence(
         422,
         "the plan under way has steps of 0.1 s, those of this policy are 0.3 s: it continues its own plans",
     )
-    assert post(server.port, body) == (200, "")  # nothing of this has harmed it
+    assert post(server.port, body) == (200, "")  # the server still works
 
 
 def test_who_cannot_continue_a_plan_says_so(

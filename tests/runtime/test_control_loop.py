@@ -48,7 +48,7 @@ IMAGE = np.zeros((16, 16, 3), np.uint8)
 
 
 class PointArm:
-    """A robot on a simulated clock whose tool is where it was told to be; faults can be planted."""
+    """A robot on a simulated clock whose tool is at the commanded pose; faults can be injected."""
 
     control_hz = 10.0
 
@@ -87,7 +87,7 @@ class PointArm:
 
 
 class Clockwork:
-    """Plans along a known path x(t) = 0.3 + 0.05 sin(t): a right plan for the time of its observation."""
+    """Plans along a known path x(t) = 0.3 + 0.05 sin(t), correct for the time of its observation."""
 
     def __init__(self, fault: BaseException | None = None, from_plan: int = 0) -> None:
         self.fault, self.from_plan, self.plans = fault, from_plan, 0
@@ -106,7 +106,7 @@ def path(times: Any) -> Any:
 
 
 class Wild:
-    """Random poses, now and then no poses at all."""
+    """Plans random poses, and sometimes NaN."""
 
     def __init__(self, broken: float = 0.05) -> None:
         self.generator, self.broken = np.random.default_rng(0), broken
@@ -122,7 +122,7 @@ class Wild:
 
 
 class Rising:
-    """The first plan of another policy as it is, later ones 5 m higher."""
+    """Returns the first plan of another policy unchanged, and later ones 5 m higher."""
 
     def __init__(self, policy: Clockwork) -> None:
         self.policy = policy
@@ -155,7 +155,8 @@ def test_blocking_without_latency_is_the_receding_horizon() -> None:
 
 
 def test_plans_are_followed_by_the_time_of_their_observation() -> None:
-    """With 0.4 s of latency the arm is where the plan says for now; blocking, it is not and stands still meanwhile."""
+    """With 0.4 s of latency the arm is where the plan puts it at this time. In blocking mode it is not, and it stands
+    still while the policy plans."""
     errors, still = {}, {}
     for asynchronous in (True, False):
         robot = PointArm()
@@ -185,7 +186,7 @@ LATENCIES = ((0.0,), (0.1,), (0.1, 0.3, 0.2, 0.1), (0.2,) + 7 * (0.06,))
 def test_the_gripper_closes_when_a_plan_says_so_and_never_before(
     latencies: tuple[float, ...], execute_seconds: float
 ) -> None:
-    """Also where every plan is replaced before its own first step is reached."""
+    """This also holds where every plan is replaced before its first step is reached."""
 
     class Grip(Clockwork):
         def plan(self, observation: Observation) -> Plan:
@@ -221,7 +222,7 @@ def test_the_next_plan_is_asked_for_early_by_the_measured_latency(camera_age: fl
             return super().plan(observation)
 
     loop_of(Noting(), Camera(), 0.3, execution={"still_distance_m": 0.0}).run(6.0)
-    # 1.2 s of execution less 0.3 s; a request cannot make up for the age of its image
+    # 1.2 s of execution minus 0.3 s; a request cannot compensate for the age of its image
     np.testing.assert_allclose(np.diff(asked)[1:], 0.9 - camera_age, atol=1e-6)
 
 
@@ -236,7 +237,7 @@ def test_random_plans_never_exceed_a_limit() -> None:
     assert (sent[:, :3] >= low).all()
     assert (sent[:, :3] <= high).all()
     assert len(sent) == 600
-    assert np.ptp(sent[:, 0]) > 0.05  # it did move
+    assert np.ptp(sent[:, 0]) > 0.05  # it moved
 
 
 @pytest.mark.parametrize(
@@ -276,12 +277,12 @@ def test_every_fault_ends_in_a_held_then_stopped_arm(fault: str, said: str) -> N
     assert set(states[held:-1]) == {State.HOLDING}
     assert states[-1] is State.STOPPED
     assert len(states) - held == pytest.approx(21, abs=1)  # hold_seconds
-    np.testing.assert_allclose(ticks[-1].command, ticks[held + 5].command)  # it stood
+    np.testing.assert_allclose(ticks[-1].command, ticks[held + 5].command)  # it stood still
     assert robot.stops == 1
 
 
 def test_a_refused_command_brakes_the_arm_within_the_limits() -> None:
-    """It stood still at once: from 0.44 m/s within a thirtieth of a second."""
+    """The arm used to stop at once: from 0.44 m/s within a thirtieth of a second."""
 
     class Away(Clockwork):
         def plan(self, observation: Observation) -> Plan:
@@ -325,7 +326,7 @@ def test_a_fault_that_ends_lets_the_arm_go_on() -> None:
 
 
 def test_a_plan_that_comes_late_holds_the_arm_until_it_is_there() -> None:
-    """It was asked for 2.5 s ago: it is not followed, and the next one is."""
+    """It was requested 2.5 s ago: it is not followed, and the next plan is."""
     robot, ticks, policy = PointArm(), [], Clockwork()  # type: ignore[var-annotated]
     latencies = itertools.chain([0.0, 2.5], itertools.repeat(0.0))
     loop = loop_of(policy, robot, on_tick=ticks.append)
@@ -333,13 +334,13 @@ def test_a_plan_that_comes_late_holds_the_arm_until_it_is_there() -> None:
     report = loop.run(8.0)
     assert [state for _, state, _ in report.events] == [State.HOLDING, State.RUNNING]
     held, over = (moment for moment, *_ in report.events)
-    assert over - held == pytest.approx(2.5 - 2.1)  # until it has come, since it is late by a period
+    assert over - held == pytest.approx(2.5 - 2.1)  # from one period late until it arrives
     assert report.plans == policy.plans - 1
     assert abs(ticks[-1].command[0, 0] - path(8.0)) < 0.01
 
 
 class Slow(PointArm):
-    """An arm whose observations take a while, stamped when they begin or when they end."""
+    """An arm whose observations take time, with a time stamp of their begin or their end."""
 
     control_hz = 20.0
 
@@ -361,7 +362,7 @@ class Slow(PointArm):
 
 
 def test_a_driver_that_hangs_is_a_stale_observation() -> None:
-    """What it gives is old by the time that it is there, though it was new when it was asked for."""
+    """Its observation is old when it arrives, although it was new when it was requested."""
     robot = Slow(1.5, "begin")
 
     def plant() -> bool:
@@ -379,7 +380,7 @@ def test_a_driver_that_hangs_is_a_stale_observation() -> None:
 
 
 def test_an_observation_that_waits_for_its_camera_is_not_ahead_of_the_clock() -> None:
-    """It is stamped with the camera's time, after the period began and by more than a period."""
+    """Its time stamp is that of the camera, more than one period after the period began."""
     robot = Slow(0.07, "end")
     robot.takes_s = robot.slow_s
     report = loop_of(Clockwork(), robot, 0.0).run(4.0)
@@ -404,7 +405,7 @@ def test_a_policy_that_hangs_blocks_nothing() -> None:
 
 def test_a_policy_that_panics_is_an_error_and_not_a_thread_that_is_gone() -> None:
     class Panic(BaseException):
-        """As pyo3's: a panic of a Rust extension is no Exception."""
+        """As in pyo3: a panic of a Rust extension is not an `Exception`."""
 
     class Panicking(Clockwork):
         def plan(self, observation: Observation) -> Plan:
@@ -423,7 +424,7 @@ def test_a_policy_that_panics_is_an_error_and_not_a_thread_that_is_gone() -> Non
 def test_the_end_waits_for_the_thread_that_plans(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One that is inside torch when Python ends would abort the process."""
+    """A thread that is inside torch when Python ends would abort the process."""
     inside, ended, hang = threading.Event(), threading.Event(), threading.Event()
 
     class Slow(Clockwork):
@@ -515,7 +516,7 @@ def test_a_plan_that_comes_while_a_person_has_the_arm_is_no_fault() -> None:
     report = loop.run(9.0)
     assert report.events == []
     assert report.corrected_ticks == 48
-    assert abs(ticks[-1].command[0, 0] - path(9.0)) < 0.01  # and the policy goes on
+    assert abs(ticks[-1].command[0, 0] - path(9.0)) < 0.01  # and the policy continues
 
 
 def test_a_person_takes_the_arm_of_a_policy_that_is_stuck() -> None:
@@ -531,7 +532,7 @@ def test_a_person_takes_the_arm_of_a_policy_that_is_stuck() -> None:
 
 
 def test_a_fault_after_a_correction_leaves_the_gripper_as_the_person_left_it() -> None:
-    """The policy's half-open command, within the dead band, keeps the gripper as it is: closed by the person."""
+    """The policy's half-open command, within the dead band, leaves the gripper unchanged: closed by the person."""
 
     class HalfOpen(Clockwork):
         def plan(self, observation: Observation) -> Plan:
@@ -582,7 +583,7 @@ def test_a_run_without_corrections_leaves_no_demonstration(tmp_path: Path) -> No
 
 @pytest.fixture
 def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[KeyboardTakeover]:
-    """The keyboard of a terminal that nobody types at."""
+    """The keyboard of a terminal in which nobody types."""
     master, slave = pty.openpty()
     with os.fdopen(slave) as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
@@ -603,7 +604,7 @@ def test_keys_and_sticks(keys: KeyboardTakeover, tmp_path: Path, monkeypatch: py
     np.testing.assert_allclose(moved_by(START[None], correction, 0.1)[0, :3], [0.32, 0.0, 0.2])
     later = keys.read(1.0, START[None])
     assert later is not None
-    assert not later.velocity.any()  # the key was let go
+    assert not later.velocity.any()  # the key was released
 
     (tmp_path / "idle_js0").touch()
     device = tmp_path / "js0"
@@ -618,11 +619,11 @@ def test_keys_and_sticks(keys: KeyboardTakeover, tmp_path: Path, monkeypatch: py
     assert not correction.turn.any()
     assert correction.gripper == 0.0
     pad.close()
-    with pytest.raises(TakeoverLostError, match="lost the gamepad"):  # a device that is gone while a person has the arm
+    with pytest.raises(TakeoverLostError, match="lost the gamepad"):  # the device is gone while a person has control
         pad.read(0.1, START[None])
     idle = GamepadTakeover(str(tmp_path / "idle_js0"))
     idle.close()
-    assert idle.read(0.1, START[None]) is None  # while the policy has it: it drives on
+    assert idle.read(0.1, START[None]) is None  # the policy has control: it continues
     triggers = GamepadTakeover(str(device), axes=(0, 1, 2, 5))
     correction = triggers.read(0.0, START[None])
     triggers.close()
@@ -638,7 +639,8 @@ def test_keys_and_sticks(keys: KeyboardTakeover, tmp_path: Path, monkeypatch: py
 
 
 def test_taking_over_leaves_the_gripper_as_it_is(keys: KeyboardTakeover) -> None:
-    """An arm that holds something: only the grip key opens, each takeover begins with the opening of then."""
+    """The arm holds an object: only the grip key opens the gripper, and each takeover begins with the current
+    opening."""
 
     class Holding(Clockwork):
         def plan(self, observation: Observation) -> Plan:
@@ -669,7 +671,7 @@ def test_taking_over_leaves_the_gripper_as_it_is(keys: KeyboardTakeover) -> None
 def test_a_terminal_that_is_closed_holds_the_arm_that_a_person_has(
     active: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its end can be read for ever: the loop would wait for keys and never command the arm again."""
+    """A closed terminal can always be read: the loop would read keys for ever and never command the arm again."""
     master, slave = pty.openpty()
     with os.fdopen(slave) as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
@@ -715,7 +717,7 @@ def test_a_run_that_is_interrupted_keeps_its_corrections(tmp_path: Path) -> None
 
 
 def test_a_signal_while_the_policy_plans_ends_the_run() -> None:
-    """Taken for a failure of the policy it was answered by another plan, and the arm drove on."""
+    """When it was treated as a failure of the policy, another plan followed, and the arm drove on."""
     robot, policy = PointArm(), Clockwork(Interrupted("stopped by SIGTERM", signal.SIGTERM), from_plan=1)
     with pytest.raises(Interrupted):
         loop_of(policy, robot).run(5.0)
@@ -723,7 +725,7 @@ def test_a_signal_while_the_policy_plans_ends_the_run() -> None:
 
 
 def test_a_recording_keeps_the_times_of_an_arm_that_was_held(tmp_path: Path) -> None:
-    """Refused plans hold the arm, and the robot is lost for a while: frames keep the robot's clock."""
+    """Refused plans hold the arm, and the robot is lost for a while: frames keep the times of the robot's clock."""
 
     class Away(PointArm):
         def observe(self, images: bool = True) -> dict[str, Any]:
@@ -741,7 +743,7 @@ def test_a_recording_keeps_the_times_of_an_arm_that_was_held(tmp_path: Path) -> 
 
 def test_after_a_lost_connection_the_arm_goes_on_from_where_it_is() -> None:
     class Pushed(PointArm):
-        """Lost from 2 to 3 s, and pushed by 15 cm meanwhile; it holds something, so that its gripper is not shut."""
+        """Lost from 2 to 3 s and pushed by 15 cm meanwhile. It holds an object, so its gripper is not shut."""
 
         def observe(self, images: bool = True) -> dict[str, Any]:
             self.lost = 2.0 - 1e-6 <= self.now() < 3.0 - 1e-6
@@ -760,11 +762,11 @@ def test_after_a_lost_connection_the_arm_goes_on_from_where_it_is() -> None:
     seen: list[tuple[float, np.ndarray]] = []
     report = loop_of(Shut(), robot, on_tick=lambda tick: seen.append((tick.time_s, tick.command[0]))).run(6.0)
     assert report.state is State.RUNNING
-    assert np.isclose(robot.pose[0, 1], 0.0, atol=1e-3)  # back on its way
+    assert np.isclose(robot.pose[0, 1], 0.0, atol=1e-3)  # back on its path
     after = np.array([command for moment, command in seen if moment > 3.0 - 1e-6])
     way = np.concatenate([[[0.3, -0.15]], after[:, :2]])
     assert (np.abs(np.diff(way[:, 1])) <= LIMITS.speed_m_s / 10 + 1e-9).all()
-    np.testing.assert_array_equal(after[:, 7], 0.0)  # what is held is not let go
+    np.testing.assert_array_equal(after[:, 7], 0.0)  # the object is not released
 
 
 @pytest.mark.parametrize("ahead", [100.0, np.nan])

@@ -1,4 +1,4 @@
-"""Plans that hold joints beside poses: followed by their joints within all limits, by their poses, or refused."""
+"""Plans with both joints and poses: followed by their joints within all limits, followed by their poses, or refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def arm(hz: float = 10.0, **options: Any) -> SimulatedYam:
 
 @lru_cache
 def expert_joints(hz: float) -> tuple[np.ndarray, np.ndarray]:
-    """The scripted expert's actions [N, 8], and the joints [N, 6] that follow them within the limits."""
+    """Return the scripted expert's actions [N, 8], and the joints [N, 6] that follow them within the limits."""
     layout = sample_layout(TASK, SEED)
     actions = np.asarray(expert_actions(layout, TASK, SEED, hz))
     motion = JointMotion(JointLimits(), layout.start_joints)
@@ -64,14 +64,14 @@ def expert_joints(hz: float) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def still() -> Iterator[SimulatedYam]:
-    """One arm for tests that move it little."""
+    """One arm for tests that hardly move it."""
     robot = arm()
     yield robot
     robot.close()
 
 
 class Expert:
-    """Plans the scripted expert's joints, a step for each control period, with poses a centimetre beside them; counts
+    """Plans the scripted expert's joints, one step per control period, with poses that are off by a centimetre; counts
     its plans, each of which is followed for `EXECUTE_S`."""
 
     needs = NEEDS
@@ -93,7 +93,7 @@ class Expert:
 def driven(
     robot: Any, policy: Any, seconds: float = TASK.time_limit_s, latency: float = 0.0, **settings: Any
 ) -> tuple[RunReport, np.ndarray]:
-    """The report, and the joints [ticks, 6] that were commanded."""
+    """Return the report and the commanded joints [ticks, 6]."""
     sent: list[np.ndarray] = []
     more = {name: settings.pop(name) for name in ("takeover", "recorder", "watchdog") if name in settings}
     limits = settings.pop("limits", LIMITS)
@@ -116,7 +116,7 @@ def test_the_experts_joints_are_sent_as_they_are_with_and_without_a_server(runni
     assert report.state is State.RUNNING
     assert report.events == []
     assert report.summary()["joint_plans"] == report.plans > 10
-    np.testing.assert_allclose(here, expert.joints[: len(here)], atol=1e-15)  # and its poses lie 1 cm beside
+    np.testing.assert_allclose(here, expert.joints[: len(here)], atol=1e-15)  # while its poses are 1 cm off
     robot.close()
 
     robot = arm()
@@ -135,7 +135,8 @@ def test_the_experts_joints_are_sent_as_they_are_with_and_without_a_server(runni
 
 
 def test_cartesian_limits_hold_joints_back_and_they_catch_up() -> None:
-    """At 20 Hz the expert accelerates faster than the limits allow: the tool lags, on the limited way, and comes."""
+    """At 20 Hz the expert accelerates faster than the limits allow: the tool lags behind on the limited path, and
+    arrives later."""
     robot = arm(20.0)
     expert = Expert(robot)
     start = np.concatenate([*robot.cell.tool_pose, [robot.cell.gripper_opening]])
@@ -172,7 +173,7 @@ def test_joints_that_are_not_those_of_the_poses_are_refused_by_name(edit: Any, s
     before = still.cell.commanded_joints.copy()
     report, sent = driven(still, Expert(still, edit), 0.5)
     assert "unsafe plan" in report.summary()["events"][0]
-    np.testing.assert_allclose(sent, np.tile(before, (len(sent), 1)), atol=1e-3)  # it held
+    np.testing.assert_allclose(sent, np.tile(before, (len(sent), 1)), atol=1e-3)  # the arm was held
 
 
 def test_joints_a_little_out_of_range_are_moved_to_its_end(still: SimulatedYam) -> None:
@@ -197,9 +198,9 @@ def test_planned_joints_are_held_to_speed_range_and_free_space() -> None:
         return motion.step(np.concatenate([*forward_kinematics(joints), [1.0]]), seconds, joints)
 
     wanted = HOME + [0.2, -0.1, 0.05, 0.0, 0.1, -0.2]
-    np.testing.assert_array_equal(step(wanted), wanted)  # as they are
+    np.testing.assert_array_equal(step(wanted), wanted)  # unchanged
     reached = step(HOME + [0.8, 0, 0, 0, 0, 0])
-    assert np.abs(reached - wanted).max() == pytest.approx(0.3)  # 3 rad/s, all joints alike
+    assert np.abs(reached - wanted).max() == pytest.approx(0.3)  # 3 rad/s, all joints scaled alike
     np.testing.assert_allclose((reached - wanted) / 0.3, (HOME + [0.8, 0, 0, 0, 0, 0] - wanted) / 0.6, atol=1e-12)
     motion.reset(HOME)
     beyond = np.append(HOME[:5], arm_chain().limits[5, 1])
@@ -257,7 +258,7 @@ def test_random_plans_of_joints_never_exceed_a_limit(follow: str, seconds: int) 
     robot.close()
 
 
-# the base turned by half a turn, the arm bent over backwards: the same pose of the tool
+# the base rotated by half a turn, the arm bent over backwards: the same pose of the tool
 POSTURE = np.array([-0.68, 0.55, 1.41, 0.91, -0.85, -1.88])
 OTHER = np.array([2.4616, 1.0218, 1.3599, 1.0326, 0.8501, 1.2649])
 
@@ -297,7 +298,7 @@ def test_another_posture_of_the_same_pose_swings_no_tool() -> None:
 
 
 def test_takeover_recorder_hold_and_plans_without_joints(tmp_path: Path) -> None:
-    """The joints of the arm are known whatever has moved it: nothing jumps when a plan's joints are followed again."""
+    """The commanded joints are known whatever moved the arm: nothing jumps when a plan's joints are followed again."""
 
     class Script:
         def read(self, now: float, command: np.ndarray) -> Correction | None:
@@ -308,7 +309,7 @@ def test_takeover_recorder_hold_and_plans_without_joints(tmp_path: Path) -> None
     robot = arm()
 
     class Poses(Expert):
-        """Every third plan lacks joints, as one whose poses were moved."""
+        """Every third plan has no joints, like a plan whose poses were moved."""
 
         def plan(self, observation: Observation) -> Plan:
             plan = super().plan(observation)
@@ -348,7 +349,7 @@ def test_a_fault_holds_an_arm_that_follows_joints() -> None:
 
 
 class PosesAlone:
-    """A robot with the methods of `Robot` and no more."""
+    """A robot with only the methods of `Robot`."""
 
     def __init__(self, robot: SimulatedYam) -> None:
         self.robot, self.cell, self.control_hz = robot, robot.cell, robot.control_hz
@@ -360,7 +361,7 @@ class PosesAlone:
 
 
 def test_plans_of_poses_are_followed_to_the_bit_as_ever() -> None:
-    """A robot that takes joints, one that takes none, and joints that are left unused."""
+    """With a robot that takes joints, with a robot that takes none, and with joints that are ignored."""
     sent = []
     for follow, joints, alone in (("auto", False, False), ("auto", True, True), ("poses", True, False)):
         robot = arm()
@@ -376,7 +377,7 @@ def test_plans_of_poses_are_followed_to_the_bit_as_ever() -> None:
 
 
 class Bare(PosesAlone):
-    """A robot with the methods of `JointRobot` and no more."""
+    """A robot with only the methods of `JointRobot`."""
 
     @property
     def joint_ranges(self) -> np.ndarray:
@@ -403,7 +404,7 @@ def test_a_robot_with_the_methods_alone_follows_joints_and_is_known_to_be_held_b
     np.testing.assert_allclose(sent, expert.joints[: len(sent)], atol=1e-15)
     robot.close()
 
-    robot = arm(joints=JointLimits(speed_rad_s=1.0))  # the limits let the tool turn at 3 rad/s
+    robot = arm(joints=JointLimits(speed_rad_s=1.0))  # the limits let the tool rotate at 3 rad/s
     start = Rotation.from_quat(robot.cell.tool_pose[1], scalar_first=True)
     position = np.tile(robot.cell.tool_pose[0], (1, 9, 1))
     turned = (start * Rotation.from_rotvec([0, 0, 0.8])).as_quat(scalar_first=True)
@@ -419,7 +420,7 @@ def test_a_robot_with_the_methods_alone_follows_joints_and_is_known_to_be_held_b
     led = Rotation.from_quat(ticks[-1].command[0, 3:7], scalar_first=True)
     seen = Rotation.from_quat(robot.poses_at(robot.commanded_joints)[0, 3:7], scalar_first=True)
     assert 0.1 < (start.inv() * seen).magnitude() < 0.5
-    assert (seen.inv() * led).magnitude() < 0.01  # the motion goes on from where the tool is
+    assert (seen.inv() * led).magnitude() < 0.01  # the motion continues from the tool's actual pose
     robot.close()
 
 
@@ -478,7 +479,7 @@ def test_a_dry_run_shows_the_way_of_the_joints(still: SimulatedYam) -> None:
 
 @pytest.mark.parametrize("execute_seconds", [0.2, 2.0])
 def test_a_dry_run_refuses_no_command_that_a_new_plan_replaces(still: SimulatedYam, execute_seconds: float) -> None:
-    """The end of a plan, out of the arm's reach, is driven by no run."""
+    """The end of the plan is out of the arm's reach, but no run drives to it."""
     robot = still
     robot.reset(SEED)
     position, quaternion = robot.cell.tool_pose
@@ -510,7 +511,7 @@ def rehearsed(policy: Any, robot: Any, follow: Any = "auto") -> Rehearsal:
 
 
 class Driver:
-    """Is where it was told to be."""
+    """Is at the commanded joints."""
 
     def __init__(self) -> None:
         self.state = np.append(HOME, 1.0)

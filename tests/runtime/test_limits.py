@@ -1,4 +1,4 @@
-"""Motion limits hold at every control period, whatever a policy asks for."""
+"""Motion limits hold at every control period, whatever a policy plans."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_random_targets_never_exceed_a_limit(hz: float, ticks: int) -> None:
     turning = np.zeros(3)
     closest, until = np.inf, 0
     for tick in range(ticks):
-        if tick >= until:  # held for a while, so that full speed is reached
+        if tick >= until:  # kept for a while, so that full speed is reached
             until = tick + generator.integers(1, int(hz))
             target = pose(
                 generator.uniform(-3, 3, 3), Rotation.random(rng=generator).as_quat(), generator.uniform(-1, 2)
@@ -60,7 +60,7 @@ def test_random_targets_never_exceed_a_limit(hz: float, ticks: int) -> None:
         assert abs(command[7] - gripper) * hz <= limits.gripper_per_s * (1 + 1e-6)
         closest = min(closest, float(np.minimum(command[:3] - low, high - command[:3]).min()))
         position, velocity, rotation, gripper, turning = command[:3], moved, turned, command[7], turn
-    assert closest < 1e-3  # the walls were tried
+    assert closest < 1e-3  # the limits of the box were reached
 
 
 def test_a_reachable_target_is_reached_exactly_and_without_overshoot() -> None:
@@ -90,7 +90,8 @@ def test_hold_stops_within_the_braking_distance() -> None:
 
 
 def test_a_motion_that_is_held_back_goes_on_at_the_speed_that_the_arm_had() -> None:
-    """Faster again it would be only as its limits allow; it does not hurry after the command that was cut short."""
+    """The speed rises again only as the limits allow; the motion does not hurry to catch up with the command that was
+    cut short."""
     limits = MotionLimits()
     motion = LimitedMotion(limits, REST)
     goal = pose([0.6, 0.0, 0.2], Rotation.from_euler("z", 2.5).as_quat(scalar_first=True))
@@ -143,7 +144,7 @@ def test_a_plan_that_cannot_be_made_safe_is_refused(plan: Plan, sentence: str) -
         refuse_unsafe(plan, [LimitedMotion(MotionLimits(**BOX), REST)], HZ)
 
 
-@pytest.mark.parametrize("steps", [40, 100, 300])  # of 2.3 down to 0.3 control periods
+@pytest.mark.parametrize("steps", [40, 100, 300])  # steps of 2.3 down to 0.3 control periods
 def test_a_plan_is_as_fast_as_its_steps_say(steps: int) -> None:
     limits = MotionLimits()
     path = REST[:3] + np.linspace(0, 1.0, steps + 1)[1:, None] * [1, 0, 0]

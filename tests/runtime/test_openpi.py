@@ -1,4 +1,4 @@
-"""openpi's protocol: its messages written by hand, and its own client where `make openpi` has installed one."""
+"""openpi's protocol: messages written by hand, and its own client where `make openpi` has installed one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def text(value: str) -> bytes:
 
 
 def array(value: np.ndarray) -> bytes:
-    """As openpi's client writes arrays: a map of four entries with keys in bytes."""
+    """Pack an array as openpi's client does: a map of four entries whose keys are bytes."""
     shape = bytes([0x90 | value.ndim]) + b"".join(struct.pack(">BH", 0xCD, size) for size in value.shape)
     return (
         b"\x84\xc4\x0b__ndarray__\xc3\xc4\x04data" + struct.pack(">BI", 0xC6, value.nbytes) + value.tobytes()
@@ -55,7 +55,7 @@ def array(value: np.ndarray) -> bytes:
 
 
 def message(observation: dict[str, Any]) -> bytes:
-    """An observation in flat names, written without the code that is tested."""
+    """Encode an observation with flat names, without the code under test."""
     entries = {name: array(np.asarray(observation[name])) for name in ("position", "quaternion", "gripper")}
     for camera, view in observation["cameras"].items():
         entries |= {f"cameras/{camera}/{name}": array(value) for name, value in view.items()}
@@ -164,7 +164,7 @@ def talk(url: str, script: Callable[[aiohttp.ClientWebSocketResponse], Awaitable
 
 
 def actions_of(plan: Plan) -> np.ndarray:
-    """[T, 8] of a plan of one arm."""
+    """Return the actions [T, 8] of a plan for one arm."""
     return np.concatenate([plan.position[0], plan.quaternion[0], plan.gripper[0][:, None]], axis=-1)
 
 
@@ -179,7 +179,7 @@ def test_a_conversation(running: Start, dice: Any, observation: Observe) -> None
         for body in (b"\x81\xa1x\x01", b"\x81\xa5reset\xff", b"\xc1"):
             await socket.send_bytes(body)
             heard.append(await socket.receive_str())
-        await socket.send_bytes(message(observation(4)))  # it still listens
+        await socket.send_bytes(message(observation(4)))  # the server still listens
         heard.append(unpack(await socket.receive_bytes()))
         await socket.send_str("hello")
         heard.append((await socket.receive()).type)
@@ -249,7 +249,7 @@ def test_a_server_that_ends_and_a_silent_client_close_the_conversation(
             await socket.send_bytes(message(observation()))
             assert await asyncio.to_thread(begun.wait, 20)
             stopping = asyncio.create_task(asyncio.to_thread(server.stop))
-            closed = await idle.receive()  # at once; the other conversation first has its answer
+            closed = await idle.receive()  # at once; the busy connection is answered first
             free.set()
             answer = unpack(await socket.receive_bytes())
             last = await socket.receive()

@@ -48,8 +48,8 @@ LIMITS = MotionLimits(workspace_low=(0.05, -0.55, 0.0), workspace_high=(0.7, 0.5
 
 
 class Driver:
-    """What i2rt's MotorChainRobot does with a command: clip it in place, be there. Once it is dead it goes on to report
-    the last state and to take commands, as that does."""
+    """Behaves like i2rt's MotorChainRobot: it clips a command in place, and is then at the commanded joints. Once dead,
+    it still reports the last state and accepts commands."""
 
     def __init__(self, joints: np.ndarray = HOME) -> None:
         self.state = np.append(joints, 1.0)
@@ -82,7 +82,7 @@ class Driver:
 
 
 class Still:
-    """A camera whose image is as old as it is told to be."""
+    """A camera whose image is as old as the test requires."""
 
     def __init__(self) -> None:
         self.taken: Callable[[], float] = lambda: 0.0
@@ -132,7 +132,7 @@ def test_the_driver_gets_joints_that_bring_the_tool_where_the_plan_says(calibrat
     first = arm.observe()
     assert first["image"].shape == (48, 64, 3)
     position, _ = forward_kinematics(HOME)
-    # the base is turned by 90 degrees and stands at (0.1, 0.2)
+    # the base is rotated by 90 degrees and stands at (0.1, 0.2)
     np.testing.assert_allclose(first["position"][0], [0.1 - position[1], 0.2 + position[0], position[2]], atol=1e-9)
     target = np.concatenate([first["position"][0] + [0.02, 0.0, 0.01], first["quaternion"][0], [0.3]])
     for _ in range(10):
@@ -165,7 +165,7 @@ class Holding(Driver):
 
 
 def test_a_stopped_arm_keeps_its_grip(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told the opening that is measured, the fingers would press no longer and what they hold would fall."""
+    """If the measured opening were commanded, the fingers would no longer press, and the object would fall."""
     driver, camera = Holding(), Still()
     arm = YamArms({"right": driver}, {"over": camera}, calibration)
     seen = arm.observe(images=False)
@@ -186,13 +186,13 @@ def test_a_stopped_arm_keeps_its_grip(calibration: Path, monkeypatch: pytest.Mon
     monkeypatch.undo()
     driver.state[JOINTS] = 0.2
     arm.stop()
-    assert driver.commands[-1][JOINTS] == driver.object_opening  # not 0.9, which the driver never took
+    assert driver.commands[-1][JOINTS] == driver.object_opening  # not 0.9, which the driver never accepted
 
 
 def test_an_arm_without_a_command_is_held_where_it_may_float(
     calibration: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A driver that is handed in may be one of i2rt's default, which gives the arm's weight and no more."""
+    """A driver that is passed in may have i2rt's default mode, which only compensates the arm's weight."""
     from i2rt.robots import get_robot
 
     given, connected = Holding(), Holding()
@@ -200,13 +200,14 @@ def test_an_arm_without_a_command_is_held_where_it_may_float(
     np.testing.assert_array_equal(given.commands, [given.get_joint_pos()])
     monkeypatch.setattr(get_robot, "get_yam_robot", lambda **options: connected)
     YamArms({"right": "can0"}, {"over": Still()}, calibration).stop()
-    assert connected.commands == []  # held since then
+    assert connected.commands == []  # held since it was connected
 
 
 def test_an_arm_sees_through_the_corrections_that_it_was_trained_with(
     calibration: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Demonstrations are read with what `step=calibrate` found; without it the policy would be shown other cameras."""
+    """Demonstrations are read with the result of `step=calibrate`; without it the policy would receive other camera
+    poses."""
     change = np.eye(4)
     change[:3] = [[0, -1, 0, 0.01], [1, 0, 0, -0.02], [0, 0, 1, 0.03]]
     content = yaml.safe_load(calibration.read_text())
@@ -257,8 +258,8 @@ def as_model(calibration: Path, arm: str, gripper: str) -> Path:
 def test_an_arm_whose_links_are_not_known_is_driven_without_their_distances_alone(
     calibration: Path, arm: str, gripper: str, table: float | None
 ) -> None:
-    """The capsules are those of one arm: of others, links collide where they call it free. Another gripper is none of
-    the links that are kept off the table."""
+    """The capsules are those of one arm model: links of other models collide where the capsules are free. The gripper
+    is not among the links that are kept off the table, so it may be another one."""
     cameras = {"over": Still()}
     file = as_model(calibration, arm, gripper)
     with pytest.raises(ValueError, match=rf"arms\.right is {arm} with {gripper}.*clearance_m=null"):
@@ -278,7 +279,7 @@ def test_an_arm_whose_links_are_not_known_is_driven_without_their_distances_alon
 
 
 def test_corrections_on_an_arm_say_which_arm_and_gripper_it_is(calibration: Path, tmp_path: Path) -> None:
-    """Else the doctor holds their poses against those of the usual gripper."""
+    """Otherwise the doctor would compare their poses with those of the usual gripper."""
     file = as_model(calibration, "yam_pro", "crank_4310")
     free = JointLimits(clearance_m=None, table_clearance_m=None)
     arm = YamArms({"right": Driver()}, {"over": Still()}, file, free)
@@ -291,7 +292,7 @@ def test_corrections_on_an_arm_say_which_arm_and_gripper_it_is(calibration: Path
 
 
 def test_the_driver_is_told_which_arm_and_gripper_it_has(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default it takes the motors, gains and ranges of another one."""
+    """By default i2rt uses the motors, gains and ranges of another arm."""
     from i2rt.robots import get_robot
 
     told: dict[str, Any] = {}
@@ -341,7 +342,8 @@ WIDE = MotionLimits(workspace_low=(-0.5, -0.5, 0.0), workspace_high=(0.7, 1.0, 1
 
 
 class Turning:
-    """Turns the tool about its own axis at 3 rad/s, which joints of 2 rad/s cannot, then moves it aside at 0.5 m/s."""
+    """Rotates the tool about its own axis at 3 rad/s, too fast for joints of 2 rad/s, then moves it sideways at 0.5
+    m/s."""
 
     needs = Needs(("right",), ("over",))
 
@@ -376,7 +378,7 @@ class WildPoses:
 def test_poses_that_the_joints_cannot_follow_in_time_never_exceed_a_limit(
     calibration: Path, policy: Any, seconds: float
 ) -> None:
-    """The joints' speed held the tool back, and what it had missed was made up for at whatever speed of the tool."""
+    """The joint speed used to hold the tool back, and the tool then caught up at any speed."""
     driver, camera = Driver(), Still()
     arm = YamArms({"right": driver}, {"over": camera}, calibration, JointLimits(speed_rad_s=2.0), control_hz=30.0)
     clock = [0.0]
@@ -387,18 +389,18 @@ def test_poses_that_the_joints_cannot_follow_in_time_never_exceed_a_limit(
     patient = Watchdog(WatchdogSettings(hold_seconds=1e9, most_holds=10**9))
     ControlLoop(arm, execution, WIDE, patient).run(seconds)
     joints = np.stack([HOME, *(command[:6] for command in driver.commands[:-1])])  # the last one is of `stop`
-    assert np.abs(np.diff(joints, axis=0)).max() == pytest.approx(2 / 30)  # they were held back
+    assert np.abs(np.diff(joints, axis=0)).max() == pytest.approx(2 / 30)  # the joint speed was limited
     tools = arm.poses_at(joints[None])[0, :, :3]
     speed = 30 * np.linalg.norm(np.diff(tools, axis=0), axis=1)
     assert speed.max() > 0.3
-    assert speed.max() <= WIDE.speed_m_s + 0.04  # ways of the joints are a little curved
+    assert speed.max() <= WIDE.speed_m_s + 0.04  # joint motions curve the path a little
     change = 30 * np.linalg.norm(np.diff(tools, n=2, axis=0), axis=1)
     assert change[np.diff(speed) >= 0].max() <= WIDE.acceleration_m_s2 / 30 + 0.04
     low, high = WIDE.box()
     assert (tools >= low - 2e-3).all()
     assert (tools <= high + 2e-3).all()
     if policy is Turning:
-        assert np.diff(speed).min() >= -WIDE.acceleration_m_s2 / 30 - 0.04  # nor does it stop at once when it is there
+        assert np.diff(speed).min() >= -WIDE.acceleration_m_s2 / 30 - 0.04  # nor does it stop at once on arrival
         np.testing.assert_allclose(tools[-1], plans.position[0] + [0.15, 0, 0], atol=2e-3)
         seen = Rotation.from_quat(arm.poses_at(joints[-1:])[0, 3:], scalar_first=True)
         assert (plans.turn.inv() * seen).magnitude() == pytest.approx(1.8, abs=0.1)  # angle_tolerance_rad
@@ -410,8 +412,9 @@ def test_poses_that_the_joints_cannot_follow_in_time_never_exceed_a_limit(
 def test_a_turn_in_place_is_slowed_at_low_rates_and_not_refused(
     hz: float, axis: tuple[int, int, int], planned: bool
 ) -> None:
-    """Towards the joints of a far turn the tool leaves its place, by more in a long period: it crept a millimetre per
-    period and was refused in the end, with planned joints at once, as another posture."""
+    """On the way to the joints of a large rotation the tool leaves its position, by more in a longer period. It used to
+    creep by a millimetre per period and was refused in the end as another posture; with planned joints it was refused
+    at once."""
     motion = JointMotion(JointLimits(speed_rad_s=2.0), HOME)
     position, quaternion = forward_kinematics(HOME)
     turn = Rotation.from_quat(quaternion, scalar_first=True) * Rotation.from_rotvec(0.7 * np.array(axis))
@@ -428,8 +431,8 @@ def test_a_turn_in_place_is_slowed_at_low_rates_and_not_refused(
 
 
 def test_a_way_that_the_joints_cannot_begin_is_refused_and_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nearer and nearer poses were tried, up to a dozen within the period, and the last one was where the arm is: it
-    stood there for ever without a word."""
+    """Nearer and nearer poses used to be tried, up to a dozen within the period. The last one was the current pose, so
+    the arm stood still for ever without an error."""
     limits = JointLimits(speed_rad_s=2.0, clearance_m=None, table_clearance_m=None)
     before = np.array([0.656, 3.256, 0.516, -0.026, 0.0, -0.075])
     pose = np.array([-0.124, -0.0956, -0.1606, 0.0354, 0.1048, -0.8562, 0.5046, 1.0])
@@ -449,7 +452,7 @@ def test_a_way_that_the_joints_cannot_begin_is_refused_and_soon(monkeypatch: pyt
 
 
 def two_arms(tmp_path: Path, limits: JointLimits, apart: float = 0.35) -> tuple[YamArms, dict[str, Driver]]:
-    """Side by side, looking the same way."""
+    """Return two arms side by side with the same orientation."""
     beside = np.eye(4)
     beside[1, 3] = apart
     content = {
@@ -464,7 +467,7 @@ def two_arms(tmp_path: Path, limits: JointLimits, apart: float = 0.35) -> tuple[
 
 
 def led_together(arms: YamArms) -> None:
-    """Both tools towards the middle between them, in steps of 5 mm."""
+    """Move both tools towards the middle between them, in steps of 5 mm."""
     poses = np.concatenate([arms.poses_at(arms.commanded_joints), [[1.0], [1.0]]], axis=1)
     for _ in range(34):
         poses[:, 1] += [0.005, -0.005]
@@ -500,12 +503,12 @@ def test_two_arms_that_are_led_to_one_point_do_not_meet(tmp_path: Path) -> None:
     for motion, joints in zip(close.joint_motion.motions, free.commanded_joints, strict=True):
         motion.reset(joints)
     entangled[:, 1] += [-0.005, 0.005]
-    close.command(np.concatenate([entangled, [[1.0], [1.0]]], axis=1))  # apart
+    close.command(np.concatenate([entangled, [[1.0], [1.0]]], axis=1))  # they move apart
     assert gap(drivers, -1) < 0.0
 
 
 def test_bases_beside_each_other_hide_no_other_links(tmp_path: Path) -> None:
-    """Their capsules overlap, so that they were the closest links of whatever the arms did."""
+    """Their capsules overlap, so the bases used to be the closest links whatever the arms did."""
     arms, drivers = two_arms(tmp_path, JointLimits(), apart=0.22)
     with pytest.raises(JointMotionError, match=r"gripper of arm right and gripper of arm left would come within -?0"):
         led_together(arms)
@@ -513,7 +516,7 @@ def test_bases_beside_each_other_hide_no_other_links(tmp_path: Path) -> None:
 
 
 def test_links_in_a_collision_hide_no_others() -> None:
-    """What stays as close as it is, here whatever the wrist does, was all that was looked at."""
+    """Links whose distance did not change, here whatever the wrist did, used to be the only ones checked."""
     free = JointLimits(clearance_m=None, arms_clearance_m=None, table_clearance_m=None)
 
     def turned(before: np.ndarray, after: np.ndarray, **limits: float) -> None:
@@ -556,7 +559,7 @@ class Unclosable(Driver):
 
 
 def test_an_arm_that_is_refused_gives_its_motors_back(calibration: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """i2rt's threads keep a process alive: it would hang behind its error message, with the motors under torque."""
+    """i2rt's threads keep the process alive: it would hang after its error message, with the motors under torque."""
     content = yaml.safe_load(calibration.read_text())
     content["arms"]["left"] = content["arms"]["right"]
     calibration.write_text(yaml.safe_dump(content))
@@ -572,13 +575,13 @@ def test_an_arm_that_is_refused_gives_its_motors_back(calibration: Path, caplog:
 
 
 def renamed(calibration: Path) -> Path:
-    """The calibration file, its camera called as an arm."""
+    """Rename the camera in the calibration file to the name of an arm; return the file."""
     calibration.write_text(calibration.read_text().replace("over:", "right:", 1))
     return calibration
 
 
 class Chain:
-    """Motors on a bus that are where they are told to be, with some gain."""
+    """Motors on a bus that are at the commanded positions if a gain is not zero."""
 
     same_bus_device_driver = None
 
@@ -605,7 +608,7 @@ class Chain:
 def test_a_driver_of_i2rt_whose_thread_has_ended_is_a_lost_robot(
     calibration: Path, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
-    """It goes on to report where the arm was, and to take commands."""
+    """It still reports the last joints of the arm, and still accepts commands."""
     from i2rt.robots.motor_chain_robot import MotorChainRobot
 
     chain = Chain()
@@ -664,7 +667,7 @@ def test_a_dead_driver_and_a_frozen_camera_stop_the_arm(calibration: Path) -> No
 
 @pytest.mark.parametrize("method", ["get_joint_pos", "command_joint_pos"])
 def test_a_signal_within_the_driver_is_no_fault_of_the_arm(calibration: Path, method: str) -> None:
-    """Taken for a lost arm it was forgotten one control period later, and the arm drove on."""
+    """When it was treated as a lost arm, the signal was forgotten one control period later, and the arm drove on."""
     driver, camera = Driver(), Still()
     arm = YamArms({"right": driver}, {"over": camera}, calibration, control_hz=50.0)
     camera.taken = arm.now
@@ -685,7 +688,7 @@ def test_a_signal_within_the_driver_is_no_fault_of_the_arm(calibration: Path, me
 
 
 def test_an_arm_that_moved_while_it_was_lost_is_led_from_where_it_is(calibration: Path) -> None:
-    """Also where the loop asks for the old place at once: joints are bounded from those that are measured."""
+    """This also holds where the loop commands the old pose at once: joint steps start from the measured joints."""
     driver, camera = Driver(), Still()
     arm = YamArms({"right": driver}, {"over": camera}, calibration)
     seen = arm.observe(images=False)
@@ -720,7 +723,7 @@ def test_i2rts_own_simulated_robot_is_driven(calibration: Path, tmp_path: Path) 
 
 
 class Feed:
-    """A capture whose frames arrive when they are given."""
+    """A capture whose frames arrive when `give` is called."""
 
     def __init__(self, first: np.ndarray) -> None:
         self._frames: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
@@ -732,12 +735,12 @@ class Feed:
         def arriving() -> Iterator[np.ndarray]:
             while (frame := self._frames.get()) is not None:
                 yield frame
-                self._asked.release()  # for the next one: the camera has this one
+                self._asked.release()  # the camera has this frame and asks for the next one
 
         yield arriving()
 
     def taken(self) -> None:
-        """Returns once the camera has what was given."""
+        """Wait until the camera has the given frame."""
         self._asked.acquire()
 
     def give(self, frame: np.ndarray | None) -> None:
@@ -750,7 +753,7 @@ class Feed:
 def test_a_camera_that_repeats_its_image_grows_old(
     repeats_are_new: bool, calibration: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As bridges of streams do when they stall. One level of one pixel makes an image a new one."""
+    """Bridges of streams do this when they stall. One level of one pixel makes an image a new one."""
     image = np.full((48, 64, 3), 90, np.uint8)
     other = image.copy()
     other[47, 63, 2] += 1
@@ -763,7 +766,7 @@ def test_a_camera_that_repeats_its_image_grows_old(
         now[0] = seconds
         feed.give(frame)
         assert camera.read()[1] == (seconds if repeats_are_new else stands_for)
-    assert arm.observe()["time_s"] == (10.9 if repeats_are_new else 10.1)  # which the watchdog compares with its clock
+    assert arm.observe()["time_s"] == (10.9 if repeats_are_new else 10.1)  # the watchdog compares it with its clock
     told = [record.getMessage() for record in caplog.records if "has repeated its image" in record.getMessage()]
     assert len(told) == (0 if repeats_are_new else 1)
     now[0] = 11.0
@@ -803,7 +806,7 @@ def test_capsules_hold_every_vertex_of_the_meshes() -> None:
 
 
 def test_an_arm_at_rest_whose_links_overlap_may_turn_its_base() -> None:
-    """Its gaps stay as they are, but for rounding."""
+    """The gaps stay the same, except for rounding."""
     rest = np.zeros(6)
     before = link_gaps(rest)
     assert before.min() < -0.01
@@ -867,7 +870,7 @@ def test_the_figure_of_a_dry_run_names_the_arms_and_the_limits(calibration: Path
     ):
         assert line in said
     assert "outside the workspace" in " ".join(said.split())
-    assert not any(name in said for name in found.summary() if "_" in name)  # names of the figures in JSON
+    assert not any(name in said for name in found.summary() if "_" in name)  # keys of the figures in JSON
     assert "limit" not in "\n".join(described(found, None)).replace("limits: none", "")
 
 

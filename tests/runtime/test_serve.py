@@ -105,7 +105,7 @@ def test_plans_of_a_batch_are_those_of_each_alone(
     others = [seen, seen | {"instruction": "put the small green cube into the bowl"}]
     others.append(seen | {"position": seen["position"] + 0.05, "image": seen["image"][::-1].copy()})
     together, apart = ([seeded(policy, seed) for seed in range(3)] for _ in range(2))
-    for _ in range(2):  # the second draws on from the first
+    for _ in range(2):  # the second call continues the random numbers of the first
         plans = policy.plan_batch(others, together)
         for plan, one, observation in zip(plans, apart, others, strict=True):
             expected = one.plan(observation)
@@ -119,7 +119,7 @@ def test_plans_of_a_batch_are_those_of_each_alone(
 def test_the_command_serves_until_it_is_told_to_stop(
     trained: Callable[[str], Path], seen: dict[str, Any], cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command in this process, whose signals it takes, and its client in a thread."""
+    """The command runs in this process and receives its signals; its client runs in a thread."""
     run, lines, served = trained("volume_query"), Queue[str](), list[Any]()
     ended = threading.Event()
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=lines.put, flush=lambda: None))
@@ -140,7 +140,7 @@ def test_the_command_serves_until_it_is_told_to_stop(
         outcome = cli(f"checkpoint={run}", "port=0", "device=cpu", of="serve")
     finally:
         ended.set()
-        lines.put("null")  # for a client that waits for the address of a server that never was
+        lines.put("null")  # for a client that still waits for the address because no server started
         client.join()
     assert outcome.code == 0, outcome.err
     about, plan = served

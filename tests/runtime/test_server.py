@@ -1,4 +1,4 @@
-"""The server against polite, careless and hostile clients."""
+"""The server with correct, careless and hostile clients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Start = Callable[..., Any]
 def ask(
     port: int, body: bytes | None, path: str = "/plan", method: str = "POST", headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, JSON of the answer (of a plan: nothing) and headers."""
+    """Return the status, the JSON of the answer (empty for a plan) and the headers."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     connection.request(method, path, body, {"Content-Type": CONTENT_TYPE} if headers is None else headers)
     answer = connection.getresponse()
@@ -39,7 +39,7 @@ def ask(
 
 
 def raw(port: int, head: bytes, wait_s: float = 20) -> bytes:
-    """What comes back on a plain connection before the server closes it."""
+    """Return the bytes that a plain connection receives before the server closes it."""
     with socket.create_connection(("127.0.0.1", port), timeout=wait_s) as connection:
         connection.sendall(head)
         answer = b""
@@ -85,7 +85,7 @@ def test_health_says_what_is_served_and_what_is_wanted(running: Start, observati
     assert health["observation"]["cameras/over/image"] == {"dtype": "uint8", "shape": ["H", "W", 3]}
     assert health["observation"]["position"]["shape"] == [1, 3]
     assert health["limits"]["waiting"] == 4
-    assert health["answers"]["200"] == 3  # two plans and the client's first look
+    assert health["answers"]["200"] == 3  # two plans and the client's first request
     assert health["plan_p95_ms"] >= health["plan_p50_ms"] > 0
 
 
@@ -109,16 +109,16 @@ def test_malformed_requests_are_refused_with_a_sentence(running: Start, observat
     assert ask(server.port, None, path="/health", method="DELETE")[0] == 405
     assert b"400 Bad Request" in raw(server.port, b"NONSENSE\r\n\r\n")
     assert b"400 Bad Request" in raw(server.port, b"GET /health HTTP/1.1\r\nX: " + b"a" * 20000 + b"\r\n\r\n")
-    assert ask(server.port, good)[0] == 200  # and it still works
+    assert ask(server.port, good)[0] == 200  # the server still works
 
 
 def test_large_bodies_are_refused_before_they_are_read(running: Start, observation: Observe, needs: Needs) -> None:
     server = running(request_mb=0.1)
     head = f"POST /plan HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {CONTENT_TYPE}\r\n"
-    announced = raw(server.port, f"{head}Content-Length: 50000000000\r\n\r\n".encode())  # not one byte of it is sent
+    announced = raw(server.port, f"{head}Content-Length: 50000000000\r\n\r\n".encode())  # no byte of it is sent
     assert b"413" in announced.splitlines()[0]
     assert b"larger than 0.1 MB" in announced
-    piece = b"10000\r\n" + bytes(0x10000) + b"\r\n"  # in chunks, of no announced length
+    piece = b"10000\r\n" + bytes(0x10000) + b"\r\n"  # chunks without an announced length
     assert b"413" in raw(server.port, f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + 3 * piece).splitlines()[0]
     assert ask(server.port, encode_observation(observation(), needs))[0] == 200
 
@@ -129,8 +129,8 @@ def test_a_client_that_never_finishes_is_dropped(running: Start, observation: Ob
     answer = raw(server.port, head.encode() + body[:100])
     assert b"408" in answer.splitlines()[0]
     assert b"did not arrive within 0.3 s" in answer
-    assert raw(server.port, b"") == b""  # a connection without a word
-    assert raw(server.port, head.encode()[:40]) == b""  # half a head
+    assert raw(server.port, b"") == b""  # a connection without data
+    assert raw(server.port, head.encode()[:40]) == b""  # half of the headers
     assert ask(server.port, body)[0] == 200
 
 
@@ -138,7 +138,7 @@ def test_bytes_that_trickle_in_do_not_keep_a_connection(running: Start, observat
     server, body = running(read_s=0.3, idle_s=0.5), encode_observation(observation(), needs)
     with (
         socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection,
-        pytest.raises(ConnectionError),  # the server hangs up
+        pytest.raises(ConnectionError),  # the server closes the connection
     ):
         for letter in b"POST /plan HTTP/1.1\r\nHost: " + b"x" * 400:
             connection.sendall(bytes([letter]))
@@ -170,7 +170,7 @@ def test_a_crowd_is_served_or_refused_and_nobody_is_left_waiting(
         answers = list(crowd.map(one_of_them, range(64)))
     statuses = Counter(status for status, _, _ in answers)
     assert set(statuses) == {200, 503}
-    assert statuses[200] >= 3  # those who were in time
+    assert statuses[200] >= 3  # those accepted in time
     assert most == 1  # one plan at a time
     refused = [(said, headers) for status, said, headers in answers if status == 503]
     assert all(said["error"].startswith("busy with 3 plans") for said, _ in refused)
@@ -188,7 +188,7 @@ def test_requests_that_still_arrive_count_too(running: Start, observation: Obser
         connection.sendall(head.encode())
     deadline = time.monotonic() + 20
     while (status := ask(server.port, body)[0]) == 200 and time.monotonic() < deadline:
-        time.sleep(0.01)  # until both heads have been read
+        time.sleep(0.01)  # until both headers have been read
     assert status == 503
     for connection in held:
         connection.sendall(body)
@@ -226,7 +226,7 @@ def test_what_goes_wrong_in_the_policy_is_told_apart(running: Start, toy: Any, o
 
     server = running(toy(fail))
     with RemotePolicy(server.url) as policy:
-        with pytest.raises(ValueError, match=r"^the ray meets no plane$"):  # as the local policy would
+        with pytest.raises(ValueError, match=r"^the ray meets no plane$"):  # the same error as from the local policy
             policy.plan(observation())
         with pytest.raises(ServerError, match="500: the policy failed: ZeroDivisionError: oops"):
             policy.plan(observation())
@@ -234,7 +234,7 @@ def test_what_goes_wrong_in_the_policy_is_told_apart(running: Start, toy: Any, o
 
 
 class Panic(BaseException):
-    """As pyo3's: a panic of a Rust extension is no Exception."""
+    """As in pyo3: a panic of a Rust extension is not an `Exception`."""
 
 
 @pytest.mark.parametrize("end", [Panic("index out of bounds"), SystemExit(3), StopIteration("no more")])
@@ -301,7 +301,7 @@ def test_a_plan_that_takes_too_long_is_given_up_but_not_forgotten(
     with RemotePolicy(server.url, patience_s=0) as policy:
         with pytest.raises(ServerError, match=r"504: the plan took longer than 0\.2 s"):
             policy.plan(observation())
-        with pytest.raises(ServerError, match="503"):  # the thread still works on it
+        with pytest.raises(ServerError, match="503"):  # the thread is still computing it
             policy.plan(observation())
         free.set()
         policy.patience_s = 20
@@ -311,7 +311,7 @@ def test_a_plan_that_takes_too_long_is_given_up_but_not_forgotten(
 def test_it_listens_at_its_address_alone(running: Start) -> None:
     server = running()
     assert ask(server.port, None, path="/health", method="GET")[0] == 200
-    other = "127.0.0.2"  # this machine too, and not the address that was given
+    other = "127.0.0.2"  # also this machine, but not the given address
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((other, server.port), timeout=5)
     there = running(host=other)
@@ -324,7 +324,7 @@ def test_it_listens_at_its_address_alone(running: Start) -> None:
 
 def test_an_address_of_another_machine_is_refused_in_one_line(running: Start) -> None:
     with pytest.raises(OSError, match=r"cannot listen at 192\.0\.2\.1, port 0: ") as caught:
-        running(host="192.0.2.1")  # reserved for documentation: nobody's
+        running(host="192.0.2.1")  # an address reserved for documentation
     assert "\n" not in str(caught.value)
 
 

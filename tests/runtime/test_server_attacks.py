@@ -1,4 +1,4 @@
-"""What the server does against nonsense that has the right format, floods of names, strangers and eavesdroppers."""
+"""The server against well-formed but senseless requests, floods of names, strangers and eavesdroppers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_nothing_far_from_the_training_data_gets_a_plan(running: Start, dice: An
         for far in ([90.0, 0, 50.0], [0.3, 0.0, -0.3], [0.3, 99.0, 0], [0.0, 0.0, 2.0]):
             with pytest.raises(ValueError, match=r"'position' .* outside the box of the training data"):
                 policy.plan(observation(position=np.array(far)))
-        for far in ([500.0, 0, 100.0], [1e20, 0, 0], [0.3, 1e300, 0]):  # millimetres, say
+        for far in ([500.0, 0, 100.0], [1e20, 0, 0], [0.3, 1e300, 0]):  # for example millimetres
             with pytest.raises(ValueError, match=r"'position' lies farther than 100 m .* must be in metres"):
                 policy.plan(observation(position=np.array(far)))
         mirrored = observation()
@@ -92,13 +92,13 @@ def test_nothing_far_from_the_training_data_gets_a_plan(running: Start, dice: An
 
 
 def covered(seen: Any, camera: str) -> Any:
-    """The observation with a lens covered: sensor noise of two levels."""
+    """Return the observation with a covered lens: sensor noise of two levels."""
     image = np.random.default_rng(0).integers(0, 3, seen["cameras"][camera]["image"].shape, dtype=np.uint8)
     return {**seen, "cameras": {**seen["cameras"], camera: {**seen["cameras"][camera], "image": image}}}
 
 
 def enlarged(seen: Any, camera: str) -> Any:
-    """The observation with an image of twice the size and the intrinsics of before."""
+    """Return the observation with an image of twice the size and the original intrinsics."""
     image = seen["cameras"][camera]["image"].repeat(2, axis=0).repeat(2, axis=1)
     return {**seen, "cameras": {**seen["cameras"], camera: {**seen["cameras"][camera], "image": image}}}
 
@@ -119,16 +119,16 @@ def test_nothing_is_planned_from_a_covered_lens_or_another_resolution(
 def test_what_is_seen_is_judged_as_the_policy_reads_it(observation: Observe) -> None:
     seen, bounds = observation(), Bounds()
     both, one = Needs(("right",), ("over", "front")), Needs(("right",))
-    bounds.refuse_images(covered(seen, "front"), both, masks=True)  # it is left out
+    bounds.refuse_images(covered(seen, "front"), both, masks=True)  # that camera is left out
     with pytest.raises(ImplausibleError, match="camera 'over' shows nothing"):
         bounds.refuse_images(covered(covered(seen, "front"), "over"), both, masks=True)
-    bounds.refuse_images(covered(seen, "front"), one)  # which it does not read
+    bounds.refuse_images(covered(seen, "front"), one)  # the policy does not read that camera
     with pytest.raises(ImplausibleError, match="'image' shows nothing"):
         bounds.refuse_images({**seen, "image": np.full((48, 64, 3), 7, np.uint8)}, one)
     for image, said in ((np.zeros((48, 64)), "not 48 x 64 float64"), (np.full((48, 64, 3), 0.5), "not .* float64")):
-        with pytest.raises(ValueError, match=said):  # and nothing of a covered lens
+        with pytest.raises(ValueError, match=said):  # not the error of a covered lens
             bounds.refuse_images({**seen, "image": image}, one)
-    flat = {name: value for name, value in seen.items() if name != "cameras"}  # what a client of one camera may send
+    flat = {name: value for name, value in seen.items() if name != "cameras"}  # as sent by clients with one camera
     with pytest.raises(ImplausibleError, match=r"^'image' shows nothing"):
         bounds.refuse_images({**flat, "image": np.full((48, 64, 3), 7, np.uint8)}, Needs(("right",), ("front",)))
     with pytest.raises(ValueError, match=r"^the observation lacks 'image'"):
@@ -140,7 +140,7 @@ def test_what_is_seen_is_judged_as_the_policy_reads_it(observation: Observe) -> 
     with pytest.raises(ImplausibleError, match="camera 'over' shows nothing"):
         bounds.refuse_images(covered(absent, "over"), both, masks=True)
     faint = covered(seen, "front")
-    faint["cameras"]["front"]["image"] = faint["cameras"]["front"]["image"] * 5  # ten levels: the policy reads it
+    faint["cameras"]["front"]["image"] = faint["cameras"]["front"]["image"] * 5  # ten levels: the image is used
     bounds.refuse_images(faint, both, masks=True)
     with pytest.raises(ImplausibleError, match=r"camera 'front' shows nothing.*image_levels=20"):
         replace(bounds, image_levels=20).refuse_images(faint, both, masks=True)
@@ -183,8 +183,8 @@ def post(port: int, body: bytes) -> bytes:
 
 
 def test_floods_of_names_are_refused_unread(running: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A legal body of 13 MB with 200 000 names took 2.5 s to decode, during which nobody was answered: no long header
-    is parsed, and of no body an array is made."""
+    """A valid body of 13 MB with 200 000 names took 2.5 s to decode, and no client was answered meanwhile. Now no long
+    header is parsed, and no array is made from such a body."""
     parsed: list[int] = []
     loaded: list[bytes] = []
 
@@ -206,13 +206,14 @@ def test_floods_of_names_are_refused_unread(running: Start, monkeypatch: pytest.
     assert all(b"400 Bad Request" in answer or b"503 " in answer for answer in answers)
     alone = [post(server.port, body) for body in bodies]
     assert all(b"400 Bad Request" in answer for answer in alone)
-    assert all(len(answer) < 1000 for answer in [*answers, *alone])  # a refusal does not repeat what was sent
+    assert all(len(answer) < 1000 for answer in [*answers, *alone])  # a refusal does not repeat the request
     assert set(parsed) == {len(long_name)}
     assert not loaded
 
 
 def test_a_web_page_gets_no_answer(running: Start) -> None:
-    """Also one whose own name was made to lead to this machine: then it is no other site's, and GETs have no Origin."""
+    """This includes a page whose domain name resolves to this machine: its requests are not cross-site, and GETs have
+    no Origin."""
 
     def status(server: Any, method: str, path: str, **headers: str) -> int:
         connection = HTTPConnection("127.0.0.1", server.port, timeout=20)
@@ -267,7 +268,7 @@ def test_tls_encrypts_and_says_who_answers(
     with RemotePolicy(server.url, token=TOKEN, ca=str(cert)) as policy:
         assert policy.plan(observation()).step_seconds == 0.3
     with pytest.raises(ConnectionError, match=r"CERTIFICATE_VERIFY_FAILED.*ca=FILE names a certificate to trust"):
-        RemotePolicy(server.url, token=TOKEN)  # nobody that the system trusts has signed it
+        RemotePolicy(server.url, token=TOKEN)  # no trusted authority has signed its certificate
     with pytest.raises(ConnectionError, match=r"mismatch.*the address must be one that it is for"):
         RemotePolicy(server.url.replace("127.0.0.1", "localhost"), token=TOKEN, ca=str(cert))
     with pytest.raises(ConnectionError, match=r"no policy server answers.*has an address of https://"):

@@ -50,11 +50,11 @@ def test_each_client_draws_by_its_own_seed(running: Start, dice: Any, observatio
         for step in range(8):
             np.testing.assert_array_equal(drawn[seed][step], policy.plan(observation(step)).position)
     assert not np.array_equal(drawn[0][0], drawn[1][0])
-    with RemotePolicy(server.url) as policy:  # without reset: as a fresh local policy
+    with RemotePolicy(server.url) as policy:  # without reset: like a fresh local policy
         np.testing.assert_array_equal(policy.plan(observation()).position, drawn[0][0])
         assert len(server.server.service.sessions) == 1
     assert len(server.server.service.sessions) == 0
-    with RemotePolicy(server.url) as policy, policy.session() as other:  # each draws by its own seed, in any order
+    with RemotePolicy(server.url) as policy, policy.session() as other:  # each samples with its own seed, in any order
         other.reset(1)
         for step in range(2):
             np.testing.assert_array_equal(policy.plan(observation(step)).position, drawn[0][step])
@@ -91,7 +91,7 @@ def test_an_arm_drives_on_where_the_server_no_longer_knows_its_session(
     with RemotePolicy(server.url, renews=True) as policy:
         policy.reset(5)
         first = policy.plan(observation())
-        server.server.service.sessions.clear()  # as a server that was started again
+        server.server.service.sessions.clear()  # as after a restart of the server
         np.testing.assert_array_equal(policy.plan(observation()).position, first.position)
         np.testing.assert_array_equal(first.position, anew.plan(observation()).position)
         np.testing.assert_array_equal(policy.plan(observation()).position, anew.plan(observation()).position)

@@ -1,4 +1,4 @@
-"""What a server accepts as an observation, and what it says of the rest."""
+"""Which observations a server accepts, and which errors it returns for others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Observe = Callable[..., dict[str, Any]]
 
 
 def changed(body: bytes, **changes: np.ndarray | None) -> bytes:
-    """The body with arrays replaced or (None) removed; "__" in a name stands for "/"."""
+    """Return the body with arrays replaced or (None) removed; "__" in a name stands for "/"."""
     arrays = load(body)
     for key, value in changes.items():
         name = key.replace("__", "/")
@@ -44,7 +44,7 @@ def test_an_observation_arrives_as_it_was(observation: Observe, needs: Needs) ->
     sent = observation()
     seen, under_way = decode_request(encode_observation(sent, needs), needs)
     assert under_way is None
-    assert set(seen) == {"cameras", "position", "quaternion", "gripper", "instruction"}  # joints stay at home
+    assert set(seen) == {"cameras", "position", "quaternion", "gripper", "instruction"}  # joints are not sent
     assert list(seen["cameras"]) == ["over", "front"]
     for camera, view in seen["cameras"].items():
         for name, value in view.items():
@@ -72,7 +72,7 @@ def test_a_camera_whose_calibration_is_not_read_comes_without(observation: Obser
     seen, _ = decode_request(body, some)
     assert list(seen["cameras"]["front"]) == ["image"]
     np.testing.assert_array_equal(seen["cameras"]["over"]["intrinsics"], sent["cameras"]["over"]["intrinsics"])
-    decode_request(encode_observation(sent, needs), some)  # a client that sends them all is heard too
+    decode_request(encode_observation(sent, needs), some)  # a client that sends all of them is accepted too
     with pytest.raises(WireError, match="lacks 'cameras/over/intrinsics'"):
         decode_request(changed(body, cameras__over__intrinsics=None), some)
     optional = {name for name, entry in entries_of(some).items() if entry.optional}
@@ -85,7 +85,8 @@ def test_single_precision_is_taken(observation: Observe, needs: Needs) -> None:
 
 
 def test_a_camera_that_gives_nothing_is_to_be_sent_black(observation: Observe, needs: Needs) -> None:
-    """That the policy needs all of them was said, which is not so of one that masks them."""
+    """The message used to say that the policy needs all cameras, which is wrong for a policy that masks missing
+    ones."""
     sent = observation()
     with pytest.raises(ValueError, match=r"camera 'front' of the observation is None.*give it a black image"):
         encode_observation(sent | {"cameras": sent["cameras"] | {"front": None}}, needs)
@@ -170,7 +171,7 @@ class Exploding:
         b"hello, robot",
         pickle.dumps(Exploding()),
         pickle.dumps({"position": np.zeros(3)}),
-        struct.pack("<Q", 1 << 60) + b"{}",  # a header longer than anything
+        struct.pack("<Q", 1 << 60) + b"{}",  # a header longer than any body
         with_header({"position": {"dtype": "F64", "shape": [3], "data_offsets": [0, 24]}}, b"short"),
         with_header({"position": {"dtype": "F64", "shape": [1 << 40], "data_offsets": [0, 24]}}, bytes(24)),
         with_header({"position": {"dtype": "O", "shape": [1], "data_offsets": [0, 8]}}, bytes(8)),
@@ -212,7 +213,7 @@ def test_an_answer_that_is_no_plan_is_refused() -> None:
 
 
 def test_the_robots_side_needs_no_torch() -> None:
-    """Its computer is small: the client brings numpy, scipy and safetensors."""
+    """The robot's computer is small: the client depends only on numpy, scipy and safetensors."""
     look = (
         "import sys; import keygrip.runtime.client; print(sorted({'torch', 'aiohttp', 'lightning'} & set(sys.modules)))"
     )

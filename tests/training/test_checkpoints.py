@@ -30,7 +30,7 @@ def run_folder(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("trust", ["my_lab", 5, None])
 def test_trust_that_is_no_list_is_refused(trust: object) -> None:
-    """A text would be taken letter by letter."""
+    """A string would be read letter by letter."""
     with pytest.raises(ValueError, match=r"is no list of packages: trust=\[my_lab\]"):
         trusted_packages(OmegaConf.create({"trust": trust}))
     assert trusted_packages(OmegaConf.create({"trust": ["my_lab"]})) == ("my_lab",)
@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_checkpoints_of_a_future_that_was_given_up_go(
     toy_overrides: Callable[..., list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Training that goes on from an earlier step would stand beside later steps of other weights."""
+    """Otherwise a run that continues from an earlier step would be stored next to later steps of other weights."""
     train.run(compose("train", toy_overrides("run", "callbacks.checkpoint.every_n_steps=2", "max_steps=6")))
     folder = tmp_path / "run" / "checkpoints"
     (folder / "step-review.ckpt").write_bytes(b"somebody's own copy")

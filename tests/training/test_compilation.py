@@ -1,6 +1,6 @@
-"""Compiled blocks compute what they compute uncompiled, in every system; checkpoints do not know the difference.
+"""Compiled blocks compute the same as uncompiled ones, in every system, and their checkpoints are the same.
 
-Most tests trace without a compiler (`aot_eager`): the graphs are those that inductor gets, in a second.
+Most tests trace without a compiler (`aot_eager`): the graphs are those that inductor receives, and take a second.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def graphs() -> int:
 
 
 def step(module: LightningModule, loss: Callable[[Any], Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """The loss of a training step, and all gradients."""
+    """Return the loss of a training step and all gradients."""
     module.train()
     module.zero_grad()
     value = loss(module)
@@ -151,11 +151,11 @@ def test_a_compiled_step_has_the_loss_and_the_gradients_of_a_plain_one(
     assert list(module.state_dict()) == names
     found, compiled = step(module, loss)
     traced = graphs()
-    functions = sum(2 for part in module.modules() if isinstance(part, DinoBackbone))  # each once for all blocks
+    functions = sum(2 for part in module.modules() if isinstance(part, DinoBackbone))  # compiled once for all blocks
     assert 0 < traced <= count + functions
     if system is foveated_vlm:
         assert traced > count, "the encoder's blocks are compiled too"
-    if system is not geometry_vla:  # transformers' vision attention reads the lengths of its windows off the device
+    if system is not geometry_vla:  # transformers' vision attention copies its window lengths off the device
         assert not torch._dynamo.utils.counters["graph_break"]
     assert found == pytest.approx(expected, rel=1e-5)
     assert compiled.keys() == gradients.keys()
@@ -170,7 +170,7 @@ def test_a_compiled_step_has_the_loss_and_the_gradients_of_a_plain_one(
 
 @pytest.mark.slow
 def test_compiled_and_plain_runs_continue_each_other(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
-    """Every mixture of both ends with the weights of a plain run, up to rounding."""
+    """Either order ends with the weights of a plain run, up to rounding."""
     compiled = ["compile=inductor", "compile.backend=aot_eager"]
 
     def weights(name: str, *stages: list[str]) -> dict[str, Tensor]:
@@ -218,7 +218,7 @@ def test_a_missing_compiler_is_said_before_anything_is_built(
 def test_a_dry_run_for_another_machine_asks_this_one_for_no_compiler_and_no_gpu(
     toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It compiles nothing; with compile= it was told to choose strategy=cpu."""
+    """A dry run compiles nothing; with compile= it used to require strategy=cpu."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     reports = []
     monkeypatch.setattr("keygrip.training.fit.dry_run", lambda *_: reports.append("counted") or {})
@@ -232,7 +232,7 @@ def test_a_dry_run_for_another_machine_asks_this_one_for_no_compiler_and_no_gpu(
 
 @pytest.mark.slow
 def test_inductor_trains_the_weights_of_a_plain_run(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
-    """The compiler itself; minutes on a slow processor."""
+    """This runs the compiler itself, which takes minutes on a slow processor."""
     if compilation.missing_compiler(on_gpu=False):
         pytest.skip("no C++ compiler")
     for name, options in (("plain", []), ("compiled", ["compile=inductor"])):
@@ -244,7 +244,8 @@ def test_inductor_trains_the_weights_of_a_plain_run(toy_overrides: Callable[...,
 
 @pytest.mark.slow
 def test_inductor_gives_attention_in_bf16_its_gradients() -> None:
-    """64 tokens: for a multiple of 32 plain products get NaN from inductor on a CPU with instructions for bf16."""
+    """There are 64 tokens: for multiples of 32, inductor gives NaN for plain products on a CPU with instructions for
+    bf16."""
     if compilation.missing_compiler(on_gpu=False):
         pytest.skip("no C++ compiler")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Counted runs are the runs that they would have been; the count is right; sweeps draw losses against it."""
+"""Counting does not change a run, the count is right, and sweeps plot losses against it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from keygrip.training.compute import STEP_TFLOP, Compute
 from keygrip.training.figures import figure_to_image
 from keygrip.training.loss_curves import Curves, Job, draw, read_curves, smoothed
 
-# The toy's step: 8 samples through Linear(4, 8) and Linear(8, 1). Forwards; and backwards the gradients of both weights
-# and of the second layer's input (the first one's has none).
+# The toy's step: 8 samples through Linear(4, 8) and Linear(8, 1). The forward pass; in the backward pass the gradients
+# of both weights and of the second layer's input (the first layer's input has none).
 OPERATIONS = 2 * 8 * (4 * 8 + 8 * 1) + 2 * 8 * (4 * 8 + 8 * 1 + 8 * 1)
 
 
 def test_counting_changes_no_bit_of_a_run_and_counts_its_operations(
     toy_overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """With dropout, whose numbers counting could take."""
+    """The run has dropout, whose random numbers counting could consume."""
     counted = [*toy_overrides("counted"), "callbacks.compute.every_n_steps=3", "logger=tensorboard"]
     metrics = train.run(compose("train", counted))
     train.run(compose("train", [*toy_overrides("plain"), "callbacks.compute=null"]))
@@ -48,7 +48,7 @@ def test_counting_changes_no_bit_of_a_run_and_counts_its_operations(
 
 @pytest.mark.parametrize("kernel", ["flash_attention", "efficient_attention", "cudnn_attention"])
 def test_heads_that_share_keys_and_values_count_as_if_each_had_its_own(kernel: str) -> None:
-    """The kernels of GPUs, by shape alone; torch 2.11's own counts refuse such shapes."""
+    """The kernels of GPUs, by shape alone; torch 2.11's own counts reject such shapes."""
     forward = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
     query, key, value = (torch.empty(2, heads, 5, 8, device="meta") for heads in (6, 2, 2))
     options: dict[str, Any] = {} if kernel == "flash_attention" else {"attn_bias": None, "compute_log_sumexp": True}
@@ -57,7 +57,7 @@ def test_heads_that_share_keys_and_values_count_as_if_each_had_its_own(kernel: s
     expanded = [each.repeat_interleave(3, dim=1) for each in (key, value)]
     with FlopCounterMode(display=False) as by_torch:
         forward(query, *expanded, **options)
-    products = 2 * 2 * 6 * 5 * 5 * 8  # of the queries with the keys; those with the values are as many
+    products = 2 * 2 * 6 * 5 * 5 * 8  # of queries and keys; there are as many with the values
     assert counter.get_total_flops() == by_torch.get_total_flops() == 2 * products
     backward = COUNTS[getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_backward")]
     assert backward(query.shape, query.shape, key.shape, value.shape) == 5 * products
@@ -75,14 +75,14 @@ def test_products_that_are_told_the_type_of_their_result_are_counted(product: st
         getattr(torch, product)(*operands)
     expected = 2 * 4 * 8 * 6 * (3 if product.startswith("b") else 1)
     assert counter.get_total_flops() == expected
-    count = COUNTS[getattr(torch.ops.aten, product)]  # as a counter calls it
+    count = COUNTS[getattr(torch.ops.aten, product)]  # called as by a counter
     shapes = [operand.shape for operand in operands]
     assert count(*shapes, torch.float32, out_shape=torch.Size([4, 6])) == expected
     assert count(*shapes, beta=1, alpha=1, out_shape=torch.Size([4, 6])) == expected
 
 
 def test_training_counts_shared_keys_and_values() -> None:
-    """Backwards too, through the kernel for processors."""
+    """The backward pass is counted too, through the kernel for CPUs."""
     query, key, value = (torch.randn(2, heads, 5, 8, requires_grad=True) for heads in (6, 2, 2))
     with FlopCounterMode(display=False, custom_mapping=COUNTS) as counter:
         attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
@@ -94,8 +94,8 @@ def test_training_counts_shared_keys_and_values() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "CUDNN_ATTENTION", "MATH"])
 def test_attention_on_a_gpu_is_counted(backend: str) -> None:
-    """Each of its kernels, with keys and values that three heads share; in plain products the backward pass computes
-    the scores no second time."""
+    """Each kernel, with keys and values that three heads share. With plain products, the backward pass does not compute
+    the scores a second time."""
     query, key, value = (
         torch.randn(2, heads, 16, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (6, 2, 2)
     )
@@ -116,9 +116,9 @@ def test_accumulated_batches_count_together(toy_overrides: Callable[..., list[st
 
 
 def test_a_resumed_run_keeps_what_was_counted_before(toy_overrides: Callable[..., list[str]]) -> None:
-    """Of a curriculum the resumed part alone would stand for all steps."""
+    """In a curriculum, the count of the resumed part would otherwise be used for all steps."""
     train.run(compose("train", [*toy_overrides("run"), "max_steps=4"]))
-    later = ["max_steps=8", "resume=true", "callbacks.compute.every_n_steps=1000"]  # which counts nothing more
+    later = ["max_steps=8", "resume=true", "callbacks.compute.every_n_steps=1000"]  # counts no further step
     metrics = train.run(compose("train", [*toy_overrides("run"), *later]))
     assert metrics["tflop"] == pytest.approx(8 * OPERATIONS / 1e12)
 
@@ -169,7 +169,7 @@ def test_smoothing_keeps_the_level_and_the_beginning() -> None:
     found = smoothed(noise)
     assert found.shape == noise.shape
     assert found[0] == pytest.approx(noise[0])
-    assert found[-1] == pytest.approx(noise[-(79 + 2 + 1) :].mean())  # a fifth of the way, and two
+    assert found[-1] == pytest.approx(noise[-(79 + 2 + 1) :].mean())  # over a fifth of the steps so far, and two
     assert found[50:].std() < 0.5 * noise.std()
 
 
@@ -192,7 +192,7 @@ def test_one_job_that_counted_nothing_puts_all_on_wall_time() -> None:
 
 
 def test_accuracy_has_a_panel_where_a_run_logged_one() -> None:
-    """On a scale from 0 to 1, against the same compute."""
+    """Its scale is 0 to 1, and its horizontal axis is the same compute."""
     found = curves([0, 9, 19], [4, 3, 2], {1: 2.0})
     steps, values = dict(found.steps), dict(found.values)
     steps["val/accuracy"], values["val/accuracy"] = np.array([10, 20]), np.array([0.25, 0.75])
@@ -207,13 +207,13 @@ def test_accuracy_has_a_panel_where_a_run_logged_one() -> None:
 
 @pytest.mark.parametrize("logger", ["tensorboard", pytest.param("csv", marks=pytest.mark.slow)])
 def test_a_sweep_leaves_a_picture_of_losses_against_compute(cli: Callable[..., Any], logger: str) -> None:
-    """A job that failed has no curve, and does not stop the others'."""
+    """A failed job has no curve, and does not prevent those of the others."""
     conf = str(Path(__file__).parents[1] / "support" / "conf")
     toy = ["--config-dir", conf, "-m", "model=toy", "data=toy", "strategy=cpu", f"logger={logger}", "max_steps=6"]
     options = ["val_every_n_steps=2", "log_every_n_steps=1", "hydra.sweep.dir=sweep", "optimizer.lr=0.01,-1,0.1"]
     done = cli(*toy, *options)
     assert done.code == 1
-    assert "No path found" not in "".join(done[1:])  # what tensorboard says when it has read a folder
+    assert "No path found" not in "".join(done[1:])  # tensorboard's message on reading a folder
     assert Path("sweep/loss_against_compute.png").read_bytes().startswith(b"\x89PNG")
     board = EventAccumulator("sweep/tensorboard/sweep").Reload()
     assert board.Tags()["images"] == ["loss_against_compute"]

@@ -45,7 +45,7 @@ def assert_same_weights(left: Path, right: Path) -> None:
 
 
 def assert_same_training(left: Path, right: Path) -> None:
-    """Weights, and what is reported."""
+    """Assert that the weights and the reported figures are the same."""
     assert_same_weights(left, right)
     one, two = (json.loads((run / "result.json").read_text())["metrics"] for run in (left, right))
     for name in ("val/loss", "val/error"):
@@ -55,9 +55,9 @@ def assert_same_training(left: Path, right: Path) -> None:
 
 @pytest.fixture
 def first_of_several(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The train command in this process may start others, as if it were `python -m keygrip.train`: what takes seconds
-    to import is imported once less. They end without an error, and nothing is left: no process group, and no variable
-    that Lightning has set."""
+    """Let the train command in this process start others, as if it were `python -m keygrip.train`, which saves one slow
+    import. The others must end without an error and leave nothing behind: no process group, and no variable set by
+    Lightning."""
     before, started, popen = dict(os.environ), list[Any](), subprocess.Popen
 
     def start(command: Any, *arguments: Any, **options: Any) -> Any:
@@ -84,7 +84,7 @@ def first_of_several(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_two_processes_train_the_weights_of_one(
     cli: Callable[..., Any], first_of_several: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches of five: one process has three samples of each, the other two."""
+    """Of each batch of five, one process has three samples, the other two."""
     uneven = "data.batch_size=5"
     assert keygrip.train([*HERE, uneven, "strategy=cpu", f"run_dir={tmp_path / 'one'}"])["status"] == "finished"
     # In a batch script of SLURM, without srun: the variables are those of the script, not of the two processes.
@@ -100,7 +100,8 @@ def test_two_processes_train_the_weights_of_one(
 
 @pytest.mark.slow
 def test_two_tasks_of_srun_train_the_weights_of_one(command: Callable[..., Any], tmp_path: Path) -> None:
-    """On one of four nodes, with eight tasks per node: a step is told the numbers of its job beside its own."""
+    """The step runs on one of four nodes, with eight tasks per node: its variables hold the numbers of the job next to
+    its own."""
     uneven = "data.batch_size=5"
     assert keygrip.train([*HERE, uneven, "strategy=cpu", f"run_dir={tmp_path / 'one'}"])["status"] == "finished"
     step = {"JOB_ID": "42", "JOB_NAME": "train", "STEP_ID": "1", "NTASKS": "2", "STEP_NUM_TASKS": "2", "NNODES": "1"}
@@ -157,7 +158,7 @@ def test_sharded_training_gives_the_weights_of_one_process_and_resumes(
 def test_a_run_goes_on_from_one_process_to_several_and_back(
     command: Callable[..., Any], tmp_path: Path, several: tuple[str, ...]
 ) -> None:
-    """With a part that is frozen, of which the optimiser knows nothing."""
+    """A part of the model is frozen, and the optimiser does not have it."""
     toy = (*TOY, "model.frozen=true")
     assert command("keygrip.train", *toy, "strategy=cpu", "run_dir=one").returncode == 0
     for number, strategy in enumerate((("strategy=cpu",), several)):
@@ -172,7 +173,8 @@ def test_a_run_goes_on_from_one_process_to_several_and_back(
 
 @pytest.mark.parametrize("numbered_by", ["groups", "module"])
 def test_stored_moments_get_the_names_of_their_parameters(numbered_by: str) -> None:
-    """By the order of the groups, as without FSDP, or by that of all parameters, frozen ones too, as with it."""
+    """They are numbered in the order of the groups, as without FSDP, or of all parameters, including frozen ones, as
+    with FSDP."""
     module = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3), nn.Linear(3, 3))
     optimizer = torch.optim.AdamW(AdamW(lr=1e-3).parameter_groups(module))
     module(torch.randn(5, 3)).square().sum().backward()
@@ -223,7 +225,7 @@ def test_a_parameter_that_had_no_gradient_yet_has_no_moments_when_sharded(tmp_pa
 
 
 def test_the_norm_of_sharded_gradients_is_one_number(tmp_path: Path) -> None:
-    """Not this process's share of it."""
+    """It is the whole norm, not the share of this process."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         module = nn.Linear(2, 1, bias=False)

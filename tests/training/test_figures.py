@@ -1,4 +1,4 @@
-"""Text in pictures: whatever a model says is drawn without a warning, and the drawing of it cannot fail."""
+"""Text in figures: any output of a model is drawn without a warning, and drawing it cannot fail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_what_cannot_be_printed_or_drawn_is_escaped() -> None:
 
 
 def test_any_answer_gets_into_a_title() -> None:
-    """Also a formula that is none: its dollar signs would make matplotlib raise."""
+    """This includes an invalid formula, whose dollar signs would make matplotlib raise."""
     frames, attention = np.zeros((2, 8, 8, 3), np.uint8), np.ones((2, 2, 2), np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Values of buffers are read from their device once after each change, and never out of date."""
+"""Values of buffers are read from their device once after each change, and are never out of date."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Holder(nn.Module):
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The tensors that were read, one after the other."""
+    """Return the tensors that were read, in order."""
     found, tolist = [], Tensor.tolist
 
     def counted(self: Tensor) -> object:
@@ -58,7 +58,7 @@ def test_it_is_read_once_after_each_change(reads: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("made", [copy.deepcopy, lambda holder: pickle.loads(pickle.dumps(holder))])
 def test_a_copy_says_what_its_own_buffer_holds(made: object) -> None:
-    """Changes of a copied tensor are counted from another number on."""
+    """The change counter of a copied tensor starts at another number."""
     holder = Holder()
     for changes in range(4):
         assert holder.read() == [float(each) for each in holder.known]

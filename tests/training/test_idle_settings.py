@@ -1,4 +1,4 @@
-"""Settings that others make idle are refused where the command line gives them."""
+"""Settings that have no effect because of other settings are refused if they are given on the command line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ BLIND = ("model=geometry_vla_no_injection", "data=yam_language")
         (VLA, "model.actions.osc_position_m=0.1", "model.actions.kind=osc"),
         (VLA, "model.actions.gripper=other", "model.actions.kind=joint"),
         ((*VLA, "model.network.pointing_cells=0"), "model.pointing_weight=1", "model.network.pointing_cells=2"),
-        # a part of the configuration's root is read where something that is built takes it
+        # a part of the configuration's root is read if an object that is built reads it
         (BLIND, "geometry.layers=4", "model.network.geom_inject_to_vlm=true"),
         (BLIND, "geometry=mapanything", "model.network.geom_inject_to_dit=true"),
         (BLIND, "backbone.width=48", "model.network.geom_inject_to_dit=true"),
@@ -64,7 +64,7 @@ BLIND = ("model=geometry_vla_no_injection", "data=yam_language")
             "backbone.trainable=all",
         ),
         (("backbone=dinov3_large",), "backbone.gradient_checkpointing=true", "backbone.trainable=all"),
-        # and one that reads it only where yet another says so
+        # and a part that is read only where yet another setting requires it
         (
             (*VLA, "model.network.geom_dit_tokens=0"),
             "model.network.geom_compression_type=qformer",
@@ -95,8 +95,8 @@ def test_settings_of_a_part_of_a_part_are_told_too() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("data.root=here", "data.record.task.camera=wrist"),  # data.camera takes its value from there
-        ("experiment=demo", "data.root=here"),  # the experiment's data.record is nobody's wish
+        ("data.root=here", "data.record.task.camera=wrist"),  # data.camera is set from it
+        ("experiment=demo", "data.root=here"),  # data.record comes from the experiment, not from the user
         (
             *VLA,
             "model.network.geom_inject_to_dit=false",
@@ -104,7 +104,7 @@ def test_settings_of_a_part_of_a_part_are_told_too() -> None:
             "model.network.geom_dit_tokens=4",
         ),
         ("~model.decoder.window",),
-        (*BLIND, "backbone.image_size=128", "vlm.width=256", "seed=3"),  # the images' size is the data's too
+        (*BLIND, "backbone.image_size=128", "vlm.width=256", "seed=3"),  # the images' size is also that of the data
         (*VLA, "geometry.layers=4", "backbone.width=48", "geometry=dino_multiview_pretrained"),
         ("experiment=depth_reader", "geometry.dim=64"),
     ],
@@ -149,19 +149,19 @@ def test_conditions_name_settings_that_there_are() -> None:
         (DIT, "patch_dit/v_prediction", False),
         (DIT, "patch_dit/no_final_modulation", False),
         ((*DIT, "optimizer=adamw"), "patch_dit/no_rotary", False),
-        (DIT, "patch_dit/none", False),  # it says so
-        ((*DIT, "model.dropout.masked_patches=0.7"), "patch_dit/masked_patches", False),  # another share
+        (DIT, "patch_dit/none", False),  # it is meant to change nothing
+        ((*DIT, "model.dropout.masked_patches=0.7"), "patch_dit/masked_patches", False),  # a different share
         ((*DIT, "model.dropout.masked_patches=0.3"), "patch_dit/masked_patches", True),
-        ((*DIT, "model.guide.at_step=3"), "patch_dit/early_guide", False),  # what only it brings
+        ((*DIT, "model.guide.at_step=3"), "patch_dit/early_guide", False),  # only this ablation has that setting
         ((*DIT, "model.network.qk_norm=false"), "patch_dit/no_qk_norm", True),
-        (STAGE, "foveated_vlm/shared_query_path", True),  # a null of a multiplier that is not there
+        (STAGE, "foveated_vlm/shared_query_path", True),  # sets a missing multiplier to null
         (STAGE, "foveated_vlm/visual_first", True),
         (STAGE, "foveated_vlm/no_frame_numbers", True),
         (STAGE, "foveated_vlm/no_text", False),
         (STAGE, "foveated_vlm/random_encoder", False),
         (SMALL, "foveated_vlm/shared_query_path", False),
         (SMALL, "foveated_vlm/no_text", False),
-        ((*SMALL, "data.sources.texts=null"), "foveated_vlm/no_text", True),  # a null of a source that is not there
+        ((*SMALL, "data.sources.texts=null"), "foveated_vlm/no_text", True),  # sets a missing source to null
     ],
 )
 def test_an_ablation_that_changes_nothing_is_refused(choices: tuple[str, ...], ablation: str, idle: bool) -> None:
@@ -174,7 +174,7 @@ def test_an_ablation_that_changes_nothing_is_refused(choices: tuple[str, ...], a
 
 
 def test_ablations_of_the_foveated_model_do_in_the_stages_what_they_name() -> None:
-    """Where the text has another source's name, and the encoder's weights are pretrained."""
+    """The text source has another name there, and the encoder's weights are pretrained."""
     sources = compose("train", [*STAGE, "ablation=foveated_vlm/no_text"]).data.sources
     assert [name for name, source in sources.items() if source is not None] == ["webvid"]
     encoder = compose("train", [*STAGE, "ablation=foveated_vlm/random_encoder"]).backbone
@@ -199,11 +199,11 @@ def test_jobs_of_a_sweep_are_warned_of_what_their_arm_does_not_read(
 
 
 def test_a_shift_whose_data_are_not_recorded_is_refused() -> None:
-    """It would be trained on what the folder holds, and reported under the shift's name."""
+    """It would be trained on the data of the folder, and reported under the shift's name."""
     shifted = ["shift=demos_20", "closed_loop=yam"]
     refuse_idle(compose("train", shifted), shifted)
     foreign = [*shifted, "data.root=here"]
     with pytest.raises(SettingError, match=r"shift=demos_20 sets data\.record\.demos, .* read where root is null"):
         refuse_idle(compose("train", foreign), foreign)
-    views = ["shift=views", "closed_loop=yam", "data.root=here"]  # differs in what is tested alone
+    views = ["shift=views", "closed_loop=yam", "data.root=here"]  # differs only in what is tested
     refuse_idle(compose("train", views), views)

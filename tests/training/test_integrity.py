@@ -35,7 +35,7 @@ def test_a_signed_file_loads_as_any_other(file: Path) -> None:
 def test_every_flipped_bit_is_found(file: Path) -> None:
     whole, generator = file.read_bytes(), random.Random(0)
     places = {0, len(whole) - 1, *(generator.randrange(len(whole)) for _ in range(198))}
-    for place in sorted(places | set(range(len(whole) - 110, len(whole)))):  # the end record and the hash too
+    for place in sorted(places | set(range(len(whole) - 110, len(whole)))):  # including the end record and the hash
         changed = bytearray(whole)
         changed[place] ^= 1 << generator.randrange(8)
         file.write_bytes(changed)
@@ -56,7 +56,7 @@ def test_other_changes_are_found_too(file: Path) -> None:
 
 
 def flipped(file: Path, tensor: torch.Tensor) -> Path:
-    """The file with one bit of a tensor's numbers changed, which torch.load takes without a word."""
+    """Change one bit of a tensor in the file, which torch.load accepts without an error; return the file."""
     content = bytearray(file.read_bytes())
     content[content.index(tensor.numpy().tobytes()) + 5] ^= 4
     file.write_bytes(content)

@@ -1,4 +1,4 @@
-"""TensorBoard and W&B get the same: settings, images, text, one W&B run for each run folder."""
+"""TensorBoard and W&B receive the same: settings, images, text, one W&B run for each run folder."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_wandb_gets_settings_images_and_text_and_is_finished(tmp_path: Path, mon
     assert loggers.takes_images(made)
     loggers.finish(made, failed=False)
     package.run = None
-    loggers.finish(made, failed=True)  # none was begun
+    loggers.finish(made, failed=True)  # none was started
     settings = ("settings", {"model.width": 3, "model.sizes": "[1, 2]", "seed": 0})
     assert made[0].calls == [settings, ("val/x", (4, 5, 3), 5), ("val/y", "words", 5), ("finish", 0)]
 
@@ -99,7 +99,7 @@ def test_wandb_is_told_whether_a_run_came_to_its_end(
 def test_a_wandb_run_is_finished_where_its_job_fails_before_training(
     toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lightning's logger of the sweep's next job would log into it."""
+    """Otherwise Lightning's logger of the sweep's next job would log into it."""
     begun, found = WandbLogger(), []
     monkeypatch.setattr("keygrip.training.fit.build_loggers", lambda *_: [begun])
     monkeypatch.setattr("keygrip.training.fit.finish", lambda made, failed: found.append((made, failed)))
@@ -124,7 +124,7 @@ def test_another_process_of_a_run_does_not_change_its_wandb_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert loggers.wandb_id(tmp_path)  # it came first, and writes nothing
+    assert loggers.wandb_id(tmp_path)  # it came first, but writes nothing
     monkeypatch.setenv("RANK", "0")
     first = loggers.wandb_id(tmp_path)
     monkeypatch.setenv("RANK", "1")
@@ -165,7 +165,7 @@ def test_tensorboard_gets_settings_images_and_the_gradient_norm(
 def test_a_resumed_run_keeps_its_table(
     stop_at: int, toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a killed run logged after its last checkpoint stands there once, too."""
+    """Rows that a killed run logged after its last checkpoint also appear only once."""
     import toy_parts
 
     whole_step = toy_parts.ToyModule.training_step
@@ -252,7 +252,7 @@ def test_an_integer_that_no_float_holds_is_text_among_the_settings(tmp_path: Pat
 
 
 class Growing(LightningModule):
-    """Its gradient at step n, from 1, is n."""
+    """The gradient at step n, counted from 1, is n."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ class Growing(LightningModule):
 
 @pytest.mark.parametrize("batches", [2, 4, 100])
 def test_the_gradient_norm_is_that_of_the_step_beside_it(batches: int, tmp_path: Path) -> None:
-    """Also where epochs are shorter than the logging interval."""
+    """This also holds where epochs are shorter than the logging interval."""
     trainer = Trainer(
         max_steps=10,
         log_every_n_steps=3,

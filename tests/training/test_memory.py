@@ -1,4 +1,4 @@
-"""Memory of a step: what is counted without computing is what a real step takes."""
+"""Memory of a step: the count without computation is the same as that of a real step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from keygrip.training.system import parameters_m
 
 
 def allocated(step: Step) -> int:
-    """The most bytes that torch's allocator gave out during a step, beyond those before it."""
+    """Return the peak number of bytes that torch's allocator gave out during a step, beyond those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step(lambda tensor: tensor).backward()
     now = peak = 0
@@ -55,8 +55,8 @@ def test_what_is_counted_is_what_a_step_takes(recompute: bool) -> None:
 
 @pytest.mark.parametrize(("width", "rows", "last"), [(256, 64, 256), (32, 1024, 32), (32, 256, 4096)])
 def test_the_second_batch_of_a_step_finds_gradients_of_the_first(width: int, rows: int, last: int) -> None:
-    """Of wide layers, whose gradients are most of it; of narrow ones with large activations; and of many classes, where
-    a step takes most after its forward pass, when the gradients of the scores are there too."""
+    """With wide layers, whose gradients are most of it; with narrow layers and large activations; and with many
+    classes, where the peak comes after the forward pass, when the gradients of the scores exist too."""
     layers = [nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(6)]
     network = nn.Sequential(*layers, nn.Linear(width, last))
     batch = torch.randn(rows, width)
@@ -75,7 +75,7 @@ def test_the_second_batch_of_a_step_finds_gradients_of_the_first(width: int, row
 
 
 def test_under_autocast_each_use_of_a_weight_makes_a_copy_as_in_training() -> None:
-    """Lightning's trainer lets torch keep no copy for the next use of the same weight."""
+    """In Lightning's trainer, torch does not cache the copy for the next use of the same weight."""
     layer, batch = nn.Linear(2048, 2048, bias=False), torch.randn(4, 2048)
 
     def step(of_batch: object) -> Tensor:
@@ -86,12 +86,12 @@ def test_under_autocast_each_use_of_a_weight_makes_a_copy_as_in_training() -> No
             return step(of_batch)
 
     taken = allocated(trained) + batch.nbytes
-    # of shapes alone, gradients of two uses are not added in place
+    # with shapes alone, gradients of two uses are not added in place
     assert taken <= count_step(layer, step, bf16=True, ema=False).step < 1.25 * taken
 
 
 def test_attention_is_counted_as_a_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16 by the fused kernel: a processor trains it in float32, of which its copies are no memory of a GPU's."""
+    """In bf16 it uses the fused kernel. A CPU trains attention in float32, whose copies are not in a GPU's memory."""
     network, batch = Attention(64, heads=2), torch.randn(4, 256, 64)
 
     def counted() -> int:
@@ -110,7 +110,7 @@ def test_attention_is_counted_as_a_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Pieces(nn.Module):
-    """Its shapes depend on what the batch holds, as those of a tower that reads images of many sizes."""
+    """Its shapes depend on the content of the batch, like those of a tower that reads images of many sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def test_a_forward_pass_alone_keeps_no_activations() -> None:
         return hidden
 
     found = count_forward(network, forward)
-    # the batch, what a block is given, and what GELU reads and writes
+    # the batch, the input of a block, and the input and output of GELU
     assert found.step == pytest.approx(4 * 256 * (32 + 32 + 128 + 128), rel=0.05)
     assert (found.optimizer, found.ema, found.weights) == (0, 0, sum(4 * p.numel() for p in network.parameters()))
 

@@ -1,4 +1,4 @@
-"""What a run starts from and is not there is said before weights are fetched from a hub."""
+"""A missing source of a run is reported before weights are fetched from a hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 
 @pytest.fixture
 def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails where the model is built: it would fetch an encoder and a language model."""
+    """Fail if the model is built, since that would fetch an encoder and a language model."""
 
     def build(self: FoveatedVLMModule, *args: object, **kwargs: object) -> None:
         raise AssertionError("the model was built first")

@@ -1,4 +1,4 @@
-"""Muon with AdamW: who gets which, what a step does, and that its state is saved and loaded."""
+"""Muon with AdamW: which parameters each updates, the effect of a step, and that the state is saved and loaded."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_a_step_of_muon_is_orthogonal_and_of_adamws_size() -> None:
     trained(module, recipe.configure(module, 100)["optimizer"], 1)
     change = module.state_dict()["blocks.0.weight"] - before["blocks.0.weight"]
     values = torch.linalg.svdvals(change)
-    # The layer norm takes one direction out of the gradient. The others end near one size, where a gradient's own lie
-    # orders of magnitude apart.
+    # The layer norm removes one direction from the gradient. The other singular values become similar in size; in the
+    # gradient itself they differ by orders of magnitude.
     assert values[0] / values[-2] < 2
     assert change.pow(2).mean().sqrt() == pytest.approx(0.2 * 1e-2, rel=0.3)
 
@@ -143,7 +143,8 @@ def test_the_iteration_is_in_float32_where_bfloat16_would_be_slower(
 
 
 def test_the_iteration_in_float32_is_torchs_within_bfloat16() -> None:
-    """Torch's Muon, which computes in bfloat16, on the same gradients; then each goes on with the other's state."""
+    """It is compared with torch's Muon, which computes in bfloat16, on the same gradients; then each continues from the
+    other's state."""
     options = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
     ours, theirs = (nn.Parameter(torch.zeros(6, 9)) for _ in range(2))
     optimizers = [Float32Muon([ours], **options), torch.optim.Muon([theirs], **options)]  # type: ignore[arg-type]
@@ -164,7 +165,8 @@ def test_the_iteration_in_float32_is_torchs_within_bfloat16() -> None:
 @pytest.mark.parametrize("shape", [(6, 6), (6, 9), (16, 40), (40, 16), (8, 48), (1, 5)])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_the_iteration_by_gram_matrices_is_the_plain_one(shape: tuple[int, int], rank: int | None, steps: int) -> None:
-    """Wide and tall matrices, full and of low rank, against the quintic iteration as written, in float64."""
+    """Wide and tall matrices, of full and of low rank, are compared with the quintic iteration as written, in
+    float64."""
     a, b, c = coefficients = (3.4445, -4.775, 2.0315)
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -184,7 +186,7 @@ def test_a_gradient_of_zeros_makes_no_step_of_muon() -> None:
 
 @pytest.mark.parametrize("iteration", ["bfloat16", "float32"])
 def test_a_step_with_a_closure_is_the_step_after_its_backward_pass(iteration: str) -> None:
-    """The closure is called once, with gradients on; its loss is what the step returns."""
+    """The closure is called once, with gradients enabled, and the step returns its loss."""
     plain, closed = network(), network()
     x, losses = torch.randn(8, 4), []
 
@@ -228,7 +230,7 @@ def test_torchs_muon_in_float32_takes_a_closure_and_its_options() -> None:
 
 
 def test_groups_have_names_of_their_own() -> None:
-    """Lightning's monitor of learning rates refuses others."""
+    """Lightning's monitor of learning rates rejects equal names."""
     names = [group["name"] for group in optimizer_of(network()).param_groups]
     assert len(set(names)) == len(names)
 

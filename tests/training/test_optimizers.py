@@ -26,7 +26,7 @@ class Network(nn.Module):
 
 
 def groups_of(recipe: AdamW, module: nn.Module) -> dict[str, dict[str, object]]:
-    """By parameter name: learning rate and weight decay."""
+    """Return learning rate and weight decay by parameter name."""
     names = {id(p): name for name, p in module.named_parameters()}
     found: dict[str, dict[str, object]] = {}
     for group in recipe.parameter_groups(module):
@@ -58,7 +58,7 @@ def test_a_multiplier_that_fits_nothing_is_an_error() -> None:
 
 
 def test_a_multiplier_of_a_frozen_part_has_no_effect_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    """As of the recipe of a stage whose encoder the user freezes."""
+    """For example in the recipe of a stage whose encoder the user freezes."""
     network = backbone_and_head("frozen")
     recipe, plain = AdamW(2.0, lr_multipliers={"backbone": 0.1, "head": 0.5}), AdamW(2.0, lr_multipliers={"head": 0.5})
     with caplog.at_level(logging.INFO):
@@ -73,7 +73,7 @@ def test_a_multiplier_of_a_frozen_part_has_no_effect_and_is_said_once(caplog: py
 
 
 def test_a_multiplier_of_none_is_none() -> None:
-    """What an ablation writes over one of a part that its network does not have."""
+    """An ablation sets None for a part that its network does not have."""
     multipliers = {"backbone": None, "query_path": None, "head": 0.5}
     assert groups_of(AdamW(2.0, lr_multipliers=multipliers), Network()) == groups_of(
         AdamW(2.0, lr_multipliers={"head": 0.5}), Network()
@@ -81,7 +81,7 @@ def test_a_multiplier_of_none_is_none() -> None:
 
 
 def test_nested_multipliers_are_dotted_names() -> None:
-    """As the command line makes them of `optimizer.lr_multipliers.backbone.0=0.1`."""
+    """The command line gives them for `optimizer.lr_multipliers.backbone.0=0.1`."""
     nested = {"backbone": {0: 0.1, "1": {"weight": 0.5}}, "head": None}
     assert groups_of(AdamW(2.0, lr_multipliers=nested), Network()) == groups_of(
         AdamW(2.0, lr_multipliers={"backbone.0": 0.1, "backbone.1.weight": 0.5}), Network()

@@ -18,7 +18,7 @@ from keygrip.training.parts import UntrustedPartError, build_stored, model_part,
 from keygrip.training.saving import AtomicCheckpointIO
 
 TRUST = ["toy_parts"]
-# Each writes {file} where it is called as Hydra would call it. The first eight took effect in an earlier version.
+# Each writes {file} if it is called as Hydra would call it. The first eight succeeded in an earlier version.
 ATTACKS: list[dict[str, Any]] = [
     {"_target_": "torch.utils.collect_env.run", "command": "touch {file}"},
     {"_target_": "torch.load", "f": "{pickle}", "weights_only": False},
@@ -46,7 +46,7 @@ ATTACKS: list[dict[str, Any]] = [
     {"_target_": "keygrip.artifacts.write_text", "path": "{file}", "text": "x"},
     {"_target_": "keygrip.training.parts.build_stored", "config": {}, "where": "x"},
     {"_target_": "keygrip.training.pretraining.PretrainingStage", "overrides": ["max_steps=1"], "name": "x"},
-    # other people's names through modules of keygrip, and names that are no classes
+    # names of other packages in modules of keygrip, and names that are no classes
     {"_target_": "keygrip.models.patch_dit.encoders.torch.load", "f": "{pickle}", "weights_only": False},
     {"_target_": "keygrip.models.volume_query.module.Path.write_text", "self": "{file}", "data": "x"},
     {"_target_": "keygrip.models.volume_query.module.LightningModule"},
@@ -60,17 +60,17 @@ ATTACKS: list[dict[str, Any]] = [
     {"_target_": "keygrip"},
     {"_target_": "toy_parts.os.mkdir", "path": "{file}"},
     {"_target_": "keygrip.envs.gymnasium_environment.GymnasiumTask", "id": "canary:Anything-v0"},
-    # what is not a target at all
+    # entries that are no target at all
     {"_args_": ["{file}"]},
     {"_partial_": "yes"},
     {"text": "${{oc.env:HOME}}"},
     {"text": "${{oc.create:x}}"},
-    {"text": "???"},  # a value that omegaconf takes for missing
+    {"text": "???"},  # a value that omegaconf treats as missing
 ]
 
 
 def nested(attack: Any) -> list[Any]:
-    """The attack in other places."""
+    """Return the attack in other places."""
     return [
         [1, [attack]],
         {"a": {"b": attack}},
@@ -181,7 +181,7 @@ STORED_DATA = {
 
 @pytest.mark.parametrize("kind", STORED_DATA)
 def test_an_address_and_a_cache_are_the_callers_to_name(kind: str, trained: Path, tmp_path: Path) -> None:
-    """What a checkpoint says is no reason to ask a server for anything, or to write beside its data."""
+    """A checkpoint must not cause requests to a server, or files next to its data."""
     from omegaconf import OmegaConf
 
     from keygrip.evaluation.kinds import Evaluated
@@ -234,7 +234,8 @@ def test_stored_data_take_no_more_of_the_machine_than_by_default(trained: Path, 
 
 
 def test_what_evaluation_takes_is_the_most_of_conf() -> None:
-    """A lower limit than a training's would be reached while that training's copies are within its own."""
+    """A lower limit than that of a training would be exceeded while the copies of that training are within its own
+    limit."""
     from omegaconf import OmegaConf
 
     from keygrip.config import config_folder
@@ -311,7 +312,7 @@ def test_what_is_missing_is_made_where_the_caller_says_so_by_keygrips_own_functi
     make, trusted = {"record": {"make_missing": True}}, ("lab",)
     (tmp_path / "lab.py").write_text("import os\ndef record(**options):\n    pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    imported = "keygrip.recording.demonstrations"  # what a module imports is not its own
+    imported = "keygrip.recording.demonstrations"  # names that a module imports are not its own
     others = ["os.system", "keygrip.artifacts.write_text", "lab.os.system"]
     others += [f"{imported}.usable_cores", f"{imported}.os.system"]
     for recorder, trust in (("lab.record", ()), *((other, trusted) for other in others)):
@@ -370,7 +371,8 @@ def test_parts_bring_no_weights_of_their_own() -> None:
 
 
 def test_what_made_shards_hold_stays_as_it_was() -> None:
-    """The folder of a set is named by a hash of it: with other settings evaluation would look for another one."""
+    """The folder of a set is named by a hash of these settings: with others, evaluation would look for another
+    folder."""
     backbone = {"_target_": "keygrip.models.backbone.dino.DinoBackbone", "image_size": 32, "init_from": "runs/encoder"}
     backbone |= {"variant": "tiny", "width": 16, "depth": 1, "heads": 2}
     made = {
@@ -381,7 +383,7 @@ def test_what_made_shards_hold_stays_as_it_was() -> None:
     kept = build_stored(made | {"_recursive_": False}, "data")
     assert kept.options == {"view": backbone}
     assert not kept.make_missing
-    built = build_stored(made, "data")  # Hydra would build it: then it brings no weights of its own
+    built = build_stored(made, "data")  # if Hydra built it, it would have no weights of its own
     assert isinstance(built.options["view"], DinoBackbone)
     assert built.options["view"].loaded_weights == "random"
 
@@ -432,7 +434,7 @@ def test_a_declaration_is_not_inherited() -> None:
 
 
 def test_every_target_that_conf_names_is_declared(toy_overrides: Callable[..., list[str]]) -> None:
-    """What `keygrip.train` builds as model and data can be built again from its checkpoint."""
+    """The model and the data that `keygrip.train` builds can be built again from its checkpoint."""
     from omegaconf import OmegaConf
 
     from keygrip.config import config_folder
@@ -459,7 +461,7 @@ def test_every_target_that_conf_names_is_declared(toy_overrides: Callable[..., l
 
 
 def test_named_packages_are_those_that_trust_may_name() -> None:
-    """A notebook's `__main__` is none, and must not refuse what needs no permission."""
+    """A notebook's `__main__` is not among them; it must not lead to a refusal where no permission is needed."""
     config = {"_target_": "keygrip.A", "a": [{"_target_": "__main__.B"}, {"_target_": "_lab.C"}, {"_target_": "lab.D"}]}
     assert named_packages(config) == ("lab",)
     build_stored(

@@ -1,4 +1,4 @@
-"""Runs that another one builds on, made where they are missing."""
+"""Runs that another run builds on, trained where they are missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def resolved(*overrides: str) -> Any:
 
 
 def finished(folder: Path, overrides: Sequence[str] = ()) -> None:
-    """What is left of a run of these overrides, without its weights."""
+    """Write the files of a finished run of these overrides, without its weights."""
     checkpoint = folder / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir(parents=True)
     header = {"format": checkpoints.FORMAT, "config": resolved(*overrides)}
@@ -58,7 +58,7 @@ def test_a_run_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pyte
 def test_a_run_of_other_settings_is_not_taken_for_it(tmp_path: Path) -> None:
     stage = made(["experiment=vlm_encoder_pretraining", "seed=3"], str(tmp_path))
     before = [*stage.overrides, "backbone.depth=3", "max_steps=7", "logger=none", "log_every_n_steps=1"]
-    finished(stage.run_dir, before)  # the recipe was another one then
+    finished(stage.run_dir, before)  # made with an earlier recipe
     with pytest.raises(ValueError, match=r"backbone\.depth \(3 then, None now\), max_steps \(7 then") as no:
         stage.complete()
     assert f"move it away to train {stage.name} anew, or name {stage.run_dir} itself" in str(no.value)
@@ -71,7 +71,7 @@ def test_a_run_is_made_by_one_process(number: str, tmp_path: Path, monkeypatch: 
     overrides = ["model=nothing", "data.name=two words"]
     with pytest.raises(ValueError, match="is missing, and it is trained by one process") as no:
         made(overrides, str(tmp_path)).complete()
-    # as a shell wants it
+    # quoted for a shell
     assert "run `python -m keygrip.train model=nothing 'data.name=two words' run_dir=" in str(no.value)
 
 
@@ -161,7 +161,7 @@ def test_a_stage_saves_before_the_run_that_waits_for_it_is_stopped(tmp_path: Pat
 
 
 def test_a_run_begins_with_a_stage_that_is_to_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From then on its folder stays, however it ends: hours may have gone into the stage."""
+    """From then on its folder is kept, however the run ends: hours may have been spent on the stage."""
     stage, said = made(["seed=3"], str(tmp_path)), list[str]()
     target = f"{PretrainingStage.__module__}.{PretrainingStage.__qualname__}"
     node = {"_target_": target, "overrides": list(stage.overrides), "name": stage.name, "folder": stage.folder}
@@ -177,7 +177,7 @@ def test_a_run_begins_with_a_stage_that_is_to_be_trained(tmp_path: Path, monkeyp
     ("settings", "order"),
     [
         (["model=volume_query"], ["data", "stages"]),
-        (["experiment=dit_robot_images_latents"], ["stages", "data"]),  # whose images the stage's weights encode
+        (["experiment=dit_robot_images_latents"], ["stages", "data"]),  # the stage's weights encode the images
     ],
 )
 def test_data_are_looked_for_before_stages_that_they_do_not_need(

@@ -48,7 +48,7 @@ def test_figures_reach_the_loggers(toy_overrides: Callable[..., list[str]], tmp_
 def test_skipped_samples_are_counted_in_the_event_files(
     toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One more with each training batch here; a toy whose data can skip nothing logs no such figure."""
+    """Each training batch adds one here; a toy whose data cannot skip samples does not log this figure."""
     import toy_parts
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,4 +1,4 @@
-"""Interrupted by anything, a run continues to the same weights that it would have had."""
+"""After any interruption, a run continues to the same weights as without it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from keygrip.training.resuming import differing_settings
 from keygrip.training.saving import SaveLatest, SaveOnInterrupt
 from keygrip.training.signals import Interrupted
 
-# What SLURM tells a job of one task.
+# The environment variables of a SLURM job of one task.
 SLURM = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"} | {
     f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID", "STEP_ID")
 }
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:
-    """Weights, EMA weights and optimiser state of a run, by name."""
+    """Return weights, EMA weights and optimiser state of a run, by name."""
     checkpoint = read_checkpoint(folder)
     state = dict(checkpoint["state_dict"])
     state |= {f"ema.{name}": value for name, value in checkpoint["ema"]["parameters"].items()}
@@ -59,7 +59,7 @@ def trained() -> dict[str, Tensor]:
 def uninterrupted(
     trained: dict[str, Tensor], toy_overrides: Callable[..., list[str]], tmp_path: Path
 ) -> dict[str, Tensor]:
-    """The state of a run that nothing interrupts, which is trained once."""
+    """Return the state of a run that is not interrupted; it is trained once."""
     if not trained:
         train.run(compose("train", toy_overrides("whole")))
         trained |= state_of(tmp_path / "whole")
@@ -119,7 +119,7 @@ def test_killed_process_resumes_to_the_same_bits(
 
 @pytest.fixture
 def terminal() -> Iterator[None]:
-    """As where the tests do not run under nohup, which has SIGHUP ignored."""
+    """Set the default for SIGHUP, as without nohup, which ignores it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -182,7 +182,7 @@ def test_a_signal_in_a_validation_saves_the_step_before_it_and_resumes_to_the_sa
     metrics = [read_result(tmp_path / name)["metrics"] for name in ("stopped", "whole")]
     if "max_steps=12" not in more:
         assert metrics[0]["train/loss"] == metrics[1]["train/loss"]
-    # the last one, where a step is left, which changes the weights
+    # a validation that was cut off is repeated only if no step is left, as a step changes the weights
     left_out = step in ("10", "12") and "max_steps=12" not in more
     assert metrics[0].get("val/error") == (None if left_out else metrics[1]["val/error"])
     assert ("no step is left, and the last validation was cut off: it is done" in caplog.text) == (
@@ -203,7 +203,8 @@ def test_under_nohup_a_closed_terminal_is_nothing(
 
 
 def test_a_warning_that_another_process_got_queues_the_job_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM signals all processes of a step, and one may come to its end of the step before its signal does."""
+    """SLURM signals all processes of a step, and one may reach the end of its training step before its signal
+    arrives."""
     queued: list[bool] = []
     monkeypatch.setattr("keygrip.training.saving.queue_again", lambda: queued.append(True))
     strategy = SimpleNamespace(root_device="cpu", reduce=lambda own, reduce_op: max(own, torch.tensor(signal.SIGUSR1)))
@@ -219,7 +220,8 @@ def test_a_warning_that_another_process_got_queues_the_job_again(monkeypatch: py
 def started_by_slurm(
     toy_overrides: Callable[..., list[str]], cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], int]]:
-    """Trains as a job of SLURM, whose scontrol writes its arguments into called.txt; returns the exit code."""
+    """Train as a job of SLURM, whose scontrol writes its arguments into called.txt; the function returns the exit
+    code."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text('#!/bin/sh\necho "$@" >> called.txt\n')
@@ -252,14 +254,14 @@ def test_a_slurm_job_that_is_warned_saves_is_queued_again_and_goes_on(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert started_by_slurm() == 0
     (folder,) = (tmp_path / "runs" / "toy_toy").iterdir()
-    assert not list(folder.glob("hpc_ckpt*"))  # Lightning's, which no resumed run reads
+    assert not list(folder.glob("hpc_ckpt*"))  # Lightning's checkpoint, which no resumed run reads
     assert_equal(state_of(folder), uninterrupted)
 
 
 def test_a_slurm_job_that_is_warned_before_it_trains_is_queued_again(
     started_by_slurm: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may import classes, train a stage before its own, or compute statistics for hours."""
+    """Before training it may import classes, train a pretraining stage, or compute statistics for hours."""
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
     try:
         with monkeypatch.context() as patch:
@@ -312,7 +314,7 @@ def test_metrics_of_a_shorter_training_are_not_kept(toy_overrides: Callable[...,
 def test_ctrl_c_after_the_last_step_is_recorded(
     sweep: bool, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is no step left that would save, and Lightning makes an exit with code 1 of it."""
+    """No step is left that would save, and Lightning turns the interruption into an exit with code 1."""
 
     def stop(callback: object, trainer: object, module: object) -> None:
         raise KeyboardInterrupt
@@ -407,7 +409,7 @@ def test_settings_that_change_no_weight_may_differ(name: str) -> None:
         return nested | {"data": nested.get("data", {}) | {"_target_": data}}
 
     assert differing_settings(settings("there"), settings("here")) == ""
-    if name.endswith("root"):  # where contents are compared, and by whom
+    if name.endswith("root"):  # a root may differ only if both runs verify the contents
         for verified, before in ((False, True), (True, False), (False, False)):
             then, now = settings("there"), settings("here")
             then["data"]["verify"], now["data"]["verify"] = before, verified
@@ -417,7 +419,7 @@ def test_settings_that_change_no_weight_may_differ(name: str) -> None:
 
 
 def test_stages_that_counted_batches_may_be_given_in_optimizer_steps() -> None:
-    """As an earlier version counted them; the order of samples stays and is compared by its fingerprint."""
+    """An earlier version counted batches; the order of samples stays the same and is compared by its fingerprint."""
 
     def settings(*steps: int, accumulated: int = 4) -> dict[str, Any]:
         stages = [{"weights": {"easy": 1.0}, "steps": each} for each in steps] + [{"weights": {"hard": 1.0}}]

@@ -72,7 +72,7 @@ def test_a_damaged_record_of_another_run_keeps_no_run_from_resuming(content: str
 
 
 def test_resuming_takes_the_newest_checkpoint_of_this_model_and_data() -> None:
-    for name, started, age_s in (("b", 100.0, 0.0), ("a", 200.0, 50.0)):  # file times say the opposite
+    for name, started, age_s in (("b", 100.0, 0.0), ("a", 200.0, 50.0)):  # file times are the other way round
         checkpoint_in(f"runs/m_d/{name}", age_s=age_s)
         Path(f"runs/m_d/{name}/result.json").write_text(json.dumps({"started_at": started}))
     checkpoint_in("runs/m_other/z")
@@ -110,7 +110,7 @@ def test_a_link_to_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run_dir=runs/a: runs is a symbolic link to \S+/disk, which is not there"):
         run_folder.choose("runs/a", False, "m", "d")
     with pytest.raises(ValueError, match=r"a new folder in runs/m_d: runs is a symbolic link to \S+/disk"):
-        run_folder.new_folder(Path("runs/m_d"), "job")  # looked for a free name for ever
+        run_folder.new_folder(Path("runs/m_d"), "job")  # it used to look for a free name for ever
     (tmp_path / "disk").mkdir()
     assert run_folder.choose("runs/a", False, "m", "d") == "runs/a"
 
@@ -135,7 +135,7 @@ def test_processes_of_torchrun_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     folders = []
-    for wait in (0.0, 1.1):  # each process is asked at another moment, and has the same parent
+    for wait in (0.0, 1.1):  # each process chooses at another time, and has the same parent
         time.sleep(wait)
         run_folder.stamp.cache_clear()
         children = os.pipe()
@@ -166,7 +166,7 @@ def test_trainings_of_one_program_are_numbered(monkeypatch: pytest.MonkeyPatch) 
     first, second = chosen(1), chosen(2)
     assert first != second
     assert (chosen(1), chosen(2)) == (first, second)
-    # a process that Lightning starts with the same script comes to the same folders
+    # a process that Lightning starts with the same script gets the same folders
     run_folder._claimed.cache_clear()
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(os, "getppid", os.getpid)
@@ -179,7 +179,7 @@ def test_trainings_of_one_program_are_numbered(monkeypatch: pytest.MonkeyPatch) 
 
 
 def in_slurm(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Callable[..., str]:
-    """The folder that one process after another, with these arguments, gets in a job of SLURM."""
+    """Return a function that gives the folder of a new process, with these arguments, in a job of SLURM."""
     for name, value in ({"NTASKS": "1", "JOB_ID": "42", "JOB_NAME": "train", "PROCID": "0"} | variables).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
 
@@ -200,7 +200,7 @@ def test_slurm_tasks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("tasks", ["1", "2"])
 def test_a_slurm_job_finds_its_folders_when_it_is_queued_again(tasks: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the order in which the steps of its batch script begin, and however often the job was queued."""
+    """The steps of its batch script may begin in any order, and the job may be queued any number of times."""
     commands = (["seed=1"], ["seed=2"])
     before = [in_slurm(monkeypatch, NTASKS=tasks, STEP_ID=str(step))(*commands[step]) for step in (0, 1)]
     assert before[0] != before[1]
@@ -210,7 +210,7 @@ def test_a_slurm_job_finds_its_folders_when_it_is_queued_again(tasks: str, monke
 
 
 def test_a_second_start_of_the_same_settings_in_a_slurm_job_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queued again, the job could not tell their folders apart."""
+    """If the job were queued again, it could not distinguish their folders."""
     started = in_slurm(monkeypatch)
     folder = Path(started("seed=1"))
     checkpoint_in(str(folder))
@@ -229,7 +229,7 @@ def test_programs_side_by_side_in_a_slurm_job_have_the_folders_of_their_training
 
 @pytest.mark.parametrize("name", ["bash", "interactive"])
 def test_a_shell_in_a_slurm_job_is_no_part_of_its_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`srun -n4 --pty bash`: a command there is alone, and a second one gets a folder of its own."""
+    """`srun -n4 --pty bash`: a command there runs alone, and a second one gets a folder of its own."""
     started = in_slurm(monkeypatch, JOB_NAME=name, NTASKS="4", STEP_NUM_TASKS="4")
     assert started_together() == 1
     first, second = started("seed=1"), started("seed=1")
@@ -243,7 +243,7 @@ def test_sweep_folder_resumes_the_newest_as_a_whole() -> None:
     assert Path(run_folder.choose_for_sweep(False, "m", "d")).parent == Path("runs/sweeps/m_d")
     with pytest.raises(FileNotFoundError, match="no sweep in"):
         run_folder.choose_for_sweep(True, "m", "d")
-    for name, started, modified in (("old", 100.0, 2e9), ("new", 200.0, 1e9)):  # file times say the opposite
+    for name, started, modified in (("old", 100.0, 2e9), ("new", 200.0, 1e9)):  # file times are the other way round
         plan = Path("runs/sweeps/m_d") / name / "sweep.json"
         plan.parent.mkdir(parents=True)
         plan.write_text(json.dumps({"jobs": [], "started": started}))
@@ -298,7 +298,7 @@ def test_a_folder_is_held_by_one_process(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_training_that_another_programs_hydra_command_starts_has_a_folder_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`keygrip.train(...)` inside somebody's `@hydra.main`."""
+    """`keygrip.train(...)` is called inside another program's `@hydra.main`."""
     theirs = OmegaConf.create({"runtime": {"output_dir": "outputs"}, "job": {"name": "app"}, "overrides": {"task": []}})
     monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(HydraConfig, "get", lambda: theirs)

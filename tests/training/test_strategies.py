@@ -75,7 +75,7 @@ def test_slurm_says_how_many_tasks_and_nodes(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_srun_that_shows_each_process_its_own_gpu_is_told_how_to_show_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --gpus-per-task=1; fewer devices, which Lightning refuses, are no way out."""
+    """With --gpus-per-task=1. Fewer devices, which Lightning refuses, are not a solution."""
     with_gpus(monkeypatch, 1)
     for name, value in (("STEP_NUM_TASKS", "16"), ("NTASKS_PER_NODE", "8"), ("JOB_NUM_NODES", "2")):
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -87,7 +87,7 @@ def test_srun_that_shows_each_process_its_own_gpu_is_told_how_to_show_all(monkey
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")  # not set by --ntasks alone
     with pytest.raises(ValueError, match=r"each process 1 GPU of a node's 8: give --gpus-per-node=8 .*--gpu-bind=none"):
         ddp.trainer_arguments()
-    monkeypatch.setenv("WORLD_SIZE", "16")  # torchrun inside of a job's step
+    monkeypatch.setenv("WORLD_SIZE", "16")  # torchrun inside a step of a job
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match=r"strategy\.devices=8 but this machine has 1 GPUs: lower it"):
         ddp.trainer_arguments()
@@ -145,13 +145,13 @@ def test_other_processes_than_srun_started_are_refused(
         ("3,2(x2),1", "8", True),
         ("2(x4)", "8", False),
         ("2,2(x2),2", "8", False),
-        ("", "8", False),  # SLURM does not say it
+        ("", "8", False),  # SLURM does not set it
     ],
 )
 def test_nodes_of_unlike_numbers_of_tasks_are_refused(
     told: str, tasks: str, uneven: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the tasks divide by the nodes: no number of devices is that of each."""
+    """This also holds where the tasks are divisible by the nodes: no number of devices fits every node."""
     nodes = {"4": "2", "8": "4"}[tasks]
     with_gpus(monkeypatch, 8)
     for name, value in (("NUM_TASKS", tasks), ("NUM_NODES", nodes), ("TASKS_PER_NODE", told)):
@@ -175,7 +175,7 @@ def test_numbers_of_tasks_in_an_unknown_form_are_named(monkeypatch: pytest.Monke
 def test_a_task_in_a_job_that_is_named_as_a_shell_is_not_taken_to_be_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As salloc names its jobs; what a user types in such a shell is in the first task, or in none."""
+    """salloc names its jobs like this; a command that a user types in such a shell is in the first task, or in none."""
     with_gpus(monkeypatch, 8)
     ddp = Strategy(accelerator="gpu", devices="auto", num_nodes="auto", kind="ddp")
     for name, value in (("JOB_NAME", "interactive"), ("STEP_NUM_TASKS", "8"), ("PROCID", "3")):
@@ -197,7 +197,7 @@ def test_a_task_in_a_job_that_is_named_as_a_shell_is_not_taken_to_be_alone(
 def test_all_gpus_of_a_node_where_srun_started_one_process_or_none(
     tasks: str, in_step: str | None, nodes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rest of its nodes and tasks is what the batch script was given."""
+    """The other numbers of nodes and tasks are those of the batch script."""
     with_gpus(monkeypatch, 4)
     for name, value in (("NTASKS", tasks), ("NTASKS_PER_NODE", tasks), ("JOB_NUM_NODES", nodes)):
         monkeypatch.setenv(f"SLURM_{name}", value)

@@ -1,4 +1,4 @@
-"""Every job of a sweep shows in its table, failed and missing ones as such."""
+"""Every job of a sweep appears in its table, and failed and missing jobs are marked."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_serial_sweep_goes_on_after_a_failed_job_and_says_so(cli: Callable[...
     assert record["machine"]["cores"]
     assert "hydra.sweep.dir" not in record["command"]
     assert record["command"].startswith("python -m keygrip.train -m ")
-    assert f"--config-dir {TOY[1]}" in record["command"]  # without which there is no model=toy
+    assert f"--config-dir {TOY[1]}" in record["command"]  # without it there is no model=toy
     assert "optimizer.lr=0.01,-1,0.1" in record["command"]
     board = EventAccumulator("sweep/tensorboard/job_2")
     board.Reload()
@@ -79,7 +79,7 @@ def test_a_sweep_resumes_what_did_not_finish(cli: Callable[..., Any], monkeypatc
     jobs = (*TOY, "optimizer.lr=0.01,0.1", "max_steps=6", "callbacks.checkpoint.every_n_steps=2")
     assert cli(*jobs).code == 0
     first = Path("sweep/0/result.json").stat().st_mtime_ns
-    # The second job is put back to where a kill would have left it.
+    # The second job is reset to the state in which a kill would have left it.
     result = json.loads(Path("sweep/1/result.json").read_text())
     write_result(Path("sweep/1"), {**result, "status": "running", "metrics": {}})
     assert [row["status"] for row in collect(Path("sweep"))] == ["finished", "killed"]
@@ -93,14 +93,14 @@ def test_a_sweep_resumes_what_did_not_finish(cli: Callable[..., Any], monkeypatc
     assert cli(*jobs, "resume=true").code == 0
     assert Path("sweep/0/result.json").stat().st_mtime_ns == first
     assert [row["status"] for row in rows_of(Path("sweep"))] == ["finished", "finished"]
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # queued again, by the command as it was
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # queued again, with the same command
     assert cli(*jobs).code == 0
     assert Path("sweep/0/result.json").stat().st_mtime_ns == first
 
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
-    """The processes that the launcher of processes starts: none runs, each says one line and ends well."""
+    """Replace the processes that the process launcher starts: none runs, each writes one line and ends with success."""
     from hydra_plugins.keygrip_launcher import processes
 
     started: list[SimpleNamespace] = []
@@ -157,7 +157,7 @@ def test_processes_share_out_the_gpus_that_the_command_sees(
     assert outcome.err.splitlines()[-1] == f"keygrip: hydra.launcher: 3 jobs at once with gpus_per_job=2, {said}"
     assert processes == []
     assert not Path("more").exists()
-    assert cli(*more, "seed=1,2").code == 0  # there are no three
+    assert cli(*more, "seed=1,2").code == 0  # there are only two jobs
     assert [job.env["CUDA_VISIBLE_DEVICES"] for job in processes] == ["4,5", "6,GPU-7"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert cli(*more, "seed=1,2", "resume=true").code == 0  # both finished: none needs a GPU
@@ -210,7 +210,7 @@ def test_a_helper_process_of_a_job_leaves_its_result_to_the_first(
 
 
 def test_an_evaluation_in_the_folder_of_a_job_is_no_job(tmp_path: Path) -> None:
-    for jobs in ([], [[]]):  # not known beforehand; one without overrides
+    for jobs in ([], [[]]):  # jobs unknown beforehand; one job without overrides
         write_json(tmp_path / PLAN, {"jobs": jobs})
         write_result(tmp_path / "0" / "closed_loop", {"conditions": {}})
         write_result(tmp_path / "0", {"status": "failed", "overrides": [], "metrics": {}})
@@ -328,7 +328,7 @@ def test_several_devices_in_one_process_are_refused(cli: Callable[..., Any]) -> 
 
 
 def test_several_devices_in_the_one_process_that_slurm_started_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning would start the others by submitit's command, which takes none of their settings."""
+    """Lightning would start the others with submitit's command, which does not accept their settings."""
     for name in ("SLURM_JOB_NAME", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")

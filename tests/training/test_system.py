@@ -1,4 +1,4 @@
-"""What every module shares."""
+"""The behaviour that all modules share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from keygrip.training.system import check_names
 
 
 def test_only_a_validation_takes_a_mean_over_no_element_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It weighs nothing in the mean of the batches; in training it would be a value that no element had."""
+    """In validation it has weight zero in the mean of the batches; in training it would be a value that no element
+    had."""
     module = toy_parts.ToyModule(optimizer=AdamW(lr=0.1))
     logged: dict[str, float] = {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
@@ -39,7 +40,7 @@ def test_names_are_compared_where_both_runs_have_some(caplog: pytest.LogCaptureF
 def test_a_step_of_fewer_accumulated_batches_is_the_mean_over_them(
     toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five batches an epoch, four a step: every second step has one."""
+    """Five batches per epoch, four per step: every second step has one batch."""
     batches: list[list[Tensor]] = []
     steps: list[list[Tensor]] = []
     whole_step = toy_parts.ToyModule.training_step

@@ -1,4 +1,4 @@
-"""max_minutes shapes the cosine schedule where it ends the run before its steps do."""
+"""max_minutes shapes the cosine schedule if it ends the run before the steps do."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Module(lightning.LightningModule):
 
 
 def rates(monkeypatch: pytest.MonkeyPatch, max_steps: int, step_s: float) -> list[float]:
-    """Learning rates of a run whose steps take `step_s` on a clock of its own."""
+    """Return the learning rates of a run whose steps take `step_s` on a simulated clock."""
     module = Module()
     monkeypatch.setattr(TimeLimit, "time_elapsed", lambda self, stage="train": len(module.rates) * step_s)
     monkeypatch.setattr(TimeLimit, "time_remaining", lambda self, stage="train": LIMIT_S - len(module.rates) * step_s)
@@ -86,7 +86,7 @@ def test_a_resumed_run_follows_the_share_of_time_from_its_first_step(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Half of the time has passed and a fifth of the steps; without a limit only the steps count."""
+    """Half of the time and a fifth of the steps have passed; without a limit only the steps count."""
     cosine = ("max_steps=10", "optimizer.lr=1.0e-3", "optimizer.warmup_steps=0", "optimizer.final_lr_share=0")
     monkeypatch.setattr(TimeLimit, "time_elapsed", lambda self, stage="train": 30.0)
     monkeypatch.setenv("TOY_STOP_AT", "1")
@@ -114,7 +114,7 @@ def test_what_depends_on_the_share_of_the_run_follows_the_time_where_that_is_fur
     toy_overrides: Callable[..., list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a clock of which a step takes 15 seconds of the minute."""
+    """On the simulated clock, a step takes 15 seconds of the minute."""
     found: list[float] = []
     step = toy_parts.ToyModule.training_step
 

@@ -1,4 +1,5 @@
-"""Files of torch from strangers: nothing is run, unpacked or expanded, and every refusal is one sentence."""
+"""PyTorch files from untrusted sources: nothing is executed, unpacked or expanded, and every refusal is one
+sentence."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ CONTENT: dict[str, Any] = {
 
 
 def repacked(content: Any, file: Path, method: int = zipfile.ZIP_STORED, **changed: bytes) -> Path:
-    """A file of torch whose archive was written by another program, with some members changed."""
+    """Write a file of torch with an archive from another program and some members changed; return it."""
     whole = io.BytesIO()
     torch.save(content, whole)
     with zipfile.ZipFile(whole) as source, zipfile.ZipFile(file, "w", method) as target:
@@ -64,7 +65,7 @@ def test_a_file_that_is_an_archive_at_its_end_alone_is_not_read(tmp_path: Path) 
 
 
 def own_memory() -> int:
-    """Bytes of this process that lie in no file."""
+    """Return the memory of this process, in bytes, that is not backed by a file."""
     found = Path("/proc/self/status")
     if not found.is_file():
         pytest.skip("this system does not say what memory a process has of its own")
@@ -73,7 +74,7 @@ def own_memory() -> int:
 
 @pytest.mark.parametrize("mapped", [True, False])
 def test_what_is_not_read_stays_in_a_mapped_file(mapped: bool, tmp_path: Path) -> None:
-    content = {"few": torch.arange(5.0), "many": torch.zeros(1 << 25)}  # more than malloc takes from what was freed
+    content = {"few": torch.arange(5.0), "many": torch.zeros(1 << 25)}  # more than malloc reuses of freed memory
     torch.save(content, tmp_path / "x.pth")
     torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     before = own_memory()
@@ -100,7 +101,7 @@ def test_tensors_larger_than_their_file_are_refused(tensor: torch.Tensor, said: 
 
 
 class Call:
-    """Pickled, a call with these arguments; unpickled, its result."""
+    """Is pickled as a call with these arguments, and unpickled as its result."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -115,7 +116,7 @@ class Call:
     [
         (Call(bytearray, 1 << 30), "bytearray"),
         (Call(torch.FloatTensor, 1 << 28), r"torch\.FloatTensor"),
-        (Call(codecs.encode, b"a" * 9, "hex"), r"_codecs\.encode"),  # doubles what it is given, and calls can be nested
+        (Call(codecs.encode, b"a" * 9, "hex"), r"_codecs\.encode"),  # doubles its input, and calls can be nested
         (
             Call(torch._utils._rebuild_device_tensor_from_cpu_tensor, torch.zeros(1), torch.float64, "cpu", False),
             "torch",
@@ -125,7 +126,7 @@ class Call:
 def test_what_takes_any_size_is_not_called(call: Call, name: str, archive: bool, tmp_path: Path) -> None:
     file = tmp_path / "x.pth"
     torch.save({"a": torch.zeros(2), "b": call}, file, _use_new_zipfile_serialization=archive)
-    torch.load(file, weights_only=True)  # by torch alone it is
+    torch.load(file, weights_only=True)  # torch alone calls it
     before = own_memory()
     with pytest.raises(TorchFileError, match=rf"x\.pth names \S*{name}\S*: it holds more than tensors"):
         read_torch_file(file)
@@ -143,7 +144,7 @@ def test_every_type_of_plain_tensors_is_read(tmp_path: Path) -> None:
     )
     content = {str(kind): torch.ones(3).to(kind) for kind in types}
     plain = {"size": torch.Size([2, 3]), "device": torch.device("cpu"), "type": torch.bfloat16, "set": {1, 2}, "c": 1j}
-    plain["counter"] = Counter({30: 1})  # of MultiStepLR
+    plain["counter"] = Counter({30: 1})  # as in MultiStepLR
     parameter = torch.nn.Parameter(torch.ones(2))
     torch.save({"tensors": content, **plain, "p": parameter}, tmp_path / "x.pth")
     found = read_torch_file(tmp_path / "x.pth")
@@ -159,7 +160,7 @@ def test_containers_without_an_end_are_refused(tmp_path: Path) -> None:
     loop: list[Any] = [torch.zeros(2)]
     loop.append(loop)
     many: list[Any] = [torch.zeros(2)]
-    for _ in range(60):  # 2^60 ways to the tensor
+    for _ in range(60):  # 2^60 paths to the tensor
         many = [many, many]
     for content in (loop, many):
         torch.save(content, tmp_path / "x.pth")

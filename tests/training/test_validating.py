@@ -1,4 +1,4 @@
-"""Validation comes after so many optimiser steps, whatever a step takes; a run that has none says so."""
+"""Validation runs every n optimiser steps, however many batches a step has; a run without validation reports it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keygrip.training.signals import Interrupted
 
 @pytest.fixture
 def validated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps at which a toy validates, beside the check before training."""
+    """Return the steps at which a toy validates, without the check before training."""
     steps: list[int] = []
 
     def note(self: toy_parts.ToyModule) -> None:
@@ -33,7 +33,7 @@ QUICK = ((1, None), (7, None), (2, 4), (7, 7))
     [
         pytest.param(accumulated, stopped_at, marks=() if (accumulated, stopped_at) in QUICK else pytest.mark.slow)
         for accumulated in (1, 2, 7)
-        for stopped_at in (None, 4, 7)  # not; after a validation; before one
+        for stopped_at in (None, 4, 7)  # never; after a validation; before one
     ],
 )
 def test_every_so_many_steps_also_where_an_epoch_ends_one_early(
@@ -43,7 +43,7 @@ def test_every_so_many_steps_also_where_an_epoch_ends_one_early(
     validated: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Epochs are of five batches, which two steps of two and one of one take, or one step."""
+    """An epoch has five batches: five steps of one, two steps of two and a step of one, or one step."""
     overrides = toy_overrides("run", f"accumulate_grad_batches={accumulated}", "max_steps=12", "val_every_n_steps=4")
     expected = [4, 8, 12]
     if stopped_at is not None:

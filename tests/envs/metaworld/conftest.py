@@ -1,4 +1,4 @@
-"""Tests that need Meta-World run where they are asked for: `-m metaworld`."""
+"""Tests that need Meta-World run only when selected by `-m metaworld`."""
 
 from __future__ import annotations
 

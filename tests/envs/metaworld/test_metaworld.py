@@ -1,7 +1,7 @@
 """Meta-World itself, through its recorder and rollouts, in its own Python environment: `make metaworld-test`.
 
-Elsewhere these are deselected, and pytest says how many; asked for by `-m metaworld` without the environment, they
-fail.
+In other runs these tests are deselected, and pytest reports how many. With `-m metaworld` but without the environment,
+they fail.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def remote(python: str, cameras: list[str] | None = None) -> RemoteSettings:
 
 
 class Replay:
-    """Commands what a demonstration commanded, from its first frame on: every `stride`-th frame, 10 in a plan."""
+    """Plans the commands of a demonstration from its first frame on: every `stride`-th frame, 10 steps per plan."""
 
     needs = Needs(arms=("right",))
 
@@ -92,20 +92,20 @@ def test_scripts_that_swing_are_eased_and_succeed_from_positions_every_tenth_of_
     (reference,) = find_demos(tmp_path)
     demo = reference.read()
     moved = np.abs(np.diff(demo.arms["right"].commanded.position, axis=0)).max()
-    assert moved < 0.026  # m in a frame of four steps; the script itself moves 0.04
+    assert moved < 0.026  # m per frame of four steps; the script itself moves 0.04
     job = (MetaWorldTask(task), demo.source["seed"], None)
     ((_, result),) = run_remote(Replay(demo, stride=2), remote(python), [job], 1)
     assert result.success
 
 
 def projected(camera: dict[str, Any], point: Any) -> np.ndarray:
-    """[2] pixel of a point [3] in the world."""
+    """Return the pixel [2] of a point [3] in the world."""
     seen = np.array(camera["intrinsics"]) @ (np.array(camera["world_to_camera"]) @ np.append(point, 1))[:3]
     return seen[:2] / seen[2]
 
 
 def test_what_moves_is_seen_where_the_cameras_say_and_a_seed_decides_the_start() -> None:
-    """An image that is not turned upright, or extrinsics that are mirrored, would be tens of pixels off."""
+    """An image that is not rotated upright, or mirrored extrinsics, would cause errors of tens of pixels."""
     command = [interpreter(), "-W", "ignore", str(ROOT / "tests/support/metaworld_views.py"), *CAMERAS]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -116,7 +116,7 @@ def test_what_moves_is_seen_where_the_cameras_say_and_a_seed_decides_the_start()
         for goal in visible:
             offset = np.mean(goal["pixels"], axis=0) - projected(goal, goal["point"])
             assert np.abs(offset).max() < 0.3, (camera, goal["point"])
-        assert np.array(visible[0]["world_to_camera"])[1, 2] < 0.01, camera  # down in the image is not up in the world
+        assert np.array(visible[0]["world_to_camera"])[1, 2] < 0.01, camera  # image down is not world up
     hand = found["fingers"]
     pixels, middle = np.median(hand["pixels"], axis=0), np.add(hand["point"], [0, 0, 0.045])  # fingers are 9 cm long
     np.testing.assert_allclose(pixels, projected(hand, middle), atol=5)

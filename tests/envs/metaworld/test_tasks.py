@@ -38,8 +38,8 @@ def test_names_and_options_that_do_not_exist_are_refused_with_the_nearest() -> N
 
 
 def test_the_simulators_own_environment_needs_neither_torch_nor_hydra() -> None:
-    """`metaworld` lives in an environment of its own with numpy, MuJoCo and Pillow: what runs there must not ask for
-    more."""
+    """`metaworld` runs in an environment of its own with numpy, MuJoCo and Pillow: the code that runs there must not
+    import any other package."""
     code = """
 import sys
 from pathlib import Path

@@ -17,14 +17,14 @@ def blind(task: TaskOptions) -> YamCell:
 
 
 def start(cell: YamCell, seed: int) -> np.ndarray:
-    """Resets and returns the expert's actions."""
+    """Reset the cell and return the expert's actions."""
     cell.reset(seed=seed)
     assert cell.layout is not None
     return expert_actions(cell.layout, cell.task, seed, cell.hz)
 
 
 def play(cell: YamCell, actions: np.ndarray) -> tuple[bool, bool, dict[str, Any]]:
-    """Steps until the episode ends; the last action is repeated."""
+    """Step until the episode ends, repeating the last action."""
     for i in range(10_000):
         _, reward, terminated, truncated, info = cell.step(actions[min(i, len(actions) - 1)])
         assert reward == float(terminated)
@@ -221,14 +221,15 @@ def test_a_bar_needs_its_yaw_and_the_error_is_reported() -> None:
             actions[:, 3:7] = quaternion_from_matrix(about_z @ matrix_from_quaternion(actions[:, 3:7]))
             terminated, _, info = play(cell, actions)
             lifted[degrees] += terminated
-            # The human touch is 2.3 degrees (one sigma); fingers that land on the bar may turn it before they close.
+            # The expert's yaw error is 2.3 degrees (one sigma); fingers landing on the bar may turn it before closing.
             assert abs(np.rad2deg(info["yaw_error_rad"]) - degrees) < (9 if degrees == 0 else 30)
     assert lifted == {0.0: 4, 60.0: 0}
 
 
 @pytest.mark.slow
 def test_a_peg_that_is_turned_too_far_stays_out_of_the_slot() -> None:
-    """Rigid, it fits to 25 degrees; further off, the walls may still turn it in the fingers."""
+    """A rigidly held peg fits with up to 25 degrees of error. Beyond that, the slot's walls may still rotate it between
+    the fingers."""
     cell = blind(TaskOptions(name="peg"))
     placed = {25.0: 0, 60.0: 0}
     for degrees in placed:

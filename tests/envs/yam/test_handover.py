@@ -1,4 +1,4 @@
-"""The two-arm handover: its layouts, its expert, what counts as done, and what a policy is given."""
+"""The two-arm handover: layouts, expert, success criterion, and what a policy receives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from keygrip.runtime.chunk_execution import RecedingHorizon
 
 
 def play(cell: HandoverCell, actions: np.ndarray) -> tuple[bool, dict[str, Any]]:
-    """Until the episode ends; the last action is repeated."""
+    """Run until the episode ends, repeating the last action."""
     for i in range(1000):
         cell.advance(actions[min(i, len(actions) - 1)])
         success, truncated, info = cell.outcome()
@@ -43,13 +43,14 @@ def test_the_expert_hands_the_bar_over(cell: HandoverCell, seed: int) -> None:
     assert info["failure_reason"] is None
     tools, bar = cell.tool_poses[0], cell.object_position
     assert bar[2] > 0.1
-    assert np.linalg.norm(tools[0] - bar) == pytest.approx(GRIP_APART, abs=0.015)  # the left hand at its end
+    assert np.linalg.norm(tools[0] - bar) == pytest.approx(GRIP_APART, abs=0.015)  # the left hand on its side
     assert np.linalg.norm(tools[1] - bar) > 0.06
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_hand_stands_still_for_a_plans_step_before_it_closes(seed: int) -> None:
-    """A plan's gripper may close up to a step early: the hand must be where it grips by then."""
+    """The gripper command of a plan may close up to one step early: the hand must have reached the grasp pose by
+    then."""
     actions = handover_actions(sample_handover(HandoverTask(), seed), seed, hz=10.0)
     for arm in range(2):
         closes = int(np.flatnonzero(actions[:, arm, 7] < 0.5)[0])
@@ -64,7 +65,7 @@ def test_it_is_not_done_while_the_right_hand_holds_or_the_left_does_not(cell: Ha
     actions = handover_actions(cell.layout, 0)
     opening = int(np.flatnonzero(actions[:, 1, 7] < 0.5)[-1])
     kept = actions[: opening + 1].copy()
-    success, info = play(cell, kept)  # both hold it until the time is over
+    success, info = play(cell, kept)  # both hands hold it until the time limit
     assert not success
     assert info["failure_reason"] == "timeout"
     cell.reset(seed=0)
@@ -102,7 +103,7 @@ def test_wrong_actions_and_options_are_refused(cell: HandoverCell) -> None:
 
 
 class Expert:
-    """Plans what the expert does, from the episode's beginning."""
+    """Plans the actions of the expert, from the beginning of the episode."""
 
     def __init__(self, actions: np.ndarray) -> None:
         self.actions, self.seen = actions, []
@@ -117,7 +118,7 @@ class Expert:
 def test_a_recording_is_read_back_and_a_policy_drives_both_arms(tmp_path: Path) -> None:
     summary = record(HandoverTask(), tmp_path / "demos", 1, seed=1, image_size=64, progress=False)
     assert (summary.demos, summary.failed) == (1, 0)
-    record(HandoverTask(), tmp_path / "demos", 1, seed=1, image_size=64, progress=False)  # nothing is left to do
+    record(HandoverTask(), tmp_path / "demos", 1, seed=1, image_size=64, progress=False)  # nothing left to do
     (reference,) = find_demos(tmp_path / "demos", "native", None)
     demo = reference.read(cameras=("over",))
     assert sorted(demo.arms) == sorted(ARMS)
@@ -137,11 +138,11 @@ def test_a_recording_is_read_back_and_a_policy_drives_both_arms(tmp_path: Path) 
     tools = policy.seen[0]["position"]
     in_camera = np.einsum("ij,aj->ai", camera.world_to_camera[0][:3, :3], tools) + camera.world_to_camera[0][:3, 3]
     pixels = np.einsum("ij,aj->ai", camera.intrinsics[0], in_camera)
-    assert ((pixels[:, :2] / pixels[:, 2:] > 0) & (pixels[:, :2] / pixels[:, 2:] < 64)).all()  # both hands are seen
+    assert ((pixels[:, :2] / pixels[:, 2:] > 0) & (pixels[:, :2] / pixels[:, 2:] < 64)).all()  # both hands are in view
 
 
 def test_a_policy_whose_arms_are_in_another_order_is_refused() -> None:
-    """Its demonstrations are read by name: it would be shown, and would move, the other arm."""
+    """Demonstrations are read by arm name: the policy would receive the pose of the other arm, and would move it."""
     check_environment(HandoverTask(), 32, 10.0, None, 1, Needs(ARMS))
     with pytest.raises(ValueError, match=r"data\.arms=\[left,right\]"):
         check_environment(HandoverTask(), 32, 10.0, None, 1, Needs(ARMS[::-1]))

@@ -1,4 +1,4 @@
-"""The task whose instruction names one of several cubes: what is drawn, what an expert does, what counts as success."""
+"""The task whose instruction names one of several cubes: layouts, the expert, and the success criterion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from keygrip.envs.yam.tasks import PHRASES, EpisodeLayout, TaskOptions, sample_l
 from keygrip.recording import demonstrations as recorder
 from keygrip.recording.demonstrations import RecordSettings, record, record_episode
 
-# Of the version before pedestals and named cubes: object, bowl, distractor 1 and camera; object and yaw of a stack.
+# From the version before pedestals and named cubes: object, bowl, distractor 1 and camera; object and yaw of a stack.
 EARLIER = [
     0.372624023528, -0.065609241646, 0.02, 0.235129807177, 0.105005751529, 0.0,
     0.295704642773, -0.169626347423, 0.02, 8.283838489573,
@@ -32,7 +32,7 @@ LANGUAGE = TaskOptions(
 
 
 def play(cell: YamCell, actions: np.ndarray) -> dict[str, Any]:
-    """Plays to the end, the last action repeated; returns the last info."""
+    """Play to the end of the episode, repeating the last action; return the last info."""
     for i in range(10_000):
         _, _, terminated, truncated, info = cell.step(actions[min(i, len(actions) - 1)])
         if terminated or truncated:
@@ -41,7 +41,7 @@ def play(cell: YamCell, actions: np.ndarray) -> dict[str, Any]:
 
 
 def mistaken(layout: EpisodeLayout) -> EpisodeLayout:
-    """As someone sees it who takes the first of the other cubes for the one that was named."""
+    """Return the layout with the named cube and the first of the other cubes exchanged."""
     return replace(layout, object=layout.distractors[0], distractors=(layout.object, *layout.distractors[1:]))
 
 
@@ -68,7 +68,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message
 
 
 def test_earlier_tasks_are_what_they_were() -> None:
-    """Recordings and results of then stay comparable."""
+    """Recordings and results of earlier versions stay comparable."""
     layout = sample_layout(TaskOptions(distractors=2, randomise_colours=True, camera_jitter_deg=10.0), 7)
     stack = sample_layout(TaskOptions(name="stack"), 3)
     flat = [*layout.object.position, *layout.goal, *layout.distractors[1].position, layout.camera.azimuth_deg]
@@ -81,8 +81,8 @@ def test_each_cube_is_as_likely_to_be_named_and_nothing_gives_it_away() -> None:
     layouts = [sample_layout(LANGUAGE, seed) for seed in range(300)]
     named = Counter(layout.object.colour for layout in layouts)
     assert set(named) == {"red", "blue", "green"}
-    assert min(named.values()) > 70  # of 100
-    # the distance to the nearest other cube and to the bowl, the place, and the height tell it from no other cube
+    assert min(named.values()) > 70  # 100 are expected
+    # distance to the nearest other cube, distance to the bowl, position and height do not reveal which cube is named
     for feature in (
         lambda cube, layout: min(np.hypot(*(cube.position - o.position)[:2]) for o in layout.placed if o is not cube),
         lambda cube, layout: np.hypot(*(cube.position - layout.goal)[:2]),
@@ -131,7 +131,7 @@ def test_each_camera_moves_by_itself() -> None:
     assert np.hypot(*turns.reshape(-1, 2).T).max() <= 5.0
     assert abs(np.corrcoef(turns[:, 0, 0], turns[:, 1, 0])[0, 1]) < 0.5
     still = replace(LANGUAGE, jitter_every_camera=False)
-    assert all(sample_layout(still, seed).camera == layouts[seed].camera for seed in range(5))  # this one moves alike
+    assert all(sample_layout(still, seed).camera == layouts[seed].camera for seed in range(5))  # its pose is the same
     assert not sample_layout(still, 0).other_cameras
 
 
@@ -175,7 +175,7 @@ def test_another_cube_in_the_bowl_is_the_wrong_object() -> None:
 
 @pytest.mark.slow
 def test_both_cubes_in_the_bowl_are_no_success() -> None:
-    """Putting everything into the bowl would need no instruction."""
+    """Putting every cube into the bowl would not require the instruction."""
     cell = YamCell(LANGUAGE, render_images=False)
     cell.reset(seed=0)
     assert cell.layout is not None
@@ -183,7 +183,7 @@ def test_both_cubes_in_the_bowl_are_no_success() -> None:
     second = expert_actions(cell.layout, LANGUAGE, 0)
     info = play(cell, np.concatenate([first, second]))
     assert (info["success"], info["failure_reason"]) == (False, "wrong_object")
-    assert cell.progress.lifted  # the named one has been there too
+    assert cell.progress.lifted  # the named cube was lifted too
 
 
 @pytest.mark.slow
@@ -209,7 +209,7 @@ def test_touching_nothing_is_missed() -> None:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two demonstrations of two cameras with depth."""
+    """Record two demonstrations with two cameras and depth."""
     root = tmp_path_factory.mktemp("named")
     record(LANGUAGE, root, 2, image_size=96, cameras=("over", "front"), depth=True, progress=False)
     return root
@@ -218,7 +218,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unprojected(
     depth: np.ndarray, pixel: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray
 ) -> np.ndarray:
-    """[3] the world point that a pixel (x, y) sees."""
+    """Return the world point [3] at a pixel (x, y)."""
     x, y = int(pixel[0]), int(pixel[1])
     ray = np.linalg.inv(intrinsics) @ [x + 0.5, y + 0.5, 1.0]
     return (np.linalg.inv(world_to_camera) @ np.append(ray * depth[y, x] / 1000, 1.0))[:3]
@@ -239,7 +239,7 @@ def test_both_cameras_see_the_cubes_where_they_are_in_colour_and_depth(recorded:
                 in_camera = camera.world_to_camera[0] @ np.append(top, 1.0)
                 u, v, w = camera.intrinsics[0] @ in_camera[:3]
                 if abs(in_camera[2] * 1000 - depth[int(v / w), int(u / w)]) > 30:
-                    continue  # something stands before it
+                    continue  # another object occludes it
                 point = unprojected(depth, (u / w, v / w), camera.intrinsics[0], camera.world_to_camera[0])
                 np.testing.assert_allclose(point, top, atol=0.009)  # a pixel is 6 mm wide
                 strongest = ["red", "green", "blue"][int(picture[int(v / w), int(u / w)].argmax())]
@@ -298,7 +298,7 @@ def test_a_recording_whose_settings_lack_an_option_is_refused(tmp_path: Path, mo
     monkeypatch.setattr(recorder, "record_episode", lambda *arguments: True)
     task = TaskOptions(name="reach")
     record(task, tmp_path, 1, image_size=48, progress=False)
-    (tmp_path / "reach-000000").mkdir()  # the demonstration that no one recorded here
+    (tmp_path / "reach-000000").mkdir()  # in place of a demonstration, as `record_episode` writes none here
     stored = json.loads((tmp_path / "recording.json").read_text())
     del stored["settings"]["task"]["pedestal_m"]
     (tmp_path / "recording.json").write_text(json.dumps(stored))

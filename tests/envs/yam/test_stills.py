@@ -1,4 +1,4 @@
-"""Pictures with captions: a function of the seed, true to their ground truth, colours of one luminance."""
+"""Images with captions: functions of the seed that match their ground truth, with colours of equal luminance."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pictures(cell: StillCell) -> list[Still]:
 
 
 def cut(picture: Still, place: tuple[float, float], half: int) -> np.ndarray:
-    """float [n, 3], the pixels around a place."""
+    """Return the pixels around a position: float [n, 3]."""
     x, y = (round(v) for v in place)
     return picture.pixels[max(0, y - half) : y + half, max(0, x - half) : x + half].reshape(-1, 3).astype(float)
 
@@ -68,7 +68,7 @@ def test_where_the_block_is_said_to_be_it_is_blue(pictures: list[Still]) -> None
 
 
 def test_a_grey_view_shows_the_cube_and_hides_its_colour(cell: StillCell) -> None:
-    """The same scene with cubes of all colours: the grey images are alike where the coloured ones differ."""
+    """The same scene with cubes of all colours: the grey images are the same, the coloured ones differ."""
     from dataclasses import replace
 
     shown = []
@@ -84,7 +84,7 @@ def test_a_grey_view_shows_the_cube_and_hides_its_colour(cell: StillCell) -> Non
     assert float(colour_spread) > 0.2
     assert float(grey_spread) < 0.02
     table = grey(pixels)[:, 0, -10:, -10:].mean()
-    assert float((grey(pixels)[0, 0] - table).abs().amax()) > 0.1  # the cube is seen in grey
+    assert float((grey(pixels)[0, 0] - table).abs().amax()) > 0.1  # the cube is visible in grey
 
 
 def test_captions_say_what_is_seen(pictures: list[Still]) -> None:

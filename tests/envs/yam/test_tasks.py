@@ -82,7 +82,7 @@ def test_objects_start_in_their_region(region: str) -> None:
 def test_the_ball_to_reach_lies_in_the_region(region: str) -> None:
     layouts = [sample_layout(TaskOptions(name="reach", region=region), seed) for seed in range(40)]
     assert all(in_region(layout.goal[:2], region) for layout in layouts)
-    if region != "all":  # the cube beside it, which nobody moves, is anywhere
+    if region != "all":  # the cube next to it, which is not moved, may be anywhere
         assert not all(in_region(layout.object.position[:2], region) for layout in layouts)
 
 

@@ -19,7 +19,7 @@ def options(name: str) -> TaskOptions:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], dict[str, Any], Any]]:
-    """(text, source, demo) of an episode or two of each task."""
+    """Return (text, source, demo) of one or two episodes of each task."""
     found = []
     for name, episodes in {"pick": 1, "pick_place": 2, "stack": 1, "reach": 1}.items():
         root = tmp_path_factory.mktemp(name)
@@ -61,7 +61,7 @@ def test_answers_about_the_scene_follow_from_the_layout(told: list[Any]) -> None
         for q in asked(text, "digit"):
             colour = q["question"].removeprefix("Which digit is printed on the ").split()[0]
             assert q["answer"] == str(objects[colour]["digit"])
-        if source["task"]["name"] == "stack":  # the block below is a cube too
+        if source["task"]["name"] == "stack":  # the block below is also a cube
             assert not any("cube" in q["question"] for q in asked(text, "count"))
         for q in asked(text, "count"):
             shape = q["question"].removeprefix("How many ").split("s are")[0]
@@ -106,7 +106,7 @@ def test_answers_about_the_motion_follow_from_the_trajectory(told: list[Any]) ->
         for q in asked(text, "held_at"):
             frame = q["evidence"]["demo_frame"]
             assert f"{frame / 10:.1f} seconds" in q["question"]
-            # A hand that holds a 4 cm cube has stopped closing at 4 cm of its 9.5.
+            # A hand that holds a 4 cm cube has stopped closing at 4 cm of its full opening of 9.5 cm.
             gripping = arm.commanded.gripper[frame] < 0.5 and 0.35 < arm.gripper[frame] < 0.65
             assert q["answer"] == ("yes" if gripping else "no")
             held_answers.add(q["answer"])

@@ -1,4 +1,4 @@
-"""Tours: what the questions say is what the image shows."""
+"""Tours: the questions and answers match the images."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ def test_tours_vary_as_they_should(cell: TourCell) -> None:
     digits = np.concatenate([tour.digits.ravel() for tour in tours])
     assert set(digits.tolist()) == set(range(8))
     share = np.mean([(tour.digits[1:] == tour.digits[:-1]).mean() for tour in tours])
-    assert share == pytest.approx(1 / 8, abs=0.1)  # drawn anew, so equal by chance only
+    assert share == pytest.approx(1 / 8, abs=0.1)  # sampled again each second, so equal only by chance
 
 
 def test_even_lengths_give_each_octave_as_many_tours() -> None:
-    """The ranges by which accuracy is reported; within one every length alike, and the same for a seed every time."""
+    """Accuracy is reported by octave. Within an octave all lengths are equally likely, and a seed always gives the same
+    length."""
     assert octaves(1, 64) == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64)]
     assert octaves(65, 200) == [(65, 128), (129, 200)]
     options = TourOptions(min_frames=1, max_frames=64, even_lengths=True)
@@ -60,7 +61,8 @@ def test_even_lengths_give_each_octave_as_many_tours() -> None:
 
 
 def test_cubes_are_where_the_evidence_says(cell: TourCell) -> None:
-    """A cube that is seen whole has its own colour around its centre, and the palette tells whose."""
+    """A fully visible cube shows its own colour around its centre: the nearest colour of the palette is that of the
+    cube."""
     tour = cell.tour(3)
     right = []
     for frame, cube in zip(*np.nonzero(tour.readable()), strict=True):
@@ -73,7 +75,7 @@ def test_cubes_are_where_the_evidence_says(cell: TourCell) -> None:
 
 
 def test_the_digit_is_what_changes_in_the_picture(cell: TourCell) -> None:
-    """Between two seconds a cube that stays in sight looks different exactly where its digit does."""
+    """Between two seconds, the image of a cube that stays visible changes exactly when its digit changes."""
     same, different = [], []
     for seed in range(14):
         tour = cell.tour(seed)
@@ -133,7 +135,7 @@ def test_questions_have_the_right_answers_and_ask_nothing_hidden() -> None:
     assert {key[1:]: answer for key, answer in asked.items() if key[0] == "cue"} == {(2, "red"): "7"}
     assert {key[1]: answer for key, answer in asked.items() if key[0] == "glance"} == {0: "blue", 1: "red", 2: "green"}
     cue = next(q for q in text["questions"] if q["kind"] == "cue")
-    assert "red" not in cue["question"]  # the video says which cube is meant
+    assert "red" not in cue["question"]  # the video shows which cube is meant
 
 
 def test_a_cube_that_the_arm_hides_all_the_time_is_not_asked_about() -> None:
