@@ -353,8 +353,8 @@ def headline() -> str:
     rows.append(
         (
             "trained to pick on the left half, with the arm never on the right half; tested on the right half; for "
-            "comparison, with plans limited to within 1 cm of the box of the training positions (a policy server "
-            "refuses plans more than `bounds.plan_m`, 10 cm, outside the box)",
+            "comparison, with plans limited to within 1 cm of the box of the training positions (`keygrip serve` "
+            "and `run` refuse plans more than `bounds.plan_m`, 10 cm, outside the box)",
             f"{picked['[null,null,0.01]']}; with the limit: {picked['0.01']}",
         )
     )

@@ -65,6 +65,26 @@ def test_a_run_reports_and_a_stopped_one_is_an_error(monkeypatch: pytest.MonkeyP
         run(compose("run", SMALL))
 
 
+def test_a_plan_far_outside_the_training_positions_holds_the_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sideways(Steady):
+        """Plans to move 16 cm along y. In training no position was more than 1 cm from the start along y."""
+
+        workspace = np.array([[-2.0, -0.01, -2.0], [2.0, 0.01, 2.0]])
+
+        def plan(self, observation: Observation) -> Plan:
+            plan = super().plan(observation)
+            plan.position[..., 1] = np.linspace(0.02, 0.16, 8)
+            return plan
+
+    monkeypatch.setattr(driving, "_policy", lambda cfg: Sideways())
+    monkeypatch.setattr(driving, "ThreadPlanner", immediate)
+    with pytest.raises(
+        StoppedError, match=r"0\.15 m outside the box of the training data, more than bounds\.plan_m=0\.1"
+    ):
+        run(compose("run", [*SMALL, "seconds=10", "watchdog.hold_seconds=0.5"]))
+    assert run(compose("run", [*SMALL, "bounds.plan_m=0.2"]))["state"] == "running"
+
+
 def test_a_run_ends_with_its_plan_and_after_its_robot(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that is inside torch when Python ends would abort the process; the arm does not wait for the plan."""
     closed, planned = threading.Event(), threading.Event()

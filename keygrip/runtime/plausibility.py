@@ -151,14 +151,7 @@ class Bounds:
             raise ImplausibleError(f"the policy's plan has a quaternion of norm {norms.min():.3g} to {norms.max():.3g}")
         if (parts["gripper"] < -GRIPPER_SLACK).any() or (parts["gripper"] > 1 + GRIPPER_SLACK).any():
             raise ImplausibleError("the policy's plan has a gripper opening outside 0 to 1; it is not sent")
-        if workspace is not None:
-            positions = parts["position"].reshape(-1, 3)
-            outside, where = _outside(positions, workspace)
-            if outside > self.plan_m:
-                raise ImplausibleError(
-                    f"the policy's plan reaches {_said(positions[where])}, {outside:.3g} m outside the box of the "
-                    f"training data, more than bounds.plan_m={self.plan_m:g}; it is not sent"
-                )
+        self.refuse_far_plan(plan, workspace)
         path = np.concatenate([start[:, None], parts["position"]], axis=1)
         speed = float(np.linalg.norm(np.diff(path, axis=1), axis=-1).max()) / plan.step_seconds
         if speed > self.speed_m_s:
@@ -166,28 +159,47 @@ class Bounds:
                 f"the policy's plan moves at {speed:.3g} m/s, above bounds.speed_m_s={self.speed_m_s:g}; it is not sent"
             )
 
+    def refuse_far_plan(self, plan: Plan, workspace: np.ndarray | None) -> None:
+        """Raise ImplausibleError if a plan leads far outside the positions seen in training.
+
+        Args:
+            workspace: as in `refuse_start`.
+        """
+        if workspace is None:
+            return
+        positions = np.asarray(plan.position).reshape(-1, 3)
+        outside, where = _outside(positions, workspace)
+        if outside > self.plan_m:
+            raise ImplausibleError(
+                f"the policy's plan reaches {_said(positions[where])}, {outside:.3g} m outside the box of the "
+                f"training data, more than bounds.plan_m={self.plan_m:g}; it is not sent"
+            )
+
 
 @dataclass
 class PlausiblePolicy:
-    """A policy that refuses the observations that a server would refuse: those far from the training data.
+    """A policy that refuses observations and plans far from the training data, as a server does.
 
     Args:
-        policy: computes plans. bounds: see `Bounds`; plans themselves are checked against the robot's limits.
+        policy: computes plans. bounds: see `Bounds`; shapes and speeds of plans are checked by the robot's limits.
     """
 
     policy: Any
     bounds: Bounds
 
     def plan(self, observation: Observation) -> Plan:
-        """Return the policy's plan. Raises ImplausibleError if the observation is implausible."""
+        """Return the policy's plan. Raises ImplausibleError if the observation or the plan is far from the training
+        data."""
         self._refuse(observation)
-        plan: Plan = self.policy.plan(observation)
-        return plan
+        return self._checked(self.policy.plan(observation))
 
     def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
         """As `plan`, for a policy that continues the current plan."""
         self._refuse(observation)
-        plan: Plan = self.policy.plan_continuing(observation, executing, delay_s)
+        return self._checked(self.policy.plan_continuing(observation, executing, delay_s))
+
+    def _checked(self, plan: Plan) -> Plan:
+        self.bounds.refuse_far_plan(plan, getattr(self.policy, "workspace", None))
         return plan
 
     def _refuse(self, observation: Observation) -> None:

@@ -164,6 +164,11 @@ def test_a_robot_with_a_policy_of_its_own_is_held_to_the_same(toy: Any, dice: An
     ):
         with pytest.raises(ImplausibleError, match=message):
             policy.plan(bad)
+    far = plan_of(position=np.array([[[0.3, 0.0, 0.1], [0.65, 0.0, 0.1]]]))
+    policy.policy.plan = lambda observation: far
+    with pytest.raises(ImplausibleError, match=r"reaches \(0\.65, 0, 0\.1\), 0\.15 m outside.*bounds\.plan_m=0\.1"):
+        policy.plan(seen)
+    assert replace(policy, bounds=Bounds(plan_m=0.2)).plan(seen) is far
 
 
 def test_a_plan_that_is_not_finite_never_leaves(running: Start, toy: Any, observation: Observe) -> None:
