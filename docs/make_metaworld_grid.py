@@ -24,13 +24,15 @@ CELLS, WIDTH, EVERY, FPS = 12, 560, 5, 2.5
 
 def main(evaluation: Path) -> None:
     episodes = json.loads((evaluation / "closed_loop.json").read_text(encoding="utf-8"))["episodes"]
-    recorded = {name: [EpisodeResult(**each) for each in found if each["video"]] for name, found in episodes.items()}
-    results = [ConditionResult(name, {}, found[:1]) for name, found in recorded.items() if found]
+    recorded = {
+        name: [EpisodeResult(**each) for each in records if each["video"]] for name, records in episodes.items()
+    }
+    results = [ConditionResult(name, {}, records[:1]) for name, records in recorded.items() if records]
     failed = [result for result in results if not result.episodes[0].success][: CELLS // 2]
     won = [result for result in results if result.episodes[0].success]
-    shown = failed + won[:: max(1, len(won) // (CELLS - len(failed)))][: CELLS - len(failed)]
+    selected = failed + won[:: max(1, len(won) // (CELLS - len(failed)))][: CELLS - len(failed)]
     with tempfile.TemporaryDirectory() as folder:
-        grid = grid_of_rollouts(shown, evaluation / "videos", Path(folder) / "grid.mp4")
+        grid = grid_of_rollouts(selected, evaluation / "videos", Path(folder) / "grid.mp4")
         assert grid is not None
         frames = [Image.fromarray(frame) for frame in read_video(grid)[::EVERY]]
     height = round(frames[0].height * WIDTH / frames[0].width)

@@ -27,9 +27,9 @@ def frames_and_tokens() -> None:
         ("pooled_long_0", "many_tokens", "16 pooled tokens per frame", "tab:orange"),
     ):
         for kind, style in (("mark", "-"), ("cue", "--")):
-            found = {n: runs[run][mode].get(f"accuracy_{kind}_of_{n}") for n in LENGTHS}
-            shown = [(n, value) for n, value in found.items() if value is not None]
-            quality.plot(*zip(*shown, strict=True), style, marker="o", color=colour, label=f"{label}, {kind}")
+            accuracies = {n: runs[run][mode].get(f"accuracy_{kind}_of_{n}") for n in LENGTHS}
+            plotted = [(n, value) for n, value in accuracies.items() if value is not None]
+            quality.plot(*zip(*plotted, strict=True), style, marker="o", color=colour, label=f"{label}, {kind}")
     quality.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":", label="chance")
     quality.set_xscale("log", base=2)
     quality.set(xlabel="frames, up to", ylabel="accuracy", ylim=(0, 1.02), title="small model, held-out tours")
@@ -37,9 +37,9 @@ def frames_and_tokens() -> None:
     recorded = read("vlm_tokens")
     for tokens, colour in ((1, "tab:blue"), (4, "tab:green"), (16, "tab:orange"), (64, "tab:red")):
         points = [(n, recorded.get(f"frames_{n}_tokens_{tokens}_ms")) for n in LENGTHS]
-        shown = [(n, value / 1000) for n, value in points if value is not None]
+        plotted = [(n, value / 1000) for n, value in points if value is not None]
         name = f"{tokens} token{'s' * (tokens > 1)} per frame"
-        time.plot(*zip(*shown, strict=True), marker="o", color=colour, label=name)
+        time.plot(*zip(*plotted, strict=True), marker="o", color=colour, label=name)
     time.set_xscale("log", base=2)
     time.set_yscale("log")
     time.set(xlabel="frames", ylabel="seconds to read frames and question", title="SmolLM2 135M, one processor thread")
@@ -92,11 +92,11 @@ def token_counts() -> None:
         for experiment, label, colour in TOKENS:
             curve = []
             for steps in sorted({run["steps"] for run in runs if run["experiment"] == experiment}):
-                same = [run for run in runs if run["experiment"] == experiment and run["steps"] == steps]
-                found = [run[run["mode"]][f"accuracy_{question}"] for run in same]
-                operations = sum(run["tflop"] for run in same) / len(same)
-                curve.append((operations, sum(found) / len(found)))
-                axes.plot([run["tflop"] for run in same], found, "o", color=colour, markersize=4)
+                matching_runs = [run for run in runs if run["experiment"] == experiment and run["steps"] == steps]
+                accuracies = [run[run["mode"]][f"accuracy_{question}"] for run in matching_runs]
+                operations = sum(run["tflop"] for run in matching_runs) / len(matching_runs)
+                curve.append((operations, sum(accuracies) / len(accuracies)))
+                axes.plot([run["tflop"] for run in matching_runs], accuracies, "o", color=colour, markersize=4)
             axes.plot(
                 *zip(*curve, strict=True), "-" if len(curve) > 1 else "o", color=colour, label=label, markersize=4
             )
@@ -120,10 +120,10 @@ def token_counts_label_taught() -> None:
         for experiment, tokens, colour in TOKENS:
             for run in (run for run in runs if run["experiment"] == experiment):
                 steps = [each["step"] for each in run["val"]]
-                found = [each[f"accuracy_{question}"] for each in run["val"]]
+                accuracies = [each[f"accuracy_{question}"] for each in run["val"]]
                 label = f"{tokens}, {run['tflop']:.0f} TFLOP"
                 line = "o-" if run["steps"] == 3000 else "s--"
-                axes.plot(steps, found, line, color=colour, label=label, markersize=4)
+                axes.plot(steps, accuracies, line, color=colour, label=label, markersize=4)
         axes.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":", label="chance")
         axes.set(xlabel="steps", title=question, ylim=(0, 1.02), xlim=(0, None))
         axes.grid(alpha=0.3)

@@ -112,10 +112,10 @@ class ProcessLauncher(Launcher):
         count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
         names = [name.strip() for name in visible.split(",")] if visible else [str(number) for number in range(count)]
         if at_once * self.gpus_per_job > count:
-            shown = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
+            devices_note = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
             raise ValueError(
                 f"hydra.launcher: {at_once} jobs at once with gpus_per_job={self.gpus_per_job}, and {count} GPUs are "
-                f"seen{shown}: lower jobs_at_once or gpus_per_job"
+                f"seen{devices_note}: lower jobs_at_once or gpus_per_job"
             )
         return [names[s * self.gpus_per_job : (s + 1) * self.gpus_per_job] for s in range(at_once)]
 
@@ -156,8 +156,8 @@ class ProcessLauncher(Launcher):
         job.output.close()
         code = job.process.returncode
         if code:
-            what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            log.error("job %d ended with %s: see %s", job.number, what, job.folder / "output.log")
+            outcome = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            log.error("job %d ended with %s: see %s", job.number, outcome, job.folder / "output.log")
         else:
             record_finished(job.folder, job.overrides, None, time.perf_counter() - job.started)
         return _returned(job)
@@ -178,13 +178,13 @@ def _this_command() -> list[str]:
 def _forwarded(arguments: Sequence[str]) -> list[str]:
     """Return the arguments that Hydra does not pass on to jobs: flags for the location of configs, and `hydra.`
     settings except those of the sweep itself."""
-    kept = []
+    forwarded = []
     for position, argument in enumerate(arguments):
         setting = argument.lstrip("+~").replace("/", ".")
         if argument.split("=")[0] in FORWARDED:
-            kept.append(argument)
+            forwarded.append(argument)
             if "=" not in argument and position + 1 < len(arguments):
-                kept.append(arguments[position + 1])
+                forwarded.append(arguments[position + 1])
         elif setting.startswith("hydra.") and not setting.startswith(OF_THE_SWEEP):
-            kept.append(argument)
-    return kept
+            forwarded.append(argument)
+    return forwarded

@@ -61,8 +61,8 @@ class CpuPrecision(Timed):
         }
         for width, (bf16, float32) in times.items():
             figures |= {f"bf16_ms_{width}": bf16, f"float32_ms_{width}": float32}
-        for found in attention:
-            figures |= found
+        for medians in attention:
+            figures |= medians
         return figures
 
     def _attention(self, positions: int, kind: str, quick: bool) -> dict[str, float]:
@@ -84,8 +84,8 @@ class CpuPrecision(Timed):
             "float32": float32_attention,
             "plain": plain,
         }
-        found = self._medians({name: partial(step, way) for name, way in ways.items()}, quick)
-        return {f"attention_ms_{name}_{positions}{kind}": found[name] for name in ways}
+        medians = self._medians({name: partial(step, way) for name, way in ways.items()}, quick)
+        return {f"attention_ms_{name}_{positions}{kind}": medians[name] for name in ways}
 
     def _measure(self, width: int, quick: bool) -> tuple[float, float]:
         """Return the median milliseconds of an MLP step in bf16 and in float32."""
@@ -97,8 +97,8 @@ class CpuPrecision(Timed):
                 loss = network(x).float().pow(2).mean()
             loss.backward()
 
-        found = self._medians({"bf16": lambda: step(True), "float32": lambda: step(False)}, quick)
-        return found["bf16"], found["float32"]
+        medians = self._medians({"bf16": lambda: step(True), "float32": lambda: step(False)}, quick)
+        return medians["bf16"], medians["float32"]
 
     def _medians(self, sides: Mapping[str, Callable[[], None]], quick: bool) -> dict[str, float]:
         """Return the median milliseconds of each side."""

@@ -100,9 +100,9 @@ class VLMStep(Timed):
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(self.videos, frames, 3, size, size, generator=generator).to(device)
         ids = torch.randint(3, 300, (rows, self.text_tokens), generator=generator).to(device)
-        at = 0 if order == "visual_first" else int(PROMPT_SHARE * self.text_tokens)
+        visual_at = 0 if order == "visual_first" else int(PROMPT_SHARE * self.text_tokens)
         videos = [row // self.questions for row in range(rows)]
-        return images, TextRows(ids, [self.text_tokens] * rows, [at] * rows, videos, [frames] * self.videos)
+        return images, TextRows(ids, [self.text_tokens] * rows, [visual_at] * rows, videos, [frames] * self.videos)
 
 
 @dataclass(frozen=True)
@@ -228,9 +228,9 @@ class VLMTokens(Timed):
                 seconds = interleaved_seconds(sides, repetitions, device, limit_s / len(frames))
                 figures |= {name: milliseconds(values) for name, values in seconds.items()}
         last = f"frames_{frames[-1]}_tokens"
-        one = figures[f"{last}_{tokens[0]}_ms"]
+        reference_ms = figures[f"{last}_{tokens[0]}_ms"]
         for each in tokens[1:]:
-            figures[f"tokens_{each}_over_{tokens[0]}_time"] = round(figures[f"{last}_{each}_ms"] / one, 2)
+            figures[f"tokens_{each}_over_{tokens[0]}_time"] = round(figures[f"{last}_{each}_ms"] / reference_ms, 2)
         return figures
 
 
@@ -270,8 +270,8 @@ class _Frame:
 
     def __call__(self) -> None:
         network = self.network
-        seen = network.query_frames(network.query_projection(self.state), self.kv)  # type: ignore[arg-type]
-        network.language.extend(network.connector(seen), self.cache)
+        attended = network.query_frames(network.query_projection(self.state), self.kv)  # type: ignore[arg-type]
+        network.language.extend(network.connector(attended), self.cache)
         self.cache.layers.crop(-1)
         self.cache.length -= 1
 
@@ -309,13 +309,13 @@ class VLMMemory:
                     continue
                 visual = frames * module.network.tokens_per_frame
                 videos, tokens = fullest(budget, data["batch_size"], frames, visual, text)
-                found = module.step_memory(_full_batch(module, videos, frames, tokens), True, self.ema, accumulated)
-                gib = round(found.total / GIB, 2)
+                memory = module.step_memory(_full_batch(module, videos, frames, tokens), True, self.ema, accumulated)
+                gib = round(memory.total / GIB, 2)
                 figures[f"{name}_{frames}_frames_gib"] = gib
                 worst = max(worst, gib)
             figures[f"{name}_worst_gib"] = worst
-            figures[f"{name}_weights_gib"] = round((found.weights + found.optimizer + found.ema) / GIB, 2)
-            figures["measured"] = float(found.measured)
+            figures[f"{name}_weights_gib"] = round((memory.weights + memory.optimizer + memory.ema) / GIB, 2)
+            figures["measured"] = float(memory.measured)
         return figures
 
 
@@ -330,11 +330,11 @@ def fullest(budget: Budget, most: int, frames: int, visual: int, text: int) -> t
     Args:
         most: largest number of videos of a batch. visual: tokens of a video. text: largest number of tokens of a text.
     """
-    many = min(most, budget.frames // frames) if frames else most
-    left = min(text, budget.positions // many - visual)
-    if left >= SHORTEST_TEXT:
-        return many, left
-    return min(many, budget.positions // (visual + text)), text
+    videos = min(most, budget.frames // frames) if frames else most
+    text_tokens = min(text, budget.positions // videos - visual)
+    if text_tokens >= SHORTEST_TEXT:
+        return videos, text_tokens
+    return min(videos, budget.positions // (visual + text)), text
 
 
 def _recipe(overrides: Sequence[str]) -> tuple[FoveatedVLMModule, Mapping[str, Any], int, bool]:

@@ -99,10 +99,10 @@ class VLAChunk(Timed):
             parts = _Parts(module, device, size)
             plans[name] = partial(module.policy().plan, observation(module, size))
             if name in self.compiled and not quick:
-                again = untrained(config).to(device)  # compiling is in place
-                fast = replace(again.policy(), compiled=True)
-                fast.make_ready()
-                plans[f"{name}_compiled"] = partial(fast.plan, observation(again, size))
+                compiled_module = untrained(config).to(device)  # compiling is in place
+                compiled_policy = replace(compiled_module.policy(), compiled=True)
+                compiled_policy.make_ready()
+                plans[f"{name}_compiled"] = partial(compiled_policy.plan, observation(compiled_module, size))
             sides |= {f"{name}_vlm": parts.vlm, f"{name}_head": parts.head}
             if module.network.geometry is not None:
                 sides[f"{name}_geometry"] = parts.geometry
@@ -172,9 +172,9 @@ class VLAMemory:
             batch = config.data.batch_size // shards
             ema = (config.callbacks or {}).get("ema") is not None
             accumulated = config.accumulate_grad_batches > 1
-            found = module.step_memory(_shapes(module, config, batch), True, ema, accumulated).divided(shards)
-            figures |= {f"{name}_{part}": value for part, value in found.report().items() if part != "how"}
-            figures[f"{name}_spare_gib"] = round(self.gpu_gib - found.total / GIB, 2)
+            memory = module.step_memory(_shapes(module, config, batch), True, ema, accumulated).divided(shards)
+            figures |= {f"{name}_{part}": value for part, value in memory.report().items() if part != "how"}
+            figures[f"{name}_spare_gib"] = round(self.gpu_gib - memory.total / GIB, 2)
             figures |= {f"{name}_batch": batch, f"{name}_gpus": shards}
             for kind, value in parameters_m(module.network)["all"].items():
                 figures[f"{name}_{'trained' if kind == 'trained' else 'parameters'}_m"] = value
@@ -208,11 +208,11 @@ class VLAPlanMemory:
             batch = _shapes(module, config, 1)
             noise = torch.zeros(1, module.network.head.horizon, module.actions.size)
 
-            found = count_forward(module.network, partial(_plan, module, batch, noise))
+            memory = count_forward(module.network, partial(_plan, module, batch, noise))
             figures |= {
-                f"{precision}_weights_gib": round(found.weights / GIB, 2),
-                f"{precision}_plan_gib": round(found.step / GIB, 2),
-                f"{precision}_total_gib": round(found.total / GIB, 2),
+                f"{precision}_weights_gib": round(memory.weights / GIB, 2),
+                f"{precision}_plan_gib": round(memory.step / GIB, 2),
+                f"{precision}_total_gib": round(memory.total / GIB, 2),
             }
         return figures
 
@@ -220,8 +220,8 @@ class VLAPlanMemory:
 def _plan(
     module: GeometryVLAModule, batch: MultiViewPolicyBatch, noise: Tensor, change: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    seen = batch.map(change)
-    return module.network.sample(module(seen), noise, module.state(seen), module.sampling)
+    changed_batch = batch.map(change)
+    return module.network.sample(module(changed_batch), noise, module.state(changed_batch), module.sampling)
 
 
 def _without_memory(

@@ -81,11 +81,11 @@ class Inference(Timed):
     def _measure(
         self, policy: VolumeQueryPolicy, observation: dict[str, Any], device: torch.device, prefix: str, quick: bool
     ) -> dict[str, float]:
-        network, seen = policy.module.network, []
-        hook = network.register_forward_pre_hook(lambda _, *call: seen.append(call), with_kwargs=True)
+        network, calls = policy.module.network, []
+        hook = network.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
         policy.plan(observation)
         hook.remove()
-        arguments, keywords = seen[0]
+        arguments, keywords = calls[0]
 
         @torch.inference_mode()
         def network_alone() -> None:

@@ -138,10 +138,8 @@ def peak_extra_bytes(work: Work, device: torch.device) -> int:
         events = json.loads(trace.read_text())["traceEvents"]
     began = next(e["ts"] for e in events if e["name"] == MEASURED)
     # Events in the file are ordered by thread; time stamps have a resolution of nanoseconds.
-    changes = sorted(
-        (e["ts"], number, e["args"]["Bytes"]) for number, e in enumerate(events) if e["name"] == "[memory]"
-    )
-    alive = np.cumsum([0] + [change for at, _, change in changes if at >= began])
+    changes = sorted((e["ts"], index, e["args"]["Bytes"]) for index, e in enumerate(events) if e["name"] == "[memory]")
+    alive = np.cumsum([0] + [change for timestamp, _, change in changes if timestamp >= began])
     return int(alive.max())
 
 

@@ -128,8 +128,8 @@ class SamplingStep:
     def plain(self, branches: Sequence[str], level: float = 0.6) -> Tensor:
         """Compute every branch in a separate pass, including branches that the formula does not need. The tokens of the
         context are given: even a plain sampler projects its features once."""
-        found = self.plainly(self.x, level, branches)
-        return self.sampling.combine(found, self.x, level, self.conditions)
+        velocities = self.plainly(self.x, level, branches)
+        return self.sampling.combine(velocities, self.x, level, self.conditions)
 
     def first(self) -> Tensor:
         """Compute the first step of a sample, including the computations done once per sample."""
@@ -189,11 +189,11 @@ class DiTCurve:
             figures: dict[str, float] = {"latent_std": round(float(exact.std()), 4)}
             for solver, steps, low, high in Progress(self.settings, desc="settings", unit="setting", leave=False):
                 sampling = replace(usual, solver=solver, steps=int(steps), interval=(float(low), float(high)))
-                drawn, seconds, evaluations = timed(
+                samples, seconds, evaluations = timed(
                     network, conditions, size, sampling, range(count), 1 if quick else 3, guide
                 )
                 name = f"{solver}_{steps}" + ("" if (low, high) == (0, 1) else f"_interval_{low:g}_{high:g}")
-                figures[f"{name}_distance"] = round(float((drawn - exact).pow(2).mean().sqrt()), 4)
+                figures[f"{name}_distance"] = round(float((samples - exact).pow(2).mean().sqrt()), 4)
                 figures[f"{name}_ms"] = round(1e3 * seconds / count, 2)
                 figures[f"{name}_evaluations"] = evaluations
         return figures
@@ -210,8 +210,8 @@ class DiTCurve:
         assert isinstance(module, PatchDiTModule)
         batch = held_out_batch(self.checkpoint, count)
         size = batch.latents.shape[2], batch.latents.shape[3]
-        conditions, way = module.statistics.conditions(batch), module.sampling_at(size)
-        return module.network, conditions, size, way, module.guide_network
+        conditions, sampling = module.statistics.conditions(batch), module.sampling_at(size)
+        return module.network, conditions, size, sampling, module.guide_network
 
 
 def held_out_batch(checkpoint: str, count: int) -> ImageTextBatch:
@@ -251,12 +251,12 @@ def timed(
         rows.clear()
         synchronise(device)
         started = time.perf_counter()
-        drawn = sample(network, conditions, size, sampling, seeds, guide=guide)
+        samples = sample(network, conditions, size, sampling, seeds, guide=guide)
         synchronise(device)
         seconds.append(time.perf_counter() - started)
     for hook in hooks:
         hook.remove()
-    return drawn, float(np.median(seconds)), sum(rows) // len(seeds)
+    return samples, float(np.median(seconds)), sum(rows) // len(seeds)
 
 
 class ToyImages:
@@ -353,11 +353,11 @@ class DiTStep(DiTWork):
         cpu = torch.device("cpu")
         conditions = random_conditions(network, self.batch, length, self.text_tokens, self.patch_grid, cpu)
         step = TrainingStep(network.train(), conditions, self.latent)
-        found = count_step(network, lambda of_batch: step.loss(cpu), bf16=True, ema=True)
+        memory = count_step(network, lambda of_batch: step.loss(cpu), bf16=True, ema=True)
         fixed = sum(p.numel() for p in network.parameters()) * (4 + 8 + 4)
         return {
-            "estimated_512px_bf16_gb": round(found.total / 1e9, 2),
-            "estimated_step_gb": round((found.total - fixed) / 1e9, 2),
+            "estimated_512px_bf16_gb": round(memory.total / 1e9, 2),
+            "estimated_step_gb": round((memory.total - fixed) / 1e9, 2),
             "estimated_weights_and_states_gb": round(fixed / 1e9, 2),
         }
 

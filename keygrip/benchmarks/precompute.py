@@ -74,8 +74,8 @@ class Precompute:
         coarse = rng.integers(0, 256, (8, self.height // 8, self.width // 8, 3), dtype=np.uint8)
         whole = [np.kron(frame, np.ones((8, 8, 1), np.uint8)) for frame in coarse]
         files = [encode_jpeg(frame if n % 2 else frame.transpose(1, 0, 2), 90) for n, frame in enumerate(whole)]
-        for number in range(count):
+        for index in range(count):
             # All files must differ: files with equal content would count as one image. Decoders ignore trailing bytes.
-            (folder / f"{number:06d}.jpg").write_bytes(files[number % len(files)] + number.to_bytes(4, "big"))
-            (folder / f"{number:06d}.txt").write_text(f"noise number {number} in many colours")
+            (folder / f"{index:06d}.jpg").write_bytes(files[index % len(files)] + index.to_bytes(4, "big"))
+            (folder / f"{index:06d}.txt").write_text(f"noise number {index} in many colours")
         return count

@@ -50,21 +50,21 @@ class Server:
         `requests_per_s` and `crowd_p95_ms` of `clients` robots, and `batched_requests_per_s` of `clients` robots whose
         plans are computed as one batch (`limits.batch`)."""
         context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
+        parent_end, child_end = context.Pipe()
         process = context.Process(
-            target=_serve, args=(list(self.overrides), self.device, self.clients, theirs), daemon=True
+            target=_serve, args=(list(self.overrides), self.device, self.clients, child_end), daemon=True
         )
         process.start()
-        theirs.close()
+        child_end.close()
         try:
-            if not ours.poll(START_S):
+            if not parent_end.poll(START_S):
                 raise TimeoutError(f"the server has not started within {START_S:g} s")
-            one_by_one, batching = ours.recv(), ours.recv()
+            one_by_one, batching = parent_end.recv(), parent_end.recv()
             return self._measure(one_by_one, batching, quick)
         except EOFError as error:
             raise ChildProcessError("the server's process has died") from error
         finally:
-            ours.close()  # this stops the server
+            parent_end.close()  # this stops the server
             process.join(30)
             if process.is_alive():
                 process.kill()
@@ -90,21 +90,21 @@ class Server:
             """Return the seconds of each request of all robots, by robot, and requests per second with warm-up."""
             began = time.perf_counter()
             with ThreadPoolExecutor(self.clients) as crowd:
-                together = list(crowd.map(partial(ask, url), [requests // self.clients] * self.clients))
-            asked = sum(len(seconds) + self.warm_up for seconds in together)
-            return together, round(asked / (time.perf_counter() - began), 2)
+                crowd_seconds = list(crowd.map(partial(ask, url), [requests // self.clients] * self.clients))
+            request_count = sum(len(seconds) + self.warm_up for seconds in crowd_seconds)
+            return crowd_seconds, round(request_count / (time.perf_counter() - began), 2)
 
         alone = np.array(ask(url, requests))
         with RemotePolicy(url) as policy:
             plan_p50_ms = policy.health()["plan_p50_ms"]
-        together, requests_per_s = crowd_at(url)
+        crowd_seconds, requests_per_s = crowd_at(url)
         _, batched_requests_per_s = crowd_at(batching)
         return {
             "p50_ms": milliseconds(alone),
             "p95_ms": milliseconds(alone, 95),
             "plan_p50_ms": plan_p50_ms,
             "requests_per_s": requests_per_s,
-            "crowd_p95_ms": milliseconds(np.concatenate([np.array(seconds) for seconds in together]), 95),
+            "crowd_p95_ms": milliseconds(np.concatenate([np.array(seconds) for seconds in crowd_seconds]), 95),
             "batched_requests_per_s": batched_requests_per_s,
             "clients": self.clients,
         }

@@ -51,7 +51,7 @@ def openpi_clients(
     """Like `http_clients`, over openpi's websocket protocol."""
     import aiohttp
 
-    bodies = [pack({name: np.asarray(value) for name, value in seen.items()}) for seen in observations]
+    bodies = [pack({name: np.asarray(value) for name, value in observation.items()}) for observation in observations]
 
     async def robot(session: aiohttp.ClientSession, seed: int) -> Answers:
         plans: Answers = []

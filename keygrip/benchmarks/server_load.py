@@ -54,30 +54,30 @@ class ServerLoad:
         """`different`: number of plans that are not bitwise equal to the policy's own; `not_finite`;
         `largest_difference_m`; `attacks_answered`; `health_p50_ms`, `health_p99_ms` and `health_max_ms`, and for
         comparison `probe_late_*`, how late the machine wakes a process that only sleeps; `requests_per_s`."""
-        each = max(1, (self.quick_requests if quick else self.requests) // self.clients)
+        requests_per_client = max(1, (self.quick_requests if quick else self.requests) // self.clients)
         context = multiprocessing.get_context("spawn")
-        stop, theirs = context.Pipe()
-        server = context.Process(target=_serve, args=(list(self.overrides), self.clients, self.batch, theirs))
+        stop, server_end = context.Pipe()
+        server = context.Process(target=_serve, args=(list(self.overrides), self.clients, self.batch, server_end))
         server.daemon = True
         server.start()
-        theirs.close()
+        server_end.close()
         players: list[tuple[Any, Connection]] = []
         try:
             url = _heard(stop, START_S)
-            seen = _observations(self.overrides, self.observations)
+            observations = _observations(self.overrides, self.observations)
             half = self.clients // 2
             roles: list[tuple[str, tuple[Any, ...]]] = [
-                ("http", (seen, range(half), each)),
-                ("openpi", (seen, range(half, self.clients), each)),
+                ("http", (observations, range(half), requests_per_client)),
+                ("openpi", (observations, range(half, self.clients), requests_per_client)),
                 ("probe", ()),
                 *[("attack", ())] * self.attackers,
             ]
             for role, arguments in roles:
-                ours, end = context.Pipe()
+                parent_end, end = context.Pipe()
                 player = context.Process(target=server_clients.play, args=(role, end, url, arguments), daemon=True)
                 player.start()
                 end.close()
-                players.append((player, ours))
+                players.append((player, parent_end))
             for _, connection in players:
                 _heard(connection, START_S)
             began = time.perf_counter()
@@ -94,8 +94,8 @@ class ServerLoad:
                 process.join(30)
                 if process.is_alive():
                     process.kill()
-        return self._judged(answers, seen) | {
-            "requests_per_s": round(self.clients * each / wall_s, 2),
+        return self._judged(answers, observations) | {
+            "requests_per_s": round(self.clients * requests_per_client / wall_s, 2),
             "health_p50_ms": milliseconds(np.array(health)),
             "health_p99_ms": milliseconds(np.array(health), 99),
             "health_max_ms": milliseconds(np.array(health), 100),
@@ -111,13 +111,13 @@ class ServerLoad:
         """Compare the plans of all clients with the plans of the policy in this process."""
         policy, different, not_finite, largest = _policy(self.overrides), 0, 0, 0.0
         for seed, plans in enumerate(answers):
-            own = seeded(policy, seed)
-            for request, got in enumerate(plans):
-                plan = own.plan(seen[(seed + request) % len(seen)])
-                wanted = np.concatenate([plan.position[0], plan.quaternion[0], plan.gripper[0][:, None]], axis=-1)
-                different += not np.array_equal(got, wanted)
-                not_finite += not np.isfinite(got).all()
-                largest = max(largest, float(np.abs(got - wanted)[:, :3].max()))
+            session = seeded(policy, seed)
+            for request, received in enumerate(plans):
+                plan = session.plan(seen[(seed + request) % len(seen)])
+                expected = np.concatenate([plan.position[0], plan.quaternion[0], plan.gripper[0][:, None]], axis=-1)
+                different += not np.array_equal(received, expected)
+                not_finite += not np.isfinite(received).all()
+                largest = max(largest, float(np.abs(received - expected)[:, :3].max()))
         return {
             "requests": sum(map(len, answers)),
             "different": different,
@@ -157,12 +157,12 @@ def _heard(connection: Connection, seconds: float) -> Any:
     try:
         if not connection.poll(seconds):
             raise TimeoutError(f"a process of the measurement has said nothing for {seconds:g} s")
-        said = connection.recv()
+        message = connection.recv()
     except EOFError as error:
         raise ChildProcessError("a process of the measurement has died") from error
-    if isinstance(said, Exception):
-        raise RuntimeError(f"a client failed: {type(said).__name__}: {said}") from said
-    return said
+    if isinstance(message, Exception):
+        raise RuntimeError(f"a client failed: {type(message).__name__}: {message}") from message
+    return message
 
 
 def _serve(overrides: list[str], clients: int, batch: int, parent: Connection) -> None:

@@ -126,9 +126,9 @@ class Shards:
         images = [encode_jpeg(np.kron(frame, np.ones((8, 8, 1), np.uint8)), 90) for frame in coarse]
         for start in range(0, videos, 100):
             with ShardWriter(root / f"noise-{start // 100:03d}.tar") as writer:
-                for number in range(start, min(start + 100, videos)):
-                    said = answer("What is it?", "noise " * (1 + number % 20), "caption")
-                    writer.add(f"v{number}", *video_text_parts(images, [said], "noise"))
+                for index in range(start, min(start + 100, videos)):
+                    caption = answer("What is it?", "noise " * (1 + index % 20), "caption")
+                    writer.add(f"v{index}", *video_text_parts(images, [caption], "noise"))
         write_manifest(root, describe_video_text, progress=False)
         return root
 
@@ -176,34 +176,34 @@ class BudgetPadding:
     def _figures(self, samples: int, spread: float, exact: bool) -> dict[str, float]:
         data: Any = OmegaConf.to_container(compose("train", list(self.recipe)), resolve=True)
         budget = Budget(data["data"]["budget"]["frames"], data["data"]["budget"]["positions"])
-        most, cut = data["data"]["batch_size"], data["collator"]["max_tokens"]
+        batch_size, cut = data["data"]["batch_size"], data["collator"]["max_tokens"]
         components = web_videos(samples)
         rng = np.random.default_rng(1)
         real = [
             np.minimum(p.length * np.exp(spread * rng.standard_normal(len(p))), cut).round().clip(1) for p in components
         ]
-        taken = np.concatenate([p.bucket + tokens for p, tokens in zip(components, real, strict=True)])
+        positions = np.concatenate([p.bucket + tokens for p, tokens in zip(components, real, strict=True)])
         planned = [
             replace(part, length=tokens, positions=part.bucket + tokens)
             if exact
             else self._estimated(part, cut, spread)
             for part, tokens in zip(components, real, strict=True)
         ]
-        mixture = Mixture(planned, most, budget=budget)
-        wanted = mixture.batches_of(0)
-        batches = [self._kept(batch, taken, budget) for batch in wanted]
+        mixture = Mixture(planned, batch_size, budget=budget)
+        planned_batches = mixture.batches_of(0)
+        batches = [self._kept(batch, positions, budget) for batch in planned_batches]
         filled = [
-            max(mixture.bucket[batch].sum() / budget.frames, len(batch) * taken[batch].max() / budget.positions)
+            max(mixture.bucket[batch].sum() / budget.frames, len(batch) * positions[batch].max() / budget.positions)
             for batch in batches
         ]
-        tried = [batches[n] for n in rng.permutation(len(batches))[:BATCHES]]
-        places = sum(positions_of(taken[batch].tolist(), packed=True) for batch in tried)
+        sampled = [batches[n] for n in rng.permutation(len(batches))[:BATCHES]]
+        places = sum(positions_of(positions[batch].tolist(), packed=True) for batch in sampled)
         return {
-            "padding_share": round(padding_of(batches, taken), 4),
-            "packed_padding_share": round(1 - float(sum(taken[batch].sum() for batch in tried) / places), 4),
+            "padding_share": round(padding_of(batches, positions), 4),
+            "packed_padding_share": round(1 - float(sum(positions[batch].sum() for batch in sampled) / places), 4),
             "filled_share": round(float(np.mean(filled)), 4),
-            "left_out_share": round(1 - sum(map(len, batches)) / sum(map(len, wanted)), 5),
-            "same_neighbours_share": round(same_neighbours(wanted, mixture.batches_of(1)), 4),
+            "left_out_share": round(1 - sum(map(len, batches)) / sum(map(len, planned_batches)), 5),
+            "same_neighbours_share": round(same_neighbours(planned_batches, mixture.batches_of(1)), 4),
         }
 
     def _estimated(self, part: Component, cut: int, spread: float) -> Component:
@@ -225,11 +225,11 @@ class BudgetPadding:
 def same_neighbours(batches: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
     """Return the fraction of sample pairs in the same batch in one epoch that are in the same batch in another epoch
     too; only samples that occur in both epochs count."""
-    place = {sample: number for number, batch in enumerate(others) for sample in batch.tolist()}
-    pairs = same = 0
+    batch_of = {sample: index for index, batch in enumerate(others) for sample in batch.tolist()}
+    pairs = shared = 0
     for batch in batches:
-        there = np.array([place[sample] for sample in batch.tolist() if sample in place])
-        _, counts = np.unique(there, return_counts=True)
-        pairs += len(there) * (len(there) - 1)
-        same += int((counts * (counts - 1)).sum())
-    return same / pairs if pairs else 0.0
+        batch_indices = np.array([batch_of[sample] for sample in batch.tolist() if sample in batch_of])
+        _, counts = np.unique(batch_indices, return_counts=True)
+        pairs += len(batch_indices) * (len(batch_indices) - 1)
+        shared += int((counts * (counts - 1)).sum())
+    return shared / pairs if pairs else 0.0

@@ -132,8 +132,8 @@ class Problem:
             return problem
         maps = normal(batch, 1, sizes.d_feat, side, side).requires_grad_()
         intrinsics, poses, heights = _two_cameras(batch, sizes.height_bins)
-        where = project_voxels(intrinsics.to(device), poses.to(device), heights.to(device), side, IMAGE_SIZE)
-        return replace(problem, further=(maps, where))
+        projected = project_voxels(intrinsics.to(device), poses.to(device), heights.to(device), side, IMAGE_SIZE)
+        return replace(problem, further=(maps, projected))
 
     def logits(self) -> VolumeLogits:
         """Return the parts of the volume, with leading shape ``[B, T]``."""

@@ -172,14 +172,14 @@ def _pairs(file: Path) -> dict[str, dict[str, Tensor]]:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from error
-    found: dict[str, dict[str, Tensor]] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if not value.is_floating_point():
             raise ValueError(f"{file}: {key} holds {str(value.dtype).removeprefix('torch.')}, no weights")
         if not torch.isfinite(value).all():
             raise ValueError(f"{file}: {key} holds numbers that are not finite")
-        found.setdefault(name, {})[part] = value
-    if not found:
+        pairs.setdefault(name, {})[part] = value
+    if not pairs:
         raise ValueError(f"{file} holds no tensors")
-    return found
+    return pairs

@@ -115,10 +115,10 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
         module.image_options["max_frames"] = cfg.max_frames
     started = time.perf_counter()
     if cfg.conversations is None:
-        found = _asked(module, paths, questions, mode, cfg)
+        result = _asked(module, paths, questions, mode, cfg)
     else:
-        found = _continued(module, talks, broken, mode, cfg)
-    return found | {"mode": mode, "wall_s": round(time.perf_counter() - started, 3)}
+        result = _continued(module, talks, broken, mode, cfg)
+    return result | {"mode": mode, "wall_s": round(time.perf_counter() - started, 3)}
 
 
 def _refuse_stream(model: Mapping[str, Any]) -> None:
@@ -135,8 +135,8 @@ def _sampling(cfg: DictConfig) -> Sampling:
 
 def _videos_and_questions(cfg: DictConfig) -> tuple[list[Any], list[str]]:
     """Return the paths (None for text alone) and the questions to ask about each. Raises the errors of `answer`."""
-    one = cfg.video is None or isinstance(cfg.video, str | int | float)
-    paths: list[Any] = [cfg.video] if one else list(cfg.video)
+    is_single = cfg.video is None or isinstance(cfg.video, str | int | float)
+    paths: list[Any] = [cfg.video] if is_single else list(cfg.video)
     questions = [] if cfg.question is None else texts_of("question", cfg.question)
     if any(not question.strip() for question in questions):
         raise ValueError("question='': a question is empty")
@@ -162,27 +162,29 @@ def _continued(
     module: FoveatedVLMModule, talks: Sequence[list[Any]], broken: dict[int, str], mode: str, cfg: DictConfig
 ) -> dict[str, Any]:
     chat = VideoChat(module)
-    how = (cfg.max_new_tokens, cfg.temperature, cfg.seed, mode)
-    cut = {"top_k": cfg.top_k, "top_p": cfg.top_p}
+    generation_settings = (cfg.max_new_tokens, cfg.temperature, cfg.seed, mode)
+    truncation = {"top_k": cfg.top_k, "top_p": cfg.top_p}
     left_out: dict[int, str] = {}
     texts: list[Any] = []
     if cfg.stream:
-        for number, talk in enumerate(talks):
+        for index, talk in enumerate(talks):
             try:
-                texts.append(_shown(f"[{number + 1}]", chat.stream(talk, *how, **cut)))
+                texts.append(_shown(f"[{index + 1}]", chat.stream(talk, *generation_settings, **truncation)))
             except (ValueError, OSError) as error:
                 texts.append("")
-                left_out[number] = str(error)
+                left_out[index] = str(error)
     else:
-        texts = chat.generate(talks, *how, cfg.batch_frames, left_out, samples=cfg.samples, **cut)
+        texts = chat.generate(
+            talks, *generation_settings, cfg.batch_frames, left_out, samples=cfg.samples, **truncation
+        )
     left_out |= broken  # a line that could not be parsed: its reason replaces that of its empty conversation
     if len(left_out) == len(talks):
         raise ValueError(f"{cfg.conversations}: no conversation can be read; the first: {left_out[0]}")
-    for number, reason in left_out.items():
-        log.warning("conversation %d is left out: %s", number + 1, reason)
+    for index, reason in left_out.items():
+        log.warning("conversation %d is left out: %s", index + 1, reason)
     key = "answer" if cfg.samples is None else "answers"
-    answered = [{"conversation": number + 1, key: said} for number, said in enumerate(texts) if number not in left_out]
-    unreadable = {str(number + 1): reason for number, reason in left_out.items()}
+    answered = [{"conversation": index + 1, key: reply} for index, reply in enumerate(texts) if index not in left_out]
+    unreadable = {str(index + 1): reason for index, reason in left_out.items()}
     return {"answers": answered} | ({"unreadable": unreadable} if unreadable else {})
 
 
@@ -200,21 +202,25 @@ def _asked(
     for videos in _batches(module, paths, cfg.batch_frames, unreadable):
         frames += sum(len(video.frames) for video in videos)
         fitting = _fitting(module, videos, questions, cfg.max_new_tokens, unanswered)
-        asked = [replace(each, sample=sample) for each in fitting for sample in range(cfg.samples or 1)]
+        rows = [replace(each, sample=sample) for each in fitting for sample in range(cfg.samples or 1)]
         texts: list[str] = []
         if cfg.stream:
-            texts = [_streamed(module, each, mode, cfg) for each in asked]
+            texts = [_streamed(module, each, mode, cfg) for each in rows]
         else:
-            for part, found in _together(module, asked, mode, cfg):
-                texts += found.texts
+            for batch, generated in _together(module, rows, mode, cfg):
+                texts += generated.texts
                 if cfg.figure is not None:
-                    strips += _attention_strips(module, part, found)
-        said = iter(texts)
+                    strips += _attention_strips(module, batch, generated)
+        remaining_texts = iter(texts)
         for each in fitting:
-            told: Any = {"answer": next(said)} if cfg.samples is None else {"answers": [*islice(said, cfg.samples)]}
-            answers.append({"video": each.video.path, "question": each.question, **told})
-    for left in unanswered:
-        log.warning("left out: %r about %s: %s", left["question"], left["video"] or "no video", left["reason"])
+            answer_fields: Any = (
+                {"answer": next(remaining_texts)}
+                if cfg.samples is None
+                else {"answers": [*islice(remaining_texts, cfg.samples)]}
+            )
+            answers.append({"video": each.video.path, "question": each.question, **answer_fields})
+    for entry in unanswered:
+        log.warning("left out: %r about %s: %s", entry["question"], entry["video"] or "no video", entry["reason"])
     if not answers:
         raise ValueError(f"no question can be answered; the first: {unanswered[0]['reason']}")
     result: dict[str, Any] = {"answers": answers, "frames": frames}
@@ -244,8 +250,8 @@ def _batches(
         video = Video(None, np.zeros((0, size, size, 3), np.uint8), ())
         if path is not None:
             try:
-                found = read_timed_frames(str(path), size, images["fit"], images["max_frames"])
-                video = Video(str(path), *image_repeated(*found, image_frames_of(images)))
+                timed_frames = read_timed_frames(str(path), size, images["fit"], images["max_frames"])
+                video = Video(str(path), *image_repeated(*timed_frames, image_frames_of(images)))
             except (ValueError, OSError) as error:
                 failed.append(error)
                 unreadable[str(path)] = str(error)
@@ -271,7 +277,7 @@ def _fitting(
     unanswered: list[dict[str, Any]],
 ) -> list[Asked]:
     """Return every question about each video. Questions that do not fit are added to `unanswered` with the reason."""
-    asked: list[Asked] = []
+    fitting: list[Asked] = []
     for video in videos:
         for question in questions:
             try:
@@ -280,8 +286,8 @@ def _fitting(
             except ValueError as error:
                 unanswered.append({"video": video.path, "question": question, "reason": str(error)})
                 continue
-            asked.append(Asked(video, question, prompt))
-    return asked
+            fitting.append(Asked(video, question, prompt))
+    return fitting
 
 
 def _together(
@@ -367,12 +373,12 @@ def _streamed(module: FoveatedVLMModule, asked: Asked, mode: str, cfg: DictConfi
 def _shown(title: str, pieces: Iterator[str]) -> str:
     """Join the pieces of an answer and write them to standard error as they arrive."""
     sys.stderr.write(f"{title} ")
-    said = ""
+    text = ""
     try:
         for piece in pieces:
             sys.stderr.write(piece)
             sys.stderr.flush()
-            said += piece
+            text += piece
     finally:
         sys.stderr.write("\n")
-    return said
+    return text

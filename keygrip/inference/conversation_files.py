@@ -106,8 +106,8 @@ def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> li
         raise ValueError(f"its `{unknown}` names an image or a video; known beside messages are {', '.join(NAMING)}")
     files: dict[str, list[str]] = {"image": [], "video": []}
     for key, kind in NAMING.items():
-        named = content.get(key) or []
-        for name in [named] if isinstance(named, str) else named if isinstance(named, list) else [named]:
+        entry = content.get(key) or []
+        for name in [entry] if isinstance(entry, str) else entry if isinstance(entry, list) else [entry]:
             if not isinstance(name, str):
                 raise ValueError(f"its `{key}` names a file by {str(name)[:80]!r}, which is no text")
             files[kind].append(_beside(folder, name))
@@ -117,24 +117,24 @@ def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> li
             talk = [{"role": "system", "content": content["system"]}, *talk]
     if not (files["image"] or files["video"]):
         return talk
-    asked = [message["content"] for message in talk if _asks(message) and isinstance(message["content"], str)]
-    known = Placeholders.of(asked, [kind for kind, names in files.items() if names])
-    split = iter(known.split(asked))
-    said: list[Any] = []
+    user_texts = [message["content"] for message in talk if _asks(message) and isinstance(message["content"], str)]
+    placeholders = Placeholders.of(user_texts, [kind for kind, names in files.items() if names])
+    split = iter(placeholders.split(user_texts))
+    messages: list[Any] = []
     places: list[Item] = []
     for message in talk:
         if not _asks(message):
-            said.append(message)
+            messages.append(message)
             continue
         content = message["content"]
         items = _items(next(split)) if isinstance(content, str) else [(_copied(item), None) for item in content]
-        said.append({**message, "content": [item for item, _ in items]})
+        messages.append({**message, "content": [item for item, _ in items]})
         places += [
             (item, number)
             for item, number in items
             if isinstance(item, dict) and item.get("type") in ("image", "video") and not any(map(item.get, SHOWN))
         ]
-    first = next((message["content"] for message in said if _asks(message)), None)
+    first = next((message["content"] for message in messages if _asks(message)), None)
     if not places and first is not None:
         if files["image"] and files["video"]:
             raise ValueError("it has images and videos, and its messages no places for them: their order is not known")
@@ -145,7 +145,7 @@ def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> li
         ]
         first[:0] = [item for item, _ in places]
     _fill(places, files)
-    return said
+    return messages
 
 
 def _as_message(entry: Any) -> Any:
@@ -203,14 +203,14 @@ def _items(parts: list[tuple[str, str]]) -> list[Item]:
     """Return the items of a text split by `Placeholders.split`. White space at its ends is removed as in training,
     where it is removed together with the placeholders."""
     items: list[Item] = [
-        ({"type": kind}, number_of(said)) if kind else ({"type": "text", "text": said}, None) for kind, said in parts
+        ({"type": kind}, number_of(text)) if kind else ({"type": "text", "text": text}, None) for kind, text in parts
     ]
-    words = [item for item, _ in items if item["type"] == "text"]
-    if len(words) < len(items) and words:
-        if items[0][0] is not words[0]:
-            words[0]["text"] = words[0]["text"].lstrip()
-        if items[-1][0] is not words[-1]:
-            words[-1]["text"] = words[-1]["text"].rstrip()
+    text_items = [item for item, _ in items if item["type"] == "text"]
+    if len(text_items) < len(items) and text_items:
+        if items[0][0] is not text_items[0]:
+            text_items[0]["text"] = text_items[0]["text"].lstrip()
+        if items[-1][0] is not text_items[-1]:
+            text_items[-1]["text"] = text_items[-1]["text"].rstrip()
     return items
 
 
@@ -226,18 +226,18 @@ def _fill(places: list[Item], files: dict[str, list[str]]) -> None:
         if place["type"] == "image" and not files["image"]:
             place["type"] = "video"
     for kind, names in files.items():
-        own = [(place, number) for place, number in places if place["type"] == kind]
-        if len(own) == 1 and _are_frames(kind, names):
-            own[0][0][kind] = names
+        kind_places = [(place, number) for place, number in places if place["type"] == kind]
+        if len(kind_places) == 1 and _are_frames(kind, names):
+            kind_places[0][0][kind] = names
             continue
-        if len(own) != len(names):
-            raise ValueError(f"its messages have {len(own)} places for {kind}s, and it names {len(names)}")
-        numbers = [number for _, number in own if number is not None]
+        if len(kind_places) != len(names):
+            raise ValueError(f"its messages have {len(kind_places)} places for {kind}s, and it names {len(names)}")
+        numbers = [number for _, number in kind_places if number is not None]
         begin = 0 if 0 in numbers else 1
-        left = [number for number in range(begin, begin + len(names)) if number not in numbers]
-        if len(left) + len(numbers) != len(names):
+        free_numbers = [number for number in range(begin, begin + len(names)) if number not in numbers]
+        if len(free_numbers) + len(numbers) != len(names):
             raise ValueError(
                 f"its placeholders have the numbers {numbers}, and its {kind}s {begin} to {begin + len(names) - 1}"
             )
-        for place, number in own:
-            place[kind] = names[(left.pop(0) if number is None else number) - begin]
+        for place, number in kind_places:
+            place[kind] = names[(free_numbers.pop(0) if number is None else number) - begin]

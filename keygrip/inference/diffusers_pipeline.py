@@ -117,20 +117,20 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
         idle = sorted(name for name, value in others.items() if value and name not in LOADING + FETCHING)
         if idle:
             raise ValueError(f"{', '.join(idle)}: no effect on {cls.__name__}.from_pretrained, leave it out")
-        named = {"external": external, "trust": trust} if external or trust else _named.get() or {}
+        load_options = {"external": external, "trust": trust} if external or trust else _named.get() or {}
         try:
-            module = load_module(pretrained_model_name_or_path, expected=PatchDiTModule, **named)
+            module = load_module(pretrained_model_name_or_path, expected=PatchDiTModule, **load_options)
         except UntrustedPartError as error:
             raise UntrustedPartError(
                 f"{error} ({CLASS}.from_pretrained of {__name__} takes external and trust; diffusers' own "
                 "DiffusionPipeline takes neither)"
             ) from error
         assert isinstance(module, PatchDiTModule)
-        found = cls(module, read_export(pretrained_model_name_or_path))
+        transformer = cls(module, read_export(pretrained_model_name_or_path))
         precision = dtype or torch_dtype
         if precision not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype={precision}: the pipeline computes in float32, bfloat16 or float16")
-        return found if precision is None else found.to(precision)
+        return transformer if precision is None else transformer.to(precision)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move to a device, a dtype, or both, as in any module. Only the network changes its dtype: the statistics of
@@ -204,10 +204,10 @@ class PatchDiTPipeline(DiffusionPipeline):
         """
         if (external or trust) and kwargs.get("transformer") is not None:
             raise ValueError("external and trust have no effect on a transformer that is given: leave them out")
-        own: Any = super()
+        parent: Any = super()
         token = _named.set({"external": external, "trust": trust})
         try:
-            pipeline: Self = own.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            pipeline: Self = parent.from_pretrained(pretrained_model_name_or_path, **kwargs)
         finally:
             _named.reset(token)
         return pipeline
@@ -219,18 +219,18 @@ class PatchDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: The folder names parts that this pipeline does not have; diffusers would import their modules.
         """
-        own: Any = super()
-        found = own.load_config(*args, **kwargs)
-        config = found[0] if isinstance(found, tuple) else found
+        parent: Any = super()
+        loaded = parent.load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
         _refuse_other_parts(config)
         if isinstance(config.get("_class_name"), list | tuple):
             config["_class_name"] = CLASS
-        return found
+        return loaded
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write a new or empty folder that diffusers' own `DiffusionPipeline` can read too."""
-        own: Any = super()
-        own.save_pretrained(save_directory, *args, **kwargs)
+        parent: Any = super()
+        parent.save_pretrained(save_directory, *args, **kwargs)
         _name_class(Path(save_directory))
 
     def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
@@ -314,16 +314,16 @@ class PatchDiTPipeline(DiffusionPipeline):
             raise ValueError(f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs}: ['latents']")
         if latents is not None and not isinstance(latents, Tensor):
             raise ValueError(f"latents are a tensor, not {type(latents).__name__}")
-        given = {
+        options = {
             **{"steps": num_inference_steps, "guidance": guidance, "solver": solver, "interval": interval},
             **{"text_scale": text_scale, "dino_scale": dino_scale, "full_scale": full_scale, "cls_scale": cls_scale},
             **{"guide_scale": guide_scale},
             **{"text_rescale": text_rescale, "dino_rescale": dino_rescale, "full_rescale": full_rescale},
         }
-        for name, value in given.items():
+        for name, value in options.items():
             kind = int if name == "steps" else float if name.endswith("scale") else None
             _refuse_type("num_inference_steps" if name == "steps" else name, value, kind)
-        sampling = module.sampling_with(given)
+        sampling = module.sampling_with(options)
         if sampling.solver != "euler" and not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             raise ValueError(
                 f"solver={sampling.solver} takes steps of its own, and none of {type(self.scheduler).__name__}: give "
@@ -337,7 +337,7 @@ class PatchDiTPipeline(DiffusionPipeline):
         if redraw is not None and output_type == "latent":
             raise ValueError("redraw keeps pixels, and output_type='latent' gives none: choose another output_type")
         steered = SteeredImages(module, prompt, image, image_mask, blend, start_image, strength, redraw)
-        steered.refuse_idle({name for name, value in given.items() if value is not None}, sampling)
+        steered.refuse_idle({name for name, value in options.items() if value is not None}, sampling)
         bucket = self._bucket(module, steered.shown, height, width)
         encoders, device = module.ready_encoders(), module.device
         conditions = steered.conditions(bucket).interleaved(num_images_per_prompt)
@@ -357,23 +357,24 @@ class PatchDiTPipeline(DiffusionPipeline):
         if tuple(noise.shape) != shape:
             raise ValueError(f"latents of {list(noise.shape)} where {list(shape)} are drawn")
         start = steered.start(bucket, total)
-        x, kept, times = noise, None, 1.0
+        x, mask_and_latents, times = noise, None, 1.0
         if start is not None:
             times = start.edit.strength
             x = (1 - times) * start.edit.latents + times * noise
-            kept = None if start.edit.mask is None else (start.edit.mask, start.edit.latents)
+            mask_and_latents = None if start.edit.mask is None else (start.edit.mask, start.edit.latents)
         set_levels(self.scheduler, sampling.steps, module.shift_of(noise), times, device)
         module.eval()
         aspect = bucket.width / bucket.height
         velocities = Velocities(module.network, conditions, total, aspect, guide=module.guide_network)
-        sigmas, own = self.scheduler.sigmas.tolist(), cast(Any, self)
+        sigmas, pipeline = self.scheduler.sigmas.tolist(), cast(Any, self)
 
         def velocity_at(x: Tensor, level: float) -> Tensor:
-            found = velocities(x, level, sampling.branches(conditions, level))
-            guided = sampling.combine(found, x, level, conditions)
-            if kept is None:
+            branch_velocities = velocities(x, level, sampling.branches(conditions, level))
+            guided = sampling.combine(branch_velocities, x, level, conditions)
+            if mask_and_latents is None:
                 return guided
-            mask, latents = kept  # the velocity that leads to these latents, whatever noise a scheduler has added
+            # the velocity that leads to these latents, whatever noise a scheduler has added
+            mask, latents = mask_and_latents
             return mask * guided + (1 - mask) * (x - latents) / level
 
         def after_step(number: int, x: Tensor) -> Tensor:
@@ -383,41 +384,41 @@ class PatchDiTPipeline(DiffusionPipeline):
             returned = callback_on_step_end(self, number, time, {"latents": x}) or {}
             if not isinstance(returned, Mapping):
                 raise ValueError(f"callback_on_step_end returns a dict, not {type(returned).__name__}")
-            changed: Tensor = returned.get("latents", x)
-            if not isinstance(changed, Tensor) or changed.shape != x.shape:
+            new_latents: Tensor = returned.get("latents", x)
+            if not isinstance(new_latents, Tensor) or new_latents.shape != x.shape:
                 raise ValueError(f"callback_on_step_end gives latents that are no tensor of shape {list(x.shape)}")
-            if changed is not x and sampling.solver != "euler":
+            if new_latents is not x and sampling.solver != "euler":
                 raise ValueError(
                     f"callback_on_step_end gives other latents, and solver={sampling.solver} takes steps of its own: "
                     "give solver='euler'"
                 )
-            return changed
+            return new_latents
 
         with self.transformer.autocast():
             if sampling.solver == "euler":
                 steps = enumerate(zip(self.scheduler.timesteps, sigmas, strict=False))
-                for number, (time, level) in own.progress_bar(list(steps)):
+                for number, (time, level) in pipeline.progress_bar(list(steps)):
                     x = take_step(self.scheduler, velocity_at(x, level), time, x, generator)
                     x = after_step(number, x)
             else:
-                with own.progress_bar(total=len(sigmas) - 1) as bar:
+                with pipeline.progress_bar(total=len(sigmas) - 1) as bar:
 
                     def on_step(done: int, x: Tensor) -> None:
                         after_step(done - 1, x)
                         bar.update()
 
                     x = integrate(velocity_at, x, sigmas, sampling.solver, on_step)
-            drawn = x if output_type == "latent" else encoders.decode_latents(module.statistics.restored(x)).cpu()
-        if not bool(torch.isfinite(drawn).all()):
+            samples = x if output_type == "latent" else encoders.decode_latents(module.statistics.restored(x)).cpu()
+        if not bool(torch.isfinite(samples).all()):
             raise ValueError(NOT_FINITE)
         if start is not None and start.redrawn is not None:  # pixels outside the mask are those of the start image
-            drawn = start.redrawn * drawn + (1 - start.redrawn) * start.pixels
-        shown: Any = drawn
+            samples = start.redrawn * samples + (1 - start.redrawn) * start.pixels
+        output: Any = samples
         if output_type == "pil":
-            shown = [Image.fromarray(frame) for frame in as_bytes(drawn)]
+            output = [Image.fromarray(frame) for frame in as_bytes(samples)]
         elif output_type == "np":
-            shown = drawn.permute(0, 2, 3, 1).numpy()
-        return ImagePipelineOutput(images=shown) if return_dict else (shown,)
+            output = samples.permute(0, 2, 3, 1).numpy()
+        return ImagePipelineOutput(images=output) if return_dict else (output,)
 
     @staticmethod
     def _bucket(

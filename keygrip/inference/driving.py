@@ -194,10 +194,10 @@ def _refuse_other_camera(trained: str | None, cameras: Sequence[str]) -> None:
 
 def _refuse_no_continuing(execution: ChunkExecution, policy: Any) -> None:
     if execution.continue_chunks and not continues(policy):
-        which = f"that of {policy.url}" if isinstance(policy, RemotePolicy) else type(policy).__name__
+        policy_name = f"that of {policy.url}" if isinstance(policy, RemotePolicy) else type(policy).__name__
         raise ValueError(
             "execution.continue_chunks=true needs a policy that continues a plan (geometry_vla); "
-            f"{which} does not: leave it out"
+            f"{policy_name} does not: leave it out"
         )
 
 

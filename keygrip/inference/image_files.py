@@ -46,14 +46,14 @@ class ImageFiles:
 def files_of(requests: Sequence[SampleRequest], buckets: Sequence[Bucket]) -> ImageFiles:
     """Return the files of some requests, each generated at the size of its bucket."""
     rows: dict[tuple[Any, ...], list[int]] = {}
-    for number, (request, bucket) in enumerate(zip(requests, buckets, strict=True)):
+    for index, (request, bucket) in enumerate(zip(requests, buckets, strict=True)):
         # not by title: it has no folder names
-        rows.setdefault((request.prompt, request.images, bucket), []).append(number)
+        rows.setdefault((request.prompt, request.images, bucket), []).append(index)
     grids = range(-(-len(rows) // GRID_ROWS))
     return ImageFiles(
-        tuple(f"{number:03d}_seed{request.seed}.png" for number, request in enumerate(requests)),
-        tuple(f"grid_{number:02d}.png" if number else "grid.png" for number in grids),
-        tuple((requests[numbers[0]].title, tuple(numbers)) for numbers in rows.values()),
+        tuple(f"{index:03d}_seed{request.seed}.png" for index, request in enumerate(requests)),
+        tuple(f"grid_{index:02d}.png" if index else "grid.png" for index in grids),
+        tuple((requests[indices[0]].title, tuple(indices)) for indices in rows.values()),
     )
 
 
@@ -68,9 +68,9 @@ def write_grids(folder: Path, files: ImageFiles, shown: Callable[[int], Sequence
     Args:
         shown: maps the index of a request to its references [3, H, W] in 0..1, which come first in its row.
     """
-    for place, name in enumerate(files.grids):
-        rows = files.rows[place * GRID_ROWS : (place + 1) * GRID_ROWS]
-        _write(folder / name, image_grid([_row(folder, files, title, numbers, shown) for title, numbers in rows]))
+    for grid_index, name in enumerate(files.grids):
+        rows = files.rows[grid_index * GRID_ROWS : (grid_index + 1) * GRID_ROWS]
+        _write(folder / name, image_grid([_row(folder, files, title, indices, shown) for title, indices in rows]))
 
 
 def move_files(scratch: Path, folder: Path, files: ImageFiles) -> None:
@@ -90,20 +90,20 @@ def move_files(scratch: Path, folder: Path, files: ImageFiles) -> None:
 
 def refuse_folder(folder: Path) -> None:
     """Raise ValueError if the folder cannot be created. It is not created yet: a failed run leaves nothing behind."""
-    there = nearest_existing(folder)
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"run_dir={folder}: {there} is {'not writable' if there.is_dir() else 'no folder'}")
+    existing = nearest_existing(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"run_dir={folder}: {existing} is {'not writable' if existing.is_dir() else 'no folder'}")
 
 
 def _row(
     folder: Path, files: ImageFiles, title: str, numbers: Sequence[int], shown: Callable[[int], Sequence[Tensor]]
 ) -> tuple[str, Tensor]:
-    drawn = []
-    for number in numbers[:GRID_COLUMNS]:
-        with Image.open(folder / files.images[number]) as image:
-            drawn.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
+    samples = []
+    for index in numbers[:GRID_COLUMNS]:
+        with Image.open(folder / files.images[index]) as image:
+            samples.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
     left_out = f" (the first {GRID_COLUMNS} of {len(numbers)})" if len(numbers) > GRID_COLUMNS else ""
-    return title + left_out, torch.stack([*shown(numbers[0]), *drawn])
+    return title + left_out, torch.stack([*shown(numbers[0]), *samples])
 
 
 def _write(path: Path, frame: np.ndarray) -> None:

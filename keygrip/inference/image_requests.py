@@ -66,7 +66,9 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
         raise ValueError(
             f"{cfg.samples} samples of {len(rows)} requests each: at most {MOST_REQUESTS} images by one command"
         )
-    return [SampleRequest(prompt, own, seed + n) for prompt, own, seed in rows for n in range(cfg.samples)]
+    return [
+        SampleRequest(prompt, references, seed + n) for prompt, references, seed in rows for n in range(cfg.samples)
+    ]
 
 
 def _of_file(cfg: DictConfig, images: list[str]) -> list[Row]:
@@ -114,8 +116,8 @@ def prompts_of(value: Any) -> list[str | None]:
     Raises:
         ValueError: A value is neither text nor null, or the list is empty.
     """
-    told = ["" if each is None else text_of("prompt", each) for each in each_of("prompt", value)]
-    return [text if text.strip() else None for text in told]
+    texts = ["" if each is None else text_of("prompt", each) for each in each_of("prompt", value)]
+    return [text if text.strip() else None for text in texts]
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -159,7 +161,7 @@ def _row(row: Any, where: str, folder: Path) -> dict[str, Any]:
     for name in ("prompt", "image"):
         if not isinstance(row.get(name), str | None):
             raise ValueError(f"{where}: its {name} is not text")
-    found = {name: (row.get(name) or "").strip() or None for name in ("prompt", "image")}
+    texts = {name: (row.get(name) or "").strip() or None for name in ("prompt", "image")}
     seed = row.get("seed")
     seed = seed.strip() if isinstance(seed, str) else seed
     if seed in (None, ""):
@@ -168,7 +170,7 @@ def _row(row: Any, where: str, folder: Path) -> dict[str, Any]:
         raise ValueError(f"{where}: its seed {seed!r} is not a whole number")
     elif len(str(seed)) > len(str(SEEDS[0])) or int(seed) not in SEEDS:
         raise ValueError(f"{where}: its seed {str(seed)[:40]} is out of range: from {SEEDS[0]} to {SEEDS[-1]}")
-    if found["prompt"] is None and found["image"] is None:
+    if texts["prompt"] is None and texts["image"] is None:
         raise ValueError(f"{where}: it has neither prompt nor image")
-    image = None if found["image"] is None else str(folder / found["image"])
-    return {"prompt": found["prompt"], "image": image, "seed": None if seed is None else int(seed)}
+    image = None if texts["image"] is None else str(folder / texts["image"])
+    return {"prompt": texts["prompt"], "image": image, "seed": None if seed is None else int(seed)}

@@ -88,8 +88,8 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
         if module.guide is not None:
             _leave_out_guide(module, cfg)
         load_lora(module.network, Path(cfg.lora), module.statistics.normalisation)
-    given = {field.name: cfg.get(field.name) for field in fields(Sampling)}
-    sampling = module.sampling_with(given)
+    options = {field.name: cfg.get(field.name) for field in fields(Sampling)}
+    sampling = module.sampling_with(options)
     conditions = GivenConditions(
         words=any(r.prompt for r in requests),
         images=any(r.images for r in requests),
@@ -98,8 +98,8 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
         strength=None if steering.start_image is None else steering.strength,
         redraws_a_part=steering.redraw is not None,
     )
-    named = {name for name, value in given.items() if value is not None}
-    refuse_idle_guidance(module, named, sampling, conditions)
+    set_names = {name for name, value in options.items() if value is not None}
+    refuse_idle_guidance(module, set_names, sampling, conditions)
     warn_of_untrained(module, conditions)
     buckets = buckets_of(cfg.size, module, requests, steering)
     files = files_of(requests, buckets)
@@ -155,10 +155,10 @@ def _leave_out_guide(module: PatchDiTModule, cfg: DictConfig) -> None:
 def steering_of(cfg: DictConfig, requests: Sequence[SampleRequest]) -> Steering:
     """Return masks and start image. Raises ValueError if a setting has no effect or the number of masks is wrong."""
     masks = () if cfg.image_mask is None else tuple(texts_of("image_mask", cfg.image_mask))
-    for number, request in enumerate(requests):
+    for index, request in enumerate(requests):
         if masks and len(masks) != len(request.images):
             raise ValueError(
-                f"{len(masks)} masks (image_mask) for the {len(request.images)} images of request {number}: give one "
+                f"{len(masks)} masks (image_mask) for the {len(request.images)} images of request {index}: give one "
                 "for each image that steers"
             )
     if cfg.start_image is None and (cfg.redraw is not None or cfg.strength is not None):
@@ -178,11 +178,11 @@ def buckets_of(
     stride = module.encoders.latent_stride
     trained = [Bucket(width * stride, height * stride) for height, width in module.statistics.latent_sizes]
     start = [] if steering.start_image is None else [("start_image", steering.start_image)]
-    shown = [[*start, *(("image", image) for image in request.images)] for request in requests]
-    images = dict.fromkeys(named for each in shown for named in each)
+    sources = [[*start, *(("image", image) for image in request.images)] for request in requests]
+    images = dict.fromkeys(source for each in sources for source in each)
     sizes = {(name, image): image_size(image, name) for name, image in images}
-    buckets = [nearest_bucket(*sizes[each[0]], trained) if each else usual for each in shown]
-    fitted = dict.fromkeys((named, bucket) for each, bucket in zip(shown, buckets, strict=True) for named in each)
+    buckets = [nearest_bucket(*sizes[each[0]], trained) if each else usual for each in sources]
+    fitted = dict.fromkeys((source, bucket) for each, bucket in zip(sources, buckets, strict=True) for source in each)
     for (name, image), bucket in fitted:
         warn_of_cut(sizes[name, image], bucket, f"{name}={image}", "size=WIDTHxHEIGHT")
     return buckets
@@ -224,8 +224,8 @@ def _whole(side: Any) -> int:
 def batches_of(requests: Sequence[SampleRequest], buckets: Sequence[Bucket], batch_size: int) -> Iterator[list[int]]:
     """Yield indices of requests of one batch: same size, all or none with prompt, equally many images."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
-    for number, (request, bucket) in enumerate(zip(requests, buckets, strict=True)):
-        kinds.setdefault((bucket, request.prompt is None, len(request.images)), []).append(number)
+    for index, (request, bucket) in enumerate(zip(requests, buckets, strict=True)):
+        kinds.setdefault((bucket, request.prompt is None, len(request.images)), []).append(index)
     for members in kinds.values():
         for start in range(0, len(members), batch_size):
             yield members[start : start + batch_size]
@@ -248,8 +248,8 @@ def draw(
             decoded_file(image, "image")
     opened: dict[str, Reference] = {}  # the references of one batch
     with Progress(total=len(batches) * sampling.steps, desc="sampling", unit="step", leave=False) as bar:
-        for numbers in batches:
-            bucket, batch = buckets[numbers[0]], [requests[number] for number in numbers]
+        for indices in batches:
+            bucket, batch = buckets[indices[0]], [requests[index] for index in indices]
             opened = {
                 image: open_reference(image, bucket, encoders)
                 for image in dict.fromkeys(image for request in batch for image in request.images)
@@ -257,18 +257,19 @@ def draw(
             references = [[opened[image] for image in request.images] for request in batch]
             prompts = [] if batch[0].prompt is None else [str(request.prompt) for request in batch]
             masks = _masks_of(references, steering.image_masks)
-            called = [f"image_mask={file}" for file in steering.image_masks]
-            conditions = conditions_of(module, prompts, references, masks, called, bucket)
-            edit, below = _edit(module, bucket, len(batch), steering)
+            mask_names = [f"image_mask={file}" for file in steering.image_masks]
+            conditions = conditions_of(module, prompts, references, masks, mask_names, bucket)
+            edit, pixels_and_mask = _edit(module, bucket, len(batch), steering)
             size = bucket.height // stride, bucket.width // stride
             with automatic_autocast(module.device):
                 seeds = [request.seed for request in batch]
-                found = module.draw(conditions, size, seeds, sampling, lambda *_: bar.update(), edit).cpu()
-            if not bool(torch.isfinite(found).all()):
+                samples = module.draw(conditions, size, seeds, sampling, lambda *_: bar.update(), edit).cpu()
+            if not bool(torch.isfinite(samples).all()):
                 raise ValueError(NOT_FINITE)
-            if below is not None:  # unmasked pixels are those of the file, not those that the autoencoder reconstructs
-                found = below[1] * found + (1 - below[1]) * below[0]
-            yield from zip(numbers, found, strict=True)
+            # unmasked pixels are those of the file, not those that the autoencoder reconstructs
+            if pixels_and_mask is not None:
+                samples = pixels_and_mask[1] * samples + (1 - pixels_and_mask[1]) * pixels_and_mask[0]
+            yield from zip(indices, samples, strict=True)
 
 
 def _edit(
@@ -285,10 +286,10 @@ def _edit(
 def _masks_of(references: Sequence[Sequence[Reference]], files: Sequence[str]) -> list[list[Tensor]]:
     """Return for each file its mask in every request. It covers the request's image; images may differ."""
     masks = []
-    for place, file in enumerate(files):
-        images = {each[place].file: each[place] for each in references}
+    for index, file in enumerate(files):
+        images = {each[index].file: each[index] for each in references}
         opened = {name: open_mask(file, image, "image_mask") for name, image in images.items()}
-        masks.append([opened[each[place].file] for each in references])
+        masks.append([opened[each[index].file] for each in references])
     return masks
 
 

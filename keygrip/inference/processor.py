@@ -80,8 +80,8 @@ class KeygripProcessor(ProcessorMixin):
     ) -> None:
         frame_settings(image_size, fit, max_frames, image_frames)
         for name, values in (("image_mean", image_mean), ("image_std", image_std)):
-            numbers = isinstance(values, Sequence) and all(isinstance(value, int | float) for value in values)
-            if not numbers or len(values) != 3 or (name == "image_std" and not all(value > 0 for value in values)):
+            is_numeric = isinstance(values, Sequence) and all(isinstance(value, int | float) for value in values)
+            if not is_numeric or len(values) != 3 or (name == "image_std" and not all(value > 0 for value in values)):
                 raise ValueError(f"{name}={values!r}: must be three numbers, those of image_std above 0")
         if not isinstance(timestamps, bool):
             raise ValueError(f"timestamps={timestamps!r}: must be true or false")
@@ -103,12 +103,14 @@ class KeygripProcessor(ProcessorMixin):
         source = str(pretrained_model_name_or_path)
         if options.pop("trust_remote_code", None):
             raise ValueError("trust_remote_code: keygrip executes no code of a folder or the hub, leave it out")
-        where = {name: options[name] for name in WHERE if name in options}
-        _refuse_audio_tokenizer(source, where)
+        location = {name: options[name] for name in WHERE if name in options}
+        _refuse_audio_tokenizer(source, location)
         loader = super()  # super() without arguments does not work inside the lambda
         vocabulary = _vocabulary(pretrained_model_name_or_path)
-        found: Self = checked_tokenizer(lambda: from_pretrained(loader, source, **options), source, vocabulary, **where)
-        return found
+        processor: Self = checked_tokenizer(
+            lambda: from_pretrained(loader, source, **options), source, vocabulary, **location
+        )
+        return processor
 
     def __call__(
         self,
@@ -203,9 +205,9 @@ class KeygripProcessor(ProcessorMixin):
                 text, a conversation may end with an answer if no new answer follows, and files need not exist.
         """
         _check_tensors(return_tensors)
-        named = ("tokenize", "add_generation_prompt", "return_dict", "return_tensors")
+        supported = ("tokenize", "add_generation_prompt", "return_dict", "return_tensors")
         inner = others.pop("processor_kwargs", None) or {}  # transformers' name for those of `__call__`
-        _refuse_others({**others, **inner}, "apply_chat_template", named)
+        _refuse_others({**others, **inner}, "apply_chat_template", supported)
         if not tokenize:
             refuse_message(conversation)
             several = bool(conversation) and not isinstance(conversation[0], Mapping)
@@ -213,8 +215,10 @@ class KeygripProcessor(ProcessorMixin):
             for talk in talks:
                 marked(talk, answering=add_generation_prompt)
             tokenizer = ChatTokenizer(self.tokenizer)
-            said = [tokenizer.render_messages(_plain(self._with_system(talk)), add_generation_prompt) for talk in talks]
-            return said if several else said[0]
+            texts = [
+                tokenizer.render_messages(_plain(self._with_system(talk)), add_generation_prompt) for talk in talks
+            ]
+            return texts if several else texts[0]
         if not add_generation_prompt:
             raise ValueError("ids end where the assistant begins to speak: add_generation_prompt=True")
         inputs = self(conversation)
@@ -248,22 +252,22 @@ def _vocabulary(folder: str | os.PathLike[str]) -> int | None:
         content = read_json(file) if file.is_file() else None
     except BadSample:
         return None  # transformers needs the file and reports the error
-    found = content.get("vocab_size") if isinstance(content, dict) else None
-    return found if type(found) is int else None
+    size = content.get("vocab_size") if isinstance(content, dict) else None
+    return size if type(size) is int else None
 
 
 def _refuse_audio_tokenizer(source: str, where: Mapping[str, Any]) -> None:
     """Raise ValueError if an audio tokenizer is named. transformers would load it, with a class and from a location
     chosen by the folder, without asking whether code may be executed."""
-    named = file_of(source, "audio_tokenizer_config.json", **where)
+    naming_file = file_of(source, "audio_tokenizer_config.json", **where)
     if (file := file_of(source, "processor_config.json", **where)) is not None:
         try:
             content = read_json(file)
         except BadSample as error:
             raise ValueError(f"{file} is damaged or no configuration ({error})") from error
-        named = named or (file if isinstance(content, dict) and "audio_tokenizer" in content else None)
-    if named:
-        raise ValueError(f"{named} names an audio tokenizer, which no processor of keygrip has")
+        naming_file = naming_file or (file if isinstance(content, dict) and "audio_tokenizer" in content else None)
+    if naming_file:
+        raise ValueError(f"{naming_file} names an audio tokenizer, which no processor of keygrip has")
 
 
 def _check_tensors(return_tensors: str | None) -> None:
@@ -293,11 +297,11 @@ def _refuse_others(others: Mapping[str, Any], what: str, named: Sequence[str]) -
         # 1 equals True, but transformers does not accept it as padding
         if value is None or any(type(value) is type(done) and value == done for done in DONE.get(name, ())):
             continue
-        known = [f"{key}={done[0]!r}" for key, done in DONE.items()]
+        accepted = [f"{key}={done[0]!r}" for key, done in DONE.items()]
         reason = f" ({REASONS[name]})" if name in REASONS else ""
         raise ValueError(
             f"{what}: {name}={str(value)[:60]} is not taken{reason}; there are {', '.join(named)}, and what is done "
-            f"anyway: {', '.join(known)}"
+            f"anyway: {', '.join(accepted)}"
         )
 
 

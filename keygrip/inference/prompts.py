@@ -69,16 +69,16 @@ class Prompt:
         if self.at_its_place or first is None:
             return self
         text = self.turns[first].text
-        rest = text.lstrip(MARK)
-        leading = len(text) - len(rest)
-        end = len(rest.rstrip(MARK + string.whitespace))  # end of its text
+        stripped = text.lstrip(MARK)
+        leading = len(text) - len(stripped)
+        end = len(stripped.rstrip(MARK + string.whitespace))  # end of its text
         if not leading or not end:
             return self
         if prompt_order == "visual_first":
-            turn, order = Turn("user", rest), list(range(len(self.visuals)))
+            turn, order = Turn("user", stripped), list(range(len(self.visuals)))
         else:
-            passed = leading + rest[:end].count(MARK)
-            turn = Turn("user", f"{rest[:end]}{MARK * leading}{rest[end:]}")
+            passed = leading + stripped[:end].count(MARK)
+            turn = Turn("user", f"{stripped[:end]}{MARK * leading}{stripped[end:]}")
             order = [*range(leading, passed), *range(leading), *range(passed, len(self.visuals))]
         return Prompt(
             (*self.turns[:first], turn, *self.turns[first + 1 :]),
@@ -111,11 +111,11 @@ class PromptReader:
         Raises:
             ValueError: as in `check`, or an image or a video cannot be decoded. FileNotFoundError: as in `check`.
         """
-        turns, shown = marked(messages)
-        found = [self._frames(content, kind) for kind, content in shown]
-        if len(found) == 1:
-            found = [image_repeated(*found[0], self.image_frames)]
-        return Prompt(turns, tuple(frames for frames, _ in found), tuple(seconds for _, seconds in found))
+        turns, visuals = marked(messages)
+        decoded = [self._frames(content, kind) for kind, content in visuals]
+        if len(decoded) == 1:
+            decoded = [image_repeated(*decoded[0], self.image_frames)]
+        return Prompt(turns, tuple(frames for frames, _ in decoded), tuple(seconds for _, seconds in decoded))
 
     def together(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, list[int]]:
         """Concatenate the frames of each prompt, uint8 [B, F, S, S, 3], padded at the end with black frames. Also
@@ -146,22 +146,22 @@ class PromptReader:
         frames = _still_frames(given, kind)
         if kind == "image" and len(frames) > 1:
             raise ValueError(f"an image of {len(frames)} frames: give them as a video")
-        kept = evenly(len(frames), self.max_frames)
-        images = [frames[n] if isinstance(frames[n], Image.Image) else Image.fromarray(frames[n]) for n in kept]
+        indices = evenly(len(frames), self.max_frames)
+        images = [frames[n] if isinstance(frames[n], Image.Image) else Image.fromarray(frames[n]) for n in indices]
         fitted = np.stack([shown_image(image, self.image_size, self.fit) for image in images])
-        return fitted, tuple(map(float, kept))
+        return fitted, tuple(map(float, indices))
 
     def _still_files(self, paths: Sequence[str | Path], kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
         """Read a video that is given as image files, one per frame."""
         if kind == "image" and len(paths) > 1:
             raise ValueError(f"an image of {len(paths)} frames: give them as a video")
-        kept = evenly(len(paths), self.max_frames)
-        found = []
-        for path in (paths[n] for n in kept):
+        indices = evenly(len(paths), self.max_frames)
+        images = []
+        for path in (paths[n] for n in indices):
             if (frames := self._one_image(Path(path))) is None:
                 raise ValueError(f"{path} is one of several frames, and no image: give a folder or a video alone")
-            found.append(frames)
-        return np.concatenate(found), tuple(map(float, kept))
+            images.append(frames)
+        return np.concatenate(images), tuple(map(float, indices))
 
     def _one_image(self, path: Path) -> np.ndarray | None:
         """Return [1, S, S, 3], or None for a folder or a file with several frames."""
@@ -211,8 +211,8 @@ def check(messages: Sequence[Message]) -> tuple[Turn, ...]:
         ValueError: A role or item is unknown, or the conversation does not end with a user's turn that has text.
         FileNotFoundError: An image or a video does not exist.
     """
-    turns, shown = marked(messages)
-    for _, content in shown:
+    turns, visuals = marked(messages)
+    for _, content in visuals:
         for path in content if _are_paths(content) else [content]:
             if isinstance(path, str | Path) and not Path(path).exists():
                 raise FileNotFoundError(f"there is no video, image or folder at {path}")
@@ -231,16 +231,16 @@ def marked(messages: Sequence[Message], answering: bool = True) -> tuple[tuple[T
     """
     refuse_message(messages)
     turns: list[Turn] = []
-    shown: list[tuple[str, Any]] = []
+    visuals: list[tuple[str, Any]] = []
     for number, message in enumerate(messages, 1):
         try:
-            turns.append(_turn(message, shown))
+            turns.append(_turn(message, visuals))
         except ValueError as error:
             raise ValueError(f"message {number}: {error}") from error
     if not turns:
         raise ValueError("a conversation without a message: one to answer ends with a user's message")
     if not answering:
-        return tuple(turns), shown
+        return tuple(turns), visuals
     if turns[-1].role != "user":
         raise ValueError(
             "a conversation to answer ends with a user's message, and this one with that of the "
@@ -248,7 +248,7 @@ def marked(messages: Sequence[Message], answering: bool = True) -> tuple[tuple[T
         )
     if not turns[-1].text.replace(MARK, "").strip():
         raise ValueError("the last message has no words: say what is asked")
-    return tuple(turns), shown
+    return tuple(turns), visuals
 
 
 def _turn(message: Any, shown: list[tuple[str, Any]]) -> Turn:
@@ -260,19 +260,19 @@ def _turn(message: Any, shown: list[tuple[str, Any]]) -> Turn:
         raise ValueError(f"a message is from {str(role)[:80]!r}; known are {', '.join(ROLES)}")
     if not isinstance(content, str | list | tuple):
         raise ValueError(f"the content of a {role}'s message is {str(content)[:80]!r}: it is text or a list of items")
-    words = []
+    pieces = []
     for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         kind = item.get("type") if isinstance(item, Mapping) else None
         if kind == "text" and isinstance(item.get("text"), str):
-            words.append(item["text"].replace(MARK, ""))
+            pieces.append(item["text"].replace(MARK, ""))
         elif kind in ("image", "video") and role == "user":
             shown.append((kind, _visual(item, kind)))
-            words.append(MARK)
+            pieces.append(MARK)
         else:
             raise ValueError(
                 f"an item of a {role}'s message is {str(item)[:80]!r}; known are text, and of users image and video"
             )
-    text = "".join(words)
+    text = "".join(pieces)
     refuse_half_characters(text, f"a {role}'s message")
     return Turn(role, text)
 
@@ -280,22 +280,22 @@ def _turn(message: Any, shown: list[tuple[str, Any]]) -> Turn:
 def _visual(item: Mapping[str, Any], kind: str) -> Any:
     """Return the path, PIL image, list of them or array of an item. Raises ValueError if it has none, is an address on
     the network, or selects frames itself."""
-    given: Any = next((item[key] for key in (kind, "path", "url") if item.get(key) is not None), None)
-    paths = [path for path in (given if _are_paths(given) else [given]) if isinstance(path, str)]
-    if given is None or not all(map(str.strip, paths)):  # an empty path would be the current folder
+    content: Any = next((item[key] for key in (kind, "path", "url") if item.get(key) is not None), None)
+    paths = [path for path in (content if _are_paths(content) else [content]) if isinstance(path, str)]
+    if content is None or not all(map(str.strip, paths)):  # an empty path would be the current folder
         raise ValueError(f"an item of type {kind} has none: give it under {kind}, path or url")
     if address := next(filter(ADDRESS.match, paths), None):
         raise ValueError(f"{address[:80]!r} is an address, and nothing is fetched: download it and give its local path")
     options = {name: str(item[name]) for name in FRAMES_OF_IT if kind == "video" and item.get(name) is not None}
     options = {name: value for name, value in options.items() if value not in AS_IT_IS.get(name, ())}
     if options:
-        named = ", ".join(f"{name}={value[:20]}" for name, value in options.items())
+        listing = ", ".join(f"{name}={value[:20]}" for name, value in options.items())
         raise ValueError(
-            f"a video with {named}: of a video a frame per second is seen, from its beginning to its end, and of one "
+            f"a video with {listing}: of a video a frame per second is seen, from its beginning to its end, and of one "
             "longer than the model's max_frames so many evenly spaced; of several images each counts as one second: "
             "leave that out, and of a longer video give the part alone"
         )
-    return given
+    return content
 
 
 def at_its_place(turns: Sequence[Turn]) -> bool:

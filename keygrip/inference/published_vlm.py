@@ -62,35 +62,35 @@ def export_published(
         ValueError: They are damaged, belong to another model, or do not match each other.
     """
     refuse_existing(to)
-    how = frame_settings(image_size, fit, max_frames, image_frames)
-    state, found = read_published(weights), read_config(language_model)
-    if (kind := getattr(found, "model_type", None)) != "llama":
+    frame_options = frame_settings(image_size, fit, max_frames, image_frames)
+    state, language_config = read_published(weights), read_config(language_model)
+    if (kind := getattr(language_config, "model_type", None)) != "llama":
         raise ValueError(
             f"{language_model} is a {kind or 'model without a type'}; the published model has a llama (SmolLM2)"
         )
-    sizes = {ours: getattr(found, theirs, None) for theirs, ours in SIZES.items()}
+    sizes = {setting: getattr(language_config, attribute, None) for attribute, setting in SIZES.items()}
     refuse_other_language(state, sizes, weights, language_model)
-    if found.max_position_embeddings < max_frames + LEAST_TEXT:
+    if language_config.max_position_embeddings < max_frames + LEAST_TEXT:
         raise ValueError(
-            f"{language_model} has a context of {found.max_position_embeddings} positions, too few for "
+            f"{language_model} has a context of {language_config.max_position_embeddings} positions, too few for "
             f"max_frames={max_frames} and a question"
         )
-    config = _configuration(found, sizes, encoder_sizes(state, weights), language_model, how)
+    config = _configuration(language_config, sizes, encoder_sizes(state, weights), language_model, frame_options)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     module = build_module(resolved)
     assert isinstance(module, FoveatedVLMModule)
-    module.network.language.refuse_other(found, language_model)
+    module.network.language.refuse_other(language_config, language_model)
     load_published(module.network, state, weights)
     module.collator.prepare(Path(to), lambda: iter(()))
-    module.image_options = how
+    module.image_options = frame_options
     content: dict[str, Any] = {"global_step": 0, WEIGHTS_ARE: f"of {weights}"}
     content[HEADER] = Header(resolved, {**run_metadata(), CONVERTED_FROM: weights}).of(module)
     module.on_save_checkpoint(content)
     content = without_passwords(content)
-    own = module.state_dict()
-    card = model_card(Path(to).name, content, own, "in float32", {}, module)
+    module_state = module.state_dict()
+    card = model_card(Path(to).name, content, module_state, "in float32", {}, module)
     files, facts = module.export_files()
-    write_export(to, content, own, card, files=files, facts=facts)
+    write_export(to, content, module_state, card, files=files, facts=facts)
     log.info("wrote %s: the published weights of %s, with the tokenizer of %s", to, weights, language_model)
     return {"folder": str(to), "weights": weights, "parameters": sum(each.numel() for each in module.parameters())}
 
@@ -114,8 +114,8 @@ def _configuration(
     config.backbone.image_size = how["image_size"]
     for name in ("fit", "max_frames", "image_frames"):
         config.data[name] = how[name]
-    named = [row for row in VARIANTS.values() if row.family == "dinov2" and not row.registers]
-    variant = next((row for row in named if row.width == encoder["width"]), named[0])
+    variants = [row for row in VARIANTS.values() if row.family == "dinov2" and not row.registers]
+    variant = next((row for row in variants if row.width == encoder["width"]), variants[0])
     config.backbone.variant = variant.name
     for name in ("width", "depth", "heads"):
         if encoder[name] != getattr(variant, name):

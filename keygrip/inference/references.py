@@ -175,29 +175,29 @@ def conditions_of(
     encoders, statistics = module.encoders, module.statistics
     grid = encoders.dino_grid(bucket.width, bucket.height)
     states, mask = encoders.encode_text(prompts) if prompts else (None, None)
-    words = Conditions(states, mask, None, None, grid)
+    text_conditions = Conditions(states, mask, None, None, grid)
     parts = []
-    for place in range(len(references[0]) if references else 0):
-        views = np.stack([each[place].view for each in references])
+    for index in range(len(references[0]) if references else 0):
+        views = np.stack([each[index].view for each in references])
         raw_cls, raw_patches = encoders.encode_view(torch.from_numpy(views).permute(0, 3, 1, 2).contiguous())
         cls, patches = statistics.normalised("cls", raw_cls), statistics.normalised("patch", raw_patches)
-        parts.append(replace(words, cls=cls, patches=patches))
+        parts.append(replace(text_conditions, cls=cls, patches=patches))
     covered = [torch.stack([patch_mask(each, grid) for each in of_reference]) for of_reference in masks]
-    for place, (name, where) in enumerate(zip(masks_called, covered, strict=True)):
-        uncovered = torch.nonzero(~where.any(dim=1)).flatten().tolist()
+    for index, (name, coverage) in enumerate(zip(masks_called, covered, strict=True)):
+        uncovered = torch.nonzero(~coverage.any(dim=1)).flatten().tolist()
         if uncovered:
             raise ValueError(
-                f"{name} is nowhere white over half of a patch of {references[uncovered[0]][place].file}, so that none "
+                f"{name} is nowhere white over half of a patch of {references[uncovered[0]][index].file}, so that none "
                 f"of its {grid[0]} x {grid[1]} patches would count: give a mask with a larger white part, or leave the "
                 "image out"
             )
-    found = parts[0] if parts else words
+    conditions = parts[0] if parts else text_conditions
     if len(parts) > 1:
-        found = blended(parts, covered or None)
+        conditions = blended(parts, covered or None)
     elif covered:
-        assert found.patches is not None
-        found = replace(found, patch_mask=covered[0].to(found.patches.device))
-    return found.to(module.device)
+        assert conditions.patches is not None
+        conditions = replace(conditions, patch_mask=covered[0].to(conditions.patches.device))
+    return conditions.to(module.device)
 
 
 def edit_of(module: PatchDiTModule, start: Reference, redraw: Tensor | None, strength: float, count: int) -> Edit:
@@ -228,10 +228,10 @@ def blended(parts: Sequence[Conditions], masks: Sequence[Tensor] | None) -> Cond
     mean = torch.stack(cls).mean(dim=0)
     if masks is None:
         return replace(first, cls=mean, patches=torch.stack(patches).mean(dim=0))
-    found, in_reference = torch.zeros_like(patches[0]), torch.zeros(patches[0].shape[:2], dtype=torch.bool)
-    in_reference = in_reference.to(found.device)
-    for own, mask in zip(patches, masks, strict=True):
-        where = mask.to(found.device)
-        found = torch.where(where[..., None], own, found)
-        in_reference = in_reference | where
-    return replace(first, cls=mean, patches=found, patch_mask=in_reference)
+    combined, in_reference = torch.zeros_like(patches[0]), torch.zeros(patches[0].shape[:2], dtype=torch.bool)
+    in_reference = in_reference.to(combined.device)
+    for reference_patches, mask in zip(patches, masks, strict=True):
+        selected = mask.to(combined.device)
+        combined = torch.where(selected[..., None], reference_patches, combined)
+        in_reference = in_reference | selected
+    return replace(first, cls=mean, patches=combined, patch_mask=in_reference)

@@ -30,43 +30,47 @@ def set_levels(scheduler: Any, steps: int, shift: float, strength: float, device
         ValueError: The scheduler cannot take noise levels, would sample at others, or does not interpret the model's
             output as a velocity.
     """
-    own = _own_shift(scheduler)
-    if not isinstance(own, int | float) or isinstance(own, bool) or not 0 < own < math.inf:
-        raise ValueError(f"the scheduler's shift is {own!r} (scheduler_config.json, set_shift): a number above 0")
+    own_shift = _own_shift(scheduler)
+    if not isinstance(own_shift, int | float) or isinstance(own_shift, bool) or not 0 < own_shift < math.inf:
+        raise ValueError(f"the scheduler's shift is {own_shift!r} (scheduler_config.json, set_shift): a number above 0")
     own_options = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)  # whose options may change the levels
-    named = type(scheduler).__name__
+    class_name = type(scheduler).__name__
     levels = torch.tensor(noise_levels(max(1, round(steps * strength)), shift)[:-1], dtype=torch.float64)
     if strength != 1 and not own_options:
-        raise ValueError(f"strength={strength:g} starts between noise and data, where {named} cannot: {OWN_SCHEDULER}")
+        raise ValueError(
+            f"strength={strength:g} starts between noise and data, where {class_name} cannot: {OWN_SCHEDULER}"
+        )
     if strength != 1:  # the scheduler applies its own shift last: remove it here
-        levels = shifted(strength * shifted(levels, own), 1 / own)
+        levels = shifted(strength * shifted(levels, own_shift), 1 / own_shift)
     if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
-        raise ValueError(f"{named} takes no noise levels (sigmas): {OWN_SCHEDULER}")
+        raise ValueError(f"{class_name} takes no noise levels (sigmas): {OWN_SCHEDULER}")
     if scheduler.config.get("use_dynamic_shifting"):
         raise ValueError(
-            f"{named} has use_dynamic_shifting=True, and the model shifts its noise levels by the resolution itself: "
-            f"give use_dynamic_shifting=False, or {OWN_SCHEDULER}"
+            f"{class_name} has use_dynamic_shifting=True, and the model shifts its noise levels by the resolution "
+            f"itself: give use_dynamic_shifting=False, or {OWN_SCHEDULER}"
         )
     try:
         scheduler.set_timesteps(sigmas=levels.numpy(), device=device)  # some compute with arrays only
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{named} does not take the model's noise levels ({error}): {OWN_SCHEDULER}") from error
-    wanted = [*shifted(levels, own).tolist(), 0.0]
-    found = scheduler.sigmas.tolist()
-    other = _first_other(found, wanted)
-    if other and not own_options:
-        raise ValueError(f"{named} would draw at other noise levels than the model's ({other}): {OWN_SCHEDULER}")
-    falls = all(left > right for left, right in pairwise(found)) and abs(found[-1]) <= LEVEL_TOLERANCE
-    if not falls or not abs(found[0] - wanted[0]) <= START_TOLERANCE:
+        raise ValueError(f"{class_name} does not take the model's noise levels ({error}): {OWN_SCHEDULER}") from error
+    expected = [*shifted(levels, own_shift).tolist(), 0.0]
+    actual = scheduler.sigmas.tolist()
+    difference = _first_other(actual, expected)
+    if difference and not own_options:
         raise ValueError(
-            f"{named} has options by which noise levels do not fall from {wanted[0]:.3g} to 0: they go from "
-            f"{found[0]:.3g} to {found[-1]:.3g}, and {other}; {OWN_SCHEDULER}"
+            f"{class_name} would draw at other noise levels than the model's ({difference}): {OWN_SCHEDULER}"
+        )
+    falls = all(left > right for left, right in pairwise(actual)) and abs(actual[-1]) <= LEVEL_TOLERANCE
+    if not falls or not abs(actual[0] - expected[0]) <= START_TOLERANCE:
+        raise ValueError(
+            f"{class_name} has options by which noise levels do not fall from {expected[0]:.3g} to 0: they go from "
+            f"{actual[0]:.3g} to {actual[-1]:.3g}, and {difference}; {OWN_SCHEDULER}"
         )
     predicted = scheduler.config.get("prediction_type") if _has(scheduler, "prediction_type") else None
     if predicted not in (None, "flow_prediction"):
         raise ValueError(
-            f"{named} has prediction_type={predicted!r}, and the model predicts the velocity of flow matching: give "
-            f"prediction_type='flow_prediction', or {OWN_SCHEDULER}"
+            f"{class_name} has prediction_type={predicted!r}, and the model predicts the velocity of flow matching: "
+            f"give prediction_type='flow_prediction', or {OWN_SCHEDULER}"
         )
 
 

@@ -122,11 +122,11 @@ class SteeredImages:
         Raises:
             ValueError: A setting has no effect; the message names the first one.
         """
-        told = [bool(prompt.strip()) for prompt in self.prompts]
-        words, images = any(told), bool(self.steering)
-        if words and images and not all(told) and sampling.full_scale:  # its term uses both conditions
+        has_text = [bool(prompt.strip()) for prompt in self.prompts]
+        words, images = any(has_text), bool(self.steering)
+        if words and images and not all(has_text) and sampling.full_scale:  # its term uses both conditions
             raise ValueError(
-                f"prompt {told.index(False)} is empty, and full_scale={sampling.full_scale} is for words and image "
+                f"prompt {has_text.index(False)} is empty, and full_scale={sampling.full_scale} is for words and image "
                 "together: draw images without words by a call of their own"
             )
         conditions = GivenConditions(
@@ -173,16 +173,16 @@ def opened(images: Images, name: str, mask: bool = False) -> list[Image.Image]:
         ValueError: An image is not a PIL image, has several frames or pages, cannot be decoded (PIL decodes the pixels
             of an opened file at their first use), or cannot be converted.
     """
-    found = []
+    upright_images = []
     listed: Sequence[Any] = () if images is None else images if isinstance(images, list | tuple) else (images,)
-    for number, image in enumerate(listed):
+    for index, image in enumerate(listed):
         if not isinstance(image, Image.Image):
-            raise ValueError(f"{name} {number} is a {type(image).__name__}: give PIL images")
-        with guard(f"{name} {number}", lambda where, what: ValueError(f"{where} cannot be used: {what}")):
+            raise ValueError(f"{name} {index} is a {type(image).__name__}: give PIL images")
+        with guard(f"{name} {index}", lambda where, what: ValueError(f"{where} cannot be used: {what}")):
             refuse_frames(image)
             if not min(image.size):
                 raise ValueError("it has no pixels")
             if mask:
                 refuse_transparency(image)
-            found.append(upright(image))
-    return found
+            upright_images.append(upright(image))
+    return upright_images

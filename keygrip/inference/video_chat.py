@@ -85,8 +85,10 @@ class VideoChat:
             FileNotFoundError, ValueError: The model does not exist, is damaged or is of another kind; or the dtype does
                 not exist.
         """
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        module: Any = load_module(path, map_location=place, expected=FoveatedVLMModule, trust=tuple(trust), dtype=dtype)
+        target_device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        module: Any = load_module(
+            path, map_location=target_device, expected=FoveatedVLMModule, trust=tuple(trust), dtype=dtype
+        )
         return cls(module, path)
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -109,10 +111,10 @@ class VideoChat:
                 f"save_pretrained: the weights are of {' and '.join(sorted(map(str, kinds)))}, and a saved model is "
                 "loaded in one type: bring all into one, chat.module.to(torch.bfloat16)"
             )
-        content, which = self._described(weights)
+        content, origin = self._described(weights)
         files, facts = self.module.export_files()
-        content[WEIGHTS_ARE] = which
-        card = model_card(Path(folder).name, content, weights, which, {}, self.module)
+        content[WEIGHTS_ARE] = origin
+        card = model_card(Path(folder).name, content, weights, origin, {}, self.module)
         return write_export(folder, content, weights, card, files=files, facts=facts)
 
     def _described(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
@@ -128,23 +130,23 @@ class VideoChat:
             refuse_unfit_weights(weights, weights, "the model")
             return run_content(trainer, self.module), "of the last step"
         content = read_checkpoint(self.source)
-        known = [weights_of(content, use_ema) for use_ema in (True, False)]
-        stored = known[0][0]
-        other = sorted(
+        saved = [weights_of(content, use_ema) for use_ema in (True, False)]
+        stored = saved[0][0]
+        mismatched = sorted(
             name
             for name in weights.keys() | stored.keys()
             if name not in weights or name not in stored or weights[name].shape != stored[name].shape
         )
-        if other:
+        if mismatched:
             raise ValueError(
-                f"save_pretrained: {', '.join(other[:3])} of this model and of {self.source} differ in name or shape: "
-                "the configuration there does not build this model"
+                f"save_pretrained: {', '.join(mismatched[:3])} of this model and of {self.source} differ in name or "
+                "shape: the configuration there does not build this model"
             )
         refuse_unfit_weights(weights, stored, "the model")
         self.module.on_save_checkpoint(content)
-        which = next((which for state, which in known if _same(weights, state)), "changed after that step")
+        origin = next((origin for state, origin in saved if _same(weights, state)), "changed after that step")
         rounded = map(str, dtypes_of(self.module, weights) - dtypes_of(self.module, stored))
-        return content, ", as ".join([which, *(name.removeprefix("torch.") for name in rounded)])
+        return content, ", as ".join([origin, *(name.removeprefix("torch.") for name in rounded)])
 
     # ------------------------------------------------------------------ answers
 
@@ -193,53 +195,57 @@ class VideoChat:
         check_count(batch_frames, "batch_frames")
         refuse_message(conversations)
         several = bool(conversations) and not isinstance(conversations[0], Mapping)
-        wanted: Any = conversations if several else [conversations]
-        how = mode or self.module.answer_mode
+        talks: Any = conversations if several else [conversations]
+        attention_mode = mode or self.module.answer_mode
         unfit: dict[int, str] = {}
-        for number, messages in enumerate(wanted):
+        for index, messages in enumerate(talks):
             try:
-                self.check(messages, how)
+                self.check(messages, attention_mode)
             except (ValueError, OSError) as error:
                 if left_out is None:
                     raise
-                unfit[number] = str(error)
-        answers: list[list[str]] = [[""] * count for _ in wanted]
+                unfit[index] = str(error)
+        answers: list[list[str]] = [[""] * count for _ in talks]
         waiting: list[tuple[int, Prompt, int]] = []  # with the number of tokens of its text
 
         def answer_waiting() -> None:
             prompts = [prompt for _, prompt, _ in waiting]
-            said = self._together(prompts, max_new_tokens, sampling, how, count, batch_frames) if prompts else []
-            for (number, _, _), texts in zip(waiting, said, strict=True):
-                answers[number] = texts
+            generated = (
+                self._together(prompts, max_new_tokens, sampling, attention_mode, count, batch_frames)
+                if prompts
+                else []
+            )
+            for (index, _, _), texts in zip(waiting, generated, strict=True):
+                answers[index] = texts
             waiting.clear()
 
-        for number, messages in enumerate(wanted):
-            if number in unfit:
+        for index, messages in enumerate(talks):
+            if index in unfit:
                 continue
             try:
                 prompt = self._read(messages)
                 text = self._check_room(prompt, max_new_tokens)
                 if not prompt.at_its_place:
-                    session, ids = self._read_in_parts(prompt, how)
+                    session, ids = self._read_in_parts(prompt, attention_mode)
                     for sample in range(count):
-                        said = session.tokens(ids, max_new_tokens, sampling.of(sample))
-                        answers[number][sample] = "".join(pieces(self.module.tokenizer, said))
+                        generated = session.tokens(ids, max_new_tokens, sampling.of(sample))
+                        answers[index][sample] = "".join(pieces(self.module.tokenizer, generated))
                     continue
             except (ValueError, OSError) as error:
                 if left_out is None:
                     raise
-                unfit[number] = str(error)
+                unfit[index] = str(error)
                 continue
-            grown = [*waiting, (number, prompt, text)]
+            grown = [*waiting, (index, prompt, text)]
             longest = max(tokens for _, _, tokens in grown)
             if _repeats([each for _, each, _ in grown], longest, batch_frames) < count:
                 answer_waiting()
-            waiting.append((number, prompt, text))
+            waiting.append((index, prompt, text))
         answer_waiting()
         if left_out is not None:
             left_out.update(sorted(unfit.items()))
-        found: list[Any] = answers if samples is not None else [texts[0] for texts in answers]
-        return found if several else found[0]
+        result: list[Any] = answers if samples is not None else [texts[0] for texts in answers]
+        return result if several else result[0]
 
     @overload
     def stream(
@@ -306,11 +312,11 @@ class VideoChat:
             )
         sampling = Sampling(temperature, seed, top_k, top_p)
         check_count(max_new_tokens)
-        how = mode or self.module.answer_mode
-        self.check(messages, how, streamed=True)
+        attention_mode = mode or self.module.answer_mode
+        self.check(messages, attention_mode, streamed=True)
         prompt = self._read(messages)
         self._check_room(prompt, max_new_tokens)
-        return self._streamed(prompt, max_new_tokens, sampling, how)
+        return self._streamed(prompt, max_new_tokens, sampling, attention_mode)
 
     def check(self, messages: Sequence[Message], mode: str, streamed: bool = False) -> None:
         """Check a conversation without decoding anything.
@@ -364,13 +370,14 @@ class VideoChat:
         frames = module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2])
         seconds = [() if prompt.seconds is None else prompt.seconds for prompt in prompts]  # (): frames are numbered
         texts = [module.collator.prompt(prompt.words, prompt.seconds) for prompt in prompts]
-        together = max(1, _repeats(prompts, max(len(text.ids) for text in texts), batch_frames))
-        kv = encoded(module.network, frames, counts) if samples > together else None  # encoded once for all parts
+        parallel_samples = max(1, _repeats(prompts, max(len(text.ids) for text in texts), batch_frames))
+        # encoded once for all parts
+        kv = encoded(module.network, frames, counts) if samples > parallel_samples else None
         answers: list[list[str]] = [[] for _ in prompts]
-        for first in range(0, samples, together):
-            numbers = range(first, min(first + together, samples))
-            rows = [row for row in range(len(texts)) for _ in numbers]
-            said = generate(
+        for first in range(0, samples, parallel_samples):
+            sample_indices = range(first, min(first + parallel_samples, samples))
+            rows = [row for row in range(len(texts)) for _ in sample_indices]
+            generated = generate(
                 module.network,
                 module.tokenizer,
                 frames,
@@ -382,9 +389,9 @@ class VideoChat:
                 sampling,
                 kv,
                 seconds,
-                [number for _ in texts for number in numbers],
+                [sample for _ in texts for sample in sample_indices],
             )
-            for row, text in zip(rows, said.texts, strict=True):
+            for row, text in zip(rows, generated.texts, strict=True):
                 answers[row].append(text)
         return answers
 

@@ -46,8 +46,8 @@ def solve(
     joints = np.clip(np.asarray(start, float), chain.limits[:, 0], chain.limits[:, 1])
     best, stalled = Solution(joints, np.inf, np.inf), 0
     for _ in range(iterations):
-        tool, turned, origins, axes = chain.frames(joints)
-        error = np.concatenate([position - tool, Rotation.from_matrix(rotation @ turned.T).as_rotvec()])
+        tool, tool_rotation, origins, axes = chain.frames(joints)
+        error = np.concatenate([position - tool, Rotation.from_matrix(rotation @ tool_rotation.T).as_rotvec()])
         distance, angle = float(np.linalg.norm(error[:3])), float(np.linalg.norm(error[3:]))
         stalled += 1
         # 0.1 m/rad converts angles to lengths

@@ -113,17 +113,17 @@ class JointMotion:
                 would be below the table, the speed limit allows no motion towards the pose, or planned joints are so
                 far from the current ones that the tool would leave its path. Nothing is changed then.
         """
-        wanted = self.check(pose, joints)
-        most = self.limits.speed_rad_s * seconds
-        held_back = float(np.abs(wanted - self.joints).max()) > most
+        target = self.check(pose, joints)
+        max_step_rad = self.limits.speed_rad_s * seconds
+        held_back = float(np.abs(target - self.joints).max()) > max_step_rad
         if held_back:
-            short = self._cut_short(wanted, most)
-            if joints is not None and not self._is_straight(short, pose):
-                self._refuse_other_posture(wanted, short, pose)
-            wanted = self._straightened(short, pose, most)
-            self._refuse_collision(wanted)  # a shortened path to a collision-free pose may end in a collision
-        self._take(wanted, held_back)
-        return wanted.copy()
+            shortened = self._cut_short(target, max_step_rad)
+            if joints is not None and not self._is_straight(shortened, pose):
+                self._refuse_other_posture(target, shortened, pose)
+            target = self._straightened(shortened, pose, max_step_rad)
+            self._refuse_collision(target)  # a shortened path to a collision-free pose may end in a collision
+        self._take(target, held_back)
+        return target.copy()
 
     def check(self, pose: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
         """Return the joints [J] of a tool pose [8], found from `start` [J]; None: from the current joints. Raises
@@ -132,13 +132,13 @@ class JointMotion:
         start = self.joints if start is None else start
         if not (np.isfinite(pose).all() and np.isfinite(start).all()):
             raise JointMotionError("the pose, or the joints for it, hold numbers that are not finite")
-        found = solve(pose[:3], matrix_from_quaternion(pose[3:7]), start, self.chain)
-        if found.position_error > limits.position_tolerance_m or found.angle_error > limits.angle_tolerance_rad:
+        solution = solve(pose[:3], matrix_from_quaternion(pose[3:7]), start, self.chain)
+        if solution.position_error > limits.position_tolerance_m or solution.angle_error > limits.angle_tolerance_rad:
             raise JointMotionError(
-                f"the arm cannot reach {np.round(pose[:3], 3).tolist()} m: it ends {100 * found.position_error:.1f} cm "
-                f"and {np.rad2deg(found.angle_error):.0f} degrees beside it"
+                f"the arm cannot reach {np.round(pose[:3], 3).tolist()} m: it ends {100 * solution.position_error:.1f} "
+                f"cm and {np.rad2deg(solution.angle_error):.0f} degrees beside it"
             )
-        joints = self._in_range(found.joints)
+        joints = self._in_range(solution.joints)
         self._refuse_collision(joints)
         return joints
 
@@ -155,19 +155,19 @@ class JointMotion:
         """Return shortened joints [J] on the way to a pose. If the tool would leave its path, use the way to closer
         poses, because a closer pose gives a straighter path. Raises JointMotionError if the closest pose leaves the
         path too, or does not move the joints."""
-        tool, turned, *_ = self.chain.frames(self.joints)
-        turn = Rotation.from_matrix(matrix_from_quaternion(pose[3:7]) @ turned.T).as_rotvec()
-        way, limits = pose[:3] - tool, self.limits
+        tool, tool_rotation, *_ = self.chain.frames(self.joints)
+        turn = Rotation.from_matrix(matrix_from_quaternion(pose[3:7]) @ tool_rotation.T).as_rotvec()
+        offset, limits = pose[:3] - tool, self.limits
         for halving in range(1, NEARER_POSES + 1):
             if self._is_straight(joints, pose):
                 break
             share = 0.5**halving
-            rotation = Rotation.from_rotvec(share * turn).as_matrix() @ turned
-            found = solve(tool + share * way, rotation, self.joints, self.chain, NEARER_ITERATIONS)
-            joints = self._cut_short(self._in_range(found.joints), most)
-        distance, angle = float(np.linalg.norm(way)), float(np.linalg.norm(turn))
-        there = distance <= limits.position_tolerance_m and angle <= limits.angle_tolerance_rad
-        stuck = not there and np.allclose(joints, self.joints, rtol=0, atol=STILL_RAD)
+            rotation = Rotation.from_rotvec(share * turn).as_matrix() @ tool_rotation
+            solution = solve(tool + share * offset, rotation, self.joints, self.chain, NEARER_ITERATIONS)
+            joints = self._cut_short(self._in_range(solution.joints), most)
+        distance, angle = float(np.linalg.norm(offset)), float(np.linalg.norm(turn))
+        arrived = distance <= limits.position_tolerance_m and angle <= limits.angle_tolerance_rad
+        stuck = not arrived and np.allclose(joints, self.joints, rtol=0, atol=STILL_RAD)
         if stuck or not self._is_straight(joints, pose):
             raise JointMotionError(
                 f"the arm cannot begin the way to a pose {100 * distance:.1f} cm and {np.rad2deg(angle):.0f} degrees "
@@ -178,26 +178,26 @@ class JointMotion:
 
     def _is_straight(self, joints: np.ndarray, pose: np.ndarray) -> bool:
         """Return whether joints on the way to a pose move the tool no farther than straight to it, and not away."""
-        moved, left, straight = self._way(joints, pose)
-        return max(moved, left) <= straight + CURVED_M
+        moved, remaining, straight = self._way(joints, pose)
+        return max(moved, remaining) <= straight + CURVED_M
 
     def _way(self, joints: np.ndarray, pose: np.ndarray) -> tuple[float, float, float]:
         """Return the tool's motion to joints [J], its distance from a pose [8] then, and its distance now, metres."""
         before, after = (self.chain.frames(angles)[0] for angles in (self.joints, joints))
-        ways = (after - before, pose[:3] - after, pose[:3] - before)
-        moved, left, straight = (float(np.linalg.norm(way)) for way in ways)
-        return moved, left, straight
+        offsets = (after - before, pose[:3] - after, pose[:3] - before)
+        moved, remaining, straight = (float(np.linalg.norm(offset)) for offset in offsets)
+        return moved, remaining, straight
 
     def _refuse_other_posture(self, planned: np.ndarray, short: np.ndarray, pose: np.ndarray) -> None:
         """Raise JointMotionError if planned joints differ from those that inverse kinematics finds for their pose from
         the current joints. `short`: shortened joints on the way to them."""
-        found = solve(pose[:3], matrix_from_quaternion(pose[3:7]), self.joints, self.chain)
-        if np.abs(found.joints - planned).max() > POSTURE_RAD:
-            moved, left, straight = self._way(short, pose)
+        solution = solve(pose[:3], matrix_from_quaternion(pose[3:7]), self.joints, self.chain)
+        if np.abs(solution.joints - planned).max() > POSTURE_RAD:
+            moved, remaining, straight = self._way(short, pose)
             raise JointMotionError(
                 f"the planned joints are of another posture, too far to reach at joints.speed_rad_s="
                 f"{self.limits.speed_rad_s:g}: on the way the tool would move by {100 * moved:.1f} cm, to "
-                f"{100 * left:.1f} cm from its pose, which is {100 * straight:.1f} cm away"
+                f"{100 * remaining:.1f} cm from its pose, which is {100 * straight:.1f} cm away"
             )
 
     def _refuse_collision(self, joints: np.ndarray) -> None:
@@ -216,8 +216,8 @@ class JointMotion:
         heights = link_heights(joints, self.chain)
         index = intrusion(heights, self._heights, limits.table_height_m + limits.table_clearance_m)
         if index is not None:
-            above = heights[index] - limits.table_height_m
-            raise JointMotionError(f"{MOVING[index]} would be {100 * above:.1f} cm above the table")
+            height = heights[index] - limits.table_height_m
+            raise JointMotionError(f"{MOVING[index]} would be {100 * height:.1f} cm above the table")
 
 
 class ArmMotions:
@@ -247,14 +247,14 @@ class ArmMotions:
     def step(self, poses: np.ndarray, seconds: float, joints: np.ndarray | None = None) -> np.ndarray:
         """Return the joints [A, J] for poses [A, 8] in the world at the end of a control period; `joints` [A, J] and
         errors as in `JointMotion.step`. Also raises JointMotionError if two arms would collide."""
-        before = [motion.joints.copy() for motion in self.motions]
+        previous_joints = [motion.joints.copy() for motion in self.motions]
         try:
             for index, motion in enumerate(self.motions):
                 pose = self._in_base(index, np.asarray(poses[index], float))
                 motion.step(pose, seconds, None if joints is None else np.asarray(joints[index], float))
-            self._refuse_meeting(before)
+            self._refuse_meeting(previous_joints)
         except ValueError:
-            for motion, start in zip(self.motions, before, strict=True):
+            for motion, start in zip(self.motions, previous_joints, strict=True):
                 motion.reset(start)
             raise
         return self.joints
@@ -268,20 +268,20 @@ class ArmMotions:
 
     def _refuse_meeting(self, before: Sequence[np.ndarray]) -> None:
         """Raise JointMotionError if links of two arms come too close to each other, unless the arms move apart."""
-        least = self.motions[0].limits.arms_clearance_m
-        if least is None:
+        clearance = self.motions[0].limits.arms_clearance_m
+        if clearance is None:
             return
-        now = [motion.joints for motion in self.motions]
-        for pair in combinations(range(len(now)), 2):
-            gaps = self._gaps(pair, now)
-            index = intrusion(gaps, self._gaps(pair, before), least)
+        joints = [motion.joints for motion in self.motions]
+        for pair in combinations(range(len(joints)), 2):
+            gaps = self._gaps(pair, joints)
+            index = intrusion(gaps, self._gaps(pair, before), clearance)
             if index is not None:
                 first, second = (
                     f"{link} of arm {self.names[arm]}" for link, arm in zip(PAIRS_OF_TWO[index], pair, strict=True)
                 )
                 raise JointMotionError(
                     f"{first} and {second} would come within {100 * gaps[index]:.1f} cm of each other "
-                    f"(joints.arms_clearance_m={least:g})"
+                    f"(joints.arms_clearance_m={clearance:g})"
                 )
 
     def _gaps(self, pair: Sequence[int], joints: Sequence[np.ndarray]) -> np.ndarray:

@@ -49,8 +49,8 @@ def surface_from_file(
     model = _compiled(path)
     fingers = dict(fingers or {})
     names = _joint_names(model)
-    read = {int(mujoco.mjtJoint.mjJNT_HINGE), int(mujoco.mjtJoint.mjJNT_SLIDE)}
-    if odd := [name for name, kind in zip(names, model.jnt_type.tolist(), strict=True) if kind not in read]:
+    readable_types = {int(mujoco.mjtJoint.mjJNT_HINGE), int(mujoco.mjtJoint.mjJNT_SLIDE)}
+    if odd := [name for name, kind in zip(names, model.jnt_type.tolist(), strict=True) if kind not in readable_types]:
         raise ValueError(f"{path}: joint {odd[0]!r} is a ball or floats free: only hinges and slides are read")
     if unknown := [name for name in fingers if name not in names]:
         raise ValueError(f"{path} has no joint {unknown[0]!r}; it has {', '.join(names) or 'none'}")
@@ -58,9 +58,9 @@ def surface_from_file(
         raise ValueError(f"finger {wrong[0]!r} needs two numbers: where it is closed and where it is open")
     if not set(names) - set(fingers):
         raise ValueError(f"{path} has no joint that moves the arm")
-    known = sorted(filter(None, [*_names(model.body, model.nbody)[1:], *_names(model.site, model.nsite)]))
-    if tool is not None and tool not in known:
-        raise ValueError(f"{path} has no body, link or site {tool!r}; it has {', '.join(known)}")
+    known_names = sorted(filter(None, [*_names(model.body, model.nbody)[1:], *_names(model.site, model.nsite)]))
+    if tool is not None and tool not in known_names:
+        raise ValueError(f"{path} has no body, link or site {tool!r}; it has {', '.join(known_names)}")
     surface = _surface(path.name, model, tool, fingers, density)
     if not len(surface.points):
         raise ValueError(f"{path} has nothing to draw: give it shapes or meshes")
@@ -89,7 +89,7 @@ def _surface(
     """Return the surface of a compiled model that has the tool and the fingers; its links are the model's bodies."""
     points, links = _drawn(model, density)
     joint_names = _joint_names(model)
-    arm = [number for number, each in enumerate(joint_names) if each not in fingers]
+    arm = [index for index, each in enumerate(joint_names) if each not in fingers]
     sites = _names(model.site, model.nsite)
 
     # With only hinges and slides, joint i is qpos[i].
@@ -98,15 +98,15 @@ def _surface(
         data = mujoco.MjData(model)  # one per call, because several threads may use the same robot
         poses = np.zeros((len(joints), model.nbody if site is None else 1, 4, 4))
         poses[..., 3, 3] = 1
-        for number, (arm_joints, opened) in enumerate(zip(joints, opening, strict=True)):
+        for index, (arm_joints, opened) in enumerate(zip(joints, opening, strict=True)):
             data.qpos[arm] = arm_joints
             for finger, (closed, wide) in fingers.items():
                 data.qpos[joint_names.index(finger)] = closed + opened * (wide - closed)
             mujoco.mj_kinematics(model, data)
             turns = data.xmat if site is None else data.site_xmat[[site]]
             positions = data.xpos if site is None else data.site_xpos[[site]]
-            poses[number, :, :3, :3] = turns.reshape(-1, 3, 3)
-            poses[number, :, :3, 3] = positions
+            poses[index, :, :3, :3] = turns.reshape(-1, 3, 3)
+            poses[index, :, :3, 3] = positions
         return poses
 
     def tool_poses(joints: np.ndarray) -> np.ndarray:
@@ -187,8 +187,8 @@ def _urdf_for_mujoco(path: Path, root: ElementTree.Element) -> str:
         if file.startswith("package://"):
             file = file.removeprefix("package://").partition("/")[2]
         mesh.set("filename", str((path.parent / file).resolve()))
-    for own in root.findall("mujoco"):
-        root.remove(own)
+    for element in root.findall("mujoco"):
+        root.remove(element)
     settings = ElementTree.SubElement(root, "mujoco")
     ElementTree.SubElement(settings, "compiler", discardvisual="false", strippath="false", fusestatic="false")
     return ElementTree.tostring(root, encoding="unicode")
@@ -198,10 +198,10 @@ def _drawn(model: mujoco.MjModel, density: float) -> tuple[np.ndarray, np.ndarra
     """Return points [P, 3] in their bodies' frames, and the body [P] of each; the points of a body are contiguous."""
     points, links = [np.zeros((0, 3))], [np.zeros(0, int)]
     # Body 0 is the world: its shapes (table, floor) do not move and are not part of the arm.
-    own = [n for n in range(model.ngeom) if model.geom_bodyid[n] > 0 and int(model.geom_type[n]) not in NEVER_DRAWN]
+    geoms = [n for n in range(model.ngeom) if model.geom_bodyid[n] > 0 and int(model.geom_type[n]) not in NEVER_DRAWN]
     # A file may have only collision shapes.
-    drawn = [number for number in own if model.geom_group[number] < COLLISION_GROUP] or own
-    for number in sorted(drawn, key=lambda number: int(model.geom_bodyid[number])):
+    visible = [number for number in geoms if model.geom_group[number] < COLLISION_GROUP] or geoms
+    for number in sorted(visible, key=lambda number: int(model.geom_bodyid[number])):
         size, kind = model.geom_size[number], mujoco.mjtGeom(model.geom_type[number])
         if kind == mujoco.mjtGeom.mjGEOM_MESH:
             shape = _mesh_points(model, int(model.geom_dataid[number]), density)

@@ -68,15 +68,15 @@ class ToolKinematics:
     def __init__(self, text: bytes, name: str, tool: str, joints: Sequence[str]) -> None:
         self.name, self.tool, self.joints = name, tool, tuple(joints)
         self._model = model = _compiled(text, name)
-        names = [model.joint(number).name or f"joint {number}" for number in range(model.njnt)]
-        for wanted in self.joints:
-            if wanted not in names:
-                raise ValueError(f"{name} has no joint {wanted!r}" + _nearest(wanted, names))
+        names = [model.joint(index).name or f"joint {index}" for index in range(model.njnt)]
+        for joint in self.joints:
+            if joint not in names:
+                raise ValueError(f"{name} has no joint {joint!r}" + _nearest(joint, names))
         if len(set(self.joints)) != len(self.joints) or not self.joints:
             raise ValueError(f"{name}: the joints {', '.join(self.joints) or '(none)'} must be named, each once")
-        self._order = [names.index(wanted) for wanted in self.joints]  # with hinges and slides, joint i is qpos[i]
-        bodies = {model.body(number).name: number for number in range(1, model.nbody)}
-        sites = {model.site(number).name: number for number in range(model.nsite)}
+        self._order = [names.index(joint) for joint in self.joints]  # with hinges and slides, joint i is qpos[i]
+        bodies = {model.body(index).name: index for index in range(1, model.nbody)}
+        sites = {model.site(index).name: index for index in range(model.nsite)}
         if tool not in {*bodies, *sites} - {""}:
             raise ValueError(f"{name} has no body, link or site {tool!r}" + _nearest(tool, [*bodies, *sites]))
         self._site = sites.get(tool)
@@ -101,12 +101,12 @@ class ToolKinematics:
         for pose, values in zip(poses, joints, strict=True):
             data.qpos[self._order] = values
             mujoco.mj_kinematics(self._model, data)
-            turn, place = (
+            turn, position = (
                 (data.xmat[self._body], data.xpos[self._body])
                 if self._site is None
                 else (data.site_xmat[self._site], data.site_xpos[self._site])
             )
-            pose[:3, :3], pose[:3, 3] = turn.reshape(3, 3), place
+            pose[:3, :3], pose[:3, 3] = turn.reshape(3, 3), position
         if not np.isfinite(poses).all():
             raise ValueError(f"{self.name}: the tool's pose is not finite at the given joints")
         return poses
@@ -116,10 +116,10 @@ class ToolKinematics:
         body = self._body
         while body > 0:
             first = int(self._model.body_jntadr[body])
-            for number in range(first, first + int(self._model.body_jntnum[body])):
-                if names[number] not in self.joints:
+            for index in range(first, first + int(self._model.body_jntnum[body])):
+                if names[index] not in self.joints:
                     raise ValueError(
-                        f"{self.name}: the joint {names[number]!r} moves the tool {self.tool!r} and is not named: name "
+                        f"{self.name}: the joint {names[index]!r} moves the tool {self.tool!r} and is not named: name "
                         "it among the joints, or take as tool what it does not move"
                     )
             body = int(self._model.body_parentid[body])
@@ -161,7 +161,7 @@ def _compiled(text: bytes, name: str) -> mujoco.MjModel:
         model = spec.compile()
     except ValueError as error:  # MuJoCo's own messages contain the element
         raise ValueError(f"{name} is not read by MuJoCo: {' '.join(str(error).split())}") from error
-    if odd := [number for number, kind in enumerate(model.jnt_type.tolist()) if kind not in (HINGE, SLIDE)]:
+    if odd := [index for index, kind in enumerate(model.jnt_type.tolist()) if kind not in (HINGE, SLIDE)]:
         joint = model.joint(odd[0]).name or f"joint {odd[0]}"
         raise ValueError(f"{name}: joint {joint!r} is a ball or floats free: only hinges and slides are read")
     return model

@@ -67,12 +67,12 @@ def choose_backend() -> str:
     Raises:
         RenderingUnavailableError: The user requested egl or osmesa and it does not work on this machine.
     """
-    asked = os.environ.get("MUJOCO_GL", "").strip().lower()
+    requested = os.environ.get("MUJOCO_GL", "").strip().lower()
     probes = {"egl": egl_works, "osmesa": osmesa_works}
-    if asked in probes and not probes[asked]():
-        raise RenderingUnavailableError(f"MUJOCO_GL={asked} is set but does not work here; {INSTALL_ADVICE}")
-    if asked:
-        return asked
+    if requested in probes and not probes[requested]():
+        raise RenderingUnavailableError(f"MUJOCO_GL={requested} is set but does not work here; {INSTALL_ADVICE}")
+    if requested:
+        return requested
     if not sys.platform.startswith("linux"):
         return ""  # macOS and Windows have one backend each, which MuJoCo finds itself
     return next((name for name, works in probes.items() if works()), "disable")

@@ -45,12 +45,12 @@ def link_frames(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[np.n
         joints: [6] rad.
     """
     chain = chain or arm_chain()
-    tool, turned, origins, _ = chain.frames(joints)
+    tool, tool_rotation, origins, _ = chain.frames(joints)
     rotations, rotation = [np.eye(3)], np.eye(3)
     for index in range(ARM_JOINTS):
         rotation = rotation @ chain.rotations[index] @ axis_rotation(chain.axes[index], float(joints[index]))
         rotations.append(rotation)
-    return np.concatenate([np.zeros((1, 3)), origins, tool[None]]), np.stack([*rotations, turned])
+    return np.concatenate([np.zeros((1, 3)), origins, tool[None]]), np.stack([*rotations, tool_rotation])
 
 
 def capsules_at(joints: np.ndarray, chain: ArmChain | None = None) -> tuple[np.ndarray, np.ndarray]:

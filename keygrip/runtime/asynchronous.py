@@ -216,14 +216,15 @@ class ChunkExecution:
             moment = min(moment, self._due)  # holds there until the next plan arrives
         pose = self._current.at(moment)
         if self._previous is not None:
-            before = self._previous.at(moment)
-            reached = moment >= self._current.times[1] - ROUNDING_S
-            if not reached:  # otherwise plans that replace each other within a step would never move the gripper
-                pose[:, 7] = before[:, 7]
+            previous_pose = self._previous.at(moment)
+            first_step_reached = moment >= self._current.times[1] - ROUNDING_S
+            # otherwise plans that replace each other within a step would never move the gripper
+            if not first_step_reached:
+                pose[:, 7] = previous_pose[:, 7]
             share = (moment - self._blend_from) / self.blend_seconds if self.blend_seconds > 0 else 1.0
             if share < 1:
-                pose = placed(blended(before, pose, share), self.arms)
-            elif reached:
+                pose = placed(blended(previous_pose, pose, share), self.arms)
+            elif first_step_reached:
                 self._previous = None
         pose[:, 7] = gripped(pose[:, 7], self._gripper, self.grip_below, self.release_above)
         self._gripper = pose[:, 7].copy()

@@ -175,12 +175,12 @@ class BatchPlanner:
                     return
                 jobs = [worker.jobs.popleft() for _ in range(min(self._batch, len(worker.jobs)))]
                 worker.computing, worker.since = jobs, time.monotonic()
-            wanted = [job for job in jobs if not job.answer.done()]  # the clients of the others have given up
+            pending = [job for job in jobs if not job.answer.done()]  # the clients of the others have given up
             started = time.perf_counter()
             results: dict[_Job, Plan | BaseException] = dict.fromkeys(jobs, asyncio.CancelledError())
-            results |= zip(wanted, plans_of(wanted), strict=True)
-            if wanted and not worker.abandoned:
-                self._observe(time.perf_counter() - started, len(wanted))
+            results |= zip(pending, plans_of(pending), strict=True)
+            if pending and not worker.abandoned:
+                self._observe(time.perf_counter() - started, len(pending))
             with worker.awake:
                 worker.computing, worker.since = [], None
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
@@ -192,25 +192,25 @@ def plans_of(jobs: Sequence[_Job]) -> list[Plan | BaseException]:
 
     Jobs that continue a plan are computed one by one, because each continues a different plan.
     """
-    together = [job for job in jobs if job.under_way is None and hasattr(job.policy, "plan_batch")]
-    found: dict[_Job, Plan | BaseException] = {}
-    if len(together) > 1:
-        policy: Any = together[0].policy
+    batchable = [job for job in jobs if job.under_way is None and hasattr(job.policy, "plan_batch")]
+    outcomes: dict[_Job, Plan | BaseException] = {}
+    if len(batchable) > 1:
+        policy: Any = batchable[0].policy
         try:
-            plans = policy.plan_batch([job.observation for job in together], [job.policy for job in together])
-            found = {job: checked_plan(plan, job.policy) for job, plan in zip(together, plans, strict=True)}
+            plans = policy.plan_batch([job.observation for job in batchable], [job.policy for job in batchable])
+            outcomes = {job: checked_plan(plan, job.policy) for job, plan in zip(batchable, plans, strict=True)}
         except ValueError:
             pass  # caused by one of the observations; the loop below finds which
         except BaseException:  # also a panic of a Rust extension, because all sessions share the thread
-            log.exception("a batch of %d failed; planning one by one", len(together))
+            log.exception("a batch of %d failed; planning one by one", len(batchable))
     for job in jobs:
-        if job in found:
+        if job in outcomes:
             continue
         try:
-            found[job] = planned(job.policy, job.observation, job.under_way)
+            outcomes[job] = planned(job.policy, job.observation, job.under_way)
         except BaseException as error:
-            found[job] = ordinary(error)
-    return [found[job] for job in jobs]
+            outcomes[job] = ordinary(error)
+    return [outcomes[job] for job in jobs]
 
 
 def _settle(answer: asyncio.Future[Any], result: Any) -> None:

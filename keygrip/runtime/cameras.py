@@ -103,15 +103,15 @@ class VideoCamera:
 
     def _taken(self, image: np.ndarray) -> float:
         """Return when a newly arrived image was taken; an image equal to the last one keeps the earlier time."""
-        now, held = self._clock(), self._newest
-        if self._repeats_are_new or held is None or not np.array_equal(image, held[0]):
+        now, newest = self._clock(), self._newest
+        if self._repeats_are_new or newest is None or not np.array_equal(image, newest[0]):
             return now
-        if now - held[1] > REPEATS_TOLD_S and not self._told:
+        if now - newest[1] > REPEATS_TOLD_S and not self._told:
             self._told = True
             log.warning(
                 "the camera %s has repeated its image for %.1f s, which counts as that old. Its setting "
                 "repeats_are_new=true is for live images that may be equal: a drawn film, a strongly compressed stream",
                 self.source,
-                now - held[1],
+                now - newest[1],
             )
-        return held[1]
+        return newest[1]

@@ -125,9 +125,9 @@ class RecedingHorizon:
                 pose[:, 7] = self._gripper = gripped(pose[:, 7], self._gripper, self.grip_below, self.release_above)
         self._commanded = poses[-1]
         # sampled by time, because a step of a plan need not be a whole number of control periods
-        way = Trajectory(plan.step_seconds * np.arange(len(poses)), poses, self.arms)
-        periods = control_periods(way.times[-1], self.control_hz)
-        self._queue.extend(way.at(tick / self.control_hz) for tick in range(1, periods + 1))
+        trajectory = Trajectory(plan.step_seconds * np.arange(len(poses)), poses, self.arms)
+        periods = control_periods(trajectory.times[-1], self.control_hz)
+        self._queue.extend(trajectory.at(tick / self.control_hz) for tick in range(1, periods + 1))
 
     def _waypoint(self, plan: Plan, step: int) -> np.ndarray:
         """Return the waypoint ``[A, W]`` of one step, with ensembling if enabled."""

@@ -151,12 +151,12 @@ class RemotePolicy:
     def health(self) -> dict[str, Any]:
         """Return the server's `/health`: state, model, expected observation, limits, counts."""
         status, body = self._ask("GET", "/health")
-        said: dict[str, Any] = {}
+        content: dict[str, Any] = {}
         with contextlib.suppress(*NO_JSON):
-            said = dict(json.loads(body))
-        if status not in (200, 503) or "needs" not in said:  # 503 with the usual content: the policy is stuck
+            content = dict(json.loads(body))
+        if status not in (200, 503) or "needs" not in content:  # 503 with the usual content: the policy is stuck
             raise ServerError(status, _sentence(body))
-        return said
+        return content
 
     def plan(self, observation: Observation) -> Plan:
         """Return the policy's plan for an observation (see `keygrip.runtime.chunk_execution.Observation`).

@@ -193,8 +193,8 @@ class ControlLoop:
         # frames seen while the arm was held are recorded too; otherwise the poses before and after would be adjacent
         if self.recorder is not None and "image" in observation and state is not State.STOPPED:
             self.recorder.add(observation, self._command, correction is not None and state is State.RUNNING, now)
-        shown = None if target is None else target[:, :POSE]
-        tick = Tick(now, shown, self._command.copy(), state, correction is not None, late_s)
+        target_poses = None if target is None else target[:, :POSE]
+        tick = Tick(now, target_poses, self._command.copy(), state, correction is not None, late_s)
         if self.on_tick is not None:
             self.on_tick(tick)
         if state is State.STOPPED:
@@ -272,7 +272,7 @@ class ControlLoop:
         if target is not None and target.shape[1] > POSE:
             target, joints = target[:, :POSE], target[:, POSE:]
         # a motion replaces its arrays and never changes them in place
-        before = [copy(motion) for motion in self._motions]
+        previous_motions = [copy(motion) for motion in self._motions]
         if self.limits is None:
             command = self._command if target is None else target
         elif target is None:
@@ -283,8 +283,8 @@ class ControlLoop:
             self._command = self._sent(command, joints)
         except JointMotionError as error:
             self._refused(f"unsafe command: {error}")
-            if before and target is not None:
-                self._brake(before)
+            if previous_motions and target is not None:
+                self._brake(previous_motions)
         except RobotLostError as error:
             self._lose(error)
 
@@ -298,8 +298,8 @@ class ControlLoop:
         robot.command(command, joints)
         reached = robot.poses_at(robot.commanded_joints)
         bounds: ArmMotions | None = getattr(robot, "joint_motion", None)
-        which = _beside(reached, command) if bounds is None else bounds.held_back
-        command = held_back(command, reached, which, self._motions, 1.0 / self.robot.control_hz)
+        arms_behind = _beside(reached, command) if bounds is None else bounds.held_back
+        command = held_back(command, reached, arms_behind, self._motions, 1.0 / self.robot.control_hz)
         return command if joints is None else np.concatenate([reached, command[:, 7:]], axis=1)
 
     def _brake(self, motions: list[LimitedMotion]) -> None:
@@ -335,17 +335,17 @@ class ControlLoop:
         assert plan.time_s is not None
         steps = plan.gripper.shape[1]
         first = min(max(int(np.floor((now - plan.time_s) / plan.step_seconds + 1e-6)), 0), steps - 1)
-        left = replace(
+        remaining = replace(
             plan,
             position=plan.position[:, first:],
             quaternion=plan.quaternion[:, first:],
             gripper=plan.gripper[:, first:],
         )
-        refuse_unsafe(left, self._motions, self.robot.control_hz)
+        refuse_unsafe(remaining, self._motions, self.robot.control_hz)
 
 
 def _beside(reached: np.ndarray, command: np.ndarray) -> np.ndarray:
     """Return [A] whether tools at [A, 7] differ from the command [A, 8]."""
-    is_, wanted = (Rotation.from_quat(poses[:, 3:7], scalar_first=True) for poses in (reached, command))
+    actual, commanded = (Rotation.from_quat(poses[:, 3:7], scalar_first=True) for poses in (reached, command))
     distance = np.linalg.norm(reached[:, :3] - command[:, :3], axis=1)
-    return np.asarray((distance > BESIDE_M) | ((is_.inv() * wanted).magnitude() > BESIDE_RAD))
+    return np.asarray((distance > BESIDE_M) | ((actual.inv() * commanded).magnitude() > BESIDE_RAD))

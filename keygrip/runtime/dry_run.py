@@ -65,7 +65,7 @@ class Rehearsal:
 
     def summary(self) -> dict[str, Any]:
         """Return plain values for a line of JSON."""
-        moved = np.diff(self.commands[:, :, :3], axis=0) / np.diff(self.times)[:, None, None]
+        velocities = np.diff(self.commands[:, :, :3], axis=0) / np.diff(self.times)[:, None, None]
         behind = np.linalg.norm(self.targets[..., :3] - self.commands[..., :3], axis=-1)
         return {
             "refused": self.refused,
@@ -74,7 +74,7 @@ class Rehearsal:
             "plan_ms_max": round(max(self.plan_ms), 1),
             "plan_steps": int(self.plan.gripper.shape[1]),
             "plan_seconds": round(self.plan.step_seconds * self.plan.gripper.shape[1], 3),
-            "fastest_m_s": round(float(np.linalg.norm(moved, axis=-1).max()), 3),
+            "fastest_m_s": round(float(np.linalg.norm(velocities, axis=-1).max()), 3),
             "furthest_behind_cm": round(100 * float(behind.max()), 2),
             "lowest_cm": round(100 * float(self.commands[..., 2].min()), 2),
         }
@@ -112,21 +112,21 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, executio
             begin = np.concatenate([start, arms.commanded_joints], axis=1)
         waypoints = np.concatenate([begin[None], waypoints_of(plan).transpose(1, 0, 2)])
         path = Trajectory(seconds * np.arange(steps + 1), waypoints, arms)
-        way = np.stack([path.at(tick * period) for tick in range(periods + 1)])
+        sampled_poses = np.stack([path.at(tick * period) for tick in range(periods + 1)])
         until = seconds * execution.steps_followed(plan, start) + ROUNDING_S
         if execution.asynchronous:  # the next plan starts one period later, and this plan is blended out
             until += execution.blend_seconds + period
     else:
         refused = refused or "the plan is no path of finite poses"
-        way = np.stack([start, start])
-    commands, wrong = _commands(way, motions, arms, period)
+        sampled_poses = np.stack([start, start])
+    commands, wrong = _commands(sampled_poses, motions, arms, period)
     later: str | None = None
     if wrong is not None:
-        after, why = wrong
-        said = f"its command after {after:.2f} s: {why}"
-        refused, later = (refused or said, None) if after <= until else (refused, said)
-    targets, times = way[..., :POSE], period * np.arange(len(way))
-    names = tuple(getattr(robot, "arms", ())) or tuple(f"arm {number}" for number in range(len(start)))
+        failed_s, reason = wrong
+        message = f"its command after {failed_s:.2f} s: {reason}"
+        refused, later = (refused or message, None) if failed_s <= until else (refused, message)
+    targets, times = sampled_poses[..., :POSE], period * np.arange(len(sampled_poses))
+    names = tuple(getattr(robot, "arms", ())) or tuple(f"arm {index}" for index in range(len(start)))
     return Rehearsal(observation, plan, refused, later, times, targets, commands, milliseconds, names)
 
 
@@ -155,8 +155,8 @@ def _commands(
 
 def _is_path(plan: Plan, arms: int) -> bool:
     """Return whether a plan contains finite poses and times for that many arms, at any speed."""
-    parts = (plan.position, plan.quaternion, plan.gripper, np.asarray(plan.step_seconds))
-    finite = len(plan.gripper) == arms and all(np.isfinite(part).all() for part in parts)
+    arrays = (plan.position, plan.quaternion, plan.gripper, np.asarray(plan.step_seconds))
+    finite = len(plan.gripper) == arms and all(np.isfinite(part).all() for part in arrays)
     return finite and plan.step_seconds > 0 and bool((np.linalg.norm(plan.quaternion, axis=-1) > 0).all())
 
 
@@ -168,14 +168,14 @@ def dry_run(
     Raises:
         ModuleNotFoundError: `path` is a .rrd file and rerun is not installed.
     """
-    found = rehearse(policy, robot, limits, execution)
+    rehearsal = rehearse(policy, robot, limits, execution)
     if path.suffix == ".rrd":
-        write_rerun(found, path)
+        write_rerun(rehearsal, path)
     else:
-        figure = draw(found, limits)
+        figure = draw(rehearsal, limits)
         with atomic_write(path) as file, matplotlib.rc_context({"savefig.dpi": 110}):
             figure.savefig(file, format=path.suffix.lstrip(".") or "png")
-    return found.summary() | {"dry_run": str(path)}
+    return rehearsal.summary() | {"dry_run": str(path)}
 
 
 def draw(found: Rehearsal, limits: MotionLimits | None) -> Figure:
@@ -187,16 +187,16 @@ def draw(found: Rehearsal, limits: MotionLimits | None) -> Figure:
         axes[0, 0].imshow(np.asarray(image))
     axes[0, 0].set(title="observation", xticks=[], yticks=[])
     speeds = np.linalg.norm(np.diff(found.commands[:, :, :3], axis=0), axis=-1) / np.diff(found.times)[:, None]
-    wanted = np.linalg.norm(np.diff(found.targets[:, :, :3], axis=0), axis=-1) / np.diff(found.times)[:, None]
-    for arm, whose in enumerate(found.arms):
+    planned_speeds = np.linalg.norm(np.diff(found.targets[:, :, :3], axis=0), axis=-1) / np.diff(found.times)[:, None]
+    for arm, arm_name in enumerate(found.arms):
         line = LINES[arm % len(LINES)]
         for axis, name in enumerate("xyz"):
-            label = f"{name}, {whose}"
+            label = f"{name}, {arm_name}"
             axes[0, 1].plot(found.times, found.targets[:, arm, axis], line, color=f"C{axis}", alpha=0.4)
             axes[0, 1].plot(found.times, found.commands[:, arm, axis], line, color=f"C{axis}", label=label)
-        axes[1, 0].plot(found.times[1:], wanted[:, arm], line, color="C0", alpha=0.4)
-        axes[1, 0].plot(found.times[1:], speeds[:, arm], line, color="C0", label=whose)
-        axes[1, 1].plot(found.times, found.commands[:, arm, 7], line, color="C0", label=whose)
+        axes[1, 0].plot(found.times[1:], planned_speeds[:, arm], line, color="C0", alpha=0.4)
+        axes[1, 0].plot(found.times[1:], speeds[:, arm], line, color="C0", label=arm_name)
+        axes[1, 1].plot(found.times, found.commands[:, arm, 7], line, color="C0", label=arm_name)
     if limits is not None and limits.table_height_m is not None:
         axes[0, 1].axhline(limits.table_height_m, color="grey", linestyle=":", label="z of the table")
     if limits is not None:
@@ -204,11 +204,11 @@ def draw(found: Rehearsal, limits: MotionLimits | None) -> Figure:
     axes[0, 1].set(title="position, m (pale: the plan; full: within the limits)", xlabel="s")
     axes[1, 0].set(title="speed, m/s (pale: the plan; full: within the limits)", xlabel="s")
     axes[1, 1].set(title="gripper opening (0 closed, 1 open)", xlabel="s", ylim=(-0.05, 1.05))
-    for place in (axes[0, 1], axes[1, 0], axes[1, 1]):
-        place.legend(fontsize=7)
-    numbers = range(1, len(found.plan_ms) + 1)
-    axes[0, 2].bar(numbers, found.plan_ms)
-    axes[0, 2].set(title="planning, ms", xlabel="plan", xticks=list(numbers))
+    for panel in (axes[0, 1], axes[1, 0], axes[1, 1]):
+        panel.legend(fontsize=7)
+    plan_numbers = range(1, len(found.plan_ms) + 1)
+    axes[0, 2].bar(plan_numbers, found.plan_ms)
+    axes[0, 2].set(title="planning, ms", xlabel="plan", xticks=list(plan_numbers))
     axes[1, 2].axis("off")
     axes[1, 2].text(0, 1, "\n".join(described(found, limits)), va="top", fontsize=9)
     return figure
@@ -256,14 +256,14 @@ def write_rerun(found: Rehearsal, path: Path) -> None:
         recording.save(file)
         if "image" in found.observation:
             recording.log("camera", rerun.Image(np.asarray(found.observation["image"])), static=True)
-        for arm, whose in enumerate(found.arms):
+        for arm, arm_name in enumerate(found.arms):
             for name, path_A8 in (("plan", found.targets), ("limited", found.commands)):
-                recording.log(f"{whose}/{name}", rerun.LineStrips3D([path_A8[:, arm, :3]]), static=True)
+                recording.log(f"{arm_name}/{name}", rerun.LineStrips3D([path_A8[:, arm, :3]]), static=True)
         recording.log("summary", rerun.TextDocument(json.dumps(found.summary(), indent=1)), static=True)
         for index, moment in enumerate(found.times):
             recording.set_time("plan", duration=float(moment))
-            for arm, whose in enumerate(found.arms):
-                recording.log(f"{whose}/tool", rerun.Points3D([found.commands[index, arm, :3]], radii=[0.005]))
-                recording.log(f"{whose}/gripper", rerun.Scalars(float(found.commands[index, arm, 7])))
+            for arm, arm_name in enumerate(found.arms):
+                recording.log(f"{arm_name}/tool", rerun.Points3D([found.commands[index, arm, :3]], radii=[0.005]))
+                recording.log(f"{arm_name}/gripper", rerun.Scalars(float(found.commands[index, arm, 7])))
         recording.flush()
         recording.disconnect()

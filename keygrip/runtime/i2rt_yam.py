@@ -153,20 +153,20 @@ class YamArms:
         for name in self._feeds:
             self._calibration.camera(name)
         self.arms = tuple(arms)
-        places = [self._calibration.arm(name, only=len(arms) == 1) for name in arms]
-        self._world_from_base = [np.asarray(place.world_from_base, float) for place in places]
-        self._chains = [arm_chain(place.arm, place.gripper) for place in places]
-        self._models = [(place.arm, place.gripper) for place in places]
+        mountings = [self._calibration.arm(name, only=len(arms) == 1) for name in arms]
+        self._world_from_base = [np.asarray(mounting.world_from_base, float) for mounting in mountings]
+        self._chains = [arm_chain(mounting.arm, mounting.gripper) for mounting in mountings]
+        self._models = [(mounting.arm, mounting.gripper) for mounting in mountings]
         limits = joints or JointLimits()
         self._refuse_unknown_links(limits)
         self._drivers: list[Driver] = []
         self._openings: list[float | None] = [None] * len(self.arms)  # the last accepted commands
         # connected by this object, and held since then
-        self._connected = [isinstance(given, str) for given in arms.values()]
+        self._connected = [isinstance(source, str) for source in arms.values()]
         self.stopped = self._lost = False
         try:
-            for (name, given), model in zip(arms.items(), self._models, strict=True):
-                driver = connect(given, *model, sim, ends.get(name)) if isinstance(given, str) else given
+            for (name, source), model in zip(arms.items(), self._models, strict=True):
+                driver = connect(source, *model, sim, ends.get(name)) if isinstance(source, str) else source
                 self._drivers.append(driver)
             motions = [JointMotion(limits, self._start(index), chain) for index, chain in enumerate(self._chains)]
             self.joint_motion = ArmMotions(motions, self._world_from_base, self.arms)
@@ -186,11 +186,11 @@ class YamArms:
             if limits.table_clearance_m is not None and arm not in {held for held, _ in HELD}:
                 unknown["table_clearance_m"] = "the table"
             if unknown:
-                known = ", ".join(" with ".join(model) for model in HELD)
+                known_models = ", ".join(" with ".join(model) for model in HELD)
                 free = " ".join(f"robot.joints.{setting}=null" for setting in unknown)
                 raise ValueError(
                     f"{self._calibration.path}: arms.{name} is {arm} with {gripper}; where links are is known of "
-                    f"{known} alone. {free} drives it without keeping it off {' and '.join(unknown.values())}"
+                    f"{known_models} alone. {free} drives it without keeping it off {' and '.join(unknown.values())}"
                 )
 
     def _start(self, index: int) -> np.ndarray:
@@ -199,10 +199,10 @@ class YamArms:
         joints, limits = self._state(index)[:JOINTS], self._chains[index].limits
         beyond = np.maximum(limits[:, 0] - joints, joints - limits[:, 1])
         if beyond.max() > START_SLACK_RAD:
-            number = int(beyond.argmax())
+            joint = int(beyond.argmax())
             raise ValueError(
-                f"joint {number + 1} of arm {self.arms[index]} is at {joints[number]:.2f} rad, outside "
-                f"{limits[number, 0]:.2f} to {limits[number, 1]:.2f}: set its zero position"
+                f"joint {joint + 1} of arm {self.arms[index]} is at {joints[joint]:.2f} rad, outside "
+                f"{limits[joint, 0]:.2f} to {limits[joint, 1]:.2f}: set its zero position"
             )
         return np.clip(joints, limits[:, 0], limits[:, 1])
 
@@ -220,7 +220,7 @@ class YamArms:
         time.sleep(max(0.0, moment - time.monotonic()))
 
     def observe(self, images: bool = True) -> dict[str, Any]:
-        taken = self.now()
+        observed_s = self.now()
         states = np.stack([self._state(index) for index in range(len(self.arms))])
         if self._lost:  # the arms may have moved meanwhile: apply the speed limit from their current joints
             for motion, state in zip(self.joint_motion.motions, states, strict=True):
@@ -233,11 +233,11 @@ class YamArms:
             "gripper": np.clip(states[:, JOINTS], 0.0, 1.0),
             "joints": states[:, :JOINTS],
             "instruction": self.instruction,
-            "time_s": taken,
+            "time_s": observed_s,
         }
         if images:
             views, times = self._views(dict(zip(self.arms, poses, strict=True)))
-            observation |= {**views[self.cameras[0]], "cameras": views, "time_s": min([taken, *times])}
+            observation |= {**views[self.cameras[0]], "cameras": views, "time_s": min([observed_s, *times])}
         return observation
 
     @property
@@ -252,8 +252,10 @@ class YamArms:
         poses = []
         for base, model, angles in zip(self._world_from_base, self._models, np.asarray(joints, float), strict=True):
             position, quaternion = forward_kinematics(angles, *model)
-            turned = base[:3, :3] @ matrix_from_quaternion(quaternion)
-            poses.append(np.concatenate([position @ base[:3, :3].T + base[:3, 3], quaternion_from_matrix(turned)], -1))
+            rotation = base[:3, :3] @ matrix_from_quaternion(quaternion)
+            poses.append(
+                np.concatenate([position @ base[:3, :3].T + base[:3, 3], quaternion_from_matrix(rotation)], -1)
+            )
         return np.stack(poses)
 
     def command(self, poses: np.ndarray, joints: np.ndarray | None = None) -> None:
@@ -277,10 +279,10 @@ class YamArms:
             if opening is None and self._connected[index]:
                 continue
             try:
-                held = self._state(index)
+                command = self._state(index)
                 if opening is not None:
-                    held[JOINTS] = opening  # not the measured opening, which a held object makes wider
-                self._send(driver, held)
+                    command[JOINTS] = opening  # not the measured opening, which a held object makes wider
+                self._send(driver, command)
             except RobotLostError as error:
                 log.error("arm %s could not be commanded to hold: %s", self.arms[index], error)
 
@@ -329,7 +331,7 @@ class YamArms:
     def _views(self, grippers: dict[str, np.ndarray]) -> tuple[dict[str, dict[str, np.ndarray]], list[float]]:
         views, times = {}, []
         for name, camera in self._feeds.items():
-            image, taken = camera.read()
+            image, taken_s = camera.read()
             calibrated = self._calibration.camera(name)
             image = np.ascontiguousarray(np.rot90(image, -calibrated.rotate // 90))
             height, width = image.shape[:2]
@@ -338,5 +340,5 @@ class YamArms:
                 "intrinsics": calibrated.intrinsics_for(width, height),
                 "world_to_camera": calibrated.poses({arm: pose[None] for arm, pose in grippers.items()}, 1)[0],
             }
-            times.append(taken)
+            times.append(taken_s)
         return views, times

@@ -126,10 +126,10 @@ class LimitedMotion:
         """Continue from a pose [8] that the arm was sent to instead of the last command, at the speed at which the arm
         gets there. `seconds`: length of that command's period."""
         pose = _checked_pose(np.asarray(pose, dtype=np.float64))
-        before = Rotation.from_rotvec(-self.turn_velocity * seconds) * self.rotation
+        previous_rotation = Rotation.from_rotvec(-self.turn_velocity * seconds) * self.rotation
         self.velocity = self.velocity + (pose[:3] - self.position) / seconds
         self.position, self.rotation = pose[:3].copy(), Rotation.from_quat(pose[3:7], scalar_first=True)
-        self.turn_velocity = (self.rotation * before.inv()).as_rotvec() / seconds
+        self.turn_velocity = (self.rotation * previous_rotation.inv()).as_rotvec() / seconds
 
     def command(self) -> np.ndarray:
         """Return the current command [8]."""
@@ -168,18 +168,18 @@ class LimitedMotion:
 
     def move(self, goal: np.ndarray, seconds: float) -> None:
         """Move only the position towards a goal [3] for one control period."""
-        limits, most = self.limits, self.limits.axis_acceleration_m_s2 * seconds
+        limits, max_change = self.limits, self.limits.axis_acceleration_m_s2 * seconds
         offset = np.clip(goal, self._low, self._high) - self.position
         distance = float(np.linalg.norm(offset))
-        wanted = np.zeros(3)
+        target_velocity = np.zeros(3)
         if distance > ROUNDING_M:
             speed = min(distance / seconds, limits.speed_m_s)
             # a target closer than one period's braking distance is reached exactly
-            if distance / seconds > most:
+            if distance / seconds > max_change:
                 speed = min(speed, _speed_that_stops_within(distance, limits.axis_acceleration_m_s2, seconds))
-            wanted = offset * (speed / distance)
-        change = wanted - self.velocity
-        share = min(1.0, most / max(float(np.abs(change).max()), 1e-300))
+            target_velocity = offset * (speed / distance)
+        change = target_velocity - self.velocity
+        share = min(1.0, max_change / max(float(np.abs(change).max()), 1e-300))
         self._advance(self.velocity + share * change, seconds)
 
     def _advance(self, velocity: np.ndarray, seconds: float) -> None:
@@ -187,31 +187,33 @@ class LimitedMotion:
         for axis in range(3):
             position = self.position[axis]
             room = self._high[axis] - position if velocity[axis] > 0 else position - self._low[axis]
-            most = _speed_that_stops_within(room, self.limits.axis_acceleration_m_s2, seconds) if room > 0 else 0.0
-            velocity[axis] = float(np.clip(velocity[axis], -most, most))
+            max_speed = _speed_that_stops_within(room, self.limits.axis_acceleration_m_s2, seconds) if room > 0 else 0.0
+            velocity[axis] = float(np.clip(velocity[axis], -max_speed, max_speed))
         self.velocity = velocity
-        moved = self.position + velocity * seconds
+        new_position = self.position + velocity * seconds
         inside = (self.position >= self._low) & (self.position <= self._high)
         # rounding must not move the command past a wall
-        self.position = np.where(inside, np.clip(moved, self._low, self._high), moved)
+        self.position = np.where(inside, np.clip(new_position, self._low, self._high), new_position)
 
     def _turn(self, goal: Rotation, seconds: float) -> None:
         offset = (goal * self.rotation.inv()).as_rotvec()
         angle, rate = float(np.linalg.norm(offset)), self.limits.turn_acceleration_rad_s2
-        wanted = np.zeros(3)
+        turn_velocity = np.zeros(3)
         if angle > ROUNDING_RAD:
             speed = min(self.limits.turn_rad_s, angle / seconds)
             # a goal closer than one period's braking angle is reached exactly
             if angle / seconds > rate * seconds:
                 speed = min(speed, max(_speed_that_stops_within(angle, rate, seconds), rate * seconds))
-            wanted = offset * (speed / angle)
-        self._accelerate_turn(wanted, seconds)
+            turn_velocity = offset * (speed / angle)
+        self._accelerate_turn(turn_velocity, seconds)
 
     def _accelerate_turn(self, wanted: np.ndarray, seconds: float) -> None:
         """Rotate for one period at an angular velocity [3] rad/s, or as close to it as the acceleration permits."""
         change = wanted - self.turn_velocity
-        most = self.limits.turn_acceleration_rad_s2 * seconds
-        self.turn_velocity = self.turn_velocity + change * min(1.0, most / max(float(np.linalg.norm(change)), 1e-300))
+        max_change = self.limits.turn_acceleration_rad_s2 * seconds
+        self.turn_velocity = self.turn_velocity + change * min(
+            1.0, max_change / max(float(np.linalg.norm(change)), 1e-300)
+        )
         self.rotation = Rotation.from_rotvec(self.turn_velocity * seconds) * self.rotation
 
 

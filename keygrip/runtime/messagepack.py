@@ -219,7 +219,7 @@ def _head(length: int, short: int | None, kinds: tuple[int | None, int, int]) ->
     """Encode type and length: in one byte if the type has a `short` form, else with a length of 1, 2 or 4 bytes."""
     if short is not None and length < 16:
         return bytes([short | length])
-    for kind, form, most in zip(kinds, "BHI", (0xFF, 0xFFFF, 0xFFFFFFFF), strict=True):
-        if kind is not None and length <= most:
+    for kind, form, largest in zip(kinds, "BHI", (0xFF, 0xFFFF, 0xFFFFFFFF), strict=True):
+        if kind is not None and length <= largest:
             return struct.pack(f">B{form}", kind, length)
     raise OverflowError(f"a message cannot hold {length} bytes or entries")

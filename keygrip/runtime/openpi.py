@@ -92,10 +92,10 @@ def encode_reset(seed: int) -> bytes:
 
 
 def _flat(message: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    entries: list[tuple[str, Any]] = []
     for name, value in message.items():
-        found += _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
-    return found
+        entries += _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return entries
 
 
 def _array(name: str, value: Any, kind: str) -> np.ndarray:

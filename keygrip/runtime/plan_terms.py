@@ -88,13 +88,13 @@ def followed(plan: Plan, follow: Follow, arms: JointArms | None) -> Plan:
     poses = arms.poses_at(joints)
     away = np.linalg.norm(poses[..., :3] - plan.position, axis=-1).max()
     cosine = np.abs((poses[..., 3:] * plan.quaternion).sum(-1)) / np.linalg.norm(plan.quaternion, axis=-1)
-    turned = 2 * np.arccos(np.minimum(cosine, 1.0)).max()
-    if not (away <= BESIDE_M and turned <= BESIDE_RAD):  # also true if the poses are not finite
+    angle = 2 * np.arccos(np.minimum(cosine, 1.0)).max()
+    if not (away <= BESIDE_M and angle <= BESIDE_RAD):  # also true if the poses are not finite
         beyond = np.abs(joints - plan.joints).max()
-        why = f"joints are up to {beyond:.2f} rad out of their range" if beyond > 0 else "are they of another arm?"
+        reason = f"joints are up to {beyond:.2f} rad out of their range" if beyond > 0 else "are they of another arm?"
         raise UnsafePlanError(
-            f"the plan's joints put the tool up to {100 * away:.1f} cm and {np.rad2deg(turned):.0f} degrees beside the "
-            f"plan's poses: {why}"
+            f"the plan's joints put the tool up to {100 * away:.1f} cm and {np.rad2deg(angle):.0f} degrees beside the "
+            f"plan's poses: {reason}"
         )
     return replace(plan, joints=joints, position=poses[..., :3], quaternion=poses[..., 3:])
 

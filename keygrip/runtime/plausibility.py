@@ -61,20 +61,20 @@ class Bounds:
                 (`keygrip.models.dark_images`); such images are accepted unless all images are dark.
         """
         names: Sequence[str] = needs.cameras or ("",)
-        told = names
+        camera_names = names
         views: list[Mapping[str, Any] | None] = [observation]
         if needs.cameras:
             views = [*(views_there if masks else views_of)(observation, needs.cameras)]
-            told = called(observation, needs.cameras)
+            camera_names = called(observation, needs.cameras)
         levels = [
             0.0 if view is None else spread_of_image(image_of(view, name))
-            for name, view in zip(told, views, strict=True)
+            for name, view in zip(camera_names, views, strict=True)
         ]
         masked = [masks and spread < DARK_LEVELS for spread in levels]
         dark = [spread < self.image_levels for spread in levels]
         refused = [
             name
-            for name, is_dark, is_masked in zip(told, dark, masked, strict=True)
+            for name, is_dark, is_masked in zip(camera_names, dark, masked, strict=True)
             if is_dark and (all(masked) or not is_masked)
         ]
         if refused:
@@ -82,14 +82,14 @@ class Bounds:
                 f"{_image(refused[0])} shows nothing: its brightness varies by less than bounds.image_levels="
                 f"{self.image_levels:g} of 255; is the lens covered, the light off, or the camera not running?"
             )
-        for name, said, view in zip(names, told, views, strict=True):
+        for name, camera_name, view in zip(names, camera_names, views, strict=True):
             if view is None or not needs.calibrated(name):
                 continue
             height, width = np.shape(view["image"])[:2]
             centre = np.asarray(view["intrinsics"], float)[:2, 2]
             if not np.abs(centre / (width, height) - 0.5).max() <= self.centre_share:  # also true for NaN
                 raise ImplausibleError(
-                    f"{_image(said)} has {width} x {height} pixels and its intrinsics put the centre at "
+                    f"{_image(camera_name)} has {width} x {height} pixels and its intrinsics put the centre at "
                     f"({centre[0]:.4g}, {centre[1]:.4g}), farther from the middle than bounds.centre_share="
                     f"{self.centre_share:g} of a side: are they of another resolution?"
                 )
@@ -113,10 +113,10 @@ class Bounds:
     def _refuse_far(self, name: str, positions: np.ndarray, workspace: np.ndarray | None) -> None:
         if workspace is None:
             return
-        outside, where = _outside(positions, workspace)
+        outside, index = _outside(positions, workspace)
         if outside > self.start_m:
             raise ImplausibleError(
-                f"{name} {_said(positions[where])} lies {outside:.3g} m outside the box of the training data, "
+                f"{name} {_said(positions[index])} lies {outside:.3g} m outside the box of the training data, "
                 f"{_said(workspace[0])} to {_said(workspace[1])} m, more than bounds.start_m={self.start_m:g}: is it "
                 "in metres, in the world frame of the training data?"
             )
@@ -130,29 +130,29 @@ class Bounds:
         start = arm_axis(observation["position"], 1)
         arms, steps = len(start), np.shape(plan.gripper)[-1] if np.ndim(plan.gripper) else 0
         shapes = {"position": (arms, steps, 3), "quaternion": (arms, steps, 4), "gripper": (arms, steps)}
-        parts = {name: np.asarray(getattr(plan, name)) for name in shapes}
+        arrays = {name: np.asarray(getattr(plan, name)) for name in shapes}
         if plan.uncertainty is not None:
-            shapes["uncertainty"], parts["uncertainty"] = (arms, steps), np.asarray(plan.uncertainty)
+            shapes["uncertainty"], arrays["uncertainty"] = (arms, steps), np.asarray(plan.uncertainty)
         if plan.held_back is not None:
-            shapes["held_back"], parts["held_back"] = (arms, 3), np.asarray(plan.held_back)
+            shapes["held_back"], arrays["held_back"] = (arms, 3), np.asarray(plan.held_back)
         for name in ("joints", "controller"):
             if (further := getattr(plan, name)) is not None:
-                parts[name] = np.asarray(further)
-                shapes[name] = (arms, steps, *parts[name].shape[2:])
-        for name, value in parts.items():
+                arrays[name] = np.asarray(further)
+                shapes[name] = (arms, steps, *arrays[name].shape[2:])
+        for name, value in arrays.items():
             if value.shape != shapes[name] or not steps:
                 raise ImplausibleError(f"the policy's plan is malformed: its {name} has the shape {value.shape}")
             if not np.isfinite(value).all():
                 raise ImplausibleError(f"the policy's plan is not finite in its {name}; it is not sent")
         if not (math.isfinite(plan.step_seconds) and plan.step_seconds > 0):
             raise ImplausibleError(f"the policy's plan has steps of {plan.step_seconds} s; it is not sent")
-        norms = np.linalg.norm(parts["quaternion"], axis=-1)
+        norms = np.linalg.norm(arrays["quaternion"], axis=-1)
         if (abs(norms - 1) > QUATERNION_SLACK).any():
             raise ImplausibleError(f"the policy's plan has a quaternion of norm {norms.min():.3g} to {norms.max():.3g}")
-        if (parts["gripper"] < -GRIPPER_SLACK).any() or (parts["gripper"] > 1 + GRIPPER_SLACK).any():
+        if (arrays["gripper"] < -GRIPPER_SLACK).any() or (arrays["gripper"] > 1 + GRIPPER_SLACK).any():
             raise ImplausibleError("the policy's plan has a gripper opening outside 0 to 1; it is not sent")
         self.refuse_far_plan(plan, workspace)
-        path = np.concatenate([start[:, None], parts["position"]], axis=1)
+        path = np.concatenate([start[:, None], arrays["position"]], axis=1)
         speed = float(np.linalg.norm(np.diff(path, axis=1), axis=-1).max()) / plan.step_seconds
         if speed > self.speed_m_s:
             raise ImplausibleError(
@@ -168,10 +168,10 @@ class Bounds:
         if workspace is None:
             return
         positions = np.asarray(plan.position).reshape(-1, 3)
-        outside, where = _outside(positions, workspace)
+        outside, index = _outside(positions, workspace)
         if outside > self.plan_m:
             raise ImplausibleError(
-                f"the policy's plan reaches {_said(positions[where])}, {outside:.3g} m outside the box of the "
+                f"the policy's plan reaches {_said(positions[index])}, {outside:.3g} m outside the box of the "
                 f"training data, more than bounds.plan_m={self.plan_m:g}; it is not sent"
             )
 
@@ -219,8 +219,8 @@ def _image(camera: str) -> str:
 def _outside(positions: np.ndarray, workspace: np.ndarray) -> tuple[float, int]:
     """Return the largest distance of positions [N, 3] outside a box [2, 3] along one axis, metres, and its index."""
     beyond = np.maximum(workspace[0] - positions, positions - workspace[1]).max(axis=1)
-    where = int(np.argmax(beyond))
-    return float(beyond[where]), where
+    index = int(np.argmax(beyond))
+    return float(beyond[index]), index
 
 
 def _said(position: np.ndarray) -> str:

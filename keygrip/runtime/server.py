@@ -180,15 +180,15 @@ class PolicyServer:
                 403, "the server answers this machine alone: ask for localhost or 127.0.0.1, or start it with a token"
             )
         if self._token is not None and request.path != "/healthz":
-            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+            scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             # openpi's client sends its api_key as "Api-Key"
             if scheme.lower() not in ("bearer", "api-key") or not hmac.compare_digest(
-                given.encode(errors="surrogateescape"), self._token.encode()
+                token.encode(errors="surrogateescape"), self._token.encode()
             ):
                 raise Refusal(401, "the header Authorization must say: Bearer, and the server's token")
         if self._in_progress > self.limits.requests and request.path != "/":
-            sentence = f"more than {self.limits.requests} requests at once: ask again in a moment"
-            raise Refusal(503, sentence, again=True)
+            message = f"more than {self.limits.requests} requests at once: ask again in a moment"
+            raise Refusal(503, message, again=True)
 
     async def _socket(self, request: web.Request) -> web.StreamResponse:
         if request.headers.get("Upgrade", "").lower() != "websocket":
@@ -220,12 +220,12 @@ class PolicyServer:
     async def _reset(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request, "application/json")
         try:
-            said = json.loads(body) if len(body) <= LONGEST_RESET else None
+            content = json.loads(body) if len(body) <= LONGEST_RESET else None
         except (ValueError, RecursionError):
-            said = None
-        if not isinstance(said, dict) or not set(said) <= {"seed"}:
+            content = None
+        if not isinstance(content, dict) or not set(content) <= {"seed"}:
             raise Refusal(400, 'the body of /reset is JSON: {"seed": 0}')
-        seed, name = checked_seed(said.get("seed", 0)), request.headers.get(SESSION_HEADER)
+        seed, name = checked_seed(content.get("seed", 0)), request.headers.get(SESSION_HEADER)
         if name is None:
             name = self.service.sessions.start(self.service.policy(), seed)
         else:

@@ -46,9 +46,9 @@ def seeded(policy: Policy, seed: int) -> Policy:
     if not stochastic(policy):
         return policy
     source: Any = policy
-    own = source.session()
-    own.reset(seed)
-    return cast(Policy, own)
+    session = source.session()
+    session.reset(seed)
+    return cast(Policy, session)
 
 
 class Sessions:

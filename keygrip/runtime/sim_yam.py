@@ -68,9 +68,9 @@ class SimulatedYam:
             self._ticks += 1
 
     def observe(self, images: bool = True) -> dict[str, Any]:
-        taken = self.now()
+        observed_s = self.now()
         if images:
-            return {**self.cell.observation(), "time_s": taken}
+            return {**self.cell.observation(), "time_s": observed_s}
         position, quaternion = self.cell.tool_pose
         return {
             "position": position,
@@ -78,7 +78,7 @@ class SimulatedYam:
             "gripper": np.array(self.cell.gripper_opening),
             "joints": self.cell.joints,
             "instruction": self.instruction,
-            "time_s": taken,
+            "time_s": observed_s,
         }
 
     @property

@@ -70,8 +70,8 @@ def moved_by(command: np.ndarray, correction: Correction, seconds: float) -> np.
     target = command.copy()
     arm = target[correction.arm]
     arm[:3] += np.asarray(correction.velocity, float) * seconds
-    turned = Rotation.from_rotvec(np.asarray(correction.turn, float) * seconds)
-    arm[3:7] = (turned * Rotation.from_quat(arm[3:7], scalar_first=True)).as_quat(scalar_first=True)
+    rotation = Rotation.from_rotvec(np.asarray(correction.turn, float) * seconds)
+    arm[3:7] = (rotation * Rotation.from_quat(arm[3:7], scalar_first=True)).as_quat(scalar_first=True)
     if correction.gripper is not None:
         arm[7] = float(np.clip(correction.gripper, 0, 1))
     return target
@@ -163,9 +163,9 @@ class KeyboardTakeover(Device):
             self.lost("lost the terminal in which a person drove the arm")
         if not self.active:
             return None
-        held = [key for key, moment in self._pressed.items() if now - moment < self.repeat_seconds]
+        pressed_keys = [key for key, moment in self._pressed.items() if now - moment < self.repeat_seconds]
         velocity, turn = np.zeros(3), np.zeros(3)
-        for key in held:
+        for key in pressed_keys:
             if key in self.MOVES:
                 axis, sign = self.MOVES[key]
                 velocity[axis] += sign * self.speed_m_s

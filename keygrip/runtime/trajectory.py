@@ -45,9 +45,9 @@ class Trajectory:
         share = float(np.clip((moment - times[index - 1]) / (times[index] - times[index - 1]), 0, 1))
         eased = share * share * (3 - 2 * share)
         pose = poses[index - 1] + eased * (poses[index] - poses[index - 1])
-        when = times[index - 1] + eased * (times[index] - times[index - 1])
+        eased_moment = times[index - 1] + eased * (times[index] - times[index - 1])
         for arm, turn in enumerate(self._turns):
-            pose[arm, 3:7] = turn(np.clip(when, times[0], times[-1])).as_quat(scalar_first=True)
+            pose[arm, 3:7] = turn(np.clip(eased_moment, times[0], times[-1])).as_quat(scalar_first=True)
         pose[:, 7] = poses[index if moment >= times[index] - ROUNDING_S else index - 1, :, 7]
         return placed(np.asarray(pose), self.arms)
 
@@ -73,12 +73,12 @@ def executed_steps(positions: np.ndarray, steps: int, still_distance_m: float) -
         positions: [T + 1, A, 3] m, the first where the motion begins. steps: number followed in any case.
         still_distance_m: a shorter motion counts as standing still.
     """
-    moved, last = 0.0, len(positions) - 1
+    distance, last = 0.0, len(positions) - 1
     for step in range(last):
-        still = moved < still_distance_m and step < last - 1
-        if step >= steps and not still:
+        is_still = distance < still_distance_m and step < last - 1
+        if step >= steps and not is_still:
             return step
-        moved += float(np.linalg.norm(positions[step + 1] - positions[step], axis=1).max())
+        distance += float(np.linalg.norm(positions[step + 1] - positions[step], axis=1).max())
     return last
 
 

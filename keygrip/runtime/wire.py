@@ -83,17 +83,17 @@ def entries_of(needs: Needs) -> dict[str, Entry]:
 def under_way_entries(needs: Needs) -> dict[str, Entry]:
     """Return the arrays that describe the current plan to a policy. A request has none of them or all of them; only
     joints and controller inputs may be missing."""
-    arms, number = len(needs.arms), Entry("float", ())
+    arms, scalar = len(needs.arms), Entry("float", ())
     arrays = {
         "position": Entry("float", (arms, "T", 3)),
         "quaternion": Entry("float", (arms, "T", 4)),
         "gripper": Entry("float", (arms, "T")),
         "joints": Entry("float", (arms, "T", "J"), optional=True),
         "controller": Entry("float", (arms, "T", "D"), optional=True),
-        "step_seconds": number,
-        "time_s": number,
+        "step_seconds": scalar,
+        "time_s": scalar,
     }
-    return {"time_s": number, "delay_s": number} | {f"{UNDER_WAY}{name}": entry for name, entry in arrays.items()}
+    return {"time_s": scalar, "delay_s": scalar} | {f"{UNDER_WAY}{name}": entry for name, entry in arrays.items()}
 
 
 def encode_observation(observation: Observation, needs: Needs, under_way: UnderWay | None = None) -> bytes:
@@ -151,16 +151,18 @@ def decode_request(body: bytes, needs: Needs, continues: bool = False) -> tuple[
         WireError: The request is not in the format; an array is missing, unknown, of wrong type or shape, or invalid;
             or a current plan is sent to a policy that does not continue it.
     """
-    names, further = _names(body), under_way_entries(needs)
-    given = [name for name in names if name in further]
-    if given and not continues:
-        raise WireError(f"{given[0]!r} is of a plan under way, which this policy does not continue: leave it out")
-    _refuse_unknown(names, entries_of(needs) | (further if continues else {}))
+    names, plan_entries = _names(body), under_way_entries(needs)
+    plan_names = [name for name in names if name in plan_entries]
+    if plan_names and not continues:
+        raise WireError(f"{plan_names[0]!r} is of a plan under way, which this policy does not continue: leave it out")
+    _refuse_unknown(names, entries_of(needs) | (plan_entries if continues else {}))
     arrays = _load(body)
-    observation = checked_observation({name: array for name, array in arrays.items() if name not in further}, needs)
-    if not given:
+    observation = checked_observation(
+        {name: array for name, array in arrays.items() if name not in plan_entries}, needs
+    )
+    if not plan_names:
         return observation, None
-    time_s, under_way = _checked_under_way(arrays, further)
+    time_s, under_way = _checked_under_way(arrays, plan_entries)
     return observation | {"time_s": time_s}, under_way
 
 
@@ -169,22 +171,25 @@ def _checked_under_way(arrays: Mapping[str, np.ndarray], entries: Mapping[str, E
     absent = [name for name, entry in entries.items() if name not in arrays and not entry.optional]
     if absent:
         raise WireError(f"a plan under way lacks {absent[0]!r}: {entries[absent[0]].describe()}")
-    found = {name: _checked(name, arrays[name], entry) for name, entry in entries.items() if name in arrays}
-    part = {name.removeprefix(UNDER_WAY): value for name, value in found.items() if name.startswith(UNDER_WAY)}
-    steps = part["gripper"].shape[1]
+    checked = {name: _checked(name, arrays[name], entry) for name, entry in entries.items() if name in arrays}
+    plan_arrays = {name.removeprefix(UNDER_WAY): value for name, value in checked.items() if name.startswith(UNDER_WAY)}
+    steps = plan_arrays["gripper"].shape[1]
     if not 1 <= steps <= LONGEST_PLAN:
         raise WireError(f"'{UNDER_WAY}gripper' has {steps} steps, outside 1 to {LONGEST_PLAN}")
-    for name, value in part.items():
+    for name, value in plan_arrays.items():
         if value.ndim > 1 and value.shape[1] != steps:
             raise WireError(f"'{UNDER_WAY}{name}' has {value.shape[1]} steps, '{UNDER_WAY}gripper' {steps}")
-    time_s, planned_s = float(found["time_s"]), float(part["time_s"])
+    time_s, planned_s = float(checked["time_s"]), float(plan_arrays["time_s"])
     if not -EARLIEST_S <= time_s - planned_s <= OLDEST_PLAN_S:
         raise WireError(
             f"the observation was taken {time_s - planned_s:.4g} s after that of the plan under way, outside "
             f"{-EARLIEST_S:g} to {OLDEST_PLAN_S:g}: 'time_s' and '{UNDER_WAY}time_s' are seconds of one clock"
         )
-    parts: dict[str, Any] = part | {"step_seconds": float(part["step_seconds"]), "time_s": planned_s}
-    return time_s, UnderWay(Plan(**parts), float(found["delay_s"]))
+    plan_fields: dict[str, Any] = plan_arrays | {
+        "step_seconds": float(plan_arrays["step_seconds"]),
+        "time_s": planned_s,
+    }
+    return time_s, UnderWay(Plan(**plan_fields), float(checked["delay_s"]))
 
 
 def checked_observation(arrays: Mapping[str, np.ndarray], needs: Needs) -> dict[str, Any]:
@@ -291,15 +296,16 @@ def _checked(name: str, value: np.ndarray, entry: Entry) -> np.ndarray:
     kinds = ("float32", "float64") if entry.kind == "float" else (entry.kind,)
     if value.dtype.name not in kinds:
         raise WireError(f"{name!r} must be {' or '.join(kinds)}, not {value.dtype.name}")
-    given = value.shape
+    actual = value.shape
     if entry.arms == 1 and value.ndim == len(entry.shape) - 1:
         value = value[None]
     fits = len(value.shape) == len(entry.shape) and all(
-        isinstance(wanted, str) or wanted == given for wanted, given in zip(entry.shape, value.shape, strict=True)
+        isinstance(expected, str) or expected == actual
+        for expected, actual in zip(entry.shape, value.shape, strict=True)
     )
     if not fits:
-        wanted = " x ".join(map(str, entry.shape)) or "a single number"
-        raise WireError(f"{name!r} must be {wanted}, not {' x '.join(map(str, given)) or 'a single number'}")
+        expected = " x ".join(map(str, entry.shape)) or "a single number"
+        raise WireError(f"{name!r} must be {expected}, not {' x '.join(map(str, actual)) or 'a single number'}")
     if entry.kind == "float":
         value = value.astype(np.float64)
         if not np.isfinite(value).all():

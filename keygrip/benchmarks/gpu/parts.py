@@ -92,13 +92,13 @@ class PlanLatency:
         config = compose("train", overrides)
         if self.system == "volume_query":
             module: Any = inference.untrained(config)
-            seen: Any = inference.looking_down(config.data.record.image_size)
+            observation: Any = inference.looking_down(config.data.record.image_size)
         else:
             tiny = compose("train", ["model=geometry_vla", "data=yam_language", "vlm=tiny"])
             config.vlm.tokenizer = tiny.vlm.tokenizer  # the pretrained one would be a download
             module = geometry_vla.untrained(config)
-            seen = geometry_vla.observation(module, config.data.image_size)
-        return partial(policy_of(module, f"system={self.system}", self.policy, device.type).plan, seen)
+            observation = geometry_vla.observation(module, config.data.image_size)
+        return partial(policy_of(module, f"system={self.system}", self.policy, device.type).plan, observation)
 
 
 @dataclass(frozen=True)

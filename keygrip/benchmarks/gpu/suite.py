@@ -96,9 +96,9 @@ class Suite:
             if minutes is not None and time.monotonic() - started >= 60 * minutes:
                 log.warning("minutes=%g are over, not begun: %s", minutes, ", ".join(names[number - 1 :]))
                 break
-            if (kept := self.kept(name)) is not None:
+            if (recorded := self.kept(name)) is not None:
                 log.info("%s is recorded for this commit in %s", name, self.file(name))
-                records[name] = kept
+                records[name] = recorded
                 continue
             log.info("part %d of %d: %s", number, len(names), name)
             # If the process died, an old record would be mistaken for the record of this run.
@@ -118,9 +118,9 @@ class Suite:
         if self.commit is None or self.commit.endswith("+changes") or not self.file(name).is_file():
             return None
         record = self._read(name)
-        here = (self.commit, self.toy, machine(), self._command(name))
-        same = tuple(record.get(key) for key in ("commit", "toy", "machine", "command")) == here
-        return record if same and "error" not in record else None
+        expected = (self.commit, self.toy, machine(), self._command(name))
+        is_same = tuple(record.get(key) for key in ("commit", "toy", "machine", "command")) == expected
+        return record if is_same and "error" not in record else None
 
     def measure(self, name: str, part: Part) -> dict[str, Any]:
         """Run a part in this process and write its record, also if the part fails or is interrupted."""

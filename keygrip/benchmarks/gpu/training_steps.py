@@ -53,9 +53,9 @@ def peak_tflops() -> float | None:
     """Return the bf16 peak from the GPU's data sheet; None for a GPU that is not in the table, and for a CPU."""
     if not torch.cuda.is_available():
         return None
-    words = set(torch.cuda.get_device_name().replace("-", " ").split())
-    fitting = (value for known, value in PEAK_TFLOPS.items() if words.issuperset(known.split()))
-    return None if words & OTHERS else next(fitting, None)
+    name_parts = set(torch.cuda.get_device_name().replace("-", " ").split())
+    fitting = (value for gpu, value in PEAK_TFLOPS.items() if name_parts.issuperset(gpu.split()))
+    return None if name_parts & OTHERS else next(fitting, None)
 
 
 def matmul_tflops(size: int, repetitions: int = 10) -> float:
@@ -135,35 +135,35 @@ class TrainingSteps:
     def _variant(self, variant: str, toy: bool, figures: Figures, started: float) -> None:
         overrides = list(self.toy_overrides) if toy else [*self.overrides, *self.variants[variant]]
         config = compose("train", overrides)
-        module, make = self._module(overrides, variant, toy)
+        module, make_batch = self._module(overrides, variant, toy)
         figures[f"{variant}_parameters_m"] = round(sum(p.numel() for p in module.parameters()) / 1e6, 1)
         batch, best, speed, flop = (2 if toy else self.batch), 0, 0.0, 0.0
         while batch <= (2 if toy else self.max_batch):
             try:
-                measured = self._steps(config, module, make(batch), toy)
+                measured = self._steps(config, module, make_batch(batch), toy)
             except torch.OutOfMemoryError:
                 if not best:
                     raise
                 figures[f"{variant}_out_of_memory_batch"] = batch
                 break
             self._note(figures, f"{variant}_batch_{batch}", measured, batch)
-            now = batch / measured["step_s"]
-            if now > speed:
+            samples_per_s = batch / measured["step_s"]
+            if samples_per_s > speed:
                 best, flop = batch, measured["tflop"]
                 self._note(figures, variant, measured, batch)
-            if now < WORTH * speed or time.perf_counter() - started > self.limit_s:
+            if samples_per_s < WORTH * speed or time.perf_counter() - started > self.limit_s:
                 break
-            speed, batch = max(now, speed), 2 * batch
+            speed, batch = max(samples_per_s, speed), 2 * batch
             _free(module)
-        wanted = self.compiled and self.toy_compiled if toy else self.compiled
-        if wanted and (toy or time.perf_counter() - started < self.limit_s):
+        measure_compiled = self.compiled and self.toy_compiled if toy else self.compiled
+        if measure_compiled and (toy or time.perf_counter() - started < self.limit_s):
             _free(module)
             recipe = compose("train", ["compile=inductor"]).compile
             compilation = instantiate({**recipe, "backend": "aot_eager"} if toy else recipe)
             compilation.check(not toy and torch.cuda.is_available())
             compilation.apply(module)
             began = time.perf_counter()
-            measured = self._steps(config, module, make(best), toy, counted=False)
+            measured = self._steps(config, module, make_batch(best), toy, counted=False)
             figures[f"{variant}_compiled_first_steps_s"] = round(time.perf_counter() - began, 1)
             self._note(figures, f"{variant}_compiled", {**measured, "tflop": flop}, best)
 
@@ -189,7 +189,10 @@ class TrainingSteps:
         times, compute = StepTimes(warm_up), Compute(every_n_steps=10**9)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        determinism = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
         torch.use_deterministic_algorithms(bool(config.deterministic), warn_only=True)
         filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as in training
@@ -212,7 +215,7 @@ class TrainingSteps:
             module.train()
             trainer.fit(module, DataLoader([batch] * (warm_up + count), batch_size=None))  # type: ignore[arg-type]
         finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.use_deterministic_algorithms(determinism[0], warn_only=determinism[1])
             torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
             use_tf32(False, on_gpu)
         tflop = compute.summary.get("tflop", math.nan) / (warm_up + count)

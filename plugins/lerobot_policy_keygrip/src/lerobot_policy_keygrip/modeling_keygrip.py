@@ -107,12 +107,14 @@ class KeygripPolicy(PreTrainedPolicy):
         """
         observations = self._observations(batch)
         controllers = self._running(len(observations))
-        commands = [controller.act(seen) for controller, seen in zip(controllers, observations, strict=True)]
+        commands = [
+            controller.act(observation) for controller, observation in zip(controllers, observations, strict=True)
+        ]
         if self.config.action == "pose":
             actions = [command.reshape(-1) for command in commands]
         else:
             if not self.bodies:
-                self.bodies = [self._body(seen["position"][0]) for seen in observations]
+                self.bodies = [self._body(observation["position"][0]) for observation in observations]
             actions = [self._step(command[0], body) for command, body in zip(commands, self.bodies, strict=True)]
         return torch.as_tensor(np.stack(actions), dtype=torch.float32, device=batch["observation.state"].device)
 
@@ -170,44 +172,44 @@ class KeygripPolicy(PreTrainedPolicy):
             draws = stochastic(self.policy)
             while len(self._policies) < environments:
                 self._policies.append(self.policy.session() if draws else self.policy)
-            for number, policy in enumerate(self._policies[:environments] if draws else ()):
-                policy.reset(self._episodes + number)
+            for index, policy in enumerate(self._policies[:environments] if draws else ()):
+                policy.reset(self._episodes + index)
             self._episodes += environments
             self.controllers = [self._controller(policy) for policy in self._policies[:environments]]
             self.bodies = []
         return self.controllers
 
     def _controller(self, policy: Policy) -> RecedingHorizon:
-        known = {each.name: each for each in dataclasses.fields(RecedingHorizon) if each.init}
-        unknown = sorted(set(self.config.control) - set(known) | {"policy", "control_hz"} & set(self.config.control))
+        settings = {each.name: each for each in dataclasses.fields(RecedingHorizon) if each.init}
+        unknown = sorted(set(self.config.control) - set(settings) | {"policy", "control_hz"} & set(self.config.control))
         if unknown:
-            raise ValueError(f"control has no setting {unknown[0]!r}; it has {', '.join(list(known)[2:])}")
-        changes = {key: type(known[key].default)(value) for key, value in self.config.control.items()}
+            raise ValueError(f"control has no setting {unknown[0]!r}; it has {', '.join(list(settings)[2:])}")
+        changes = {key: type(settings[key].default)(value) for key, value in self.config.control.items()}
         return RecedingHorizon(policy, self.config.control_hz, **changes)
 
     def _observations(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Return keygrip's observation of each environment."""
         states = batch["observation.state"].detach().cpu().numpy().astype(np.float64)
         views = {name: _view(batch, name, camera) for name, camera in self.config.cameras.items()}
-        found = []
+        observations = []
         for index, state in enumerate(states):
             poses = [_pose(layout, state) for layout in self.layouts]
-            own = {name: view | {"image": view["image"][index]} for name, view in views.values()}
+            env_views = {name: view | {"image": view["image"][index]} for name, view in views.values()}
             observation: dict[str, Any] = {
-                **own[self.camera],
+                **env_views[self.camera],
                 "position": np.stack([pose[0] for pose in poses]),
                 "quaternion": np.stack([pose[1] for pose in poses]),
                 "gripper": np.array([pose[2] for pose in poses]),
             }
-            if len(own) > 1:
-                observation["cameras"] = own
+            if len(env_views) > 1:
+                observation["cameras"] = env_views
             if self.needs.instruction:
                 if "task" not in batch:
                     raise ValueError("the policy reads an instruction; the observation has no task")
                 task = batch["task"]
                 observation["instruction"] = task if isinstance(task, str) else task[index]
-            found.append(observation)
-        return found
+            observations.append(observation)
+        return observations
 
     def _body(self, position: np.ndarray) -> Body:
         """Return the body that the steps move, for an episode that starts with the gripper at this position."""

@@ -20,7 +20,7 @@ def make_keygrip_pre_post_processors(
     config: KeygripConfig, dataset_stats: Any = None
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """Return the pipelines before and after the policy; `dataset_stats` is passed by LeRobot's factory and not used."""
-    before = PolicyProcessorPipeline(
+    preprocessor = PolicyProcessorPipeline(
         steps=[
             RenameObservationsProcessorStep(rename_map={}),
             AddBatchDimensionProcessorStep(),
@@ -28,10 +28,10 @@ def make_keygrip_pre_post_processors(
         ],
         name=POLICY_PREPROCESSOR_DEFAULT_NAME,
     )
-    after = PolicyProcessorPipeline(
+    postprocessor = PolicyProcessorPipeline(
         steps=[DeviceProcessorStep(device="cpu")],
         name=POLICY_POSTPROCESSOR_DEFAULT_NAME,
         to_transition=policy_action_to_transition,
         to_output=transition_to_policy_action,
     )
-    return before, after
+    return preprocessor, postprocessor
