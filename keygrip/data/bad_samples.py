@@ -112,14 +112,14 @@ def guard(where: object, error: Callable[[str, str], Exception] = BadSample) -> 
         BadSample: or the exception that `error` constructs. Errors of the machine (no space, no file descriptors) pass
             unchanged.
     """
-    place = str(where)
+    location = str(where)
     try:
         yield
     except HOSTILE as hostile:
         if is_of_the_machine(hostile):
             raise
         reason = reason_of(hostile)
-        raise error(place, reason.removeprefix(f"{place}: ")) from hostile
+        raise error(location, reason.removeprefix(f"{location}: ")) from hostile
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------

@@ -43,8 +43,10 @@ class Movable:
         plain tensors only."""
 
         def move(tensor: Tensor) -> Tensor:
-            beside = non_blocking or (device is not None and torch.device(device).type == "cuda" and tensor.is_pinned())
-            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=beside)
+            asynchronous = non_blocking or (
+                device is not None and torch.device(device).type == "cuda" and tensor.is_pinned()
+            )
+            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=asynchronous)
 
         return self.map(move)
 
@@ -249,12 +251,12 @@ class VideoTextBatch(Movable):
         count = max(1, int((self.frame_mask.sum(1).cumsum(0) <= frames).sum()))
         longest = int(self.frame_mask[:count].sum(1).max()) if len(self.frame_mask) else 0
         rows = (self.video_index < count).nonzero()[:, 0]
-        kept = rows.tolist()
-        length = int(self.attention_mask[rows].sum(1).max()) if kept else 0
+        kept_rows = rows.tolist()
+        length = int(self.attention_mask[rows].sum(1).max()) if kept_rows else 0
         columns = ("input_ids", "attention_mask", "loss_mask", "answer_mask")
         values: dict[str, Any] = {name: getattr(self, name)[rows, :length] for name in columns}
         lists = ("visual_at", "kind", "source", "key", "texts")
-        values |= {name: [getattr(self, name)[row] for row in kept] for name in lists}
+        values |= {name: [getattr(self, name)[row] for row in kept_rows] for name in lists}
         values |= {name: getattr(self, name)[:count, :longest] for name in ("frames", "frame_mask")}
         return replace(self, video_index=self.video_index[rows], seconds=self.seconds[:count], **values)
 
@@ -306,8 +308,8 @@ class ImageTextBatch(Movable):
         pairs = list(zip(batches, missing, strict=True))
         return cls(
             latents=torch.cat([batch.latents for batch in batches]),
-            text_states=torch.cat([functional.pad(batch.text_states, (0, 0, 0, more)) for batch, more in pairs]),
-            text_mask=torch.cat([functional.pad(batch.text_mask, (0, more)) for batch, more in pairs]),
+            text_states=torch.cat([functional.pad(batch.text_states, (0, 0, 0, padding)) for batch, padding in pairs]),
+            text_mask=torch.cat([functional.pad(batch.text_mask, (0, padding)) for batch, padding in pairs]),
             dino_cls=torch.cat([batch.dino_cls for batch in batches]),
             dino_patches=torch.cat([batch.dino_patches for batch in batches]),
             patch_grid=batches[0].patch_grid,

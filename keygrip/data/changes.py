@@ -14,7 +14,7 @@ def named_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     added = sorted(now.keys() - before.keys())
     changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
     return ", ".join(
-        f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-        for what, names in (("removed", removed), ("added", added), ("changed", changed))
+        f"{len(names)} {kind} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
+        for kind, names in (("removed", removed), ("added", added), ("changed", changed))
         if names
     )

@@ -49,16 +49,16 @@ def split_folders(root: Path | str) -> list[str]:
     """
     if is_remote(root):
         raise ValueError(f"{root} is a URL: manifests are made and shards validated where the files lie")
-    whole, *splits = (_sets_in(place) for place in (Path(root), *(Path(root) / split for split in SPLITS)))
+    unsplit, *splits = (_sets_in(place) for place in (Path(root), *(Path(root) / split for split in SPLITS)))
     divided = [folder for split in splits for folder in split]
-    if whole and divided:
+    if unsplit and divided:
         raise ValueError(
-            f"{root} has shards in {whole[0]} and in {divided[0]}: bring all of them into train/, val/ and test/, or "
+            f"{root} has shards in {unsplit[0]} and in {divided[0]}: bring all of them into train/, val/ and test/, or "
             "all out of these"
         )
-    if not whole and not divided:
+    if not unsplit and not divided:
         raise FileNotFoundError(f"no shards (*.tar) in {root}, its train/, val/ and test/, or bucket_*/ in these")
-    return whole or divided
+    return unsplit or divided
 
 
 def _sets_in(place: Path) -> list[str]:
@@ -67,24 +67,24 @@ def _sets_in(place: Path) -> list[str]:
     Raises:
         ValueError: both have shards, or a folder's name is not a valid bucket name.
     """
-    found = [
+    folders = [
         folder
         for folder in (place, *sorted(place.glob("bucket_*")))
         if folder.is_dir() and (tar_files(folder) or compressed_shards(folder))
     ]
-    buckets = [folder for folder in found if folder != place]
+    buckets = [folder for folder in folders if folder != place]
     for folder in buckets:
         if not BUCKET_NAME.match(folder.name) or Bucket.from_name(folder.name).name != folder.name:
             raise ValueError(
                 f"{folder} holds shards that training would not read as part of {place}: buckets of images are called "
                 "bucket_<width>x<height>, in pixels; rename the folder, or name it as a root of its own"
             )
-    if len(found) > len(buckets) > 0:
+    if len(folders) > len(buckets) > 0:
         raise ValueError(
             f"{place} has shards and so has {buckets[0]}, and training would read the ones or the others: bring all of "
             "them into one folder, or move it away and name it as a root of its own"
         )
-    return [str(folder) for folder in found]
+    return [str(folder) for folder in folders]
 
 
 def tar_files_below(root: Path | str) -> list[Path]:
@@ -116,9 +116,9 @@ def make_shard_manifests(root: Path | str, again: bool = False, max_broken_share
         report["shards"] += len(manifest["shards"])
         report["samples"] += manifest["samples"]
         report["broken"] += len(manifest["broken"])
-        report["bad_samples"] += sum(len(left) for left in manifest["bad_samples"].values())
+        report["bad_samples"] += sum(len(reasons) for reasons in manifest["bad_samples"].values())
     if any(Path(folder).name.startswith("bucket_") and Path(folder) != Path(root) for folder in folders):
         info = Path(root) / INFO
-        known = read_info(str(root))["encoders"] if info.is_file() else None
-        write_info(root, known)
+        encoders = read_info(str(root))["encoders"] if info.is_file() else None
+        write_info(root, encoders)
     return report

@@ -74,16 +74,16 @@ def pages(file: BinaryIO, leaf: pyarrow.parquet.ColumnChunkMetaData) -> Iterator
     Raises:
         ValueError: a header is invalid, or the file or the column chunk ends too early.
     """
-    position, seen, dictionaries = leaf.data_page_offset, 0, 0
+    position, value_count, dictionaries = leaf.data_page_offset, 0, 0
     if leaf.has_dictionary_page and 0 < (leaf.dictionary_page_offset or 0) < position:
         position = leaf.dictionary_page_offset
     end = position + max(leaf.total_compressed_size, 0) + MARGIN
-    while seen < leaf.num_values:
+    while value_count < leaf.num_values:
         file.seek(position)
         header = _structure(file)
-        kind, size, stored = (header.get(number, -1) for number in (1, 2, 3))
-        place, needed = HEADERS.get(kind, (0, ()))  # pages of other kinds have no values, and Arrow skips them
-        fields = header.get(place, {})
+        kind, size, stored = (header.get(field_id, -1) for field_id in (1, 2, 3))
+        header_id, needed = HEADERS.get(kind, (0, ()))  # pages of other kinds have no values, and Arrow skips them
+        fields = header.get(header_id, {})
         if any(type(each) is not int or each < 0 for each in (kind, size, stored, *(fields.get(n) for n in needed))):
             raise ValueError(f"the header of a page at byte {position} is damaged")
         page = Page(kind, file.tell(), stored, size, fields.get(1, 0), fields)
@@ -93,7 +93,7 @@ def pages(file: BinaryIO, leaf: pyarrow.parquet.ColumnChunkMetaData) -> Iterator
         position = page.start + page.stored
         if position > end:  # Arrow would not read there
             raise ValueError(f"the page at byte {page.start} is not within what the footer says of its column")
-        seen += 0 if kind == DICTIONARY else page.values
+        value_count += 0 if kind == DICTIONARY else page.values
         yield page
 
 
@@ -141,16 +141,16 @@ def texts_of(file: BinaryIO, page: Page, codec: Callable[[], int]) -> Texts:
         content = _unpacked(file, page.start, page.stored, page.size, codec())
     except (ValueError, OSError, IndexError):
         return Texts(page.size)
-    number = struct.Struct("<I").unpack_from
-    lengths, at = [], 0
+    read_uint32 = struct.Struct("<I").unpack_from
+    lengths, offset = [], 0
     for _ in range(page.values):
-        if at + 4 > len(content):  # Arrow refuses such a dictionary
+        if offset + 4 > len(content):  # Arrow refuses such a dictionary
             break
-        (length,) = number(content, at)
+        (length,) = read_uint32(content, offset)
         lengths.append(length)
-        at += 4 + length
-    found = np.minimum(np.array(lengths, np.int64), page.size)
-    return Texts(int(found.max(initial=0)), found)
+        offset += 4 + length
+    clipped_lengths = np.minimum(np.array(lengths, np.int64), page.size)
+    return Texts(int(clipped_lengths.max(initial=0)), clipped_lengths)
 
 
 # ---- content ---------------------------------------------------------------------------------------------------------
@@ -177,13 +177,13 @@ def _values(file: BinaryIO, page: Page, codec: int, column: pyarrow.parquet.Colu
         codec = 0 if page.fields.get(7) is False else codec
         return _unpacked(file, page.start + levels, page.stored - levels, page.size - levels, codec)
     content = _unpacked(file, page.start, page.stored, page.size, codec)
-    at = 0
+    offset = 0
     for most, encoding in ((column.max_repetition_level, 4), (column.max_definition_level, 3)):
         if most > 0:
             if page.fields.get(encoding) != RLE:
                 raise ValueError("levels of an old encoding are not read here")
-            at += 4 + int.from_bytes(content[at : at + 4], "little")
-    return content[at:]
+            offset += 4 + int.from_bytes(content[offset : offset + 4], "little")
+    return content[offset:]
 
 
 def _sum_of_named(content: bytes, lengths: np.ndarray, most: int) -> int:
@@ -198,40 +198,40 @@ def _sum_of_named(content: bytes, lengths: np.ndarray, most: int) -> int:
     """
     if not content:  # all values are null
         return 0
-    width, at, left, total, runs = content[0], 1, most, 0, 0
+    width, offset, remaining, total, runs = content[0], 1, most, 0, 0
     if width > 32:
         raise ValueError("numbers have at most 32 bits")
     number_bytes = (width + 7) // 8
     packed = bytearray()
-    named: list[int] = []  # the repeated index of each run; `counts` has the number of repetitions
+    repeated_indices: list[int] = []  # the repeated index of each run; `counts` has the number of repetitions
     counts: list[int] = []
-    while left > 0 and at < len(content):
-        run, at = (content[at], at + 1) if content[at] < 128 else _varint(content, at)
+    while remaining > 0 and offset < len(content):
+        run, offset = (content[offset], offset + 1) if content[offset] < 128 else _varint(content, offset)
         runs += 1
         if not 1 < run < 1 << 32 or runs > MOST_RUNS:
             raise ValueError("a run is empty or too long, or there are too many")
         if not run & 1:
-            named.append(int.from_bytes(content[at : at + number_bytes], "little"))
-            counts.append(min(run >> 1, left))
-            at += number_bytes
-            left -= run >> 1
+            repeated_indices.append(int.from_bytes(content[offset : offset + number_bytes], "little"))
+            counts.append(min(run >> 1, remaining))
+            offset += number_bytes
+            remaining -= run >> 1
         elif not width:
-            named.append(0)
-            counts.append(min(8 * (run >> 1), left))
-            left -= 8 * (run >> 1)
+            repeated_indices.append(0)
+            counts.append(min(8 * (run >> 1), remaining))
+            remaining -= 8 * (run >> 1)
         else:
-            end = min(at + (run >> 1) * width, len(content))  # groups of eight indices, each of `width` bits
-            while left > 0 and at < end:
-                part = content[at : min(at + width * BATCH // 8, end)]
-                at += len(part)
-                packed += part + bytes(-len(part) % width)
-                left -= 8 * -(-len(part) // width)
-                if left <= 0 or len(packed) >= width * BATCH // 8:
-                    numbers = _unpacked_bits(bytes(packed), width)
-                    total += int(lengths[numbers[: len(numbers) + min(left, 0)]].sum())
+            end = min(offset + (run >> 1) * width, len(content))  # groups of eight indices, each of `width` bits
+            while remaining > 0 and offset < end:
+                chunk = content[offset : min(offset + width * BATCH // 8, end)]
+                offset += len(chunk)
+                packed += chunk + bytes(-len(chunk) % width)
+                remaining -= 8 * -(-len(chunk) // width)
+                if remaining <= 0 or len(packed) >= width * BATCH // 8:
+                    indices = _unpacked_bits(bytes(packed), width)
+                    total += int(lengths[indices[: len(indices) + min(remaining, 0)]].sum())
                     packed.clear()
     total += int(lengths[_unpacked_bits(bytes(packed), width)].sum()) + STEP_BYTES * runs
-    return total + int((lengths[np.array(named, np.int64)] * np.array(counts, np.int64)).sum())
+    return total + int((lengths[np.array(repeated_indices, np.int64)] * np.array(counts, np.int64)).sum())
 
 
 def _unpacked_bits(packed: bytes, width: int) -> np.ndarray:
@@ -253,41 +253,41 @@ def _sum_of_deltas(content: memoryview, most: int) -> int:
     Raises:
         ValueError or IndexError: they are not encoded as writers do it.
     """
-    block, at = _varint(content, 0)
-    parts, at = _varint(content, at)
-    count, at = _varint(content, at)
-    last, at = _zigzag(content, at)
-    length = block // parts if parts else 0
-    # Arrow also requires that blocks have a multiple of 128 values, and their parts a multiple of 32
-    if not 0 < block <= LARGEST_BLOCK or length * parts != block or block % 128 or length % 32:
+    block, offset = _varint(content, 0)
+    miniblocks, offset = _varint(content, offset)
+    count, offset = _varint(content, offset)
+    last, offset = _zigzag(content, offset)
+    length = block // miniblocks if miniblocks else 0
+    # Arrow also requires that blocks have a multiple of 128 values, and their miniblocks a multiple of 32
+    if not 0 < block <= LARGEST_BLOCK or length * miniblocks != block or block % 128 or length % 32:
         raise ValueError("blocks are not as writers make them")
     if count > most or not 0 <= last < 1 << 31:
         raise ValueError("there are too many lengths, or one is out of range")
     stored = np.frombuffer(content, np.uint8)
-    total, left = last if count else 0, count - 1
-    while left > 0:
+    total, remaining = last if count else 0, count - 1
+    while remaining > 0:
         starts: list[int] = []
         widths: list[int] = []
-        leasts: list[int] = []
-        while len(starts) * length < min(left, BATCH):
-            least, at = _zigzag(content, at)
-            if abs(least) > 1 << 32:
+        min_deltas: list[int] = []
+        while len(starts) * length < min(remaining, BATCH):
+            min_delta, offset = _zigzag(content, offset)
+            if abs(min_delta) > 1 << 32:
                 raise ValueError("a length is out of range")
-            needed = min(parts, -(-left // length) - len(starts))  # parts of the last block may be missing
-            widths_at, at = at, at + parts
-            for width in content[widths_at : widths_at + needed]:
-                starts.append(at)
-                at += width * length // 8
-            widths += content[widths_at : widths_at + needed]
-            leasts += [least] * needed
-            if len(widths) < len(leasts) or at > len(content):
+            needed = min(miniblocks, -(-remaining // length) - len(starts))  # the last block may have fewer
+            widths_offset, offset = offset, offset + miniblocks
+            for width in content[widths_offset : widths_offset + needed]:
+                starts.append(offset)
+                offset += width * length // 8
+            widths += content[widths_offset : widths_offset + needed]
+            min_deltas += [min_delta] * needed
+            if len(widths) < len(min_deltas) or offset > len(content):
                 raise ValueError("the page ends within a block")
-        deltas = _deltas(stored, np.array(starts), np.array(widths), length) + np.array(leasts)[:, None]
-        numbers = last + np.cumsum(deltas.reshape(-1)[:left])
+        deltas = _deltas(stored, np.array(starts), np.array(widths), length) + np.array(min_deltas)[:, None]
+        values = last + np.cumsum(deltas.reshape(-1)[:remaining])
         # Arrow's 32-bit integers overflow beyond this range: such values do not come from a correct writer
-        if numbers.min() < 0 or numbers.max() >= 1 << 31:
+        if values.min() < 0 or values.max() >= 1 << 31:
             raise ValueError("a length is out of range")
-        total, last, left = total + int(numbers.sum()), int(numbers[-1]), left - len(numbers)
+        total, last, remaining = total + int(values.sum()), int(values[-1]), remaining - len(values)
     return total
 
 
@@ -299,12 +299,12 @@ def _deltas(stored: np.ndarray, starts: np.ndarray, widths: np.ndarray, length: 
     """
     if widths.max() > 32:
         raise ValueError("numbers have more than 32 bits")
-    found = np.zeros((len(starts), length), np.int64)
+    deltas = np.zeros((len(starts), length), np.int64)
     for width in np.unique(widths[widths > 0]).tolist():
-        these = np.flatnonzero(widths == width)
-        places = starts[these, None] + np.arange(width * length // 8)
-        found[these] = _unpacked_bits(stored[places].tobytes(), width).reshape(len(these), length)
-    return found
+        indices = np.flatnonzero(widths == width)
+        byte_indices = starts[indices, None] + np.arange(width * length // 8)
+        deltas[indices] = _unpacked_bits(stored[byte_indices].tobytes(), width).reshape(len(indices), length)
+    return deltas
 
 
 # ---- Thrift ----------------------------------------------------------------------------------------------------------
@@ -322,13 +322,13 @@ def _structure(file: BinaryIO, depth: int = 0, left: Iterator[int] | None = None
     """
     fields: dict[int, Any] = {}
     left = iter(range(MOST_FIELDS)) if left is None else left
-    number = 0
+    field_id = 0
     while (start := _byte(file)) != STOP:
         kind = start & 15
-        before, number = number, number + (start >> 4) if start >> 4 else _signed(_read_varint(file))
-        # Writers write fields in order. Arrow accepts any order, uses the last field with a number, and of the number
-        # its lowest 16 bits.
-        if not before < number <= MOST_FIELDS or next(left, None) is None:
+        previous_id, field_id = field_id, field_id + (start >> 4) if start >> 4 else _signed(_read_varint(file))
+        # Writers write fields in order. Arrow accepts any order, uses the last field with an id, and of the id its
+        # lowest 16 bits.
+        if not previous_id < field_id <= MOST_FIELDS or next(left, None) is None:
             raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
         value: Any = None
         if kind in (TRUE, FALSE):
@@ -349,7 +349,7 @@ def _structure(file: BinaryIO, depth: int = 0, left: Iterator[int] | None = None
             raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
         if isinstance(value, int) and not -(1 << 31) <= value < 1 << 31:
             raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
-        fields[number] = value
+        fields[field_id] = value
     return fields
 
 
@@ -385,15 +385,15 @@ def _skimmed(file: BinaryIO, kind: int, wanted: dict[int, Any] | None, depth: in
         values = (_skimmed(file, start & 15, wanted, depth + 1) for _ in range(count))
         return collections.deque(values, None if wanted is not None else 0)
     if kind == STRUCT and depth < 16:
-        fields, number = {}, 0
+        fields, field_id = {}, 0
         while (start := _byte(file)) != STOP:
-            before, number = number, number + (start >> 4) if start >> 4 else _signed(_read_varint(file))
-            if not before < number <= MOST_FIELDS:
+            previous_id, field_id = field_id, field_id + (start >> 4) if start >> 4 else _signed(_read_varint(file))
+            if not previous_id < field_id <= MOST_FIELDS:
                 raise ValueError("the footer has fields that no writer makes")
-            inner = None if wanted is None else wanted.get(number)
+            inner = None if wanted is None else wanted.get(field_id)
             value = None if start & 15 in (TRUE, FALSE) else _skimmed(file, start & 15, inner, depth + 1)
             if inner is not None:
-                fields[number] = value
+                fields[field_id] = value
         return fields
     if kind in (I16, I32, I64):
         return _signed(_read_varint(file))
@@ -414,9 +414,9 @@ def _byte(file: BinaryIO) -> int:
 def _read_varint(file: BinaryIO) -> int:
     value = shift = 0
     while True:
-        part = _byte(file)
-        value |= (part & 127) << shift
-        if part < 128:
+        byte = _byte(file)
+        value |= (byte & 127) << shift
+        if byte < 128:
             return value
         shift += 7
         if shift > 63:
@@ -427,9 +427,9 @@ def _varint(content: memoryview | bytes, at: int) -> tuple[int, int]:
     """Read an integer of at most 64 bits; return it and the offset of the next one."""
     value = 0
     for shift in range(0, 64, 7):
-        part, at = content[at], at + 1
-        value |= (part & 127) << shift
-        if part < 128:
+        byte, at = content[at], at + 1
+        value |= (byte & 127) << shift
+        if byte < 128:
             return value, at
     raise ValueError("a number has more than 64 bits")
 

@@ -112,16 +112,16 @@ def _examined(footer: bytes, size: int) -> tuple[pyarrow.parquet.FileMetaData, t
     import pyarrow.parquet as parquet
 
     metadata = parquet.read_metadata(pyarrow.BufferReader(b"PAR1" + footer))
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     stored = sum(max(group.column(n).total_compressed_size, 0) for group in groups for n in range(group.num_columns))
     if stored > size:
         raise ValueError(f"its row groups have {stored} bytes together, more than the {size} of the file")
     texts = (
-        metadata.schema.column(number).path
-        for number in range(len(metadata.schema))
-        if metadata.schema.column(number).physical_type == "BYTE_ARRAY"
+        metadata.schema.column(index).path
+        for index in range(len(metadata.schema))
+        if metadata.schema.column(index).physical_type == "BYTE_ARRAY"
         # Arrow does not read these as dictionaries
-        and not any("DELTA" in encoding for group in groups for encoding in group.column(number).encodings)
+        and not any("DELTA" in encoding for group in groups for encoding in group.column(index).encodings)
     )
     return metadata, tuple(texts)
 
@@ -167,16 +167,16 @@ def refuse_large(
     if len(leaves) != len(schema):
         raise ValueError("the schema of Arrow's that it holds has other columns than Parquet's")
     with path.open("rb") as content:
-        for number in groups:
-            group = file.metadata.row_group(number)
+        for group_index in groups:
+            group = file.metadata.row_group(group_index)
             allowance.take(VALUE_BYTES * max(group.num_rows, 0))
-            for each, (kind, value_bytes) in enumerate(leaves):
-                chunk, column = group.column(each), schema.column(each)
+            for column_index, (kind, value_bytes) in enumerate(leaves):
+                chunk, column = group.column(column_index), schema.column(column_index)
                 if columns is not None and not _is_in(chunk.path_in_schema, columns):
                     continue
                 allowance.take(max(chunk.total_compressed_size, 0))  # Arrow reads the whole column chunk at once
                 one_by_one = chunk.physical_type == "BYTE_ARRAY" and not pyarrow.types.is_dictionary(kind)
-                codec = functools.partial(_codec, path, number, each)
+                codec = functools.partial(_codec, path, group_index, column_index)
                 texts = None
                 for page in pages(content, chunk):
                     value = value_bytes + max(column.length, 0)
@@ -201,8 +201,8 @@ def _leaves(kind: Any, value_bytes: int = VALUE_BYTES) -> Iterator[tuple[Any, in
         kind = kind.storage_type
     if not kind.num_fields:
         yield kind, value_bytes
-    for number in range(kind.num_fields):
-        inner = kind.field(number).type
+    for index in range(kind.num_fields):
+        inner = kind.field(index).type
         around = DICT_BYTES if pyarrow.types.is_struct(kind) else LIST_BYTES if inner.num_fields else 0
         yield from _leaves(inner, value_bytes + around)
 

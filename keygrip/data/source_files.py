@@ -46,32 +46,32 @@ def everything_below(folder: Path) -> list[Path]:
 
     A folder that several paths lead to is listed once: a link to a folder that is read anyway is logged, not followed.
     """
-    found: list[Path] = []
-    read: set[str] = set()
-    twice: list[Path] = []
+    entries: list[Path] = []
+    visited: set[str] = set()
+    repeated: list[Path] = []
     above = {str(path) for path in Path(os.path.realpath(folder)).parents}
     waiting = [folder]
     while waiting:
-        here, linked = waiting, list[Path]()
-        for start in here:
-            if os.path.realpath(start) in read | above:
-                twice.append(start)
+        starts, linked = waiting, list[Path]()
+        for start in starts:
+            if os.path.realpath(start) in visited | above:
+                repeated.append(start)
                 continue
-            for place, folders, files in os.walk(start):
-                real = os.path.realpath(place)
-                if real in read:  # below a linked folder
+            for directory, folders, files in os.walk(start):
+                real = os.path.realpath(directory)
+                if real in visited:  # below a linked folder
                     folders.clear()
                     continue
-                read.add(real)
-                paths = [Path(place, name) for name in folders]
-                found += [*paths, *(Path(place, name) for name in files)]
+                visited.add(real)
+                paths = [Path(directory, name) for name in folders]
+                entries += [*paths, *(Path(directory, name) for name in files)]
                 paths = [path for path in paths if not is_hidden(path)]
                 folders[:] = [path.name for path in paths]  # os.walk continues into these
                 linked += [path for path in paths if path.is_symlink()]
         waiting = sorted(linked)  # after everything that is reached without links, so that paths without links win
-    if twice:
-        log.warning("%d links lead to folders that are read anyway (%s, ...)", len(twice), twice[0])
-    return sorted(found)
+    if repeated:
+        log.warning("%d links lead to folders that are read anyway (%s, ...)", len(repeated), repeated[0])
+    return sorted(entries)
 
 
 def refuse_written_into_source(root: Path | str, source: Path | str, below: bool) -> None:

@@ -41,11 +41,11 @@ def regular_file(path: Path | str) -> os.stat_result:
     """Return the status of a regular file. Raise BadSample if there is none, or if it is a folder, a named pipe or a
     device: reading those might never end."""
     with guard(path):
-        found = Path(path).stat()
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a named pipe or a device"
+        status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a named pipe or a device"
         raise BadSample(path, f"it is {kind}, not a file")
-    return found
+    return status
 
 
 def read_bytes(path: Path | str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
@@ -137,16 +137,16 @@ def sound_fields(value: Mapping[str, Any], where: object, names: Collection[str]
     Raises:
         BadSample: one of `names` is among the fields left out; `where` is for the message.
     """
-    kept: dict[str, Any] = {}
+    sound: dict[str, Any] = {}
     for name, field in value.items():
         try:
             with guard(where):  # fields may be nested too deeply to be written
                 written = json.dumps({name: field})
-            kept |= parse_json(written, where)
+            sound |= parse_json(written, where)
         except BadSample:
             if name in names:
                 raise
-    return kept
+    return sound
 
 
 def read_json(path: Path | str, max_bytes: int = MAX_TEXT_BYTES) -> Any:
@@ -178,11 +178,11 @@ def _not_a_number(text: str) -> float:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
         raise ValueError(f"the key {twice[:40]!r} stands there twice")
-    return found
+    return mapping
 
 
 def _check_nesting(value: Any) -> None:
@@ -219,13 +219,13 @@ def open_image(source: Path | str | bytes, where: object = None, max_pixels: int
     Raises:
         BadSample: it is not an image that can be decoded, or is too large; or the block raises an error of `HOSTILE`.
     """
-    place = where if where is not None else ("the image" if isinstance(source, bytes) else source)
+    location = where if where is not None else ("the image" if isinstance(source, bytes) else source)
     if isinstance(source, bytes):
         file: Any = io.BytesIO(source)
     else:
         regular_file(source)
         file = source
-    with guard(place):
+    with guard(location):
         try:
             image = Image.open(file, formats=_formats())
         except Image.DecompressionBombError as error:
@@ -298,19 +298,19 @@ def read_npz(
     Raises:
         BadSample: it is not such a file, is damaged, or is larger than `max_bytes`.
     """
-    place = where if where is not None else ("the archive" if isinstance(source, bytes) else source)
+    location = where if where is not None else ("the archive" if isinstance(source, bytes) else source)
     if not isinstance(source, bytes):
         regular_file(source)
     arrays: dict[str, np.ndarray] = {}
-    with guard(place), zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
+    with guard(location), zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
         members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
         if len(members) != len(archive.infolist()):
             raise ValueError("it holds two arrays of one name")
-        wanted = [name for name in members if names is None or name in names]
-        total = sum(members[name].file_size for name in wanted)
+        selected = [name for name in members if names is None or name in names]
+        total = sum(members[name].file_size for name in selected)
         if total > max_bytes:
             raise ValueError(f"its arrays have {total} bytes, more than the {max_bytes} that they may have")
-        for name in wanted:
+        for name in selected:
             with archive.open(members[name]) as member:
                 arrays[name] = parse_npy(member.read(members[name].file_size + 1), f"its array {name!r}", max_bytes)
     return arrays

@@ -40,18 +40,18 @@ def examine_shard(place: str, number: int) -> ShardReport:
         fresh = index_shard(Path(place) / entry["name"], describe)
         report.known += [f"{key} of {report.name}: {reason}" for key, reason in fresh.bad.items()]
         stored = shards.index(number)
-        apart = shards.left_out(number)  # found only in the whole set; examining this tar alone does not find it
-        report.known += [f"{key} of {report.name}: {reason}" for key, reason in apart.items()]
-        fresh, stored = fresh.without({*fresh.bad, *apart}), stored.without(fresh.bad)
-        for what in ("keys", "first_part", "part_names", "part_offsets", "part_sizes"):
-            if not np.array_equal(getattr(fresh, what), getattr(stored, what)):
-                problem = f"{report.name}: its index is not of this tar ({what} differ): step=manifest again=true"
+        left_out = shards.left_out(number)  # found only in the whole set; examining this tar alone does not find it
+        report.known += [f"{key} of {report.name}: {reason}" for key, reason in left_out.items()]
+        fresh, stored = fresh.without({*fresh.bad, *left_out}), stored.without(fresh.bad)
+        for attribute in ("keys", "first_part", "part_names", "part_offsets", "part_sizes"):
+            if not np.array_equal(getattr(fresh, attribute), getattr(stored, attribute)):
+                problem = f"{report.name}: its index is not of this tar ({attribute} differ): step=manifest again=true"
                 report.problems.append(problem)
                 return report
         for name, values in fresh.columns.items():
             for row in np.flatnonzero(values != stored.columns[name]).tolist():
-                said = stored.columns[name][row]
-                problem = f"{report.name}: {fresh.keys[row]} has {name} {values[row]}, its manifest says {said}"
+                stated = stored.columns[name][row]
+                problem = f"{report.name}: {fresh.keys[row]} has {name} {values[row]}, its manifest says {stated}"
                 problem += ": step=manifest again=true"
                 report.problems.append(problem)
     except ShardError as error:
@@ -90,7 +90,7 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
         images that have a near copy; None if they were not compared), and `buckets` with the counts of each bucket.
     """
     jobs = [
-        (place, number) for place in split_folders(root) for number in range(len(ShardSet(place, quiet=True).shards))
+        (folder, number) for folder in split_folders(root) for number in range(len(ShardSet(folder, quiet=True).shards))
     ]
     if processes == 1 or len(jobs) == 1:
         reports = [examine_shard(*job) for job in Progress(jobs, desc=f"validate {root}", unit="shard")]
@@ -140,11 +140,11 @@ def _repeated(reports: Sequence[ShardReport]) -> list[str]:
     keys: dict[str, str] = {}
     contents: dict[str, str] = {}
     for report in reports:
-        for number, key in enumerate(report.keys):
-            where = f"{report.name} (sample {number})"
+        for index, key in enumerate(report.keys):
+            location = f"{report.name} (sample {index})"
             if key in keys:
-                problems.append(f"the key {key} occurs twice: in {keys[key]} and in {where}")
-            keys[key] = where
+                problems.append(f"the key {key} occurs twice: in {keys[key]} and in {location}")
+            keys[key] = location
         for digest, name in report.contents:
             if digest in contents:
                 problems.append(f"the same content occurs twice: {contents[digest]} and {name}")
@@ -157,16 +157,18 @@ def _listed_problems(root: Path | str) -> list[str]:
     problems = []
     if (Path(root) / INFO).is_file() and read_info(str(root)).get("splits") != buckets_there(Path(root)):
         problems.append(f"{root}/{INFO}, which training goes by, names other buckets than there are: run step=manifest")
-    for place in split_folders(root):
-        manifest = read_json(Path(place) / MANIFEST)
+    for folder in split_folders(root):
+        manifest = read_json(Path(folder) / MANIFEST)
         problems += list(manifest["broken"].values())
         empty = [shard["name"] for shard in manifest["shards"] if not shard["samples"]]  # not examined: without samples
         for name in empty:
-            found = manifest["bad_samples"].get(name, {}).items()
-            problems += [f"{place}/{name}, {key}: {reason}" for key, reason in found]
-        known = {shard["name"] for shard in manifest["shards"]} | set(manifest["broken"])
-        new = sorted({path.name for path in tar_files(Path(place))} - known)
-        problems += [f"{place}/{name} is not in the manifest, so it is not read: run step=manifest" for name in new]
+            reasons = manifest["bad_samples"].get(name, {}).items()
+            problems += [f"{folder}/{name}, {key}: {reason}" for key, reason in reasons]
+        listed = {shard["name"] for shard in manifest["shards"]} | set(manifest["broken"])
+        unlisted = sorted({path.name for path in tar_files(Path(folder))} - listed)
+        problems += [
+            f"{folder}/{name} is not in the manifest, so it is not read: run step=manifest" for name in unlisted
+        ]
     return problems
 
 

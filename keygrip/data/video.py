@@ -73,8 +73,8 @@ def _container_of(source: bytes | str | Path) -> tuple[Any, Any]:
         if is_of_the_machine(error):
             raise
         refused = error.errno == errno.EINVAL  # by the whitelist, before any file that it names is read
-        why = f"it is none of the kinds of video that are read: {', '.join(CONTAINERS)}" if refused else str(error)
-        raise OSError(f"the video cannot be opened ({why}); it is cut off or not a video") from error
+        reason = f"it is none of the kinds of video that are read: {', '.join(CONTAINERS)}" if refused else str(error)
+        raise OSError(f"the video cannot be opened ({reason}); it is cut off or not a video") from error
     stream: Any = container.streams.best("video")  # the stream that players show, not a cover image or a preview
     if stream is None:
         container.close()
@@ -97,7 +97,7 @@ def _open_container(path: Path) -> tuple[Any, Any]:
 def _make_index(path: Path) -> _VideoIndex:
     """Read the packets without decoding them. Their sorted presentation times are those of the frames."""
     container, stream = _open_container(path)
-    shown: list[int] = []
+    timestamps: list[int] = []
     keys: list[tuple[int, int]] = []
     with container:
         unit_s = float(stream.time_base)  # read it here: closing the container frees the stream's memory
@@ -105,13 +105,13 @@ def _make_index(path: Path) -> _VideoIndex:
             if packet.pts is None or packet.is_discard:
                 continue
             if packet.is_corrupt:
-                raise OSError(f"{path}: the video is cut off or damaged after {len(shown)} frames")
-            shown.append(packet.pts)
+                raise OSError(f"{path}: the video is cut off or damaged after {len(timestamps)} frames")
+            timestamps.append(packet.pts)
             if packet.is_keyframe:
                 keys.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
-    if len(set(shown)) != len(shown):
+    if len(set(timestamps)) != len(timestamps):
         raise OSError(f"{path}: two frames of the video carry the same time stamp, so frames cannot be told apart")
-    return _VideoIndex(sorted(shown), sorted(keys), unit_s)
+    return _VideoIndex(sorted(timestamps), sorted(keys), unit_s)
 
 
 class _OpenVideo:
@@ -135,16 +135,16 @@ class _OpenVideo:
         """Return the decoded frames from key frame number `key` (-1: the start of the file) on; None if the seek landed
         after that key frame."""
         if key >= 0:
-            wanted, decoding_time = self.keys[key]
+            start_pts, decoding_time = self.keys[key]
             self.container.seek(decoding_time, stream=self.stream, backward=True)
         else:
-            wanted = self.times[0]
+            start_pts = self.times[0]
             self.container.seek(min(0, self.times[0]), stream=self.stream, backward=True)
         packets = self.container.demux(self.stream)
         first = next(packets, None)
         while first is not None and first.pts is None and first.size > 0:
             first = next(packets, None)
-        if first is None or first.pts is None or (key >= 0 and first.pts > wanted):
+        if first is None or first.pts is None or (key >= 0 and first.pts > start_pts):
             return None
 
         def decode() -> Iterable[Any]:
@@ -308,13 +308,13 @@ def _frames_at(
     convert: Callable[[Image.Image], Converted],
     seek: bool,
 ) -> list[Converted]:
-    found: list[Converted] = []
+    images: list[Converted] = []
     with guard("the video cannot be decoded"), _opened(source) as (container, stream):
         duration = _length(source, container, stream)
-        wanted = times(duration)
+        targets = times(duration)
         start: float | None = None
-        shown: Any = None
-        begin = end = gap = 0.0  # times at which `shown` begins and ends; longest display time of a frame so far
+        current: Any = None
+        begin = end = gap = 0.0  # times at which `current` begins and ends; longest display time of a frame so far
         sought, worth_it = -1, SEEK_S
         frames = container.decode(stream)
         untimed = untimed_order(container, stream)
@@ -324,29 +324,31 @@ def _frames_at(
                 if sought >= 0:  # perhaps because data before the key frame are missing after the seek
                     raise _CannotSeek
                 raise ValueError(f"its frame at {float(frame.time or 0.0):.1f} s is damaged")
-            now = float(frame.time or 0.0) if not untimed else float((frame.dts or 0) * frame.time_base)
-            if untimed and frame.dts is None and shown is not None:  # the last frames
-                now = begin + (start or 0.0) + (gap or float((frame.duration or 0) * frame.time_base))
-            start = now if start is None else start
+            time_s = float(frame.time or 0.0) if not untimed else float((frame.dts or 0) * frame.time_base)
+            if untimed and frame.dts is None and current is not None:  # the last frames
+                time_s = begin + (start or 0.0) + (gap or float((frame.duration or 0) * frame.time_base))
+            start = time_s if start is None else start
             while (
-                shown is not None and len(found) < len(wanted) and now - start > wanted[len(found)] + TIME_TOLERANCE_S
+                current is not None
+                and len(images) < len(targets)
+                and time_s - start > targets[len(images)] + TIME_TOLERANCE_S
             ):
-                found.append(convert(upright_frame(shown, stream.sample_aspect_ratio)))
-            if len(found) == len(wanted):
+                images.append(convert(upright_frame(current, stream.sample_aspect_ratio)))
+            if len(images) == len(targets):
                 break
-            gap = max(gap, now - start - begin) if shown is not None else gap
-            shown, begin = frame, now - start
+            gap = max(gap, time_s - start - begin) if current is not None else gap
+            current, begin = frame, time_s - start
             end = begin + max(gap, float((frame.duration or 0) * frame.time_base))
-            if seek and sought < len(found) and wanted[len(found)] - begin > worth_it:
-                sought = len(found)  # only once: the key frame may lie before the current frame
-                frames, landed = _from_key_frame(container, stream, start + float(wanted[len(found)]), now)
-                worth_it *= 2 if landed <= now else 1  # the distance between key frames is larger than that
-                shown = None
-        while shown is not None and len(found) < len(wanted) and wanted[len(found)] < end + TIME_TOLERANCE_S:
-            found.append(convert(upright_frame(shown, stream.sample_aspect_ratio)))
-    if len(found) < len(wanted):
+            if seek and sought < len(images) and targets[len(images)] - begin > worth_it:
+                sought = len(images)  # only once: the key frame may lie before the current frame
+                frames, landed = _from_key_frame(container, stream, start + float(targets[len(images)]), time_s)
+                worth_it *= 2 if landed <= time_s else 1  # the distance between key frames is larger than that
+                current = None
+        while current is not None and len(images) < len(targets) and targets[len(images)] < end + TIME_TOLERANCE_S:
+            images.append(convert(upright_frame(current, stream.sample_aspect_ratio)))
+    if len(images) < len(targets):
         raise ValueError(f"the video says it lasts {duration:.1f} s, but only {end:.1f} s of it can be decoded")
-    return found
+    return images
 
 
 def _from_key_frame(container: Any, stream: Any, time: float, now: float) -> tuple[Iterator[Any], float]:
@@ -394,42 +396,42 @@ def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
         declared = max(declared, float(stream.frames / stream.average_rate))
         if untimed_order(container, stream):
             return declared
-    with _opened(source) as (again, images):
+    with _opened(source) as (reopened, images):
         first = images.start_time or 0
         try:
-            again.seek(first + images.duration, stream=images)  # to the last key frame
-            packets = again.demux(images)
-            shown = sorted((p.pts, p.duration or 0) for p in packets if p.pts is not None and not p.is_discard)
+            reopened.seek(first + images.duration, stream=images)  # to the last key frame
+            packets = reopened.demux(images)
+            intervals = sorted((p.pts, p.duration or 0) for p in packets if p.pts is not None and not p.is_discard)
         except av.FFmpegError:  # seeking is impossible, or the file is cut off there: decoding reports what is missing
             return declared
-        last, duration = shown[-1] if shown else (first, 0)
-        if len(shown) > 1:  # packet durations are in decoding order too
-            duration = min(duration, last - shown[-2][0])
+        last, duration = intervals[-1] if intervals else (first, 0)
+        if len(intervals) > 1:  # packet durations are in decoding order too
+            duration = min(duration, last - intervals[-2][0])
         return max(declared, float((last + duration - first) * images.time_base))
 
 
 def _length_of_packets(source: bytes | str | Path) -> float:
     """Return a video stream's length in seconds from its packets, for containers that state only their own length."""
-    shown: list[tuple[int, int]] = []
-    whole, untimed = 0.0, False  # end time of the packets of all streams; whether some packets have no time
+    intervals: list[tuple[int, int]] = []
+    end_s, untimed = 0.0, False  # end time of the packets of all streams; whether some packets have no time
     with _opened(source) as (container, images):
         for packet in container.demux():
             if packet.pts is None or packet.is_discard:
                 untimed |= packet.pts is None and packet.size > 0
                 continue
-            whole = max(whole, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream.index == images.index:
-                shown.append((packet.pts, packet.duration or 0))
-        if not shown:
+                intervals.append((packet.pts, packet.duration or 0))
+        if not intervals:
             raise ValueError("its frames carry no times: put it into an mp4" if untimed else "it holds no frames")
-        shown.sort()
-        first, (last, duration) = shown[0][0], shown[-1]
-        gaps = [after - before for (before, _), (after, _) in itertools.pairwise(shown)]
-        told = None if container.duration is None else container.duration / av.time_base
+        intervals.sort()
+        first, (last, duration) = intervals[0][0], intervals[-1]
+        gaps = [after - before for (before, _), (after, _) in itertools.pairwise(intervals)]
+        stated = None if container.duration is None else container.duration / av.time_base
         # the last frame may be shown for longer than its packet says, but hardly for twice as long as any before it
         slack = CUT_OFF_S + 2 * float(max(gaps, default=0) * images.time_base)
-        if told is not None and whole + slack < told:
-            raise ValueError(f"it says it lasts {told:.1f} s and ends after {whole:.1f} s: it is cut off or damaged")
+        if stated is not None and end_s + slack < stated:
+            raise ValueError(f"it says it lasts {stated:.1f} s and ends after {end_s:.1f} s: it is cut off or damaged")
         return float((last + (duration or (gaps[-1] if gaps else 0)) - first) * images.time_base)
 
 

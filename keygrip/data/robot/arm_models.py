@@ -13,20 +13,20 @@ def named_models(demo: Demo, arm: str) -> tuple[str, str] | None:
         DemoError: the names are invalid or unknown.
     """
     models = demo.source.get("models")
-    found = models.get(arm) if isinstance(models, dict) else None
-    if found is None:
+    names = models.get(arm) if isinstance(models, dict) else None
+    if names is None:
         return None
     # identifiers, because file names contain them
     if not (
-        isinstance(found, list)
-        and len(found) == 2
-        and all(isinstance(name, str) and name.isidentifier() for name in found)
+        isinstance(names, list)
+        and len(names) == 2
+        and all(isinstance(name, str) and name.isidentifier() for name in names)
     ):
         raise DemoError(
-            demo.name, f"source.models.{arm} is {found!r}: the names of an arm and of its gripper are needed"
+            demo.name, f"source.models.{arm} is {names!r}: the names of an arm and of its gripper are needed"
         )
     try:
-        arm_chain(found[0], found[1])
+        arm_chain(names[0], names[1])
     except ValueError as error:
         raise DemoError(demo.name, f"source.models.{arm}: {error}") from error
-    return found[0], found[1]
+    return names[0], names[1]

@@ -52,22 +52,24 @@ def cut(image: np.ndarray, box: Box, size: int) -> np.ndarray:
 
     Parts of a rotated box outside the image are black.
     """
-    whole = Image.fromarray(image)
+    pil_image = Image.fromarray(image)
     if box.angle == 0.0:
         corners = (box.left, box.top, box.right, box.bottom)
-        return np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR, box=corners))
+        return np.asarray(pil_image.resize((size, size), Image.Resampling.BILINEAR, box=corners))
     # Pillow's affine transform does not anti-alias, so the image is first resized to about its final scale.
     ratio_x, ratio_y = size / (box.right - box.left), size / (box.bottom - box.top)
-    width = max(1, round(whole.width * ratio_x)) if ratio_x < 1 else whole.width
-    height = max(1, round(whole.height * ratio_y)) if ratio_y < 1 else whole.height
-    if (width, height) != whole.size:
-        scaled = np.diag([width / whole.width, height / whole.height, 1.0])
-        whole = whole.resize((width, height), Image.Resampling.BILINEAR)
+    width = max(1, round(pil_image.width * ratio_x)) if ratio_x < 1 else pil_image.width
+    height = max(1, round(pil_image.height * ratio_y)) if ratio_y < 1 else pil_image.height
+    if (width, height) != pil_image.size:
+        scaled = np.diag([width / pil_image.width, height / pil_image.height, 1.0])
+        pil_image = pil_image.resize((width, height), Image.Resampling.BILINEAR)
     else:
         scaled = np.eye(3)
     backward = scaled @ np.linalg.inv(box.to_image(size))
     coefficients = tuple(backward[:2].reshape(-1))
-    return np.asarray(whole.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR))
+    return np.asarray(
+        pil_image.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
+    )
 
 
 def cut_depth(depth: np.ndarray, box: Box, size: int) -> np.ndarray:
@@ -78,9 +80,9 @@ def cut_depth(depth: np.ndarray, box: Box, size: int) -> np.ndarray:
     backward = np.linalg.inv(box.to_image(size))
     centres = np.arange(size) + 0.5
     # x is one row and y one column; for a rotated box both are full grids.
-    turned = box.angle != 0.0
-    x = backward[0, 0] * centres[None, :] + backward[0, 1] * (centres[:, None] if turned else 0.0) + backward[0, 2]
-    y = backward[1, 0] * (centres[None, :] if turned else 0.0) + backward[1, 1] * centres[:, None] + backward[1, 2]
+    rotated = box.angle != 0.0
+    x = backward[0, 0] * centres[None, :] + backward[0, 1] * (centres[:, None] if rotated else 0.0) + backward[0, 2]
+    y = backward[1, 0] * (centres[None, :] if rotated else 0.0) + backward[1, 1] * centres[:, None] + backward[1, 2]
     column, row = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     height, width = depth.shape
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
@@ -103,13 +105,13 @@ def follow_pixels(
     Returns:
         K' 3x3 and the new world_to_camera 4x4.
     """
-    moved = to_image @ intrinsics
-    if moved[1, 0] == 0.0:
-        return moved, world_to_camera
-    length = math.hypot(moved[1, 0], moved[1, 1])
-    sin, cos = moved[1, 0] / length, moved[1, 1] / length
+    new_intrinsics = to_image @ intrinsics
+    if new_intrinsics[1, 0] == 0.0:
+        return new_intrinsics, world_to_camera
+    length = math.hypot(new_intrinsics[1, 0], new_intrinsics[1, 1])
+    sin, cos = new_intrinsics[1, 0] / length, new_intrinsics[1, 1] / length
     roll = np.array([[cos, -sin, 0, 0], [sin, cos, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
-    straight = moved @ roll[:3, :3].T
+    straight = new_intrinsics @ roll[:3, :3].T
     straight[1, 0] = 0.0  # exactly, where rounding left 1e-17
     return straight, roll @ world_to_camera
 
@@ -218,9 +220,9 @@ class ImageGeometry:
         """
         _check_image(image)
         box = self.box(image.shape[1], image.shape[0])
-        moved = box.to_image(self.image_size) @ np.asarray(intrinsics, dtype=np.float64)
-        seen = normalise(cut(image, box, self.image_size), self.mean, self.std)
-        return seen, torch.from_numpy(moved.astype(np.float32))
+        new_intrinsics = box.to_image(self.image_size) @ np.asarray(intrinsics, dtype=np.float64)
+        normalised = normalise(cut(image, box, self.image_size), self.mean, self.std)
+        return normalised, torch.from_numpy(new_intrinsics.astype(np.float32))
 
     def detail(self, image: np.ndarray, size: int) -> Tensor:
         """Return the same crop of an image (H x W x 3 uint8 RGB) at another resolution, uint8 [3, size, size]."""
@@ -337,11 +339,11 @@ class Augmentation:
         box = self.box(generator, geometry, image.shape[1], image.shape[0])
         size = geometry.image_size
         new_intrinsics, new_pose = follow_pixels(box.to_image(size), intrinsics, world_to_camera)
-        seen = cut(image, box, size)
-        colours = self.colours(generator, seen)
+        crop = cut(image, box, size)
+        colours = self.colours(generator, crop)
         detail = None if detail_size is None else channels_first(recolour(cut(image, box, detail_size), colours))
         return (
-            normalise(seen, geometry.mean, geometry.std, colours),
+            normalise(crop, geometry.mean, geometry.std, colours),
             torch.from_numpy(new_intrinsics.astype(np.float32)),
             torch.from_numpy(np.asarray(new_pose, dtype=np.float32)),
             detail,
@@ -360,10 +362,10 @@ class Augmentation:
         """Return a random view of one of several cameras, with uint8 pixels. The other arguments are those of
         `ImageGeometry.view`. Otherwise as `apply`."""
         box = self.box(generator, geometry, image.shape[1], image.shape[0])
-        seen = _cut_view(box, geometry.image_size, image, intrinsics, world_to_camera, depth, detail_size)
-        colours = self.colours(generator, seen.image)
-        detail = None if seen.detail is None else recolour(seen.detail, colours)
-        return replace(seen, image=recolour(seen.image, colours), detail=detail)
+        cropped_view = _cut_view(box, geometry.image_size, image, intrinsics, world_to_camera, depth, detail_size)
+        colours = self.colours(generator, cropped_view.image)
+        detail = None if cropped_view.detail is None else recolour(cropped_view.detail, colours)
+        return replace(cropped_view, image=recolour(cropped_view.image, colours), detail=detail)
 
 
 def channels_first(image: np.ndarray) -> Tensor:

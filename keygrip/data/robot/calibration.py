@@ -242,8 +242,8 @@ def _of_yaml(text: str) -> Any:
         def flatten_mapping(self, node: yaml.MappingNode) -> None:
             for key, _ in node.value:
                 if key.tag == "tag:yaml.org,2002:merge":
-                    where = f"line {key.start_mark.line + 1} merges another mapping (<<)"
-                    raise ValueError(f"{where}, which is not read: write its values there")
+                    location = f"line {key.start_mark.line + 1} merges another mapping (<<)"
+                    raise ValueError(f"{location}, which is not read: write its values there")
             super().flatten_mapping(node)
 
     try:
@@ -254,11 +254,11 @@ def _of_yaml(text: str) -> Any:
 
 def _refuse_too_many(content: Any) -> None:
     """Raise ValueError if YAML aliases, which are short, expand to more values than a file may hold."""
-    left, open_values = MAX_CALIBRATION_BYTES, [content]
+    remaining, open_values = MAX_CALIBRATION_BYTES, [content]
     while open_values:
         value = open_values.pop()
-        left -= 1
-        if left < 0:
+        remaining -= 1
+        if remaining < 0:
             raise ValueError("its aliases stand for too many values")
         if isinstance(value, (list, dict)):
             open_values += value.values() if isinstance(value, dict) else value
@@ -289,44 +289,46 @@ def _matrix(path: Path, where: str, value: Any, shape: tuple[int, int]) -> np.nd
 
 
 def _camera(path: Path, name: str, entry: dict[str, Any], shift: float) -> CameraCalibration:
-    where = f"cameras.{name}"
-    refuse_unknown_keys(path, where, entry, _CAMERA_KEYS)
+    label = f"cameras.{name}"
+    refuse_unknown_keys(path, label, entry, _CAMERA_KEYS)
     for key in ("width", "height", "intrinsics"):
         if key not in entry:
-            raise ValueError(f"{path}: {where}.{key} is missing")
+            raise ValueError(f"{path}: {label}.{key} is missing")
     values = entry["intrinsics"]
     if isinstance(values, dict):
-        refuse_unknown_keys(path, f"{where}.intrinsics", values, {"fx", "fy", "cx", "cy"})
+        refuse_unknown_keys(path, f"{label}.intrinsics", values, {"fx", "fy", "cx", "cy"})
         if len(values) != 4:
-            raise ValueError(f"{path}: {where}.intrinsics needs fx, fy, cx and cy")
+            raise ValueError(f"{path}: {label}.intrinsics needs fx, fy, cx and cy")
         values = [[values["fx"], 0, values["cx"]], [0, values["fy"], values["cy"]], [0, 0, 1]]
-    intrinsics = _matrix(path, f"{where}.intrinsics", values, (3, 3))
+    intrinsics = _matrix(path, f"{label}.intrinsics", values, (3, 3))
     if not np.isfinite(intrinsics).all() or (intrinsics.diagonal()[:2] <= 0).any() or list(intrinsics[2]) != [0, 0, 1]:
         raise ValueError(
-            f"{path}: {where}.intrinsics must be finite, with focal lengths above 0 and 0 0 1 as the last row; it is "
+            f"{path}: {label}.intrinsics must be finite, with focal lengths above 0 and 0 0 1 as the last row; it is "
             f"{intrinsics.tolist()}"
         )
     for side in ("width", "height"):
         if isinstance(entry[side], bool) or not isinstance(entry[side], int) or entry[side] < 1:
-            raise ValueError(f"{path}: {where}.{side} is a number of pixels, at least 1, not {entry[side]!r}")
+            raise ValueError(f"{path}: {label}.{side} is a number of pixels, at least 1, not {entry[side]!r}")
     intrinsics[:2, 2] += shift
-    given = [key for key in ("world_to_camera", "camera_to_world", "camera_to_gripper") if key in entry]
-    if len(given) != 1 or ("camera_to_gripper" in entry) != ("mounted_on" in entry):
+    pose_keys = [key for key in ("world_to_camera", "camera_to_world", "camera_to_gripper") if key in entry]
+    if len(pose_keys) != 1 or ("camera_to_gripper" in entry) != ("mounted_on" in entry):
         raise ValueError(
-            f"{path}: {where} needs one of world_to_camera, camera_to_world, or mounted_on with camera_to_gripper; it "
-            f"has {', '.join(given) or 'none'}"
+            f"{path}: {label} needs one of world_to_camera, camera_to_world, or mounted_on with camera_to_gripper; it "
+            f"has {', '.join(pose_keys) or 'none'}"
         )
-    pose = rigid(_matrix(path, f"{where}.{given[0]}", entry[given[0]], (4, 4)), f"{path}: {where}.{given[0]}")
+    pose = rigid(
+        _matrix(path, f"{label}.{pose_keys[0]}", entry[pose_keys[0]], (4, 4)), f"{path}: {label}.{pose_keys[0]}"
+    )
     rotate = entry.get("rotate", 0)
     if rotate not in (0, 90, 180, 270):
-        raise ValueError(f"{path}: {where}.rotate must be 0, 90, 180 or 270")
-    mounted = given[0] == "camera_to_gripper"
+        raise ValueError(f"{path}: {label}.rotate must be 0, 90, 180 or 270")
+    mounted = pose_keys[0] == "camera_to_gripper"
     return CameraCalibration(
         name=name,
         width=entry["width"],
         height=entry["height"],
         intrinsics=intrinsics,
-        world_to_camera=None if mounted else invert(pose) if given[0] == "camera_to_world" else pose,
+        world_to_camera=None if mounted else invert(pose) if pose_keys[0] == "camera_to_world" else pose,
         mounted_on=str(entry["mounted_on"]) if mounted else None,
         camera_to_gripper=pose if mounted else None,
         rotate=rotate,
@@ -360,7 +362,7 @@ def _of_model(base: np.ndarray, path: Path, where: str, entry: dict[str, Any]) -
             f"{path}: {where}.model is {str(file)[:200]!r}: the file must lie beside the calibration file or "
             "below, and its path be relative to it; copy it there"
         )
-    named = isinstance(joints, list) and all(isinstance(name, str) for name in joints)
-    if not isinstance(tool, str) or not named or not joints:
+    valid_joints = isinstance(joints, list) and all(isinstance(name, str) for name in joints)
+    if not isinstance(tool, str) or not valid_joints or not joints:
         raise ValueError(f"{path}: {where}.tool is a name, {where}.joints a list of names")
     return ArmCalibration(base, "", "", model=path.parent / file, tool=tool, joints=tuple(joints))

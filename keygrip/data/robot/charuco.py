@@ -84,12 +84,12 @@ def opencv() -> ModuleType:
 def charuco_board(board: Board) -> Any:
     """Return OpenCV's board. Raise ValueError for an unknown dictionary or impossible sizes."""
     cv2 = opencv()
-    number = getattr(cv2.aruco, board.dictionary, None)
-    if not board.dictionary.startswith("DICT_") or number is None:
+    dictionary_id = getattr(cv2.aruco, board.dictionary, None)
+    if not board.dictionary.startswith("DICT_") or dictionary_id is None:
         raise ValueError(f"dictionary={board.dictionary!r} is not one of OpenCV's, such as DICT_4X4_50")
     if not 0 < board.marker_m < board.square_m:
         raise ValueError(f"marker_m={board.marker_m} must be below square_m={board.square_m}")
-    dictionary = cv2.aruco.getPredefinedDictionary(number)
+    dictionary = cv2.aruco.getPredefinedDictionary(dictionary_id)
     return cv2.aruco.CharucoBoard((board.across, board.down), board.square_m, board.marker_m, dictionary)
 
 
@@ -110,21 +110,21 @@ def calibrate_camera(
     model = charuco_board(board)
     detector = cv2.aruco.CharucoDetector(model)
     size = images[0].shape[1::-1]
-    objects, pixels, kept = [], [], []
+    objects, pixels, indices = [], [], []
     for index, image in enumerate(images):
-        corners, numbers, _, _ = detector.detectBoard(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY))
-        if numbers is None or len(numbers) < LEAST_CORNERS:
+        corners, corner_ids, _, _ = detector.detectBoard(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY))
+        if corner_ids is None or len(corner_ids) < LEAST_CORNERS:
             continue
-        known, found = model.matchImagePoints(corners, numbers)
-        objects.append(known.astype(np.float32))
-        pixels.append(found.astype(np.float32))
-        kept.append(index)
-    if len(kept) < LEAST_FRAMES:
+        board_points, image_points = model.matchImagePoints(corners, corner_ids)
+        objects.append(board_points.astype(np.float32))
+        pixels.append(image_points.astype(np.float32))
+        indices.append(index)
+    if len(indices) < LEAST_FRAMES:
         raise ValueError(
-            f"the board was found in {len(kept)} of {len(images)} images, at least {LEAST_FRAMES} are needed: check "
+            f"the board was found in {len(indices)} of {len(images)} images, at least {LEAST_FRAMES} are needed: check "
             f"across={board.across}, down={board.down} and dictionary={board.dictionary}, and show it larger"
         )
-    poses = gripper[kept]
+    poses = gripper[indices]
     refuse_turns_about_one_axis(poses)
     if intrinsics is None:
         error, matrix, distortion, turns, shifts = cv2.calibrateCamera(
@@ -150,7 +150,7 @@ def calibrate_camera(
         spread_m=spread_m,
         spread_deg=spread_deg,
         frames=len(used),
-        left_out=len(kept) - len(used),
+        left_out=len(indices) - len(used),
     )
 
 
@@ -191,13 +191,13 @@ def camera_place(poses: np.ndarray, board: np.ndarray, mounted: bool) -> tuple[n
     arm = poses if mounted else invert(poses)
     pose, used, spread_m, spread_deg = _consistent_place(arm, board)
     if spread_m > LARGEST_SPREAD_M or spread_deg > LARGEST_SPREAD_DEG:
-        other = _consistent_place(invert(arm), board)[2]
+        other_spread_m = _consistent_place(invert(arm), board)[2]
         raise ValueError(
             f"the board's place, which is one, is spread over {1e3 * spread_m:.0f} mm and {spread_deg:.0f} degrees: "
             "the poses do not fit the images. "
             + (
-                f"With mounted={str(not mounted).lower()} it is spread over {1e3 * other:.1f} mm: set that"
-                if other < min(spread_m / 2, LARGEST_SPREAD_M)
+                f"With mounted={str(not mounted).lower()} it is spread over {1e3 * other_spread_m:.1f} mm: set that"
+                if other_spread_m < min(spread_m / 2, LARGEST_SPREAD_M)
                 else "Check arm=, mounted=, and that images and poses are of the same moments"
             )
         )
@@ -247,12 +247,13 @@ def _consistent_place(arm: np.ndarray, board: np.ndarray) -> tuple[np.ndarray, n
     while True:
         pose = hand_eye(arm[used], board[used])
         boards = arm[used] @ pose @ board[used]
-        away = np.linalg.norm(boards[:, :3, 3] - np.median(boards[:, :3, 3], axis=0), axis=1)
+        distances = np.linalg.norm(boards[:, :3, 3] - np.median(boards[:, :3, 3], axis=0), axis=1)
         turns = Rotation.from_matrix(boards[:, :3, :3])
-        turned = np.degrees((turns.mean().inv() * turns).magnitude())
-        middle = float(np.median(away))
+        angles = np.degrees((turns.mean().inv() * turns).magnitude())
+        middle = float(np.median(distances))
         beyond = np.maximum(
-            away / max(OUTLYING * middle, OUTLYING_M), turned / max(OUTLYING * float(np.median(turned)), OUTLYING_DEG)
+            distances / max(OUTLYING * middle, OUTLYING_M),
+            angles / max(OUTLYING * float(np.median(angles)), OUTLYING_DEG),
         )
         worst = int(beyond.argmax())
         if beyond[worst] <= 1 or len(used) <= LEAST_FRAMES:
@@ -274,11 +275,11 @@ def _reprojection(
     matrix: np.ndarray,
     distortion: np.ndarray,
 ) -> float:
-    left = [
-        cv2.projectPoints(known, turn, shift, matrix, distortion)[0].reshape(-1, 2) - found.reshape(-1, 2)
-        for known, found, turn, shift in zip(objects, pixels, turns, shifts, strict=True)
+    residuals = [
+        cv2.projectPoints(board_points, turn, shift, matrix, distortion)[0].reshape(-1, 2) - image_points.reshape(-1, 2)
+        for board_points, image_points, turn, shift in zip(objects, pixels, turns, shifts, strict=True)
     ]
-    return float(np.sqrt((np.concatenate(left) ** 2).sum(axis=-1).mean()))
+    return float(np.sqrt((np.concatenate(residuals) ** 2).sum(axis=-1).mean()))
 
 
 def charuco(
@@ -319,23 +320,28 @@ def charuco(
             f"keep_intrinsics=true: {demos[0].name} has no intrinsics of camera {camera!r} to keep; leave it out"
         )
     images, poses = _images(demos, camera, arm, max_images)
-    known = np.asarray(track.intrinsics[0]) if keep_intrinsics else None
-    found = calibrate_camera(images, poses, board, mounted, known)
-    place = (
-        {"mounted_on": arm, "camera_to_gripper": found.pose.tolist()}
+    intrinsics = np.asarray(track.intrinsics[0]) if keep_intrinsics else None
+    result = calibrate_camera(images, poses, board, mounted, intrinsics)
+    pose_entry = (
+        {"mounted_on": arm, "camera_to_gripper": result.pose.tolist()}
         if mounted
-        else {"world_to_camera": invert(found.pose).tolist()}
+        else {"world_to_camera": invert(result.pose).tolist()}
     )
     content = {
         "schema": SCHEMA,
         "conventions": {"camera": "opencv", "pixel": "corner", "length": "m"},
         "cameras": {
-            camera: {"width": track.width, "height": track.height, "intrinsics": found.intrinsics.tolist(), **place}
+            camera: {
+                "width": track.width,
+                "height": track.height,
+                "intrinsics": result.intrinsics.tolist(),
+                **pose_entry,
+            }
         },
     }
     with atomic_write(target) as file:
         file.write(yaml.safe_dump(content, sort_keys=False).encode())
-    displaced = largest_displacement(found, track.width, track.height)
+    displaced = largest_displacement(result, track.width, track.height)
     if displaced > NOTICED_PX:
         log.warning(
             "camera %s: its lens displaces points of the image by up to %.1f px, and a calibration file holds no "
@@ -346,12 +352,12 @@ def charuco(
         )
     return {
         "output": str(target),
-        "images": found.frames,
-        "images_left_out": found.left_out,
-        "reprojection_px": round(found.error_px, 3),
-        "board_spread_mm": round(found.spread_m * 1e3, 2),
-        "board_spread_deg": round(found.spread_deg, 3),
-        "distortion": [round(float(value), 4) for value in found.distortion],
+        "images": result.frames,
+        "images_left_out": result.left_out,
+        "reprojection_px": round(result.error_px, 3),
+        "board_spread_mm": round(result.spread_m * 1e3, 2),
+        "board_spread_deg": round(result.spread_deg, 3),
+        "distortion": [round(float(value), 4) for value in result.distortion],
         "distortion_px": round(displaced, 2),
     }
 
@@ -365,8 +371,8 @@ def _stands_in(track: CameraTrack) -> bool:
 def _images(demos: Sequence[Demo], camera: str, arm: str, most: int) -> tuple[list[np.ndarray], np.ndarray]:
     pairs = [(demo, index) for demo in demos for index in range(len(demo))]
     images, poses = [], []
-    for number in evenly(len(pairs), most):
-        demo, index = pairs[number]
+    for pair_index in evenly(len(pairs), most):
+        demo, index = pairs[pair_index]
         images.append(demo.cameras[camera].frames.read(index))
         track = demo.arms[arm]
         poses.append(transform(track.position[index], matrix_from_quaternion(track.quaternion[index])))

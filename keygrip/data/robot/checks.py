@@ -127,11 +127,11 @@ def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: i
 
 
 def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> None:
-    where = f"camera {camera!r}"
+    label = f"camera {camera!r}"
     if track.intrinsics.shape != (frames, 3, 3) or track.world_to_camera.shape != (frames, 4, 4):
         raise DemoError(
             name,
-            f"{where}: intrinsics {track.intrinsics.shape} and world_to_camera {track.world_to_camera.shape} do not "
+            f"{label}: intrinsics {track.intrinsics.shape} and world_to_camera {track.world_to_camera.shape} do not "
             f"fit {frames} frames",
         )
     intrinsics, pose = np.asarray(track.intrinsics), np.asarray(track.world_to_camera)
@@ -140,7 +140,7 @@ def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> No
     if pose.strides[0] == 0:
         pose = pose[:1]
     if not (np.isfinite(intrinsics).all() and np.isfinite(pose).all()):
-        raise DemoError(name, f"{where}: intrinsics or world_to_camera hold NaN or infinite values")
+        raise DemoError(name, f"{label}: intrinsics or world_to_camera hold NaN or infinite values")
     focal, centre = intrinsics[:, [0, 1], [0, 1]], intrinsics[:, :2, 2]
     size = np.array([track.width, track.height])
     if (
@@ -150,12 +150,12 @@ def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> No
     ):
         raise DemoError(
             name,
-            f"{where}: intrinsics are not [[fx, s, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths in pixels",
+            f"{label}: intrinsics are not [[fx, s, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths in pixels",
         )
     if (focal < 0.05 * size).any() or (focal > 100 * size).any() or (centre < -size).any() or (centre > 2 * size).any():
         raise DemoError(
             name,
-            f"{where}: focal length {focal[0].round(2).tolist()} and centre {centre[0].round(2).tolist()} do not fit "
+            f"{label}: focal length {focal[0].round(2).tolist()} and centre {centre[0].round(2).tolist()} do not fit "
             "an image of "
             f"{track.width} x {track.height} pixels; were they made for another resolution or in other units?",
         )
@@ -164,18 +164,18 @@ def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> No
     if defect > ROTATION_TOLERANCE or np.abs(pose[:, 3] - [0, 0, 0, 1]).max() > 1e-6:
         raise DemoError(
             name,
-            f"{where}: world_to_camera is not a rigid transform (R R^T differs from the identity by {defect:.2g}, "
+            f"{label}: world_to_camera is not a rigid transform (R R^T differs from the identity by {defect:.2g}, "
             "last row 0 0 0 1)",
         )
     determinant = np.linalg.det(rotation)
     if (determinant < 0).any():
         raise DemoError(
             name,
-            f"{where}: the rotation of world_to_camera has determinant {determinant.min():.3f}: it mirrors; +1 is "
+            f"{label}: the rotation of world_to_camera has determinant {determinant.min():.3f}: it mirrors; +1 is "
             "needed",
         )
     if len(track.frames) != frames:
-        raise DemoError(name, f"{where}: {len(track.frames)} images for {frames} time stamps")
+        raise DemoError(name, f"{label}: {len(track.frames)} images for {frames} time stamps")
 
 
 def _check_images(name: str, camera: str, track: CameraTrack, frames: int) -> None:
@@ -201,10 +201,13 @@ def pose_outliers(poses: ArmTrajectory) -> np.ndarray:
     if len(poses) < 5:
         return np.zeros(0, dtype=np.int64)
     path = poses.position
-    off = np.linalg.norm(path[1:-1] - (path[:-2] + path[2:]) / 2, axis=-1)
+    deviation = np.linalg.norm(path[1:-1] - (path[:-2] + path[2:]) / 2, axis=-1)
     # the frames before and after a wrong one lie close together; around a true jump they do not
-    returns = np.linalg.norm(path[2:] - path[:-2], axis=-1) < off
-    return np.flatnonzero((off > max(OUTLIER_M, OUTLIER_QUARTILES * float(np.quantile(off, 0.25)))) & returns) + 1
+    returns = np.linalg.norm(path[2:] - path[:-2], axis=-1) < deviation
+    return (
+        np.flatnonzero((deviation > max(OUTLIER_M, OUTLIER_QUARTILES * float(np.quantile(deviation, 0.25)))) & returns)
+        + 1
+    )
 
 
 def check_demo(demo: Demo, images: bool = True, cameras: Iterable[str] | None = None) -> None:
@@ -228,9 +231,9 @@ def check_demo(demo: Demo, images: bool = True, cameras: Iterable[str] | None = 
         raise DemoError(
             name, f"fps is {demo.fps:g}; frames per second from {RATES_HZ[0]:g} to {RATES_HZ[1]:g} are read"
         )
-    for given in (*demo.arms, *demo.cameras):
-        if not isinstance(given, str) or not NAME.fullmatch(given):
-            raise DemoError(name, f"{given!r} cannot be the name of an arm or camera: use letters, digits, '_' and '-'")
+    for label in (*demo.arms, *demo.cameras):
+        if not isinstance(label, str) or not NAME.fullmatch(label):
+            raise DemoError(name, f"{label!r} cannot be the name of an arm or camera: use letters, digits, '_' and '-'")
     steps = np.diff(demo.timestamps)
     if (steps <= 0).any():
         raise DemoError(name, f"time stamps do not increase at frame {int((steps <= 0).argmax()) + 1}")
@@ -238,10 +241,10 @@ def check_demo(demo: Demo, images: bool = True, cameras: Iterable[str] | None = 
         _check_poses(name, arm, "reached", trajectory, frames)
         if trajectory.commanded is not None:
             _check_poses(name, arm, "commanded", trajectory.commanded, frames)
-    wanted = None if cameras is None else set(cameras)
+    checked_cameras = None if cameras is None else set(cameras)
     for camera, track in demo.cameras.items():
         _check_camera(name, camera, track, frames)
-        if images and (wanted is None or camera in wanted):
+        if images and (checked_cameras is None or camera in checked_cameras):
             _check_images(name, camera, track, frames)
 
 

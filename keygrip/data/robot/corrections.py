@@ -76,24 +76,24 @@ def read_corrections(path: Path, content: Any) -> dict[str, Correction]:
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: corrections must be a mapping of cameras")
-    found = {}
+    corrections = {}
     for camera, entry in content.items():
-        where = f"{path}: corrections.{camera}"
+        label = f"{path}: corrections.{camera}"
         if not isinstance(entry, Mapping) or not set(entry) <= KEYS:
-            raise ValueError(f"{where} must be a mapping with {', '.join(sorted(KEYS))}")
+            raise ValueError(f"{label} must be a mapping with {', '.join(sorted(KEYS))}")
         try:
             focal, lag = float(entry.get("focal_factor", 1.0)), int(entry.get("lag_frames", 0))
             change = np.asarray(entry.get("camera_change", np.eye(4)), dtype=np.float64)
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{where} holds something that is not a number") from error
+            raise ValueError(f"{label} holds something that is not a number") from error
         if change.shape != (4, 4):
-            raise ValueError(f"{where}.camera_change must be 4 x 4, it is {list(change.shape)}")
+            raise ValueError(f"{label}.camera_change must be 4 x 4, it is {list(change.shape)}")
         if not 0.2 < focal < 5:
-            raise ValueError(f"{where}.focal_factor is {focal:g}; 0.2 to 5 can be")
+            raise ValueError(f"{label}.focal_factor is {focal:g}; 0.2 to 5 can be")
         if abs(lag) > LARGEST_LAG:
-            raise ValueError(f"{where}.lag_frames is {lag}; at most {LARGEST_LAG} either way")
-        found[str(camera)] = Correction(rigid(change, f"{where}.camera_change"), focal, lag)
-    return found
+            raise ValueError(f"{label}.lag_frames is {lag}; at most {LARGEST_LAG} either way")
+        corrections[str(camera)] = Correction(rigid(change, f"{label}.camera_change"), focal, lag)
+    return corrections
 
 
 def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> Demo:
@@ -111,17 +111,17 @@ def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> 
     first, last = max(0, *(-lag for lag in lags.values())), len(demo) - max(0, *lags.values())
     if last - first < 2:
         raise DemoError(demo.name, f"{path} shifts images by more frames than the demo has")
-    kept = slice(first, last)
+    frame_slice = slice(first, last)
     cameras = {}
     for camera, track in demo.cameras.items():
         correction = corrections.get(camera, Correction(np.eye(4), 1.0, 0))
-        intrinsics = np.array(track.intrinsics[kept])
+        intrinsics = np.array(track.intrinsics[frame_slice])
         intrinsics[:, 0, 0] *= correction.focal
         intrinsics[:, 1, 1] *= correction.focal
         cameras[camera] = replace(
             track,
             intrinsics=intrinsics,
-            world_to_camera=correction.change @ np.asarray(track.world_to_camera[kept]),
+            world_to_camera=correction.change @ np.asarray(track.world_to_camera[frame_slice]),
             frames=_moved(track.frames, first + correction.lag, last - first),
             depth=None if track.depth is None else _moved(track.depth, first + correction.lag, last - first),
         )
@@ -129,10 +129,10 @@ def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> 
         return replace(demo, cameras=cameras)
     return replace(
         demo,
-        timestamps=demo.timestamps[kept],
-        arms={name: _cut(arm, kept) for name, arm in demo.arms.items()},
+        timestamps=demo.timestamps[frame_slice],
+        arms={name: _cut(arm, frame_slice) for name, arm in demo.arms.items()},
         cameras=cameras,
-        intervention=None if demo.intervention is None else demo.intervention[kept],
+        intervention=None if demo.intervention is None else demo.intervention[frame_slice],
     )
 
 
@@ -156,11 +156,11 @@ def corrected_calibration(calibration: Calibration, read: Collection[str]) -> Ca
             continue
         camera = calibration.camera(name)
         focal = np.array([[correction.focal, 1, 1], [1, correction.focal, 1], [1, 1, 1]])
-        place, mounted = camera.world_to_camera, camera.camera_to_gripper
+        pose, mounted = camera.world_to_camera, camera.camera_to_gripper
         cameras[name] = replace(
             camera,
             intrinsics=camera.intrinsics * focal,
-            world_to_camera=None if place is None else correction.change @ place,
+            world_to_camera=None if pose is None else correction.change @ pose,
             camera_to_gripper=None if mounted is None else mounted @ invert(correction.change),
         )
         log.info("camera %s: corrected as %s says", name, path)

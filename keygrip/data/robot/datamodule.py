@@ -264,8 +264,8 @@ class RobotDemos(ResumableData):
 
     def prepare_data(self) -> None:
         """Record missing demonstrations if the user named no folder; download data sets of the hub."""
-        for part in self.roots:
-            part.download(self.make_missing)
+        for root in self.roots:
+            root.download(self.make_missing)
         if self.record is None:
             return
         refuse_unguarded_script()  # a recorder's worker would wait here for a lock that its parent holds
@@ -290,8 +290,8 @@ class RobotDemos(ResumableData):
         options = ReadingOptions(*settings, calibrated=self.reads_calibration, masks_views=self.masks_views)
         read = read_roots(self.roots, self.format, options, self.cache_dir)
         demos, self.broken, self.contents, self.root_of = read.demos, read.broken, read.contents, read.root_of
-        wanted = (self.targets, self.gripper_targets, self.extra_targets)
-        refuse_missing(demos, self.arms, *wanted, [root.stride for root in self.roots])
+        targets = (self.targets, self.gripper_targets, self.extra_targets)
+        refuse_missing(demos, self.arms, *targets, [root.stride for root in self.roots])
         check_robots(demos, self.embodiments, self.may_keep_apart)
         report_absent_views(demos, self.cameras[1:])
         report_uncalibrated(demos, self.cameras)
@@ -322,14 +322,14 @@ class RobotDemos(ResumableData):
     def _report_detail(self) -> None:
         """Warn if the detail image has a higher resolution than the recorded image."""
         track = self.demos[0].cameras[self.camera]
-        seen = self.geometry.field * (min(track.width, track.height) if self.geometry.fit == "crop" else track.width)
-        if self.detail_size is not None and self.detail_size > 1.1 * seen:
+        pixels = self.geometry.field * (min(track.width, track.height) if self.geometry.fit == "crop" else track.width)
+        if self.detail_size is not None and self.detail_size > 1.1 * pixels:
             log.warning(
                 "data.detail_size=%d, but the part of camera %s's image that the network sees has %d pixels: record "
                 "larger images, or take a smaller model.network.second_look",
                 self.detail_size,
                 self.camera,
-                seen,
+                pixels,
             )
 
     def asked_by(self, module: Any) -> None:
@@ -388,7 +388,7 @@ class RobotDemos(ResumableData):
         """Decoded frames of all demos, training and validation, by camera. One size limit applies to all."""
         if self._frames is None:
             self._frames = {}
-            left = int(self.cache_gb * 1e9)
+            remaining = int(self.cache_gb * 1e9)
             for camera in self.cameras:
                 tracks = [demo.cameras.get(camera) for demo in self.demos]
                 sources = [NoFrames() if track is None else track.frames for track in tracks]
@@ -396,9 +396,9 @@ class RobotDemos(ResumableData):
                     FrameShape(len(track.frames), track.height, track.width) if track else FrameShape(0, 0, 0)
                     for track in tracks
                 ]
-                cache = FrameCache(sources, shapes, self.cache_dir, camera, left)
+                cache = FrameCache(sources, shapes, self.cache_dir, camera, remaining)
                 self._frames[camera] = cache
-                left -= cache.limit_bytes
+                remaining -= cache.limit_bytes
         return self._frames
 
     def _sample_options(
@@ -471,8 +471,8 @@ class RobotDemos(ResumableData):
     def origin(self) -> dict[str, Any]:
         """What the run folder records about the data: version, number of demos, demos left out, damaged cameras."""
         return {
-            "root": [str(part.folder) for part in self.roots] if len(self.roots) > 1 else str(self.root),
-            "frame_stride": [part.stride for part in self.roots] if len(self.roots) > 1 else self.roots[0].stride,
+            "root": [str(root.folder) for root in self.roots] if len(self.roots) > 1 else str(self.root),
+            "frame_stride": [root.stride for root in self.roots] if len(self.roots) > 1 else self.roots[0].stride,
             "version": data_version(self.contents) if self.contents else None,
             "demos": len(self.demos),
             "left_out": {error.name: error.reason for error in self.broken},
@@ -489,10 +489,10 @@ class RobotDemos(ResumableData):
         Raises:
             ValueError: the demonstrations or the order of samples are not those of the checkpoint.
         """
-        for key, now in (("demonstrations", fingerprints(self.demos)), ("recordings", self.contents)):
-            before = state_dict.get(key)
-            if before and now:  # older checkpoints, and those with data.verify=false, hold no hashes of recordings
-                refuse_changed(before, now, self.allow_changed)
+        for key, current in (("demonstrations", fingerprints(self.demos)), ("recordings", self.contents)):
+            saved = state_dict.get(key)
+            if saved and current:  # older checkpoints, and those with data.verify=false, hold no hashes of recordings
+                refuse_changed(saved, current, self.allow_changed)
         super().load_state_dict(
             {"balance": None, "intervention_weight": 1.0, "weights": None} | state_dict
         )  # older checkpoints lack these keys

@@ -81,29 +81,33 @@ def _find(root: Path, format: str, calibration: Path | str | None) -> list[DemoR
             like = " and ".join(recognised)
             raise ValueError(f"{root} looks like {like}; say which with {setting('format', 'NAME')}")
         if not recognised:
-            others = ", ".join(f"{name} ({module.LAYOUT})" for name, module in FOREIGN_FORMATS.items())
+            layouts = ", ".join(f"{name} ({module.LAYOUT})" for name, module in FOREIGN_FORMATS.items())
             raise FileNotFoundError(
                 f"{root} holds no demos in a known format; looked for native (a folder per demo with metadata.json of "
-                f"schema {SCHEMA!r} and trajectory.npz), {others}"
+                f"schema {SCHEMA!r} and trajectory.npz), {layouts}"
             )
         format = recognised[0]
-    given = None if calibration is None else Path(calibration)
-    if given is None and format != "native":
-        given = next((root / name for name in NAMES if (root / name).is_file()), None)
-    content = read_mapping(given) if given is not None and given.is_file() else {}
-    corrections = {} if given is None else read_corrections(given, content.get("corrections") or {})
+    path = None if calibration is None else Path(calibration)
+    if path is None and format != "native":
+        path = next((root / name for name in NAMES if (root / name).is_file()), None)
+    content = read_mapping(path) if path is not None and path.is_file() else {}
+    corrections = {} if path is None else read_corrections(path, content.get("corrections") or {})
     if format == "native":
-        if given is not None and not corrections:
+        if path is not None and not corrections:
             raise ValueError(
                 f"calibration={calibration} has no effect: native demos carry their cameras; leave it out, "
                 "or name a file with corrections (prepare step=calibrate)"
             )
         references = native.find(root)
     else:
-        own = calibration is not None and (not corrections or content.keys() & {"cameras", "arms", "lerobot"})
-        references = FOREIGN_FORMATS[format].find(root, calibration=given if own else None)
+        uses_calibration = calibration is not None and (
+            not corrections or content.keys() & {"cameras", "arms", "lerobot"}
+        )
+        references = FOREIGN_FORMATS[format].find(root, calibration=path if uses_calibration else None)
     if not references:
         raise FileNotFoundError(f"{root} holds no demos of format {format}")
-    if given is None or not corrections:
+    if path is None or not corrections:
         return references
-    return [replace(found, reader=with_corrections(found.reader, corrections, given)) for found in references]
+    return [
+        replace(reference, reader=with_corrections(reference.reader, corrections, path)) for reference in references
+    ]

@@ -63,7 +63,7 @@ def refuse_changed(before: Mapping[str, str], now: Mapping[str, str], allowed: b
     changed = named_changes(before, now) or ("they come in another order" if list(before) != list(now) else "")
     if not changed:
         return
-    said = f"the demonstrations are not those of the checkpoint: {changed}"
+    message = f"the demonstrations are not those of the checkpoint: {changed}"
     if not allowed:
-        raise ValueError(f"{said}; restore them, start a new run, or go on with data.allow_changed=true")
-    log.warning("%s; going on with them (data.allow_changed=true)", said)
+        raise ValueError(f"{message}; restore them, start a new run, or go on with data.allow_changed=true")
+    log.warning("%s; going on with them (data.allow_changed=true)", message)

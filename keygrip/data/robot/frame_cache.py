@@ -90,9 +90,9 @@ class FrameCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._remove_stale(folder, f"frames-{name}@", machine, keep=stem)
-            held = pixels.stat().st_blocks * 512 if pixels.exists() else 0
+            allocated_bytes = pixels.stat().st_blocks * 512 if pixels.exists() else 0
             free = shutil.disk_usage(folder).free
-            if self.limit_bytes - held > free - DISK_RESERVE:
+            if self.limit_bytes - allocated_bytes > free - DISK_RESERVE:
                 log.warning(
                     "no frame cache: it needs %.1f GB in %s, where %.1f GB are free; frames are decoded every time "
                     "(data.cache_gb sets the limit, data.cache_dir the place)",

@@ -84,10 +84,10 @@ def other_rates(demos: Sequence[Demo], root: object) -> dict[str, str]:
             for name, (measured, stated) in wrong.items()
         }
     measured, stated = next(iter(wrong.values()))
-    named = first_of([f"{name}: {measured:.4g} for {stated:g}" for name, (measured, stated) in wrong.items()])
+    cases = first_of([f"{name}: {measured:.4g} for {stated:g}" for name, (measured, stated) in wrong.items()])
     raise ValueError(
         f"{root}: the time stamps of {len(wrong)} of {len(demos)} demos say other frames per second than their fps, by "
-        f"more than {100 * (SAME - 1):.0f} % ({named}): plans would run {stated / measured:.3g} times as fast as what "
+        f"more than {100 * (SAME - 1):.0f} % ({cases}): plans would run {stated / measured:.3g} times as fast as what "
         "was shown; correct the stated rate (fps, Raiden's framerate, yam-abc's control_hz; where it is missing, 30 is "
         "assumed) or the time stamps"
     )
@@ -130,25 +130,25 @@ def refuse_unequal_steps(
     seconds = np.array(strides)[owner] / rates
     if seconds.max() <= SAME * seconds.min():
         return
-    numbers = sorted(set(root_of))
-    for number in numbers:
-        own = np.flatnonzero(owner == number)
-        slow, fast = own[rates[own].argmin()], own[rates[own].argmax()]
+    root_indices = sorted(set(root_of))
+    for index in root_indices:
+        demo_indices = np.flatnonzero(owner == index)
+        slow, fast = demo_indices[rates[demo_indices].argmin()], demo_indices[rates[demo_indices].argmax()]
         if rates[fast] > SAME * rates[slow]:
             raise ValueError(
-                f"the demos of {roots[number]} run at different rates ({demos[slow].name}: {rates[slow]:g} frames/s, "
+                f"the demos of {roots[index]} run at different rates ({demos[slow].name}: {rates[slow]:g} frames/s, "
                 f"{demos[fast].name}: {rates[fast]:g}), so that a step of data.frame_stride frames means different "
                 "times: move them into a folder for each rate, and give data.root=[FOLDER,FOLDER] and one "
                 "data.frame_stride of each"
             )
-    own_rates = [float(np.median(rates[owner == number])) for number in numbers]
-    told = ", ".join(
-        f"{roots[number]} {rate:g} frames/s and a stride of {strides[number]}: {strides[number] / rate:.3g} s"
-        for number, rate in zip(numbers, own_rates, strict=True)
+    own_rates = [float(np.median(rates[owner == index])) for index in root_indices]
+    description = ", ".join(
+        f"{roots[index]} {rate:g} frames/s and a stride of {strides[index]}: {strides[index] / rate:.3g} s"
+        for index, rate in zip(root_indices, own_rates, strict=True)
     )
     equal = equal_strides(own_rates, float(np.median(seconds)))
     raise ValueError(
-        f"a step of data.frame_stride frames means different times in the data sets ({told}): "
+        f"a step of data.frame_stride frames means different times in the data sets ({description}): "
         f"data.frame_stride=[{','.join(map(str, equal))}], in the order of data.root, makes steps of "
         f"{equal[0] / own_rates[0]:.3g} s in all"
     )
@@ -156,11 +156,11 @@ def refuse_unequal_steps(
 
 def equal_strides(rates: Sequence[float], seconds: float) -> list[int]:
     """Return strides that make a step (nearly) equally long at several rates, and about `seconds` long."""
-    found = []
+    candidates = []
     for slowest in range(1, LARGEST_STRIDE + 1):
         strides = [round(slowest * rate / min(rates)) for rate in rates]
         steps = [stride / rate for stride, rate in zip(strides, rates, strict=True)]
         unequal = max(steps) / min(steps)
         if unequal <= SAME:  # true at least for LARGEST_STRIDE, where rounding changes steps by at most 2 %
-            found.append((abs(math.log2(steps[0] / seconds)) + PERCENT * 100 * (unequal - 1), strides))
-    return min(found)[1]
+            candidates.append((abs(math.log2(steps[0] / seconds)) + PERCENT * 100 * (unequal - 1), strides))
+    return min(candidates)[1]

@@ -170,16 +170,16 @@ class VideoFrames:
     def verify(self) -> None:
         """Raise OSError if the file holds fewer frames than this source needs (counted from its packets), more frames
         (if `whole`), or frames at other times (if `rate` is given)."""
-        held, needed = self.frames_in_file(), self.start + (self.frames or 1)
+        count, needed = self.frames_in_file(), self.start + (self.frames or 1)
         if self.start < 0:
             raise OSError(f"{self.path}: the stretch of video begins {-self.start} frames before the file")
-        if held < needed:
-            raise OSError(f"{self.path}: the video holds {held} frames, {needed} are needed; it is cut off")
+        if count < needed:
+            raise OSError(f"{self.path}: the video holds {count} frames, {needed} are needed; it is cut off")
         if self.rate is not None:
             self._refuse_other_times(self.rate)
-        if self.whole and held > needed:
+        if self.whole and count > needed:
             raise OSError(
-                f"{self.path}: the video holds {held} frames for {needed} rows, so that rows would get others' images"
+                f"{self.path}: the video holds {count} frames for {needed} rows, so that rows would get others' images"
             )
 
     def _refuse_other_times(self, rate: float) -> None:
@@ -189,10 +189,10 @@ class VideoFrames:
         away = np.abs(late) > 0.5 / rate
         if not away.any():
             return
-        shown = 1 / float(np.median(np.diff(times)))
-        if differs(shown, rate):
+        video_fps = 1 / float(np.median(np.diff(times)))
+        if differs(video_fps, rate):
             raise OSError(
-                f"{self.path}: the video has {shown:.4g} frames per second and the data set {rate:g}, so that rows "
+                f"{self.path}: the video has {video_fps:.4g} frames per second and the data set {rate:g}, so that rows "
                 "would get others' images: encode it again at the data set's rate"
             )
         if self.whole and len(times) == len(used):

@@ -129,13 +129,15 @@ def _refuse_another(reference: DemoReference, folder: Path) -> None:
 
 def _refuse_changed(reference: DemoReference, folder: Path, cameras: Sequence[str] | None, video: bool) -> None:
     """Raise ValueError if a demo differs from what an import would write now, DemoError if one of the two is broken."""
-    now = reference.read(images=False, uncalibrated=True)
-    there = replace(reference, path=folder, format="native", reader=partial(read_native, folder, reference.name))
+    current = reference.read(images=False, uncalibrated=True)
+    imported_reference = replace(
+        reference, path=folder, format="native", reader=partial(read_native, folder, reference.name)
+    )
     try:
-        held = there.read(images=False, uncalibrated=True)
+        imported = imported_reference.read(images=False, uncalibrated=True)
     except DemoError as error:
         raise DemoError(reference.name, f"{folder} is damaged ({error.reason}): remove it") from error
-    if changed := _difference(held, now, cameras, video):
+    if changed := _difference(imported, current, cameras, video):
         raise ValueError(
             f"{folder} was imported before, and now {changed}. What is there must be what would be written now "
             "(its numbers, calibration, cameras, instruction and `video` are compared): import into another "
@@ -145,20 +147,20 @@ def _refuse_changed(reference: DemoReference, folder: Path, cameras: Sequence[st
 
 def _difference(held: Demo, now: Demo, cameras: Sequence[str] | None, video: bool) -> str:
     """Describe the first difference between an imported demo and its source; empty if there is none."""
-    kept = sorted(now.cameras if cameras is None else cameras)
-    if sorted(held.cameras) != kept:
-        return f"its cameras are {', '.join(kept)}; there they are {', '.join(sorted(held.cameras))}"
+    camera_names = sorted(now.cameras if cameras is None else cameras)
+    if sorted(held.cameras) != camera_names:
+        return f"its cameras are {', '.join(camera_names)}; there they are {', '.join(sorted(held.cameras))}"
     if any(isinstance(track.frames, VideoFrames) != video for track in held.cameras.values()):
         return f"video={str(video).lower()} is asked for; there it is {str(not video).lower()}"
     if held.instruction != now.instruction:
         return f"its instruction is {now.instruction!r}; there it is {held.instruction!r}"
-    before, after = _stored(held, kept), _stored(now, kept)
-    for name in sorted(before.keys() | after.keys()):
-        one, other = before.get(name), after.get(name)
-        if one is None or other is None:
-            if one is not other:
-                return f"it has {'no ' if other is None else ''}{name}; there it has {'no' if one is None else 'some'}"
-        elif one.shape != other.shape or not np.allclose(one, other, rtol=SAME, atol=SAME):
+    old_arrays, new_arrays = _stored(held, camera_names), _stored(now, camera_names)
+    for name in sorted(old_arrays.keys() | new_arrays.keys()):
+        old, new = old_arrays.get(name), new_arrays.get(name)
+        if old is None or new is None:
+            if old is not new:
+                return f"it has {'no ' if new is None else ''}{name}; there it has {'no' if old is None else 'some'}"
+        elif old.shape != new.shape or not np.allclose(old, new, rtol=SAME, atol=SAME):
             return f"its {name} is another than there"
     return ""
 
@@ -166,12 +168,15 @@ def _difference(held: Demo, now: Demo, cameras: Sequence[str] | None, video: boo
 def _stored(demo: Demo, cameras: Sequence[str]) -> dict[str, np.ndarray | None]:
     """Return the values of a demo that a native folder holds: for cameras those of the calibrated ones among `cameras`,
     for commands only the poses."""
-    known = {name: track for name, track in demo.cameras.items() if name in cameras and not track.uncalibrated}
+    calibrated = {name: track for name, track in demo.cameras.items() if name in cameras and not track.uncalibrated}
     arms = {
         name: replace(arm, commanded=arm.commanded and replace(arm.commanded, joints=None, controller=None))
         for name, arm in demo.arms.items()
     }
-    return {"times": demo.timestamps - demo.timestamps[0], **dict(numbers(replace(demo, cameras=known, arms=arms)))}
+    return {
+        "times": demo.timestamps - demo.timestamps[0],
+        **dict(numbers(replace(demo, cameras=calibrated, arms=arms))),
+    }
 
 
 def _origin(folder: Path) -> Path | None:

@@ -169,30 +169,30 @@ def verify(
     """
     identities = [_identity(demo, cameras, depth) for demo in demos]
     with _writable_lock(cache_dir):
-        known = _known(cache_dir / VERIFIED)
-        fresh = [index for index, identity in enumerate(identities) if identity not in known]
+        verdicts = _known(cache_dir / VERIFIED)
+        fresh = [index for index, identity in enumerate(identities) if identity not in verdicts]
         if fresh:
             workers = min(threads or usable_cores(), THREADS)
             with ThreadPoolExecutor(workers) as pool:
                 checked = pool.map(lambda index: _verdict(demos[index], cameras, depth), fresh)
-                shown = Progress(
+                progress = Progress(
                     checked,
                     desc="verifying recordings",
                     total=len(fresh),
                     unit="demo",
                     leave=False,
                 )
-                kept = time.monotonic()
+                saved_at = time.monotonic()
                 try:
-                    for index, verdict in zip(fresh, shown, strict=True):
-                        known[identities[index]] = verdict
-                        if time.monotonic() - kept > KEPT_EVERY_S:
-                            _keep(known, cache_dir)
-                            kept = time.monotonic()
+                    for index, verdict in zip(fresh, progress, strict=True):
+                        verdicts[identities[index]] = verdict
+                        if time.monotonic() - saved_at > KEPT_EVERY_S:
+                            _keep(verdicts, cache_dir)
+                            saved_at = time.monotonic()
                 finally:
                     pool.shutdown(wait=False, cancel_futures=True)  # an interruption waits for no further recordings
-                    _keep(known, cache_dir)
-    return [known[identity] for identity in identities]
+                    _keep(verdicts, cache_dir)
+    return [verdicts[identity] for identity in identities]
 
 
 def _keep(known: Mapping[str, Verdict], cache_dir: Path) -> None:
@@ -226,10 +226,10 @@ def _known(path: Path) -> dict[str, Verdict]:
     """
     helper, start = is_helper_process(), name_of_start()
     with contextlib.suppress(BadSample), guard(path):
-        found = {str(identity): Verdict(**entry) for identity, entry in read_json(path, 1 << 28).items()}
+        verdicts = {str(identity): Verdict(**entry) for identity, entry in read_json(path, 1 << 28).items()}
         return {
             identity: verdict
-            for identity, verdict in found.items()
+            for identity, verdict in verdicts.items()
             if (verdict.problem is None and not verdict.views) or helper or (start and verdict.start == start)
         }
     return {}
@@ -273,31 +273,31 @@ def _checked_content(demo: Demo, cameras: Sequence[str], depth: bool, views: dic
         _check_pixels(demo, chosen, depth, take)
 
     further = _tracks(demo, cameras[1:])
-    own = {name: _own_files(demo.path, track) if native else set() for name, track in further}
-    check(cameras[:1], (recorded or {}).keys() - {file for files in own.values() for file in files})
-    for name, files in own.items():
+    view_files = {name: _own_files(demo.path, track) if native else set() for name, track in further}
+    check(cameras[:1], (recorded or {}).keys() - {file for files in view_files.values() for file in files})
+    for name, files in view_files.items():
         try:
             with demo_guard(demo.name):
                 check((name,), files)
         except DemoError as error:
             views[name] = error.reason
     if not native:
-        whole = digest.hexdigest()
+        content_hash = digest.hexdigest()
     else:
         listed = file_hashes(demo.path) if recorded is None else recorded
-        whole = sha256_bytes(json.dumps(sorted(listed.items())).encode())
-    return (sha256_bytes(json.dumps([whole, sorted(views)]).encode()) if views else whole)[:32]
+        content_hash = sha256_bytes(json.dumps(sorted(listed.items())).encode())
+    return (sha256_bytes(json.dumps([content_hash, sorted(views)]).encode()) if views else content_hash)[:32]
 
 
 def _own_files(folder: Path, track: CameraTrack) -> set[str]:
     """Return the files of a camera's images and depth, as paths relative to the recording's folder."""
-    found: set[Path] = set()
+    paths: set[Path] = set()
     for source in _sources(track, depth=True):
         if isinstance(source, NumberedFiles):
-            found.update(source.path(index) for index in range(len(source)))
+            paths.update(source.path(index) for index in range(len(source)))
         elif isinstance(source, VideoFrames):
-            found.add(source.path)
-    return {path.relative_to(folder).as_posix() for path in found}
+            paths.add(source.path)
+    return {path.relative_to(folder).as_posix() for path in paths}
 
 
 def _is_native(demo: Demo) -> bool:
@@ -343,21 +343,21 @@ def _check_pixels(
     """
     for name, track in _tracks(demo, cameras):
         for source in _sources(track, depth):
-            what = "frame"
+            kind = "frame"
             shape: tuple[int, ...] = (track.height, track.width, 3)
             if source is track.depth:
-                what, shape = "depth frame", (track.height, track.width)
+                kind, shape = "depth frame", (track.height, track.width)
             frame = 0
             try:
-                for found in _shapes(source, take):
-                    if found != shape:
-                        raise ValueError(f"it has shape {found}, the recording says {shape}")
+                for frame_shape in _shapes(source, take):
+                    if frame_shape != shape:
+                        raise ValueError(f"it has shape {frame_shape}, the recording says {shape}")
                     frame += 1
             except HOSTILE as error:
                 if is_of_the_machine(error):
                     raise
                 raise DemoError(
-                    demo.name, f"camera {name!r}: {what} {frame} cannot be used: {reason_of(error)}"
+                    demo.name, f"camera {name!r}: {kind} {frame} cannot be used: {reason_of(error)}"
                 ) from error
 
 

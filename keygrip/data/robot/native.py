@@ -83,8 +83,8 @@ def _part(name: str, archive: Mapping[str, np.ndarray], key: str, file: str) -> 
 def _read_arm(name: str, archive: Mapping[str, np.ndarray], arm: str) -> ArmTrajectory:
     def poses(prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         keys = [f"{arm}/{prefix}{part}" for part in POSES]
-        parts = [np.asarray(_part(name, archive, key, "trajectory.npz"), dtype=np.float64) for key in keys]
-        return parts[0], parts[1], parts[2]
+        arrays = [np.asarray(_part(name, archive, key, "trajectory.npz"), dtype=np.float64) for key in keys]
+        return arrays[0], arrays[1], arrays[2]
 
     commanded = None
     if any(key.startswith(f"{arm}/commanded_") for key in archive):
@@ -115,8 +115,8 @@ def _inside(name: str, folder: Path, relative: str) -> Path:
 def _count_files(name: str, folder: Path, pattern: str, frames: int, camera: str) -> None:
     if not folder.is_dir():
         raise DemoError(name, f"camera {camera!r}: folder {folder.name} is missing")
-    held = {path.name for path in folder.iterdir()}
-    missing = [index for index in range(frames) if pattern % index not in held]
+    file_names = {path.name for path in folder.iterdir()}
+    missing = [index for index in range(frames) if pattern % index not in file_names]
     if missing:
         raise DemoError(
             name, f"camera {camera!r}: {len(missing)} of {frames} images are missing, first {pattern % missing[0]}"
@@ -136,13 +136,13 @@ def _frame_source(name: str, folder: Path, pattern: str, frames: int, camera: st
         raise DemoError(name, f"camera {camera!r}: video {pattern} is missing")
     source = VideoFrames(path)
     try:
-        held = source.frames_in_file()
+        count = source.frames_in_file()
     except OSError as error:
         raise DemoError(name, f"camera {camera!r}: {error}") from error
-    if held != frames:
+    if count != frames:
         raise DemoError(
             name,
-            f"camera {camera!r}: video {pattern} holds {held} frames, the demo {frames}: it was cut off or dropped "
+            f"camera {camera!r}: video {pattern} holds {count} frames, the demo {frames}: it was cut off or dropped "
             "frames",
         )
     return VideoFrames(path, frames)
@@ -163,9 +163,9 @@ def _read_metadata(folder: Path, name: str) -> dict[str, Any]:
     stated = metadata["conventions"]
     for key, value in CONVENTIONS.items():
         if not isinstance(stated, dict) or stated.get(key) != value:
-            found = stated.get(key) if isinstance(stated, dict) else stated
+            actual = stated.get(key) if isinstance(stated, dict) else stated
             raise DemoError(
-                name, f"convention {key!r} is {found!r}, {value!r} is needed: convert the demo before loading it"
+                name, f"convention {key!r} is {actual!r}, {value!r} is needed: convert the demo before loading it"
             )
     return metadata
 
@@ -183,10 +183,10 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
     arms, entries = metadata["arms"], metadata["cameras"]
     if not isinstance(arms, list) or not isinstance(entries, dict):
         raise DemoError(name, "metadata.json: arms must be a list of names, cameras an object of entries by name")
-    wanted = [f"{arm}/{part}" for arm in arms for part in ARM_ARRAYS]
-    trajectory = _archive(name, folder / "trajectory.npz", ["timestamps_ns", "intervention", *wanted])
-    wanted = [f"{camera}/{part}" for camera in entries for part in ("intrinsics", "world_to_camera")]
-    poses = _archive(name, folder / "cameras.npz", wanted)
+    keys = [f"{arm}/{part}" for arm in arms for part in ARM_ARRAYS]
+    trajectory = _archive(name, folder / "trajectory.npz", ["timestamps_ns", "intervention", *keys])
+    keys = [f"{camera}/{part}" for camera in entries for part in ("intrinsics", "world_to_camera")]
+    poses = _archive(name, folder / "cameras.npz", keys)
     timestamps = _part(name, trajectory, "timestamps_ns", "trajectory.npz")
     if timestamps.shape != (frames,) or not np.issubdtype(timestamps.dtype, np.integer):
         raise DemoError(

@@ -158,7 +158,7 @@ class DemoWriter:
             self._commanded = {arm: [] for arm in commanded}
             self._cameras = {camera: [] for camera in images}
             self._depth = set(depth)
-        for what, given, needed in (
+        for kind, given, needed in (
             ("arms", reached, self._reached),
             ("commanded arms", commanded, self._commanded),
             ("images", images, self._cameras),
@@ -167,7 +167,7 @@ class DemoWriter:
         ):
             if set(given) != set(needed):
                 raise ValueError(
-                    f"{self.folder.name}, frame {index}: {what} of {sorted(given)} given, {sorted(needed)} needed"
+                    f"{self.folder.name}, frame {index}: {kind} of {sorted(given)} given, {sorted(needed)} needed"
                 )
         if not set(self._commanded) <= set(self._reached) or not self._depth <= set(self._cameras):
             raise ValueError(
@@ -236,16 +236,16 @@ class DemoWriter:
             trajectory["intervention"] = np.asarray(self._interventions, dtype=bool)
         for prefix, store in (("", self._reached), ("commanded_", self._commanded)):
             for arm, poses in store.items():
-                for name, part in (POSE_ARRAYS if prefix else POSE_ARRAYS | REACHED_ARRAYS).items():
-                    values = [getattr(pose, part) for pose in poses]
+                for name, attribute in (POSE_ARRAYS if prefix else POSE_ARRAYS | REACHED_ARRAYS).items():
+                    values = [getattr(pose, attribute) for pose in poses]
                     if all(value is not None for value in values):
                         trajectory[f"{arm}/{prefix}{name}"] = np.asarray(values, dtype=np.float64)
         cameras: dict[str, np.ndarray] = {}
         entries: dict[str, dict[str, Any]] = {}
         for camera, camera_poses in self._cameras.items():
-            for part in () if camera in self.uncalibrated else ("intrinsics", "world_to_camera"):
-                matrices = np.stack([np.asarray(getattr(pose, part), dtype=np.float64) for pose in camera_poses])
-                cameras[f"{camera}/{part}"] = matrices[0] if (matrices == matrices[0]).all() else matrices
+            for attribute in () if camera in self.uncalibrated else ("intrinsics", "world_to_camera"):
+                matrices = np.stack([np.asarray(getattr(pose, attribute), dtype=np.float64) for pose in camera_poses])
+                cameras[f"{camera}/{attribute}"] = matrices[0] if (matrices == matrices[0]).all() else matrices
             width, height = self._sizes[camera]
             entries[camera] = {
                 "width": width,

@@ -127,7 +127,7 @@ def _verify(read: ReadDemos, options: ReadingOptions, cache_dir: Path) -> None:
     """Leave out the demonstrations whose files or frames are damaged. If the model masks views, damage to the files of
     a camera other than the first removes only that camera."""
     verdicts = verify(read.demos, options.cameras, options.depth, cache_dir)
-    kept = []
+    sound_demos = []
     for demo, verdict in zip(read.demos, verdicts, strict=True):
         problem, views = verdict.problem, verdict.views
         if problem is None and views and not options.masks_views:
@@ -140,6 +140,6 @@ def _verify(read: ReadDemos, options: ReadingOptions, cache_dir: Path) -> None:
         if views:
             sound = {name: track for name, track in demo.cameras.items() if name not in views}
             demo = replace(demo, cameras=sound, source=demo.source | {"damaged": views})
-        kept.append(demo)
+        sound_demos.append(demo)
         read.contents[demo.name] = verdict.content
-    read.demos = kept
+    read.demos = sound_demos

@@ -68,10 +68,10 @@ def _calibrated(demo: Demo, kept: Collection[str]) -> Demo:
     if not without:
         return demo
     if len(without) == len(demo.cameras):
-        told = "; ".join(f"{name}: {reason}" for name, reason in without.items())
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in without.items())
         raise DemoError(
             demo.name,
-            f"no camera is calibrated ({told}), which only some models can do without (docs/data.md)",
+            f"no camera is calibrated ({reasons}), which only some models can do without (docs/data.md)",
         )
     notes = [f"camera {name} is left out: {reason}" for name, reason in without.items()]
     return replace(

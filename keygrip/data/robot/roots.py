@@ -62,18 +62,18 @@ def data_roots(
         ValueError: there is no root, two have the same name, the number of calibration files or strides is not that of
             the roots, `camera_names` names a root that does not exist, or two cameras would have the same name.
     """
-    found = _folders(root, calibration)
-    strides = checked_strides(frame_stride, len(found))
-    names = {name: dict(own) for name, own in (camera_names or {}).items()}
-    places = [part.folder.name for part in found]
-    if unknown := next((name for name in names if name not in places), None):
-        raise ValueError(f"data.camera_names: there is no root {unknown!r}; roots are {', '.join(places)}")
-    for name, own in names.items():
-        if len(set(own.values())) < len(own):
-            raise ValueError(f"data.camera_names.{name}={own}: two cameras would have the same name")
+    roots = _folders(root, calibration)
+    strides = checked_strides(frame_stride, len(roots))
+    names = {name: dict(mapping) for name, mapping in (camera_names or {}).items()}
+    folder_names = [data_root.folder.name for data_root in roots]
+    if unknown := next((name for name in names if name not in folder_names), None):
+        raise ValueError(f"data.camera_names: there is no root {unknown!r}; roots are {', '.join(folder_names)}")
+    for name, mapping in names.items():
+        if len(set(mapping.values())) < len(mapping):
+            raise ValueError(f"data.camera_names.{name}={mapping}: two cameras would have the same name")
     return [
-        replace(part, stride=stride, camera_names=names.get(place, {}))
-        for part, stride, place in zip(found, strides, places, strict=True)
+        replace(data_root, stride=stride, camera_names=names.get(folder_name, {}))
+        for data_root, stride, folder_name in zip(roots, strides, folder_names, strict=True)
     ]
 
 
@@ -92,13 +92,13 @@ def _folders(
         raise ValueError(
             f"data.calibration names {len(files)} files for {len(several)} roots; null where one needs none"
         )
-    found = [_data_root(part, Path(str(part)).name, file) for part, file in zip(several, files, strict=True)]
-    labels = [part.label for part in found]
+    roots = [_data_root(part, Path(str(part)).name, file) for part, file in zip(several, files, strict=True)]
+    labels = [part.label for part in roots]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ValueError(
             f"two roots are called {twice!r}, so that their demos could not be told apart: rename a folder"
         )
-    return found if len(found) > 1 else [replace(found[0], label="")]
+    return roots if len(roots) > 1 else [replace(roots[0], label="")]
 
 
 def _data_root(root: str | Path, label: str, calibration: str | Path | None) -> DataRoot:
@@ -114,14 +114,14 @@ def checked_weights(weights: Sequence[float] | None, roots: int) -> list[float] 
     """
     if weights is None:
         return None
-    found = [float(weight) for weight in weights]
-    if len(found) != roots or roots < 2:
+    values = [float(weight) for weight in weights]
+    if len(values) != roots or roots < 2:
         raise ValueError(
-            f"data.weights has {len(found)} numbers and data.root {roots} folders: one for each of several"
+            f"data.weights has {len(values)} numbers and data.root {roots} folders: one for each of several"
         )
-    if not all(math.isfinite(weight) and weight > 0 for weight in found):
-        raise ValueError(f"data.weights must be positive, not {found}: leave out a root that takes no part")
-    return found
+    if not all(math.isfinite(weight) and weight > 0 for weight in values):
+        raise ValueError(f"data.weights must be positive, not {values}: leave out a root that takes no part")
+    return values
 
 
 @dataclass
@@ -139,19 +139,20 @@ def read_roots(roots: Sequence[DataRoot], format: str, options: ReadingOptions, 
             different durations in some, or no demo has a camera that is renamed.
     """
     everything = ReadRoots([], [], {}, [])
-    for number, root in enumerate(roots):
+    for index, root in enumerate(roots):
         references = find_demos(root.folder, format, root.calibration)
         if root.camera_names:
             references = [
-                replace(each, reader=partial(_renamed, each.reader, root.camera_names)) for each in references
+                replace(reference, reader=partial(_renamed, reference.reader, root.camera_names))
+                for reference in references
             ]
         read = read_demos(root.folder, references, options, cache_dir)
         _refuse_unmet(root, read.demos)
-        before = f"{root.label}/" if root.label else ""
-        everything.demos += [replace(demo, name=before + demo.name) for demo in read.demos] if before else read.demos
-        everything.broken += [DemoError(before + error.name, error.reason) for error in read.broken]
-        everything.contents |= {before + name: content for name, content in read.contents.items()}
-        everything.root_of += [number] * len(read.demos)
+        prefix = f"{root.label}/" if root.label else ""
+        everything.demos += [replace(demo, name=prefix + demo.name) for demo in read.demos] if prefix else read.demos
+        everything.broken += [DemoError(prefix + error.name, error.reason) for error in read.broken]
+        everything.contents |= {prefix + name: content for name, content in read.contents.items()}
+        everything.root_of += [index] * len(read.demos)
     names = [root.label or str(root.folder) for root in roots]
     refuse_unequal_steps(everything.demos, everything.root_of, names, [root.stride for root in roots])
     return everything

@@ -66,7 +66,7 @@ def keyframe_of(
 
 def moving_frames(demo: Demo, arms: Sequence[str], idle_s: float) -> np.ndarray:
     """bool [N]: frames outside of pauses longer than `idle_s`. The first `idle_s` seconds of a pause are kept."""
-    still = np.ones(len(demo) - 1, dtype=bool)
+    stationary = np.ones(len(demo) - 1, dtype=bool)
     seconds = np.diff(demo.timestamps) / 1e9
     for name in arms:
         arm = demo.arms[name]
@@ -74,13 +74,13 @@ def moving_frames(demo: Demo, arms: Sequence[str], idle_s: float) -> np.ndarray:
         dot = np.abs((arm.quaternion[1:] * arm.quaternion[:-1]).sum(-1)).clip(max=1)
         turn = 2 * np.arccos(dot) / seconds
         gripper = np.abs(np.diff(arm.gripper)) / seconds
-        still &= (speed < IDLE_SPEED_MPS) & (turn < IDLE_TURN_RPS) & (gripper < IDLE_GRIPPER_PER_S)
-    kept = np.ones(len(demo), dtype=bool)
+        stationary &= (speed < IDLE_SPEED_MPS) & (turn < IDLE_TURN_RPS) & (gripper < IDLE_GRIPPER_PER_S)
+    kept_mask = np.ones(len(demo), dtype=bool)
     pause = 0.0
-    for frame, idle in enumerate(still, start=1):
+    for frame, idle in enumerate(stationary, start=1):
         pause = pause + float(seconds[frame - 1]) if idle else 0.0
-        kept[frame] = pause <= idle_s
-    return kept
+        kept_mask[frame] = pause <= idle_s
+    return kept_mask
 
 
 def kept_frames(demo: Demo, arms: Sequence[str], drop_idle_s: float | None) -> np.ndarray:
@@ -125,8 +125,8 @@ def poses_of(
     trajectories, chosen = [demo.arms[name] for name in arms], (targets, gripper_targets)
     ahead = zip(*(targets_of(arm, frame, steps, *chosen) for arm in trajectories), strict=True)
     position, quaternion, gripper, is_pad = (np.stack(part, axis) for part in ahead)
-    here = np.zeros(1, dtype=np.int64)
-    keyframes = [targets_of(arm, keyframe_of(arm, frame, *chosen), here, targets)[0] for arm in trajectories]
+    zero_step = np.zeros(1, dtype=np.int64)
+    keyframes = [targets_of(arm, keyframe_of(arm, frame, *chosen), zero_step, targets)[0] for arm in trajectories]
     further = {}
     if extra:
         future = np.asarray(frame)[..., None] + steps
@@ -221,15 +221,15 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
     ) -> None:
         self.demos, self.demo_indices, self.frames = list(demos), list(demo_indices), frames
         self.options = options
-        kept = [kept_frames(demo, options.arms, options.drop_idle_s) for demo in demos]
-        left = sum(map(len, kept))
-        kept = [
+        frame_indices = [kept_frames(demo, options.arms, options.drop_idle_s) for demo in demos]
+        kept_count = sum(map(len, frame_indices))
+        frame_indices = [
             weighted_frames(frames, demo.intervention, options.intervention_weight)
-            for frames, demo in zip(kept, demos, strict=True)
+            for frames, demo in zip(frame_indices, demos, strict=True)
         ]
-        self.sample_demo = np.repeat(np.arange(len(kept)), [len(part) for part in kept])
-        self.sample_frame = np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
-        self.dropped = sum(len(demo) for demo in demos) - left
+        self.sample_demo = np.repeat(np.arange(len(frame_indices)), [len(indices) for indices in frame_indices])
+        self.sample_frame = np.concatenate(frame_indices) if frame_indices else np.zeros(0, dtype=np.int64)
+        self.dropped = sum(len(demo) for demo in demos) - kept_count
 
     def __len__(self) -> int:
         return len(self.sample_frame)
@@ -316,20 +316,20 @@ class MultiViewSamples(DemoSamples):
         """As for all `SubstitutingSamples`. The bad samples returned with the first sample also contain the samples
         with unreadable views."""
         self._masked = []
-        found = super().__getitems__(keys)
-        if isinstance(first := found[0], tuple):
+        samples = super().__getitems__(keys)
+        if isinstance(first := samples[0], tuple):
             first[1].extend(self._masked)
-        return found
+        return samples
 
     def _with_images(self, number: int, frame: int, key: SampleKey, common: dict[str, Any]) -> PolicyTargets:
         options = self.options
         generator = sample_generator(options.seed, key)
-        there = self._shown_views(number, generator)
+        present = self._shown_views(number, generator)
         views = []
         unread: list[str] = []
-        for place, name in enumerate(self.cameras):
-            view = self._read_view(number, name, frame, generator, unread) if there[place] else None
-            there[place] = view is not None
+        for index, name in enumerate(self.cameras):
+            view = self._read_view(number, name, frame, generator, unread) if present[index] else None
+            present[index] = view is not None
             views.append(view or options.geometry.absent_view(self.depth))
         if unread:
             self._masked.append(BadSample("; ".join(unread)))
@@ -341,7 +341,7 @@ class MultiViewSamples(DemoSamples):
             view_intrinsics=_float(np.stack([view.intrinsics for view in views])),
             view_world_to_camera=_float(np.stack([view.world_to_camera for view in views])),
             depth=torch.from_numpy(np.stack(depth)) if depth else None,
-            view_mask=torch.tensor(there),
+            view_mask=torch.tensor(present),
             cameras=self.cameras,
             mean=options.geometry.mean,
             std=options.geometry.std,
@@ -350,11 +350,11 @@ class MultiViewSamples(DemoSamples):
 
     def _shown_views(self, number: int, generator: np.random.Generator) -> list[bool]:
         """Return which views a sample shows: of the demo's cameras, the first and those that are not dropped."""
-        there = [name in self.demos[number].cameras for name in self.cameras]
+        present = [name in self.demos[number].cameras for name in self.cameras]
         if self.options.view_dropout:  # no random number is used otherwise, as in a run without this option
-            kept = generator.random(len(there) - 1) >= self.options.view_dropout
-            there[1:] = [has and bool(keeps) for has, keeps in zip(there[1:], kept, strict=True)]
-        return there
+            keep_mask = generator.random(len(present) - 1) >= self.options.view_dropout
+            present[1:] = [has and bool(keeps) for has, keeps in zip(present[1:], keep_mask, strict=True)]
+        return present
 
     def _read_view(
         self, number: int, name: str, frame: int, generator: np.random.Generator, unread: list[str]
@@ -374,10 +374,10 @@ class MultiViewSamples(DemoSamples):
         camera, pixels = self.demos[number].cameras[name], self._image(number, name, frame)
         detail_size = options.detail_size if name == options.camera else None
         depth = self._depth(number, name, frame)
-        seen = (pixels, camera.intrinsics[frame], camera.world_to_camera[frame], depth, detail_size)
+        inputs = (pixels, camera.intrinsics[frame], camera.world_to_camera[frame], depth, detail_size)
         if options.augmentation is None:
-            return options.geometry.view(*seen)
-        return options.augmentation.view(generator, options.geometry, *seen)
+            return options.geometry.view(*inputs)
+        return options.augmentation.view(generator, options.geometry, *inputs)
 
     def _depth(self, number: int, camera: str, frame: int) -> np.ndarray | None:
         """Return H x W uint16 millimetres, all 0 (unknown) if depth was not recorded; None if depth is not used."""

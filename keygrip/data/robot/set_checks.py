@@ -44,11 +44,11 @@ def refuse_missing(
                 f"data.{setting}=commanded, but {len(without)} of {len(demos)} demos hold no commanded poses "
                 f"(first: {without[0]}); use data.{setting}=reached"
             )
-    for what in extra:
-        without = [demo.name for demo in demos if any(getattr(demo.arms[arm], what) is None for arm in arms)]
+    for quantity in extra:
+        without = [demo.name for demo in demos if any(getattr(demo.arms[arm], quantity) is None for arm in arms)]
         if without:
             raise ValueError(
-                f"model.actions.kind needs {what}, which {len(without)} of {len(demos)} demos do not hold (first: "
+                f"model.actions.kind needs {quantity}, which {len(without)} of {len(demos)} demos do not hold (first: "
                 f"{without[0]}): use model.actions.kind=absolute or delta"
             )
     if "controller" in extra and max(strides) != 1:
@@ -68,12 +68,12 @@ def check_robots(demos: Sequence[Demo], embodiments: Sequence[str], may_keep_apa
         ValueError: there are demos of a robot that `embodiments` does not name.
     """
     robots = sorted({demo.robot for demo in demos})
-    other = [name for name in robots if name not in embodiments]
-    if embodiments and other:
+    unlisted = [name for name in robots if name not in embodiments]
+    if embodiments and unlisted:
         raise ValueError(
-            f"model.actions.embodiments names {', '.join(embodiments)}, and there are demos of {other[0]!r}"
+            f"model.actions.embodiments names {', '.join(embodiments)}, and there are demos of {unlisted[0]!r}"
         )
-    if len(other) > 1 and may_keep_apart:
+    if len(unlisted) > 1 and may_keep_apart:
         log.warning(
             "there are demos of several robots (%s), and actions are normalised, positions limited by all of them "
             "together: model.actions.embodiments=[%s] keeps them apart",
@@ -92,19 +92,19 @@ def refuse_short(demos: Sequence[Demo], horizon: int, strides: Sequence[int]) ->
         ValueError: no demo reaches its first target.
     """
     ahead = [(len(demo) - 1) // stride for demo, stride in zip(demos, strides, strict=True)]
-    most, number = max(ahead), int(np.argmax(ahead))
-    longest = f"{demos[number].name}, with {len(demos[number])} frames the longest"
+    most, index = max(ahead), int(np.argmax(ahead))
+    longest = f"{demos[index].name}, with {len(demos[index])} frames the longest"
     if not most:
         raise ValueError(
-            f"data.frame_stride={strides[number]}: the first target lies behind the end of all {len(demos)} training "
+            f"data.frame_stride={strides[index]}: the first target lies behind the end of all {len(demos)} training "
             f"demos ({longest}), so that there is nothing to learn: lower it"
         )
     if most < horizon:
         log.warning(
             "data.horizon=%d steps of data.frame_stride=%d frames: the last %d lie behind the end of all training "
             "demos (%s), where the last pose is repeated: no demo shows them; data.horizon=%d would do%s",
-            *(horizon, strides[number], horizon - most, longest, most),
-            ", or a lower data.frame_stride, with shorter steps" if strides[number] > 1 else "",
+            *(horizon, strides[index], horizon - most, longest, most),
+            ", or a lower data.frame_stride, with shorter steps" if strides[index] > 1 else "",
         )
     short = [demo.name for demo, steps in zip(demos, ahead, strict=True) if not steps]
     if short:
@@ -124,9 +124,9 @@ def report_absent_views(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
         without = [demo for demo in demos if camera not in demo.cameras]
         if not without:
             continue
-        told = [without[0].source.get(key) for key in ("damaged", "uncalibrated")]
-        known = [each[camera] for each in told if isinstance(each, Mapping) and camera in each]
-        reason = known[0] if known else "it has no such camera"
+        records = [without[0].source.get(key) for key in ("damaged", "uncalibrated")]
+        reasons = [record[camera] for record in records if isinstance(record, Mapping) and camera in record]
+        reason = reasons[0] if reasons else "it has no such camera"
         first = f"first: {without[0].name}: {reason}"
         if len(without) == len(demos):
             raise ValueError(
@@ -168,19 +168,19 @@ def refuse_flat(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
 
 def report_outliers(demos: Sequence[Demo], arms: Sequence[str], targets: str) -> None:
     """Warn about single wrong readings: one of them stretches the height bins of all demos."""
-    found = []
+    outliers = []
     for demo in demos:
         for arm in arms:
-            for what, poses in (("reached", demo.arms[arm]), ("commanded", demo.arms[arm].commanded)):
-                if poses is not None and what == targets:
-                    found += [f"{demo.name} frame {frame}" for frame in pose_outliers(poses)]
-    if found:
+            for kind, poses in (("reached", demo.arms[arm]), ("commanded", demo.arms[arm].commanded)):
+                if poses is not None and kind == targets:
+                    outliers += [f"{demo.name} frame {frame}" for frame in pose_outliers(poses)]
+    if outliers:
         log.warning(
             "%d %s positions leave the path of their neighbours by more than 10 cm, which stretches the height "
             "bins (repair or remove these demos): %s",
-            len(found),
+            len(outliers),
             targets,
-            first_names(found),
+            first_names(outliers),
         )
 
 
@@ -224,7 +224,7 @@ def off_screen_shares(
         steps: returns [T], how many frames each target lies ahead, for the index of a demo.
     """
     shares = {}
-    for number, demo in enumerate(demos):
+    for index, demo in enumerate(demos):
         track = demo.cameras[camera]
         if track.uncalibrated:
             continue
@@ -233,10 +233,10 @@ def off_screen_shares(
         pose = torch.from_numpy(np.ascontiguousarray(track.world_to_camera))[:, None]
         inside = []
         for arm in arms:
-            points, _, _, is_pad = targets_of(demo.arms[arm], np.arange(len(demo)), steps(number), targets)
+            points, _, _, is_pad = targets_of(demo.arms[arm], np.arange(len(demo)), steps(index), targets)
             pixels, _ = project(torch.from_numpy(points), intrinsics, pose)
-            seen = inside_image(pixels, geometry.image_size, geometry.image_size)
-            inside.append(seen.numpy()[~is_pad])
+            visible = inside_image(pixels, geometry.image_size, geometry.image_size)
+            inside.append(visible.numpy()[~is_pad])
         if len(targets_inside := np.concatenate(inside)):  # a demo that is shorter than a step has no target
             shares[demo.name] = float(1 - targets_inside.mean())
     return shares

@@ -128,7 +128,9 @@ def compute_statistics(
         chunks=_chunks(train, train_indices, options),
         instructions=tuple(sorted({demo.instruction for demo in train})),
         calibrated=calibrated,
-        robot_ranges={name: _range_of(_positions(own, options)) for name, own in by_robot.items() if own},
+        robot_ranges={
+            name: _range_of(_positions(robot_demos, options)) for name, robot_demos in by_robot.items() if robot_demos
+        },
         apart=_apart(train, calibrated, (np.array(low) + np.array(high)) / 2),
     )
 
@@ -155,16 +157,16 @@ def _apart(demos: Sequence[Demo], cameras: Sequence[str], middle: np.ndarray) ->
     for name in cameras:
         poses = [demo.cameras[name].world_to_camera[:: max(1, len(demo) // FRAMES_OF_A_DEMO)] for demo in demos]
         centres[name] = camera_centre(torch.from_numpy(np.concatenate(poses)).double()).numpy()
-    found = {}
+    separations = {}
     for pair in itertools.combinations(cameras, 2):
         first, second = (centres[name] for name in pair)
-        rays = [at - middle for at in (first, second)]
+        rays = [centre - middle for centre in (first, second)]
         rays = [ray / np.maximum(np.linalg.norm(ray, axis=1, keepdims=True), 1e-9) for ray in rays]
         # from the chord, because the cosine of a small angle loses the angle to rounding
         angles = 2 * np.arcsin(np.clip(np.linalg.norm(rays[0] - rays[1], axis=1) / 2, 0, 1))
         distance = np.median(np.linalg.norm(first - second, axis=1))
-        found[pair] = Apart(float(distance), float(np.degrees(np.median(angles))))
-    return found
+        separations[pair] = Apart(float(distance), float(np.degrees(np.median(angles))))
+    return separations
 
 
 def _is_calibrated(demo: Demo, camera: str) -> bool:
@@ -174,24 +176,24 @@ def _is_calibrated(demo: Demo, camera: str) -> bool:
 def _chunks(train: Sequence[Demo], train_indices: Sequence[int], options: SampleOptions) -> PolicyTargets:
     """Return targets of training frames, without images: of all frames that are samples, or of evenly chosen ones.
     Frames are chosen separately for each robot with its own statistics, so that a rare robot is not left out."""
-    kept = [kept_frames(demo, options.arms, options.drop_idle_s) for demo in train]
+    frames_per_demo = [kept_frames(demo, options.arms, options.drop_idle_s) for demo in train]
     robots = [demo.robot if options.embodiments else "" for demo in train]
     frames_of: dict[str, int] = defaultdict(int)
-    for robot, frames in zip(robots, kept, strict=True):
+    for robot, frames in zip(robots, frames_per_demo, strict=True):
         frames_of[robot] += len(frames)
-    parts: list[dict[str, torch.Tensor]] = []
+    chunks: list[dict[str, torch.Tensor]] = []
     instructions: list[str] = []
     # frames to skip at the beginning of a robot's next demo, so that the choice is even over all its demos
     skip: dict[str, int] = defaultdict(int)
-    for index, demo, robot, frames in zip(train_indices, train, robots, kept, strict=True):
+    for index, demo, robot, frames in zip(train_indices, train, robots, frames_per_demo, strict=True):
         every = max(1, math.ceil(frames_of[robot] / CHUNKS_AT_MOST))
         chosen = frames[skip[robot] :: every]
         skip[robot] = (skip[robot] - len(frames)) % every
-        which = {"demo_index": torch.full((len(chosen),), index), "frame_index": torch.from_numpy(chosen)}
+        indices = {"demo_index": torch.full((len(chosen),), index), "frame_index": torch.from_numpy(chosen)}
         if options.embodiments:
-            which["embodiment"] = torch.full((len(chosen),), options.embodiments.index(demo.robot))
-        parts.append(options.poses(demo, index, chosen) | which)
+            indices["embodiment"] = torch.full((len(chosen),), options.embodiments.index(demo.robot))
+        chunks.append(options.poses(demo, index, chosen) | indices)
         instructions += [demo.instruction] * len(chosen)
     return PolicyTargets(
-        **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}, instruction=instructions
+        **{name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}, instruction=instructions
     )

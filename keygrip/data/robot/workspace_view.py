@@ -45,7 +45,7 @@ def kept_share(geometry: ImageGeometry, tracks: Sequence[CameraTrack], points: n
         The share of the points in the camera's image that the network sees, and the share of all points that the camera
         sees, over all tracks.
     """
-    inside = seen = count = 0
+    inside = visible_count = count = 0
     for track in tracks:
         frames = np.unique(np.linspace(0, len(track.intrinsics) - 1, FRAMES_AT_MOST).astype(int))
         if track.world_to_camera.strides[0] == 0 and track.intrinsics.strides[0] == 0:
@@ -56,9 +56,13 @@ def kept_share(geometry: ImageGeometry, tracks: Sequence[CameraTrack], points: n
         x, y = pixels[..., 0].numpy(), pixels[..., 1].numpy()
         visible = (x >= 0) & (x < track.width) & (y >= 0) & (y < track.height) & (depth.numpy() > 0)
         box = geometry.box(track.width, track.height)
-        kept = visible & (x >= box.left) & (x < box.right) & (y >= box.top) & (y < box.bottom)
-        inside, seen, count = inside + int(kept.sum()), seen + int(visible.sum()), count + visible.size
-    return inside / max(seen, 1), seen / max(count, 1)
+        in_crop = visible & (x >= box.left) & (x < box.right) & (y >= box.top) & (y < box.bottom)
+        inside, visible_count, count = (
+            inside + int(in_crop.sum()),
+            visible_count + int(visible.sum()),
+            count + visible.size,
+        )
+    return inside / max(visible_count, 1), visible_count / max(count, 1)
 
 
 def choose_fit(
@@ -103,8 +107,8 @@ def fit_to_workspace(
     chosen, shares = choose_fit(geometry, tracks, workspace_points(demos, arms))
     log.info("data.fit=auto: fit=%s field=%g", chosen.fit, chosen.field)
     for camera, (kept, seen) in shares.items():
-        said = "  camera %s sees %.1f %% of the workspace, the network %.1f %% of that"
-        log.info(said, camera, 100 * seen, 100 * kept)
+        message = "  camera %s sees %.1f %% of the workspace, the network %.1f %% of that"
+        log.info(message, camera, 100 * seen, 100 * kept)
     return chosen
 
 

@@ -85,14 +85,20 @@ def pack_batches(
 
 def _cuts(frames: np.ndarray, positions: np.ndarray, rows: np.ndarray, budget: Budget, most: int) -> list[int]:
     """Return where batches end if each batch takes the next samples in order as long as the budget allows."""
-    cuts, count, held, taken, longest = [], 0, 0, 0, 0.0
-    for place, (more, long, own) in enumerate(zip(frames.tolist(), positions.tolist(), rows.tolist(), strict=True)):
-        longest_now = max(longest, long)
-        full = count == most or held + more > budget.frames or (taken + own) * longest_now > budget.positions
+    cuts, count, frame_count, row_count, longest = [], 0, 0, 0, 0.0
+    for index, (new_frames, new_length, new_rows) in enumerate(
+        zip(frames.tolist(), positions.tolist(), rows.tolist(), strict=True)
+    ):
+        longest_now = max(longest, new_length)
+        full = (
+            count == most
+            or frame_count + new_frames > budget.frames
+            or (row_count + new_rows) * longest_now > budget.positions
+        )
         if count and full:
-            cuts.append(place)
-            count, held, taken, longest_now = 0, 0, 0, long
-        count, held, taken, longest = count + 1, held + more, taken + own, longest_now
+            cuts.append(index)
+            count, frame_count, row_count, longest_now = 0, 0, 0, new_length
+        count, frame_count, row_count, longest = count + 1, frame_count + new_frames, row_count + new_rows, longest_now
     return cuts
 
 
@@ -104,16 +110,16 @@ def with_count(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
         ValueError: there are not enough samples.
     """
     # a heap by size, then by position: the position of a part is the path of halves from its batch, and sorts in order
-    found: list[tuple[int, tuple[int, ...], np.ndarray]] = [(-len(b), (n,), b) for n, b in enumerate(batches)]
-    heapq.heapify(found)
-    while len(found) < count:
-        size, place, largest = found[0] if found else (0, (), np.zeros(0, np.int64))
+    heap: list[tuple[int, tuple[int, ...], np.ndarray]] = [(-len(b), (n,), b) for n, b in enumerate(batches)]
+    heapq.heapify(heap)
+    while len(heap) < count:
+        size, position, largest = heap[0] if heap else (0, (), np.zeros(0, np.int64))
         if size > -2:
             raise ValueError(f"{sum(map(len, batches))} samples do not make {count} batches")
         first, second = largest[: -size // 2], largest[-size // 2 :]
-        heapq.heapreplace(found, (-len(first), (*place, 0), first))
-        heapq.heappush(found, (-len(second), (*place, 1), second))
-    return [batch for _, _, batch in sorted(found, key=lambda each: each[1])[:count]]
+        heapq.heapreplace(heap, (-len(first), (*position, 0), first))
+        heapq.heappush(heap, (-len(second), (*position, 1), second))
+    return [batch for _, _, batch in sorted(heap, key=lambda each: each[1])[:count]]
 
 
 def split_over_ranks(batch: np.ndarray, sizes: Sizes, ranks: int) -> list[np.ndarray]:
@@ -132,12 +138,12 @@ def split_over_ranks(batch: np.ndarray, sizes: Sizes, ranks: int) -> list[np.nda
 def group_by_rank(batches: Sequence[np.ndarray], ranks: int) -> list[list[np.ndarray]]:
     """Group batches that are each for a single rank into groups of `ranks`, so that every sample occurs once. The
     largest are halved until their number is a multiple of `ranks`; samples are repeated only if there are too few."""
-    wanted = -(-len(batches) // ranks) * ranks
-    if sum(map(len, batches)) < wanted:
-        own = np.split(np.resize(np.concatenate(batches), wanted), wanted)
+    total = -(-len(batches) // ranks) * ranks
+    if sum(map(len, batches)) < total:
+        rank_batches = np.split(np.resize(np.concatenate(batches), total), total)
     else:
-        own = with_count(batches, wanted)
-    return [own[start : start + ranks] for start in range(0, wanted, ranks)]
+        rank_batches = with_count(batches, total)
+    return [rank_batches[start : start + ranks] for start in range(0, total, ranks)]
 
 
 def cost(batch: np.ndarray, sizes: Sizes) -> tuple[float, float]:
@@ -181,9 +187,9 @@ def costliest(batches: Sequence[np.ndarray], sizes: Sizes, budget: Budget, count
 
     def load(batch: np.ndarray) -> Load:
         frames, positions = cost(batch, sizes)
-        own = queries(sizes.frames[batch], sizes.rows[batch])
-        return Load(frames / budget.frames, positions / budget.positions, own)
+        query_count = queries(sizes.frames[batch], sizes.rows[batch])
+        return Load(frames / budget.frames, positions / budget.positions, query_count)
 
-    taken = [load(batch) for batch in batches]
-    first = [sorted(range(len(batches)), key=lambda n: of(taken[n]), reverse=True)[:count] for of in MEASURES]
-    return [batches[number] for number in dict.fromkeys(chain.from_iterable(first))]
+    loads = [load(batch) for batch in batches]
+    first = [sorted(range(len(batches)), key=lambda n: measure(loads[n]), reverse=True)[:count] for measure in MEASURES]
+    return [batches[index] for index in dict.fromkeys(chain.from_iterable(first))]

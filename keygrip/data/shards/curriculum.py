@@ -54,9 +54,9 @@ def check_stages(stages: Sequence[Stage], names: Collection[str]) -> None:
     Raises:
         ValueError: a stage names another source, the last stage has an end, or an earlier stage has none.
     """
-    if other := sorted({name for stage in stages for name in stage.weights} - set(names)):
+    if unknown := sorted({name for stage in stages for name in stage.weights} - set(names)):
         raise ValueError(
-            f"the curriculum names {', '.join(other)}; sources without a share are {', '.join(sorted(names))}"
+            f"the curriculum names {', '.join(unknown)}; sources without a share are {', '.join(sorted(names))}"
         )
     ends = [stage.steps is not None for stage in stages]
     if ends != [True] * (len(ends) - 1) + [False]:
@@ -84,28 +84,28 @@ class Curriculum:
     def epochs(self) -> list[int]:
         """Return epochs that together contain batches of every stage: the first epoch, each epoch in which a stage
         begins, and the next epoch if the stage continues there."""
-        found, start = {0}, 0
+        new_epochs, start = {0}, 0
         for stage in self.stages:
             epoch = start // self.batches
-            found.add(epoch)
+            new_epochs.add(epoch)
             lasts = stage.batches(self.batches_per_step)
             if lasts is None or start + lasts > (epoch + 1) * self.batches:
-                found.add(epoch + 1)
+                new_epochs.add(epoch + 1)
             start += lasts or 0
-        return sorted(found)
+        return sorted(new_epochs)
 
     def stages_of(self, epoch: int) -> list[tuple[int, int]]:
         """Return the indices of the stages of an epoch's batches, each with its number of batches."""
-        found, start = [], 0
+        stage_batches, start = [], 0
         first, last = epoch * self.batches, (epoch + 1) * self.batches
-        for number, stage in enumerate(self.stages):
+        for index, stage in enumerate(self.stages):
             lasts = stage.batches(self.batches_per_step)
             stop = last if lasts is None else start + lasts
             inside = min(stop, last) - max(start, first)
             if inside > 0:
-                found.append((number, inside))
+                stage_batches.append((index, inside))
             start = stop
-        return found
+        return stage_batches
 
     def totals(self, epoch: int) -> list[int]:
         """Return the number of samples in each of the epoch's stages, including mixed-in samples."""
@@ -121,11 +121,11 @@ class Curriculum:
         Args:
             lead: samples of all lead sources in the epoch.
         """
-        before = 0
+        cumulative = 0
         rows: list[list[int]] = []
         totals = self.totals(epoch)
-        for (number, _), total in zip(self.stages_of(epoch), totals, strict=True):
-            before += total
-            here = round(lead * before / sum(totals)) - sum(sum(row) for row in rows)
-            rows.append(self.stages[number].counts(names, here))
+        for (index, _), total in zip(self.stages_of(epoch), totals, strict=True):
+            cumulative += total
+            stage_samples = round(lead * cumulative / sum(totals)) - sum(sum(row) for row in rows)
+            rows.append(self.stages[index].counts(names, stage_samples))
         return rows

@@ -113,10 +113,12 @@ class ShardIndex:
             arrays = read_npz(content, where=name)
             with guard(name):
                 columns = {k.removeprefix("column/"): v for k, v in arrays.items() if k.startswith("column/")}
-                own = {key: arrays[key] for key in OWN}
+                own_arrays = {key: arrays[key] for key in OWN}
                 reasons = (arrays[key].tolist() for key in ("bad_keys", "bad_reasons") if key in arrays)
                 bad = dict(zip(*reasons, strict=True))
-                index = cls(**own, columns=columns, size=int(arrays["size"]), bad=bad, textless=_textless(arrays, bad))
+                index = cls(
+                    **own_arrays, columns=columns, size=int(arrays["size"]), bad=bad, textless=_textless(arrays, bad)
+                )
                 index._check()
                 return index
         except BadSample as error:
@@ -127,10 +129,10 @@ class ShardIndex:
     def _check(self) -> None:
         """Raise ValueError if the arrays do not belong together or refer to positions outside the tar."""
         samples, members = len(self.keys), len(self.part_names)
-        numbers = (self.first_part, self.part_offsets, self.part_sizes, self.part_crcs)
-        if any(values.ndim != 1 for values in (self.keys, self.part_names, *numbers, *self.columns.values())):
+        integer_arrays = (self.first_part, self.part_offsets, self.part_sizes, self.part_crcs)
+        if any(values.ndim != 1 for values in (self.keys, self.part_names, *integer_arrays, *self.columns.values())):
             raise ValueError("an array has more than one dimension")
-        if any(values.dtype.kind != "i" for values in numbers) or {
+        if any(values.dtype.kind != "i" for values in integer_arrays) or {
             self.keys.dtype.kind,
             self.part_names.dtype.kind,
         } != {"U"}:
@@ -173,9 +175,9 @@ def _textless(arrays: Mapping[str, np.ndarray], bad: Mapping[str, str]) -> dict[
     names, counts = arrays["textless_names"].tolist(), arrays["textless_counts"].tolist()
     if sum(counts) != len(names) or min(counts, default=0) < 0:
         raise ValueError("its images without text do not belong together")
-    left = iter(names)
+    remaining_names = iter(names)
     pairs = zip(arrays["textless"].tolist(), counts, strict=True)
-    return {str(key): tuple(map(str, islice(left, count))) for key, count in pairs}
+    return {str(key): tuple(map(str, islice(remaining_names, count))) for key, count in pairs}
 
 
 def make_index(
@@ -234,11 +236,11 @@ def index_shard(path: Path, describe: Describe) -> ShardIndex:
 
 
 def _index_tar(path: Path, describe: Describe) -> ShardIndex:
-    found = members_of(path)
-    if found.fault is not None:
-        raise found.fault
-    gathered_parts, refused = gathered(found.parts, found.bad)
-    bad = {**found.bad, **refused}
+    members = members_of(path)
+    if members.fault is not None:
+        raise members.fault
+    gathered_parts, refused = gathered(members.parts, members.bad)
+    bad = {**members.bad, **refused}
     with path.open("rb") as raw:
         rows: dict[str, Row] = {}
         crcs: dict[str, list[int]] = {}
@@ -261,9 +263,9 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                     rows[key] = _checked(describe(content))
             except BadSample as error:
                 bad[key] = error.what
-    whole = [[(*part, crc) for part, crc in zip(gathered_parts[key], crcs[key], strict=True)] for key in rows]
-    index = make_index([*rows], whole, [*rows.values()], found.size, bad)
-    return replace(index, textless={key: each for key, each in textless(gathered_parts).items() if key in bad})
+    complete_parts = [[(*part, crc) for part, crc in zip(gathered_parts[key], crcs[key], strict=True)] for key in rows]
+    index = make_index([*rows], complete_parts, [*rows.values()], members.size, bad)
+    return replace(index, textless={key: names for key, names in textless(gathered_parts).items() if key in bad})
 
 
 @dataclass(frozen=True)
@@ -286,19 +288,19 @@ class TarMembers:
 
 def members_of(path: Path) -> TarMembers:
     """Read the headers of a tar file. Hidden files, such as metadata that a file system adds, are ignored."""
-    found = TarMembers()
+    members = TarMembers()
     try:
-        found = replace(found, size=regular_file(path).st_size)
+        members = replace(members, size=regular_file(path).st_size)
         with guard(path), tarfile.open(path, "r:") as tar, path.open("rb") as raw:
-            _add_members(found, path, tar, raw)
+            _add_members(members, path, tar, raw)
     except BadSample as error:
         cause = error.__cause__
         if isinstance(cause, ShardError):
-            return replace(found, fault=cause)
-        if isinstance(cause, tarfile.ReadError) and not found.parts and _is_compressed(path):
-            return replace(found, fault=ShardError(f"{path} is compressed, {COMPRESSED}"))
-        return replace(found, fault=ShardError(f"{path} is not a whole tar file: {error.what}"))
-    return found
+            return replace(members, fault=cause)
+        if isinstance(cause, tarfile.ReadError) and not members.parts and _is_compressed(path):
+            return replace(members, fault=ShardError(f"{path} is compressed, {COMPRESSED}"))
+        return replace(members, fault=ShardError(f"{path} is not a whole tar file: {error.what}"))
+    return members
 
 
 def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[bytes]) -> None:
@@ -358,8 +360,8 @@ def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[by
     closing = raw.read(END_OF_TAR)
     if len(closing) < END_OF_TAR or any(closing):
         raise ShardError(f"{path} is cut off: the end mark after its {len(found.parts)} samples is missing")
-    while more := raw.read(1 << 20):
-        if any(more):
+    while trailing := raw.read(1 << 20):
+        if any(trailing):
             raise ShardError(
                 f"{path} goes on after the end mark behind its {len(found.parts)} samples: tar files joined by cat are "
                 "read to the first mark alone; unpack it with `tar -xif` and pack it again"

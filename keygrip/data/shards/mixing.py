@@ -148,9 +148,9 @@ class Mixture:
         within one sample over all epochs so far. The lead sources (counted together, at the first lead source's index)
         provide the rest."""
         counts = [0] * len(self.components)
-        for number, part in enumerate(self.components):
+        for index, part in enumerate(self.components):
             if part.share is not None:
-                counts[number] = self._drawn(number, part.share, epoch + 1) - self._drawn(number, part.share, epoch)
+                counts[index] = self._drawn(index, part.share, epoch + 1) - self._drawn(index, part.share, epoch)
         counts[self.lead[0]] = self._total(epoch) - sum(counts)
         return counts
 
@@ -171,8 +171,8 @@ class Mixture:
         samples, since fewer samples contain fewer similar ones."""
         ratio = self._filling(stage, self.samples)
         lasts = stage.batches(self.batches_per_step)
-        wanted = math.inf if lasts is None else lasts * ratio
-        return ratio if wanted >= self.samples else self._filling(stage, math.ceil(wanted))
+        stage_samples = math.inf if lasts is None else lasts * ratio
+        return ratio if stage_samples >= self.samples else self._filling(stage, math.ceil(stage_samples))
 
     def _filling(self, stage: Stage, samples: int) -> float:
         """Return the ratio of `samples` samples of a stage, including mixed-in ones, to the batches that they fill."""
@@ -201,26 +201,26 @@ class Mixture:
 
     def _staged_samples(self, epoch: int, rng: np.random.Generator) -> list[np.ndarray]:
         """Return the lead samples of an epoch, by stage; every component continues where the last epoch stopped."""
-        taken = [0] * len(self.components)
+        taken_counts = [0] * len(self.components)
         for past in range(epoch):
             for counts in self._staged_counts(past):
-                taken = [a + b for a, b in zip(taken, counts, strict=True)]
+                taken_counts = [a + b for a, b in zip(taken_counts, counts, strict=True)]
         pools = []
         for counts in self._staged_counts(epoch):
             parts = [
-                self.starts[number] + self._endless(number, len(part), taken[number], count)
-                for number, (part, count) in enumerate(zip(self.components, counts, strict=True))
+                self.starts[index] + self._endless(index, len(part), taken_counts[index], count)
+                for index, (part, count) in enumerate(zip(self.components, counts, strict=True))
             ]
             pools.append(rng.permutation(np.concatenate(parts)))
-            taken = [a + b for a, b in zip(taken, counts, strict=True)]
+            taken_counts = [a + b for a, b in zip(taken_counts, counts, strict=True)]
         return pools
 
     def _mixed_in_samples(self, epoch: int) -> np.ndarray:
         counts, parts = self.counts(epoch), [np.zeros(0, dtype=np.int64)]
-        for number, part in enumerate(self.components):
+        for index, part in enumerate(self.components):
             if part.share is not None:
-                first = self._drawn(number, part.share, epoch)
-                parts.append(self.starts[number] + self._endless(number, len(part), first, counts[number]))
+                first = self._drawn(index, part.share, epoch)
+                parts.append(self.starts[index] + self._endless(index, len(part), first, counts[index]))
         return np.concatenate(parts)
 
     def _endless(self, number: int, size: int, first: int, count: int) -> np.ndarray:
@@ -234,13 +234,13 @@ class Mixture:
     def order(self, epoch: int) -> np.ndarray:
         """Return the epoch's samples, batch after batch: int64 [batches * batch_size]."""
         pools, extra, rng = self._pools(epoch)
-        left, batches = np.zeros(0, dtype=np.int64), []
-        for part, more in zip(pools, extra, strict=True):
-            pool = np.concatenate([left, part, more])
-            whole = len(pool) // self.batch_size * self.batch_size
-            left, pool = pool[whole:], pool[:whole]
+        remainder, batches = np.zeros(0, dtype=np.int64), []
+        for part, additional in zip(pools, extra, strict=True):
+            pool = np.concatenate([remainder, part, additional])
+            full = len(pool) // self.batch_size * self.batch_size
+            remainder, pool = pool[full:], pool[:full]
             batches.append(bucketed(pool, self.bucket[pool], self.length[pool], self.batch_size, rng))
-        assert not len(left)
+        assert not len(remainder)
         return np.concatenate(batches)
 
     def _pools(self, epoch: int) -> tuple[list[np.ndarray], list[np.ndarray], np.random.Generator]:
@@ -262,21 +262,21 @@ class Mixture:
         """Return the epoch's batches, packed within the budget, by pool."""
         assert self.budget is not None
         pools, extra, rng = self._pools(epoch)
-        found = []
-        for part, more in zip(pools, extra, strict=True):
-            pool = rng.permutation(np.concatenate([part, more]))
-            found.append(pack_batches(pool, self.sizes, self.budget, self.batch_size, rng))
-        return found
+        batches = []
+        for part, additional in zip(pools, extra, strict=True):
+            pool = rng.permutation(np.concatenate([part, additional]))
+            batches.append(pack_batches(pool, self.sizes, self.budget, self.batch_size, rng))
+        return batches
 
     def batches_of(self, epoch: int) -> list[np.ndarray]:
         """Return the samples of each of the epoch's batches; every epoch has `self.batches` batches."""
         if self.budget is None:
             return list(self.order(epoch).reshape(self.batches, self.batch_size))
-        found = self._filled(epoch)
+        filled = self._filled(epoch)
         if not self.curriculum:
-            return with_count(list(chain.from_iterable(found)), self.batches)
-        wanted = [batches for _, batches in self.curriculum.stages_of(epoch)]
-        return list(chain.from_iterable(with_count(pool, count) for pool, count in zip(found, wanted, strict=True)))
+            return with_count(list(chain.from_iterable(filled)), self.batches)
+        counts = [batches for _, batches in self.curriculum.stages_of(epoch)]
+        return list(chain.from_iterable(with_count(pool, count) for pool, count in zip(filled, counts, strict=True)))
 
     def parts(self, batch: np.ndarray, ranks: int) -> list[np.ndarray]:
         """Divide a batch over the ranks. The batches themselves do not depend on the number of ranks, so that a run can
@@ -295,21 +295,21 @@ class Mixture:
         first = np.cumsum(rows) - rows
         batches = self.batches_of(epoch)
         if packed:
-            batches = [batches[number] for number in evenly(len(batches), PACKED)]
-        held = places = 0.0
+            batches = [batches[index] for index in evenly(len(batches), PACKED)]
+        token_count = position_count = 0.0
         for part in chain.from_iterable(self.parts(batch, ranks) for batch in batches):
             frames = np.repeat(tokens_per_frame * self.bucket[part], rows[part])
             lengths = frames + tokens[ranges(first[part], rows[part])]
-            held += lengths.sum()
-            places += positions_of(lengths.tolist(), packed)
-        return float(1 - held / places) if places else 0.0
+            token_count += lengths.sum()
+            position_count += positions_of(lengths.tolist(), packed)
+        return float(1 - token_count / position_count) if position_count else 0.0
 
     def _in_windows(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """Group the samples by window of shards."""
         assert self.window_shards is not None
         component = np.searchsorted(self.starts, order, side="right") - 1
-        own = np.concatenate([part.shard for part in self.components])[order].astype(np.int64)
-        names, shard = np.unique(np.stack([component, own]), axis=1, return_inverse=True)
+        shard_index = np.concatenate([part.shard for part in self.components])[order].astype(np.int64)
+        names, shard = np.unique(np.stack([component, shard_index]), axis=1, return_inverse=True)
         window = (rng.permutation(names.shape[1]) // self.window_shards)[shard.ravel()]
         sorted_by_window = np.argsort(window, kind="stable")
         return np.split(order[sorted_by_window], np.flatnonzero(np.diff(window[sorted_by_window])) + 1)
@@ -324,9 +324,14 @@ def sizes_of(components: Sequence[Component]) -> Sizes:
 
 def row_tokens_of(components: Sequence[Component]) -> np.ndarray:
     """Return the tokens of each row of consecutive components, sample after sample: float [total number of rows]."""
-    alike = [np.repeat(part.length, 1 if part.rows is None else part.rows) for part in components]
-    told = [part.row_tokens for part in components]
-    return np.concatenate([same if own is None else own for same, own in zip(alike, told, strict=True)])
+    uniform_tokens = [np.repeat(part.length, 1 if part.rows is None else part.rows) for part in components]
+    recorded_tokens = [part.row_tokens for part in components]
+    return np.concatenate(
+        [
+            uniform if recorded is None else recorded
+            for uniform, recorded in zip(uniform_tokens, recorded_tokens, strict=True)
+        ]
+    )
 
 
 def bucketed(
@@ -340,20 +345,20 @@ def bucketed(
     Samples that do not fill a batch of their bucket are batched with the remaining samples of neighbouring buckets.
     """
     length = length * rng.uniform(1 - BLUR, 1 + BLUR, len(length))
-    batches, left = [], []
+    batches, remainders = [], []
     by_bucket = np.argsort(bucket, kind="stable")
     for group in np.split(by_bucket, np.flatnonzero(np.diff(bucket[by_bucket])) + 1):
-        whole = len(group) // batch_size * batch_size
-        left.append(group[whole:])
-        for start in range(0, whole, POOL * batch_size):
-            pool = group[start : min(start + POOL * batch_size, whole)]
+        full = len(group) // batch_size * batch_size
+        remainders.append(group[full:])
+        for start in range(0, full, POOL * batch_size):
+            pool = group[start : min(start + POOL * batch_size, full)]
             batches.append(pool[np.argsort(length[pool], kind="stable")].reshape(-1, batch_size))
-    rest = np.concatenate(left)
-    rest = rest[np.lexsort((length[rest], bucket[rest]))]
-    whole = len(rest) // batch_size * batch_size
-    batches.append(rest[:whole].reshape(-1, batch_size))
-    together = np.concatenate(batches)
-    return samples[np.concatenate([rng.permutation(together).ravel(), rest[whole:]])]
+    remainder = np.concatenate(remainders)
+    remainder = remainder[np.lexsort((length[remainder], bucket[remainder]))]
+    full = len(remainder) // batch_size * batch_size
+    batches.append(remainder[:full].reshape(-1, batch_size))
+    all_batches = np.concatenate(batches)
+    return samples[np.concatenate([rng.permutation(all_batches).ravel(), remainder[full:]])]
 
 
 class MixedBatchSampler(GlobalBatchSampler):
@@ -418,10 +423,10 @@ class BucketedSampler(GlobalBatchSampler):
         """Return batches in which every rank fills its own share of the budget; no sample occurs twice."""
         assert self.budget is not None
         chosen, rng = self._chosen()
-        frames, positions = (max(1, whole // self.ranks) for whole in (self.budget.frames, self.budget.positions))
-        own = replace(self.budget, frames=frames, positions=positions)
+        frames, positions = (max(1, total // self.ranks) for total in (self.budget.frames, self.budget.positions))
+        rank_budget = replace(self.budget, frames=frames, positions=positions)
         most = max(1, self.most // self.ranks)
-        return group_by_rank(pack_batches(chosen, self.sizes, own, most, rng), self.ranks)
+        return group_by_rank(pack_batches(chosen, self.sizes, rank_budget, most, rng), self.ranks)
 
 
 def padded_share(order: np.ndarray, batch_size: int, *sizes: np.ndarray) -> float:

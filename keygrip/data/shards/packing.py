@@ -23,22 +23,22 @@ def bins_of(lengths: Sequence[float]) -> tuple[list[list[int]], float]:
         room *= 2
     if longest < BIN:
         rooms.append(BIN)
-    found = [_filled(lengths, room) for room in rooms]
-    return min(found, key=lambda each: len(each[0]) * each[1])  # among equal ones the shortest bins
+    packings = [_filled(lengths, room) for room in rooms]
+    return min(packings, key=lambda each: len(each[0]) * each[1])  # among equal ones the shortest bins
 
 
 def _filled(lengths: Sequence[float], room: float) -> tuple[list[list[int]], float]:
     """Put each row, the longest first, into the first bin with room; return the bins and the fullest bin's length."""
     bins: list[list[int]] = []
-    left: list[float] = []
+    free_space: list[float] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        place = next((n for n, free in enumerate(left) if free >= lengths[row]), len(bins))
-        if place == len(bins):
+        bin_index = next((n for n, free in enumerate(free_space) if free >= lengths[row]), len(bins))
+        if bin_index == len(bins):
             bins.append([])
-            left.append(room)
-        bins[place].append(row)
-        left[place] -= lengths[row]
-    return bins, room - min(left, default=room)
+            free_space.append(room)
+        bins[bin_index].append(row)
+        free_space[bin_index] -= lengths[row]
+    return bins, room - min(free_space, default=room)
 
 
 def ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:

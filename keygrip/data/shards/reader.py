@@ -110,9 +110,9 @@ class ShardSet:
         """Return the index of a shard without the samples that only the manifest leaves out: those that are divided
         between tars, which the index of a single tar cannot show."""
         index = self._read_index(shard)
-        left = {key: why for key, why in bad.get(shard["name"], {}).items() if key not in index.bad}
-        self._left_out.append(left)
-        return index.without(left) if left else index
+        left_out = {key: reason for key, reason in bad.get(shard["name"], {}).items() if key not in index.bad}
+        self._left_out.append(left_out)
+        return index.without(left_out) if left_out else index
 
     def _check_sizes(self) -> None:
         """Raise ShardError if a shard is missing or was cut off after indexing, so that training does not start."""
@@ -165,12 +165,12 @@ class ShardSet:
         """
         shard, row = self.locate(sample)
         index = self._indices[shard]
-        wanted = None if names is None else {name.lower() for name in names}
+        selected = None if names is None else {name.lower() for name in names}
         parts = {}
         with guard(self.where(sample)):
             file = self._file(shard)
             for part in range(int(index.first_part[row]), int(index.first_part[row + 1])):
-                if wanted is not None and str(index.part_names[part]).lower() not in wanted:
+                if selected is not None and str(index.part_names[part]).lower() not in selected:
                     continue
                 size = int(index.part_sizes[part])
                 content = os.pread(file, size, int(index.part_offsets[part]))
@@ -225,10 +225,10 @@ def _warn_of_left_out(root: str, manifest: Mapping[str, Any]) -> None:
         name, reason = next(iter(broken.items()))
         log.warning("%d shards of %s are left out (named in its %s); %s: %s", len(broken), root, MANIFEST, name, reason)
     if bad:
-        name, left = next(iter(bad.items()))
-        key, reason = next(iter(left.items()))
-        told = (sum(map(len, bad.values())), len(bad), root, MANIFEST, key, name, reason)
-        log.warning("%d samples in %d shards of %s are left out (named in its %s); %s of %s: %s", *told)
+        name, reasons = next(iter(bad.items()))
+        key, reason = next(iter(reasons.items()))
+        arguments = (sum(map(len, bad.values())), len(bad), root, MANIFEST, key, name, reason)
+        log.warning("%d samples in %d shards of %s are left out (named in its %s); %s of %s: %s", *arguments)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

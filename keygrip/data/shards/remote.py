@@ -37,8 +37,8 @@ def cache_of(
 ) -> ShardCache:
     """Return the cache of a remote folder, below `cache_dir` (None: the user's cache folder)."""
     folder = Path(cache_dir or Path.home() / ".cache" / "keygrip" / "shards")
-    own = folder / hashlib.sha256(str(url).encode()).hexdigest()[:16]
-    return ShardCache(str(url), own, int(cache_gb * 1e9), spares_copies)
+    set_folder = folder / hashlib.sha256(str(url).encode()).hexdigest()[:16]
+    return ShardCache(str(url), set_folder, int(cache_gb * 1e9), spares_copies)
 
 
 def _says_absent(error: Exception) -> bool:
@@ -134,10 +134,11 @@ class ShardCache:
                     ):
                         while block := source.read(1 << 20):
                             copy.write(block)
-                        said = getattr(source, "size", None)
-                    came, wanted = temporary.stat().st_size, size if said is None else said
-                    if wanted is not None and came != wanted:  # fsspec treats "no such range" as the end of a file
-                        raise OSError(f"{came} bytes came of {wanted}")
+                        reported_size = getattr(source, "size", None)
+                    received, expected = temporary.stat().st_size, size if reported_size is None else reported_size
+                    # fsspec treats "no such range" as the end of a file
+                    if expected is not None and received != expected:
+                        raise OSError(f"{received} bytes came of {expected}")
                     break
                 except DiskFullError:
                     raise

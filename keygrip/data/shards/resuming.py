@@ -117,8 +117,8 @@ class ResumableData(LightningDataModule):
         Raises:
             ValueError: the order of samples cannot be continued.
         """
-        now = self.shard_hashes()
-        if changed := named_changes(state_dict.get("shards", now), now):
+        hashes = self.shard_hashes()
+        if changed := named_changes(state_dict.get("shards", hashes), hashes):
             raise ValueError(
                 f"the data are not those of the checkpoint: {changed}; the order of samples cannot be continued: "
                 "restore them, or start a new run"

@@ -84,8 +84,8 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         self.groups = None if groups is None else [np.flatnonzero(groups == group) for group in np.unique(groups)]
         self.weights = None if weights is None else np.asarray(weights, dtype=np.float64)
         if self.weights is not None and (self.groups is None or len(self.groups) != len(self.weights)):
-            held = 0 if self.groups is None else len(self.groups)
-            raise ValueError(f"{len(self.weights)} weights for {held} groups that have training samples")
+            group_count = 0 if self.groups is None else len(self.groups)
+            raise ValueError(f"{len(self.weights)} weights for {group_count} groups that have training samples")
         self.epoch = 0
         self.position: Callable[[], int] | None = None
 
@@ -124,11 +124,11 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
             exact = self.samples * self.weights / self.weights.sum()
             shares = np.floor(exact).astype(np.int64)
             shares[np.argsort(shares - exact, kind="stable")[: self.samples - shares.sum()]] += 1
-        drawn = []
+        selected = []
         for group, share in zip(self.groups, shares, strict=True):
             rounds = [generator.permutation(group) for _ in range(-(-int(share) // len(group)))]
-            drawn.append(np.concatenate(rounds)[:share] if rounds else group[:0])
-        return generator.permutation(np.concatenate(drawn))
+            selected.append(np.concatenate(rounds)[:share] if rounds else group[:0])
+        return generator.permutation(np.concatenate(selected))
 
     def global_batch(self, order: np.ndarray, step: int) -> np.ndarray:
         """Return the sample indices of one step, for all ranks together."""
@@ -202,8 +202,8 @@ def start_worker(worker: int) -> None:
     """
     torch.set_num_threads(1)
     os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for signal_number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signal_number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_trainer, args=(os.getppid(),), daemon=True).start()

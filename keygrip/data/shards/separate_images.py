@@ -42,11 +42,11 @@ def gathered(
         video, and each of these keys has exactly one JPEG, PNG or WebP file and nothing else. Second, the refused texts
         by key with the reason: texts without an image or a video that may be about one with a different key.
     """
-    members = {key: list(each) for key, each in parts.items()}
-    texts = {key for key, each in parts.items() if _has_text(each)}
-    shown = {key for key, each in parts.items() if _has_media(each)}
-    alone = {key: None for key in parts if key in texts and key not in shown and key not in bad}  # keeps the order
-    if not alone or not shown - texts:
+    members = {key: list(part_members) for key, part_members in parts.items()}
+    texts = {key for key, part_members in parts.items() if _has_text(part_members)}
+    with_media = {key for key, part_members in parts.items() if _has_media(part_members)}
+    alone = {key: None for key in parts if key in texts and key not in with_media and key not in bad}  # keeps the order
+    if not alone or not with_media - texts:
         return members, {}
     frames: dict[str, list[str]] = {}
     for key in parts:
@@ -60,17 +60,17 @@ def gathered(
                 ((ending, offset, size),) = members.pop(key)
                 members[stem].append((f"{key[len(stem) + 1 :]}.{ending}", offset, size))
             del alone[stem]
-            shown.add(stem)
-            shown.difference_update(keys)
-    return members, _refused(alone, sorted(shown - texts), shown & texts, parts)
+            with_media.add(stem)
+            with_media.difference_update(keys)
+    return members, _refused(alone, sorted(with_media - texts), with_media & texts, parts)
 
 
 def textless(parts: Mapping[str, Sequence[Member]]) -> dict[str, tuple[str, ...]]:
     """Return by key the names of images and videos without text, from the members that `gathered` returns."""
     return {
-        key: tuple(name for name, _, _ in each if MEDIA.search(name))
-        for key, each in parts.items()
-        if _has_media(each) and not _has_text(each)
+        key: tuple(name for name, _, _ in members if MEDIA.search(name))
+        for key, members in parts.items()
+        if _has_media(members) and not _has_text(members)
     }
 
 
@@ -94,10 +94,10 @@ class TextlessImages:
             if (stem := _without_number(key)) != key:
                 self._numbered.setdefault(stem, []).append((key, tar))
             name = _last(key)[1]
-            for each in dict.fromkeys((name, _without_number(name))):
-                known = self._named.setdefault(each, [])
-                if not known or known[-1][1] != tar:
-                    known.append((key, tar))
+            for base_name in dict.fromkeys((name, _without_number(name))):
+                entries = self._named.setdefault(base_name, [])
+                if not entries or entries[-1][1] != tar:
+                    entries.append((key, tar))
 
     def divided(self, samples: Mapping[str, Sequence[str]], tar: str) -> dict[str, str]:
         """Return the samples of a tar whose images are all or partly in another tar: by key, the reason.
@@ -110,24 +110,33 @@ class TextlessImages:
         Args:
             samples: by key, the names of the sample's members. tar: name of the tar.
         """
-        found = {}
+        reasons = {}
         for key, members in samples.items():
-            shown = [name for name in members if MEDIA.search(name)]
-            known = {int(number) for name in shown if (number := name.partition(".")[0]).isdecimal()}
-            own = self._own.get(key, ())
-            places = set(map(_place, shown)) if own else set()
-            images = [(f"{key}.{name}", place) for names, place in own for name in names if _place(name) not in places]
-            if known or not shown:  # otherwise the sample is one image or one video, and KEY_1 is not part of it
-                images += [each for each in self._numbered.get(key, ()) if int(each[0].rpartition("_")[2]) not in known]
-            if not shown:
+            media = [name for name in members if MEDIA.search(name)]
+            frame_numbers = {int(digits) for name in media if (digits := name.partition(".")[0]).isdecimal()}
+            own_images = self._own.get(key, ())
+            places = set(map(_place, media)) if own_images else set()
+            images = [
+                (f"{key}.{name}", archive)
+                for names, archive in own_images
+                for name in names
+                if _place(name) not in places
+            ]
+            if frame_numbers or not media:  # otherwise the sample is one image or video, and KEY_1 is not part of it
+                images += [
+                    candidate
+                    for candidate in self._numbered.get(key, ())
+                    if int(candidate[0].rpartition("_")[2]) not in frame_numbers
+                ]
+            if not media:
                 images += self._named.get(_last(key)[1], ())
-            image, place = next((each for each in images if each[1] != tar), ("", ""))
+            image, archive = next((candidate for candidate in images if candidate[1] != tar), ("", ""))
             if image:
-                found[key] = (
-                    f"{ELSEWHERE} {place} has {image} without text, so that its text may be about that: pack all files "
-                    "of a sample into one tar"
+                reasons[key] = (
+                    f"{ELSEWHERE} {archive} has {image} without text, so that its text may be about that: pack all "
+                    "files of a sample into one tar"
                 )
-        return found
+        return reasons
 
 
 def _refused(
@@ -139,21 +148,21 @@ def _refused(
         alone: keys of texts without an image or a video. images: keys of images and videos without text. whole: keys
             with both. parts: the members of all keys.
     """
-    keys = {image.lower(): image for image in reversed(images)}
-    asked = {text.lower() for text in alone}
-    begins = chain(_begins(asked, keys), ((text, image) for image, text in _begins(keys, asked)))
+    image_keys = {image.lower(): image for image in reversed(images)}
+    text_keys = {text.lower() for text in alone}
+    begins = chain(_begins(text_keys, image_keys), ((text, image) for image, text in _begins(image_keys, text_keys)))
     tied: dict[Tie, str] = {}
     explained = set()
     for text, image in begins:
-        tied.setdefault(("key", text), keys[image])
+        tied.setdefault(("key", text), image_keys[image])
         explained.add(image)
-    known = {tie for text in alone for tie in _ties_of_text(text)}
+    text_ties = {tie for text in alone for tie in _ties_of_text(text)}
     unexplained: dict[str, str] = {}
     for image in images:
-        own = [tie for tie in _ties_of_image(image) if tie in known]
-        for tie in own:
+        image_ties = [tie for tie in _ties_of_image(image) if tie in text_ties]
+        for tie in image_ties:
             tied.setdefault(tie, image)
-        if not own and image.lower() not in explained:
+        if not image_ties and image.lower() not in explained:
             unexplained[_without_number(image)] = image
     # Images in a folder that are related to no text by their names: if they are at most as many as complete samples,
     # they are samples that lost their texts. If they are more, images and texts are in an unknown layout, such as a
@@ -161,16 +170,16 @@ def _refused(
     left_in = Counter(_last(image)[0] for image in unexplained)
     whole_in = Counter(_last(key)[0] for key in whole)
     layouts = {folder: image for image in unexplained.values() if left_in[folder := _last(image)[0]] > whole_in[folder]}
-    found = {}
+    reasons = {}
     for text in alone:
         ties = (("key", text.lower()), *_ties_of_text(text))
         near = next((tied[tie] for tie in ties if tie in tied), None) or layouts.get(_last(text)[0])
         if near is not None:
-            found[text] = (
+            reasons[text] = (
                 f"it has no image or video under its key, and {near}.{parts[near][0][0]} in the same tar has no text "
                 f"under its own, so that its text may be about that: {HOW}"
             )
-    return found
+    return reasons
 
 
 def _begins(beginnings: Iterable[str], keys: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -114,21 +114,21 @@ def write_shards(
     if items_per_shard < 1:
         raise ValueError(f"items_per_shard must be at least 1, not {items_per_shard}")
     root.mkdir(parents=True, exist_ok=True)
-    told = {**settings, "items": len(items), "items_per_shard": items_per_shard}
+    all_settings = {**settings, "items": len(items), "items_per_shard": items_per_shard}
     if (root / SETTINGS_FILE).is_file():  # refused before waiting for another process
-        check_settings(root, told)
+        check_settings(root, all_settings)
     with _alone(root):
-        check_settings(root, told)
+        check_settings(root, all_settings)
         remove_stale(root)
         jobs, result = [], Written(str(root))
-        for number, start in enumerate(range(0, len(items), items_per_shard)):
-            path, part = root / f"{name}-{number:06d}.tar", items[start : start + items_per_shard]
-            made_of = fingerprint(part)
+        for index, start in enumerate(range(0, len(items), items_per_shard)):
+            path, shard_items = root / f"{name}-{index:06d}.tar", items[start : start + items_per_shard]
+            made_of = fingerprint(shard_items)
             if not (path.is_file() and index_path(path).is_file() and _read_log(path).get("items") == made_of):
-                jobs.append((path, part, made_of))
+                jobs.append((path, shard_items, made_of))
         if changed := sum(failures_path(path).is_file() for path, _, _ in jobs):
             log.info("%s: %d shards are made anew, whose items have changed", root, changed)
-        total = sum(len(part) for _, part, _ in jobs)
+        total = sum(len(shard_items) for _, shard_items, _ in jobs)
         with Progress(total=total, desc=f"write {root}", unit="item", shown=progress) as bar:
             for count, samples in _run(jobs, make, min(processes or usable_cores(), max(1, len(jobs)))):
                 result.written += samples
@@ -146,10 +146,10 @@ def write_shards(
         if result.failed > max_failed_share * (result.samples + result.failed) or not result.samples:
             (root / MANIFEST).unlink()  # an incomplete set must not be trained on
             first = f"; the first: {result.reasons[0]}" if result.reasons else ""
-            said = f"more than max_failed_share={max_failed_share:g} allows, all named in {root}/*.failed.json{first}"
+            detail = f"more than max_failed_share={max_failed_share:g} allows, all named in {root}/*.failed.json{first}"
             raise ValueError(
                 f"{root} would hold {result.samples} samples, and {result.failed} items are broken"
-                + (f", {said}" if result.failed else "")
+                + (f", {detail}" if result.failed else "")
             )
     result.wall_s = time.monotonic() - started
     return result
@@ -159,12 +159,12 @@ def write_shards(
 def _alone(root: Path) -> Iterator[None]:
     """Lock a set for this process; wait for another process that writes it, and log this."""
     lock = root / ".write_shards.lock"
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         try:
-            held.enter_context(locked(lock, wait=False))
+            stack.enter_context(locked(lock, wait=False))
         except BlockingIOError:
             log.info("another process writes %s: waiting for it", root)
-            held.enter_context(locked(lock))
+            stack.enter_context(locked(lock))
         yield
 
 
@@ -223,15 +223,17 @@ def check_settings(root: Path, settings: Mapping[str, Any], new: bool = False) -
         ValueError: the folder has a set with other settings.
     """
     path = root / SETTINGS_FILE
-    now = json_values(settings)
+    current = json_values(settings)
     if new or not path.is_file():
-        write_json(path, now)
+        write_json(path, current)
         return
     stored = read_json(path)
-    if stored != now:
-        keys = [key for key in {**stored, **now} if stored.get(key) != now.get(key)]
-        shown = ", ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in keys)
-        raise ValueError(f"{root} holds shards made with other settings ({shown}); use another folder or remove it")
+    if stored != current:
+        keys = [key for key in {**stored, **current} if stored.get(key) != current.get(key)]
+        differences = ", ".join(f"{key}: {stored.get(key)!r} there, {current.get(key)!r} now" for key in keys)
+        raise ValueError(
+            f"{root} holds shards made with other settings ({differences}); use another folder or remove it"
+        )
 
 
 def settings_of(place: str, cache_dir: str | Path | None = None) -> dict[str, Any]:

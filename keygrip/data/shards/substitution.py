@@ -46,18 +46,18 @@ class SubstitutingSamples(Dataset[Sample], ABC):
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[Sample | None, list[BadSample]]] | list[BadSample]:
         """Return a batch's samples, each with the bad samples that it replaces (None: left out, see `leaves_out`). If
         neither a sample nor any of its replacements can be used, return a single error."""
-        found: list[tuple[Sample | None, list[BadSample]]] = []
+        results: list[tuple[Sample | None, list[BadSample]]] = []
         for key in keys:
-            one = self._found(key, self.leaves_out)
-            if isinstance(one, BadSample):
-                return [one]
-            found.append(one)
-        if self.never_empty and all(sample is None for sample, _ in found):
-            one = self._found(keys[0], leaves_out=False)
-            if isinstance(one, BadSample):
-                return [one]
-            found[0] = one
-        return found
+            result = self._found(key, self.leaves_out)
+            if isinstance(result, BadSample):
+                return [result]
+            results.append(result)
+        if self.never_empty and all(sample is None for sample, _ in results):
+            result = self._found(keys[0], leaves_out=False)
+            if isinstance(result, BadSample):
+                return [result]
+            results[0] = result
+        return results
 
     def _found(self, key: SampleKey, leaves_out: bool) -> tuple[Sample | None, list[BadSample]] | BadSample:
         skipped: list[BadSample] = []

@@ -138,8 +138,8 @@ def write_manifest(
     if odd := next((path.name for path in (*paths, *compressed) if not is_utf8(path.name)), None):
         raise ValueError(f"the name of the shard {odd!a} in {root} is not UTF-8, as a manifest is: rename the file")
     if not paths:
-        named = f"; {compressed[0].name} is compressed, {COMPRESSED}" if compressed else ""
-        raise FileNotFoundError(f"no shards (*.tar) in {root}{named}")
+        hint = f"; {compressed[0].name} is compressed, {COMPRESSED}" if compressed else ""
+        raise FileNotFoundError(f"no shards (*.tar) in {root}{hint}")
     shards: list[dict[str, Any]] = []
     broken = {path.name: f"{path} is compressed, {COMPRESSED}" for path in compressed}
     bad: dict[str, dict[str, str]] = {}
@@ -152,13 +152,13 @@ def write_manifest(
         except ShardError as error:
             broken[path.name] = str(error)
             continue
-        found = {name: str(values.dtype.kind) for name, values in index.columns.items()}
-        if columns and len(index) and set(found) != set(columns):
+        kinds = {name: str(values.dtype.kind) for name, values in index.columns.items()}
+        if columns and len(index) and set(kinds) != set(columns):
             raise ValueError(
-                f"{path} has the columns {sorted(found)}, the shards before it {sorted(columns)}: an earlier version "
+                f"{path} has the columns {sorted(kinds)}, the shards before it {sorted(columns)}: an earlier version "
                 "indexed some of them; index all anew (step=manifest again=true)"
             )
-        columns = columns or found
+        columns = columns or kinds
         if index.bad:
             bad[path.name] = index.bad
         if index.textless:
@@ -241,9 +241,9 @@ def _leave_out_divided(
     for shard in shards:
         path = index_path(root / shard["name"])
         index = ShardIndex.from_bytes(renewed.get(path) or path.read_bytes(), str(path))
-        if left := textless.divided(_samples(index), shard["name"]):
-            shard["samples"] -= len(left)
-            bad[shard["name"]] = bad.get(shard["name"], {}) | left
+        if reasons := textless.divided(_samples(index), shard["name"]):
+            shard["samples"] -= len(reasons)
+            bad[shard["name"]] = bad.get(shard["name"], {}) | reasons
 
 
 def _samples(index: ShardIndex) -> dict[str, list[str]]:

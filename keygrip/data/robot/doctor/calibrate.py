@@ -71,45 +71,45 @@ def calibrate(
             demos.append(references[index].read())
         except BadSample as error:
             log.warning("left out: %s", error)
-    known = sorted({camera for demo in demos for camera in demo.cameras})
-    if unknown := [camera for camera in cameras or () if camera not in known]:
-        raise ValueError(f"no demo has camera {unknown[0]!r}; there are {', '.join(known)}")
-    given = (
+    camera_names = sorted({camera for demo in demos for camera in demo.cameras})
+    if unknown := [camera for camera in cameras or () if camera not in camera_names]:
+        raise ValueError(f"no demo has camera {unknown[0]!r}; there are {', '.join(camera_names)}")
+    calibration_file = (
         Path(calibration) if calibration is not None else next((root / n for n in NAMES if (root / n).is_file()), None)
     )
-    content: dict[str, Any] = {} if given is None else read_mapping(given)
+    content: dict[str, Any] = {} if calibration_file is None else read_mapping(calibration_file)
     if content.get("corrections"):
         raise ValueError(
-            f"{given} holds corrections already, and what would be written were further ones alone: begin with the "
-            "calibration that it was made from (of native demonstrations, none)"
+            f"{calibration_file} holds corrections already, and what would be written were further ones alone: begin "
+            "with the calibration that it was made from (of native demonstrations, none)"
         )
     if references[0].format == "native":
         content = {}
-    copies = {} if given is None else move_models(content, given, target)
+    copies = {} if calibration_file is None else move_models(content, calibration_file, target)
     content.setdefault("schema", SCHEMA)
     content.setdefault("conventions", {"camera": "opencv", "pixel": "corner", "length": "m"})
     content["corrections"], report = {}, {}
-    left: dict[str, str] = {}  # why a camera gets no correction
-    for camera in cameras or known:
+    failures: dict[str, str] = {}  # why a camera gets no correction
+    for camera in cameras or camera_names:
         pairs = _pairs(demos, camera, frames_per_demo, model)
         if not pairs:
-            left[camera] = _left_out(demos, camera, model)
-            log.warning("camera %s is left as it is: %s", camera, left[camera])
+            failures[camera] = _left_out(demos, camera, model)
+            log.warning("camera %s is left as it is: %s", camera, failures[camera])
             continue
-        found = fitted(pairs)
-        if found.after < LEAST_AGREEMENT or found.points == 0:
-            left[camera] = f"images and poses do not come together (agreement {found.after:.2f})"
-            log.warning("camera %s is left as it is: %s; run step=doctor", camera, left[camera])
+        camera_fit = fitted(pairs)
+        if camera_fit.after < LEAST_AGREEMENT or camera_fit.points == 0:
+            failures[camera] = f"images and poses do not come together (agreement {camera_fit.after:.2f})"
+            log.warning("camera %s is left as it is: %s; run step=doctor", camera, failures[camera])
             continue
-        report[camera] = summary(found)
+        report[camera] = summary(camera_fit)
         log.info("camera %s: %s", camera, report[camera])
         track = next(demo for demo in demos if camera in demo.cameras).cameras[camera]
-        lag = round(found.lag)
-        uncertainty = {key: value for key, value in summary(found).items() if key.startswith("sigma_")}
+        lag = round(camera_fit.lag)
+        uncertainty = {key: value for key, value in summary(camera_fit).items() if key.startswith("sigma_")}
         uncertainty = {key.removeprefix("sigma_"): value for key, value in uncertainty.items()}
-        content["corrections"][camera] = entry(_matrix(found), found.focal, lag, uncertainty, track)
+        content["corrections"][camera] = entry(_matrix(camera_fit), camera_fit.focal, lag, uncertainty, track)
     if not report:
-        reasons = "; ".join(f"{camera}: {reason}" for camera, reason in left.items())
+        reasons = "; ".join(f"{camera}: {reason}" for camera, reason in failures.items())
         raise ValueError(f"no camera in {root} could be calibrated from its images ({reasons}): run step=doctor")
     for model_file, copy in copies.items():
         with atomic_write(copy) as file:
@@ -135,21 +135,21 @@ def move_models(content: dict[str, Any], source: Path, target: Path) -> dict[Pat
     copies: dict[Path, Path] = {}
     arms = [arm for arm in (content.get("arms") or {}).values() if isinstance(arm, dict) and "model" in arm]
     for arm in arms:
-        given = Path(str(arm["model"]))
-        file = source.parent.resolve() / given
+        model_path = Path(str(arm["model"]))
+        file = source.parent.resolve() / model_path
         if not file.is_file():
             raise FileNotFoundError(f"{file}, the model of an arm in {source}, is missing: copy it there")
-        place = Path(os.path.relpath(file, target.parent.resolve()))
-        if ".." in place.parts:
-            place = Path("_".join((target.stem, *given.parts)))
-            copy = target.parent / place
+        new_path = Path(os.path.relpath(file, target.parent.resolve()))
+        if ".." in new_path.parts:
+            new_path = Path("_".join((target.stem, *model_path.parts)))
+            copy = target.parent / new_path
             if copy.exists() and copy.read_bytes() != file.read_bytes():
                 raise FileExistsError(
                     f"{target} needs a copy of {file} beside it, and {copy} is another file: name another place with "
                     "output=PATH, or remove it"
                 )
             copies[file] = copy
-        arm["model"] = place.as_posix()
+        arm["model"] = new_path.as_posix()
     return copies
 
 
@@ -175,26 +175,26 @@ def summary(found: Fit) -> dict[str, float]:
 
 
 def _pairs(demos: Sequence[Demo], camera: str, frames: int, model: RobotSurface | None) -> list[tuple[View, Placement]]:
-    found = []
+    pairs = []
     for demo in demos:
         if camera not in demo.cameras or not stands(demo, camera) or len(demo) < LEAST_FRAMES:
             continue
         view = make_view(demo, camera, frames)
         robot = place_all(demo, model)
         if robot is not None and robot.source != "poses":
-            found.append((view, robot))
-    return found
+            pairs.append((view, robot))
+    return pairs
 
 
 def _left_out(demos: Sequence[Demo], camera: str, model: RobotSurface | None) -> str:
     """Return why a camera's images can be fitted in no demo, and what to do about it."""
-    having = [demo for demo in demos if camera in demo.cameras]
-    standing = [demo for demo in having if stands(demo, camera)]
-    if not standing:
+    with_camera = [demo for demo in demos if camera in demo.cameras]
+    static_demos = [demo for demo in with_camera if stands(demo, camera)]
+    if not static_demos:
         return "it moves with the arm"
-    if all(len(demo) < LEAST_FRAMES for demo in standing):
+    if all(len(demo) < LEAST_FRAMES for demo in static_demos):
         return f"its demos have fewer than {LEAST_FRAMES} frames"
-    reason = lacking(next(demo for demo in standing if len(demo) >= LEAST_FRAMES), model)
+    reason = lacking(next(demo for demo in static_demos if len(demo) >= LEAST_FRAMES), model)
     return f"{reason.why}. {reason.remedy}"
 
 
@@ -203,12 +203,12 @@ def fitted(pairs: Sequence[tuple[View, Placement]]) -> Fit:
 
     First, a coarse fit uses some images and some points of the robot; then a fine fit uses all of them.
     """
-    few = [pairs[index] for index in evenly(len(pairs), 6)]
-    own = agreement_of(few)
-    tried = [fit(few)]
-    for _, change in starts(few, best=3):
-        tried.append(fit(few, start=change, prior=LONG_PRIOR))
-    best = max(tried, key=lambda found: found.after)
-    if own > best.after:
-        best = fit(few, np.zeros(NUMBERS), prior=PRIOR)
+    subset = [pairs[index] for index in evenly(len(pairs), 6)]
+    initial_agreement = agreement_of(subset)
+    fits = [fit(subset)]
+    for _, change in starts(subset, best=3):
+        fits.append(fit(subset, start=change, prior=LONG_PRIOR))
+    best = max(fits, key=lambda found: found.after)
+    if initial_agreement > best.after:
+        best = fit(subset, np.zeros(NUMBERS), prior=PRIOR)
     return fit(pairs, start=best.change, reaches=FINE_REACHES, prior=LAST_PRIOR, fine=True)

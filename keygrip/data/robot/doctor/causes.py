@@ -103,16 +103,16 @@ def pose_cause(seen: Compared, names: Sequence[str], changes: Mapping[str, np.nd
     """Return another interpretation of the poses that is as good as changes of the camera [8], by demo, or None."""
     names = list(names)[:4]
     pairs = [seen.pairs[name] for name in names]
-    own = agreement_of(pairs)
-    full = float(np.mean([agreement_of([seen.pairs[name]], changes[name]) for name in names]))
+    recorded_agreement = agreement_of(pairs)
+    fitted_agreement = float(np.mean([agreement_of([seen.pairs[name]], changes[name]) for name in names]))
     if any(robot.source == "joints" for _, robot in pairs):
-        return None if pairs[0][1].others else _base_cause(pairs, own, full)
+        return None if pairs[0][1].others else _base_cause(pairs, recorded_agreement, fitted_agreement)
     readings = READINGS
-    scored = {}
+    scores = {}
     for words in (*readings, *map(str, SCALES)):
-        scored[words] = agreement_of([(seen.pairs[name][0], place_with(seen, name, words)) for name in names])
-    best = max(scored, key=lambda words: scored[words])
-    if scored[best] < own + BETTER or scored[best] < full - BETTER / 3:
+        scores[words] = agreement_of([(seen.pairs[name][0], place_with(seen, name, words)) for name in names])
+    best = max(scores, key=lambda words: scores[words])
+    if scores[best] < recorded_agreement + BETTER or scores[best] < fitted_agreement - BETTER / 3:
         return None
     if best in readings:
         words = readings[best]
@@ -122,7 +122,7 @@ def pose_cause(seen: Compared, names: Sequence[str], changes: Mapping[str, np.nd
             "Store gripper-to-world poses, quaternions w, x, y, z",
             "pose_reading",
         )
-    scale = _peak(SCALES, [scored[str(s)] for s in SCALES], float(best), own)
+    scale = _peak(SCALES, [scores[str(s)] for s in SCALES], float(best), recorded_agreement)
     return Cause(
         f"positions scaled by {scale:.2f}",
         f"images and poses go together if positions are divided by {scale:.2f}",
@@ -134,17 +134,17 @@ def pose_cause(seen: Compared, names: Sequence[str], changes: Mapping[str, np.nd
 def _base_cause(pairs: Sequence[tuple[View, Placement]], own: float, full: float) -> Cause | None:
     """Return the cause if joints and images agree on a gripper position other than the recorded one, or None."""
     base = pairs[0][1].base
-    off = float(np.linalg.norm(base[:3, 3])) * 100
-    turn = float(np.degrees(np.arccos(np.clip((np.trace(base[:3, :3]) - 1) / 2, -1, 1))))
-    if off < 0.5 and turn < 0.5:
+    distance_cm = float(np.linalg.norm(base[:3, 3])) * 100
+    angle_deg = float(np.degrees(np.arccos(np.clip((np.trace(base[:3, :3]) - 1) / 2, -1, 1))))
+    if distance_cm < 0.5 and angle_deg < 0.5:
         return None
-    alone = agreement_of([(view, replace(robot, base=np.eye(4))) for view, robot in pairs])
-    if alone < own + BETTER / 2 or alone < full - BETTER:
+    agreement_at_origin = agreement_of([(view, replace(robot, base=np.eye(4))) for view, robot in pairs])
+    if agreement_at_origin < own + BETTER / 2 or agreement_at_origin < full - BETTER:
         return None
-    words = f"{off:.1f} cm" + (f" and {turn:.1f} degrees" if turn > 1 else "")
+    offset = f"{distance_cm:.1f} cm" + (f" and {angle_deg:.1f} degrees" if angle_deg > 1 else "")
     return Cause(
-        f"recorded positions offset by {words}",
-        f"joints and images go together, and put the gripper {words} from the recorded positions",
+        f"recorded positions offset by {offset}",
+        f"joints and images go together, and put the gripper {offset} from the recorded positions",
         "Correct the base frame of the recorded positions: the joints' own base is the world",
         "pose_reading",
     )
@@ -152,13 +152,13 @@ def _base_cause(pairs: Sequence[tuple[View, Placement]], own: float, full: float
 
 def _peak(scales: Sequence[float], scores: Sequence[float], best: float, own: float) -> float:
     """Return the maximum of a parabola through the best scale and its neighbours."""
-    known = dict(zip(scales, scores, strict=True)) | {1.0: own}
-    order = sorted(known)
-    at = order.index(best)
-    if at in (0, len(order) - 1):
+    scores_by_scale = dict(zip(scales, scores, strict=True)) | {1.0: own}
+    ordered = sorted(scores_by_scale)
+    index = ordered.index(best)
+    if index in (0, len(ordered) - 1):
         return best
-    x = np.array(order[at - 1 : at + 2])
-    a, b, _ = np.polyfit(x, [known[float(v)] for v in x], 2)
+    x = np.array(ordered[index - 1 : index + 2])
+    a, b, _ = np.polyfit(x, [scores_by_scale[float(v)] for v in x], 2)
     return float(np.clip(-b / (2 * a), x[0], x[2])) if a < 0 else best
 
 
@@ -166,25 +166,25 @@ def other_camera(seen: Compared, names: Sequence[str], found: Fit) -> str | None
     """Return the camera of the same demos whose calibration fits these images as well as the best change of their own
     camera, and clearly better than their own unchanged camera; None: there is none."""
     views = [seen.pairs[name] for name in names]
-    shared = sorted(set.intersection(*(set(view.demo.cameras) for view, _ in views)) - {seen.camera})
-    scored = {}
-    for camera in shared:
-        placed = [(_through(view, camera), robot) for view, robot in views]
-        if all(view is not None for view, _ in placed):
-            scored[camera] = agreement_of([(view, robot) for view, robot in placed if view is not None])
-    best = max(scored, key=lambda camera: scored[camera], default=None)
-    good = best is not None and scored[best] > max(found.before + OTHER_GAIN, found.after - AS_GOOD)
+    shared_cameras = sorted(set.intersection(*(set(view.demo.cameras) for view, _ in views)) - {seen.camera})
+    scores = {}
+    for camera in shared_cameras:
+        pairs = [(_through(view, camera), robot) for view, robot in views]
+        if all(view is not None for view, _ in pairs):
+            scores[camera] = agreement_of([(view, robot) for view, robot in pairs if view is not None])
+    best = max(scores, key=lambda camera: scores[camera], default=None)
+    good = best is not None and scores[best] > max(found.before + OTHER_GAIN, found.after - AS_GOOD)
     return best if good else None
 
 
 def _through(view: View, camera: str) -> View | None:
     """Return a view's images with the calibration of another camera of its demo; None: that camera moves, or its images
     have another size."""
-    own, track = view.demo.cameras[view.camera], view.demo.cameras[camera]
-    if not stands(view.demo, camera) or (track.width, track.height) != (own.width, own.height):
+    own_track, track = view.demo.cameras[view.camera], view.demo.cameras[camera]
+    if not stands(view.demo, camera) or (track.width, track.height) != (own_track.width, own_track.height):
         return None
-    down = view.size[0] / own.height
-    intrinsics = np.diag([view.scale, down, 1.0]) @ np.asarray(track.intrinsics[0])
+    scale_y = view.size[0] / own_track.height
+    intrinsics = np.diag([view.scale, scale_y, 1.0]) @ np.asarray(track.intrinsics[0])
     return replace(view, intrinsics=intrinsics, world_to_camera=np.asarray(track.world_to_camera[0]))
 
 
@@ -194,8 +194,8 @@ def other_image_size(view: View) -> tuple[int, int] | None:
     track = view.demo.cameras[view.camera]
     matrix = np.asarray(track.intrinsics[0])
     size = 2 * matrix[0, 2], 2 * matrix[1, 2]
-    across, down = size[0] / track.width, size[1] / track.height
-    if abs(across - 1) < OTHER_SIZE or abs(across - down) > SAME_SHARE:
+    ratio_x, ratio_y = size[0] / track.width, size[1] / track.height
+    if abs(ratio_x - 1) < OTHER_SIZE or abs(ratio_x - ratio_y) > SAME_SHARE:
         return None
     return round(size[0]), round(size[1])
 
@@ -204,7 +204,7 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> Cause:
     """Return the cause for which a fit had to change a camera in all demos."""
     pairs = [seen.pairs[name] for name in names]
     calibrate = "Calibrate again, or let `prepare step=calibrate` write the corrected calibration"
-    measured = f"agreement {found.before:.2f} as recorded, {found.after:.2f}"
+    agreement = f"agreement {found.before:.2f} as recorded, {found.after:.2f}"
     family = "all"
     for group in SIMPLEST_FIRST:
         fits = {name: family_fit(pairs, found, FAMILIES[name]) for name in group}
@@ -216,8 +216,8 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> Cause:
         track = pairs[0][0].demo.cameras[seen.camera]
         return Cause(
             f"cropped or resized images with old K (of {size[0]} x {size[1]} pixels)",
-            f"the robot is seen elsewhere ({measured} after a fit), and the principal point is the centre of images of "
-            f"{size[0]} x {size[1]} pixels",
+            f"the robot is seen elsewhere ({agreement} after a fit), and the principal point is the centre of images "
+            f"of {size[0]} x {size[1]} pixels",
             f"Give the intrinsics of the images as they are stored, {track.width} x {track.height}. " + calibrate,
         )
     if family != "lag" and (by_poses := pose_cause(seen, names, dict.fromkeys(names, found.change))) is not None:
@@ -229,33 +229,33 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> Cause:
         return Cause(
             f"images {frames} frames {late}",
             f"the images show the robot {abs(lag):.1f} frames {'later' if lag > 0 else 'earlier'} than the poses "
-            f"({measured} with this undone)",
+            f"({agreement} with this undone)",
             f"Shift the images by {frames} frames {'earlier' if lag > 0 else 'later'}",
         )
     if family == "focal":
         return Cause(
             f"focal length off by {-focal / (1 + focal / 100):.1f} percent",
-            f"the robot is seen as through a lens with {focal:+.1f} percent of focal length ({measured} with it)",
+            f"the robot is seen as through a lens with {focal:+.1f} percent of focal length ({agreement} with it)",
             "Images were cropped and resized with the old K, or the intrinsics are another camera's. " + calibrate,
         )
     if family == "crop":
         return Cause(
             f"cropped images with old K (focal length {focal:+.1f} percent, centre moved)",
             f"the robot is seen as through a crop of the image: {focal:+.1f} percent of focal length and another "
-            f"centre ({measured} with it)",
+            f"centre ({agreement} with it)",
             "Give the intrinsics of the images as they are stored. " + calibrate,
         )
     if family == "rotation":
         return Cause(
             f"extrinsics off by {turn:.1f} degrees",
-            f"the robot is seen as by a camera turned by {turn:.1f} degrees ({measured} with it)",
+            f"the robot is seen as by a camera turned by {turn:.1f} degrees ({agreement} with it)",
             calibrate,
         )
     if family == "shift":
         joints = any(robot.source == "joints" for _, robot in pairs)
         return Cause(
             f"extrinsics or the robot's base off by {shift:.1f} cm",
-            f"the robot is seen as by a camera shifted by {shift:.1f} cm ({measured} with it)"
+            f"the robot is seen as by a camera shifted by {shift:.1f} cm ({agreement} with it)"
             + ("" if joints else "; a base offset of the positions looks the same"),
             calibrate,
         )
@@ -264,6 +264,6 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> Cause:
     return Cause(
         f"extrinsics off by {turn:.1f} degrees and {shift:.1f} cm{focal_words}{late_words}",
         f"the robot is seen as by a camera turned by {turn:.1f} degrees and shifted by {shift:.1f} cm{focal_words}"
-        f"{late_words} ({measured} with it)",
+        f"{late_words} ({agreement} with it)",
         calibrate,
     )

@@ -48,44 +48,44 @@ def check_commands(exam: Examination) -> None:
     exchanged = exam.named("exchanged_commands")
     for arm in exam.arms:
         left_out = exchanged | frozen(exam, arm, ["poses"])
-        both = {
+        tracks = {
             d.name: d.arms[arm]
             for d in exam.with_arm(arm)
             if d.arms[arm].commanded is not None and d.name not in left_out
         }
-        if not both:
+        if not tracks:
             continue
-        by_joints = _by_joints(exam, arm, both)
-        posed = _comparable(exam, arm, both, "direction")
-        inverted = _inverted(exam, arm, posed, by_joints)
-        told = {name: reached for name, reached in posed.items() if name not in inverted}
-        timed = _comparable(exam, arm, told, "delay")
-        delays = {name: delay for name, reached in timed.items() if np.isfinite(delay := _delay(reached))}
-        known = {name: delays[name] for name in _comparable(exam, arm, timed, "lag") if name in delays}
-        usual = float(np.median(list(known.values()))) if known else 1.5
-        exam.measures[f"arm/{arm}/command_delay_frames"] = round(usual, 2) if known else None
-        _check_lag(exam, arm, known, usual, by_joints)
-        shift = {name: round(delays.get(name, usual)) for name in both}
-        _check_places(exam, arm, _comparable(exam, arm, told, "places"), shift, by_joints)
-        _check_turns(exam, arm, _comparable(exam, arm, told, "turns"), shift, by_joints)
-        _check_openings(exam, arm, both, shift)
+        by_joints = _by_joints(exam, arm, tracks)
+        direction_tracks = _comparable(exam, arm, tracks, "direction")
+        inverted = _inverted(exam, arm, direction_tracks, by_joints)
+        not_inverted = {name: reached for name, reached in direction_tracks.items() if name not in inverted}
+        delay_tracks = _comparable(exam, arm, not_inverted, "delay")
+        delays = {name: delay for name, reached in delay_tracks.items() if np.isfinite(delay := _delay(reached))}
+        checked_delays = {name: delays[name] for name in _comparable(exam, arm, delay_tracks, "lag") if name in delays}
+        usual_delay = float(np.median(list(checked_delays.values()))) if checked_delays else 1.5
+        exam.measures[f"arm/{arm}/command_delay_frames"] = round(usual_delay, 2) if checked_delays else None
+        _check_lag(exam, arm, checked_delays, usual_delay, by_joints)
+        shift = {name: round(delays.get(name, usual_delay)) for name in tracks}
+        _check_places(exam, arm, _comparable(exam, arm, not_inverted, "places"), shift, by_joints)
+        _check_turns(exam, arm, _comparable(exam, arm, not_inverted, "turns"), shift, by_joints)
+        _check_openings(exam, arm, tracks, shift)
 
 
 def _comparable(exam: Examination, arm: str, told: dict[str, ArmTrajectory], what: str) -> dict[str, ArmTrajectory]:
     """Return the demos in which `what` of the reached track is not known to be wrong."""
-    wrong = [check for check, parts in LEFT_OUT.items() if what in parts]
-    out = exam.named(*wrong, arm=arm, severity="error")
-    return {name: reached for name, reached in told.items() if name not in out}
+    checks = [check for check, parts in LEFT_OUT.items() if what in parts]
+    excluded = exam.named(*checks, arm=arm, severity="error")
+    return {name: reached for name, reached in told.items() if name not in excluded}
 
 
 def _by_joints(exam: Examination, arm: str, names: Collection[str]) -> dict[str, np.ndarray]:
     """Return gripper positions [N, 3] in the arm's base, computed from joints, for the named demos whose joints and
     reached poses agree up to the poses of the base and of the grasp site."""
-    out = exam.named(*NOT_SHOWN, arm=arm)
+    excluded = exam.named(*NOT_SHOWN, arm=arm)
     return {
         demo.name: forward_kinematics(joints, *model)[0]
         for demo, joints, model in with_joints(exam, arm)
-        if demo.name in names and demo.name not in out
+        if demo.name in names and demo.name not in excluded
     }
 
 
@@ -93,21 +93,21 @@ def _check_lag(exam: Examination, arm: str, delays: dict[str, float], usual: flo
     """Report delays (frames) of the reached track after the commanded one that no controller or no other demo has."""
     rates = {demo.name: demo.fps for demo in exam.with_arm(arm)}
     bounds = {name: SLOWEST_S * rates[name] + 1 for name in delays}
-    wrong = {
+    odd_delays = {
         name: delay
         for name, delay in delays.items()
         if not EARLIEST_FRAMES <= delay <= bounds[name] or abs(delay - usual) > ODD_FRAMES + 0.03 * rates[name]
     }
-    for group in (wrong.keys() & by_joints, wrong.keys() - by_joints):
-        names = [name for name in wrong if name in group]
+    for group in (odd_delays.keys() & by_joints, odd_delays.keys() - by_joints):
+        names = [name for name in odd_delays if name in group]
         if not names:
             continue
-        name = max(names, key=lambda name: abs(wrong[name] - 1.6))
-        delay = wrong[name]
-        common = usual if EARLIEST_FRAMES <= usual <= bounds[name] else 1.6
-        frames = round(delay - common) or (1 if delay > common else -1)
-        words = ("early", "late") if frames > 0 else ("late", "early")
-        ways = ("later", "earlier") if frames > 0 else ("earlier", "later")
+        name = max(names, key=lambda name: abs(odd_delays[name] - 1.6))
+        delay = odd_delays[name]
+        expected_delay = usual if EARLIEST_FRAMES <= usual <= bounds[name] else 1.6
+        frames = round(delay - expected_delay) or (1 if delay > expected_delay else -1)
+        timing = ("early", "late") if frames > 0 else ("late", "early")
+        correction = ("later", "earlier") if frames > 0 else ("earlier", "later")
         frames = abs(frames)
         _report(
             exam,
@@ -117,13 +117,13 @@ def _check_lag(exam: Examination, arm: str, delays: dict[str, float], usual: flo
             by_joints,
             f"the reached track follows the commanded one by {delay:.1f} frames, where 1 to 2 are usual",
             commanded=(
-                f"commanded track {words[0]} by {frames} frames",
-                f"Shift the commanded track by {frames} frames {ways[0]}; row i is the command given at frame i",
+                f"commanded track {timing[0]} by {frames} frames",
+                f"Shift the commanded track by {frames} frames {correction[0]}; row i is the command given at frame i",
             ),
             either=(
-                f"commanded track {words[0]} or reached track {words[1]}, by {frames} frames",
-                f"{IF_RIGHT} shift the commanded one by {frames} frames {ways[0]} (row i is the command given at "
-                f"frame i); else shift the reached one by {frames} frames {ways[1]}",
+                f"commanded track {timing[0]} or reached track {timing[1]}, by {frames} frames",
+                f"{IF_RIGHT} shift the commanded one by {frames} frames {correction[0]} (row i is the command given at "
+                f"frame i); else shift the reached one by {frames} frames {correction[1]}",
             ),
         )
 
@@ -141,8 +141,8 @@ def _report(
 ) -> None:
     """Add a finding that two tracks differ. Its cause and advice are `commanded` for demos whose reached track is
     confirmed by joints (`shown`), and `either` for the others."""
-    known = [name for name in names if name in shown]
-    for demos, (cause, advice) in ((known, commanded), ([name for name in names if name not in shown], either)):
+    confirmed = [name for name in names if name in shown]
+    for demos, (cause, advice) in ((confirmed, commanded), ([name for name in names if name not in shown], either)):
         if demos:
             exam.add(check, "error", what, advice, cause=cause, demos=demos, arm=arm)
 
@@ -152,12 +152,12 @@ def _inverted(exam: Examination, arm: str, told: dict[str, ArmTrajectory], by_jo
     inverted = []
     for name, reached in told.items():
         assert reached.commanded is not None
-        turn = Rotation.from_quat(reached.commanded.quaternion, scalar_first=True).inv()
-        stated = track_distance(reached.position, reached.commanded.position)
-        other = track_distance(reached.position, -turn.apply(reached.commanded.position))
-        if stated > INVERTED_M and other < INVERTED_GAIN * stated:
+        inverse_rotation = Rotation.from_quat(reached.commanded.quaternion, scalar_first=True).inv()
+        distance = track_distance(reached.position, reached.commanded.position)
+        inverted_distance = track_distance(reached.position, -inverse_rotation.apply(reached.commanded.position))
+        if distance > INVERTED_M and inverted_distance < INVERTED_GAIN * distance:
             inverted.append(name)
-    words, advice = "poses inverted (world to gripper in place of gripper to world)", "Store gripper-to-world poses"
+    fault, advice = "poses inverted (world to gripper in place of gripper to world)", "Store gripper-to-world poses"
     _report(
         exam,
         "command_direction",
@@ -165,8 +165,8 @@ def _inverted(exam: Examination, arm: str, told: dict[str, ArmTrajectory], by_jo
         inverted,
         by_joints,
         "commanded poses go with the reached ones only if one of both is inverted",
-        commanded=(f"commanded {words}", advice),
-        either=(f"commanded or reached {words}", f"{advice} in both tracks"),
+        commanded=(f"commanded {fault}", advice),
+        either=(f"commanded or reached {fault}", f"{advice} in both tracks"),
     )
     return inverted
 
@@ -186,32 +186,35 @@ def _check_places(
     offsets, scales, pairs = {}, {}, {}
     for name, reached in told.items():
         assert reached.commanded is not None
-        command, place = paired(reached.position, reached.commanded.position, shift[name])
-        pairs[name] = command, place
-        centred, moved = place - place.mean(axis=0), command - command.mean(axis=0)
-        if np.ptp(place, axis=0).max() > 0.05:
-            scales[name] = float((centred * moved).sum() / (centred**2).sum())
-        offsets[name] = np.median(command - place, axis=0)
-    usual = float(np.median(list(scales.values()))) if scales else 1.0
-    most = ODD_SCALE if abs(usual - 1) > ODD_SCALE else 3 * ODD_SCALE  # a short motion of one demo is weak evidence
-    odd = {name: scale for name, scale in scales.items() if abs(scale - 1) > most}
-    off = {name: offset for name, offset in offsets.items() if np.linalg.norm(offset) > OFFSET_M}
-    scale = float(np.median(list(odd.values()))) if odd else 1.0
-    if (about_origin := _scale_about_origin([pairs[name] for name in off])) is not None:
-        odd, scale = dict.fromkeys(off, about_origin), about_origin
-    if odd:
-        _report_scale(exam, arm, odd, scale, by_joints)
+        command, position = paired(reached.position, reached.commanded.position, shift[name])
+        pairs[name] = command, position
+        centred_position, centred_command = position - position.mean(axis=0), command - command.mean(axis=0)
+        if np.ptp(position, axis=0).max() > 0.05:
+            scales[name] = float((centred_position * centred_command).sum() / (centred_position**2).sum())
+        offsets[name] = np.median(command - position, axis=0)
+    usual_scale = float(np.median(list(scales.values()))) if scales else 1.0
+    # a short motion of one demo is weak evidence
+    tolerance = ODD_SCALE if abs(usual_scale - 1) > ODD_SCALE else 3 * ODD_SCALE
+    odd_scales = {name: scale for name, scale in scales.items() if abs(scale - 1) > tolerance}
+    odd_offsets = {name: offset for name, offset in offsets.items() if np.linalg.norm(offset) > OFFSET_M}
+    scale = float(np.median(list(odd_scales.values()))) if odd_scales else 1.0
+    if (about_origin := _scale_about_origin([pairs[name] for name in odd_offsets])) is not None:
+        odd_scales, scale = dict.fromkeys(odd_offsets, about_origin), about_origin
+    if odd_scales:
+        _report_scale(exam, arm, odd_scales, scale, by_joints)
     else:
-        _report_offsets(exam, arm, told, shift, off, by_joints)
+        _report_offsets(exam, arm, told, shift, odd_offsets, by_joints)
 
 
 def _report_scale(
     exam: Examination, arm: str, names: Collection[str], scale: float, by_joints: Collection[str]
 ) -> None:
-    what = f"commanded positions move {scale:.3g} times as far as reached ones"
+    message = f"commanded positions move {scale:.3g} times as far as reached ones"
     if scale < STILL:
-        still = ("commanded track that does not follow", "Check which signal is recorded as the command")
-        _report(exam, "command_scale", arm, names, by_joints, what, commanded=still, either=still)
+        cause_and_advice = ("commanded track that does not follow", "Check which signal is recorded as the command")
+        _report(
+            exam, "command_scale", arm, names, by_joints, message, commanded=cause_and_advice, either=cause_and_advice
+        )
         return
 
     def scaled(factor: float) -> str:
@@ -224,7 +227,7 @@ def _report_scale(
         arm,
         names,
         by_joints,
-        what,
+        message,
         commanded=(
             f"commanded positions {scaled(scale)}",
             f"Convert the commanded positions to metres: divide them by {scale:.4g}",
@@ -246,21 +249,21 @@ def _report_offsets(
 ) -> None:
     """Report offsets of one track from the other. Joints show which track is right only if the arm's base is the world:
     otherwise the base's pose is known only from the reached track."""
-    at_base, told_at_base = [], []
+    wrong_commanded, wrong_reached = [], []
     for name in offsets:
         if name in by_joints:
             commanded = told[name].commanded
             assert commanded is not None
-            command, place = paired(by_joints[name], commanded.position, shift[name])
+            command, position = paired(by_joints[name], commanded.position, shift[name])
             if np.linalg.norm(np.median(told[name].position - by_joints[name], axis=0)) < OFFSET_M / 2:
-                at_base.append(name)
-            elif np.linalg.norm(np.median(command - place, axis=0)) < OFFSET_M / 2:
-                told_at_base.append(name)
-    unknown = [name for name in offsets if name not in (*at_base, *told_at_base)]
+                wrong_commanded.append(name)
+            elif np.linalg.norm(np.median(command - position, axis=0)) < OFFSET_M / 2:
+                wrong_reached.append(name)
+    undecided = [name for name in offsets if name not in (*wrong_commanded, *wrong_reached)]
     for names, track, frame in (
-        (at_base, "commanded track", "Give the commanded track the frame of the reached one and of the joints"),
-        (told_at_base, "reached track", "Give the reached track the frame of the commanded one and of the joints"),
-        (unknown, "commanded or reached track", "Give both tracks the same frame"),
+        (wrong_commanded, "commanded track", "Give the commanded track the frame of the reached one and of the joints"),
+        (wrong_reached, "reached track", "Give the reached track the frame of the commanded one and of the joints"),
+        (undecided, "commanded or reached track", "Give both tracks the same frame"),
     ):
         if not names:
             continue
@@ -282,11 +285,11 @@ def _scale_about_origin(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float
     """Return the factor between commanded and reached positions [N, 3] if it explains them better than an offset."""
     if not pairs:
         return None
-    command, place = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    scale = float((command * place).sum() / (place**2).sum())
-    offset = np.median(command - place, axis=0)
-    by_scale = float(np.median(np.linalg.norm(command - scale * place, axis=1)))
-    by_offset = float(np.median(np.linalg.norm(command - place - offset, axis=1)))
+    command, position = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    scale = float((command * position).sum() / (position**2).sum())
+    offset = np.median(command - position, axis=0)
+    by_scale = float(np.median(np.linalg.norm(command - scale * position, axis=1)))
+    by_offset = float(np.median(np.linalg.norm(command - position - offset, axis=1)))
     return scale if abs(scale - 1) > SCALE_SHARE and by_scale < SCALE_GAIN * by_offset else None
 
 
@@ -302,24 +305,27 @@ def _check_turns(
     causes: dict[str, list[str]] = {}
     for name, reached in told.items():
         assert reached.commanded is not None
-        command, turn = paired(reached.quaternion, reached.commanded.quaternion, shift[name])
-        to = Rotation.from_quat(turn, scalar_first=True)
+        commanded_quaternion, reached_quaternion = paired(reached.quaternion, reached.commanded.quaternion, shift[name])
+        to = Rotation.from_quat(reached_quaternion, scalar_first=True)
 
         def angles_of(quaternion: np.ndarray, to: Rotation = to) -> np.ndarray:
             return np.degrees((Rotation.from_quat(quaternion, scalar_first=True) * to.inv()).magnitude())
 
-        own = angles_of(command)
-        read = {words: angles_of(change(command)) for words, change in readings.items()}
-        best = min(read, key=lambda words: float(read[words].mean()))
+        recorded_angles = angles_of(commanded_quaternion)
+        angles_by_reading = {words: angles_of(change(commanded_quaternion)) for words, change in readings.items()}
+        best = min(angles_by_reading, key=lambda words: float(angles_by_reading[words].mean()))
         # a gripper that points straight down is rotated by 180 degrees, which is its own inverse: if it does so most of
         # the time, the median does not show a conjugate, but the mean does
-        clearly = own.mean() > READ_TURN_DEG and read[best].mean() < READ_GAIN * own.mean()
-        stated = float(own.mean() if clearly else np.median(own))
-        if not clearly and stated <= TURN_DEG:
+        clearly = (
+            recorded_angles.mean() > READ_TURN_DEG
+            and angles_by_reading[best].mean() < READ_GAIN * recorded_angles.mean()
+        )
+        angle = float(recorded_angles.mean() if clearly else np.median(recorded_angles))
+        if not clearly and angle <= TURN_DEG:
             continue
-        angles[name] = stated
-        named = clearly or np.median(read[best]) < 0.5 * stated
-        causes.setdefault(best if named else "", []).append(name)
+        angles[name] = angle
+        explained = clearly or np.median(angles_by_reading[best]) < 0.5 * angle
+        causes.setdefault(best if explained else "", []).append(name)
     for words, names in causes.items():
         worst = max(angles[name] for name in names)
         advice = "Store quaternions as w, x, y, z of the gripper in the world, of the same tool"

@@ -27,10 +27,11 @@ def contact_sheet(exam: Examination, camera: str) -> Image.Image:
     rows = [_sheet_row(demo, camera) for demo in demos]
     width = max(row.width for row in rows)
     sheet = Image.new("RGB", (width, sum(row.height for row in rows) + _HEADER), (24, 24, 24))
-    share = {arm: exam.measures.get(f"camera/{camera}/arm/{arm}/on_screen") for demo in demos for arm in demo.arms}
-    shown = ", ".join(f"{arm} in the image {value:.0%}" for arm, value in share.items() if value is not None)
+    shares = {arm: exam.measures.get(f"camera/{camera}/arm/{arm}/on_screen") for demo in demos for arm in demo.arms}
+    share_text = ", ".join(f"{arm} in the image {value:.0%}" for arm, value in shares.items() if value is not None)
     title = (
-        f"{camera}{': ' + shown if shown else ''}.  Axes of the gripper: x red, y green, z (approach) blue, 5 cm each"
+        f"{camera}{': ' + share_text if share_text else ''}.  Axes of the gripper: x red, y green, z (approach) blue, "
+        "5 cm each"
     )
     ImageDraw.Draw(sheet).text((4, 1), title, fill=(255, 255, 255), font=ImageFont.load_default(_FONT))
     top = _HEADER
@@ -44,19 +45,19 @@ def _sheet_row(demo: Demo, camera: str) -> Image.Image:
     track = demo.cameras[camera]
     scale = _TILE_WIDTH / track.width
     size = (_TILE_WIDTH, max(1, round(track.height * scale)))
-    pick = evenly(len(demo), _COLUMNS)
-    row = Image.new("RGB", ((_TILE_WIDTH + 2) * len(pick), size[1] + _HEADER + 2), (24, 24, 24))
-    for column, index in enumerate(pick):
+    frame_indices = evenly(len(demo), _COLUMNS)
+    row = Image.new("RGB", ((_TILE_WIDTH + 2) * len(frame_indices), size[1] + _HEADER + 2), (24, 24, 24))
+    for column, index in enumerate(frame_indices):
         tile = Image.fromarray(track.frames.read(index)).resize(size)
         draw = ImageDraw.Draw(tile)
-        words = []
+        arm_captions = []
         for arm, trajectory in demo.arms.items():
             colour = _ARM_COLOURS.get(arm, (255, 255, 255))
-            words.append(_draw_arm(draw, track, trajectory, index, scale, colour))
+            arm_captions.append(_draw_arm(draw, track, trajectory, index, scale, colour))
         left = column * (_TILE_WIDTH + 2)
         row.paste(tile, (left, _HEADER))
         name = f"{demo.name[-18:]} " if column == 0 else ""
-        caption = f"{name}#{index} {'; '.join(words)}"
+        caption = f"{name}#{index} {'; '.join(arm_captions)}"
         font = ImageFont.load_default(_FONT)
         ImageDraw.Draw(row).text((left + 2, 1), caption, fill=(220, 220, 220), font=font)
     return row
@@ -77,19 +78,23 @@ def _draw_arm(
     axes = matrix_from_quaternion(trajectory.quaternion[index : index + 1])[0].T * _AXIS_M
     points = np.concatenate([trajectory.position, trajectory.position[index] + axes])
     pixels, _ = project(tensor(points), tensor(track.intrinsics[index]), tensor(track.world_to_camera[index]))
-    shown = [tuple(float(value) for value in pixel * scale) for pixel in pixels.numpy()]
-    path, tips = shown[:-3], shown[-3:]
-    for before, after in pairwise(path[: index + 1]):
-        if np.isfinite([*before, *after]).all():
-            draw.line([before, after], fill=colour, width=1)
-    here = path[index]
-    inside = np.isfinite(here).all() and 0 <= here[0] < track.width * scale and 0 <= here[1] < track.height * scale
+    scaled = [tuple(float(value) for value in pixel * scale) for pixel in pixels.numpy()]
+    path, tips = scaled[:-3], scaled[-3:]
+    for start, end in pairwise(path[: index + 1]):
+        if np.isfinite([*start, *end]).all():
+            draw.line([start, end], fill=colour, width=1)
+    gripper_pixel = path[index]
+    inside = (
+        np.isfinite(gripper_pixel).all()
+        and 0 <= gripper_pixel[0] < track.width * scale
+        and 0 <= gripper_pixel[1] < track.height * scale
+    )
     if not inside:
         draw.rectangle([1, 1, _TILE_WIDTH - 2, round(track.height * scale) - 2], outline=(255, 40, 40), width=3)
         return f"off screen, {height}"
     for tip, tint in zip(tips, ((255, 60, 60), (60, 220, 60), (90, 140, 255)), strict=True):
         if np.isfinite(tip).all():
-            draw.line([here, tip], fill=tint, width=2)
-    x, y = here
+            draw.line([gripper_pixel, tip], fill=tint, width=2)
+    x, y = gripper_pixel
     draw.ellipse([x - 4, y - 4, x + 4, y + 4], outline=colour, width=2)
     return height

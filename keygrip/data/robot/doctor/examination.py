@@ -29,8 +29,8 @@ def yam_model(demo: Demo, arm: str) -> tuple[str, str] | None:
     Raises:
         DemoError: the recording names unknown models.
     """
-    usual = ("yam", "linear_4310") if named_yam(demo.robot) else None
-    return named_models(demo, arm) or usual
+    default_models = ("yam", "linear_4310") if named_yam(demo.robot) else None
+    return named_models(demo, arm) or default_models
 
 
 def named_yam(robot: str) -> bool:
@@ -96,16 +96,16 @@ class Examination:
     ) -> None:
         """Add a finding to `findings`, or to `notes` if its severity is `note`; arguments as in `Finding`."""
         names = tuple(demos)
-        known = {demo.name for demo in self.demos}
-        everywhere = len(known) > 1 and known <= set(names)
+        all_names = {demo.name for demo in self.demos}
+        everywhere = len(all_names) > 1 and all_names <= set(names)
         parts = (
             f"camera {camera}" if camera else "",
             f"arm {arm}" if arm else "",
             "all demos" if everywhere else listed(names),
         )
-        where = ", ".join(part for part in parts if part)
-        found = Finding(check, severity, where, what, advice, cause, names, camera, arm, tuple(frames)[:20])
-        (self.notes if severity == "note" else self.findings).append(found)
+        location = ", ".join(part for part in parts if part)
+        finding = Finding(check, severity, location, what, advice, cause, names, camera, arm, tuple(frames)[:20])
+        (self.notes if severity == "note" else self.findings).append(finding)
 
     def found(self, *checks: str) -> bool:
         """Return whether one of these checks has found something."""
@@ -113,10 +113,10 @@ class Examination:
 
     def named(self, *checks: str, arm: str | None = None, severity: str | None = None) -> set[str]:
         """Return names of the demos in findings of these checks; `arm`, `severity`: only findings with this value."""
-        found = [
+        matching = [
             f for f in self.findings if f.check in checks and arm in (None, f.arm) and severity in (None, f.severity)
         ]
-        return {name for finding in found for name in finding.demos}
+        return {name for finding in matching for name in finding.demos}
 
     @property
     def arms(self) -> list[str]:

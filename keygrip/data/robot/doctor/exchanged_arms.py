@@ -19,25 +19,27 @@ def check_exchanged_arms(exam: Examination) -> None:
     """For each pair of arms, report the demos in which each arm matches the other arm better than itself."""
     for first, second in itertools.combinations(exam.arms, 2):
         demos = [demo for demo in exam.demos if {first, second} <= demo.arms.keys()]
-        told = [demo for demo in demos if all(demo.arms[arm].commanded is not None for arm in (first, second))]
+        commanded_demos = [
+            demo for demo in demos if all(demo.arms[arm].commanded is not None for arm in (first, second))
+        ]
         _report(
             exam,
             "exchanged_commands",
-            [demo.name for demo in told if _crossed(_command_distance(demo), first, second, INVERTED_M)],
+            [demo.name for demo in commanded_demos if _crossed(_command_distance(demo), first, second, INVERTED_M)],
             f"the commanded track of {first} goes with the reached track of {second}, and that of {second} with "
             f"{first}'s",
             f"commanded tracks of {first} and {second} exchanged",
         )
-        odd = [
+        exchanged = [
             demo.name
             for demo in demos
             if len(demos) > 2 and _crossed(_start_distance(demo, demos), first, second, APART_M)
         ]
-        if len(odd) < len(demos) / 2:  # else it is not known which ones are exchanged
+        if len(exchanged) < len(demos) / 2:  # else it is not known which ones are exchanged
             _report(
                 exam,
                 "exchanged_arms",
-                odd,
+                exchanged,
                 f"{first} begins where {second} does in the other demos, and {second} where {first} does",
                 f"arms {first} and {second} exchanged in these demos",
             )

@@ -32,35 +32,39 @@ FLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def _tried(view: View, robot: Placement) -> dict[str, float]:
     """Return the agreement of a view's images with the robot after each rotation or mirroring; "": unchanged."""
     square = view.size[0] == view.size[1]
-    expected, shown = silhouette(view, robot, np.zeros(NUMBERS)), halved(view.foreground)
+    expected, observed = silhouette(view, robot, np.zeros(NUMBERS)), halved(view.foreground)
     flips = {
-        flip: agreement(expected, change(shown))
+        flip: agreement(expected, change(observed))
         for flip, change in FLIPS.items()
         if square or ("90" not in flip and "transposed" not in flip)
     }
-    return {"": agreement(expected, shown)} | flips
+    return {"": agreement(expected, observed)} | flips
 
 
 def check_flips(exam: Examination, seen: Seen) -> set[str]:
     """Report demos whose images agree with the poses only after a rotation or mirroring. Return their names."""
-    names: dict[str, list[str]] = {}
-    usual = float(np.median(list(seen.scores.values())))
+    demos_by_flip: dict[str, list[str]] = {}
+    usual_score = float(np.median(list(seen.scores.values())))
     for name, (view, robot) in seen.pairs.items():
-        own = seen.scores[name]
-        if own > POOR and own > 0.6 * usual:
+        score = seen.scores[name]
+        if score > POOR and score > 0.6 * usual_score:
             continue
-        tried = _tried(view, robot)
-        tried.pop("")
-        best = max(tried, key=lambda flip: tried[flip])
-        if tried[best] > own + FLIP_MARGIN and tried[best] > 1.5 * own and tried[best] > 0.2:
-            names.setdefault(best, []).append(name)
+        scores_by_flip = _tried(view, robot)
+        scores_by_flip.pop("")
+        best = max(scores_by_flip, key=lambda flip: scores_by_flip[flip])
+        if (
+            scores_by_flip[best] > score + FLIP_MARGIN
+            and scores_by_flip[best] > 1.5 * score
+            and scores_by_flip[best] > 0.2
+        ):
+            demos_by_flip.setdefault(best, []).append(name)
     flipped: set[str] = set()
-    for flip, demos in sorted(names.items(), key=lambda entry: -len(entry[1])):
-        if len(demos) < max(1, round(0.25 * len(seen.pairs))) and usual < POOR:
+    for flip, demos in sorted(demos_by_flip.items(), key=lambda entry: -len(entry[1])):
+        if len(demos) < max(1, round(0.25 * len(seen.pairs))) and usual_score < POOR:
             continue  # if all demos agree poorly, a few flips agree by chance
         flipped |= set(demos)
-        own = float(np.mean([seen.scores[name] for name in demos]))
-        _add(exam, seen, flip, demos, "the robot in the images moves as the poses say", own)
+        score = float(np.mean([seen.scores[name] for name in demos]))
+        _add(exam, seen, flip, demos, "the robot in the images moves as the poses say", score)
     return flipped
 
 
@@ -74,20 +78,25 @@ def check_own_motion(
     """
     if len(seen.pairs) < OWN_DEMOS:
         return
-    tried = []
+    flip_scores = []
     for name, (view, robot) in seen.pairs.items():
-        more = make_view(view.demo, seen.camera, OWN_FRAMES, small_images.get((name, seen.camera)))
-        tried.append(_tried(more, robot))
-    common = [flip for flip in tried[0] if all(flip in scores for scores in tried)]  # images may differ in shape
-    mean = {flip: float(np.mean([scores[flip] for scores in tried])) for flip in common}
-    best = max(mean, key=lambda flip: mean[flip])
-    wins = sum(scores[best] > scores[""] for scores in tried)
-    enough = mean[best] > OWN_AGREEMENT and mean[best] > max(mean[""] + OWN_MARGIN, 2 * mean[""])
+        denser_view = make_view(view.demo, seen.camera, OWN_FRAMES, small_images.get((name, seen.camera)))
+        flip_scores.append(_tried(denser_view, robot))
+    # images may differ in shape
+    common = [flip for flip in flip_scores[0] if all(flip in scores for scores in flip_scores)]
+    mean_scores = {flip: float(np.mean([scores[flip] for scores in flip_scores])) for flip in common}
+    best = max(mean_scores, key=lambda flip: mean_scores[flip])
+    wins = sum(scores[best] > scores[""] for scores in flip_scores)
+    clear_gain = mean_scores[best] > OWN_AGREEMENT and mean_scores[best] > max(
+        mean_scores[""] + OWN_MARGIN, 2 * mean_scores[""]
+    )
     exam.measures[f"camera/{seen.camera}/arm/{seen.arm}/agreement_by_flip"] = {
-        flip or "as recorded": round(value, 3) for flip, value in mean.items()
+        flip or "as recorded": round(value, 3) for flip, value in mean_scores.items()
     }
-    if enough and wins >= OWN_SHARE * len(tried):
-        _add(exam, seen, best, list(seen.pairs), "what moves in the images goes along with the gripper", mean[""])
+    if clear_gain and wins >= OWN_SHARE * len(flip_scores):
+        _add(
+            exam, seen, best, list(seen.pairs), "what moves in the images goes along with the gripper", mean_scores[""]
+        )
 
 
 def _add(exam: Examination, seen: Seen, flip: str, demos: list[str], what: str, own: float) -> None:

@@ -55,13 +55,13 @@ def check_frozen_poses(exam: Examination) -> None:
             track, least = demo.arms[arm], shortest(demo)
             for span in spans(np.hstack([track.position, track.quaternion]), least):
                 if found := _went_on(demo, track, span):
-                    severity, why = found
-                    poses[severity][demo.name] = span, why
+                    severity, reason = found
+                    poses[severity][demo.name] = span, reason
                     break
             for first, last in [] if track.joints is None else spans(track.joints, least):
-                way = _way(track.position[first : last + 1])
-                if demo.name not in joints and way > max(WENT_M, LEAST_SHARE * _way(track.position)):
-                    joints[demo.name] = (first, last), f"while the gripper's position moves by {way * 100:.0f} cm"
+                distance = _way(track.position[first : last + 1])
+                if demo.name not in joints and distance > max(WENT_M, LEAST_SHARE * _way(track.position)):
+                    joints[demo.name] = (first, last), f"while the gripper's position moves by {distance * 100:.0f} cm"
         for severity, demos in poses.items():
             _report(exam, "poses", arm, demos, severity)
         _report(exam, "joints", arm, joints, "warning")
@@ -72,13 +72,13 @@ def _went_on(demo: Demo, track: ArmTrajectory, span: Span) -> tuple[Severity, st
     first, last = span
     step = _jump(demo, track, last)
     if track.commanded is not None:
-        followed = track.commanded.position[first : max(first, last - int(np.ceil(ANSWER_S * demo.fps))) + 1]
-        if (way := _way(followed)) > max(TOLD_M, LEAST_SHARE * _way(track.commanded.position)):
-            return "error" if step else "warning", f"while the commands move by {way * 100:.0f} cm"
+        commands = track.commanded.position[first : max(first, last - int(np.ceil(ANSWER_S * demo.fps))) + 1]
+        if (distance := _way(commands)) > max(TOLD_M, LEAST_SHARE * _way(track.commanded.position)):
+            return "error" if step else "warning", f"while the commands move by {distance * 100:.0f} cm"
     if track.joints is not None and not in_degrees(track):
-        turned = float(np.ptp(track.joints[first : last + 1], axis=0).max())
-        if turned > TURNED_RAD:
-            return "error", f"while the joints turn by {np.degrees(turned):.0f} degrees"
+        joint_motion = float(np.ptp(track.joints[first : last + 1], axis=0).max())
+        if joint_motion > TURNED_RAD:
+            return "error", f"while the joints turn by {np.degrees(joint_motion):.0f} degrees"
     return ("error", f"and the arm is {step * 100:.0f} cm elsewhere right after") if step else None
 
 
@@ -88,9 +88,9 @@ def _jump(demo: Demo, track: ArmTrajectory, last: int) -> float:
     if last + 1 >= len(demo) or seconds[last] > GAP * np.median(seconds):
         return 0.0
     steps = np.linalg.norm(np.diff(track.position, axis=0), axis=1)
-    others = np.delete(steps, last)
-    usual = float(np.quantile(others[others > 0], 0.95)) if (others > 0).any() else 0.0
-    return float(steps[last]) if steps[last] > max(JUMP_M, JUMP_RATIO * usual) else 0.0
+    other_steps = np.delete(steps, last)
+    usual_step = float(np.quantile(other_steps[other_steps > 0], 0.95)) if (other_steps > 0).any() else 0.0
+    return float(steps[last]) if steps[last] > max(JUMP_M, JUMP_RATIO * usual_step) else 0.0
 
 
 def _way(positions: np.ndarray) -> float:
@@ -103,53 +103,59 @@ def check_poses_of_moving_images(exam: Examination) -> None:
     Each camera whose images change when an arm moves must show it. Someone may walk by while an arm waits at the
     beginning or the end: there it is a warning, unless the span is more than half of the demo.
     """
-    known = exam.named("frozen_poses")
-    usual = {camera: _usual_activity(exam, camera) for camera in exam.cameras}
-    found: dict[Severity, dict[str, tuple[Span, str]]] = {"error": {}, "warning": {}}
+    reported = exam.named("frozen_poses")
+    usual_activity = {camera: _usual_activity(exam, camera) for camera in exam.cameras}
+    frozen_spans: dict[Severity, dict[str, tuple[Span, str]]] = {"error": {}, "warning": {}}
     for demo in exam.demos:
-        if demo.name in known or not demo.arms:
+        if demo.name in reported or not demo.arms:
             continue
-        parts = [
+        columns = [
             part
             for track in demo.arms.values()
             for part in (track.position, track.quaternion, np.reshape(track.gripper, (-1, 1)))
         ]
-        for span in spans(np.hstack(parts), shortest(demo)):
-            if not _active(exam, demo, span, usual):
+        for span in spans(np.hstack(columns), shortest(demo)):
+            if not _active(exam, demo, span, usual_activity):
                 continue
             inside = span[0] > 0 and span[1] < len(demo) - 1
             severity: Severity = "error" if inside or span[1] - span[0] + 1 > len(demo) / 2 else "warning"
-            found[severity][demo.name] = span, "while the images change as when the arm moves"
+            frozen_spans[severity][demo.name] = span, "while the images change as when the arm moves"
             break
-    for severity, demos in found.items():
+    for severity, demos in frozen_spans.items():
         _report(exam, "poses", "", demos, severity)
 
 
 def _usual_activity(exam: Examination, camera: str) -> tuple[float, float] | None:
     """Return shares of pixels that change from frame to frame, over all demos: at rest, and the median while an arm
     moves; None: no arm moves in enough frames."""
-    shares: list[float] = []
-    every: list[float] = []
+    moving_shares: list[float] = []
+    all_shares: list[float] = []
     for demo in exam.with_camera(camera):
         index, changed = exam.activity[demo.name, camera]
-        every += changed.tolist()
-        ways = [np.linalg.norm(np.diff(track.position[index], axis=0), axis=1) for track in demo.arms.values()]
-        if ways:
-            shares += changed[np.max(ways, axis=0) > MOVING_M].tolist()
-    return (float(np.quantile(every, RESTING)), float(np.median(shares))) if len(shares) >= LEAST_FRAMES else None
+        all_shares += changed.tolist()
+        step_lengths = [np.linalg.norm(np.diff(track.position[index], axis=0), axis=1) for track in demo.arms.values()]
+        if step_lengths:
+            moving_shares += changed[np.max(step_lengths, axis=0) > MOVING_M].tolist()
+    return (
+        (float(np.quantile(all_shares, RESTING)), float(np.median(moving_shares)))
+        if len(moving_shares) >= LEAST_FRAMES
+        else None
+    )
 
 
 def _active(exam: Examination, demo: Demo, span: Span, usual: dict[str, tuple[float, float] | None]) -> bool:
     """Return whether all cameras whose images show arm motion show motion in a span."""
-    said: list[bool] = []
+    motion_by_camera: list[bool] = []
     for camera in demo.cameras:
         index, changed = exam.activity[demo.name, camera]
-        inside = (index[:-1] >= span[0]) & (index[1:] <= span[1])
-        rest, moving = usual[camera] or (0.0, ACTIVE_SHARE / ACTIVE)
-        if not inside.any() or moving < max(LEAST_REFERENCE, CLEAR * rest):
+        in_span = (index[:-1] >= span[0]) & (index[1:] <= span[1])
+        resting_share, moving_share = usual[camera] or (0.0, ACTIVE_SHARE / ACTIVE)
+        if not in_span.any() or moving_share < max(LEAST_REFERENCE, CLEAR * resting_share):
             continue
-        said.append(float(changed[inside].mean()) > rest + ACTIVE * (moving - rest))
-    return bool(said) and all(said)
+        motion_by_camera.append(
+            float(changed[in_span].mean()) > resting_share + ACTIVE * (moving_share - resting_share)
+        )
+    return bool(motion_by_camera) and all(motion_by_camera)
 
 
 def _report(
@@ -157,11 +163,11 @@ def _report(
 ) -> None:
     if not found:
         return
-    name, ((first, last), why) = next(iter(found.items()))
+    name, ((first, last), reason) = next(iter(found.items()))
     exam.add(
         f"frozen_{what}",
         severity,
-        f"recorded {what} stand exactly still at frames {first} to {last} of {name}, {why}",
+        f"recorded {what} stand exactly still at frames {first} to {last} of {name}, {reason}",
         f"The recorder's {what} hung: cut the demos there or leave them out, and look for what held the recorder up",
         cause=f"{what} frozen in frames {first} to {last}",
         demos=found,

@@ -49,19 +49,19 @@ def _check_still(exam: Examination, arm: str, demos: list[Demo], most: float) ->
 def _check_dead(exam: Examination, arm: str, demos: list[Demo], ranges: dict[str, float]) -> None:
     """Report openings that never change in some demos, but do change in most demos of the same task. Demos in which the
     arm hardly moves are not reported: there may be nothing to grip."""
-    hung = frozen(exam, arm, ["poses"])
+    frozen_demos = frozen(exam, arm, ["poses"])
     dead: list[str] = []
     total = 0
     for task in {demo.task for demo in demos}:
-        group = [demo for demo in demos if demo.task == task and demo.name not in hung]
-        moving = [demo for demo in group if ranges[demo.name] > MOVED]
-        still = [demo for demo in group if ranges[demo.name] < STILL]
-        if len(moving) < LEAST_OTHERS or len(moving) < USUAL_SHARE * len(group):
+        group = [demo for demo in demos if demo.task == task and demo.name not in frozen_demos]
+        moving_demos = [demo for demo in group if ranges[demo.name] > MOVED]
+        still_demos = [demo for demo in group if ranges[demo.name] < STILL]
+        if len(moving_demos) < LEAST_OTHERS or len(moving_demos) < USUAL_SHARE * len(group):
             continue
-        usual = float(np.median([_way(demo, arm) for demo in moving]))
-        still = [demo for demo in still if _way(demo, arm) > USUAL_WAY * usual]
-        dead += [demo.name for demo in still]
-        total += len(group) if still else 0
+        usual_distance = float(np.median([_way(demo, arm) for demo in moving_demos]))
+        still_demos = [demo for demo in still_demos if _way(demo, arm) > USUAL_WAY * usual_distance]
+        dead += [demo.name for demo in still_demos]
+        total += len(group) if still_demos else 0
     if dead:
         exam.add(
             "gripper_still",
@@ -80,25 +80,26 @@ def _way(demo: Demo, arm: str) -> float:
 
 def _check_polarity(exam: Examination, arm: str, demos: list[Demo]) -> None:
     """Report inverted openings: a grasp begins with closing the gripper."""
-    first = {demo.name: begins(demo.arms[arm]) for demo in demos}
-    opens = [name for name, change in first.items() if change > 0]
-    opening, closing = len(opens), sum(change < 0 for change in first.values())
+    first_changes = {demo.name: begins(demo.arms[arm]) for demo in demos}
+    opening_demos = [name for name, change in first_changes.items() if change > 0]
+    opening, closing = len(opening_demos), sum(change < 0 for change in first_changes.values())
     exam.measures[f"arm/{arm}/starts_by_closing"] = closing
     exam.measures[f"arm/{arm}/starts_by_opening"] = opening
     if opening <= closing:
         return
-    again = sum(closes_again(demo.arms[arm]) is not None for demo in demos if demo.name in set(opens))
-    sure = again < opening / 2  # a gripper that only opens may place an object; one that closes later may begin closed
+    closing_again = sum(closes_again(demo.arms[arm]) is not None for demo in demos if demo.name in set(opening_demos))
+    # a gripper that only opens may place an object; one that closes later may begin closed
+    certain = closing_again < opening / 2
     exam.add(
         "gripper_polarity",
-        "error" if sure else "warning",
+        "error" if certain else "warning",
         f"in {opening} of {opening + closing} demos the gripper first opens, as the file is read, "
-        + ("" if sure else "and closes later, at no lower place; ")
+        + ("" if certain else "and closes later, at no lower place; ")
         + "a grasp begins with closing",
         "Store 0 for closed and 1 for open (the other way round is likely); ignore this for tasks that begin "
-        + ("with an object in the gripper" if sure else "with a closed gripper: images must show which it is"),
+        + ("with an object in the gripper" if certain else "with a closed gripper: images must show which it is"),
         cause="gripper opening inverted (1 for closed)",
-        demos=opens,
+        demos=opening_demos,
         arm=arm,
     )
 

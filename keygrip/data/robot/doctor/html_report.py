@@ -65,17 +65,19 @@ def html_report(exam: Examination, sheets: Mapping[str, Image.Image]) -> str:
 def _findings(findings: Sequence[Finding], notes: Sequence[Finding]) -> str:
     title = "<h2>Findings</h2>"
     if all(finding.check in NO_FAULTS for finding in findings):
-        where = " in what was compared" if findings or notes else ""
-        title += f"<p class='good'>No fault found{where}.</p>"
+        scope = " in what was compared" if findings or notes else ""
+        title += f"<p class='good'>No fault found{scope}.</p>"
     if not (findings or notes):
         return title
     rows = []
     for finding in (*findings, *notes):
         frames = f"<br>frames {', '.join(map(str, finding.frames))}" if finding.frames else ""
         cells = (finding.severity, finding.check, finding.where, finding.cause, finding.what, finding.advice)
-        shown = [escape(cell) for cell in cells]
-        shown[2] += frames
-        rows.append(f"<tr class='{escape(finding.severity)}'>{''.join(f'<td>{cell}</td>' for cell in shown)}</tr>")
+        escaped_cells = [escape(cell) for cell in cells]
+        escaped_cells[2] += frames
+        rows.append(
+            f"<tr class='{escape(finding.severity)}'>{''.join(f'<td>{cell}</td>' for cell in escaped_cells)}</tr>"
+        )
     head = "".join(f"<th>{name}</th>" for name in ("", "check", "where", "likely cause", "measured", "what to do"))
     return f"{title}<table><tr>{head}</tr>{''.join(rows)}</table>"
 
@@ -92,8 +94,8 @@ def _figure(image: np.ndarray, caption: str) -> str:
 
 def _bars(title: str, values: Mapping[str, float]) -> str:
     rows = []
-    for number, (name, value) in enumerate(values.items()):
-        top, length = number * (BAR + 4) + 4, max(0.0, float(value)) * PLOT_WIDTH
+    for index, (name, value) in enumerate(values.items()):
+        top, length = index * (BAR + 4) + 4, max(0.0, float(value)) * PLOT_WIDTH
         rows.append(
             f"<rect x='260' y='{top}' width='{length:.1f}' height='{BAR}' fill='#54aeff'/>"
             f"<text x='254' y='{top + 13}' text-anchor='end' font-size='12'>{escape(str(name)[-36:])}</text>"
@@ -110,12 +112,12 @@ def _line(title: str, values: Mapping[str, float]) -> str:
     x = np.array([float(key) for key in values])
     y = np.array([float(value) for value in values.values()])
     low, high = min(0.0, float(y.min())), max(float(y.max()), 0.1)
-    across = 30 + (x - x.min()) / max(np.ptp(x), 1e-6) * (PLOT_WIDTH - 40)
-    down = PLOT_HEIGHT - 20 - (y - low) / (high - low) * (PLOT_HEIGHT - 34)
-    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across, down, strict=True))
+    plot_x = 30 + (x - x.min()) / max(np.ptp(x), 1e-6) * (PLOT_WIDTH - 40)
+    plot_y = PLOT_HEIGHT - 20 - (y - low) / (high - low) * (PLOT_HEIGHT - 34)
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(plot_x, plot_y, strict=True))
     marks = "".join(
         f"<text x='{a:.1f}' y='{PLOT_HEIGHT - 4}' font-size='11' text-anchor='middle'>{value:g}</text>"
-        for a, value in zip(across, x, strict=True)
+        for a, value in zip(plot_x, x, strict=True)
     )
     return (
         f"<figure><svg width='{PLOT_WIDTH}' height='{PLOT_HEIGHT}'>"

@@ -53,7 +53,7 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
     """Run all checks of one camera's images; return the images that were read, for the comparison with poses."""
     dark, bright = [], []
     frozen: dict[str, list[int]] = {}
-    odd: dict[str, list[int]] = {}
+    outliers_by_demo: dict[str, list[int]] = {}
     levels, streams = [], {}
     for demo in exam.with_camera(camera):
         stream = read_stream(demo, camera)
@@ -66,14 +66,14 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
             bright.append(demo.name)
         changed = changed_shares(images)
         exam.activity[demo.name, camera] = stream.index, changed
-        still = _still_frames(demo, camera, stream, changed)
-        if still:
-            frozen[demo.name] = still
+        still_frames = _still_frames(demo, camera, stream, changed)
+        if still_frames:
+            frozen[demo.name] = still_frames
         outliers = _outlier_frames(stream)
         if outliers:
-            odd[demo.name] = outliers
-        kept = evenly(len(images), 3 * exam.frames_per_demo)
-        streams[demo.name] = Stream(stream.index[kept], images[kept])
+            outliers_by_demo[demo.name] = outliers
+        kept_indices = evenly(len(images), 3 * exam.frames_per_demo)
+        streams[demo.name] = Stream(stream.index[kept_indices], images[kept_indices])
     exam.measures[f"camera/{camera}/mean_level"] = float(np.mean(levels))
     rows: list[tuple[str, list[str], str, str, str]] = [
         ("dark_camera", dark, "black", "Check the cable, the lens cap and the exposure", "no light or no signal"),
@@ -81,8 +81,8 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
     ]
     for check, names, colour, advice, cause in rows:
         if names:
-            what = f"the images are almost {colour}"
-            exam.add(check, "error", what, advice, cause=cause, camera=camera, demos=names)
+            message = f"the images are almost {colour}"
+            exam.add(check, "error", message, advice, cause=cause, camera=camera, demos=names)
     if frozen:
         name, frames = next(iter(frozen.items()))
         exam.add(
@@ -95,8 +95,8 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
             demos=frozen,
             frames=frames,
         )
-    if odd:
-        name, frames = next(iter(odd.items()))
+    if outliers_by_demo:
+        name, frames = next(iter(outliers_by_demo.items()))
         exam.add(
             "outlier_image",
             "error",
@@ -105,7 +105,7 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
             "A frame of another moment or a damaged one: replace it by its neighbour or cut the demo there",
             cause="outlier image",
             camera=camera,
-            demos=odd,
+            demos=outliers_by_demo,
             frames=frames,
         )
     _check_colour_order(exam, camera, streams)
@@ -128,37 +128,40 @@ def _still_frames(demo: Demo, camera: str, stream: Stream, changed: np.ndarray) 
     if track.uncalibrated:
         return []
     scale = stream.images.shape[2] / track.width
-    way = np.zeros(len(index) - 1)
+    motion = np.zeros(len(index) - 1)
     for arm in demo.arms.values():
         pixels, _ = project(
             tensor(arm.position[index]), tensor(track.intrinsics[index]), tensor(track.world_to_camera[index])
         )
-        place = pixels.numpy() * scale
+        scaled_pixels = pixels.numpy() * scale
         size = np.array([stream.images.shape[2], stream.images.shape[1]])
-        inside = ((place > -BESIDE * size) & (place < (1 + BESIDE) * size)).all(axis=1)  # its arm is still visible
-        step = np.linalg.norm(np.diff(place, axis=0), axis=1)
-        way = np.maximum(way, np.where(inside[1:] & inside[:-1], np.nan_to_num(step), 0))
+        # its arm is still visible
+        inside = ((scaled_pixels > -BESIDE * size) & (scaled_pixels < (1 + BESIDE) * size)).all(axis=1)
+        step = np.linalg.norm(np.diff(scaled_pixels, axis=0), axis=1)
+        motion = np.maximum(motion, np.where(inside[1:] & inside[:-1], np.nan_to_num(step), 0))
     pose = np.asarray(track.world_to_camera)[index]
-    own = np.linalg.norm(np.diff(-(pose[:, :3, :3].transpose(0, 2, 1) @ pose[:, :3, 3:])[..., 0], axis=0), axis=1)
-    way = np.maximum(way, own * 200)  # one centimetre of camera motion counts as two pixels
-    moved = max(float(np.linalg.norm(np.ptp(arm.position, axis=0))) for arm in demo.arms.values())
-    if moved < MOVED_M:
+    camera_motion = np.linalg.norm(
+        np.diff(-(pose[:, :3, :3].transpose(0, 2, 1) @ pose[:, :3, 3:])[..., 0], axis=0), axis=1
+    )
+    motion = np.maximum(motion, camera_motion * 200)  # one centimetre of camera motion counts as two pixels
+    arm_motion = max(float(np.linalg.norm(np.ptp(arm.position, axis=0))) for arm in demo.arms.values())
+    if arm_motion < MOVED_M:
         return []
     if not stands(demo, camera):
         # a wrist camera may see only a uniform table: only an exactly equal image counts as repeated
         pairs = pairwise(stream.images)
-        changed = np.array([float(not np.array_equal(one, following)) for one, following in pairs])
-    still = changed < CHANGED_SHARE
+        changed = np.array([float(not np.array_equal(previous, following)) for previous, following in pairs])
+    repeated = changed < CHANGED_SHARE
     frames: list[int] = []
     run: list[int] = []
-    path = np.concatenate([[0.0], np.cumsum(way)])
-    for i, flag in enumerate([*still, False]):
+    path = np.concatenate([[0.0], np.cumsum(motion)])
+    for i, flag in enumerate([*repeated, False]):
         if flag:
             run.append(int(index[i + 1]))
         else:
-            around = [changed[j] for j in (i - len(run) - 1, i) if 0 <= j < len(changed)]
-            gone = path[i] - path[i - len(run)]
-            if len(run) >= SPAN and gone > SPAN_PIXELS and min(around, default=1.0) > 5 * CHANGED_SHARE:
+            neighbour_shares = [changed[j] for j in (i - len(run) - 1, i) if 0 <= j < len(changed)]
+            run_motion = path[i] - path[i - len(run)]
+            if len(run) >= SPAN and run_motion > SPAN_PIXELS and min(neighbour_shares, default=1.0) > 5 * CHANGED_SHARE:
                 frames += run
             run = []
     return frames
@@ -169,44 +172,48 @@ def _outlier_frames(stream: Stream) -> list[int]:
     if len(stream.images) < 5:
         return []
     small = stream.images[:, ::2, ::2].astype(np.float32)
-    between = np.abs(small[1:-1] - (small[:-2] + small[2:]) / 2).mean(axis=(1, 2, 3))
-    apart = np.abs(small[2:] - small[:-2]).mean(axis=(1, 2, 3))
-    usual = float(np.median(between))
-    out = (between > OUTLIER_LEVELS) & (between > OUTLIER_RATIO * apart) & (between > 4 * usual)
-    return [int(stream.index[i + 1]) for i in np.flatnonzero(out)]
+    deviation = np.abs(small[1:-1] - (small[:-2] + small[2:]) / 2).mean(axis=(1, 2, 3))
+    neighbour_distance = np.abs(small[2:] - small[:-2]).mean(axis=(1, 2, 3))
+    usual_deviation = float(np.median(deviation))
+    outliers = (
+        (deviation > OUTLIER_LEVELS)
+        & (deviation > OUTLIER_RATIO * neighbour_distance)
+        & (deviation > 4 * usual_deviation)
+    )
+    return [int(stream.index[i + 1]) for i in np.flatnonzero(outliers)]
 
 
 def _check_colour_order(exam: Examination, camera: str, streams: dict[str, Stream]) -> None:
     """Report exchanged red and blue: in some demos compared with the others, or in all compared with instructions."""
-    middles = {name: np.median(stream.images[::2], axis=0)[::2, ::2] for name, stream in streams.items()}
-    shapes = {middle.shape for middle in middles.values()}
+    medians = {name: np.median(stream.images[::2], axis=0)[::2, ::2] for name, stream in streams.items()}
+    shapes = {median.shape for median in medians.values()}
     exchanged: list[str] = []
-    if len(shapes) == 1 and len(middles) >= 3:
-        together = np.median(np.stack(list(middles.values())), axis=0)
-        for name, middle in middles.items():
-            as_is = float(np.abs(middle - together).mean())
-            other = float(np.abs(middle[..., ::-1] - together).mean())
-            if as_is > EXCHANGED_LEVELS and other < EXCHANGED_RATIO * as_is:
+    if len(shapes) == 1 and len(medians) >= 3:
+        overall_median = np.median(np.stack(list(medians.values())), axis=0)
+        for name, median in medians.items():
+            difference = float(np.abs(median - overall_median).mean())
+            swapped_difference = float(np.abs(median[..., ::-1] - overall_median).mean())
+            if difference > EXCHANGED_LEVELS and swapped_difference < EXCHANGED_RATIO * difference:
                 exchanged.append(name)
     votes = {demo.name: _vote(demo, camera, streams[demo.name]) for demo in exam.with_camera(camera)}
-    said = [vote for name, vote in votes.items() if vote and name not in exchanged]
-    against = sum(vote < 0 for vote in said)
-    exam.measures[f"camera/{camera}/colour_votes"] = [len(said) - against, against]
-    everywhere = against >= 2 and against >= 0.8 * len(said)
+    cast_votes = [vote for name, vote in votes.items() if vote and name not in exchanged]
+    votes_against = sum(vote < 0 for vote in cast_votes)
+    exam.measures[f"camera/{camera}/colour_votes"] = [len(cast_votes) - votes_against, votes_against]
+    everywhere = votes_against >= 2 and votes_against >= 0.8 * len(cast_votes)
     names = list(streams) if everywhere else exchanged
     if names:
         # if objects of several colours contradict their instructions, the reason is not one wrong word
         contradicted = {_colour_of_object(d.instruction) for d in exam.demos if votes.get(d.name, 0) < 0}
-        sure = not everywhere or len(contradicted) > 1
+        certain = not everywhere or len(contradicted) > 1
         exam.add(
             "colour_order",
-            "error" if sure else "warning",
+            "error" if certain else "warning",
             "red and blue are exchanged: "
             + (
                 "what the instructions name has the exchanged colour" if everywhere else "other demos show it otherwise"
             ),
             "The images were written as BGR: reverse the channels (OpenCV reads and writes BGR)"
-            if sure
+            if certain
             else "Look at the contact sheet first: instructions alone say so, and their colour word may be wrong. "
             "Where the images were written as BGR, reverse the channels (OpenCV reads and writes BGR)",
             cause="colour order BGR",
@@ -218,8 +225,8 @@ def _check_colour_order(exam: Examination, camera: str, streams: dict[str, Strea
 def _colour_of_object(instruction: str) -> str | None:
     """Return the colour word of the object that an instruction names for gripping; None: there is none, or several,
     before the words for the target place (which has a colour of its own)."""
-    before = re.split(PLACE_WORDS, instruction.lower())[0]
-    words = {word for word in re.findall(r"[a-z]+", before) if word in HUES}
+    object_phrase = re.split(PLACE_WORDS, instruction.lower())[0]
+    words = {word for word in re.findall(r"[a-z]+", object_phrase) if word in HUES}
     return words.pop() if len(words) == 1 else None
 
 
@@ -231,14 +238,16 @@ def _vote(demo: Demo, camera: str, stream: Stream) -> int:
         return 0
     arm = next(iter(demo.arms.values()))
     closing = np.flatnonzero(arm.gripper < arm.gripper[0] - 0.3)
-    place = arm.position[closing[0] if len(closing) else -1]
-    track, first = demo.cameras[camera], int(stream.index[0])
+    grasp_position = arm.position[closing[0] if len(closing) else -1]
+    track, first_frame = demo.cameras[camera], int(stream.index[0])
     pixels, depth = project(
-        tensor(place), tensor(np.asarray(track.intrinsics)[first]), tensor(np.asarray(track.world_to_camera)[first])
+        tensor(grasp_position),
+        tensor(np.asarray(track.intrinsics)[first_frame]),
+        tensor(np.asarray(track.world_to_camera)[first_frame]),
     )
     scale = stream.images.shape[2] / track.width
     x, y = (pixels.numpy() * scale).tolist()
-    radius = PATCH_M * float(track.intrinsics[first, 0, 0]) * scale / max(float(depth), 0.05)
+    radius = PATCH_M * float(track.intrinsics[first_frame, 0, 0]) * scale / max(float(depth), 0.05)
     if not (np.isfinite([x, y]).all() and 0 <= x < stream.images.shape[2] and 0 <= y < stream.images.shape[1]):
         return 0
     top, left = max(0, round(y - radius)), max(0, round(x - radius))
@@ -255,5 +264,5 @@ def _near(pixels: np.ndarray, hue: float) -> int:
     chroma = np.maximum(high - low, 1e-6)
     r, g, b = pixels.T
     angle = np.where(high == r, (g - b) / chroma % 6, np.where(high == g, (b - r) / chroma + 2, (r - g) / chroma + 4))
-    off = np.abs((angle * 60 - hue + 180) % 360 - 180)
-    return int(((off < HUE_WIDTH) & (high - low > 0.45 * high) & (high > 50)).sum())
+    hue_distance = np.abs((angle * 60 - hue + 180) % 360 - 180)
+    return int(((hue_distance < HUE_WIDTH) & (high - low > 0.45 * high) & (high > 50)).sum())

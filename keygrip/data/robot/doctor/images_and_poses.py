@@ -73,51 +73,51 @@ def check_images_and_poses(
     Returns:
         What was not compared, and why.
     """
-    out = NotCompared()
+    not_compared = NotCompared()
     # Poses that are frozen, or misread or scaled according to joints; poses without joints are compared with images.
-    explained = {
+    explained_demos = {
         arm: exam.named("position_scale", arm=arm, severity="error")  # found from joints alone
         | exam.named("quaternion_order", arm=arm, severity="error") & shown_by_joints(exam, arm)
         | frozen(exam, arm, ["poses"])
         for arm in exam.arms
     }
     for camera in exam.cameras:
-        standing = []
+        static_demos = []
         for demo in exam.with_camera(camera):
             if demo.cameras[camera].uncalibrated:
                 continue  # reported by another check
             reason = cannot_compare(demo, camera)
             if reason is None:
-                standing.append(demo)
+                static_demos.append(demo)
             else:
-                out.add(camera, reason, [demo.name])
-        exam.measures[f"camera/{camera}/standing_demos"] = len(standing)
+                not_compared.add(camera, reason, [demo.name])
+        exam.measures[f"camera/{camera}/standing_demos"] = len(static_demos)
         if _explained(exam, camera):
-            out.add(camera, EXPLAINED, [demo.name for demo in standing])
+            not_compared.add(camera, EXPLAINED, [demo.name for demo in static_demos])
             continue
-        for arms in sorted({tuple(sorted(demo.arms)) for demo in standing}):
-            name = " and ".join(arms)
-            found: dict[str, tuple[View, Placement]] = {}
-            for demo in standing:
+        for arms in sorted({tuple(sorted(demo.arms)) for demo in static_demos}):
+            arm_names = " and ".join(arms)
+            compared: dict[str, tuple[View, Placement]] = {}
+            for demo in static_demos:
                 if tuple(sorted(demo.arms)) != arms:
                     continue
-                if any(demo.name in explained[arm] for arm in arms):
-                    out.add(camera, EXPLAINED, [demo.name])
+                if any(demo.name in explained_demos[arm] for arm in arms):
+                    not_compared.add(camera, EXPLAINED, [demo.name])
                     continue
                 view = make_view(demo, camera, FRAMES, (small_images or {}).get((demo.name, camera)))
                 if float((view.foreground > 0.5).sum(axis=(1, 2)).mean()) < LEAST_MOTION:
-                    out.add(camera, STILL, [demo.name])
+                    not_compared.add(camera, STILL, [demo.name])
                     continue
                 robot = place_all(replace(demo, arms={arm: _usable(exam, arm, demo) for arm in arms}), model)
                 if robot is None:
-                    out.add(camera, lacking(demo, model), [demo.name])
+                    not_compared.add(camera, lacking(demo, model), [demo.name])
                 else:
-                    found[demo.name] = (view, robot)
-            exam.measures[f"camera/{camera}/arm/{name}/compared_demos"] = len(found)
-            if found and not _compare(exam, Seen(camera, name, found, model), small_images or {}):
-                for demo_name, (view, _) in found.items():
-                    out.add(camera, lacking(view.demo, model), [demo_name])
-    return out
+                    compared[demo.name] = (view, robot)
+            exam.measures[f"camera/{camera}/arm/{arm_names}/compared_demos"] = len(compared)
+            if compared and not _compare(exam, Seen(camera, arm_names, compared, model), small_images or {}):
+                for demo_name, (view, _) in compared.items():
+                    not_compared.add(camera, lacking(view.demo, model), [demo_name])
+    return not_compared
 
 
 def _explained(exam: Examination, camera: str) -> bool:
@@ -152,14 +152,14 @@ def _compare(exam: Examination, seen: Seen, small_images: dict[tuple[str, str], 
             return False
         return True
     flipped = check_flips(exam, seen)
-    rest = {name: pair for name, pair in seen.pairs.items() if name not in flipped}
-    if not rest:
+    unflipped = {name: pair for name, pair in seen.pairs.items() if name not in flipped}
+    if not unflipped:
         return True
-    seen.pairs = rest
-    found = _fit_camera(exam, seen)
-    far = seen.change if seen.change.any() else None  # of a camera that is too far off to check single demos
-    add_overlays(exam, seen.camera, seen.arm, seen.pairs, far if found is None else found.change)
-    if found is not None:
+    seen.pairs = unflipped
+    camera_fit = _fit_camera(exam, seen)
+    far_change = seen.change if seen.change.any() else None  # of a camera that is too far off to check single demos
+    add_overlays(exam, seen.camera, seen.arm, seen.pairs, far_change if camera_fit is None else camera_fit.change)
+    if camera_fit is not None:
         _check_demos(exam, seen)
     return True
 
@@ -169,13 +169,13 @@ def _check_readings(exam: Examination, seen: Seen) -> bool:
     names = [name for name, (view, _) in seen.pairs.items() if yam_model(view.demo, seen.arm) is not None][:3]
     if not names or seen.model is not None:
         return False
-    scored = {}
+    scores = {}
     for words in (*READINGS, "0.8", "0.9", "1.1", "1.2"):
-        placed = [(seen.pairs[name][0], place_with(seen, name, words)) for name in names]
-        if all(robot.source != "poses" for _, robot in placed):
-            scored[words] = agreement_of(placed)
-    best = max(scored, key=lambda words: scored[words], default="")
-    if scored.get(best, 0.0) < POOR:
+        pairs = [(seen.pairs[name][0], place_with(seen, name, words)) for name in names]
+        if all(robot.source != "poses" for _, robot in pairs):
+            scores[words] = agreement_of(pairs)
+    best = max(scores, key=lambda words: scores[words], default="")
+    if scores.get(best, 0.0) < POOR:
         return False  # the arm's base may be elsewhere than the world's origin
     cause = READINGS.get(best, f"positions scaled by {best}")
     exam.add(
@@ -202,20 +202,20 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
     """Fit one change to the camera in all demos; None if single demos cannot be checked after it or the fit fails."""
     names = _good(seen)
     pairs = [seen.pairs[name] for name in names]
-    found = fit(pairs)
-    if found.after < POOR or found.degrees > 3 or abs(found.lag) > 2:
-        if (other := other_camera(seen, names, found)) is not None:
+    camera_fit = fit(pairs)
+    if camera_fit.after < POOR or camera_fit.degrees > 3 or abs(camera_fit.lag) > 2:
+        if (other := other_camera(seen, names, camera_fit)) is not None:
             _add_other_camera(exam, seen, list(seen.pairs), other)
             return None
-        found = wide_fit(pairs)
+        camera_fit = wide_fit(pairs)
     key = f"camera/{seen.camera}/arm/{seen.arm}"
-    exam.measures[f"{key}/fit"] = described(found)
-    if found.after < 0.15 or found.points == 0:
+    exam.measures[f"{key}/fit"] = described(camera_fit)
+    if camera_fit.after < 0.15 or camera_fit.points == 0:
         exam.add(
             "disagreement",
             "error",
-            f"what moves in the images has nothing to do with the poses (agreement {found.before:.2f}, "
-            f"{found.after:.2f} after a fit)",
+            f"what moves in the images has nothing to do with the poses (agreement {camera_fit.before:.2f}, "
+            f"{camera_fit.after:.2f} after a fit)",
             "Check that images and poses are of the same demo and camera, and the world frame of the poses",
             cause="another demo's images, another camera, or another world frame",
             camera=seen.camera,
@@ -223,23 +223,23 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
             demos=seen.pairs,
         )
         return None
-    gain = found.after - found.before
+    gain = camera_fit.after - camera_fit.before
     # rotation, shift and zoom can replace each other: each number is uncertain, but a clear gain of all is not
-    sigma = found.sigma * (3 if gain < CLEAR_GAIN else 0)
-    turned = found.degrees > max(TURN_DEG, np.degrees(float(np.linalg.norm(sigma[:3]))))
-    shifted = found.metres > max(SHIFT_M, float(np.linalg.norm(sigma[3:6])))
-    zoomed = abs(found.change[FOCAL]) > max(FOCAL_SHARE, sigma[FOCAL])
-    late = abs(found.lag) > LAG_FRAMES
+    sigma = camera_fit.sigma * (3 if gain < CLEAR_GAIN else 0)
+    turned = camera_fit.degrees > max(TURN_DEG, np.degrees(float(np.linalg.norm(sigma[:3]))))
+    shifted = camera_fit.metres > max(SHIFT_M, float(np.linalg.norm(sigma[3:6])))
+    zoomed = abs(camera_fit.change[FOCAL]) > max(FOCAL_SHARE, sigma[FOCAL])
+    late = abs(camera_fit.lag) > LAG_FRAMES
     if not ((turned or shifted or zoomed or late) and gain > GAIN):
-        return found
-    helped = [n for n, pair in seen.pairs.items() if agreement_of([pair], found.change) > seen.scores[n]]
+        return camera_fit
+    improved = [n for n, pair in seen.pairs.items() if agreement_of([pair], camera_fit.change) > seen.scores[n]]
     # One demo with a fault of its own also shifts a joint fit.
-    if len(set(helped) & set(names)) > 0.6 * len(names):
-        _add_registration(exam, seen, helped, camera_cause(seen, names, found))
-        seen.change = found.change
-        if found.degrees > FAR_DEG:
+    if len(set(improved) & set(names)) > 0.6 * len(names):
+        _add_registration(exam, seen, improved, camera_cause(seen, names, camera_fit))
+        seen.change = camera_fit.change
+        if camera_fit.degrees > FAR_DEG:
             return None  # too far for a meaningful fit of one demo
-    return found
+    return camera_fit
 
 
 def described(found: Fit) -> dict[str, object]:
@@ -260,11 +260,11 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
     free = (0, 1, 2, 3, 4, 5, LAG)
     prior = PRIOR.copy()
     fits: dict[str, Fit] = {}
-    bases = {name: agreement_of([pair], seen.change) for name, pair in seen.pairs.items()}
-    usual = float(np.median(list(bases.values())))
+    agreements = {name: agreement_of([pair], seen.change) for name, pair in seen.pairs.items()}
+    usual_agreement = float(np.median(list(agreements.values())))
     for name, pair in seen.pairs.items():
         # if images and poses do not match at all, no small step helps: that is no reason to skip a demo
-        if bases[name] >= 0.6 * usual and not _improvable(pair, seen.change, bases[name]):
+        if agreements[name] >= 0.6 * usual_agreement and not _improvable(pair, seen.change, agreements[name]):
             continue
         fits[name] = fit(
             [pair],
@@ -276,37 +276,41 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
         )
     key = f"camera/{seen.camera}/arm/{seen.arm}"
     exam.measures[f"{key}/demo_fits"] = {
-        name: described(found) | {"agreement_before": round(bases[name], 3)} for name, found in fits.items()
+        name: described(demo_fit) | {"agreement_before": round(agreements[name], 3)} for name, demo_fit in fits.items()
     }
-    others: dict[str, list[str]] = {}
-    odd: dict[str, Callable[[], None]] = {}  # report of each demo whose fault is a change of clock or camera
-    for name, found in fits.items():
-        if bases[name] < 0.45 * usual and found.after < 0.7 * usual:
-            found = fits[name] = wide_fit([seen.pairs[name]])
-        change = found.change - seen.change
+    names_by_demo: dict[str, list[str]] = {}
+    reports: dict[str, Callable[[], None]] = {}  # report of each demo whose fault is a change of clock or camera
+    for name, demo_fit in fits.items():
+        if agreements[name] < 0.45 * usual_agreement and demo_fit.after < 0.7 * usual_agreement:
+            demo_fit = fits[name] = wide_fit([seen.pairs[name]])
+        change = demo_fit.change - seen.change
         turn, shift = np.degrees(np.linalg.norm(change[:3])), float(np.linalg.norm(change[3:6]))
-        lag, gain = float(-change[LAG]), found.after - bases[name]
-        sigma = 0.0 if gain > CLEAR_GAIN else np.degrees(float(np.linalg.norm(found.sigma[:3])))
-        poor = found.after < 0.6 * usual
-        if poor and bases[name] < 0.6 * usual and (other := _other_demo(seen, name, bases[name])) is not None:
-            others.setdefault(other, []).append(name)
-        elif gain > DEMO_GAIN and abs(lag) > DEMO_LAG and _lag_explains(seen, name, found):
-            odd[name] = partial(_add_lag, exam, seen, name, lag)
+        lag, gain = float(-change[LAG]), demo_fit.after - agreements[name]
+        sigma = 0.0 if gain > CLEAR_GAIN else np.degrees(float(np.linalg.norm(demo_fit.sigma[:3])))
+        poor = demo_fit.after < 0.6 * usual_agreement
+        if (
+            poor
+            and agreements[name] < 0.6 * usual_agreement
+            and (other := _other_demo(seen, name, agreements[name])) is not None
+        ):
+            names_by_demo.setdefault(other, []).append(name)
+        elif gain > DEMO_GAIN and abs(lag) > DEMO_LAG and _lag_explains(seen, name, demo_fit):
+            reports[name] = partial(_add_lag, exam, seen, name, lag)
         elif gain > DEMO_GAIN and (turn > max(DEMO_TURN_DEG, 3 * sigma) or shift > DEMO_SHIFT_M):
-            camera = other_camera(seen, [name], found)
-            odd[name] = partial(_add_moved, exam, seen, name, found)
+            camera = other_camera(seen, [name], demo_fit)
+            reports[name] = partial(_add_moved, exam, seen, name, demo_fit)
             if camera is not None:
-                odd[name] = partial(_add_other_camera, exam, seen, [name], camera)
-        elif bases[name] < 0.3 * usual and bases[name] < 0.15:
-            others.setdefault("", []).append(name)
-    changes = {name: fits[name].change for name in odd}
-    cause = pose_cause(seen, list(odd), changes) if len(odd) > max(1, len(seen.pairs) / 2) else None
+                reports[name] = partial(_add_other_camera, exam, seen, [name], camera)
+        elif agreements[name] < 0.3 * usual_agreement and agreements[name] < 0.15:
+            names_by_demo.setdefault("", []).append(name)
+    changes = {name: fits[name].change for name in reports}
+    cause = pose_cause(seen, list(reports), changes) if len(reports) > max(1, len(seen.pairs) / 2) else None
     if cause is not None:  # one fault of all demos instead of a different one in each
         _add_registration(exam, seen, list(seen.pairs), cause)
     else:
-        for say in odd.values():
-            say()
-    for other, names in others.items():
+        for report in reports.values():
+            report()
+    for other, names in names_by_demo.items():
         exam.add(
             "wrong_demo",
             "error",
@@ -334,10 +338,10 @@ def lag_start(pair: tuple[View, Placement], change: np.ndarray) -> np.ndarray:
 
 def _improvable(pair: tuple[View, Placement], change: np.ndarray, own: float) -> bool:
     """Return whether a small rotation of the camera or a small lag raises the agreement: at the optimum, none does."""
-    for number, step in STEPS:
+    for index, step in STEPS:
         for sign in (1, -1):
             other = change.copy()
-            other[number] += sign * step
+            other[index] += sign * step
             if agreement_of([pair], other) > own + STEP_GAIN:
                 return True
     return False
@@ -346,13 +350,13 @@ def _improvable(pair: tuple[View, Placement], change: np.ndarray, own: float) ->
 def _other_demo(seen: Seen, name: str, own: float) -> str | None:
     """Return the demo whose poses match this demo's images best, if clearly better than its own poses, or None."""
     view = seen.pairs[name][0]
-    tried = {
+    agreements = {
         other: agreement_of([(view, robot)], seen.change) for other, (_, robot) in seen.pairs.items() if other != name
     }
-    if not tried:
+    if not agreements:
         return None
-    best = max(tried, key=lambda other: tried[other])
-    return best if tried[best] > own + 0.1 and tried[best] > 0.3 else None
+    best = max(agreements, key=lambda other: agreements[other])
+    return best if agreements[best] > own + 0.1 and agreements[best] > 0.3 else None
 
 
 def _lag_explains(seen: Seen, name: str, found: Fit) -> bool:

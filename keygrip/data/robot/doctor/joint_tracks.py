@@ -20,32 +20,35 @@ def check_joint_tracks(exam: Examination) -> None:
     for arm in exam.arms:
         scales, delays, bases = {}, {}, {}
         recorded = with_joints(exam, arm)
-        apart = exam.named("kinematics", arm=arm)
-        if apart >= {demo.name for demo, *_ in recorded}:
-            apart = set()  # all demos disagree with their joints: no single demo is odd
+        inconsistent = exam.named("kinematics", arm=arm)
+        if inconsistent >= {demo.name for demo, *_ in recorded}:
+            inconsistent = set()  # all demos disagree with their joints: no single demo is odd
         for demo, joints, model in recorded:
             track = demo.arms[arm]
-            own, quaternion = forward_kinematics(joints, *model)
-            if np.ptp(own, axis=0).max() < 0.03:
+            joint_position, quaternion = forward_kinematics(joints, *model)
+            if np.ptp(joint_position, axis=0).max() < 0.03:
                 continue
-            turn = Rotation.from_matrix(
+            rotations = Rotation.from_matrix(
                 matrix_from_quaternion(track.quaternion) @ matrix_from_quaternion(quaternion).transpose(0, 2, 1)
             )
-            base = turn.mean()
-            turned = base.apply(own)
-            delay = best_delay(turned, track.position, 8)
-            if np.isfinite(delay) and abs(delay) > DELAY_FRAMES and _explains(delay, turned, track.position):
+            base_rotation = rotations.mean()
+            rotated = base_rotation.apply(joint_position)
+            delay = best_delay(rotated, track.position, 8)
+            if np.isfinite(delay) and abs(delay) > DELAY_FRAMES and _explains(delay, rotated, track.position):
                 delays[demo.name] = delay
                 continue
-            aligned = _rotation_between(own, track.position)
-            centred, moved = aligned.apply(own - own.mean(axis=0)), track.position - track.position.mean(axis=0)
-            scale = float((centred * moved).sum() / (centred**2).sum())
-            left = moved - scale * centred
-            if abs(scale - 1) > SCALE and float(np.median(np.linalg.norm(left, axis=1))) < SPREAD_M:
+            aligned = _rotation_between(joint_position, track.position)
+            centred_aligned, centred_recorded = (
+                aligned.apply(joint_position - joint_position.mean(axis=0)),
+                track.position - track.position.mean(axis=0),
+            )
+            scale = float((centred_aligned * centred_recorded).sum() / (centred_aligned**2).sum())
+            residual = centred_recorded - scale * centred_aligned
+            if abs(scale - 1) > SCALE and float(np.median(np.linalg.norm(residual, axis=1))) < SPREAD_M:
                 scales[demo.name] = scale
                 continue
-            if demo.name not in apart:
-                bases[demo.name] = np.median(track.position - turned, axis=0)
+            if demo.name not in inconsistent:
+                bases[demo.name] = np.median(track.position - rotated, axis=0)
         _report_scales(exam, arm, scales)
         _report_delays(exam, arm, delays)
         if len(bases) >= 3:
@@ -57,8 +60,8 @@ def _explains(delay: float, own: np.ndarray, recorded: np.ndarray) -> bool:
     another convention or joints have another zero position, no shift achieves that."""
     frames = np.arange(len(own))
     shifted = np.stack([np.interp(frames - delay, frames, axis) for axis in own.T], axis=1)
-    left = recorded - shifted
-    return float(np.median(np.linalg.norm(left - np.median(left, axis=0), axis=1))) < SPREAD_M
+    residual = recorded - shifted
+    return float(np.median(np.linalg.norm(residual - np.median(residual, axis=0), axis=1))) < SPREAD_M
 
 
 def _rotation_between(first: np.ndarray, second: np.ndarray) -> Rotation:
@@ -98,17 +101,17 @@ def _report_delays(exam: Examination, arm: str, delays: dict[str, float]) -> Non
 
 
 def _report_odd(exam: Examination, arm: str, bases: dict[str, np.ndarray]) -> None:
-    usual = np.median(np.stack(list(bases.values())), axis=0)
-    off = {name: base - usual for name, base in bases.items() if np.linalg.norm(base - usual) > ODD_M}
-    if not off or len(off) > len(bases) / 2:
+    usual_base = np.median(np.stack(list(bases.values())), axis=0)
+    odd_offsets = {name: base - usual_base for name, base in bases.items() if np.linalg.norm(base - usual_base) > ODD_M}
+    if not odd_offsets or len(odd_offsets) > len(bases) / 2:
         return
-    centimetres = max(float(np.linalg.norm(value)) for value in off.values()) * 100
+    centimetres = max(float(np.linalg.norm(value)) for value in odd_offsets.values()) * 100
     exam.add(
         "base_offset",
         "error",
         f"recorded positions lie up to {centimetres:.1f} cm elsewhere against the joints than in the other demos",
         "Give all demos the same base and tool frame",
         cause=f"positions offset by {centimetres:.1f} cm in these demos",
-        demos=off,
+        demos=odd_offsets,
         arm=arm,
     )

@@ -70,9 +70,11 @@ class Apart(NamedTuple):
 
 def _apart(demos: Sequence[Compared]) -> Apart:
     base, scatter = _mean_turn(np.concatenate([demo.turns(demo.rotation) for demo in demos]))
-    left = np.concatenate([demo.position - demo.own_position @ base.T for demo in demos])
-    tool = (np.concatenate([demo.rotation for demo in demos]).transpose(0, 2, 1) @ left[..., None])[..., 0]
-    return Apart(scatter, float(left.std(axis=0).max()), float(tool.std(axis=0).max()), tool.mean(axis=0))
+    residual = np.concatenate([demo.position - demo.own_position @ base.T for demo in demos])
+    tool_residual = (np.concatenate([demo.rotation for demo in demos]).transpose(0, 2, 1) @ residual[..., None])[..., 0]
+    return Apart(
+        scatter, float(residual.std(axis=0).max()), float(tool_residual.std(axis=0).max()), tool_residual.mean(axis=0)
+    )
 
 
 def check_kinematics(exam: Examination) -> None:
@@ -80,13 +82,13 @@ def check_kinematics(exam: Examination) -> None:
     for arm in exam.arms:
         demos = []
         for demo, joints, model in with_joints(exam, arm):
-            pick = evenly(len(demo), 40)
-            position, quaternion = forward_kinematics(joints[pick], *model)
-            recorded = demo.arms[arm].quaternion[pick]
+            frames = evenly(len(demo), 40)
+            position, quaternion = forward_kinematics(joints[frames], *model)
+            recorded = demo.arms[arm].quaternion[frames]
             demos.append(
                 Compared(
                     demo.name,
-                    demo.arms[arm].position[pick],
+                    demo.arms[arm].position[frames],
                     matrix_from_quaternion(recorded),
                     position,
                     matrix_from_quaternion(quaternion),
@@ -97,8 +99,8 @@ def check_kinematics(exam: Examination) -> None:
         if not demos:
             exam.measures[f"arm/{arm}/site_offset_m"] = None
             continue
-        apart = _apart(demos)
-        scatter = apart.scatter
+        differences = _apart(demos)
+        scatter = differences.scatter
         _, swapped_scatter = _mean_turn(np.concatenate([demo.turns(demo.misread) for demo in demos]))
         if scatter > SCATTER_DEG and swapped_scatter < 0.5 * scatter:
             exam.add(
@@ -116,9 +118,13 @@ def check_kinematics(exam: Examination) -> None:
             np.concatenate([demo.turns(demo.rotation.transpose(0, 2, 1)) for demo in demos])
         )
         if scatter > SCATTER_DEG and conjugated_scatter < 0.5 * scatter:
-            back = [-(d.rotation.transpose(0, 2, 1) @ d.position[..., None])[..., 0] for d in demos]
-            off = np.concatenate([place - demo.own_position for place, demo in zip(back, demos, strict=True)])
-            whole = float(np.linalg.norm(off - np.median(off, axis=0), axis=1).mean()) < KINEMATICS_SPREAD_M
+            inverted_positions = [-(d.rotation.transpose(0, 2, 1) @ d.position[..., None])[..., 0] for d in demos]
+            offsets = np.concatenate(
+                [place - demo.own_position for place, demo in zip(inverted_positions, demos, strict=True)]
+            )
+            poses_inverted = (
+                float(np.linalg.norm(offsets - np.median(offsets, axis=0), axis=1).mean()) < KINEMATICS_SPREAD_M
+            )
             exam.add(
                 "pose_direction",
                 "error",
@@ -126,15 +132,15 @@ def check_kinematics(exam: Examination) -> None:
                 f"{conjugated_scatter:.0f}",
                 "Store gripper-to-world poses",
                 cause="poses inverted (world to gripper in place of gripper to world)"
-                if whole
+                if poses_inverted
                 else "quaternions conjugated (world to gripper)",
                 demos=names,
                 arm=arm,
             )
             continue
-        offset = apart.offset
+        offset = differences.offset
         exam.measures[f"arm/{arm}/site_offset_m"] = [round(float(value), 4) for value in offset]
-        if not apart.together:
+        if not differences.together:
             odd = [demo for demo in demos if not _apart([demo]).together] or demos  # all, if their bases differ
             worst = _apart(odd)
             exam.add(
@@ -150,7 +156,7 @@ def check_kinematics(exam: Examination) -> None:
             )
         # while the gripper points down, a shift of the base and of the site along the approach look the same
         elif np.linalg.norm(offset) > SITE_OFFSET_M and (
-            apart.in_tool < apart.in_world or abs(offset[2]) > 0.95 * np.linalg.norm(offset)
+            differences.in_tool < differences.in_world or abs(offset[2]) > 0.95 * np.linalg.norm(offset)
         ):
             millimetres = ", ".join(f"{value * 1e3:.0f}" for value in offset)
             exam.add(

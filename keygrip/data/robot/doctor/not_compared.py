@@ -91,8 +91,8 @@ class NotCompared:
 
     def add(self, camera: str, reason: Reason, names: Iterable[str]) -> None:
         """Add demos whose images of a camera were not compared."""
-        known = self.demos.setdefault((camera, reason), [])
-        known += [name for name in names if name not in known]
+        demo_names = self.demos.setdefault((camera, reason), [])
+        demo_names += [name for name in names if name not in demo_names]
 
     def report(self, exam: Examination) -> None:
         """Add a finding `not_compared` for each camera and reason: warnings to the findings, others to the notes."""

@@ -23,14 +23,14 @@ def overlay(view: View, placement: Placement, change: np.ndarray | None, frame: 
     [H, W, 3]."""
     scale = max(1, round(SIZE / max(view.size)))
     image = Image.fromarray(view.images[frame]).resize((view.size[1] * scale, view.size[0] * scale))
-    drawn = np.array(image)
-    for numbers, colour in ((np.zeros(NUMBERS), RECORDED), (change, FITTED)):
-        if numbers is None:
+    canvas = np.array(image)
+    for parameters, colour in ((np.zeros(NUMBERS), RECORDED), (change, FITTED)):
+        if parameters is None:
             continue
-        edge = boundary(silhouette(view, placement, numbers, half=False, every=2)[frame : frame + 1])[0]
+        edge = boundary(silhouette(view, placement, parameters, half=False, every=2)[frame : frame + 1])[0]
         edge = edge.repeat(scale, axis=0).repeat(scale, axis=1)
-        drawn[edge] = colour
-    return drawn
+        canvas[edge] = colour
+    return canvas
 
 
 def add_overlays(
@@ -48,9 +48,9 @@ def add_overlays(
 
 
 def _by_lag(pairs: Sequence[tuple[View, Placement]]) -> dict[str, float]:
-    found = {}
+    agreements = {}
     for lag in LAGS:
         change = np.zeros(NUMBERS)
         change[LAG] = -lag
-        found[str(lag)] = round(agreement_of(pairs, change), 3)
-    return found
+        agreements[str(lag)] = round(agreement_of(pairs, change), 3)
+    return agreements

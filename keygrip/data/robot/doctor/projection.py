@@ -21,18 +21,18 @@ AIMED_ELSEWHERE = "a camera that looks elsewhere, or a wrong calibration"
 def check_projection(exam: Examination) -> None:
     """Check whether the gripper projects into each image, and how accurately points on the table can be localised."""
     for camera in exam.cameras:
-        unknown = {demo.name: demo.cameras[camera].uncalibrated for demo in exam.with_camera(camera)}
-        unknown = {name: reason for name, reason in unknown.items() if reason}
-        demos = [demo for demo in exam.with_camera(camera) if demo.name not in unknown]
-        if unknown:
+        uncalibrated = {demo.name: demo.cameras[camera].uncalibrated for demo in exam.with_camera(camera)}
+        uncalibrated = {name: reason for name, reason in uncalibrated.items() if reason}
+        demos = [demo for demo in exam.with_camera(camera) if demo.name not in uncalibrated]
+        if uncalibrated:
             exam.add(
                 "uncalibrated_camera",
                 "warning",
-                f"it is not calibrated: {next(iter(unknown.values()))}. Nothing that needs its pose was checked",
+                f"it is not calibrated: {next(iter(uncalibrated.values()))}. Nothing that needs its pose was checked",
                 "Some models need no calibration (docs/data.md); for the others give it in a calibration file",
                 cause="no calibration of this camera",
                 camera=camera,
-                demos=unknown,
+                demos=uncalibrated,
             )
         if not demos:
             continue
@@ -65,9 +65,9 @@ def _mounted_on(demos: Sequence[Demo], camera: str) -> str | None:
         if np.ptp(pose[:, :3, 3], axis=0).max() < MOVED_M:
             return None
         for arm, trajectory in demo.arms.items():
-            turned = matrix_from_quaternion(trajectory.quaternion).transpose(0, 2, 1)
-            own = (turned @ (pose[:, :3, 3] - trajectory.position)[..., None])[..., 0]
-            if np.ptp(own, axis=0).max() < 0.25 * np.ptp(pose[:, :3, 3], axis=0).max():
+            world_to_gripper = matrix_from_quaternion(trajectory.quaternion).transpose(0, 2, 1)
+            camera_in_gripper = (world_to_gripper @ (pose[:, :3, 3] - trajectory.position)[..., None])[..., 0]
+            if np.ptp(camera_in_gripper, axis=0).max() < 0.25 * np.ptp(pose[:, :3, 3], axis=0).max():
                 return arm
     return None
 
@@ -107,11 +107,11 @@ def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> 
         cause = AIMED_ELSEWHERE
         advice = "Look at the contact sheet, aim the camera at the workspace or leave these demos out"
         for words, remedy, change in _ALTERNATIVES:
-            other = [
+            converted = [
                 _inside(track, position, change(np.asarray(track.world_to_camera)))
                 for track, position in zip(tracks, positions, strict=True)
             ]
-            if np.concatenate(other).mean() > max(ON_SCREEN_SHARE, share + 0.3):
+            if np.concatenate(converted).mean() > max(ON_SCREEN_SHARE, share + 0.3):
                 cause, advice = words, f"Read so, it puts the gripper into the image: {remedy}"
                 break
         shares = [float(found.mean()) for found in inside]
@@ -132,11 +132,11 @@ def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> 
         return
     slopes, cells = [], []
     lowest = float(np.min([position[:, 2].min() for position in positions]))
-    for track, position, seen in zip(tracks, positions, inside, strict=True):
-        if not seen.any():
+    for track, position, visible in zip(tracks, positions, inside, strict=True):
+        if not visible.any():
             continue
-        intrinsics, pose = tensor(track.intrinsics)[seen], tensor(track.world_to_camera)[seen]
-        pixels, _ = project(tensor(position)[seen], intrinsics, pose)
+        intrinsics, pose = tensor(track.intrinsics)[visible], tensor(track.world_to_camera)[visible]
+        pixels, _ = project(tensor(position)[visible], intrinsics, pose)
         slopes.append(pixel_rays(pixels, intrinsics, pose)[:, 2].abs().numpy())
         cell = min(track.width, track.height) / exam.pred_size
         height = torch.full((len(pixels),), lowest, dtype=pixels.dtype)
@@ -147,8 +147,8 @@ def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> 
             for step in ([-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0])
         ]
         above = camera_centre(pose)[:, 2] > lowest
-        size = torch.maximum((corners[1] - corners[0]).norm(dim=-1), (corners[3] - corners[2]).norm(dim=-1))
-        cells.append(size[above & size.isfinite()].numpy())
+        cell_size = torch.maximum((corners[1] - corners[0]).norm(dim=-1), (corners[3] - corners[2]).norm(dim=-1))
+        cells.append(cell_size[above & cell_size.isfinite()].numpy())
     grazing = float((np.concatenate(slopes) < GRAZING_SLOPE).mean())
     found = np.concatenate(cells)
     exam.measures[f"camera/{camera}/arm/{arm}/grazing_share"] = grazing

@@ -88,8 +88,8 @@ def silhouette(view: View, placement: Placement, change: np.ndarray, half: bool 
 def halved(changed: np.ndarray) -> np.ndarray:
     """[F, h, w] -> [F, h // 2, w // 2], averaged."""
     frames, height, width = changed.shape
-    even = changed[:, : height // 2 * 2, : width // 2 * 2]
-    return np.asarray(even.reshape(frames, height // 2, 2, width // 2, 2).mean(axis=(2, 4)))
+    cropped = changed[:, : height // 2 * 2, : width // 2 * 2]
+    return np.asarray(cropped.reshape(frames, height // 2, 2, width // 2, 2).mean(axis=(2, 4)))
 
 
 def agreement_of(pairs: Sequence[tuple[View, Placement]], change: np.ndarray | None = None) -> float:
@@ -104,8 +104,8 @@ def uncovered_background(images: np.ndarray, covered: np.ndarray) -> tuple[np.nd
     counts = (~covered).sum(axis=0)
     values = np.where(covered[..., None], np.float32(1e6), images.astype(np.float32))
     values.sort(axis=0)
-    middle = np.clip((counts - 1) // 2, 0, len(images) - 1)
-    return np.take_along_axis(values, middle[None, ..., None], axis=0)[0], counts >= 3
+    middle_index = np.clip((counts - 1) // 2, 0, len(images) - 1)
+    return np.take_along_axis(values, middle_index[None, ..., None], axis=0)[0], counts >= 3
 
 
 def _cover(view: View, placement: Placement, change: np.ndarray, margin: int) -> np.ndarray:
@@ -118,10 +118,10 @@ def _cover(view: View, placement: Placement, change: np.ndarray, margin: int) ->
 def evidence(view: View, placement: Placement, change: np.ndarray, margin: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the foreground [F, h, w] against a background without the robot (at its estimated place), 0.5 where the
     background is never visible; and the difference of the images from it, [F, h, w, 3], 0 where it is not known."""
-    background, known = uncovered_background(view.images, _cover(view, placement, change, margin))
-    found = foreground(view.images, np.where(known[..., None], background, 0))
-    found[:, ~known] = 0.5
-    return found, np.where(known[..., None], view.images - background, 0).astype(np.float32)
+    background, uncovered = uncovered_background(view.images, _cover(view, placement, change, margin))
+    certainty = foreground(view.images, np.where(uncovered[..., None], background, 0))
+    certainty[:, ~uncovered] = 0.5
+    return certainty, np.where(uncovered[..., None], view.images - background, 0).astype(np.float32)
 
 
 def _outline(
@@ -130,37 +130,42 @@ def _outline(
     """Return outline points of one view: frame [M], point [M], normal [M, 2], distance to the outline in the image [M],
     weight [M]."""
     height, width = changed.shape[1:]
-    mask, which = splat(pixels, height, width)
-    edge = boundary(mask) & (which >= 0)
+    mask, point_index = splat(pixels, height, width)
+    edge = boundary(mask) & (point_index >= 0)
     frames, rows, columns = np.nonzero(edge)
-    kept = []
+    sampled = []
     for frame in range(len(mask)):
-        own = np.flatnonzero(frames == frame)
-        kept.append(own if len(own) <= OUTLINE else rng.choice(own, OUTLINE, replace=False))
-    chosen = np.concatenate(kept)
+        in_frame = np.flatnonzero(frames == frame)
+        sampled.append(in_frame if len(in_frame) <= OUTLINE else rng.choice(in_frame, OUTLINE, replace=False))
+    chosen = np.concatenate(sampled)
     frames, rows, columns = frames[chosen], rows[chosen], columns[chosen]
     smooth = gaussian_filter(mask.astype(np.float32), (0, 1.5, 1.5))
-    down, across = np.gradient(smooth, axis=(1, 2))
-    normal = -np.stack([across[frames, rows, columns], down[frames, rows, columns]], axis=1)
+    gradient_y, gradient_x = np.gradient(smooth, axis=(1, 2))
+    normal = -np.stack([gradient_x[frames, rows, columns], gradient_y[frames, rows, columns]], axis=1)
     length = np.linalg.norm(normal, axis=1)
     normal = normal / np.maximum(length, 1e-6)[:, None]
-    points = which[frames, rows, columns]
-    at = pixels[frames, points]
+    points = point_index[frames, rows, columns]
+    outline_pixels = pixels[frames, points]
     steps = np.arange(-reach, reach + 0.25, 0.5 if reach < 7 else 1.0)
-    x = at[:, :1] + steps * normal[:, :1] - 0.5
-    y = at[:, 1:] + steps * normal[:, 1:] - 0.5
-    where = np.stack([np.broadcast_to(frames[:, None], x.shape), y, x])
-    profile = map_coordinates(changed, where, order=1, mode="constant", cval=0.5)
-    inside = np.cumsum(profile - 0.5, axis=1)
+    x = outline_pixels[:, :1] + steps * normal[:, :1] - 0.5
+    y = outline_pixels[:, 1:] + steps * normal[:, 1:] - 0.5
+    coordinates = np.stack([np.broadcast_to(frames[:, None], x.shape), y, x])
+    profile = map_coordinates(changed, coordinates, order=1, mode="constant", cval=0.5)
+    cumulative = np.cumsum(profile - 0.5, axis=1)
     # the step that splits the profile best: foreground before it, background after it
-    split = 2 * inside - inside[:, -1:]
+    split = 2 * cumulative - cumulative[:, -1:]
     best = split.argmax(axis=1)
     count = len(steps)
     share = split[np.arange(len(best)), best] / (0.5 * count)
     # near an end of the profile one side is not visible: no step was found
-    good = (best > 1) & (best < count - 3) & (share > 0.6) & (length > 0.02)
-    out = (at[:, 0] < 1) | (at[:, 1] < 1) | (at[:, 0] > width - 2) | (at[:, 1] > height - 2)
-    weight = np.where(good & ~out, share, 0.0)
+    reliable = (best > 1) & (best < count - 3) & (share > 0.6) & (length > 0.02)
+    near_border = (
+        (outline_pixels[:, 0] < 1)
+        | (outline_pixels[:, 1] < 1)
+        | (outline_pixels[:, 0] > width - 2)
+        | (outline_pixels[:, 1] > height - 2)
+    )
+    weight = np.where(reliable & ~near_border, share, 0.0)
     return frames, points, normal, steps[best] + (steps[1] - steps[0]) / 2, weight
 
 
@@ -179,18 +184,20 @@ def at_half_contrast(
     steps = np.arange(-2.5, 1.55, 0.25)
     x = at[:, :1] + steps * normal[:, :1] - 0.5
     y = at[:, 1:] + steps * normal[:, 1:] - 0.5
-    where = np.stack([np.broadcast_to(frames[:, None], x.shape), y, x])
-    profile = np.stack([map_coordinates(added[..., c], where, order=1, mode="nearest") for c in range(3)], axis=-1)
-    own = profile[:, steps <= -1.0].mean(axis=1)  # the robot's colour there, relative to the background
-    share = np.einsum("msc,mc->ms", profile, own) / np.maximum((own**2).sum(axis=1), 1.0)[:, None]
-    near = np.flatnonzero(steps >= -1.0)
-    below = share[:, near] < 0.5
-    first = near[below.argmax(axis=1)]
+    coordinates = np.stack([np.broadcast_to(frames[:, None], x.shape), y, x])
+    profile = np.stack(
+        [map_coordinates(added[..., c], coordinates, order=1, mode="nearest") for c in range(3)], axis=-1
+    )
+    robot_colour = profile[:, steps <= -1.0].mean(axis=1)  # the robot's colour there, relative to the background
+    share = np.einsum("msc,mc->ms", profile, robot_colour) / np.maximum((robot_colour**2).sum(axis=1), 1.0)[:, None]
+    candidates = np.flatnonzero(steps >= -1.0)
+    below = share[:, candidates] < 0.5
+    crossing = candidates[below.argmax(axis=1)]
     rows = np.arange(len(at))
-    high, low = share[rows, first - 1], share[rows, first]
-    part = (high - 0.5) / np.maximum(high - low, 1e-6)
-    good = below.any(axis=1) & (first > near[0]) & (np.linalg.norm(own, axis=1) > LEAST_CONTRAST)
-    return steps[first - 1] + part * (steps[1] - steps[0]), good
+    high, low = share[rows, crossing - 1], share[rows, crossing]
+    fraction = (high - 0.5) / np.maximum(high - low, 1e-6)
+    reliable = below.any(axis=1) & (crossing > candidates[0]) & (np.linalg.norm(robot_colour, axis=1) > LEAST_CONTRAST)
+    return steps[crossing - 1] + fraction * (steps[1] - steps[0]), reliable
 
 
 def fit(
@@ -213,54 +220,54 @@ def fit(
     change = np.zeros(NUMBERS) if start is None else start.astype(float).copy()
     centre = np.zeros(NUMBERS) if centre is None else centre
     rng = np.random.default_rng(0)
-    before = agreement_of(pairs)
-    numbers = [*free, NUMBERS]  # one more number: by how much outlines in images are wider than those of the points
-    inverse_prior = np.concatenate([1 / prior**2, [1.0]])[numbers]
+    initial_agreement = agreement_of(pairs)
+    indices = [*free, NUMBERS]  # one more number: by how much outlines in images are wider than those of the points
+    inverse_prior = np.concatenate([1 / prior**2, [1.0]])[indices]
     information, residual, count, cost = np.diag(inverse_prior), 0.0, 0, 1.0
-    wider = 0.0
-    every = 1 if fine else EVERY
-    changed: list[tuple[np.ndarray, np.ndarray]] = []
-    for number, reach in enumerate(reaches):
-        if number in (0, len(reaches) - 2):
-            changed = [evidence(view, robot, change, min(reach, 6)) for view, robot in pairs]
+    widening = 0.0
+    stride = 1 if fine else EVERY
+    evidences: list[tuple[np.ndarray, np.ndarray]] = []
+    for iteration, reach in enumerate(reaches):
+        if iteration in (0, len(reaches) - 2):
+            evidences = [evidence(view, robot, change, min(reach, 6)) for view, robot in pairs]
         rows, distances, weights = [], [], []
-        for (view, robot), (shown, added) in zip(pairs, changed, strict=True):
+        for (view, robot), (certainty, difference) in zip(pairs, evidences, strict=True):
             intrinsics, pose = camera_with(view, change)
-            points = robot.at(view.index + change[LAG], every)
-            pixels, camera = seen(points, intrinsics, pose)
-            frames, chosen, normal, distance, weight = _outline(shown, pixels, rng, reach)
+            points = robot.at(view.index + change[LAG], stride)
+            pixels, camera_points = seen(points, intrinsics, pose)
+            frames, point_index, normal, distance, weight = _outline(certainty, pixels, rng, reach)
             if fine:
-                start_at = pixels[frames, chosen] + distance[:, None] * normal
-                more, good = at_half_contrast(added, frames, start_at, normal)
-                distance, weight = distance + more, np.where(good, weight, 0.0)
+                start_at = pixels[frames, point_index] + distance[:, None] * normal
+                correction, reliable = at_half_contrast(difference, frames, start_at, normal)
+                distance, weight = distance + correction, np.where(reliable, weight, 0.0)
             if LAG in free:
-                speed = robot.speed(view.index[frames] + change[LAG], chosen, every) @ pose[:3, :3].T
+                speed = robot.speed(view.index[frames] + change[LAG], point_index, stride) @ pose[:3, :3].T
             else:
                 speed = np.zeros((len(frames), 3))
-            jacobian = _jacobian(camera[frames, chosen], intrinsics, pose, change, speed)
+            jacobian = _jacobian(camera_points[frames, point_index], intrinsics, pose, change, speed)
             rows.append(np.einsum("mi,mij->mj", normal, jacobian))
             distances.append(distance)
             weights.append(weight)
-        matrix = np.concatenate([np.concatenate(rows), np.ones((sum(map(len, distances)), 1))], axis=1)[:, numbers]
-        distance, weight = np.concatenate(distances) - wider, np.concatenate(weights)
-        used = weight > 0
-        count = int(used.sum())
+        matrix = np.concatenate([np.concatenate(rows), np.ones((sum(map(len, distances)), 1))], axis=1)[:, indices]
+        distance, weight = np.concatenate(distances) - widening, np.concatenate(weights)
+        valid = weight > 0
+        count = int(valid.sum())
         if count < LEAST_POINTS:
             break
-        spread = 1.5 + float(np.median(np.abs(distance[used])))
+        spread = 1.5 + float(np.median(np.abs(distance[valid])))
         weight = weight / (1 + (distance / spread) ** 2)  # Cauchy weights: outlines of other objects hardly count
         weight = weight / CORRELATED / PIXEL_SIGMA**2
         information = matrix.T @ (matrix * weight[:, None]) + np.diag(inverse_prior)
-        away = np.concatenate([change - centre, [wider]])[numbers]
-        step = np.linalg.solve(information, matrix.T @ (weight * distance) - inverse_prior * away)
+        deviation = np.concatenate([change - centre, [widening]])[indices]
+        step = np.linalg.solve(information, matrix.T @ (weight * distance) - inverse_prior * deviation)
         change[list(free)] += step[:-1]
-        wider += float(step[-1])
-        residual = float(np.median(np.abs(distance[used])))
-        lost = np.where(used, np.minimum(np.abs(distance) / reaches[-1], 1.0), 1.0)
-        cost = float(lost.mean())
+        widening += float(step[-1])
+        residual = float(np.median(np.abs(distance[valid])))
+        losses = np.where(valid, np.minimum(np.abs(distance) / reaches[-1], 1.0), 1.0)
+        cost = float(losses.mean())
     sigma = np.zeros(NUMBERS)
     sigma[list(free)] = np.sqrt(np.diag(np.linalg.inv(information)))[:-1]
-    return Fit(change, sigma, before, agreement_of(pairs, change), residual, count, cost)
+    return Fit(change, sigma, initial_agreement, agreement_of(pairs, change), residual, count, cost)
 
 
 def _jacobian(
@@ -272,11 +279,11 @@ def _jacobian(
     by_point = np.zeros((len(x), 2, 3))
     by_point[:, 0, 0], by_point[:, 0, 2] = fx / z, -fx * x / z**2
     by_point[:, 1, 1], by_point[:, 1, 2] = fy / z, -fy * y / z**2
-    turned = camera - change[SHIFT]  # the shift comes after the rotation
+    rotated = camera - change[SHIFT]  # the shift comes after the rotation
     cross = np.zeros((len(x), 3, 3))
-    cross[:, 0, 1], cross[:, 0, 2] = turned[:, 2], -turned[:, 1]
-    cross[:, 1, 0], cross[:, 1, 2] = -turned[:, 2], turned[:, 0]
-    cross[:, 2, 0], cross[:, 2, 1] = turned[:, 1], -turned[:, 0]
+    cross[:, 0, 1], cross[:, 0, 2] = rotated[:, 2], -rotated[:, 1]
+    cross[:, 1, 0], cross[:, 1, 2] = -rotated[:, 2], rotated[:, 0]
+    cross[:, 2, 0], cross[:, 2, 1] = rotated[:, 1], -rotated[:, 0]
     jacobian = np.zeros((len(x), 2, NUMBERS))
     jacobian[:, :, ROTATION] = by_point @ cross
     jacobian[:, :, SHIFT] = by_point

@@ -88,11 +88,11 @@ def no_fault_in(exam: Examination, root: str, compare_images: bool) -> str:
     """Return the last line of the log if no fault was found. It states what was not compared."""
     if not compare_images:
         return f"no fault found in the numbers of {root}; images were not compared with poses (compare_images=false)"
-    left = [found for found in (*exam.findings, *exam.notes) if found.check in NO_FAULTS]
-    if not left:
+    omissions = [finding for finding in (*exam.findings, *exam.notes) if finding.check in NO_FAULTS]
+    if not omissions:
         return f"no fault found in {root}"
-    where = "; ".join(dict.fromkeys(found.where for found in left))
-    return f"no fault found in what was compared of {root}; images were not compared with poses: {where}"
+    locations = "; ".join(dict.fromkeys(finding.where for finding in omissions))
+    return f"no fault found in what was compared of {root}; images were not compared with poses: {locations}"
 
 
 def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Demo], list[DemoError], list[DemoError]]:
@@ -100,18 +100,18 @@ def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Dem
     their uncalibrated cameras."""
     demos: list[Demo] = []
     broken: list[DemoError] = []
-    without: list[DemoError] = []
+    camera_errors: list[DemoError] = []
     for reference in Progress(references, desc="reading demos", unit="demo", shown=progress):
         try:
-            demo, lacking = _whole_or_calibrated(reference)
+            demo, camera_error = _whole_or_calibrated(reference)
             for arm in demo.arms:
                 yam_model(demo, arm)  # raises here: in the checks, one invalid demo would stop them for all demos
         except DemoError as error:
             broken.append(error)
             continue
         demos.append(demo)
-        without += [lacking] if lacking else []
-    return demos, broken, without
+        camera_errors += [camera_error] if camera_error else []
+    return demos, broken, camera_errors
 
 
 def _whole_or_calibrated(reference: DemoReference) -> tuple[Demo, DemoError | None]:
@@ -176,11 +176,11 @@ def doctor(
     """
     output = Path(output)
     references = find_demos(root, format, calibration)
-    chosen = evenly(len(references), max_demos or len(references))
-    demos, broken, without = _read([references[index] for index in chosen], progress)
+    indices = evenly(len(references), max_demos or len(references))
+    demos, broken, camera_errors = _read([references[index] for index in indices], progress)
     exam = Examination(demos, frames_per_demo, height_bins, pred_size)
     exam.measures |= {"root": str(root), "format": references[0].format, "demos": len(references)}
-    exam.measures |= {"examined": len(chosen), "readable": len(demos)}
+    exam.measures |= {"examined": len(indices), "readable": len(demos)}
     causes: dict[str, list[DemoError]] = {}
     for error in broken:
         causes.setdefault(error.cause or "files that are damaged or do not fit together", []).append(error)
@@ -189,20 +189,20 @@ def doctor(
         exam.add(
             "broken_demo",
             "error",
-            f"{len(errors)} of {len(chosen)} demos cannot be read; the first: {reason.removesuffix('. ' + remedy)}",
+            f"{len(errors)} of {len(indices)} demos cannot be read; the first: {reason.removesuffix('. ' + remedy)}",
             remedy or "Record them again or remove them; training leaves them out and stops at more than 10 %",
             cause=cause,
             demos=[error.name for error in errors],
         )
-    if without:
+    if camera_errors:
         exam.add(
             "broken_camera",
             "warning",
-            f"a camera that is not calibrated is broken in {len(without)} of {len(chosen)} demos; the first: "
-            f"{without[0].reason}",
+            f"a camera that is not calibrated is broken in {len(camera_errors)} of {len(indices)} demos; the first: "
+            f"{camera_errors[0].reason}",
             "Training leaves these demos out where it reads that camera",
             cause="damaged images of a camera that is not calibrated",
-            demos=[error.name for error in without],
+            demos=[error.name for error in camera_errors],
         )
     output.mkdir(parents=True, exist_ok=True)
     sheets = {}
@@ -225,7 +225,7 @@ def doctor(
                 sheet.save(file, "PNG")
     with atomic_write(output / "report.html") as file:
         file.write(html_report(exam, sheets).encode())
-    listed = {"findings": exam.findings, "notes": exam.notes}
-    report = {**exam.measures, **{key: [asdict(found) for found in rows] for key, rows in listed.items()}}
+    sections = {"findings": exam.findings, "notes": exam.notes}
+    report = {**exam.measures, **{key: [asdict(finding) for finding in rows] for key, rows in sections.items()}}
     write_json(output / "report.json", report)
     return exam

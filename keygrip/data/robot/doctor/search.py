@@ -25,8 +25,8 @@ LONG_PRIOR = np.array([0.3, 0.3, 0.3, 0.1, 0.1, 0.1, 0.2, 6.0])
 def _boxes(changed: np.ndarray) -> np.ndarray:
     frames, height, width = changed.shape
     rows, columns = height // SHRINK, width // SHRINK
-    even = changed[:, : rows * SHRINK, : columns * SHRINK]
-    return np.asarray(even.reshape(frames, rows, SHRINK, columns, SHRINK).mean(axis=(2, 4)))
+    cropped = changed[:, : rows * SHRINK, : columns * SHRINK]
+    return np.asarray(cropped.reshape(frames, rows, SHRINK, columns, SHRINK).mean(axis=(2, 4)))
 
 
 def _thinned(view: View) -> View:
@@ -36,14 +36,14 @@ def _thinned(view: View) -> View:
 
 def starts(pairs: Sequence[tuple[View, Placement]], best: int) -> list[tuple[float, np.ndarray]]:
     """Return the best (score, change [8]) of a search over pan, tilt, roll, focal length and lag, best first."""
-    found: list[tuple[float, np.ndarray]] = []
+    candidates: list[tuple[float, np.ndarray]] = []
     pairs = [(_thinned(view), robot) for view, robot in pairs]
-    shown = [_boxes(view.foreground) for view, _ in pairs]
-    height, width = shown[0].shape[1:]
+    foregrounds = [_boxes(view.foreground) for view, _ in pairs]
+    height, width = foregrounds[0].shape[1:]
     top, left = height // 2, width // 2  # margin: points outside the image may move into it
     canvas = (height + 2 * top, width + 2 * left)
     spectra, power = [], 0.0
-    for boxes in shown:
+    for boxes in foregrounds:
         centred = boxes - boxes.mean(axis=0)
         power += float((centred**2).sum())
         padded = np.zeros((len(boxes), *canvas), dtype=np.float32)
@@ -61,41 +61,45 @@ def starts(pairs: Sequence[tuple[View, Placement]], best: int) -> list[tuple[flo
         for roll in ROLLS_DEG:
             cosine, sine = np.cos(np.radians(roll)), np.sin(np.radians(roll))
             for scale in SCALES:
-                turn = scale * np.array([[cosine, -sine], [sine, cosine]], dtype=np.float32)
-                together, energy = np.zeros(spectrum.shape, complex), np.zeros(canvas)
-                for (view, _), pixels, given in zip(pairs, projected, spectra, strict=True):
+                rotation = scale * np.array([[cosine, -sine], [sine, cosine]], dtype=np.float32)
+                correlation, energy = np.zeros(spectrum.shape, complex), np.zeros(canvas)
+                for (view, _), pixels, image_spectrum in zip(pairs, projected, spectra, strict=True):
                     centre = view.intrinsics[:2, 2].astype(np.float32)
-                    at = ((pixels - centre) @ turn.T + centre) / SHRINK + np.array([left, top], dtype=np.float32)
-                    mask, _ = splat(at, *canvas)
+                    coords = ((pixels - centre) @ rotation.T + centre) / SHRINK + np.array(
+                        [left, top], dtype=np.float32
+                    )
+                    mask, _ = splat(coords, *canvas)
                     share = mask.mean(axis=0)
-                    own = (mask ^ (share > 0.5)).astype(np.float32)
-                    own -= own.mean(axis=0)
-                    together += (np.conj(np.fft.rfft2(own)) * given).sum(axis=0)
-                    energy += (own**2).sum(axis=0)
+                    variation = (mask ^ (share > 0.5)).astype(np.float32)
+                    variation -= variation.mean(axis=0)
+                    correlation += (np.conj(np.fft.rfft2(variation)) * image_spectrum).sum(axis=0)
+                    energy += (variation**2).sum(axis=0)
                 if not energy.any():
                     continue  # the robot is in none of the images
-                inside = np.fft.irfft2(np.conj(np.fft.rfft2(energy)) * spectrum, s=canvas)
-                score = np.fft.irfft2(together, s=canvas) / np.sqrt(np.maximum(inside, 1e-3 * energy.sum()) * power)
+                energies = np.fft.irfft2(np.conj(np.fft.rfft2(energy)) * spectrum, s=canvas)
+                score = np.fft.irfft2(correlation, s=canvas) / np.sqrt(
+                    np.maximum(energies, 1e-3 * energy.sum()) * power
+                )
                 score = np.where(allowed, score, -1)
                 row, column = np.unravel_index(int(score.argmax()), score.shape)
-                down, across = shifts[0][row] * SHRINK, shifts[1][column] * SHRINK
+                shift_y, shift_x = shifts[0][row] * SHRINK, shifts[1][column] * SHRINK
                 change = np.zeros(NUMBERS)
                 intrinsics = pairs[0][0].intrinsics
-                change[0] = -np.arctan(down / (scale * intrinsics[1, 1]))
-                change[1] = np.arctan(across / (scale * intrinsics[0, 0]))
+                change[0] = -np.arctan(shift_y / (scale * intrinsics[1, 1]))
+                change[1] = np.arctan(shift_x / (scale * intrinsics[0, 0]))
                 change[2] = np.radians(roll)
                 change[FOCAL], change[LAG] = np.log(scale), lag
-                found.append((float(score[row, column]), change))
-    found.sort(key=lambda entry: -entry[0])
-    return found[:best]
+                candidates.append((float(score[row, column]), change))
+    candidates.sort(key=lambda entry: -entry[0])
+    return candidates[:best]
 
 
 def wide_fit(pairs: Sequence[tuple[View, Placement]]) -> Fit:
     """Return the best of a fit that begins without a change and fits that begin at results of a search over the image.
     The first one is returned unless another one is clearly better."""
-    near = fit(pairs)
-    fits = [near]
+    local_fit = fit(pairs)
+    fits = [local_fit]
     for _, change in starts(pairs, best=2):
         fits.append(fit(pairs, start=change, prior=LONG_PRIOR))
     best = max(fits, key=lambda found: found.after)
-    return best if best.after > near.after + 0.01 else near
+    return best if best.after > local_fit.after + 0.01 else local_fit

@@ -30,13 +30,13 @@ def seen(points: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray
 
 def _shifted(mask: np.ndarray, join: np.ufunc) -> np.ndarray:
     """Return the 3 x 3 maximum or minimum of masks [F, h, w]; pixels beyond the border are ignored."""
-    out = mask.copy()
-    join(out[:, 1:], mask[:, :-1], out=out[:, 1:])
-    join(out[:, :-1], mask[:, 1:], out=out[:, :-1])
-    rows = out.copy()
-    join(out[:, :, 1:], rows[:, :, :-1], out=out[:, :, 1:])
-    join(out[:, :, :-1], rows[:, :, 1:], out=out[:, :, :-1])
-    return out
+    result = mask.copy()
+    join(result[:, 1:], mask[:, :-1], out=result[:, 1:])
+    join(result[:, :-1], mask[:, 1:], out=result[:, :-1])
+    rows = result.copy()
+    join(result[:, :, 1:], rows[:, :, :-1], out=result[:, :, 1:])
+    join(result[:, :, :-1], rows[:, :, 1:], out=result[:, :, :-1])
+    return result
 
 
 def splat(pixels: np.ndarray, height: int, width: int, close: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -49,11 +49,11 @@ def splat(pixels: np.ndarray, height: int, width: int, close: bool = True) -> tu
     flat = (frame * height + y[inside].astype(np.int64)) * width + x[inside].astype(np.int64)
     hit = np.full(frames * height * width, -1, dtype=np.int32)
     hit[flat] = point
-    which = hit.reshape(frames, height, width)
-    mask = which >= 0
+    point_index = hit.reshape(frames, height, width)
+    mask = point_index >= 0
     if close:
         mask = _shifted(_shifted(mask, np.logical_or), np.logical_and)
-    return mask, which
+    return mask, point_index
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
@@ -71,10 +71,10 @@ def agreement(silhouettes: np.ndarray, changed: np.ndarray) -> float:
     if nothing moves.
     """
     share = silhouettes.mean(axis=0, dtype=np.float32)
-    own = (silhouettes ^ (share > 0.5)).astype(np.float32)
-    own -= own.mean(axis=0)
-    other = changed - changed.mean(axis=0)
-    power = float((own * own).sum()), float((other * other).sum())
+    variation = (silhouettes ^ (share > 0.5)).astype(np.float32)
+    variation -= variation.mean(axis=0)
+    foreground_variation = changed - changed.mean(axis=0)
+    power = float((variation * variation).sum()), float((foreground_variation * foreground_variation).sum())
     if min(power) < 1:
         return 0.0
-    return float((own * other).sum() / np.sqrt(power[0] * power[1]))
+    return float((variation * foreground_variation).sum() / np.sqrt(power[0] * power[1]))

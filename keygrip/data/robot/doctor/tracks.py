@@ -23,35 +23,36 @@ def unit_of(scale: float) -> str | None:
 
 def best_delay(first: np.ndarray, second: np.ndarray, most: int) -> float:
     """Return the frames (fractional) by which `second` [N, D] follows `first`, -most to most; nan if nothing moves."""
-    moves = np.linalg.norm(np.diff(first, axis=0), axis=1)
-    if (moves > FAST_M).sum() < 3:
+    step_lengths = np.linalg.norm(np.diff(first, axis=0), axis=1)
+    if (step_lengths > FAST_M).sum() < 3:
         return float("nan")
     most = int(min(most, len(first) // 2))
     delays = np.arange(-most, most + 1)
     costs = []
     for delay in delays.tolist():
-        own = np.arange(max(0, -delay), min(len(first), len(first) - delay))
-        apart = first[own] - second[own + delay]
-        costs.append(float(np.abs(apart - np.median(apart, axis=0)).mean()))  # the offset is removed: it may be a fault
+        rows = np.arange(max(0, -delay), min(len(first), len(first) - delay))
+        difference = first[rows] - second[rows + delay]
+        # the offset is removed: it may be a fault
+        costs.append(float(np.abs(difference - np.median(difference, axis=0)).mean()))
     best = int(np.argmin(costs))
     if best in (0, len(delays) - 1):
         return float(delays[best])
     left, middle, right = costs[best - 1 : best + 2]
-    bend = left - 2 * middle + right
-    return float(delays[best] + (0.5 * (left - right) / bend if bend > 0 else 0.0))
+    curvature = left - 2 * middle + right
+    return float(delays[best] + (0.5 * (left - right) / curvature if curvature > 0 else 0.0))
 
 
 def paired(reached: np.ndarray, told: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
     """Return rows [M, D] of the commanded track and of the reached one, which follows it by `shift` frames."""
-    own = np.arange(max(0, -shift), min(len(told), len(told) - shift))
-    return told[own], reached[own + shift]
+    rows = np.arange(max(0, -shift), min(len(told), len(told) - shift))
+    return told[rows], reached[rows + shift]
 
 
 def track_distance(reached: np.ndarray, told: np.ndarray) -> float:
     """Return the median distance (m) of two tracks [N, 3] at their best delay."""
     delay = best_delay(told, reached, 12)
-    command, place = paired(reached, told, round(delay) if np.isfinite(delay) else 0)
-    return float(np.median(np.linalg.norm(command - place, axis=1)))
+    command, position = paired(reached, told, round(delay) if np.isfinite(delay) else 0)
+    return float(np.median(np.linalg.norm(command - position, axis=1)))
 
 
 def check_opening_unit(exam: Examination) -> None:
@@ -98,43 +99,43 @@ def check_outlier_poses(exam: Examination) -> None:
     """Report single frames whose pose is off the path of their neighbours, in either track."""
     for arm in exam.arms:
         for track in ("reached", "commanded"):
-            found: dict[str, list[int]] = {}
+            outliers: dict[str, list[int]] = {}
             for demo in exam.with_arm(arm):
                 poses = demo.arms[arm] if track == "reached" else demo.arms[arm].commanded
                 if poses is not None and len(frames := _outliers(poses)):
-                    found[demo.name] = [int(frame) for frame in frames]
-            if found:
-                name, first = next(iter(found.items()))
+                    outliers[demo.name] = [int(frame) for frame in frames]
+            if outliers:
+                name, first_frames = next(iter(outliers.items()))
                 exam.add(
                     "outlier_pose",
                     "error",
                     f"single {track} poses leave the path of their neighbours: {name} at frame "
-                    f"{', '.join(map(str, first[:5]))}",
+                    f"{', '.join(map(str, first_frames[:5]))}",
                     "Replace them by the mean of their neighbours or cut the demo there",
                     cause=f"outlier {track} pose",
-                    demos=found,
+                    demos=outliers,
                     arm=arm,
-                    frames=first,
+                    frames=first_frames,
                 )
 
 
 def _outliers(poses: ArmTrajectory) -> np.ndarray:
     """Return frames whose position or rotation is far from both neighbours, which agree with each other."""
-    found = set(pose_outliers(poses).tolist())
+    outliers = set(pose_outliers(poses).tolist())
     path = poses.position
     if len(path) < 5:
-        return np.array(sorted(found), dtype=int)
-    off = np.linalg.norm(path[1:-1] - (path[:-2] + path[2:]) / 2, axis=1)
-    apart = np.linalg.norm(path[2:] - path[:-2], axis=1)
-    usual = max(float(np.quantile(off, 0.9)), 1e-3)
-    found |= set((np.flatnonzero((off > 0.02) & (off > 4 * usual) & (off > 1.5 * apart)) + 1).tolist())
+        return np.array(sorted(outliers), dtype=int)
+    offset = np.linalg.norm(path[1:-1] - (path[:-2] + path[2:]) / 2, axis=1)
+    spread = np.linalg.norm(path[2:] - path[:-2], axis=1)
+    usual = max(float(np.quantile(offset, 0.9)), 1e-3)
+    outliers |= set((np.flatnonzero((offset > 0.02) & (offset > 4 * usual) & (offset > 1.5 * spread)) + 1).tolist())
     turns = Rotation.from_quat(poses.quaternion, scalar_first=True)
-    before, beyond = (turns[1:-1] * turns[:-2].inv()).magnitude(), (turns[2:] * turns[:-2].inv()).magnitude()
+    before, across = (turns[1:-1] * turns[:-2].inv()).magnitude(), (turns[2:] * turns[:-2].inv()).magnitude()
     after = (turns[2:] * turns[1:-1].inv()).magnitude()
-    least = np.minimum(before, after)
-    usual = max(float(np.quantile(least, 0.9)), 0.02)
-    found |= set((np.flatnonzero((least > 0.35) & (least > 4 * usual) & (least > 1.5 * beyond)) + 1).tolist())
-    return np.array(sorted(found), dtype=int)
+    angle = np.minimum(before, after)
+    usual = max(float(np.quantile(angle, 0.9)), 0.02)
+    outliers |= set((np.flatnonzero((angle > 0.35) & (angle > 4 * usual) & (angle > 1.5 * across)) + 1).tolist())
+    return np.array(sorted(outliers), dtype=int)
 
 
 def check_instructions(exam: Examination) -> None:

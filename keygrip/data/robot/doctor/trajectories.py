@@ -93,28 +93,29 @@ def check_jumps(exam: Examination) -> None:
         for demo in exam.with_arm(arm):
             seconds = np.maximum(np.diff(demo.timestamps) * 1e-9, 1e-6)
             # an arm may move far during a gap: only neighbouring frames count
-            near = seconds <= GAP * np.median(seconds)
-            way = np.linalg.norm(np.diff(demo.arms[arm].position, axis=0), axis=1)
-            speeds = np.where(near, way / seconds, 0.0)
-            at = int(speeds.argmax())
-            speed = float(speeds[at])
+            adjacent = seconds <= GAP * np.median(seconds)
+            distances = np.linalg.norm(np.diff(demo.arms[arm].position, axis=0), axis=1)
+            speeds = np.where(adjacent, distances / seconds, 0.0)
+            frame = int(speeds.argmax())
+            speed = float(speeds[frame])
             fastest = max(fastest, speed)
             if demo.name in frozen(exam, arm, ["poses"]):
                 continue  # after a frozen span, the pose jumps to the arm's current place
-            if speed > JUMP_SPEED_M_S and way[near].max() > MOVED_M:
-                jumping[demo.name] = speed, at
+            if speed > JUMP_SPEED_M_S and distances[adjacent].max() > MOVED_M:
+                jumping[demo.name] = speed, frame
         exam.measures[f"arm/{arm}/fastest_m_s"] = fastest
         if jumping and not exam.found("time_unit") and exam.measures[f"arm/{arm}/height_range_m"][1] < LARGEST_RANGE_M:
-            name, (speed, at) = max(jumping.items(), key=lambda entry: entry[1])
+            name, (speed, frame) = max(jumping.items(), key=lambda entry: entry[1])
             exam.add(
                 "jump",
                 "warning",
-                f"the gripper jumps between neighbouring frames, at up to {speed:.1f} m/s in {name} after frame {at}",
+                f"the gripper jumps between neighbouring frames, at up to {speed:.1f} m/s in {name} after frame "
+                f"{frame}",
                 "Check for dropped frames and for positions in another frame or unit part of the time",
                 cause="dropped frames, or another frame or unit for a while",
                 demos=[name, *(other for other in jumping if other != name)],
                 arm=arm,
-                frames=[at],
+                frames=[frame],
             )
 
 
@@ -145,12 +146,12 @@ def check_quaternions(exam: Examination) -> None:
         exam.measures[f"arm/{arm}/approach_down"], exam.measures[f"arm/{arm}/turning_about_vertical"] = _attitude(
             [demo.arms[arm] for demo in demos], lambda quaternion: quaternion
         )
-        known = shown_by_joints(exam, arm)
-        unknown = [demo for demo in demos if demo.name not in known]
-        if not unknown:
+        confirmed = shown_by_joints(exam, arm)
+        unconfirmed = [demo for demo in demos if demo.name not in confirmed]
+        if not unconfirmed:
             continue
-        stated = _attitude([demo.arms[arm] for demo in unknown], lambda quaternion: quaternion)
-        rolled = _attitude([demo.arms[arm] for demo in unknown], lambda quaternion: np.roll(quaternion, 1, axis=1))
+        stated = _attitude([demo.arms[arm] for demo in unconfirmed], lambda quaternion: quaternion)
+        rolled = _attitude([demo.arms[arm] for demo in unconfirmed], lambda quaternion: np.roll(quaternion, 1, axis=1))
         upside = rolled[0] - stated[0] > ORDER_MARGIN and stated[0] < 0.5 < rolled[0]
         tilting = rolled[0] > 0.7 and rolled[1] - stated[1] > ORDER_MARGIN and stated[1] < 0.3
         if upside or tilting:
@@ -162,7 +163,7 @@ def check_quaternions(exam: Examination) -> None:
                 f"{rolled[0]:.2f} and {rolled[1]:.0%}, as on a table",
                 "Store quaternions as w, x, y, z; the axes on the contact sheet show which reading is right",
                 cause="quaternions stored x, y, z, w",
-                demos=[demo.name for demo in unknown],
+                demos=[demo.name for demo in unconfirmed],
                 arm=arm,
             )
 
@@ -171,32 +172,32 @@ def _attitude(trajectories: list[ArmTrajectory], reading: Callable[[np.ndarray],
     """Return two values for an interpretation of the quaternions: the mean cosine between the approach (tool z) and
     straight down in the lowest quarter of each demo, and the share of all rotation that is about the world's vertical
     (0.5 if nothing rotates)."""
-    down: list[np.ndarray] = []
-    turning = np.zeros(3)
+    cosines: list[np.ndarray] = []
+    rotation_sums = np.zeros(3)
     for trajectory in trajectories:
         height = trajectory.position[:, 2]
-        turned = matrix_from_quaternion(reading(trajectory.quaternion))
-        down.append(-turned[height <= np.quantile(height, 0.25), 2, 2])
-        turns = Rotation.from_matrix(turned[1:] @ turned[:-1].transpose(0, 2, 1)).as_rotvec()
-        turning += np.abs(turns).sum(axis=0)
-    total = float((turning**2).sum())
-    return float(np.concatenate(down).mean()), float(turning[2] ** 2 / total) if total > 1e-4 else 0.5
+        rotations = matrix_from_quaternion(reading(trajectory.quaternion))
+        cosines.append(-rotations[height <= np.quantile(height, 0.25), 2, 2])
+        rotation_vectors = Rotation.from_matrix(rotations[1:] @ rotations[:-1].transpose(0, 2, 1)).as_rotvec()
+        rotation_sums += np.abs(rotation_vectors).sum(axis=0)
+    total = float((rotation_sums**2).sum())
+    return float(np.concatenate(cosines).mean()), float(rotation_sums[2] ** 2 / total) if total > 1e-4 else 0.5
 
 
 def check_times(exam: Examination) -> None:
     """Report gaps in the time stamps, and rates that differ from the stated rate."""
     gaps = {demo.name: gap for demo in exam.demos if (gap := longest_gap(demo))}
-    stated = {demo.name: demo.fps for demo in exam.demos}
+    nominal = {demo.name: demo.fps for demo in exam.demos}
     rates = {demo.name: measured_rate(demo) for demo in exam.demos}
-    rates = {name: rate for name, rate in rates.items() if differs(rate, stated[name])}
+    rates = {name: rate for name, rate in rates.items() if differs(rate, nominal[name])}
     exam.measures["demos_with_gaps"] = len(gaps)
-    units = {name: unit for name, rate in rates.items() if (unit := _clock_unit(rate / stated[name])) is not None}
+    units = {name: unit for name, rate in rates.items() if (unit := _clock_unit(rate / nominal[name])) is not None}
     if units:
         exam.add(
             "time_unit",
             "error",
-            f"time stamps of {rates[next(iter(units))]:.4g} frames per second where {stated[next(iter(units))]:g} are "
-            f"stated: they count {next(iter(units.values()))}",
+            f"time stamps of {rates[next(iter(units))]:.4g} frames per second where {nominal[next(iter(units))]:g} "
+            f"are stated: they count {next(iter(units.values()))}",
             "Store time stamps in nanoseconds",
             cause=f"time stamps in {next(iter(units.values()))}",
             demos=units,
@@ -204,26 +205,26 @@ def check_times(exam: Examination) -> None:
         rates = {name: rate for name, rate in rates.items() if name not in units}
     if gaps:
         longest = max(gaps, key=lambda name: gaps[name])
-        at = next(int(np.diff(demo.timestamps).argmax()) for demo in exam.demos if demo.name == longest)
+        frame = next(int(np.diff(demo.timestamps).argmax()) for demo in exam.demos if demo.name == longest)
         exam.add(
             "time_gap",
             "warning",
-            f"time stamps jump: the longest gap is {gaps[longest]:.2f} s, in {longest} after frame {at}",
+            f"time stamps jump: the longest gap is {gaps[longest]:.2f} s, in {longest} after frame {frame}",
             "Frames were dropped there: the policy would learn to move too fast. Leave the demos out or record them "
             "again",
             cause="dropped frames",
             demos=[longest, *(name for name in gaps if name != longest)],
-            frames=[at],
+            frames=[frame],
         )
     if rates:
         name, rate = next(iter(rates.items()))
         exam.add(
             "frame_rate",
             "error",
-            f"the time stamps say {rate:.1f} frames per second, the file of {name} states {stated[name]:g}",
+            f"the time stamps say {rate:.1f} frames per second, the file of {name} states {nominal[name]:g}",
             "Correct fps in the metadata, or the time stamps: control runs at the stated rate, and training leaves "
             "demos of another one out",
-            cause=f"stated frame rate {stated[name]:g} in place of {rate:.1f}, or wrong time stamps",
+            cause=f"stated frame rate {nominal[name]:g} in place of {rate:.1f}, or wrong time stamps",
             demos=rates,
         )
 

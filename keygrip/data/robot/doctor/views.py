@@ -78,26 +78,26 @@ def stands(demo: Demo, camera: str) -> bool:
         return False
     pose = np.asarray(demo.cameras[camera].world_to_camera)
     centre = -(pose[:, :3, :3].transpose(0, 2, 1) @ pose[:, :3, 3:])[..., 0]
-    turned = np.arccos(np.clip((np.einsum("nij,ij->n", pose[:, :3, :3], pose[0, :3, :3]) - 1) / 2, -1, 1))
-    return bool(np.ptp(centre, axis=0).max() < STATIC_M and np.degrees(turned.max()) < STATIC_DEG)
+    angles = np.arccos(np.clip((np.einsum("nij,ij->n", pose[:, :3, :3], pose[0, :3, :3]) - 1) / 2, -1, 1))
+    return bool(np.ptp(centre, axis=0).max() < STATIC_M and np.degrees(angles.max()) < STATIC_DEG)
 
 
 def make_view(demo: Demo, camera: str, frames: int, held_images: dict[int, np.ndarray] | None = None) -> View:
     """Read `frames` images of a static camera, evenly spread over the demo (`held_images`: small ones read before)."""
     track = demo.cameras[camera]
-    held = held_images or {}
+    cached_images = held_images or {}
     index = np.array(evenly(len(demo), frames))
-    if len(held) >= frames:
-        index = np.array(sorted(held))[evenly(len(held), frames)]
-    images = np.stack([held[i] if i in held else shrunk(track.frames.read(i)) for i in index])
-    across, down = images.shape[2] / track.width, images.shape[1] / track.height
+    if len(cached_images) >= frames:
+        index = np.array(sorted(cached_images))[evenly(len(cached_images), frames)]
+    images = np.stack([cached_images[i] if i in cached_images else shrunk(track.frames.read(i)) for i in index])
+    scale_x, scale_y = images.shape[2] / track.width, images.shape[1] / track.height
     return View(
         demo=demo,
         camera=camera,
         index=index,
         images=images,
-        scale=across,
-        intrinsics=np.diag([across, down, 1.0]) @ np.asarray(track.intrinsics[0]),
+        scale=scale_x,
+        intrinsics=np.diag([scale_x, scale_y, 1.0]) @ np.asarray(track.intrinsics[0]),
         world_to_camera=np.asarray(track.world_to_camera[0]),
         foreground=foreground(images),
     )
@@ -127,15 +127,15 @@ class Placement:
 
     def speed(self, when: np.ndarray, which: np.ndarray, every: int = 1) -> np.ndarray:
         """Return speeds [M, 3], metres per frame, of the points `which` [M] of `at` at frame numbers `when` [M]."""
-        found = np.zeros((len(which), 3))
+        speeds = np.zeros((len(which), 3))
         first = 0
         for robot in (self, *self.others):
             last = first + len(robot.surface.points[::every])
-            mine = (which >= first) & (which < last)
-            if mine.any():
-                found[mine] = robot._own_speed(when[mine], (which[mine] - first) * every)
+            in_robot = (which >= first) & (which < last)
+            if in_robot.any():
+                speeds[in_robot] = robot._own_speed(when[in_robot], (which[in_robot] - first) * every)
             first = last
-        return found
+        return speeds
 
     def _own_speed(self, when: np.ndarray, which: np.ndarray) -> np.ndarray:
         ahead = self.surface.some(*self._interpolated(when + 0.5), which)
@@ -145,10 +145,10 @@ class Placement:
         last = len(self.joints) - 1
         when = np.clip(when, 0, last)
         low = np.minimum(when.astype(int), max(last - 1, 0))
-        part = (when - low)[:, None]
+        fraction = (when - low)[:, None]
         high = np.minimum(low + 1, last)
-        joints = (1 - part) * self.joints[low] + part * self.joints[high]
-        return joints, (1 - part[:, 0]) * self.opening[low] + part[:, 0] * self.opening[high]
+        joints = (1 - fraction) * self.joints[low] + fraction * self.joints[high]
+        return joints, (1 - fraction[:, 0]) * self.opening[low] + fraction[:, 0] * self.opening[high]
 
 
 def tool_poses(position: np.ndarray, quaternion: np.ndarray) -> np.ndarray:
@@ -193,12 +193,12 @@ def _inverse(tool: np.ndarray, chain: ArmChain) -> np.ndarray | None:
     guess, missed = np.array([0.0, 1.0, 1.0, -0.6, 0.0, 0.0]), 0
     joints: list[np.ndarray] = []
     for pose in tool:
-        found = solve(pose[:3, 3], pose[:3, :3], guess, chain)
-        wrong = found.position_error > IK_MISS_M or found.angle_error > IK_MISS_RAD
-        missed += wrong
+        solution = solve(pose[:3, 3], pose[:3, :3], guess, chain)
+        unreached = solution.position_error > IK_MISS_M or solution.angle_error > IK_MISS_RAD
+        missed += unreached
         if missed > max(1, len(tool) // 10):
             return None
-        guess = guess if wrong and joints else found.joints
+        guess = guess if unreached and joints else solution.joints
         joints.append(guess)
     return np.stack(joints)
 
@@ -207,11 +207,11 @@ def base_of(model: RobotSurface, joints: np.ndarray, tool: np.ndarray) -> np.nda
     """Return world_from_base [4, 4]: maps tool poses of the kinematics to the recorded ones; identity if they agree."""
     if model.tool is None:
         return np.eye(4)
-    own = model.tool(joints)
-    turn = np.einsum("nij,nkj->ik", tool[:, :3, :3], own[:, :3, :3])
-    left, _, right = np.linalg.svd(turn)
+    tool_in_base = model.tool(joints)
+    covariance = np.einsum("nij,nkj->ik", tool[:, :3, :3], tool_in_base[:, :3, :3])
+    left, _, right = np.linalg.svd(covariance)
     rotation = left @ np.diag([1, 1, np.sign(np.linalg.det(left @ right))]) @ right
     base = np.eye(4)
     base[:3, :3] = rotation
-    base[:3, 3] = np.median(tool[:, :3, 3] - own[:, :3, 3] @ rotation.T, axis=0)
+    base[:3, 3] = np.median(tool[:, :3, 3] - tool_in_base[:, :3, 3] @ rotation.T, axis=0)
     return base

@@ -173,9 +173,9 @@ class _RowGroups(threading.local):
     def value(self, path: Path, column: str, row: int) -> Any:
         """Return the value of a row in a file's column. Raise OSError if the file has no such row."""
         key = (file_identity(path), column)
-        for place, group in enumerate(self.held):
+        for index, group in enumerate(self.held):
             if group.key == key and 0 <= row - group.first < len(group.values):
-                self.held.append(self.held.pop(place))
+                self.held.append(self.held.pop(index))
                 break
         else:
             group = _RowGroup.read(path, column, row, key)
@@ -198,11 +198,11 @@ class _RowGroup:
         """Read the group with a row. Raises OSError: there is none. BadSample: it cannot be read, or is too large."""
         first = 0
         with open_parquet(path) as file:
-            for number in range(file.metadata.num_row_groups):
-                rows = file.metadata.row_group(number).num_rows
+            for index in range(file.metadata.num_row_groups):
+                rows = file.metadata.row_group(index).num_rows
                 if row < first + rows:
-                    refuse_large(path, file, [number], [column], Allowance([path]))
-                    return cls(key, first, file.read_row_group(number, columns=[column]).column(column))
+                    refuse_large(path, file, [index], [column], Allowance([path]))
+                    return cls(key, first, file.read_row_group(index, columns=[column]).column(column))
                 first += rows
         raise OSError(f"{path} has no row {row}")
 

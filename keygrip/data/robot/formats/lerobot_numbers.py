@@ -54,16 +54,16 @@ def numbers(
         raise ValueError(f"{path}: {where} names the feature {feature!r}; the data set has {', '.join(table)}")
     values = _values(table[feature], feature, where, path)
     if "names" in entry:
-        known = flat_names(info["features"][feature].get("names"))
+        feature_names = flat_names(info["features"][feature].get("names"))
         names = [entry["names"]] if isinstance(entry["names"], str) else entry["names"]
-        absent = [str(item) for item in names if item not in known]
+        absent = [str(item) for item in names if item not in feature_names]
         if absent:
-            raise ValueError(f"{path}: {where} names {', '.join(absent)}; {feature} has {', '.join(known)}")
-        return values[:, [known.index(item) for item in names]]
+            raise ValueError(f"{path}: {where} names {', '.join(absent)}; {feature} has {', '.join(feature_names)}")
+        return values[:, [feature_names.index(item) for item in names]]
     index = entry["index"] if isinstance(entry["index"], list) else [entry["index"]]
-    wrong = [item for item in index if type(item) is not int or item < 0]
-    if wrong:
-        raise ValueError(f"{path}: {where}.index is {wrong[0]!r}: {feature} is counted by whole numbers from 0")
+    invalid = [item for item in index if type(item) is not int or item < 0]
+    if invalid:
+        raise ValueError(f"{path}: {where}.index is {invalid[0]!r}: {feature} is counted by whole numbers from 0")
     if index and max(index) >= values.shape[1]:
         raise ValueError(f"{path}: {where} asks for number {max(index)} of {feature}, which has {values.shape[1]}")
     return values[:, index]
@@ -72,12 +72,12 @@ def numbers(
 def _values(column: list[Any], feature: str, where: str, path: Path) -> np.ndarray:
     """Return a column as [N, n], whatever its feature's shape."""
     sizes = [0 if row is None else np.size(row) for row in column]
-    usual = max(sizes, default=0)
-    if short := [number for number, size in enumerate(sizes) if size != usual]:
-        what = "is empty" if sizes[short[0]] == 0 else f"has {sizes[short[0]]} numbers"
+    usual_size = max(sizes, default=0)
+    if short_rows := [frame for frame, size in enumerate(sizes) if size != usual_size]:
+        defect = "is empty" if sizes[short_rows[0]] == 0 else f"has {sizes[short_rows[0]]} numbers"
         raise ValueError(
-            f"{feature} {what} at frame {short[0]} of the episode, where others have {usual} ({where} in {path} reads "
-            "it): leave the episode out, or name another feature"
+            f"{feature} {defect} at frame {short_rows[0]} of the episode, where others have {usual_size} ({where} in "
+            f"{path} reads it): leave the episode out, or name another feature"
         )
     return np.asarray(column, dtype=np.float64).reshape(len(column), -1)
 

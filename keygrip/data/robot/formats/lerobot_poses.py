@@ -45,12 +45,14 @@ def arm_of(
     poses, joints = _poses(table, info, where, entry, base, path)
     commanded = None
     if entry.get("commanded"):
-        below = f"{where}.commanded"
-        refuse_unknown_keys(path, below, entry["commanded"], _TRACK)
-        targets, _ = _poses(table, info, below, entry["commanded"], base, path)
-        commanded = _trajectory(targets, _opening(table, info, below, entry["commanded"], path))
-    told = entry.get("controller")
-    controller = None if told is None else numbers(table, info, f"{where}.controller", told, path)
+        commanded_location = f"{where}.commanded"
+        refuse_unknown_keys(path, commanded_location, entry["commanded"], _TRACK)
+        targets, _ = _poses(table, info, commanded_location, entry["commanded"], base, path)
+        commanded = _trajectory(targets, _opening(table, info, commanded_location, entry["commanded"], path))
+    controller_entry = entry.get("controller")
+    controller = (
+        None if controller_entry is None else numbers(table, info, f"{where}.controller", controller_entry, path)
+    )
     return poses, _trajectory(poses, _opening(table, info, where, entry, path), joints, commanded, controller)
 
 
@@ -177,17 +179,17 @@ def _list(given: Any, count: int, default: float, where: str) -> np.ndarray:
 
 def _refuse_beyond(joints: np.ndarray, kinematics: ToolKinematics, where: str) -> None:
     """Raise ValueError if joints [N, J] have values that the arm cannot have."""
-    free = np.where(kinematics.hinges, 2 * np.pi * MOST_TURNS, np.inf)
-    low = np.where(np.isfinite(kinematics.limits[:, 0]), kinematics.limits[:, 0] - BEYOND, -free)
-    high = np.where(np.isfinite(kinematics.limits[:, 1]), kinematics.limits[:, 1] + BEYOND, free)
-    for number, name in enumerate(kinematics.joints):
-        least, most = float(joints[:, number].min()), float(joints[:, number].max())
-        if not (least >= low[number] and most <= high[number]):
-            unit = "rad" if kinematics.hinges[number] else "m"
+    unlimited = np.where(kinematics.hinges, 2 * np.pi * MOST_TURNS, np.inf)
+    low = np.where(np.isfinite(kinematics.limits[:, 0]), kinematics.limits[:, 0] - BEYOND, -unlimited)
+    high = np.where(np.isfinite(kinematics.limits[:, 1]), kinematics.limits[:, 1] + BEYOND, unlimited)
+    for index, name in enumerate(kinematics.joints):
+        least, most = float(joints[:, index].min()), float(joints[:, index].max())
+        if not (least >= low[index] and most <= high[index]):
+            unit = "rad" if kinematics.hinges[index] else "m"
             raise ValueError(
                 f"{where}: joint {name!r} runs from {least:.3g} to {most:.3g} {unit}, and its model allows "
-                f"{low[number] + BEYOND:.3g} to {high[number] - BEYOND:.3g}: other units, signs, zeros or order?"
-                if np.isfinite(kinematics.limits[number]).all()
+                f"{low[index] + BEYOND:.3g} to {high[index] - BEYOND:.3g}: other units, signs, zeros or order?"
+                if np.isfinite(kinematics.limits[index]).all()
                 else f"{where}: joint {name!r} runs from {least:.3g} to {most:.3g} {unit}: other units?"
             )
 

@@ -45,11 +45,11 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     episodes: list[dict[str, Any]] = []
     for row in _rows(root / "meta" / "episodes.jsonl"):
         with guard(root / "meta" / "episodes.jsonl"):
-            number = int(row["episode_index"])
-            named = row.get("tasks") or []
-            text = [tasks.get(task, "") if isinstance(task, int) else words(task) for task in named]
-            place = {"episode_index": number, "episode_chunk": number // max(1, chunk)}
-            episodes.append({**place, "length": int(row["length"]), "tasks": text, lerobot_v3.PLACE: place})
+            episode_index = int(row["episode_index"])
+            task_entries = row.get("tasks") or []
+            task_texts = [tasks.get(task, "") if isinstance(task, int) else words(task) for task in task_entries]
+            location = {"episode_index": episode_index, "episode_chunk": episode_index // max(1, chunk)}
+            episodes.append({**location, "length": int(row["length"]), "tasks": task_texts, lerobot_v3.PLACE: location})
     if not episodes:
         raise FileNotFoundError(f"{root}/meta/episodes.jsonl names no episode")
     episodes.sort(key=lambda row: row["episode_index"])

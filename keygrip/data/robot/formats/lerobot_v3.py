@@ -127,24 +127,28 @@ def references(
     Raises:
         FileNotFoundError, ValueError: the calibration file is missing, or does not describe the poses of any arm.
     """
-    cameras = read_calibration(find_calibration(root, calibration, "LeRobot", NEEDS))
-    refuse_unknown_keys(cameras.path, "lerobot", cameras.lerobot, {"arms", "cameras", "time", "intervention"})
-    if not cameras.lerobot.get("arms"):
-        raise ValueError(f"{cameras.path} has no lerobot.arms: {NEEDS}")
-    for arm in cameras.arms.values():
+    parsed_calibration = read_calibration(find_calibration(root, calibration, "LeRobot", NEEDS))
+    refuse_unknown_keys(
+        parsed_calibration.path, "lerobot", parsed_calibration.lerobot, {"arms", "cameras", "time", "intervention"}
+    )
+    if not parsed_calibration.lerobot.get("arms"):
+        raise ValueError(f"{parsed_calibration.path} has no lerobot.arms: {NEEDS}")
+    for arm in parsed_calibration.arms.values():
         if arm.model is not None:
             kinematics_of(arm)  # raise here, because an error in it affects every episode
-    found: dict[str, Callable[[], Demo]] = {}
+    readers: dict[str, Callable[[], Demo]] = {}
     for row in episodes:
         name = f"episode_{int(row['episode_index']):06d}"
-        if name in found:
-            found[name] = partial(_broken, name, "the episode is listed twice in meta: which one is meant is not known")
+        if name in readers:
+            readers[name] = partial(
+                _broken, name, "the episode is listed twice in meta: which one is meant is not known"
+            )
         else:
-            found[name] = partial(read, root, info, row, cameras)
+            readers[name] = partial(read, root, info, row, parsed_calibration)
     reason = "info.json counts it and meta does not list it: the data set is incomplete, copy it again"
-    found |= {name: partial(_broken, name, reason) for name in _unlisted(info.get("total_episodes"), found, root)}
+    readers |= {name: partial(_broken, name, reason) for name in _unlisted(info.get("total_episodes"), readers, root)}
     return [
-        DemoReference(name, root, format, found[name]) for name in sorted(found, key=lambda name: (len(name), name))
+        DemoReference(name, root, format, readers[name]) for name in sorted(readers, key=lambda name: (len(name), name))
     ]
 
 
@@ -173,9 +177,9 @@ def _episodes(root: Path) -> list[dict[str, Any]]:
     try:
         allowance = Allowance(files)
         for file in files:
-            wanted = [name for name in column_types(file) if not name.startswith("stats/")]
+            columns = [name for name in column_types(file) if not name.startswith("stats/")]
             with guard(file):
-                rows += read_table(file, wanted, allowance).to_pylist()
+                rows += read_table(file, columns, allowance).to_pylist()
     except BadSample as error:
         if is_too_large(error):
             raise
@@ -189,8 +193,8 @@ def _tasks(root: Path) -> dict[int, str]:
     if not path.is_file():
         return {}
     table = read_table(path).to_pydict()
-    text: list[Any] = next((values for key, values in table.items() if key != "task_index"), [])
-    return {int(number): str(task) for number, task in zip(table["task_index"], text, strict=True)}
+    texts: list[Any] = next((values for key, values in table.items() if key != "task_index"), [])
+    return {int(index): str(task) for index, task in zip(table["task_index"], texts, strict=True)}
 
 
 def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration: Calibration) -> Demo:
@@ -200,13 +204,13 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         DemoError: rows or a part of a video are missing, or the data set lacks a feature that the calibration file
             names.
     """
-    number, rate = int(episode["episode_index"]), stated_rate(info, root)
-    name = f"episode_{number:06d}"
-    place = episode.get(PLACE)  # version 2, where each episode has its own files
-    if place is None:
-        place = {"chunk_index": int(episode["data/chunk_index"]), "file_index": int(episode["data/file_index"])}
-    file = _path(root, info, "data_path", place)
-    table, rows = _rows(file, number, name)
+    episode_index, rate = int(episode["episode_index"]), stated_rate(info, root)
+    name = f"episode_{episode_index:06d}"
+    location = episode.get(PLACE)  # version 2, where each episode has its own files
+    if location is None:
+        location = {"chunk_index": int(episode["data/chunk_index"]), "file_index": int(episode["data/file_index"])}
+    file = _path(root, info, "data_path", location)
+    table, rows = _rows(file, episode_index, name)
     frames = len(rows)
     if frames != int(episode["length"]):
         raise DemoError(name, f"{file.name} holds {frames} rows of the episode, meta/episodes says {episode['length']}")
@@ -220,7 +224,7 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         gripper_poses[arm], arms[arm] = arm_of(table, info, arm, entry, base, calibration.path)
         if base.model is None and (base.named or not {"position", "rotation"} <= entry.keys()):
             models[arm] = [base.arm, base.gripper]  # recorded poses may come from any robot
-    recorded = calibration.lerobot.get("cameras") or {}
+    recorded_cameras = calibration.lerobot.get("cameras") or {}
     cameras: dict[str, CameraTrack] = {}
     for key, feature in info["features"].items():
         camera = key.removeprefix(IMAGES)
@@ -229,32 +233,32 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         if camera in cameras:
             raise DemoError(name, f"{IMAGES}{camera} and {camera} would both be camera {camera}: rename one")
         height, width = _size(feature)
-        known = calibration.cameras.get(camera) if camera not in recorded else None
-        rotate = 0 if known is None else known.rotate
-        named = known is not None or camera in recorded
+        camera_calibration = calibration.cameras.get(camera) if camera not in recorded_cameras else None
+        rotate = 0 if camera_calibration is None else camera_calibration.rotate
+        is_listed = camera_calibration is not None or camera in recorded_cameras
         try:
             source = _frames(root, info, episode, key, feature, file, rows, rate, rotate, name)
         except (DemoError, LookupError):
-            if named:
+            if is_listed:
                 raise
             continue
-        if not named:
+        if not is_listed:
             reason = f"{calibration.path} has no entry for it"
             cameras[camera] = CameraTrack.without_calibration(width, height, source, frames, reason)
             continue
-        if known is None:
-            intrinsics, poses = _recorded(table, info, camera, recorded[camera], calibration)
+        if camera_calibration is None:
+            intrinsics, poses = _recorded(table, info, camera, recorded_cameras[camera], calibration)
         else:
             if rotate in (90, 270):
                 height, width = width, height
-            intrinsics = CameraTrack.broadcast(known.intrinsics_for(width, height), frames)
-            poses = known.poses(gripper_poses, frames)
+            intrinsics = CameraTrack.broadcast(camera_calibration.intrinsics_for(width, height), frames)
+            poses = camera_calibration.poses(gripper_poses, frames)
         cameras[camera] = CameraTrack(width, height, intrinsics, poses, source)
     task, instruction, notes = _task_of(episode, table, root)
-    corrected = None
+    intervention = None
     if "intervention" in calibration.lerobot:
-        where = calibration.lerobot["intervention"]
-        corrected = numbers(table, info, "lerobot.intervention", where, calibration.path)[:, 0] != 0
+        intervention_entry = calibration.lerobot["intervention"]
+        intervention = numbers(table, info, "lerobot.intervention", intervention_entry, calibration.path)[:, 0] != 0
     times = np.asarray(table["timestamp"], dtype=np.float64).reshape(-1)
     if "time" in calibration.lerobot:
         times = numbers(table, info, "lerobot.time", calibration.lerobot["time"], calibration.path)[:, 0]
@@ -270,12 +274,12 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
         cameras=cameras,
         source={
             "format": "lerobot_v3" if PLACE not in episode else "lerobot_v2",
-            "episode": number,
+            "episode": episode_index,
             "calibration": str(calibration.path),
             "models": models,
             **({"notes": notes} if notes else {}),
         },
-        intervention=corrected if corrected is not None and corrected.any() else None,
+        intervention=intervention if intervention is not None and intervention.any() else None,
     )
 
 
@@ -307,19 +311,19 @@ def _recorded(
     table: dict[str, Any], info: dict[str, Any], camera: str, entry: Any, calibration: Calibration
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return intrinsics [N, 3, 3] in the corner convention and world_to_camera [N, 4, 4] from the data set itself."""
-    where, found = f"lerobot.cameras.{camera}", []
-    refuse_unknown_keys(calibration.path, where, entry, ("intrinsics", "world_to_camera"))
+    location, matrices = f"lerobot.cameras.{camera}", []
+    refuse_unknown_keys(calibration.path, location, entry, ("intrinsics", "world_to_camera"))
     for part, side in (("intrinsics", 3), ("world_to_camera", 4)):
         if part not in entry:
-            raise ValueError(f"{calibration.path}: {where} needs intrinsics and world_to_camera")
-        values = numbers(table, info, f"{where}.{part}", entry[part], calibration.path)
+            raise ValueError(f"{calibration.path}: {location} needs intrinsics and world_to_camera")
+        values = numbers(table, info, f"{location}.{part}", entry[part], calibration.path)
         if values.shape[1] != side * side:
             raise ValueError(
-                f"{calibration.path}: {where}.{part} needs {side * side} numbers, it names {values.shape[1]}"
+                f"{calibration.path}: {location}.{part} needs {side * side} numbers, it names {values.shape[1]}"
             )
-        found.append(values.reshape(-1, side, side))
-    found[0][:, :2, 2] += calibration.pixel_shift
-    return found[0], found[1]
+        matrices.append(values.reshape(-1, side, side))
+    matrices[0][:, :2, 2] += calibration.pixel_shift
+    return matrices[0], matrices[1]
 
 
 def _path(root: Path, info: dict[str, Any], template: str, values: dict[str, Any]) -> Path:
@@ -345,14 +349,16 @@ def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]
     if not file.is_file():
         raise DemoError(name, f"{file} is missing")
     table = _without_images(file, file_identity(file))
-    own = np.flatnonzero(compute.equal(table["episode_index"], number).to_numpy())
-    part = table.take(own)
-    order = np.argsort(part["frame_index"].to_numpy(), kind="stable")
-    frame = part["frame_index"].to_numpy()[order]
+    row_indices = np.flatnonzero(compute.equal(table["episode_index"], number).to_numpy())
+    episode_table = table.take(row_indices)
+    order = np.argsort(episode_table["frame_index"].to_numpy(), kind="stable")
+    frame = episode_table["frame_index"].to_numpy()[order]
     if not (frame == np.arange(len(frame))).all():
         raise DemoError(name, f"{file.name}: frame_index of the episode does not run from 0 to {len(frame) - 1}")
-    part = part.take(order)
-    return {key: part[key].to_pylist() for key in part.column_names}, [int(row) for row in own[order]]
+    episode_table = episode_table.take(order)
+    return {key: episode_table[key].to_pylist() for key in episode_table.column_names}, [
+        int(row) for row in row_indices[order]
+    ]
 
 
 @functools.lru_cache(maxsize=1)  # episodes are read in order, so those of one file follow each other
@@ -366,8 +372,8 @@ def _size(feature: dict[str, Any]) -> tuple[int, int]:
     """Return (height, width) of an image feature, whose shape is height, width, channels or channels first."""
     shape = [int(side) for side in feature["shape"]]
     names = flat_names(feature.get("names"))
-    first = bool(names) and names[0].startswith("c")
-    return (shape[1], shape[2]) if first or (not names and shape[0] in (1, 3)) else (shape[0], shape[1])
+    channels_first = bool(names) and names[0].startswith("c")
+    return (shape[1], shape[2]) if channels_first or (not names and shape[0] in (1, 3)) else (shape[0], shape[1])
 
 
 def _frames(
@@ -386,19 +392,19 @@ def _frames(
         if rotate:
             raise DemoError(name, f"{key} is stored as images; rotate is for videos only")
         return ParquetFrames(file, key, tuple(rows), root)
-    stated = _video_rate(feature)
-    if stated is not None and abs(stated - rate) >= 1:  # LeRobot writes it without decimals
+    video_rate = _video_rate(feature)
+    if video_rate is not None and abs(video_rate - rate) >= 1:  # LeRobot writes it without decimals
         raise DemoError(
             name,
-            f"{key}: info.json states {stated:g} frames per second of the video and {rate:g} of the data set, so that "
-            "rows would get others' images: encode the videos at the data set's rate, or correct video.fps",
+            f"{key}: info.json states {video_rate:g} frames per second of the video and {rate:g} of the data set, so "
+            "that rows would get others' images: encode the videos at the data set's rate, or correct video.fps",
         )
     if PLACE in episode:
         path = _path(root, info, "video_path", {"video_key": key, **episode[PLACE]})
         return VideoFrames(path, len(rows), rotate=rotate, rate=rate, whole=True)
     prefix = f"videos/{key}/"
-    place = {part: int(episode[f"{prefix}{part}"]) for part in ("chunk_index", "file_index")}
-    path = _path(root, info, "video_path", {"video_key": key, **place})
+    location = {part: int(episode[f"{prefix}{part}"]) for part in ("chunk_index", "file_index")}
+    path = _path(root, info, "video_path", {"video_key": key, **location})
     start, end = float(episode[f"{prefix}from_timestamp"]), float(episode[f"{prefix}to_timestamp"])
     if abs((end - start) * rate - len(rows)) > 1.5:
         raise DemoError(

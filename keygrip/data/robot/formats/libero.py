@@ -77,7 +77,7 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     if calibration is not None and not calibration.is_file():
         raise FileNotFoundError(f"calibration file {calibration} does not exist")
     path = calibration or next((root / name for name in NAMES if (root / name).is_file()), None)
-    cameras = None if path is None else read_calibration(path)
+    parsed_calibration = None if path is None else read_calibration(path)
     references = []
     for path in _files(root):
         stem = path.relative_to(root).with_suffix("").as_posix()
@@ -90,7 +90,9 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
             references.append(DemoReference(stem, path, "libero", partial(_unreadable, stem, reason_of(error))))
             continue
         references += [
-            DemoReference(f"{stem}/{key}", path, "libero", partial(read, path, key, f"{stem}/{key}", cameras))
+            DemoReference(
+                f"{stem}/{key}", path, "libero", partial(read, path, key, f"{stem}/{key}", parsed_calibration)
+            )
             for key in keys
         ]
     return references
@@ -104,26 +106,28 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
     """Read one demo of a file. Raise DemoError if a part is missing or data sets differ in length."""
     with open_hdf5(path) as file:
         data = own_group(file, "data")
-        demo, observed = own_group(data, key), own_group(data, f"{key}/obs")
-        missing = [part for part in ("ee_pos", "ee_ori", "gripper_states") if part not in observed]
+        demo, observations = own_group(data, key), own_group(data, f"{key}/obs")
+        missing = [part for part in ("ee_pos", "ee_ori", "gripper_states") if part not in observations]
         if missing:
-            raise DemoError(name, f"obs/{missing[0]} is missing; it holds {', '.join(observed)}")
-        _check_lengths(demo, observed, name)
-        numbers = ("obs/ee_pos", "obs/ee_ori", "obs/gripper_states", "obs/joint_states", "actions")
-        refuse_unstored(demo, [part for part in numbers if part in demo])
-        position, turn = own_array(observed, "ee_pos"), own_array(observed, "ee_ori")
-        fingers = own_array(observed, "gripper_states")
-        joints = own_array(observed, "joint_states") if "joint_states" in observed else None
+            raise DemoError(name, f"obs/{missing[0]} is missing; it holds {', '.join(observations)}")
+        _check_lengths(demo, observations, name)
+        array_names = ("obs/ee_pos", "obs/ee_ori", "obs/gripper_states", "obs/joint_states", "actions")
+        refuse_unstored(demo, [part for part in array_names if part in demo])
+        position, rotation_vector = own_array(observations, "ee_pos"), own_array(observations, "ee_ori")
+        fingers = own_array(observations, "gripper_states")
+        joints = own_array(observations, "joint_states") if "joint_states" in observations else None
         actions = own_array(demo, "actions") if "actions" in demo else None
         regenerated = "env_args" not in data.attrs
         upside_down = _text(data.attrs.get("macros_image_convention", "opengl")) != "opencv"
-        sizes = {camera: own_dataset(observed, name).shape for camera, name in CAMERAS.items() if name in observed}
+        sizes = {
+            camera: own_dataset(observations, name).shape for camera, name in CAMERAS.items() if name in observations
+        }
         model = _text(demo.attrs.get("model_file", ""))
         instruction, rate, task = _task(data, path)
     frames = len(position)
     if actions is not None and not regenerated:
         actions = np.concatenate([actions[1:], actions[-1:]])
-    matrices = Rotation.from_rotvec(turn).as_matrix()
+    matrices = Rotation.from_rotvec(rotation_vector).as_matrix()
     arm = ArmTrajectory(
         position=position,
         quaternion=quaternions(matrices),
@@ -135,16 +139,16 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
     )
     cameras: dict[str, CameraTrack] = {}
     for camera, (_, height, width, _) in sizes.items():
-        known = _camera(
+        camera_parameters = _camera(
             camera, width, height, frames, model, calibration, {"right": transform(position, matrices)}, name
         )
         images = HDF5Frames(path, f"data/{key}/obs/{CAMERAS[camera]}", frames, upside_down)
-        if known is None:
-            where = "on the hand is not in the file" if camera == "eye_in_hand" else "is not in the stored model"
-            reason = f"its pose {where}; a calibration file ({NAMES[0]}) adds it"
+        if camera_parameters is None:
+            absence = "on the hand is not in the file" if camera == "eye_in_hand" else "is not in the stored model"
+            reason = f"its pose {absence}; a calibration file ({NAMES[0]}) adds it"
             cameras[camera] = CameraTrack.without_calibration(width, height, images, frames, reason)
         else:
-            cameras[camera] = CameraTrack(width, height, *known, images)
+            cameras[camera] = CameraTrack(width, height, *camera_parameters, images)
     notes = (
         ["images are stored bottom row first (robosuite's opengl convention) and turned upright"] if upside_down else []
     )
@@ -171,11 +175,11 @@ def _check_lengths(demo: Any, observed: Any, name: str) -> None:
     few bytes in a file can describe a large one."""
     frames = len(own_dataset(observed, "ee_pos"))
     for part in ("ee_ori", "gripper_states", "joint_states", *CAMERAS.values()):
-        if part in observed and (held := len(own_dataset(observed, part))) != frames:
-            what = "images" if part in CAMERAS.values() else "rows"
-            raise DemoError(name, f"{part} holds {held} {what}, the demo {frames} poses")
-    if "actions" in demo and (held := len(own_dataset(demo, "actions"))) != frames:
-        raise DemoError(name, f"actions holds {held} rows, the demo {frames} poses")
+        if part in observed and (count := len(own_dataset(observed, part))) != frames:
+            unit = "images" if part in CAMERAS.values() else "rows"
+            raise DemoError(name, f"{part} holds {count} {unit}, the demo {frames} poses")
+    if "actions" in demo and (count := len(own_dataset(demo, "actions"))) != frames:
+        raise DemoError(name, f"actions holds {count} rows, the demo {frames} poses")
 
 
 def _text(value: Any) -> str:
@@ -194,8 +198,10 @@ def _task(data: Any, path: Path) -> tuple[str, float, str]:
     task = path.stem.removesuffix("_demo")
     instruction, rate = SCENE.sub("", task).replace("_", " "), CONTROL_HZ
     if "problem_info" in data.attrs:
-        told = _object(data.attrs["problem_info"], f"{path.name}: problem_info").get("language_instruction")
-        instruction = words(told) or instruction
+        stated_instruction = _object(data.attrs["problem_info"], f"{path.name}: problem_info").get(
+            "language_instruction"
+        )
+        instruction = words(stated_instruction) or instruction
     if "env_args" in data.attrs:
         settings = _object(data.attrs["env_args"], f"{path.name}: env_args").get("env_kwargs") or {}
         rate = float(settings.get("control_freq") or rate)

@@ -99,11 +99,13 @@ def increasing(times: np.ndarray, fallback_step: int) -> np.ndarray:
     repeated stamps get the times between their neighbours. Stamps that decrease are kept, so that the checks find them.
     """
     times = np.asarray(times).astype(np.int64)
-    fresh = np.flatnonzero(np.concatenate([[True], np.diff(times) != 0]))
-    if len(fresh) == len(times):
+    distinct = np.flatnonzero(np.concatenate([[True], np.diff(times) != 0]))
+    if len(distinct) == len(times):
         return times
     index = np.arange(len(times))
-    spread = times[0] + np.interp(index, fresh, (times[fresh] - times[0]).astype(np.float64)).round().astype(np.int64)
-    behind = index > fresh[-1]
-    spread[behind] = times[fresh[-1]] + (index[behind] - fresh[-1]) * fallback_step
+    spread = times[0] + np.interp(index, distinct, (times[distinct] - times[0]).astype(np.float64)).round().astype(
+        np.int64
+    )
+    after_last = index > distinct[-1]
+    spread[after_last] = times[distinct[-1]] + (index[after_last] - distinct[-1]) * fallback_step
     return spread

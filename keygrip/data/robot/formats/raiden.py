@@ -184,14 +184,14 @@ def read(episode: Path, name: str, calibration: Path | None = None) -> Demo:
     trajectories = {}
     commands = _stacked(rows, "action", values.shape)
     joints = _stacked(rows, "joints", (frames, 7 * len(arms)))
-    for number, arm in enumerate(arms):
-        part = slice(13 * number, 13 * number + 13)
-        commanded = None if commands is None else _poses(commands[:, part], bases[arm], f"action of arm {arm}")
+    for index, arm in enumerate(arms):
+        columns = slice(13 * index, 13 * index + 13)
+        commanded = None if commands is None else _poses(commands[:, columns], bases[arm], f"action of arm {arm}")
         trajectories[arm] = _poses(
-            values[:, part],
+            values[:, columns],
             bases[arm],
             f"actual_poses of arm {arm}",
-            joints=None if joints is None else joints[:, 7 * number : 7 * number + 6],
+            joints=None if joints is None else joints[:, 7 * index : 7 * index + 6],
             commanded=commanded,
         )
     cameras = {camera: _camera(episode, name, camera, rows) for camera in sorted(rows[0]["intrinsics"])}
@@ -227,13 +227,13 @@ def _metadata(episode: Path, name: str) -> dict[str, Any]:
 
 
 def _lowdim(episode: Path, name: str) -> list[dict[str, Any]]:
-    held = sorted((episode / "lowdim").glob(ROWS))
+    paths = sorted((episode / "lowdim").glob(ROWS))
     if not (episode / "rgb").is_dir():
         raise DemoError(name, "it has no images (rgb/): the conversion was cut off; run `rd convert` again")
-    for number, path in enumerate(held):
-        if path.name != f"{number:010d}.pkl":
-            raise DemoError(name, f"lowdim file {number:010d}.pkl is missing")
-    rows = [safe_load(path) for path in held]
+    for index, path in enumerate(paths):
+        if path.name != f"{index:010d}.pkl":
+            raise DemoError(name, f"lowdim file {index:010d}.pkl is missing")
+    rows = [safe_load(path) for path in paths]
     if not all(isinstance(row, dict) and {"intrinsics", "extrinsics"} <= row.keys() for row in rows):
         raise DemoError(name, "a lowdim file has no intrinsics or extrinsics")
     if not rows:
@@ -299,11 +299,11 @@ def _left_from_right(
                 f"{setting('calibration')}",
             )
         candidate = invert(rigid(np.asarray(matrix), f"{path}: right_base_to_left_base"))
-    stated, swapped = _wrist_spread(rows, values, candidate), _wrist_spread(rows, values, invert(candidate))
-    if stated is not None and swapped is not None and swapped < RIGID_WRIST_SPREAD_M < stated:
+    spread, swapped_spread = _wrist_spread(rows, values, candidate), _wrist_spread(rows, values, invert(candidate))
+    if spread is not None and swapped_spread is not None and swapped_spread < RIGID_WRIST_SPREAD_M < spread:
         notes.append(
             "the transform between the arms' bases is used the other way round: only so is the right wrist camera "
-            f"rigid on its gripper ({swapped * 1e3:.0f} mm against {stated * 1e3:.0f} mm)"
+            f"rigid on its gripper ({swapped_spread * 1e3:.0f} mm against {spread * 1e3:.0f} mm)"
         )
         return invert(candidate)
     return candidate
@@ -326,8 +326,8 @@ def _camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -
     suffixes = [suffix for suffix in (".jpg", ".png", ".jpeg") if (folder / f"{0:010d}{suffix}").is_file()]
     if not suffixes:
         raise DemoError(name, f"camera {camera!r} has no images in rgb/{camera}")
-    held = {path.name for path in folder.iterdir()}
-    missing = [index for index in range(len(rows)) if f"{index:010d}{suffixes[0]}" not in held]
+    file_names = {path.name for path in folder.iterdir()}
+    missing = [index for index in range(len(rows)) if f"{index:010d}{suffixes[0]}" not in file_names]
     if missing:
         raise DemoError(
             name, f"camera {camera!r}: {len(missing)} of {len(rows)} images are missing, first number {missing[0]}"

@@ -52,8 +52,10 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     Raises:
         FileNotFoundError: there is no calibration file. ValueError: it cannot be used.
     """
-    cameras = read_calibration(find_calibration(root, calibration, "yam-abc"))
-    return folder_references(root, demo_folders(root, _is_episode), "yam_abc", partial(read, calibration=cameras))
+    parsed_calibration = read_calibration(find_calibration(root, calibration, "yam-abc"))
+    return folder_references(
+        root, demo_folders(root, _is_episode), "yam_abc", partial(read, calibration=parsed_calibration)
+    )
 
 
 def read(episode: Path, name: str, calibration: Calibration) -> Demo:
@@ -65,15 +67,15 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
     if not (episode / FLAG).is_file():
         raise DemoError(name, f"no completion mark ({FLAG} is written last): the recording was cut off")
     metadata: dict[str, Any] = read_json(episode / "metadata.json")
-    recorded = metadata.get("arm_names") or [metadata.get("arm_name", "left")]
+    arm_names = metadata.get("arm_names") or [metadata.get("arm_name", "left")]
     rate = float(metadata.get("control_hz") or 30)
     arms: dict[str, ArmTrajectory] = {}
     gripper_poses: dict[str, np.ndarray] = {}
     models: dict[str, list[str]] = {}
-    for source in recorded:
-        base = calibration.arm(source, only=len(recorded) == 1)
+    for source in arm_names:
+        base = calibration.arm(source, only=len(arm_names) == 1)
         poses, trajectory = _arm(episode, name, source, base)
-        arm = "right" if len(recorded) == 1 else source
+        arm = "right" if len(arm_names) == 1 else source
         arms[arm], models[arm] = trajectory, [base.arm, base.gripper]
         gripper_poses[source] = poses
         if arm not in calibration.arms:  # else the calibration file has another arm of that name
@@ -111,7 +113,7 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
     return Demo(
         name=name,
         path=episode,
-        robot="yam" if len(recorded) == 1 else "yam_bimanual",
+        robot="yam" if len(arm_names) == 1 else "yam_bimanual",
         task=episode.parent.name,
         instruction=str(metadata.get("task_name") or episode.parent.name.replace("_", " ")),
         fps=rate,
@@ -120,7 +122,7 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
         cameras=cameras,
         source={
             "format": "yam_abc",
-            "arms": [str(arm) for arm in recorded],
+            "arms": [str(arm) for arm in arm_names],
             "calibration": str(calibration.path),
             "models": models,
         },
@@ -148,10 +150,10 @@ def _arm(episode: Path, name: str, source: str, base: ArmCalibration) -> tuple[n
     commanded = None
     if (episode / f"action-{source}-joint.npy").is_file():
         targets = _array(episode, name, f"action-{source}-joint", 6)
-        closing = _array(episode, name, f"action-{source}-gripper", 1)
-        if len(targets) != len(joints) or len(closing) != len(joints):
+        gripper_targets = _array(episode, name, f"action-{source}-gripper", 1)
+        if len(targets) != len(joints) or len(gripper_targets) != len(joints):
             raise DemoError(name, f"arm {source!r} has {len(joints)} states and {len(targets)} commands")
-        commanded = _trajectory(_forward(targets, base), closing, f"action-{source}-gripper", None)
+        commanded = _trajectory(_forward(targets, base), gripper_targets, f"action-{source}-gripper", None)
     return poses, _trajectory(poses, gripper, f"{source}-gripper_pos", joints, commanded)
 
 
@@ -203,10 +205,12 @@ def _track(
 ) -> tuple[FrameSource, int, int]:
     """Return frames of which frame i is the image nearest in time to tick i (if a camera has another number of frames,
     frames are dropped or repeated), and their width and height."""
-    held = video.frames_in_file()
-    if held != len(stamps):
-        raise OSError(f"{video.path.name} holds {held} frames, its time stamps are {len(stamps)}: the video is cut off")
-    frames: FrameSource = VideoFrames(video.path, held, rotate=video.rotate)
+    frame_count = video.frames_in_file()
+    if frame_count != len(stamps):
+        raise OSError(
+            f"{video.path.name} holds {frame_count} frames, its time stamps are {len(stamps)}: the video is cut off"
+        )
+    frames: FrameSource = VideoFrames(video.path, frame_count, rotate=video.rotate)
     if len(stamps) != len(times):
         right = np.clip(np.searchsorted(stamps, times), 1, len(stamps) - 1)
         nearest = right - (times - stamps[right - 1] <= stamps[right] - times)

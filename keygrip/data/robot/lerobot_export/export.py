@@ -100,15 +100,15 @@ def export_lerobot(
                     gaps.append(f"{demo.name} ({gap:.2f} s)")
                 left_out |= dict.fromkeys(f"depth of {name}" for name, track in demo.cameras.items() if track.depth)
                 left_out |= {"text (captions, questions)": None} if demo.text else {}
-            listed = "; ".join(f"{name}: {reason}" for name, reason in broken[:10])
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in broken[:10])
             if writer is None or not writer.episodes or len(broken) > max_broken_share * len(references):
-                raise ValueError(f"{len(broken)} of {len(references)} demos in {root} are broken: {listed}")
+                raise ValueError(f"{len(broken)} of {len(references)} demos in {root} are broken: {reasons}")
             writer.finish()
         finally:
             if writer is not None:
                 writer.close()
     if broken:
-        logger.warning("%d of %d demos are broken and left out: %s", len(broken), len(references), listed)
+        logger.warning("%d of %d demos are broken and left out: %s", len(broken), len(references), reasons)
     if gaps:
         logger.warning(
             "time stamps jump in %d demos (%s): frames were dropped there. LeRobot derives time from the frame "
@@ -143,26 +143,26 @@ class DatasetWriter:
         """
         if layout != self.layout:
             for name in (each.name for each in fields(Layout)):
-                first, this = getattr(self.layout, name), getattr(layout, name)
-                if first != this:
+                expected, actual = getattr(self.layout, name), getattr(layout, name)
+                if expected != actual:
                     raise ValueError(
-                        f"demo {demo.name!r} has {name} {this}, the first one {first}: a LeRobot data set holds one "
-                        "kind; export them apart, or name the cameras that all have with cameras=[...]"
+                        f"demo {demo.name!r} has {name} {actual}, the first one {expected}: a LeRobot data set holds "
+                        "one kind; export them apart, or name the cameras that all have with cameras=[...]"
                     )
         task = demo.instruction or demo.task
-        found: dict[str, statistics.Statistics] = {}
-        placed: dict[str, Any] = {}
+        feature_statistics: dict[str, statistics.Statistics] = {}
+        locations: dict[str, Any] = {}
         for camera, files in self._videos.items():
             key = f"{IMAGES}{camera}"
-            places, found[key] = files.write(demo, camera)
-            placed |= {f"videos/{key}/{name}": value for name, value in places.items()}
-        number = self.tasks.setdefault(task, len(self.tasks))
+            location, feature_statistics[key] = files.write(demo, camera)
+            locations |= {f"videos/{key}/{name}": value for name, value in location.items()}
+        task_index = self.tasks.setdefault(task, len(self.tasks))
         values = numbers_of(demo, layout) | {
             "episode_index": np.full(len(demo), self.episodes),
             "index": self.frames + np.arange(len(demo)),
-            "task_index": np.full(len(demo), number),
+            "task_index": np.full(len(demo), task_index),
         }
-        found |= {key: statistics.of_numbers(each.reshape(len(demo), -1)) for key, each in values.items()}
+        feature_statistics |= {key: statistics.of_numbers(each.reshape(len(demo), -1)) for key, each in values.items()}
         chunk, file = self._data.write(values, self.features)
         self._rows.append(
             {
@@ -177,17 +177,17 @@ class DatasetWriter:
                 "data/file_index": file,
                 "dataset_from_index": self.frames,
                 "dataset_to_index": self.frames + len(demo),
-                **placed,
+                **locations,
                 **{
                     f"stats/{key}/{name}": value.tolist()
-                    for key, entry in found.items()
+                    for key, entry in feature_statistics.items()
                     for name, value in entry.items()
                 },
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
             }
         )
-        self._statistics.append(found)
+        self._statistics.append(feature_statistics)
         self.episodes, self.frames = self.episodes + 1, self.frames + len(demo)
 
     def close(self) -> None:
@@ -245,10 +245,10 @@ def _task_table(tasks: dict[str, int]) -> pa.Table:
     def column(name: str, kind: str, stored: str) -> dict[str, Any]:
         return {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": stored, "metadata": None}
 
-    described = {
+    pandas_metadata = {
         "index_columns": ["task"],
         "column_indexes": [],
         "columns": [column("task_index", "int64", "int64"), column("task", "unicode", "object")],
         "pandas_version": "2.2.0",
     }
-    return table.replace_schema_metadata({"pandas": json.dumps(described)})
+    return table.replace_schema_metadata({"pandas": json.dumps(pandas_metadata)})

@@ -94,13 +94,13 @@ class VideoFiles:
             self._frames += 1
             if index in sampled:
                 counter.add(image)
-        places = {
+        location = {
             "chunk_index": chunk,
             "file_index": file,
             "from_timestamp": first / self.fps,
             "to_timestamp": self._frames / self.fps,
         }
-        return places, counter.statistics()
+        return location, counter.statistics()
 
     def close(self) -> None:
         if self._writer is not None:

@@ -66,8 +66,10 @@ class Layout:
                 raise ValueError(f"camera {name!r} is {width} x {height}; H.264 takes even sizes: leave it out")
         commanded = {name: arm.commanded is not None for name, arm in demo.arms.items()}
         if any(commanded.values()) and not all(commanded.values()):
-            known = ", ".join(name for name, there in commanded.items() if there)
-            raise ValueError(f"demo {demo.name!r} holds commands of {known} alone: an action is of all arms or of none")
+            arms_with_commands = ", ".join(name for name, there in commanded.items() if there)
+            raise ValueError(
+                f"demo {demo.name!r} holds commands of {arms_with_commands} alone: an action is of all arms or of none"
+            )
         models = {name: named_models(demo, name) for name in demo.arms}
         return cls(
             fps,
@@ -89,27 +91,27 @@ class Layout:
     def features(self) -> dict[str, dict[str, Any]]:
         """Return the values and videos of a frame, as `meta/info.json` describes them."""
         names = [f"{arm}.{part}" for arm in self.joints for part in POSE]
-        found = {
+        entries = {
             f"{IMAGES}{name}": {"dtype": "video", "shape": [*size, 3], "names": ["height", "width", "channels"]}
             for name, size in self.sizes.items()
         }
-        found |= {key: _feature("float32", names) for key in ("observation.state", "action")}
+        entries |= {key: _feature("float32", names) for key in ("observation.state", "action")}
         for arm, count in self.joints.items():
-            found[f"pose.{arm}"] = _feature("float64", list(POSE))
+            entries[f"pose.{arm}"] = _feature("float64", list(POSE))
             if self.commanded:
-                found[f"commanded.{arm}"] = _feature("float64", list(POSE))
+                entries[f"commanded.{arm}"] = _feature("float64", list(POSE))
             if count:
-                found[f"joints.{arm}"] = _feature("float64", [f"joint_{number}" for number in range(1, count + 1)])
+                entries[f"joints.{arm}"] = _feature("float64", [f"joint_{number}" for number in range(1, count + 1)])
             if self.controllers[arm]:
-                inputs = [f"input_{number}" for number in range(1, self.controllers[arm] + 1)]
-                found[f"controller.{arm}"] = _feature("float64", inputs)
+                input_names = [f"input_{number}" for number in range(1, self.controllers[arm] + 1)]
+                entries[f"controller.{arm}"] = _feature("float64", input_names)
         for camera in self.calibrated:
-            found[f"calibration.{camera}.intrinsics"] = _feature("float64", _entries("k", 3))
-            found[f"calibration.{camera}.world_to_camera"] = _feature("float64", _entries("t", 4))
-        found["time_s"] = _feature("float64", None)
-        found["timestamp"] = _feature("float32", None)
-        whole = ("intervention", "frame_index", "episode_index", "index", "task_index")
-        return found | {key: _feature("int64", None) for key in whole}
+            entries[f"calibration.{camera}.intrinsics"] = _feature("float64", _entries("k", 3))
+            entries[f"calibration.{camera}.world_to_camera"] = _feature("float64", _entries("t", 4))
+        entries["time_s"] = _feature("float64", None)
+        entries["timestamp"] = _feature("float32", None)
+        integer_features = ("intervention", "frame_index", "episode_index", "index", "task_index")
+        return entries | {key: _feature("int64", None) for key in integer_features}
 
     def sidecar(self) -> dict[str, Any]:
         """Return the content of `calibration.yaml`, which assigns the features for our reader."""
@@ -127,8 +129,8 @@ class Layout:
             if count:
                 arms[arm]["joints"] = {"feature": f"joints.{arm}", "index": list(range(count))}
             if self.controllers[arm]:
-                numbers = list(range(self.controllers[arm]))
-                arms[arm]["controller"] = {"feature": f"controller.{arm}", "index": numbers}
+                indices = list(range(self.controllers[arm]))
+                arms[arm]["controller"] = {"feature": f"controller.{arm}", "index": indices}
             if self.commanded:
                 arms[arm]["commanded"] = pose(f"commanded.{arm}")
         tracks = {
@@ -168,37 +170,37 @@ def numbers_of(demo: Demo, layout: Layout) -> dict[str, np.ndarray]:
     """Return all values of a demo's frames, each [N] or [N, F], except those that depend on its place in the data."""
     frames = len(demo)
     states, actions = [], []
-    found: dict[str, np.ndarray] = {}
+    values: dict[str, np.ndarray] = {}
     for name, arm in demo.arms.items():
         reached = _poses(arm)
-        found[f"pose.{name}"] = reached
+        values[f"pose.{name}"] = reached
         if layout.commanded:
             assert arm.commanded is not None
-            found[f"commanded.{name}"] = _poses(arm.commanded)
+            values[f"commanded.{name}"] = _poses(arm.commanded)
         if arm.joints is not None:
-            found[f"joints.{name}"] = np.asarray(arm.joints, dtype=np.float64)
+            values[f"joints.{name}"] = np.asarray(arm.joints, dtype=np.float64)
         if arm.controller is not None:
-            found[f"controller.{name}"] = np.asarray(arm.controller, dtype=np.float64)
+            values[f"controller.{name}"] = np.asarray(arm.controller, dtype=np.float64)
         state = _continuous(reached)
-        target = found[f"commanded.{name}"] if layout.commanded else np.concatenate([reached[1:], reached[-1:]])
+        target = values[f"commanded.{name}"] if layout.commanded else np.concatenate([reached[1:], reached[-1:]])
         # each target's quaternion gets the sign of the state in the same row
         sign = np.where((target[:, 3:7] * state[:, 3:7]).sum(axis=1) < 0, -1.0, 1.0)
         actions.append(np.concatenate([target[:, :3], target[:, 3:7] * sign[:, None], target[:, 7:]], axis=1))
         states.append(state)
-    found["observation.state"] = np.concatenate(states, axis=1).astype(np.float32)
-    found["action"] = np.concatenate(actions, axis=1).astype(np.float32)
+    values["observation.state"] = np.concatenate(states, axis=1).astype(np.float32)
+    values["action"] = np.concatenate(actions, axis=1).astype(np.float32)
     for camera in layout.calibrated:
         track = demo.cameras[camera]
-        found[f"calibration.{camera}.intrinsics"] = np.asarray(track.intrinsics, np.float64).reshape(frames, 9)
-        found[f"calibration.{camera}.world_to_camera"] = np.asarray(track.world_to_camera, np.float64).reshape(
+        values[f"calibration.{camera}.intrinsics"] = np.asarray(track.intrinsics, np.float64).reshape(frames, 9)
+        values[f"calibration.{camera}.world_to_camera"] = np.asarray(track.world_to_camera, np.float64).reshape(
             frames, 16
         )
-    found["time_s"] = (demo.timestamps - demo.timestamps[0]) / 1e9
-    found["timestamp"] = (np.arange(frames) / layout.fps).astype(np.float32)
-    found["frame_index"] = np.arange(frames)
-    corrected = np.zeros(frames, dtype=bool) if demo.intervention is None else demo.intervention
-    found["intervention"] = corrected.astype(np.int64)
-    return found
+    values["time_s"] = (demo.timestamps - demo.timestamps[0]) / 1e9
+    values["timestamp"] = (np.arange(frames) / layout.fps).astype(np.float32)
+    values["frame_index"] = np.arange(frames)
+    intervention = np.zeros(frames, dtype=bool) if demo.intervention is None else demo.intervention
+    values["intervention"] = intervention.astype(np.int64)
+    return values
 
 
 def _poses(arm: ArmTrajectory) -> np.ndarray:
@@ -209,7 +211,7 @@ def _poses(arm: ArmTrajectory) -> np.ndarray:
 def _continuous(poses: np.ndarray) -> np.ndarray:
     """Return the same poses [N, 8], with w >= 0 in the first quaternion and without sign flips between frames."""
     poses = poses.copy()
-    turns = poses[:, 3:7]
-    flips = np.where((turns[1:] * turns[:-1]).sum(axis=1) < 0, -1.0, 1.0)
-    poses[:, 3:7] *= np.cumprod(np.concatenate([[-1.0 if turns[0, 0] < 0 else 1.0], flips]))[:, None]
+    quaternions = poses[:, 3:7]
+    flips = np.where((quaternions[1:] * quaternions[:-1]).sum(axis=1) < 0, -1.0, 1.0)
+    poses[:, 3:7] *= np.cumprod(np.concatenate([[-1.0 if quaternions[0, 0] < 0 else 1.0], flips]))[:, None]
     return poses

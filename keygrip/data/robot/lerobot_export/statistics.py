@@ -32,8 +32,8 @@ def of_numbers(values: np.ndarray) -> Statistics:
 
 def sampled_frames(frames: int) -> list[int]:
     """Return the frames of an episode that are used for its image statistics."""
-    wanted = max(min(100, frames), min(int(frames**0.75), 10_000))
-    return evenly(frames, wanted)
+    count = max(min(100, frames), min(int(frames**0.75), 10_000))
+    return evenly(frames, count)
 
 
 class ImageCounter:
@@ -56,8 +56,8 @@ class ImageCounter:
     def statistics(self) -> Statistics:
         """Return the statistics, each [3, 1, 1], in 0 to 1; `count` is [1], frames."""
         channels = [_of_counted(np.arange(256.0), counts) for counts in self._counts]
-        found = {key: np.array([channel[key] for channel in channels]).reshape(3, 1, 1) / 255 for key in channels[0]}
-        return found | {"count": np.array([self.frames])}
+        result = {key: np.array([channel[key] for channel in channels]).reshape(3, 1, 1) / 255 for key in channels[0]}
+        return result | {"count": np.array([self.frames])}
 
 
 def _of_counted(values: np.ndarray, counts: np.ndarray) -> dict[str, float]:
@@ -65,19 +65,19 @@ def _of_counted(values: np.ndarray, counts: np.ndarray) -> dict[str, float]:
     values, counts = values[counts > 0], counts[counts > 0]
     low, high, total = float(values.min()), float(values.max()), float(counts.sum())
     mean = float(values @ counts) / total
-    found = {"min": low, "max": high, "mean": mean, "std": float(np.sqrt((values - mean) ** 2 @ counts / total))}
+    result = {"min": low, "max": high, "mean": mean, "std": float(np.sqrt((values - mean) ** 2 @ counts / total))}
     if total < 2 or low == high:
-        return found | dict.fromkeys(QUANTILES, mean)
+        return result | dict.fromkeys(QUANTILES, mean)
     histogram, edges = np.histogram(values, bins=np.linspace(low - 1e-10, high + 1e-10, BINS + 1), weights=counts)
-    reached = np.cumsum(histogram)
+    cumulative = np.cumsum(histogram)
     for name, share in QUANTILES.items():
-        index = min(int(np.searchsorted(reached, share * total)), BINS - 1)
+        index = min(int(np.searchsorted(cumulative, share * total)), BINS - 1)
         if index == 0:
-            found[name] = float(edges[0])
+            result[name] = float(edges[0])
             continue
-        within = (share * total - reached[index - 1]) / (reached[index] - reached[index - 1])
-        found[name] = float(edges[index] + within * (edges[index + 1] - edges[index]))
-    return found
+        fraction = (share * total - cumulative[index - 1]) / (cumulative[index] - cumulative[index - 1])
+        result[name] = float(edges[index] + fraction * (edges[index + 1] - edges[index]))
+    return result
 
 
 def of_episodes(episodes: Sequence[Statistics]) -> Statistics:
