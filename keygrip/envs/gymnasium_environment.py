@@ -80,13 +80,13 @@ class GymnasiumEnvironment:
         return self.observation(), self.outcome()[2]
 
     def _check(self) -> None:
-        seen = self._seen if isinstance(self._seen, dict) else {}
-        absent = [name for name in NEEDED if name not in seen]
+        observation = self._seen if isinstance(self._seen, dict) else {}
+        absent = [name for name in NEEDED if name not in observation]
         if absent:
             raise ValueError(
                 f"the observation of {self.task.id} lacks {', '.join(absent)}: wrap it as docs/environments.md shows"
             )
-        views = seen.get("cameras") or {}
+        views = observation.get("cameras") or {}
         if views or len(self.cameras or ()) > 1:
             missing = [name for name in self.cameras or () if name not in views]
             if missing:
@@ -94,7 +94,10 @@ class GymnasiumEnvironment:
                     f"the observation of {self.task.id} has no camera {missing[0]!r} in `cameras`, which has "
                     f"{', '.join(views) or 'none'}: give env.cameras=[...], or add it there"
                 )
-        for name, view in {"": seen, **{name: views[name] for name in self.cameras or views if name in views}}.items():
+        for name, view in {
+            "": observation,
+            **{name: views[name] for name in self.cameras or views if name in views},
+        }.items():
             self._check_view(
                 f"camera {name!r} of {self.task.id}" if name else f"the observation of {self.task.id}", view
             )
@@ -116,9 +119,9 @@ class GymnasiumEnvironment:
         if image.dtype != np.uint8:
             raise ValueError(f"images of {where} are {image.dtype}: give uint8 RGB")
         for part, shape in (("intrinsics", (3, 3)), ("world_to_camera", (4, 4))):
-            found = np.asarray(view[part]).shape
-            if found != shape:
-                raise ValueError(f"{part} of {where} has shape {found}: it is {shape[0]} x {shape[1]}")
+            actual = np.asarray(view[part]).shape
+            if actual != shape:
+                raise ValueError(f"{part} of {where} has shape {actual}: it is {shape[0]} x {shape[1]}")
 
     def advance(self, action: np.ndarray) -> None:
         """Do one step of the environment."""

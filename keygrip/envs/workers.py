@@ -42,23 +42,23 @@ def run_jobs(
     if not file.is_file() or not os.access(file, os.X_OK):
         raise ValueError(f"there is no Python interpreter at {python}. {advice}".strip())
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in range(len(jobs)):
-        waiting.put(number)
+    for index in range(len(jobs)):
+        waiting.put(index)
     reports: queue.SimpleQueue[tuple[int, Report]] = queue.SimpleQueue()
     workers = [_Worker(file, module, setup) for _ in range(min(processes, len(jobs)))]
     threads = [threading.Thread(target=worker.serve, args=(jobs, waiting, reports), daemon=True) for worker in workers]
     try:
         for thread in threads:
             thread.start()
-        left = len(jobs)
-        while left:
-            number, report = reports.get()
+        unfinished = len(jobs)
+        while unfinished:
+            index, report = reports.get()
             if "error" in report:
                 raise ValueError(str(report["error"]))
             if report.pop("done", False):
-                left -= 1
+                unfinished -= 1
             if report:
-                yield number, report
+                yield index, report
     finally:
         for worker in workers:
             worker.close()
@@ -88,26 +88,26 @@ class _Worker:
         of a job is ``done`` or ``error``."""
         while not self._closed:
             try:
-                number = waiting.get_nowait()
+                index = waiting.get_nowait()
             except queue.Empty:
                 return
             died = ""
             for _ in range(2):
-                heard = 0
+                received = 0
                 try:
-                    for report in self._reports(jobs[number]):
-                        heard += 1
-                        reports.put((number, report))
+                    for report in self._reports(jobs[index]):
+                        received += 1
+                        reports.put((index, report))
                     break
                 except _DeadError as error:
-                    died = f"{error}, {'twice ' if died else ''}at the job {json.dumps(jobs[number])[:300]}"
+                    died = f"{error}, {'twice ' if died else ''}at the job {json.dumps(jobs[index])[:300]}"
                     self._stop()
-                    if heard or self._closed:
-                        reports.put((number, {"error": died}))
+                    if received or self._closed:
+                        reports.put((index, {"error": died}))
                         return
                     log.warning("%s", died)
             else:  # died a second time
-                reports.put((number, {"error": died}))
+                reports.put((index, {"error": died}))
                 return
 
     def close(self) -> None:

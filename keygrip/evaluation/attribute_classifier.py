@@ -108,8 +108,8 @@ class AttributeClassifier(nn.Module):
         rows, columns = ((torch.arange(n, device=heat.device) + 0.5) / n for n in heat.shape[2:])
         places = torch.stack([(shares.sum(2) * columns).sum(-1), (shares.sum(3) * rows).sum(-1)], dim=-1)
         small = functional.adaptive_avg_pool2d(images, heat.shape[2:])
-        seen = torch.cat([x, small], dim=1)
-        pooled = torch.einsum("bhw,bfhw->bf", shares[:, 0], seen)  # features at the cube's position
+        local_features = torch.cat([x, small], dim=1)
+        pooled = torch.einsum("bhw,bfhw->bf", shares[:, 0], local_features)  # features at the cube's position
         return Verdict(places, self.colour(pooled), torch.cat(features, dim=1), heat, self.centres(x))
 
 
@@ -180,9 +180,9 @@ class Truth:
     @classmethod
     def of(cls, records: Sequence[dict[str, Any]], names: Sequence[str]) -> Truth:
         """Read the ground truth from the records of images that all have evidence."""
-        told = [record["evidence"] for record in records]
-        places = torch.tensor([[e[thing] for thing in THINGS] for e in told], dtype=torch.float32)
-        return cls(places, torch.tensor([list(names).index(e["colour"]) for e in told]))
+        evidence = [record["evidence"] for record in records]
+        places = torch.tensor([[e[thing] for thing in THINGS] for e in evidence], dtype=torch.float32)
+        return cls(places, torch.tensor([list(names).index(e["colour"]) for e in evidence]))
 
 
 def has_evidence(records: Iterable[dict[str, Any]]) -> bool:
@@ -220,13 +220,13 @@ def classifier_for(
         ValueError: There are no held-out images to test it on.
     """
     options = options or ClassifierOptions()
-    firsts = {split: next(iter(data.held_out(split, 1)), None) for split in ("train", "val")}
-    if not all(first is None or has_evidence(first.records) for first in firsts.values()):
+    first_batches = {split: next(iter(data.held_out(split, 1)), None) for split in ("train", "val")}
+    if not all(first is None or has_evidence(first.records) for first in first_batches.values()):
         return None
-    if firsts["val"] is None:
+    if first_batches["val"] is None:
         raise ValueError(f"{data.place} has no validation images: a classifier could not be tested")
-    told = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
-    fingerprint = hashlib.sha256(json.dumps({**told, **asdict(options)}, sort_keys=True).encode()).hexdigest()[:16]
+    identity = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
+    fingerprint = hashlib.sha256(json.dumps({**identity, **asdict(options)}, sort_keys=True).encode()).hexdigest()[:16]
     file = data.folder / f"attribute_classifier-{fingerprint}.pt"
     held_out = data.fingerprint_of("val")
 
@@ -282,12 +282,12 @@ def _load(data: ImageShards, encoders: Encoders, split: str, colours: list[str])
     for batch in data.held_out(split, with_images=True):
         if not has_evidence(batch.records):
             raise ValueError(f"some images of {data.place} have ground truth (evidence) and some have none")
-        shown = real_images(encoders, batch)
-        size = (shown.shape[2], shown.shape[3])
-        images.setdefault(size, []).append(shown)
+        decoded = real_images(encoders, batch)
+        size = (decoded.shape[2], decoded.shape[3])
+        images.setdefault(size, []).append(decoded)
         records.setdefault(size, []).extend(batch.records)
-    found = {record["evidence"]["colour"] for members in records.values() for record in members}
-    colours += sorted(found - set(colours))
+    split_colours = {record["evidence"]["colour"] for members in records.values() for record in members}
+    colours += sorted(split_colours - set(colours))
     return [_Bucket(torch.cat(images[size]), Truth.of(records[size], colours)) for size in sorted(images)]
 
 
@@ -329,11 +329,11 @@ def tested_again(trained: TrainedClassifier, data: ImageShards, encoders: Encode
 
 
 def _held_out(data: ImageShards, encoders: Encoders, colours: Sequence[str]) -> list[_Bucket]:
-    found = [*colours]
-    held_out = _load(data, encoders, "val", found)
-    if len(found) > len(colours):
+    all_colours = [*colours]
+    held_out = _load(data, encoders, "val", all_colours)
+    if len(all_colours) > len(colours):
         raise ValueError(
-            f"the validation images show the colours {found[len(colours) :]}, which no training image shows"
+            f"the validation images show the colours {all_colours[len(colours) :]}, which no training image shows"
         )
     return held_out
 
@@ -358,11 +358,11 @@ def _loss(classifier: AttributeClassifier, images: Tensor, truth: Truth) -> Tens
     height, width = heat.shape[2:]
     size = torch.tensor([width, height])
     cell = (truth.places * size).long().clamp(min=0).minimum(size - 1)  # [B, 2, 2] column and row
-    number = cell[..., 1] * width + cell[..., 0]
-    where = functional.cross_entropy(heat.flatten(0, 1).flatten(1), number.flatten())
-    exact = distance_px(verdict.places, truth.places, (height, width)).clamp(max=16).mean()
-    colour = functional.cross_entropy(verdict.colours, truth.colours)
-    return where + 0.3 * exact + colour + _centres_loss(verdict.objects, truth)
+    cell_index = cell[..., 1] * width + cell[..., 0]
+    cell_loss = functional.cross_entropy(heat.flatten(0, 1).flatten(1), cell_index.flatten())
+    position_loss = distance_px(verdict.places, truth.places, (height, width)).clamp(max=16).mean()
+    colour_loss = functional.cross_entropy(verdict.colours, truth.colours)
+    return cell_loss + 0.3 * position_loss + colour_loss + _centres_loss(verdict.objects, truth)
 
 
 def _centres_loss(objects: Tensor, truth: Truth) -> Tensor:
@@ -371,37 +371,37 @@ def _centres_loss(objects: Tensor, truth: Truth) -> Tensor:
     y, x = (torch.arange(n) + 0.5 for n in (height, width))
     columns, rows = truth.places[..., 0, None] * width, truth.places[..., 1, None] * height  # [B, 2, 1]
     spread = 2 * (1.5 / REFERENCE_EDGE * min(height, width)) ** 2
-    near = (-((rows - y) ** 2)[..., None] / spread - ((columns - x) ** 2)[..., None, :] / spread).exp()  # [B, 2, h, w]
-    near = near / near.amax(dim=(2, 3), keepdim=True).clamp(min=1e-6)
+    peak = (-((rows - y) ** 2)[..., None] / spread - ((columns - x) ** 2)[..., None, :] / spread).exp()  # [B, 2, h, w]
+    peak = peak / peak.amax(dim=(2, 3), keepdim=True).clamp(min=1e-6)
     target = torch.zeros_like(objects)
-    each = torch.arange(count)
-    target[each, truth.colours], target[each, kinds - 1] = near[:, 0], near[:, 1]
+    indices = torch.arange(count)
+    target[indices, truth.colours], target[indices, kinds - 1] = peak[:, 0], peak[:, 1]
     sure, unsure = functional.logsigmoid(objects), functional.logsigmoid(-objects)
     share = objects.sigmoid()
-    at = torch.where(target >= 1, (1 - share) ** 2 * sure, (1 - target) ** 4 * share**2 * unsure)
-    return -at.sum() / (2 * count)
+    losses = torch.where(target >= 1, (1 - share) ** 2 * sure, (1 - target) ** 4 * share**2 * unsure)
+    return -losses.sum() / (2 * count)
 
 
 @torch.no_grad()
 def measure_classifier(classifier: AttributeClassifier, buckets: Sequence[tuple[Tensor, Truth]]) -> ClassifierError:
     """Measure the error on real images uint8 [N, 3, H, W], bucket by bucket."""
-    distances, right, found = [], [], []
+    distances, colour_hits, object_hits = [], [], []
     for images, truth in buckets:
         for start in range(0, len(images), 64):
             part = slice(start, start + 64)
             verdict = classifier(images[part].float() / 255)
             size = (images.shape[2], images.shape[3])
             distances.append(distance_px(verdict.places, truth.places[part], size))
-            right.append(verdict.colours.argmax(dim=1) == truth.colours[part])
-            found.append(objects_as_named(verdict.objects, truth.colours[part]))
-    distance, named = torch.cat(distances), torch.cat(right)
+            colour_hits.append(verdict.colours.argmax(dim=1) == truth.colours[part])
+            object_hits.append(objects_as_named(verdict.objects, truth.colours[part]))
+    distance, colours_right = torch.cat(distances), torch.cat(colour_hits)
     return ClassifierError(
         images=len(distance),
         cube_px=float(distance[:, 0].mean()),
         block_px=float(distance[:, 1].mean()),
         near=float((distance[:, 0] < NEAR_PX).float().mean()),
-        colour=float(named.float().mean()),
-        objects=float(torch.cat(found).float().mean()),
+        colour=float(colours_right.float().mean()),
+        objects=float(torch.cat(object_hits).float().mean()),
     )
 
 

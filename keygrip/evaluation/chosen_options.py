@@ -68,12 +68,12 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     (`<think>`), a repetition of the options, even if cut off, and answers to further questions that the model invents.
     """
     known = Options.of(options)
-    said = THOUGHT.sub("", unicodedata.normalize("NFKC", answer))
-    said = next((each for tag in TAGGED for each in reversed(tag.findall(said)) if each.strip()), said)
-    announced = GOES_ON.split(said, maxsplit=1)[0]  # a text that only describes something is no answer yet
-    if announced != said and (found := _read(announced, known, announced_only=True)) is not None:
+    text = THOUGHT.sub("", unicodedata.normalize("NFKC", answer))
+    text = next((each for tag in TAGGED for each in reversed(tag.findall(text)) if each.strip()), text)
+    announced = GOES_ON.split(text, maxsplit=1)[0]  # a text that only describes something is no answer yet
+    if announced != text and (found := _read(announced, known, announced_only=True)) is not None:
         return found
-    return _read(said, known)
+    return _read(text, known)
 
 
 def _read(said: str, known: Options, announced_only: bool = False) -> int | None:
@@ -163,19 +163,19 @@ def _without_repetition(text: str, known: Options) -> str:
 
 def _repeated_to(text: str, start: int, known: Options) -> int | None:
     """Return the end of a repetition of options that begins at `start`; None if it has fewer than two."""
-    end, whole = start, 0
-    for number, option in enumerate(known.literal):
-        letter = chr(ord("A") + number)
+    end, complete = start, 0
+    for index, option in enumerate(known.literal):
+        letter = chr(ord("A") + index)
         label = re.compile(rf"\W*(?<!\w)\(?{letter}(?:[.):]\s*|\s*$)", re.IGNORECASE).match(text, end)
         if label is None:
             break
-        own = r"\s+".join(re.escape(word) for word in option.split())
-        words = re.compile(rf"{own}(?!\w)", re.IGNORECASE).match(text, label.end())
+        option_words = r"\s+".join(re.escape(word) for word in option.split())
+        words = re.compile(rf"{option_words}(?!\w)", re.IGNORECASE).match(text, label.end())
         if words is None:  # the last option is cut off, or another text follows
-            cut = whole > 0 and option.startswith(literal_text(text[label.end() :]))
-            return len(text) if cut else end if whole > 1 else None
-        end, whole = words.end(), whole + 1
-    return end if whole > 1 else None
+            cut = complete > 0 and option.startswith(literal_text(text[label.end() :]))
+            return len(text) if cut else end if complete > 1 else None
+        end, complete = words.end(), complete + 1
+    return end if complete > 1 else None
 
 
 def _gone_through(said: str, known: Options) -> tuple[bool, int | None]:
@@ -188,8 +188,8 @@ def _gone_through(said: str, known: Options) -> tuple[bool, int | None]:
     listed_to = next((one.end for one, each in pairwise(weighed) if each.option != one.option + 1), weighed[-1].end)
     behind = said[listed_to:]
     arrived = _arrived(behind, known, (CORRECTS, SAYS, CONCLUDES, MENTIONS))
-    before, _, last_line = behind.strip().rpartition("\n")
-    if arrived is None and re.search(r"\w", before):  # otherwise the list continues
+    earlier_lines, _, last_line = behind.strip().rpartition("\n")
+    if arrived is None and re.search(r"\w", earlier_lines):  # otherwise the list continues
         arrived = _alone(last_line, known)
         arrived = known.lettered(last_line) if arrived is None else arrived
     speaks = says_something(weighed)
@@ -228,8 +228,8 @@ def _another(last: str) -> str:
 
 def _listed(text: str, known: Options) -> set[int] | None:
     """Return the letters of a text that consists of two or more letters only; None for any other text."""
-    last, between = known.last, r"(?:[)\]}.:]*(?:\s*[,;/&]\s*|\s+(?:and|or)\s+|\s+)|[)\]}]+)[(\[{]*"
-    if not re.fullmatch(rf"[\W_]*[A-{last}](?:{between}[A-{last}])+[\W_]*", text):
+    last, separator = known.last, r"(?:[)\]}.:]*(?:\s*[,;/&]\s*|\s+(?:and|or)\s+|\s+)|[)\]}]+)[(\[{]*"
+    if not re.fullmatch(rf"[\W_]*[A-{last}](?:{separator}[A-{last}])+[\W_]*", text):
         return None
     letters = re.findall(rf"[A-{last}]", text)
     if len(letters) == 2 and known.literal[number_of(letters[0])] == letters[1].lower():
@@ -251,14 +251,14 @@ def _leading(text: str, known: Options) -> int | None:
         rf"[(\[{{]?\s*([A-{last}a-{last.lower()}])(?!{_another(last)})\s*(?:[)\]}}.:]|[,;]|\s[-–—]\s|-\s)", text
     )
     if match:
-        number, rest = number_of(match.group(1)), text[match.end() :]
-        if _names_another(normal_text(rest), number, known):
+        index, remainder = number_of(match.group(1)), text[match.end() :]
+        if _names_another(normal_text(remainder), index, known):
             return None
-        if plain[number] and plain_text(normal_text(rest)).startswith(plain[number]):
-            return number
-        arrived = _announced((SAYS, CONCLUDES), rest, known)
-        arrived = _stated(rest, last) if arrived is None else arrived
-        return number if arrived is None else arrived
+        if plain[index] and plain_text(normal_text(remainder)).startswith(plain[index]):
+            return index
+        arrived = _announced((SAYS, CONCLUDES), remainder, known)
+        arrived = _stated(remainder, last) if arrived is None else arrived
+        return index if arrived is None else arrived
     before_another = rf"(?:rather\s+than|instead\s+of|not|over)\s+(?:option\s+)?[(\[]?[A-{last}]\b"
     reasoned = re.match(
         rf"[(\[]?([A-{last}])[)\]]?\s+(?:(?:because|since)\b|{before_another})|((?![AI])[A-{last}])\s+{REASON}", text
@@ -275,14 +275,14 @@ def _leading(text: str, known: Options) -> int | None:
 def _one_per_line(text: str, known: Options) -> bool:
     """Return whether each line is a letter, or a letter with its option's words, and the letters differ. Text after an
     empty line is not considered."""
-    found = set()
+    letters = set()
     for line in map(str.strip, text.split("\n")):
         letter = re.match(rf"[(\[]?([A-{known.last}])(?:[.):\]]+\s*(.*)|)$", line)
         words = literal_text(letter.group(2) or "") if letter else ""
         if letter is None or words not in ("", known.literal[number_of(letter.group(1))]):
             return False
-        found.add(letter.group(1))
-    return len(found) > 1
+        letters.add(letter.group(1))
+    return len(letters) > 1
 
 
 def _without_denied(said: str, known: Options) -> str:
@@ -291,18 +291,18 @@ def _without_denied(said: str, known: Options) -> str:
     label = re.match(rf"\W*(?P<letter>[A-{known.last}])\s*(?:[)\]}}.:,;]|\s[-–—]\s|-\s)", said, re.IGNORECASE)
     if label is None:
         return said
-    number = number_of(label["letter"])
-    own = re.compile(rf"\s*{own_words(number, known)}(?!\w)", re.IGNORECASE).match(said, label.end())
-    rest = said[label.end() if own is None else own.end() :]
+    index = number_of(label["letter"])
+    words = re.compile(rf"\s*{own_words(index, known)}(?!\w)", re.IGNORECASE).match(said, label.end())
+    remainder = said[label.end() if words is None else words.end() :]
     # a full stop may belong to the option ("A. A man runs. is not shown")
-    begun = rf"(?:[\s:,;.(–—-]*\b(?:is|was|would\s+be|seems|looks)\s+|{BEFORE_SAID})"
+    verb = rf"(?:[\s:,;.(–—-]*\b(?:is|was|would\s+be|seems|looks)\s+|{BEFORE_SAID})"
     # "B. blue, not red" denies another option
     denial = (
-        rf"(?!\W*not\s+(?:the\s+)?(?:{_others(number, known)})){begun}(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
+        rf"(?!\W*not\s+(?:the\s+)?(?:{_others(index, known)})){verb}(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
     )
-    alone = rf"\s*(?:no|wrong|incorrect|false)\W+(?-i:[A-{known.last}])(?:[.):]|\s[-–—]\s)"
-    denied = re.match(rf"(?:{alone if own is None else denial}|{SAID_OF_THAT_WRONG})", rest, re.IGNORECASE)
-    return said if denied is None else rest
+    bare_denial = rf"\s*(?:no|wrong|incorrect|false)\W+(?-i:[A-{known.last}])(?:[.):]|\s[-–—]\s)"
+    denied = re.match(rf"(?:{bare_denial if words is None else denial}|{SAID_OF_THAT_WRONG})", remainder, re.IGNORECASE)
+    return said if denied is None else remainder
 
 
 def _others(number: int, known: Options) -> str:
@@ -312,10 +312,10 @@ def _others(number: int, known: Options) -> str:
 def _names_another(text: str, number: int, known: Options) -> bool:
     """Return whether a letter is followed by its option's words and then another lettered option ("B. blue / C.
     green")."""
-    own = own_words(number, known)
-    between = r"[\s.]*(?:[,;/&]|(?i:\bor\b|\band\b))\s*"
-    other = re.match(rf"\s*(?i:{own})(?!\w){between}[(\[]?([A-{known.last}])[.):]\s*", text)
-    return other is not None and text[other.end() :].lower().startswith(known.literal[number_of(other.group(1))])
+    option_words = own_words(number, known)
+    separator = r"[\s.]*(?:[,;/&]|(?i:\bor\b|\band\b))\s*"
+    label = re.match(rf"\s*(?i:{option_words})(?!\w){separator}[(\[]?([A-{known.last}])[.):]\s*", text)
+    return label is not None and text[label.end() :].lower().startswith(known.literal[number_of(label.group(1))])
 
 
 def _said(text: str, known: Options) -> int | None:
@@ -330,13 +330,13 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
     hypothetical letter counts only if there is no other."""
     last, supposed = known.last, None
     upper, lower = rf"([A-{last}])\b", rf"([a-{last.lower()}])(?:\s*(?:[)\]}}.,;:]|$)|(?={RIGHT}))"
-    several = rf"(?!{_another(last)})"
+    not_listed = rf"(?!{_another(last)})"
     for says in announcements:
-        found: list[tuple[int, int]] = []
-        for letter in (upper + several, lower):
+        announced: list[tuple[int, int]] = []
+        for letter in (upper + not_listed, lower):
             for match in re.finditer(rf"(?i:{says}){letter}", text):
-                before, behind = before_place(text, match.start()), _behind(text, match.end(1), known)
-                if re.search(r"\bor\s*$", before) or NOT.search(before) or re.match(WRONG, behind):
+                preceding, behind = before_place(text, match.start()), _behind(text, match.end(1), known)
+                if re.search(r"\bor\s*$", preceding) or NOT.search(preceding) or re.match(WRONG, behind):
                     continue
                 if re.match(r"\s*\?", behind):  # a question
                     continue
@@ -351,20 +351,20 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
                     continue
                 if _names_another(normal_text(behind.lstrip(".):] ")), number_of(match.group(1)), known):
                     continue
-                from_it = match.group(1) + behind
-                signed = _begins_literally(from_it, known)
+                announced_text = match.group(1) + behind
+                signed = _begins_literally(announced_text, known)
                 if signed is not None:  # "The answer is C++"
-                    found.append((match.start(1), signed))
+                    announced.append((match.start(1), signed))
                     continue
                 if re.match(r"\s+[a-z]", behind) and not re.match(rf"\s+{REASON}|{RIGHT}", behind):
-                    named = _begins_with(from_it, known.plain)
-                    if named is not None:  # "The answer is C major"
-                        found.append((match.start(1), named))
-                    if named is not None or says != SAYS or match.group(1) in "AI":
+                    option_named = _begins_with(announced_text, known.plain)
+                    if option_named is not None:  # "The answer is C major"
+                        announced.append((match.start(1), option_named))
+                    if option_named is not None or says != SAYS or match.group(1) in "AI":
                         continue
-                found.append((match.start(1), number_of(match.group(1))))
-        if found:
-            return max(found)[1]
+                announced.append((match.start(1), number_of(match.group(1))))
+        if announced:
+            return max(announced)[1]
     return supposed
 
 
@@ -395,14 +395,14 @@ def _begins_with(text: str, plain: Sequence[str]) -> int | None:
 
 def _begins_literally(text: str, known: Options) -> int | None:
     """Return the option with which a text begins, for letters with signs (C#, A+) or several letters (b, e, a)."""
-    own = normal_text(text).lower()
-    begun = [
+    lowered = normal_text(text).lower()
+    matching = [
         number
         for number, option in enumerate(known.literal)
         if re.fullmatch(r"[a-z](?:[^\w\s]+|(?:[\W_]+[a-z])+)", option)
-        and re.match(rf"{re.escape(option)}(?![^\s.,;:!?)])", own)
+        and re.match(rf"{re.escape(option)}(?![^\s.,;:!?)])", lowered)
     ]
-    return max(begun, key=lambda number: len(known.literal[number]), default=None)
+    return max(matching, key=lambda number: len(known.literal[number]), default=None)
 
 
 def _stated(text: str, last: str) -> int | None:
@@ -421,12 +421,12 @@ def _stated(text: str, last: str) -> int | None:
 def _shown(text: str, last: str) -> int | None:
     """Return the option of which a text says that it fits ("Option C matches the video"), if it is only one."""
     option = rf"(?i:\b(?:option|choice|answer|only(?:\s+option)?)\s+)[(\[]?([A-{last}])[)\]]?(?i:{SHOWN})"
-    found = {
+    options_shown = {
         number_of(match.group(1))
         for match in re.finditer(option, text)
         if not NOT.search(before_place(text, match.start()))
     }
-    return found.pop() if len(found) == 1 else None
+    return options_shown.pop() if len(options_shown) == 1 else None
 
 
 def _bracketed(text: str, known: Options) -> int | None:
@@ -438,16 +438,16 @@ def _bracketed(text: str, known: Options) -> int | None:
 def _capitals(text: str, known: Options) -> tuple[set[int], set[int]]:
     """Return the capitals that are not words of a sentence: those that stand alone, and those after a word that they
     may label ("clip A")."""
-    own, labelling = set[int](), set[int]()
+    standalone, labelling = set[int](), set[int]()
     if re.search(rf"\b[A-{known.last}]\b{_another(known.last)}", text):
-        return own, labelling
+        return standalone, labelling
     for match in re.finditer(rf"\b([A-{known.last}])\b(?!['’])", text):
-        before = before_place(text, match.start())
-        if NOT.search(before) or re.match(WRONG, text[match.end() :]):
+        preceding = before_place(text, match.start())
+        if NOT.search(preceding) or re.match(WRONG, text[match.end() :]):
             continue
         if _is_letter(match.group(1), text[match.end() :]):
-            (labelling if LABELS.search(before) else own).add(number_of(match.group(1)))
-    return own, labelling
+            (labelling if LABELS.search(preceding) else standalone).add(number_of(match.group(1)))
+    return standalone, labelling
 
 
 def _is_letter(letter: str, behind: str) -> bool:

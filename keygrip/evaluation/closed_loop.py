@@ -196,9 +196,9 @@ class ClosedLoop:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             cameras = None if self.cameras is None else tuple(self.cameras)
             follow = self.control(policy=None, control_hz=self.hz).follow
-            looked = pool.submit(check_environment, task, self.image_size, self.hz, cameras, job.seed, needs, follow)
+            future = pool.submit(check_environment, task, self.image_size, self.hz, cameras, job.seed, needs, follow)
             try:
-                looked.result()
+                future.result()
             except BrokenProcessPool as error:
                 raise ValueError(f"the process that opens {type(task).__name__} {DIED}") from error
 
@@ -240,12 +240,12 @@ class ClosedLoop:
         try:
             self._run_in_pool(checkpoint, jobs, processes, results)
         except BrokenProcessPool:
-            left = [job for job in jobs if job not in results.done]
+            remaining = [job for job in jobs if job not in results.done]
             log.warning(
-                "a process of the closed-loop evaluation %s; the %d episodes left are run again", DIED, len(left)
+                "a process of the closed-loop evaluation %s; the %d episodes left are run again", DIED, len(remaining)
             )
             try:
-                self._run_in_pool(checkpoint, left, processes, results)
+                self._run_in_pool(checkpoint, remaining, processes, results)
             except BrokenProcessPool as error:
                 raise ValueError(
                     f"a process of the closed-loop evaluation {DIED}, twice: run with processes=1 (in training "
@@ -255,7 +255,7 @@ class ClosedLoop:
     def _run_in_pool(self, checkpoint: Path, jobs: list[_Job], processes: int, results: _Results) -> None:
         # Spawned, not forked: a GL context and torch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        others = multiprocessing.active_children()
+        earlier_processes = multiprocessing.active_children()
         with ProcessPoolExecutor(processes, context, _start_worker, (checkpoint, self)) as pool:
             with _deaf_to_the_terminal():  # this process ends them, so that each does not print a traceback
                 waiting: dict[Future[EpisodeResult], _Job] = {pool.submit(_work, job): job for job in jobs}
@@ -265,7 +265,7 @@ class ClosedLoop:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():  # their results are no longer needed
-                    if process not in others:
+                    if process not in earlier_processes:
                         process.terminate()
                 raise
 
@@ -303,11 +303,11 @@ def _deaf_to_the_terminal() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -394,6 +394,6 @@ class _Results:
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(f"{json_text({'condition': job.condition, **vars(episode)}, ascii_only=True)}\n")
-        won = sum(each.success for found in self.episodes.values() for each in found)
-        self._bar.set_postfix_str(f"{won} of {len(self.done)} succeeded", refresh=False)
+        successes = sum(each.success for found in self.episodes.values() for each in found)
+        self._bar.set_postfix_str(f"{successes} of {len(self.done)} succeeded", refresh=False)
         self._bar.update()

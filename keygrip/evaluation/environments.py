@@ -92,11 +92,11 @@ class EnvironmentSettings:
         episodes = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes)
         cells = [cell for grid in conditions.values() for cell in grid]
         recorded = self._recorded_seeds([changed(evaluation.task, cell) for cell in cells] or [evaluation.task])
-        if seen := sum(seed in recorded for seed in episodes):
+        if recorded_count := sum(seed in recorded for seed in episodes):
             log.warning(
                 "%d of the episodes %d to %d were recorded for training, so that success there is not that of new "
                 "ones: first_seed=%d and further ones are held out",
-                *(seen, episodes[0], episodes[-1], HELD_OUT_SEED),
+                *(recorded_count, episodes[0], episodes[-1], HELD_OUT_SEED),
             )
         return evaluation
 
@@ -105,10 +105,10 @@ class EnvironmentSettings:
         if self.recorded is None:
             return ()
         if self.tasks:
-            here = not set(self.tasks).isdisjoint(self.recorded.tasks)
+            same_task = not set(self.tasks).isdisjoint(self.recorded.tasks)
         else:
-            here = self.recorded.task is None or self.recorded.task in tasks
-        return self.recorded.seeds if here else ()
+            same_task = self.recorded.task is None or self.recorded.task in tasks
+        return self.recorded.seeds if same_task else ()
 
 
 @dataclass(frozen=True)
@@ -206,13 +206,13 @@ def _warn_of_others(env: Mapping[str, Any], recorded: Recorded | None) -> None:
     """Warn of settings that differ from the recording of the same environment."""
     if recorded is None:
         return
-    for name, there in (("image_size", recorded.image_size), ("hz", recorded.hz)):
-        if env[name] is not None and env[name] != there:
-            log.warning("env.%s=%s, and the demonstrations were recorded with %s", name, env[name], there)
+    for name, recorded_value in (("image_size", recorded.image_size), ("hz", recorded.hz)):
+        if env[name] is not None and env[name] != recorded_value:
+            log.warning("env.%s=%s, and the demonstrations were recorded with %s", name, env[name], recorded_value)
     if env["tasks"] is not None and recorded.tasks:
-        other = [name for name in task_names(env["tasks"]) if name not in recorded.tasks]
-        if other:
-            log.warning("env.tasks names %s, of which there are no demonstrations", ", ".join(other))
+        unrecorded = [name for name in task_names(env["tasks"]) if name not in recorded.tasks]
+        if unrecorded:
+            log.warning("env.tasks names %s, of which there are no demonstrations", ", ".join(unrecorded))
 
 
 def _recorded_there(data: Mapping[str, Any], trust: Sequence[str], name: str, kind: type) -> Recorded | None:
@@ -233,9 +233,9 @@ def _recorded_there(data: Mapping[str, Any], trust: Sequence[str], name: str, ki
     if recorded.environment != ENVIRONMENTS.get(kind) or (
         recorded.task is not None and type(recorded.task) is not kind
     ):
-        there = recorded.environment or type(recorded.task).__name__
+        simulator = recorded.environment or type(recorded.task).__name__
         log.warning(
-            "the demonstrations were recorded in %s; the policy is judged in %s (%s)", there, name, kind.__name__
+            "the demonstrations were recorded in %s; the policy is judged in %s (%s)", simulator, name, kind.__name__
         )
         return None
     return recorded
@@ -260,8 +260,8 @@ def recorded_in(data: Mapping[str, Any], trust: Sequence[str] = ()) -> Recorded:
         except UntrustedPartError as error:
             raise UntrustedPartError(f"{error}; say where to judge it: {CHOICE}") from error
         first, demos = record.get("seed", 0), record.get("demos", 0)
-        known = isinstance(first, int) and isinstance(demos, int)
-        seeds = range(first, first + demos) if known else ()  # a data file may contain any value
+        valid = isinstance(first, int) and isinstance(demos, int)
+        seeds = range(first, first + demos) if valid else ()  # a data file may contain any value
         return Recorded(ENVIRONMENTS.get(type(task)), task, record["image_size"], record["hz"], seeds=seeds)
     if not isinstance(data.get("root"), str):
         raise ValueError(
@@ -295,8 +295,8 @@ def _of_folder(root: Path) -> Recorded:
             task = changed(
                 MetaWorldTask(), {"camera": settings["cameras"][0], "shadows": settings.get("shadows", False)}
             )
-            turned = settings.get("turned_upright", [])
-            old = tuple(camera for camera in lately_turned(settings["cameras"]) if camera not in turned)
+            upright_cameras = settings.get("turned_upright", [])
+            old = tuple(camera for camera in lately_turned(settings["cameras"]) if camera not in upright_cameras)
             return Recorded("metaworld", task, image_size, HZ, _tasks_there(root), _seeds_there(root), old)
         stored = dict(settings["task"])
         cell = changed(HandoverTask() if stored.get("name") == "handover" else TaskOptions(), stored)
@@ -315,10 +315,10 @@ def _tasks_there(root: Path) -> tuple[str, ...]:
         ValueError: There are none.
     """
     names = {file.parent.name.rpartition("_")[0] for file in root.glob("[!.]*/metadata.json")}
-    found = tuple(name for name in dict.fromkeys((*MT10, *MT50)) if name in names)
-    if not found:
+    tasks = tuple(name for name in dict.fromkeys((*MT10, *MT50)) if name in names)
+    if not tasks:
         raise ValueError("the folder holds no demonstrations")
-    return found
+    return tasks
 
 
 def _seeds_there(root: Path) -> frozenset[int]:

@@ -51,9 +51,9 @@ class EvaluateImages(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        own = run_config(trainer)["model"]
+        model_config = run_config(trainer)["model"]
         # Packages and files in the user's own configuration are trusted: the checkpoint is opened with them.
-        trust, external = named_packages(own), external_settings(own)
+        trust, external = named_packages(model_config), external_settings(model_config)
         module = load_module(self.run_dir, expected=PatchDiTModule, trust=trust, external=external)  # with EMA weights
         # the device of training; the trainer has moved its own module to the CPU
         module.to(trainer.strategy.root_device)

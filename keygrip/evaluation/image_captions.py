@@ -26,22 +26,22 @@ def word_changes(given: Mapping[str, str] | Sequence[Sequence[str]] | None) -> d
     if given is not None and (isinstance(given, str) or not isinstance(given, Mapping | Sequence)):
         raise ValueError(f"replace_words={given!r}: give pairs, [[WORD,OTHER],...], or a mapping")
     pairs: list[Sequence[str]] = list(given.items() if isinstance(given, Mapping) else given or ())
-    found: dict[str, str] = {}
+    replacements: dict[str, str] = {}
     for pair in pairs:
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise ValueError(f"replace_words holds {pair!r}: give pairs, [[WORD,OTHER],...], or a mapping")
-        word, other = pair
+        word, replacement = pair
         if not isinstance(word, str) or not WORD.fullmatch(word):
             raise ValueError(
                 f"replace_words: {word!r} is not a single word (a number is one in a pair and in quotes: "
                 """'replace_words=[["3",cat]]')"""
             )
-        if not isinstance(other, str):
-            raise ValueError(f"replace_words: {word} would become {other!r}, which is no text: put it in quotes")
-        if word.lower() in map(str.lower, found):
+        if not isinstance(replacement, str):
+            raise ValueError(f"replace_words: {word} would become {replacement!r}, which is no text: put it in quotes")
+        if word.lower() in map(str.lower, replacements):
             raise ValueError(f"replace_words names {word!r} twice (upper and lower case are one word)")
-        found[word] = other
-    return found
+        replacements[word] = replacement
+    return replacements
 
 
 def change_note(case: str, changed: int, total: int, words: Mapping[str, str]) -> str:
@@ -64,13 +64,13 @@ def change_caption(
     if words:
         changed = with_other_words(caption, words)
         return (changed, None) if changed != caption else None
-    own = (record.get("evidence") or {}).get("colour")
-    others = [colour for colour in colours if colour != own]
-    if own is None or not others:
+    true_colour = (record.get("evidence") or {}).get("colour")
+    other_colours = [colour for colour in colours if colour != true_colour]
+    if true_colour is None or not other_colours:
         return None
-    asked = others[number % len(others)]
-    changed = with_other_words(caption, {own: asked})
-    return (changed, asked) if changed != caption else None
+    new_colour = other_colours[number % len(other_colours)]
+    changed = with_other_words(caption, {true_colour: new_colour})
+    return (changed, new_colour) if changed != caption else None
 
 
 def with_other_words(caption: str, words: Mapping[str, str]) -> str:
@@ -78,11 +78,11 @@ def with_other_words(caption: str, words: Mapping[str, str]) -> str:
     lower = {word.lower(): other for word, other in words.items()}
 
     def other(match: re.Match[str]) -> str:
-        told = match[0]
-        new = lower.get(told.lower(), told)
-        if new == told or told == told.lower():
+        old = match[0]
+        new = lower.get(old.lower(), old)
+        if new == old or old == old.lower():
             return new
-        return new.upper() if told == told.upper() and len(told) > 1 else new[:1].upper() + new[1:]
+        return new.upper() if old == old.upper() and len(old) > 1 else new[:1].upper() + new[1:]
 
     return WORD.sub(other, caption)
 
@@ -110,16 +110,16 @@ class ClipSimilarity:
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Return ``[N]`` float32 for images ``[B, 3, H, W]`` in 0..1 and their captions; N is the number of images
         whose caption is not blank. Captions are truncated to CLIP's 77 tokens."""
-        told = [number for number, caption in enumerate(captions) if caption.strip()]
-        if not told:
+        captioned = [index for index, caption in enumerate(captions) if caption.strip()]
+        if not captioned:
             return torch.zeros(0)
         words = self.tokenizer(
-            [captions[number] for number in told],
+            [captions[index] for index in captioned],
             padding=True,
             truncation=True,
             max_length=self.network.config.text_config.max_position_embeddings,
             return_tensors="pt",
         )
-        pixels = clip_pixels(images[told], self.network.config.vision_config.image_size)
-        found = self.network.to(images.device)(**words.to(images.device), pixel_values=pixels)
-        return torch.cosine_similarity(found.image_embeds.float(), found.text_embeds.float()).cpu()
+        pixels = clip_pixels(images[captioned], self.network.config.vision_config.image_size)
+        output = self.network.to(images.device)(**words.to(images.device), pixel_values=pixels)
+        return torch.cosine_similarity(output.image_embeds.float(), output.text_embeds.float()).cpu()

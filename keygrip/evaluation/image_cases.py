@@ -141,9 +141,9 @@ class ImageSuite:
     def _refuse_idle(self) -> None:
         """Raise ValueError if a setting has no effect because its case is left out."""
         for name, needed in NEEDS.items():
-            usual: Any = ImageSuite.__dataclass_fields__[name].default
-            given = list(getattr(self, name) or ())
-            if self.cases is None or set(needed) & set(self.cases) or given == list(usual or ()):
+            default: Any = ImageSuite.__dataclass_fields__[name].default
+            setting = list(getattr(self, name) or ())
+            if self.cases is None or set(needed) & set(self.cases) or setting == list(default or ()):
                 continue
             raise ValueError(f"{name} has no effect without the case {' or '.join(needed)} in cases: leave it out")
         for name in [name for name, value in self.sampling.items() if not asks_nothing(name, value)]:
@@ -199,15 +199,15 @@ class Suite:
                 self.sampling.replaced(text_scale=float(text), dino_scale=float(dino))
         for steps in self.options.step_counts:
             replace(self.sampling, steps=int(steps))
-        given = {name for name, value in self.options.sampling.items() if value is not None}
-        if not given:
+        sampling_names = {name for name, value in self.options.sampling.items() if value is not None}
+        if not sampling_names:
             return
-        wanted = self.cases()
-        images = wanted != ["text_only"]
+        cases = self.cases()
+        images = cases != ["text_only"]
         try:
-            refuse_idle_guidance(self.module, given, self.sampling, GivenConditions(True, images, both=images))
+            refuse_idle_guidance(self.module, sampling_names, self.sampling, GivenConditions(True, images, both=images))
         except ValueError as error:
-            raise ValueError(f"sampling, with cases={wanted}: {error}") from error
+            raise ValueError(f"sampling, with cases={cases}: {error}") from error
 
     @cached_property
     def features(self) -> FeatureEncoder:
@@ -240,58 +240,65 @@ class Suite:
 
     def batches(self, limit: int) -> Iterator[tuple[ImageTextBatch, Tensor, range]]:
         """Yield held-out batches on the model's device, their real images, and the indices of their images."""
-        number, size = 0, self.options.batch_size or max(self.data.batch_size, PAIRED)
+        offset, size = 0, self.options.batch_size or max(self.data.batch_size, PAIRED)
         for batch in self.data.held_out(self.options.split, limit, with_images=True, batch_size=size):
             batch = batch.to(self.module.device)
             real = self.encoders.decode_latents(batch.latents) if batch.images is None else batch.images / 255
-            yield batch, real, range(number, number + len(batch))
-            number += len(batch)
-        if not number:
+            yield batch, real, range(offset, offset + len(batch))
+            offset += len(batch)
+        if not offset:
             refuse_empty(self.data, self.options.split)
 
     # ------------------------------------------------------------------------------------------------------------ cases
 
     def ask(self, case: str, batch: ImageTextBatch, real: Tensor, numbers: range) -> Asked | None:
         """Return the conditions of a case for a batch; None if it applies to none of its images."""
-        own = self.module.statistics.conditions(batch)
+        conditions = self.module.statistics.conditions(batch)
         colours = [r["evidence"]["colour"] for r in batch.records] if self.classifier is not None else None
-        asked = Asked(own, real, batch.records, list(numbers), colours, list(batch.captions))
+        asked = Asked(conditions, real, batch.records, list(numbers), colours, list(batch.captions))
         if case == "reconstruction":
             return asked
         if case == "text_only":
-            return replace(asked, conditions=own.without_dino())
+            return replace(asked, conditions=conditions.without_dino())
         if case == "dino_swap":
             if len(batch) < 2:
                 return None
-            other = torch.arange(len(batch)).roll(-1)
-            records = [batch.records[i] for i in other.tolist()]
-            target = real[other.to(real.device)]
-            return replace(asked, conditions=own.with_dino_of(other), target=target, records=records, sides_told=False)
+            partners = torch.arange(len(batch)).roll(-1)
+            records = [batch.records[i] for i in partners.tolist()]
+            target = real[partners.to(real.device)]
+            return replace(
+                asked, conditions=conditions.with_dino_of(partners), target=target, records=records, sides_told=False
+            )
         if case == "shuffled_patches":
-            assert own.patches is not None
-            order = torch.randperm(own.patches.shape[1], generator=torch.Generator().manual_seed(numbers.start))
-            return replace(asked, conditions=replace(own, patches=own.patches[:, order.to(own.patches.device)]))
+            assert conditions.patches is not None
+            order = torch.randperm(conditions.patches.shape[1], generator=torch.Generator().manual_seed(numbers.start))
+            return replace(
+                asked,
+                conditions=replace(conditions, patches=conditions.patches[:, order.to(conditions.patches.device)]),
+            )
         return self._changed(asked, numbers)
 
     def _changed(self, asked: Asked, numbers: range) -> Asked | None:
         words = self.options.words
-        found = [
+        all_changes = [
             change_caption(caption, record, number, self.colours, words)
             for caption, record, number in zip(asked.captions, asked.records, numbers, strict=True)
         ]
-        kept = [i for i, change in enumerate(found) if change is not None]
-        if not kept:
+        changed_rows = [i for i, change in enumerate(all_changes) if change is not None]
+        if not changed_rows:
             return None
-        changes = [change for change in found if change is not None]
+        changes = [change for change in all_changes if change is not None]
         captions = [caption for caption, _ in changes]
         states, mask = self.encoders.encode_text(captions)
-        index = torch.tensor(kept, device=asked.target.device)
-        own = asked.conditions
-        assert own.cls is not None
-        patches = None if own.patches is None else own.patches[index]
-        conditions = Conditions(states.to(own.cls), mask.to(own.cls.device), own.cls[index], patches, own.patch_grid)
+        index = torch.tensor(changed_rows, device=asked.target.device)
+        original = asked.conditions
+        assert original.cls is not None
+        patches = None if original.patches is None else original.patches[index]
+        conditions = Conditions(
+            states.to(original.cls), mask.to(original.cls.device), original.cls[index], patches, original.patch_grid
+        )
         colours = [str(colour) for _, colour in changes] if not words and self.classifier is not None else None
-        records, seeds = [asked.records[i] for i in kept], [asked.seeds[i] for i in kept]
+        records, seeds = [asked.records[i] for i in changed_rows], [asked.seeds[i] for i in changed_rows]
         return Asked(conditions, asked.target[index], records, seeds, colours, captions, sides_told=not words)
 
     def draw(self, asked: Asked, size: tuple[int, int], sampling: Sampling | None = None) -> Tensor:
@@ -307,39 +314,39 @@ class Suite:
     @torch.no_grad()
     def measure(self, drawn: Tensor, asked: Asked) -> dict[str, Tensor]:
         """Return the figures of each image, by name, [B] each (fewer if a figure does not apply to all images)."""
-        found = self.distances(drawn, asked.target) | {"grain": grain(drawn)}
+        figures = self.distances(drawn, asked.target) | {"grain": grain(drawn)}
         if self.clip is not None:
-            found["clip_similarity"] = self.clip(drawn, asked.captions)
+            figures["clip_similarity"] = self.clip(drawn, asked.captions)
         if self.classifier is not None:
-            found |= self._classified(self.classifier.network.to(drawn.device)(drawn), asked, drawn)
-        return {name: values.float().cpu() for name, values in found.items()}
+            figures |= self._classified(self.classifier.network.to(drawn.device)(drawn), asked, drawn)
+        return {name: values.float().cpu() for name, values in figures.items()}
 
     def _classified(self, verdict: Verdict, asked: Asked, drawn: Tensor) -> dict[str, Tensor]:
-        told = [record["evidence"] for record in asked.records]
-        truth = torch.tensor([[e["cube"], e["block"]] for e in told], device=drawn.device)
+        evidence = [record["evidence"] for record in asked.records]
+        truth = torch.tensor([[e["cube"], e["block"]] for e in evidence], device=drawn.device)
         distance = distance_px(verdict.places, truth, (drawn.shape[2], drawn.shape[3]))
-        named = verdict.colours.argmax(dim=1).cpu()
-        found = {
+        colours = verdict.colours.argmax(dim=1).cpu()
+        figures = {
             "cube_px": distance[:, 0],
             "block_px": distance[:, 1],
             "cube_within_4px": distance[:, 0] < NEAR_PX,
             "block_within_4px": distance[:, 1] < NEAR_PX,
-            "colour_of_reference": named == torch.tensor([self.colours.index(e["colour"]) for e in told]),
+            "colour_of_reference": colours == torch.tensor([self.colours.index(e["colour"]) for e in evidence]),
         }
         if asked.colours is not None:
             asked_for = torch.tensor([self.colours.index(colour) for colour in asked.colours])
-            found["objects_as_named"] = objects_as_named(verdict.objects, asked_for)
-            found["colour_as_asked"] = named == asked_for
-        apart = (truth[:, 0, 0] - truth[:, 1, 0]).cpu()
-        clear = apart.abs() > SIDE_MARGIN
+            figures["objects_as_named"] = objects_as_named(verdict.objects, asked_for)
+            figures["colour_as_asked"] = colours == asked_for
+        true_side = (truth[:, 0, 0] - truth[:, 1, 0]).cpu()
+        clear = true_side.abs() > SIDE_MARGIN
         side = (verdict.places[:, 0, 0] - verdict.places[:, 1, 0]).cpu()
-        found["side_as_asked" if asked.sides_told else "side_of_reference"] = (side.sign() == apart.sign())[clear]
-        return found
+        figures["side_as_asked" if asked.sides_told else "side_of_reference"] = (side.sign() == true_side.sign())[clear]
+        return figures
 
     def evaluate(self) -> dict[str, Any]:
         """Return the figures by case, and for a case that applies to some images only also those of its real images.
         Fills `samples` with images."""
-        wanted = self.cases()
+        cases = self.cases()
         values: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         sets: dict[str, list[Tensor]] = defaultdict(list)
         drawn_of: dict[str, list[int]] = defaultdict(list)  # indices of the images, by case
@@ -355,7 +362,7 @@ class Suite:
                     self._add(values[name], found)
                     if name in (REAL, DECODED):
                         sets[name].append(self.features.features(drawn).float().cpu())
-                for case in wanted:
+                for case in cases:
                     if case in CURVES:
                         continue
                     asked_of = self.ask(case, batch, real, numbers)
@@ -368,7 +375,7 @@ class Suite:
                     rows.append(self._row(case, asked_of, drawn, numbers))
                 self.samples.offer(len(batch), rows)
                 bar.update(len(batch))
-        for case in wanted:
+        for case in cases:
             if case not in values and case not in CURVES:
                 self.without_images(case)
         features, grains = torch.cat(sets[REAL]), torch.cat(values[REAL]["grain"])
@@ -377,8 +384,8 @@ class Suite:
             of_set = set_figures(torch.cat(sets[case]), self.reference) if case in sets else {}
             figures[case] = summarise(measured) | of_set
             if 0 < len(drawn_of[case]) < len(features):  # figures of sets depend on the number of images
-                own = torch.tensor(drawn_of[case])
-                figures[real_of(case)] = real_figures(features[own], grains[own], self.reference)
+                indices = torch.tensor(drawn_of[case])
+                figures[real_of(case)] = real_figures(features[indices], grains[indices], self.reference)
         return figures
 
     def without_images(self, case: str) -> None:
@@ -401,13 +408,13 @@ class Suite:
         """Yield real images in place of generated ones: another one of the set; each as reconstructed by the
         autoencoder, which no generated image can surpass; and each itself, which gives the classifier's own error and
         the distance between sets of real images."""
-        own = self.ask("reconstruction", batch, real, numbers)
-        assert own is not None
+        asked = self.ask("reconstruction", batch, real, numbers)
+        assert asked is not None
         if len(batch) > 1:
-            yield UNRELATED, own, real.roll(-1, dims=0)
+            yield UNRELATED, asked, real.roll(-1, dims=0)
         if batch.images is not None and not self.encoders.exact:
-            yield DECODED, own, self.encoders.decode_latents(batch.latents)
-        yield REAL, own, real
+            yield DECODED, asked, self.encoders.decode_latents(batch.latents)
+        yield REAL, asked, real
 
     @staticmethod
     def _add(values: dict[str, list[Tensor]], found: dict[str, Tensor]) -> None:
@@ -432,6 +439,6 @@ def refuse_empty(data: ImageShards, split: str) -> None:
     """Raise ValueError if a split of opened data holds no image; the message lists the splits that do."""
     if len(data.samples(split)):
         return
-    held = {name: len(data.samples(name)) for name in ("val", "test", "train")}
-    others = [f"split={name} ({count} images)" for name, count in held.items() if count]
-    raise ValueError(f"{data.place} has no {split} images: give {' or '.join(others)}")
+    counts = {name: len(data.samples(name)) for name in ("val", "test", "train")}
+    alternatives = [f"split={name} ({count} images)" for name, count in counts.items() if count]
+    raise ValueError(f"{data.place} has no {split} images: give {' or '.join(alternatives)}")

@@ -31,24 +31,26 @@ class Curves:
         case = self.suite.scaled_case
         pairs = [(float(t), float(d)) for t in self.options.text_scales for d in self.options.dino_scales]
         images: dict[float, list[Tensor]] = defaultdict(list)
-        most = max(1, self.options.shown // 4)
+        example_count = max(1, self.options.shown // 4)
         table = []
         for text, dino in Progress(pairs, desc="scales", unit="pair", leave=False):
-            found, shown = self._drawn_so(case, self.sampling.replaced(text_scale=text, dino_scale=dino), most)
-            if found:
-                table.append({"text_scale": text, "dino_scale": dino, **self._with_grain_off(case, found)})
-                images[text].append(shown)
-        named = ", ".join(f"{scale:g}" for scale in self.options.dino_scales)
-        rows = [(f"text scale {t:g}; DINO scale {named}, {len(p[0])} each", torch.cat(p)) for t, p in images.items()]
+            figures, examples = self._drawn_so(
+                case, self.sampling.replaced(text_scale=text, dino_scale=dino), example_count
+            )
+            if figures:
+                table.append({"text_scale": text, "dino_scale": dino, **self._with_grain_off(case, figures)})
+                images[text].append(examples)
+        dinos = ", ".join(f"{scale:g}" for scale in self.options.dino_scales)
+        rows = [(f"text scale {t:g}; DINO scale {dinos}, {len(p[0])} each", torch.cat(p)) for t, p in images.items()]
         return table, rows
 
     def word_scales(self) -> list[dict[str, Any]]:
         """Return the figures of images from text only for each text scale."""
         table = []
         for text in Progress(self.options.text_scales, desc="text scales", unit="scale", leave=False):
-            found, _ = self._drawn_so("text_only", self.sampling.replaced(text_scale=float(text)))
-            if found:
-                table.append({"text_scale": float(text), **self._with_grain_off("text_only", found)})
+            figures, _ = self._drawn_so("text_only", self.sampling.replaced(text_scale=float(text)))
+            if figures:
+                table.append({"text_scale": float(text), **self._with_grain_off("text_only", figures)})
         return table
 
     def steps(self) -> list[dict[str, Any]]:
@@ -56,9 +58,9 @@ class Curves:
         table = []
         pairs = [(case, steps) for case in STEPPED for steps in self.options.step_counts]
         for case, steps in Progress(pairs, desc="steps", unit="curve point", leave=False):
-            found, _ = self._drawn_so(case, replace(self.sampling, steps=int(steps)))
-            if found:
-                table.append({"case": case, "steps": int(steps), **found})
+            figures, _ = self._drawn_so(case, replace(self.sampling, steps=int(steps)))
+            if figures:
+                table.append({"case": case, "steps": int(steps), **figures})
         return table
 
     @torch.no_grad()
@@ -66,12 +68,12 @@ class Curves:
         """Return the anchor of a case: the real images that it uses, compared with the same training images; empty if
         it applies to no image."""
         grid = self._grid(case)
-        numbers = tuple(seed for asked, _ in grid for seed in asked.seeds)
-        if numbers and numbers not in self._anchors:
+        seeds = tuple(seed for asked, _ in grid for seed in asked.seeds)
+        if seeds and seeds not in self._anchors:
             features = torch.cat([self.suite.features.features(asked.target).float().cpu() for asked, _ in grid])
             grains = torch.cat([grain(asked.target).float().cpu() for asked, _ in grid])
-            self._anchors[numbers] = real_figures(features, grains, self.suite.reference)
-        return self._anchors.get(numbers, {})
+            self._anchors[seeds] = real_figures(features, grains, self.suite.reference)
+        return self._anchors.get(seeds, {})
 
     def _with_grain_off(self, case: str, found: dict[str, Any]) -> dict[str, Any]:
         """Add the difference between the grain and that of the same real images: higher is noise, lower is blur."""
@@ -82,8 +84,8 @@ class Curves:
         if case not in self._grids:
             self._grids[case] = [
                 (asked, (batch.latents.shape[2], batch.latents.shape[3]))
-                for batch, real, numbers in self.suite.batches(self.options.grid_images)
-                if (asked := self.suite.ask(case, batch, real, numbers)) is not None
+                for batch, real, indices in self.suite.batches(self.options.grid_images)
+                if (asked := self.suite.ask(case, batch, real, indices)) is not None
             ]
         return self._grids[case]
 
@@ -92,20 +94,20 @@ class Curves:
         """Return the figures of a case generated with the given sampling, and up to `most` images of the first batch
         with that many, or else of the largest batch; empty if the case applies to no image."""
         suite, values = self.suite, defaultdict[str, list[Tensor]](list)
-        parts, shown, spent, evaluations = [], torch.zeros(0), 0.0, 0
+        parts, examples, spent, evaluations = [], torch.zeros(0), 0.0, 0
         for asked, size in self._grid(case):
             started = time.perf_counter()
             drawn = suite.draw(asked, size, sampling).cpu()
             spent += time.perf_counter() - started
             drawn = drawn.to(suite.module.device)
-            for name, numbers in suite.measure(drawn, asked).items():
-                values[name].append(numbers)
+            for name, figure_values in suite.measure(drawn, asked).items():
+                values[name].append(figure_values)
             evaluations = suite.module.sampling_at(size, sampling).evaluations(asked.conditions)
             parts.append(suite.features.features(drawn).float().cpu())
-            if min(len(drawn), most) > len(shown):
-                shown = drawn[:most].cpu()
+            if min(len(drawn), most) > len(examples):
+                examples = drawn[:most].cpu()
         if not parts:
-            return {}, shown
+            return {}, examples
         features = torch.cat(parts)
         cost = {"evaluations": evaluations, "s_per_image": round(spent / len(features), 4)}
-        return summarise(values) | set_figures(features, suite.reference) | cost, shown
+        return summarise(values) | set_figures(features, suite.reference) | cost, examples

@@ -115,11 +115,11 @@ class SmallEncoder(nn.Module):
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = functional.gelu(norm(layer(x)))
             maps.append(x)
-        kept = []
+        statistics = []
         # for a map of one cell the variance is 0, and its square root must have a finite gradient
-        for found in maps[-2:]:
-            kept += [found.mean(dim=(2, 3)), (found.var(dim=(2, 3), correction=0) + 1e-6).sqrt()]
-        return torch.cat(kept, dim=1)
+        for feature_map in maps[-2:]:
+            statistics += [feature_map.mean(dim=(2, 3)), (feature_map.var(dim=(2, 3), correction=0) + 1e-6).sqrt()]
+        return torch.cat(statistics, dim=1)
 
 
 def feature_encoder(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> FeatureEncoder:
@@ -138,12 +138,12 @@ def feature_encoder(data: ImageShards, encoders: Encoders, options: FeatureOptio
 
 
 def _trained(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> FeatureEncoder:
-    told = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
+    identity = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
     names = ["width", "steps", "batch_size", "lr"]
     if len(data.samples("train")) > options.training_images:
         names.append("training_images")
     chosen = {name: asdict(options)[name] for name in names}
-    fingerprint = hashlib.sha256(json.dumps({**told, **chosen}, sort_keys=True).encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(json.dumps({**identity, **chosen}, sort_keys=True).encode()).hexdigest()[:16]
     file = data.folder / f"image_encoder-{fingerprint}.pt"
 
     def make(path: Path) -> None:
@@ -193,12 +193,12 @@ def train_encoder(images: list[Tensor], options: FeatureOptions) -> SmallEncoder
             for group in optimizer.param_groups:
                 group["lr"] = rate
             part = images[int(rng.choice(len(images), p=shares / shares.sum()))]
-            chosen = part[torch.from_numpy(rng.integers(0, len(part), options.batch_size))].float() / 255
-            views = torch.cat([_view(chosen, rng), _view(chosen, rng)])
-            marks = functional.normalize(network.head(network(views)), dim=-1)
-            alike = marks @ marks.T / TEMPERATURE
-            alike = alike.masked_fill(torch.eye(len(marks), dtype=torch.bool), -torch.inf)
-            loss = functional.cross_entropy(alike, torch.arange(len(marks)).roll(options.batch_size))
+            batch = part[torch.from_numpy(rng.integers(0, len(part), options.batch_size))].float() / 255
+            views = torch.cat([_view(batch, rng), _view(batch, rng)])
+            embeddings = functional.normalize(network.head(network(views)), dim=-1)
+            similarities = embeddings @ embeddings.T / TEMPERATURE
+            similarities = similarities.masked_fill(torch.eye(len(embeddings), dtype=torch.bool), -torch.inf)
+            loss = functional.cross_entropy(similarities, torch.arange(len(embeddings)).roll(options.batch_size))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -209,9 +209,9 @@ def _view(images: Tensor, rng: Any) -> Tensor:
     """Return a view: one crop, mirroring and lightness per batch, so that its views differ only in the images."""
     height, width = images.shape[2:]
     share = math.sqrt(rng.uniform(0.5, 1.0))
-    high, wide = max(8, round(height * share)), max(8, round(width * share))
-    top, left = int(rng.integers(0, height - high + 1)), int(rng.integers(0, width - wide + 1))
-    cut = images[:, :, top : top + high, left : left + wide]
-    cut = functional.interpolate(cut, (height, width), mode="bilinear", antialias=True)
-    cut = cut.flip(3) if rng.random() < 0.5 else cut
-    return (cut * float(rng.uniform(0.85, 1.15))).clamp(0, 1)
+    crop_height, crop_width = max(8, round(height * share)), max(8, round(width * share))
+    top, left = int(rng.integers(0, height - crop_height + 1)), int(rng.integers(0, width - crop_width + 1))
+    crop = images[:, :, top : top + crop_height, left : left + crop_width]
+    crop = functional.interpolate(crop, (height, width), mode="bilinear", antialias=True)
+    crop = crop.flip(3) if rng.random() < 0.5 else crop
+    return (crop * float(rng.uniform(0.85, 1.15))).clamp(0, 1)

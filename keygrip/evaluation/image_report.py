@@ -90,19 +90,21 @@ def shortcomings(cases: Mapping[str, Mapping[str, float]], split: str = "test") 
 
     For the split `train`, the real images are among those that sets are compared with: their own distance is no anchor.
     """
-    found = []
-    for case, name, anchor, least, most, what, whose in LIMITS:
-        value, own = cases.get(case, {}).get(name), cases.get(anchor, {}).get(name)
+    sentences = []
+    for case, name, anchor, least, most, quantity, source in LIMITS:
+        value, base = cases.get(case, {}).get(name), cases.get(anchor, {}).get(name)
         if name == "frechet" and split == "train":
             continue
-        if value is not None and own is not None and not least * own <= value <= most * own:
-            found.append(f"The {what} is {value:.3g}, {value / max(own, 1e-9):.3g} times that {whose} ({own:.3g}).")
-    for case, name, least, what in SHARES:
+        if value is not None and base is not None and not least * base <= value <= most * base:
+            sentences.append(
+                f"The {quantity} is {value:.3g}, {value / max(base, 1e-9):.3g} times that {source} ({base:.3g})."
+            )
+    for case, name, least, quantity in SHARES:
         value, other = cases.get(case, {}).get(name), cases.get("another_picture", {}).get(name)
         if value is not None and value < least:
-            beside = f"; that of an unrelated real image is {other:.2f}" if other is not None and name == "ssim" else ""
-            found.append(f"The {what} is {value:.2f}, below {least:.2f}{beside}.")
-    return found
+            note = f"; that of an unrelated real image is {other:.2f}" if other is not None and name == "ssim" else ""
+            sentences.append(f"The {quantity} is {value:.2f}, below {least:.2f}{note}.")
+    return sentences
 
 
 def pareto(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[int]:
@@ -115,7 +117,7 @@ def pareto(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[in
             all(a >= b for a, b in zip(other, own, strict=True)) and list(other) != list(own) for other in points
         )
 
-    return [number for number, point in enumerate(points) if not beaten(point)]
+    return [index for index, point in enumerate(points) if not beaten(point)]
 
 
 def weighed(
@@ -130,10 +132,10 @@ def weighed(
     if pair is None:
         return None
     front = pareto(rows, pair)
-    best = [rows[number] for number in front]
+    best = [rows[index] for index in front]
     saturated = len(best) > 1 and len({tuple(row[name.lstrip("-")] for name in pair) for row in best}) == 1
     if pair == SHARES_PARETO and saturated and has_figures(best, QUALITY):
-        return QUALITY, [front[number] for number in pareto(best, QUALITY)]
+        return QUALITY, [front[index] for index in pareto(best, QUALITY)]
     return pair, front
 
 
@@ -156,9 +158,9 @@ def write_report(
     """
     output.mkdir(parents=True, exist_ok=True)
     images = []
-    for name, shown in ((SAMPLES, rows), (SCALES, scale_rows)):
-        if shown:
-            write_bytes(output / name, png(image_grid(shown)))
+    for name, image_rows in ((SAMPLES, rows), (SCALES, scale_rows)):
+        if image_rows:
+            write_bytes(output / name, png(image_grid(image_rows)))
             images.append(output / name)
     if figures["scales"] and "colour_as_asked" in figures["scales"][0]:
         write_bytes(output / SCALE_MAP, scale_map(figures["scales"]))
@@ -220,22 +222,22 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
             name: {k: v for k, v in row.items() if k not in ("text_scale", "dino_scale")} for name, row in named.items()
         }
         lines += ["", *table({"real images": figures["real_scales"], **rows})]
-        found = weighed(figures["scales"], SCALES_PARETO)
-        if found is not None:
-            pair, front = found
+        pareto_front = weighed(figures["scales"], SCALES_PARETO)
+        if pareto_front is not None:
+            pair, front = pareto_front
             names = " and ".join(name.lstrip("-") for name in pair)
             of_best = f" of those with the best {' and '.join(SHARES_PARETO)}" if pair == QUALITY else ""
-            best = "; ".join(list(named)[number] for number in front)
+            best = "; ".join(list(named)[index] for index in front)
             lines += ["", f"No pair of scales{of_best} is better in both {names} than: {best}."]
     if figures["word_scales"]:
         lines += ["", "## Words alone over the text scale", ""]
         named = {f"text {row['text_scale']:g}": row for row in figures["word_scales"]}
         rows = {name: {k: v for k, v in row.items() if k != "text_scale"} for name, row in named.items()}
         lines += table({"real images": figures["real_grid"], **rows})
-        found = weighed(figures["word_scales"], WORDS_PARETO)
-        if found is not None:
-            names = " and ".join(name.lstrip("-") for name in found[0])
-            best = "; ".join(list(named)[number] for number in found[1])
+        pareto_front = weighed(figures["word_scales"], WORDS_PARETO)
+        if pareto_front is not None:
+            names = " and ".join(name.lstrip("-") for name in pareto_front[0])
+            best = "; ".join(list(named)[index] for index in pareto_front[1])
             lines += ["", f"No text scale is better in both {names} than: {best}."]
     if figures["steps"]:
         lines += ["", "## Quality against steps", "", "Evaluations of the network and seconds are per image.", ""]
@@ -316,30 +318,30 @@ def curves(figures: Mapping[str, Any]) -> bytes:
         (left, figures["scales"], SCALES_PARETO, ("text_scale", "dino_scale"), "guidance scales (text, DINO)"),
         (middle, figures["word_scales"], WORDS_PARETO, ("text_scale",), "words alone, text scales"),
     ):
-        found = weighed(rows, pairs)
-        if found is None:
+        pareto_front = weighed(rows, pairs)
+        if pareto_front is None:
             axes.set_axis_off()
             continue
-        x, y = (name.lstrip("-") for name in found[0])
+        x, y = (name.lstrip("-") for name in pareto_front[0])
         axes.scatter([row[x] for row in rows], [row[y] for row in rows], s=18, color="tab:grey")
-        front = sorted((rows[number] for number in found[1]), key=lambda row: float(row[x]))
+        front = sorted((rows[index] for index in pareto_front[1]), key=lambda row: float(row[x]))
         axes.plot([row[x] for row in front], [row[y] for row in front], "o-", color="tab:blue", label="Pareto front")
         for row in rows:
             axes.annotate(", ".join(f"{row[scale]:g}" for scale in scales), (row[x], row[y]), fontsize=7)
         axes.set(xlabel=AXES[x], ylabel=AXES[y], title=title)
         axes.legend()
-    drawn = [row for row in steps if "frechet" in row]
-    for case in dict.fromkeys(row["case"] for row in drawn):
-        rows = sorted((row for row in drawn if row["case"] == case), key=lambda row: float(row["evaluations"]))
+    step_rows = [row for row in steps if "frechet" in row]
+    for case in dict.fromkeys(row["case"] for row in step_rows):
+        rows = sorted((row for row in step_rows if row["case"] == case), key=lambda row: float(row["evaluations"]))
         (line,) = right.plot([r["evaluations"] for r in rows], [r["frechet"] for r in rows], "o--", alpha=0.5)
-        front = [rows[number] for number in pareto(rows, STEPS_PARETO)]
+        front = [rows[index] for index in pareto(rows, STEPS_PARETO)]
         label = case.replace("_", " ")
         right.plot(
             [r["evaluations"] for r in front], [r["frechet"] for r in front], "o-", color=line.get_color(), label=label
         )
         for row in rows:
             right.annotate(f"{row['steps']}", (row["evaluations"], row["frechet"]), fontsize=7)
-    if drawn:
+    if step_rows:
         if "frechet" in real:
             right.axhline(real["frechet"], color="black", linestyle=":", label="real images")
         right.set(xlabel="evaluations per image", ylabel=AXES["frechet"], xscale="log", yscale="log", title="steps")

@@ -43,23 +43,23 @@ class Samples:
         fewer empty cells. The columns are neighbouring ones, those with most images."""
         width = min(size, self.columns)
         windows = [range(start, start + width) for start in range(size - width + 1)]
-        cells = [sum(place in window for row in rows for place in row.places) for window in windows]
-        most = max(cells)
-        if (width, most) <= self._filled:
+        cells = [sum(column in window for row in rows for column in row.places) for window in windows]
+        most_filled = max(cells)
+        if (width, most_filled) <= self._filled:
             return
-        window = windows[cells.index(most)]
-        self._filled = (width, most)
-        self.rows = [_placed(row, window) for row in rows if any(place in window for place in row.places)]
+        window = windows[cells.index(most_filled)]
+        self._filled = (width, most_filled)
+        self.rows = [_placed(row, window) for row in rows if any(column in window for column in row.places)]
 
 
 def _placed(row: SampleRow, window: range) -> tuple[str, Tensor]:
     """Return title and images [N, 3, H, W] of the columns, white where the row has none."""
     images = torch.full((len(window), *row.images.shape[1:]), EMPTY)
     labels = ["-"] * len(window)
-    for number, place in enumerate(row.places):
-        if place in window:
-            images[place - window.start] = row.images[number].float().cpu()
-            labels[place - window.start] = "" if row.labels is None else row.labels[number]
+    for index, column in enumerate(row.places):
+        if column in window:
+            images[column - window.start] = row.images[index].float().cpu()
+            labels[column - window.start] = "" if row.labels is None else row.labels[index]
     title = row.title if row.labels is None else f"{row.title}: {', '.join(labels)}"
-    full = all(place in row.places for place in window)
+    full = all(column in row.places for column in window)
     return (title if full else f"{title} (empty: the case does not apply)"), images

@@ -71,8 +71,9 @@ def precision_recall(drawn: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) 
         raise ValueError(f"Precision and recall need more than {neighbours} images on each side.")
 
     def share(points: Tensor, others: Tensor) -> float:
-        apart = (torch.cdist(rows, others) for rows in others.split(ROWS))
-        radius = torch.cat([d.kthvalue(neighbours + 1, dim=1).values for d in apart])  # the nearest is the image itself
+        distances = (torch.cdist(rows, others) for rows in others.split(ROWS))
+        # the nearest is the image itself
+        radius = torch.cat([d.kthvalue(neighbours + 1, dim=1).values for d in distances])
         inside = [(torch.cdist(rows, others) <= radius).any(dim=1) for rows in points.split(ROWS)]
         return float(torch.cat(inside).double().mean())
 
@@ -91,12 +92,12 @@ def grain(images: Tensor) -> Tensor:
 def set_figures(features: Tensor, reference: Tensor) -> dict[str, float]:
     """Return Frechet distance, CMMD, precision and recall between features of some images and those of real ones.
     Figures that need more images than there are are left out."""
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     if min(len(features), len(reference)) >= 2:
-        found |= {"frechet": frechet_distance(features, reference), "cmmd": cmmd(features, reference)}
+        figures |= {"frechet": frechet_distance(features, reference), "cmmd": cmmd(features, reference)}
     if min(len(features), len(reference)) > NEIGHBOURS:
-        found["precision"], found["recall"] = precision_recall(features, reference)
-    return {name: round(value, 5) for name, value in found.items()}
+        figures["precision"], figures["recall"] = precision_recall(features, reference)
+    return {name: round(value, 5) for name, value in figures.items()}
 
 
 def real_figures(features: Tensor, grains: Tensor, reference: Tensor) -> dict[str, float]:

@@ -85,18 +85,21 @@ def run_suite(
     module.eval()
     classifier = classifier_for(data, module.ready_encoders(), options.classifier)
     suite = Suite(module, data, classifier, options)
-    wanted = suite.cases()
+    case_names = suite.cases()
     cases = suite.evaluate()
     curves = Curves(suite)
-    table, scale_rows = curves.scales() if "scales" in wanted else ([], [])
-    if "scales" in wanted and not table:
+    table, scale_rows = curves.scales() if "scales" in case_names else ([], [])
+    if "scales" in case_names and not table:
         suite.without_images("scales")
-    word_scales = curves.word_scales() if "scales" in wanted else []
-    steps = curves.steps() if "steps" in wanted else []
+    word_scales = curves.word_scales() if "scales" in case_names else []
+    steps = curves.steps() if "steps" in case_names else []
     real_grid = curves.real("text_only") if word_scales or steps else {}
     counts = [("changed_words", cases["changed_words"], cases[REAL])] if "changed_words" in cases else []
     counts += [("scales", table[0], real_grid)] if table and suite.scaled_case == "changed_words" else []
-    notes = [change_note(case, own["images"], of["images"], options.words) for case, own, of in counts]
+    notes = [
+        change_note(case, case_figures["images"], all_figures["images"], options.words)
+        for case, case_figures, all_figures in counts
+    ]
     words_note = "; ".join(note for note in notes if note)
     if words_note:
         log.info("%s", words_note)
@@ -122,7 +125,7 @@ def run_suite(
 
 def headline(figures: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics used to compare models, each under one name."""
-    wanted = {
+    metric_names = {
         "reconstruction": (
             *("psnr_db", "ssim", "lpips", "judge_distance", "dino_distance", "cube_within_4px"),
             *("frechet", "cmmd", "precision", "recall", "grain", "colour_as_asked", "objects_as_named"),
@@ -138,15 +141,15 @@ def headline(figures: Mapping[str, Any]) -> dict[str, float]:
             *("grain", "ssim", "clip_similarity"),
         ),
     }
-    found = {
+    metrics = {
         f"{case}/{name}": figures["cases"][case][name]
-        for case, names in wanted.items()
+        for case, names in metric_names.items()
         for name in names
         if name in figures["cases"].get(case, {})
     }
     if figures["classifier"] is not None:
-        found["classifier/cube_px"] = figures["cases"][REAL]["cube_px"]
-    return found
+        metrics["classifier/cube_px"] = figures["cases"][REAL]["cube_px"]
+    return metrics
 
 
 def evaluate_images(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:

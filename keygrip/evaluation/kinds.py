@@ -199,11 +199,11 @@ def _within_limits(stored: Any, named: Mapping[str, Any]) -> Any:
     if not isinstance(stored, Mapping):
         return stored
     lowered = {}
-    for name, most in MOST_TAKEN.items():
+    for name, limit in MOST_TAKEN.items():
         value = stored.get(name)
-        if name not in named and isinstance(value, int | float) and value > most:
-            lowered[name] = most
-            log.info("the run's data.%s=%s is lowered to %s: name it to have more", name, value, most)
+        if name not in named and isinstance(value, int | float) and value > limit:
+            lowered[name] = limit
+            log.info("the run's data.%s=%s is lowered to %s: name it to have more", name, value, limit)
     return {**stored, **lowered}
 
 
@@ -248,32 +248,36 @@ def choose_kind(overrides: Sequence[str]) -> list[str]:
             checkpoints of several kinds.
         SettingError: A setting belongs to another kind.
     """
-    given = {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}
-    paths = values_of("checkpoint", given.get("checkpoint", ""))
-    if not paths or "evaluate" in given:
+    given_values = {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}
+    paths = values_of("checkpoint", given_values.get("checkpoint", ""))
+    if not paths or "evaluate" in given_values:
         return []
     from keygrip.training.checkpoints import HEADER, find_checkpoint, read_checkpoint
 
-    found: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     for path in paths:
         file = find_checkpoint(path)
         header = read_checkpoint(file, mapped=True)[HEADER]
-        what = f"{file} holds a {str(header['config']['model'].get('_target_')).rpartition('.')[2]}"
-        found[checked_kind(header.get(KIND), what)] = what
-    if len(found) > 1:
-        raise ValueError(f"{'; '.join(found.values())}: models of different kinds are evaluated in separate commands")
-    ((name, what),) = found.items()
-    own = KINDS[name].settings()
-    for key in given:
+        description = f"{file} holds a {str(header['config']['model'].get('_target_')).rpartition('.')[2]}"
+        descriptions[checked_kind(header.get(KIND), description)] = description
+    if len(descriptions) > 1:
+        raise ValueError(
+            f"{'; '.join(descriptions.values())}: models of different kinds are evaluated in separate commands"
+        )
+    ((name, description),) = descriptions.items()
+    own_settings = KINDS[name].settings()
+    for key in given_values:
         root = key.partition(".")[0]
         other = next((kind for kind in KINDS if root in KINDS[kind].settings()), None)
-        if root not in own and other is not None:
-            close = nearest(key, own)
-            hint = f"the nearest is {close!r}" if close else f"settings are {', '.join(own)}"
-            raise SettingError(f"{what}, and {key!r} is a setting of evaluate={other}; in evaluate={name} {hint}")
+        if root not in own_settings and other is not None:
+            close = nearest(key, own_settings)
+            hint = f"the nearest is {close!r}" if close else f"settings are {', '.join(own_settings)}"
+            raise SettingError(
+                f"{description}, and {key!r} is a setting of evaluate={other}; in evaluate={name} {hint}"
+            )
     for kind, other, value, settings, still_read in IDLE:
-        idle = [key for key in given if key.partition(".")[0] in settings and key not in still_read]
-        if kind == name and given.get(other, "").lower() == value and idle:
+        idle = [key for key in given_values if key.partition(".")[0] in settings and key not in still_read]
+        if kind == name and given_values.get(other, "").lower() == value and idle:
             raise SettingError(f"nothing reads {idle[0]!r} with {other}={value}: leave one of them out")
     return [f"evaluate={name}"]
 

@@ -82,14 +82,14 @@ def clip_part(kind: Any, folder: Path) -> Any:
             "openai/clip-vit-large-patch14-336: that of CMMD)"
         )
     is_tower = hasattr(kind, "config_class")
-    told: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    load_options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if is_tower:  # in float32, whatever dtype the folder has, because a figure must not depend on it
-        told |= {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
+        load_options |= {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     try:
         if is_tower:
-            part = kind.from_pretrained(folder, **told)
+            part = kind.from_pretrained(folder, **load_options)
         else:
-            part = checked_tokenizer(lambda: kind.from_pretrained(folder, **told), str(folder))
+            part = checked_tokenizer(lambda: kind.from_pretrained(folder, **load_options), str(folder))
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise ValueError(f"{folder} holds no {kind.__name__} of transformers: {str(error).splitlines()[0]}") from error
     if not is_tower:
@@ -116,8 +116,8 @@ def _inception(file: Path) -> tuple[Features, str]:
     resized as in its PyTorch port. torchvision's weights are from another training."""
     try:
         weights = load_tensors(file)
-        ours = weights["fc.weight"].shape[0] == FID_CLASSES
-        network = fid_inception() if ours else _torchvision_inception()
+        is_fid = weights["fc.weight"].shape[0] == FID_CLASSES
+        network = fid_inception() if is_fid else _torchvision_inception()
         network.load_state_dict(weights)
     except Exception as error:
         raise ValueError(
@@ -128,14 +128,14 @@ def _inception(file: Path) -> tuple[Features, str]:
     network.eval().requires_grad_(False)
 
     def features(images: Tensor) -> Tensor:
-        if ours:
+        if is_fid:
             resized = functional.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
         else:
             resized = functional.interpolate(images, (299, 299), mode="bicubic", antialias=True).clamp(0, 1)
         found: Tensor = network.to(images.device)(resized * 2 - 1)
         return found
 
-    return features, "inception of the FID" if ours else "inception of torchvision (no FID)"
+    return features, "inception of the FID" if is_fid else "inception of torchvision (no FID)"
 
 
 def _torchvision_inception() -> Any:

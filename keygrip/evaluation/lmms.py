@@ -74,10 +74,10 @@ class KeygripModel(lmms):
     ) -> None:
         super().__init__()
         self._rank, self._world_size = (
-            int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1))
+            int(os.environ.get(name, fallback)) for name, fallback in (("RANK", 0), ("WORLD_SIZE", 1))
         )
-        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(own if device in (None, "cuda") else device)  # lmms-eval gathers counts on it
+        default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(default if device in (None, "cuda") else device)  # lmms-eval gathers counts on it
         module: Any = load_module(checkpoint, map_location=str(self.device), expected=FoveatedVLMModule, dtype="auto")
         self.module: FoveatedVLMModule = module.eval()
         self.mode = mode or self.module.answer_mode
@@ -101,11 +101,11 @@ class KeygripModel(lmms):
         Raises:
             ValueError: Too many requests fail, or all.
         """
-        made: Counter[int] = Counter()
+        draw_counts: Counter[int] = Counter()
 
         def drawn(request: Any) -> str:
-            made[id(request)] += 1
-            return self._answer(request, made[id(request)] - 1)
+            draw_counts[id(request)] += 1
+            return self._answer(request, draw_counts[id(request)] - 1)
 
         return self._each(requests, drawn, lambda _: FAILED)
 
@@ -133,35 +133,35 @@ class KeygripModel(lmms):
         self, requests: Sequence[Any], answer: Callable[[Any], Given], failed: Callable[[Any], Given]
     ) -> list[Given]:
         """Return the answer to each request, or the replacement for a failed one."""
-        found: list[Given] = []
+        answers: list[Given] = []
         bad = BadSamples(self.max_failed_share, "max_failed_share")
         for request in Progress(requests, desc="keygrip", unit="request", shown=self.rank == 0):
             try:
-                found.append(answer(request))
+                answers.append(answer(request))
             except FAILS as error:
-                _, _, _, number, task, split = request.args
-                found.append(failed(request))
+                _, _, _, index, task, split = request.args
+                answers.append(failed(request))
                 self._last = None
-                bad.add(1, [f"document {number} of {task}, {split}: {error}"])
+                bad.add(1, [f"document {index} of {task}, {split}: {error}"])
             else:
                 bad.add(1)
         if bad.count:
             log.warning("counted as wrong: %s", bad.summary)
         if bad.count and bad.count == bad.seen:
             raise ValueError(f"all of {bad.seen} requests failed; the first: {next(iter(bad.reasons))}")
-        return found
+        return answers
 
     def _answer(self, request: Any, seed: int = 0) -> str:
-        text, settings, see, number, task, split = request.args
-        inputs, counts, seconds, kv = self._seen(see, task, split, number)
+        text, settings, see, index, task, split = request.args
+        inputs, counts, seconds, kv = self._seen(see, task, split, index)
         network = self.module.network
         prompt = self.module.collator.prompt((Turn("user", _question(text)),), seconds[0])
-        left = room(network, len(prompt.ids), counts[0])
-        most = int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
+        room_left = room(network, len(prompt.ids), counts[0])
+        max_tokens = int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
         sampling = _sampling(settings, seed)
         for name, value in _without_effect(settings, sampling.temperature).items():
             self._say_once(f"{task}: {name}={value} has no effect")
-        said = generate(
+        generated = generate(
             network,
             self.module.tokenizer,
             inputs,
@@ -169,14 +169,14 @@ class KeygripModel(lmms):
             [prompt],
             [0],
             self.mode,
-            max(1, min(most, left)),
+            max(1, min(max_tokens, room_left)),
             sampling,
             kv=kv,
             seconds=seconds,
         )
-        if len(said.ids[0]) == left < most:
+        if len(generated.ids[0]) == room_left < max_tokens:
             self._say_once(f"{task}: answers are cut off where the language model's context ends")
-        return _until(said.texts[0], settings) or FAILED
+        return _until(generated.texts[0], settings) or FAILED
 
     def _say_once(self, words: str) -> None:
         if words not in self._told:
@@ -184,11 +184,11 @@ class KeygripModel(lmms):
             log.warning("%s", words)
 
     def _likelihood(self, request: Any) -> tuple[float, bool]:
-        text, target, see, number, task, split = request.args
-        words = str(target(self.task_dict[task][split][number]) if callable(target) else target).strip()
+        text, target, see, index, task, split = request.args
+        words = str(target(self.task_dict[task][split][index]) if callable(target) else target).strip()
         if not words:
             raise ValueError("its target is empty")
-        inputs, counts, seconds, kv = self._seen(see, task, split, number)
+        inputs, counts, seconds, kv = self._seen(see, task, split, index)
         turns = (Turn("user", _question(text)), Turn("assistant", words))
         row = self.module.collator.prompt(turns, seconds[0])
         likelihoods = answer_likelihoods(
@@ -221,17 +221,17 @@ class KeygripModel(lmms):
         """Return a document's images and videos as one video, [1, F, 3, S, S], its number of frames, and their times
         (() if there are several, which have no common time)."""
         images = self.module.image_options
-        found = [
+        visuals = [
             self._frames(item, images["image_size"], images["fit"])
             for item in see(self.task_dict[task][split][number]) or []
         ]
         size = images["image_size"]
-        if not found:
-            found = [(np.zeros((0, size, size, 3), np.uint8), ())]
-        together, times = _joined(found)
-        keep = evenly(len(together), self.max_frames)
+        if not visuals:
+            visuals = [(np.zeros((0, size, size, 3), np.uint8), ())]
+        joined, times = _joined(visuals)
+        keep = evenly(len(joined), self.max_frames)
         seconds = times and tuple(times[n] for n in keep)
-        frames, seconds = image_repeated(together[keep], seconds, min(image_frames_of(images), self.max_frames))
+        frames, seconds = image_repeated(joined[keep], seconds, min(image_frames_of(images), self.max_frames))
         return self.module.as_input(frames), [len(frames)], [seconds]
 
     def _frames(self, item: Any, size: int, fit: str) -> Timed:
@@ -240,13 +240,13 @@ class KeygripModel(lmms):
         if isinstance(item, str | Path):
             return read_timed_frames(item, size, fit, self.max_frames)
         if isinstance(item, Mapping):
-            shown = next((item[key] for key in ("video", "image", "url", "path") if item.get(key) is not None), None)
+            source = next((item[key] for key in ("video", "image", "url", "path") if item.get(key) is not None), None)
             start, end = item.get("video_start"), item.get("video_end")
             if start is None and end is None:
-                return self._frames(shown, size, fit)
-            if not isinstance(shown, str | Path) or start is None or end is None:
+                return self._frames(source, size, fit)
+            if not isinstance(source, str | Path) or start is None or end is None:
                 raise ValueError("a part of a video needs its path, video_start and video_end")
-            return read_timed_frames(shown, size, fit, self.max_frames, (float(start), float(end)))
+            return read_timed_frames(source, size, fit, self.max_frames, (float(start), float(end)))
         if isinstance(item, Sequence):
             return _joined([self._frames(part, size, fit) for part in item])
         if hasattr(item, "convert"):  # a PIL image
@@ -278,8 +278,8 @@ def _without_effect(settings: Mapping[str, Any], temperature: float) -> dict[str
     """Return the task's settings that would change the answers but have no effect here."""
     idle = {name: settings[name] for name in ("num_beams", "repetition_penalty") if settings.get(name) not in (None, 1)}
     if not temperature and settings.get("temperature"):
-        why = "do_sample=False" if settings.get("do_sample") is False else "top_p=0"
-        idle["temperature"] = f"{settings['temperature']} with {why}"
+        reason = "do_sample=False" if settings.get("do_sample") is False else "top_p=0"
+        idle["temperature"] = f"{settings['temperature']} with {reason}"
     elif not temperature and settings.get("do_sample"):
         idle["do_sample"] = "True without a temperature"
     return idle

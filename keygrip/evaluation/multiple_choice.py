@@ -58,20 +58,20 @@ def evaluate_choices(
         The counts and the figures of each mode; if no question is left, only the counts.
     """
     module.eval()
-    right: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
+    scores: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in modes}
     seconds_of: dict[str, float] = defaultdict(float)  # times of the encoder, and of the likelihoods by mode
     unreadable = too_long = videos = frames_seen = row_frames = 0
     with Progress(total=len(questions), desc="multiple choice", unit="question") as bar:
-        for asked in _by_video(questions):
-            bar.update(len(asked))
+        for video_questions in _by_video(questions):
+            bar.update(len(video_questions))
             try:
-                frames, seconds = _frames(module, asked[0])
+                frames, seconds = _frames(module, video_questions[0])
             except (ValueError, OSError) as error:
-                unreadable += len(asked)
-                log.warning("%d questions left out: %s", len(asked), error)
+                unreadable += len(video_questions)
+                log.warning("%d questions left out: %s", len(video_questions), error)
                 continue
-            group = _fitting(module, asked, seconds, max_new_tokens)
-            too_long += len(asked) - len(group)
+            group = _fitting(module, video_questions, seconds, max_new_tokens)
+            too_long += len(video_questions) - len(group)
             if not group:
                 continue
             if videos == 1:  # the first video was the warm-up of the encoder and the first mode
@@ -87,35 +87,37 @@ def evaluate_choices(
             for mode in modes:
                 with timed(seconds_of, mode, inputs.device):
                     likeliest = _likeliest(module, group, video, mode)
-                said = _said(module, group, video, mode, max_new_tokens)
-                for question, letter, text in zip(group, likeliest, said, strict=True):
-                    named = chosen_option(text, question.options)
-                    hits = {"likelihood": letter == question.answer, "generation": named == question.answer}
+                answers = _said(module, group, video, mode, max_new_tokens)
+                for question, letter, text in zip(group, likeliest, answers, strict=True):
+                    chosen = chosen_option(text, question.options)
+                    hits = {"likelihood": letter == question.answer, "generation": chosen == question.answer}
                     for name, hit in hits.items():
-                        right[mode][f"accuracy_{name}"].append(float(hit))
+                        scores[mode][f"accuracy_{name}"].append(float(hit))
                         for part in (question.task, *question.groups):
-                            right[mode][f"accuracy_{name}/{part}"].append(float(hit))
-                    right[mode]["share_without_option"].append(float(named is None))
+                            scores[mode][f"accuracy_{name}/{part}"].append(float(hit))
+                    scores[mode]["share_without_option"].append(float(chosen is None))
                     if record is not None:
-                        record.append(_recorded(question, mode, letter, named, text))
-    left = len(questions) - unreadable - too_long
-    counted = {"questions": left, "unreadable": unreadable, "too_long": too_long}
-    if not left:
+                        record.append(_recorded(question, mode, letter, chosen, text))
+    evaluated_count = len(questions) - unreadable - too_long
+    counted = {"questions": evaluated_count, "unreadable": unreadable, "too_long": too_long}
+    if not evaluated_count:
         log.warning(
             "no question is left: the videos of %d cannot be decoded, and %d are too long", unreadable, too_long
         )
         return counted
     tasks = {question.task for question in questions}
-    for found in right.values():
+    for mode_scores in scores.values():
         for name in ("accuracy_likelihood", "accuracy_generation"):
-            found[f"{name}_task_mean"] = [float(np.mean(found[f"{name}/{t}"])) for t in tasks if f"{name}/{t}" in found]
+            mode_scores[f"{name}_task_mean"] = [
+                float(np.mean(mode_scores[f"{name}/{t}"])) for t in tasks if f"{name}/{t}" in mode_scores
+            ]
     figures = {
-        mode: {name: round(float(np.mean(values)), 5) for name, values in found.items()}
-        for mode, found in right.items()
+        mode: {name: round(float(np.mean(values)), 5) for name, values in mode_scores.items()}
+        for mode, mode_scores in scores.items()
     }
     for mode in modes:
-        each = seconds_of["encoder"] / frames_seen + seconds_of[mode] / row_frames
-        figures[mode]["ms_per_frame"] = round(1000 * each, 5)
+        seconds_per_frame = seconds_of["encoder"] / frames_seen + seconds_of[mode] / row_frames
+        figures[mode]["ms_per_frame"] = round(1000 * seconds_per_frame, 5)
     return {**counted, "tokens_per_frame": module.network.tokens_per_frame, **figures}
 
 
@@ -152,14 +154,14 @@ def _fitting(
 ) -> list[ChoiceQuestion]:
     """Return the questions about a video that fit into the model's context, with its frames and an answer."""
     fitting, reason = [], ""
-    for each in asked:
-        text = len(module.collator.prompt((Turn("user", each.prompt),), seconds).ids)
+    for question in asked:
+        text = len(module.collator.prompt((Turn("user", question.prompt),), seconds).ids)
         try:
             check_room(module.network, text, len(seconds), max_new_tokens)
         except ValueError as error:
             reason = reason or str(error)
         else:
-            fitting.append(each)
+            fitting.append(question)
     if reason:
         log.warning("%d questions about %s left out: %s", len(asked) - len(fitting), asked[0].video, reason)
     return fitting
@@ -187,17 +189,17 @@ def _likeliest(module: FoveatedVLMModule, group: Sequence[ChoiceQuestion], video
     """Return for each question the option whose letter has the highest likelihood as the answer."""
     inputs, counts, kv, seconds = video
     rows = [
-        (number, module.collator.prompt((Turn("user", question.prompt), Turn("assistant", letter)), seconds[0]))
-        for number, question in enumerate(group)
+        (index, module.collator.prompt((Turn("user", question.prompt), Turn("assistant", letter)), seconds[0]))
+        for index, question in enumerate(group)
         for letter in question.letters
     ]
     scores: list[list[float]] = [[] for _ in group]
     for start in range(0, len(rows), ROWS):
         part = rows[start : start + ROWS]
         texts = [text for _, text in part]
-        found = answer_scores(module.network, inputs, counts, texts, [0] * len(part), mode, kv, seconds)
-        for (number, _), score in zip(part, found.tolist(), strict=True):
-            scores[number].append(score)
+        part_scores = answer_scores(module.network, inputs, counts, texts, [0] * len(part), mode, kv, seconds)
+        for (index, _), score in zip(part, part_scores.tolist(), strict=True):
+            scores[index].append(score)
     return [int(np.argmax(each)) for each in scores]
 
 
@@ -206,7 +208,7 @@ def _said(
 ) -> list[str]:
     """Return the generated answer to each question."""
     inputs, counts, kv, seconds = video
-    said: list[str] = []
+    texts: list[str] = []
     for start in range(0, len(group), ROWS):
         prompts = [module.collator.prompt((Turn("user", q.prompt),), seconds[0]) for q in group[start : start + ROWS]]
         videos = [0] * len(prompts)
@@ -222,5 +224,5 @@ def _said(
             kv=kv,
             seconds=seconds,
         )
-        said += answers.texts
-    return said
+        texts += answers.texts
+    return texts

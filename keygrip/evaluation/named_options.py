@@ -21,32 +21,32 @@ def by_words(text: str, known: Options) -> int | None:
     """Return the only option whose words are in the text, not denied and not part of another's ("red", "dark red")."""
     # Without full stops and commas, "no" and "I" cannot be recognised as answers.
     plain = ["" if option in ("no", "i") else option for option in known.plain]
-    for own, options in ((text.lower(), known.literal), (plain_text(text), plain)):
-        found = [
-            (match.start(), match.end(), number)
-            for number, option in enumerate(options)
+    for searched, options in ((text.lower(), known.literal), (plain_text(text), plain)):
+        matches = [
+            (match.start(), match.end(), index)
+            for index, option in enumerate(options)
             if option not in ("", "a", "i" if known.last >= "I" else "")
-            for match in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", own)
-            if option not in ("no", "i") or _is_answer(option, own, match.start(), match.end(), options)
+            for match in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", searched)
+            if option not in ("no", "i") or _is_answer(option, searched, match.start(), match.end(), options)
         ]
         longest, widest = list[tuple[int, int, int]](), (0, 0, 0)  # widest: the match that ends last so far
-        for this in sorted(found, key=lambda each: (each[0], -each[1])):
+        for this in sorted(matches, key=lambda each: (each[0], -each[1])):
             if this[1] > widest[1] or this[1] - this[0] >= widest[1] - widest[0]:
                 longest.append(this)
             widest = max(widest, this, key=lambda each: each[1])
-        named: set[int] = set()
+        chosen: set[int] = set()
         denied_to: int | None = None  # end of the last denied option
-        wrong = _said_wrong(own, longest) if "i" in known.plain else set()
-        for start, end, number in longest:
-            before = re.sub(r"\b(?:the|an?)\s+$", "", before_place(own, start), flags=re.IGNORECASE)
-            between = "" if denied_to is None else own[denied_to:start]
+        wrong = _said_wrong(searched, longest) if "i" in known.plain else set()
+        for start, end, index in longest:
+            before = re.sub(r"\b(?:the|an?)\s+$", "", before_place(searched, start), flags=re.IGNORECASE)
+            between = "" if denied_to is None else searched[denied_to:start]
             also = re.fullmatch(r"\s*,?\s*(?:or|nor)\s+(?:(?:the|an?)\s+)?", between, re.IGNORECASE)
             if also or end in wrong or NOT.search(before):
                 denied_to = end
             else:
-                named.add(number)
-        if named:
-            return named.pop() if len(named) == 1 else None
+                chosen.add(index)
+        if chosen:
+            return chosen.pop() if len(chosen) == 1 else None
     return None
 
 
@@ -55,9 +55,9 @@ def _said_wrong(text: str, found: Sequence[tuple[int, int, int]]) -> set[int]:
     several numbered statements may be called right or wrong. Empty if no other option is named, because a question may
     ask which one is wrong."""
     wrong = set[int]()
-    for place, (_, end, _) in reversed(list(enumerate(found))):
-        of_next = place + 1 < len(found) and found[place + 1][1] in wrong
-        between = text[end : found[place + 1][0]] if of_next else ""
+    for index, (_, end, _) in reversed(list(enumerate(found))):
+        of_next = index + 1 < len(found) and found[index + 1][1] in wrong
+        between = text[end : found[index + 1][0]] if of_next else ""
         joined = re.fullmatch(r"[)\]]?\s+(?:and|or)\s+[(\[]?", between, re.IGNORECASE)
         if joined or re.compile(SAID_WRONG, re.IGNORECASE).match(text, end):
             wrong.add(end)
@@ -82,10 +82,10 @@ def numbered(text: str, known: Options) -> int | None:
         return None
     cardinal, ordinal = (match.group(n).lower() if match.group(n) else None for n in (1, 2))
     if cardinal is not None:
-        number = int(cardinal) - 1 if cardinal.isdigit() else COUNTED.index(cardinal)
+        index = int(cardinal) - 1 if cardinal.isdigit() else COUNTED.index(cardinal)
     else:
-        number = int(str(ordinal)) - 1 if str(ordinal).isdigit() else ORDINALS.index(str(ordinal))
-    return number if number < len(known.literal) else None
+        index = int(str(ordinal)) - 1 if str(ordinal).isdigit() else ORDINALS.index(str(ordinal))
+    return index if index < len(known.literal) else None
 
 
 def _is_answer(option: str, text: str, start: int, end: int, options: Sequence[str]) -> bool:
@@ -99,13 +99,13 @@ def _is_answer(option: str, text: str, start: int, end: int, options: Sequence[s
     joined = r"[)\]]?(?:\s*[,/&]|(?:\s*,)?\s+(?:and|or)\b)\s*(?:(?:maybe|possibly|perhaps|also|even)\s+)?"
     if re.compile(joined + other).match(text, end):
         return True
-    before, own = before_place(text, start), r"(?:(?:option|opt\.?|choice)\s+)?[(\[]?$"
+    preceding, label = before_place(text, start), r"(?:(?:option|opt\.?|choice)\s+)?[(\[]?$"
     if option == "no":  # "Yes, no doubt" joins no options
-        return re.search(other + r"\s*(?:\band\b|\bor\b|/)\s*" + own, before) is not None
+        return re.search(other + r"\s*(?:\band\b|\bor\b|/)\s*" + label, preceding) is not None
     said_of_it = r"[)\]]?\s+(?:is|are|was|were|(?:may|might|could|can|should|must)\s+be|seems?|looks?)\b"
     if re.compile(said_of_it).match(text, end) is None:
         return False
     # "I is" and "I seems" contain no pronoun, while "I was" may
     alone = re.compile(r"[)\]]?\s+(?:is|seems)\b").match(text, end) is not None
-    called = re.search(r"\b(?:option|opt\.?|choice|statement)\s+[(\[]?$", before) is not None
-    return alone or called or re.search(other + joined + own, before) is not None
+    called = re.search(r"\b(?:option|opt\.?|choice|statement)\s+[(\[]?$", preceding) is not None
+    return alone or called or re.search(other + joined + label, preceding) is not None

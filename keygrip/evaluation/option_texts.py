@@ -35,17 +35,17 @@ class Options:
         not count here, except for options that are letters."""
         words = unwrapped(said)
         exact, literal, plain = ((exact_text(said), exact_text(words)), (literal_text(words),), (plain_text(words),))
-        alone = re.fullmatch(r"[\W_]*[a-z]([\W_]*)", words.strip().lower())
-        if alone is None or re.search(r"[^.:)\]}\s]", alone.group(1)):  # "C#" is not a single letter
-            for own, options in ((exact, self.exact), (literal, self.literal)):
-                found = next((each for each in own if each and options.count(each) == 1), None)
+        single_letter = re.fullmatch(r"[\W_]*[a-z]([\W_]*)", words.strip().lower())
+        if single_letter is None or re.search(r"[^.:)\]}\s]", single_letter.group(1)):  # "C#" is not a single letter
+            for forms, options in ((exact, self.exact), (literal, self.literal)):
+                found = next((each for each in forms if each and options.count(each) == 1), None)
                 if found is not None:
                     return options.index(found)
-        for own, options in ((exact, self.exact), (literal, self.literal)):
-            lettered = next((number for each in own if (number := _lettered(each, options)) is not None), None)
+        for forms, options in ((exact, self.exact), (literal, self.literal)):
+            lettered = next((index for each in forms if (index := _lettered(each, options)) is not None), None)
             if lettered is not None:
                 return lettered
-        if alone is None and plain[0] and self.plain.count(plain[0]) == 1:
+        if single_letter is None and plain[0] and self.plain.count(plain[0]) == 1:
             return self.plain.index(plain[0])
         return None
 
@@ -58,10 +58,10 @@ def _lettered(own: str, options: Sequence[str]) -> int | None:
     letter = re.match(r"[\W_]*([A-Za-z])(?![A-Za-z])", own)
     if letter is None or number_of(letter.group(1)) >= len(options):
         return None
-    number = number_of(letter.group(1))
-    between = r"\s*[)\]}.:,;]*\s*(?:[-–—]+\s+)?"
+    index = number_of(letter.group(1))
+    separator = r"\s*[)\]}.:,;]*\s*(?:[-–—]+\s+)?"
     return (
-        number if options[number] and re.fullmatch(between + re.escape(options[number]), own[letter.end() :]) else None
+        index if options[index] and re.fullmatch(separator + re.escape(options[index]), own[letter.end() :]) else None
     )
 
 
@@ -110,8 +110,8 @@ def apart(text: str, known: Options) -> str:
     letters. `normal_text` reverses this. The length of the text is unchanged."""
     for option in known.literal:
         if re.search(r"\w\W+\w", option) and re.search(rf"\b[a-{known.last.lower()}]\b", option):
-            own = re.compile(rf"(?<!\w){re.escape(option)}(?!\w)", re.IGNORECASE)
-            text = own.sub(_all_bold, text)
+            pattern = re.compile(rf"(?<!\w){re.escape(option)}(?!\w)", re.IGNORECASE)
+            text = pattern.sub(_all_bold, text)
     return COMPOUND.sub(_all_bold, text)
 
 

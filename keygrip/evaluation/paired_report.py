@@ -74,24 +74,24 @@ def make_report(folder: str | Path, references: References, by: str = "ablation"
     settings = read_arms(folder, by)
     if not settings:
         raise FileNotFoundError(f"{folder} holds no finished job with episodes ({CLOSED_LOOP}/{RESULT}) and {by}=...")
-    there = {name: None for arms in settings.values() for name in arms}
-    if not any(name in there for name in references):
-        raise ValueError(f"no finished job of the reference {', '.join(references)}; there are {', '.join(there)}")
-    every: Arms = {}
+    arm_names = {name: None for arms in settings.values() for name in arms}
+    if not any(name in arm_names for name in references):
+        raise ValueError(f"no finished job of the reference {', '.join(references)}; there are {', '.join(arm_names)}")
+    all_arms: Arms = {}
     pairs: list[tuple[str, str]] = []
     for setting, arms in settings.items():
         names = {name: name if len(settings) == 1 else f"{name} ({setting or 'nothing else set'})" for name in arms}
-        every |= {names[name]: seeds for name, seeds in arms.items()}
+        all_arms |= {names[name]: seeds for name, seeds in arms.items()}
         pairs += [(names[arm], names[reference]) for arm, reference in pairs_of(arms, references)]
-    found = compare(every, pairs)
-    write_json(folder / f"{NAME}.json", found)
-    text = f"{markdown(*table(found))}\n\n{NOTE}\n"
-    if found["not_compared"]:
-        missing = ", ".join(f"{pair['arm']} with {pair['reference']}" for pair in found["not_compared"])
-        text += f"\nNot compared, since they share no training seed and episode: {missing}.\n"
+    comparison = compare(all_arms, pairs)
+    write_json(folder / f"{NAME}.json", comparison)
+    text = f"{markdown(*table(comparison))}\n\n{NOTE}\n"
+    if comparison["not_compared"]:
+        not_compared = ", ".join(f"{pair['arm']} with {pair['reference']}" for pair in comparison["not_compared"])
+        text += f"\nNot compared, since they share no training seed and episode: {not_compared}.\n"
     write_text(folder / f"{NAME}.md", text)
     sys.stderr.write(f"\n{text}{folder / NAME}.md, .json\n")
-    return found
+    return comparison
 
 
 def read_arms(folder: Path, by: str) -> dict[str, Arms]:
@@ -106,22 +106,22 @@ def read_arms(folder: Path, by: str) -> dict[str, Arms]:
         result = read_result(path.parent)
         if result.get("status") != FINISHED:
             continue
-        chosen = dict(str(override).lstrip("+~").partition("=")[::2] for override in result.get("overrides", []))
+        values = dict(str(override).lstrip("+~").partition("=")[::2] for override in result.get("overrides", []))
         episodes = read_result(path.parent / CLOSED_LOOP).get("episodes")
-        if by not in chosen or not episodes:
+        if by not in values or not episodes:
             continue
-        others = sorted(set(chosen) - {by, "seed"} - WITHOUT_EFFECT)
-        setting = " ".join(f"{name}={chosen[name]}" for name in others)
-        seeds = settings.setdefault(setting, {}).setdefault(chosen[by], {})
-        if (seed := chosen.get("seed", "0")) in seeds:
+        other_settings = sorted(set(values) - {by, "seed"} - WITHOUT_EFFECT)
+        setting = " ".join(f"{name}={values[name]}" for name in other_settings)
+        seeds = settings.setdefault(setting, {}).setdefault(values[by], {})
+        if (seed := values.get("seed", "0")) in seeds:
             raise ValueError(
-                f"{folder} holds two finished jobs of {by}={chosen[by]} and training seed {seed}: which one counts is "
+                f"{folder} holds two finished jobs of {by}={values[by]} and training seed {seed}: which one counts is "
                 "not known"
             )
         seeds[seed] = {
             (condition, int(episode["seed"])): bool(episode["success"])
-            for condition, several in episodes.items()
-            for episode in several
+            for condition, condition_episodes in episodes.items()
+            for episode in condition_episodes
         }
     return settings
 
@@ -130,12 +130,12 @@ def pairs_of(arms: Mapping[str, Any], references: References) -> list[tuple[str,
     """Return arm and reference of each comparison among finished arms; two arms are compared once."""
     pairs: list[tuple[str, str]] = []
     for reference in references:
-        named = references[reference] if isinstance(references, Mapping) else None
-        if unfinished := [name for name in (reference, *(named or ())) if name not in arms]:
+        arm_names = references[reference] if isinstance(references, Mapping) else None
+        if unfinished := [name for name in (reference, *(arm_names or ())) if name not in arms]:
             log.warning("no finished job of %s: not compared", ", ".join(unfinished))
         if reference in arms:
-            chosen = [name for name in (arms if named is None else named) if name in arms]
-            pairs += [(name, reference) for name in chosen if name != reference and (reference, name) not in pairs]
+            finished = [name for name in (arms if arm_names is None else arm_names) if name in arms]
+            pairs += [(name, reference) for name in finished if name != reference and (reference, name) not in pairs]
     return pairs
 
 
@@ -143,7 +143,7 @@ def compare(arms: Mapping[str, Mapping[str, Episodes]], pairs: Sequence[tuple[st
     """Return the success of all arms, and of each arm compared with its reference on the training seeds and episodes
     that both have. Pairs without common ones are listed under `not_compared`."""
     rows = []
-    missing: list[dict[str, str]] = []
+    not_compared: list[dict[str, str]] = []
     for name, reference in pairs:
         seeds = arms[name]
         shared = [seed for seed in seeds if seed in arms[reference]]
@@ -151,21 +151,21 @@ def compare(arms: Mapping[str, Mapping[str, Episodes]], pairs: Sequence[tuple[st
         keys = set.intersection(*sets) if sets else set()
         if not keys:
             log.warning("%s and %s share no training seed and episode: not compared", name, reference)
-            missing.append({"arm": name, "reference": reference})
+            not_compared.append({"arm": name, "reference": reference})
             continue
         order = sorted(keys)
         first, second = ([[each[seed][key] for key in order] for seed in shared] for each in (seeds, arms[reference]))
-        found = paired_difference(first, second)
+        difference = paired_difference(first, second)
         counts = {"successes": sum(map(sum, first)), "reference_successes": sum(map(sum, second))}
-        rows.append({"arm": name, "reference": reference, "training_seeds": shared, **counts, **vars(found)})
+        rows.append({"arm": name, "reference": reference, "training_seeds": shared, **counts, **vars(difference)})
     for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         row["p_holm"] = adjusted
     rates = {}
     for name, seeds in arms.items():
-        won = [success for episodes in seeds.values() for success in episodes.values()]
-        low, high = wilson_interval(sum(won), len(won))
-        rates[name] = {"successes": sum(won), "episodes": len(won), "low": low, "high": high, "seeds": len(seeds)}
-    return {"arms": rates, "comparisons": rows, "number_of_comparisons": len(rows), "not_compared": missing}
+        wins = [success for episodes in seeds.values() for success in episodes.values()]
+        low, high = wilson_interval(sum(wins), len(wins))
+        rates[name] = {"successes": sum(wins), "episodes": len(wins), "low": low, "high": high, "seeds": len(seeds)}
+    return {"arms": rates, "comparisons": rows, "number_of_comparisons": len(rows), "not_compared": not_compared}
 
 
 def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

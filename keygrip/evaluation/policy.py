@@ -81,8 +81,8 @@ def open_loop(evaluated: Evaluated, changes: Mapping[str, Any] | None = None) ->
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
     )
-    found = trainer.validate(evaluated.module, datamodule=datamodule, verbose=False)
-    return {name.removeprefix("val/"): round(value, 5) for metrics in found for name, value in metrics.items()}
+    results = trainer.validate(evaluated.module, datamodule=datamodule, verbose=False)
+    return {name.removeprefix("val/"): round(value, 5) for metrics in results for name, value in metrics.items()}
 
 
 def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedLoop, dict[str, str]]:
@@ -93,9 +93,9 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
         ValueError: The model is not a robot policy, its demonstrations do not contain their environment, or it cannot
             do what a setting requests.
     """
-    for name, least in (("episodes", 1), ("processes", 1), ("videos", 0)):
-        if cfg[name] is not None and cfg[name] < least:
-            raise ValueError(f"{name}={cfg[name]}: it must be at least {least}")
+    for name, minimum in (("episodes", 1), ("processes", 1), ("videos", 0)):
+        if cfg[name] is not None and cfg[name] < minimum:
+            raise ValueError(f"{name}={cfg[name]}: it must be at least {minimum}")
     module: Any = evaluated.module
     checkpoint = evaluated.checkpoint
     if not hasattr(module, "policy"):
@@ -160,9 +160,9 @@ def _conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict[str, s
         for name, grid in plain(cfg.conditions[suite]).items():
             if grid is None:
                 continue
-            moved = [_from_recorded(task, entry) for entry in grid]
+            entries = [_from_recorded(task, entry) for entry in grid]
             try:
-                for entry in moved:
+                for entry in entries:
                     changed(task, entry)
             except ValueError as error:
                 place = f"conditions.{suite}.{name}"
@@ -173,17 +173,17 @@ def _conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict[str, s
                 log.warning("%s is left out: %s", place, error)
                 left_out[name] = str(error)
             else:
-                conditions[name] = moved
+                conditions[name] = entries
     return conditions, left_out
 
 
 def _from_recorded(task: Any, entry: dict[str, Any]) -> dict[str, Any]:
     """Return a condition's options, with the camera's moves added to the task's own values."""
     moves = {name: entry[name] for name in CAMERA_MOVES if isinstance(entry.get(name), int | float)}
-    moved = {name: getattr(task, name, 0.0) + by for name, by in moves.items()}
-    if abs(moved.get(AZIMUTH, 0.0)) > 180:
-        moved[AZIMUTH] -= math.copysign(360, moved[AZIMUTH])
-    return {**entry, **moved}
+    camera_values = {name: getattr(task, name, 0.0) + by for name, by in moves.items()}
+    if abs(camera_values.get(AZIMUTH, 0.0)) > 180:
+        camera_values[AZIMUTH] -= math.copysign(360, camera_values[AZIMUTH])
+    return {**entry, **camera_values}
 
 
 def _control(options: dict[str, Any]) -> partial[RecedingHorizon]:

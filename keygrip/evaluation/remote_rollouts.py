@@ -73,8 +73,8 @@ def run_remote(
         for task, seed, video in episodes
     ]
     with _served(policy, processes, len(jobs)) as url:
-        for number, report in run_jobs(settings.python, WORKER, plain | {"url": url}, jobs, processes, ADVICE):
-            yield number, EpisodeResult(**report)
+        for index, report in run_jobs(settings.python, WORKER, plain | {"url": url}, jobs, processes, ADVICE):
+            yield index, EpisodeResult(**report)
 
 
 def check_remote(settings: RemoteSettings, task: Any, seed: int, needs: Needs | None) -> None:
@@ -113,26 +113,26 @@ def _served(policy: Any, processes: int, episodes: int) -> Iterator[str]:
     )
     server = server_class(policy, policy.needs, {"model": type(policy).__name__}, limits, EVERYTHING)
     address: list[str] = []
-    known, stop = threading.Event(), asyncio.Event()
+    started, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
-    failed: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def ready(url: str) -> None:
         address.append(url)
-        known.set()
+        started.set()
 
     def serve() -> None:
         try:
             loop.run_until_complete(server.serve("127.0.0.1", 0, stop, ready))
         except BaseException as error:
-            failed.append(error)
-            known.set()
+            errors.append(error)
+            started.set()
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    known.wait()
-    if failed:
-        raise failed[0]
+    started.wait()
+    if errors:
+        raise errors[0]
     try:
         yield address[0]
     finally:

@@ -40,8 +40,8 @@ def grid_of_rollouts(results: Sequence[ConditionResult], folder: Path, output: P
     frames = np.zeros((length, rows * side, columns * side, 3), np.uint8)
     for index, clip in enumerate(clips):
         row, column = divmod(index, columns)
-        held = clip[np.minimum(np.arange(length), len(clip) - 1)]  # repeat the last frame
-        frames[:, row * side : (row + 1) * side, column * side : (column + 1) * side] = held
+        padded = clip[np.minimum(np.arange(length), len(clip) - 1)]  # repeat the last frame
+        frames[:, row * side : (row + 1) * side, column * side : (column + 1) * side] = padded
     with atomic_path(output) as path:
         write_video(path, frames, fps)
     return output

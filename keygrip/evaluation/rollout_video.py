@@ -80,11 +80,11 @@ def captioned(frame: np.ndarray, caption: str, *, top: bool = False) -> np.ndarr
     image = Image.fromarray(frame)
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=max(10, image.height // 28))
-    place, anchor = ((image.width / 2, 4.0), "mt") if top else ((image.width / 2, image.height - 4.0), "mb")
-    box = draw.textbbox(place, caption, font=font, anchor=anchor)
+    position, anchor = ((image.width / 2, 4.0), "mt") if top else ((image.width / 2, image.height - 4.0), "mb")
+    box = draw.textbbox(position, caption, font=font, anchor=anchor)
     ground = (box[0] - 5, 0, box[2] + 5, box[3] + 3) if top else (box[0] - 5, box[1] - 3, box[2] + 5, image.height)
     draw.rectangle(ground, fill=(20, 20, 24))
-    draw.text(place, caption, font=font, anchor=anchor, fill=(255, 255, 255))
+    draw.text(position, caption, font=font, anchor=anchor, fill=(255, 255, 255))
     return np.asarray(image)
 
 

@@ -102,8 +102,8 @@ def run_episode(
         success, truncated, info = environment.outcome()
         steps += 1
         over = success or truncated
-        drawn = recording is not None and (over or steps % draw_every == 0)
-        if drawn or (controller.wants_observation and not over):
+        is_recorded = recording is not None and (over or steps % draw_every == 0)
+        if is_recorded or (controller.wants_observation and not over):
             observation = environment.observation()  # rendered only when needed: it takes most of an episode's time
     if recording is not None:
         recording.add(observation, controller.last_plan)
@@ -170,8 +170,8 @@ def _refuse_unfit(environment: Environment, observation: Any, needs: Needs) -> N
             f"the environment has {arms} arms, the policy moves {len(needs.arms)}: {', '.join(needs.arms)}"
         )
     # with one arm the names may differ; in other environments `arms` may be something else
-    given = getattr(environment, "arms", None) if arms > 1 else None
-    order = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
+    arm_names = getattr(environment, "arms", None) if arms > 1 else None
+    order = list(arm_names) if isinstance(arm_names, Iterable) and not isinstance(arm_names, str) else []
     if not all(isinstance(name, str) for name in order):
         return
     if list(needs.arms) != order and sorted(needs.arms) == sorted(order):
@@ -191,7 +191,7 @@ class _TimedPolicy:
         started = time.perf_counter()
         plan = self.policy.plan(observation)
         self.milliseconds.append((time.perf_counter() - started) * 1e3)
-        held = held_back_m(plan)
-        if held is not None:
-            self.held_back.append(held)
+        distance = held_back_m(plan)
+        if distance is not None:
+            self.held_back.append(distance)
         return plan

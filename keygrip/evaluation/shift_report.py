@@ -130,16 +130,16 @@ def read_cells(folder: Path) -> list[Cell]:
     folders = {_identity(overrides): path for path, overrides in _job_folders(folder)}
     columns = _columns([row["overrides"] for row in rows])
     measured: list[dict[str, Any]] = []
-    known: dict[str, list[str]] = defaultdict(list)  # conditions by shift, collected from all jobs
+    condition_names: dict[str, list[str]] = defaultdict(list)  # conditions by shift, collected from all jobs
     for row in rows:
         conditions = _conditions(folders.get(_identity(row["overrides"]))) if row["status"] == FINISHED else {}
         measured.append(conditions)
         shift = row["overrides"].get(SHIFT, "")
-        known[shift] += [name for name in conditions if name not in known[shift]]
+        condition_names[shift] += [name for name in conditions if name not in condition_names[shift]]
     cells: dict[tuple[str, str, str], Cell] = {}
     for row, column, conditions in zip(rows, columns, measured, strict=True):
         shift = row["overrides"].get(SHIFT, "")
-        for name in known[shift] or [shift or "in_distribution"]:
+        for name in condition_names[shift] or [shift or "in_distribution"]:
             cell = cells.setdefault((shift, name, column), Cell(shift, name, column))
             if name in conditions:
                 cell.successes.append(conditions[name]["successes"])
@@ -163,7 +163,7 @@ def long_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[Any]]]:
         low, high = cell.interval
         line += [round(cell.rate, 4), round(low, 4), round(high, 4), sum(cell.successes), sum(cell.episodes)]
         line += [len(cell.rates), round(min(cell.rates), 4), round(max(cell.rates), 4)]
-        lines.append([*line, " ".join(f"{reason}:{number}" for reason, number in cell.failures.most_common())])
+        lines.append([*line, " ".join(f"{reason}:{count}" for reason, count in cell.failures.most_common())])
     return header, lines
 
 
@@ -187,25 +187,25 @@ def plot(cells: Sequence[Cell]) -> Figure:
     from matplotlib.figure import Figure
 
     models, labels = _models(cells), _labels(cells)
-    places = {place: number for number, place in enumerate(labels)}
+    positions = {place: index for index, place in enumerate(labels)}
     width = 0.8 / len(models)
     figure = Figure(figsize=(max(6.0, 1.1 + 0.45 * len(labels) * max(2, len(models))), 4.2), layout="constrained")
     axes = figure.subplots()
-    for number, model in enumerate(models):
-        mine = [cell for cell in cells if cell.model == model]
-        offset = (number - (len(models) - 1) / 2) * width
-        done = [cell for cell in mine if cell.rate is not None]
-        x = np.array([places[cell.shift, cell.condition] + offset for cell in done])
-        rates = np.array([cell.rate for cell in done], dtype=float)
-        ends = np.array([cell.interval for cell in done], dtype=float).reshape(-1, 2)
+    for index, model in enumerate(models):
+        model_cells = [cell for cell in cells if cell.model == model]
+        offset = (index - (len(models) - 1) / 2) * width
+        evaluated = [cell for cell in model_cells if cell.rate is not None]
+        x = np.array([positions[cell.shift, cell.condition] + offset for cell in evaluated])
+        rates = np.array([cell.rate for cell in evaluated], dtype=float)
+        ends = np.array([cell.interval for cell in evaluated], dtype=float).reshape(-1, 2)
         errors = np.clip(np.stack([rates - ends[:, 0], ends[:, 1] - rates]), 0, None)
         axes.bar(x, rates, width * 0.92, yerr=errors, capsize=3, label=model, error_kw={"linewidth": 1})
-        for place, cell in zip(x, done, strict=True):
+        for place, cell in zip(x, evaluated, strict=True):
             if len(cell.rates) > 1:
                 axes.plot([place] * len(cell.rates), cell.rates, "o", color="black", markersize=3, alpha=0.6)
-        for cell in mine:
+        for cell in model_cells:
             if cell.unfinished:
-                place = places[cell.shift, cell.condition] + offset
+                place = positions[cell.shift, cell.condition] + offset
                 label = axes.text(place, 0.02, cell.status, rotation=90, ha="center", va="bottom", fontsize=8)
                 label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1})
     axes.set_xticks(range(len(labels)), labels.values(), rotation=30, ha="right")

@@ -60,20 +60,20 @@ def paired_difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence
     Raises:
         ValueError: There is nothing to compare, or the numbers of seeds and episodes differ.
     """
-    one, other = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    if one.ndim != 2 or one.shape != other.shape or not one.size:
+    first_hits, second_hits = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if first_hits.ndim != 2 or first_hits.shape != second_hits.shape or not first_hits.size:
         raise ValueError(
-            f"a paired comparison needs the same seeds and episodes of both policies, got {list(one.shape)} and "
-            f"{list(other.shape)}"
+            f"a paired comparison needs the same seeds and episodes of both policies, got {list(first_hits.shape)} and "
+            f"{list(second_hits.shape)}"
         )
-    pairs = one - other
+    pairs = first_hits - second_hits
     by_episode = pairs.mean(axis=0)
     ahead, behind = int((pairs > 0).sum()), int((pairs < 0).sum())
     generator = np.random.default_rng(0)
     # How often a resample holds each of the few different values: equivalent to sampling episodes, with less memory.
     values, counts = np.unique(pairs.sum(axis=0), return_counts=True)
-    drawn = generator.multinomial(len(by_episode), counts / len(by_episode), RESAMPLES)
-    low, high = np.quantile(drawn @ values / pairs.size, [0.025, 0.975])
+    resamples = generator.multinomial(len(by_episode), counts / len(by_episode), RESAMPLES)
+    low, high = np.quantile(resamples @ values / pairs.size, [0.025, 0.975])
     return PairedDifference(
         difference=float(by_episode.mean()),
         low=float(low),

@@ -45,25 +45,27 @@ def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str
         from pycocoevalcap.cider.cider import Cider
     except ImportError as error:
         raise ImportError("caption metrics need pycocoevalcap: pip install 'keygrip[vlm]'") from error
-    said = {number: [text] for number, text in enumerate(candidates)}
-    true = {number: list(texts) for number, texts in enumerate(references)}
+    generated = {index: [text] for index, text in enumerate(candidates)}
+    true = {index: list(texts) for index, texts in enumerate(references)}
     java = shutil.which("java") is not None
     if java:
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
         tokenizer = PTBTokenizer()
-        said, true = (
-            tokenizer.tokenize({number: [{"caption": _line(t)} for t in texts] for number, texts in table.items()})
-            for table in (said, true)
+        generated, true = (
+            tokenizer.tokenize({index: [{"caption": _line(t)} for t in texts] for index, texts in table.items()})
+            for table in (generated, true)
         )
     else:
         log.warning("METEOR and the Penn Treebank tokenizer need Java, which is not installed: going on without them")
-        said, true = ({n: [" ".join(_words(t)) for t in texts] for n, texts in table.items()} for table in (said, true))
-    scores, _ = Bleu(4).compute_score(true, said, verbose=0)
+        generated, true = (
+            {n: [" ".join(_words(t)) for t in texts] for n, texts in table.items()} for table in (generated, true)
+        )
+    scores, _ = Bleu(4).compute_score(true, generated, verbose=0)
     figures = {f"bleu_{order}": float(score) for order, score in enumerate(scores, 1)}
     if len(candidates) > 1:
-        figures["cider"] = float(Cider().compute_score(true, said)[0])
-    if java and (meteor := _meteor(true, said)) is not None:
+        figures["cider"] = float(Cider().compute_score(true, generated)[0])
+    if java and (meteor := _meteor(true, generated)) is not None:
         figures["meteor"] = meteor
     return figures
 
@@ -76,7 +78,7 @@ def _meteor(true: dict[int, list[str]], said: dict[int, list[str]]) -> float | N
     watchdog = threading.Timer(METEOR_S + 0.1 * len(said), scorer.meteor_p.kill)
     watchdog.start()
     try:
-        filled = {number: [texts[0] or NOTHING_SAID] for number, texts in said.items()}
+        filled = {index: [texts[0] or NOTHING_SAID] for index, texts in said.items()}
         return float(scorer.compute_score(true, filled)[0])
     except (ValueError, OSError) as error:
         log.warning(
@@ -125,8 +127,8 @@ def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
     """
     if not annotated:
         raise ValueError("the VQA rule needs at least one annotated answer")
-    own = normalised_answer(answer)
-    agree = [normalised_answer(other) == own for other in annotated]
+    candidate = normalised_answer(answer)
+    agree = [normalised_answer(other) == candidate for other in annotated]
     if len(agree) < 4:
         return float(any(agree))
     return sum(min(1.0, (sum(agree) - agrees) / 3) for agrees in agree) / len(agree)

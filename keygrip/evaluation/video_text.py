@@ -85,12 +85,12 @@ def evaluate_modes(
     module.eval()
     scores: dict[str, Scores] = defaultdict(Scores)
     by_length: dict[str, Scores] = defaultdict(Scores)
-    said: dict[str, list[tuple[str, str, dict[str, Any], str]]] = defaultdict(list)
+    generated: dict[str, list[tuple[str, str, dict[str, Any], str]]] = defaultdict(list)
     seconds: dict[str, float] = defaultdict(float)
     evaluated = {mode: (mode, 0) for mode in modes}
     if module.refinement and "coarse_fine" in modes:
         evaluated[REFINED] = ("coarse_fine", module.refinement)
-    looked: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in evaluated}
+    attention: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in evaluated}
     videos: Counter[str] = Counter()
     frames_seen, too_long, unanswered = 0, list[str](), list[str]()
     with_frames = left_out = 0
@@ -120,12 +120,12 @@ def evaluate_modes(
                 scores[mode].add(scored, batch.kind)
                 by_length[mode].add(scored, _kinds_and_lengths(batch, lengths))
             if output.passes is not None:
-                for kind, where in attention_on_targets(module.network, output, rows, batch):
-                    looked[mode][kind].append(where)
-                for kind, where in attention_on_targets(module.network, output, rows, batch, "all"):
-                    looked[mode][f"{kind}_all_blocks"].append(where)
+                for kind, share in attention_on_targets(module.network, output, rows, batch):
+                    attention[mode][kind].append(share)
+                for kind, share in attention_on_targets(module.network, output, rows, batch, "all"):
+                    attention[mode][f"{kind}_all_blocks"].append(share)
             if mode in modes:
-                said[mode] += _generated(module, batch, asked, inputs, kv, mode, max_new_tokens)
+                generated[mode] += _generated(module, batch, asked, inputs, kv, mode, max_new_tokens)
     if not scores:
         raise ValueError("nothing to evaluate: the data have no samples")
     if unanswered:
@@ -152,8 +152,8 @@ def evaluate_modes(
             figures[mode] |= by_length[mode].questions()
         if frames_seen:
             figures[mode]["ms_per_frame"] = 1000 * (seconds[ENCODER] + seconds[mode]) / frames_seen
-        figures[mode] |= _of_answers(said[mode])
-        figures[mode] |= {f"attention_{kind}": float(np.mean(where)) for kind, where in looked[mode].items()}
+        figures[mode] |= _of_answers(generated[mode])
+        figures[mode] |= {f"attention_{kind}": float(np.mean(share)) for kind, share in attention[mode].items()}
     return {
         "tokens_per_frame": module.network.tokens_per_frame,
         **dict(sorted(videos.items())),
@@ -170,9 +170,11 @@ def _octaves(batch: VideoTextBatch, image_frames: int) -> list[int]:
     repeated as `image_frames` equal frames."""
     counts = batch.frame_mask.sum(1).tolist()
     if image_frames > 1:
-        alike = (batch.frames == batch.frames[:, :1]).flatten(2).all(2) | ~batch.frame_mask
-        single = alike.all(1).tolist()
-        counts = [1 if one and count == image_frames else count for one, count in zip(single, counts, strict=True)]
+        equal_frames = (batch.frames == batch.frames[:, :1]).flatten(2).all(2) | ~batch.frame_mask
+        is_still = equal_frames.all(1).tolist()
+        counts = [
+            1 if still and count == image_frames else count for still, count in zip(is_still, counts, strict=True)
+        ]
     return [1 << (count - 1).bit_length() if count else 0 for count in counts]
 
 
@@ -184,11 +186,11 @@ def _kinds_and_lengths(batch: VideoTextBatch, lengths: Sequence[int]) -> list[st
 def _asked(module: FoveatedVLMModule, batch: VideoTextBatch, max_new_tokens: int) -> _Asked:
     """Select captions and VQA questions that fit into the language model's context with their frames and an answer."""
     scored = [row for row, text in enumerate(batch.texts) if batch.kind[row] == "caption" or "answers" in text.evidence]
-    wanted = [row for row in scored if batch.texts[row].turns[-1].role == "assistant"]
-    unanswered = [_place(batch, row) for row in scored if row not in wanted]
+    answered = [row for row in scored if batch.texts[row].turns[-1].role == "assistant"]
+    unanswered = [_place(batch, row) for row in scored if row not in answered]
     counts, videos = batch.frame_mask.sum(1).tolist(), batch.video_index.tolist()
     rows, prompts, too_long = [], [], []
-    for row in wanted:
+    for row in answered:
         prompt = module.collator.prompt(batch.texts[row].turns[:-1], batch.seconds_of(row))
         frames = counts[videos[row]]
         if room(module.network, len(prompt.ids), frames) < max_new_tokens:
@@ -216,18 +218,18 @@ def _generated(
     if not asked.rows:
         return []
     counts, videos = batch.frame_mask.sum(1).tolist(), batch.video_index.tolist()
-    kept = sorted({videos[row] for row in asked.rows})
+    video_indices = sorted({videos[row] for row in asked.rows})
     answers = generate(
         module.network,
         module.tokenizer,
-        frames[kept],
-        [counts[video] for video in kept],
+        frames[video_indices],
+        [counts[video] for video in video_indices],
         asked.prompts,
-        [kept.index(videos[row]) for row in asked.rows],
+        [video_indices.index(videos[row]) for row in asked.rows],
         mode,
         max_new_tokens,
-        kv=_of_videos(kv, counts, kept),
-        seconds=[batch.seconds[video] for video in kept] if batch.seconds else None,
+        kv=_of_videos(kv, counts, video_indices),
+        seconds=[batch.seconds[video] for video in video_indices] if batch.seconds else None,
     )
     return [
         (batch.kind[row], batch.texts[row].turns[-1].text, batch.texts[row].evidence, text)
@@ -241,8 +243,8 @@ def _of_videos(kv: Sequence[BlockKV] | None, counts: Sequence[int], kept: Sequen
         return kv
     starts = [0, *itertools.accumulate(counts)]
     frames = [frame for video in kept for frame in range(starts[video], starts[video + 1])]
-    at = torch.tensor(frames, dtype=torch.int64, device=kv[0].key.device)
-    return [BlockKV(block.key[at], block.value[at]) for block in kv]
+    indices = torch.tensor(frames, dtype=torch.int64, device=kv[0].key.device)
+    return [BlockKV(block.key[indices], block.value[indices]) for block in kv]
 
 
 def _of_answers(said: Sequence[tuple[str, str, dict[str, Any], str]]) -> dict[str, float]:
@@ -282,15 +284,15 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if cfg.split not in ("val", "test", "none"):
         raise ValueError(f"split={cfg.split}: choose val, test or none")
-    changed = plain(cfg.get("data")) or {}
+    data_changes = plain(cfg.get("data")) or {}
     frames = {} if cfg.max_frames is None else {"max_frames": cfg.max_frames}
-    images = {"image_frames": changed["image_frames"]} if "image_frames" in changed else {}
+    images = {"image_frames": data_changes["image_frames"]} if "image_frames" in data_changes else {}
     module.image_options = {**module.image_options, **frames, **images}  # benchmarks are read like the split
     if module.image_options.get("image_frames", 1) != 1:
         frames["image_frames"] = image_frames_of(module.image_options)
     # checked before anything that takes hours
-    named = {name: root for name, root in (plain(cfg.vqa_benchmarks) or {}).items() if root is not None}
-    benchmarks = {name: read_benchmark(name, root) for name, root in named.items()}
+    benchmark_roots = {name: root for name, root in (plain(cfg.vqa_benchmarks) or {}).items() if root is not None}
+    benchmarks = {name: read_benchmark(name, root) for name, root in benchmark_roots.items()}
     if cfg.split == "none" and not benchmarks:
         raise ValueError("split=none and no vqa_benchmarks: there is nothing to evaluate")
     if cfg.vqa_answers is not None and not benchmarks:
@@ -298,16 +300,16 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     if cfg.vqa_answers is not None:
         refuse_unwritable(cfg.vqa_answers, "vqa_answers")
     if cfg.split != "none":
-        if "collator" in changed:
+        if "collator" in data_changes:
             raise ValueError("data.collator has no effect: text is prepared as the checkpoint's was")
         size = module.image_options["image_size"]
-        if changed.get("image_size", size) != size:
+        if data_changes.get("image_size", size) != size:
             raise ValueError(
-                f"data.image_size={changed['image_size']}: the model was trained on frames of {size} pixels"
+                f"data.image_size={data_changes['image_size']}: the model was trained on frames of {size} pixels"
             )
-        datamodule = evaluated.stored_data(changed | frames)
+        datamodule = evaluated.stored_data(data_changes | frames)
         datamodule.collator = module.collator  # with the checkpoint's tokenizer
-        if "fit" not in changed and hasattr(datamodule, "given_fit"):
+        if "fit" not in data_changes and hasattr(datamodule, "given_fit"):
             # as in training, whatever a set not used in training specifies
             datamodule.given_fit = module.image_options["fit"]
         if hasattr(datamodule, "asked_by"):
@@ -335,8 +337,8 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
             write_text(Path(cfg.vqa_answers), "".join(lines))
     if benchmarks and not answers:
         left_out = ", ".join(
-            f"{name}: {found['unreadable']} whose videos cannot be decoded and {found['too_long']} that are too long"
-            for name, found in result.items()
+            f"{name}: {counts['unreadable']} whose videos cannot be decoded and {counts['too_long']} that are too long"
+            for name, counts in result.items()
             if name in benchmarks
         )
         raise ValueError(f"no question is left of {left_out}")

@@ -131,30 +131,30 @@ def read_benchmark(name: str, root: str | Path) -> Benchmark:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: give the local copy of {name}")
-    found = list(READERS[name](root))
-    questions = [question for question in found if isinstance(question, ChoiceQuestion)]
-    missing = [video for video in found if isinstance(video, str)]
-    unscored = [entry.reason for entry in found if isinstance(entry, Unscored)]
-    open_ended = [entry.where for entry in found if isinstance(entry, OpenEnded)]
+    entries = list(READERS[name](root))
+    questions = [question for question in entries if isinstance(question, ChoiceQuestion)]
+    missing_videos = [video for video in entries if isinstance(video, str)]
+    unscored = [entry.reason for entry in entries if isinstance(entry, Unscored)]
+    open_ended = [entry.where for entry in entries if isinstance(entry, OpenEnded)]
     if len(unscored) > len(questions):
         raise ValueError(
             f"{name}: {len(unscored)} of {len(unscored) + len(questions)} questions whose videos are there cannot be "
             f"scored; the first: {unscored[0]}"
         )
-    if open_ended and not questions and not missing:
+    if open_ended and not questions and not missing_videos:
         raise ValueError(
             f"{name}: all {len(open_ended)} questions are to be answered in words; choices alone are scored"
         )
     if not questions:
         raise FileNotFoundError(f"none of the videos of {name} lies below {root}: unpack them there")
-    if missing:
+    if missing_videos:
         log.warning(
             "%s: %d of %d questions are left out, whose videos are not below %s; the first: %s",
             name,
-            len(missing),
-            len(found),
+            len(missing_videos),
+            len(entries),
             root,
-            missing[0],
+            missing_videos[0],
         )
     if unscored:
         log.warning(
@@ -167,7 +167,7 @@ def read_benchmark(name: str, root: str | Path) -> Benchmark:
             len(open_ended),
             open_ended[0],
         )
-    return Benchmark(questions, len(missing), len(unscored), len(open_ended))
+    return Benchmark(questions, len(missing_videos), len(unscored), len(open_ended))
 
 
 def _video_mme(root: Path) -> Iterator[Entry]:
@@ -176,7 +176,7 @@ def _video_mme(root: Path) -> Iterator[Entry]:
     files = [file for file in files_in(root, ".parquet", below=True) if _asks(file)]
     if not files:
         raise FileNotFoundError(f"{root} holds no parquet file with the questions of Video-MME")
-    videos, first, repeated = Videos(root), dict[Any, Path](), Counter[Path]()
+    videos, first_files, repeated = Videos(root), dict[Any, Path](), Counter[Path]()
     for file in files:
         with guard(file):
             entries = read_table(file).to_pylist()
@@ -184,7 +184,7 @@ def _video_mme(root: Path) -> Iterator[Entry]:
             with _named(file, entry):
                 options = _without_letters(_options(entry["options"]))
                 video = videos.find(entry["videoID"], "data")
-                if first.setdefault((entry["videoID"], entry["question"].strip(), options), file) != file:
+                if first_files.setdefault((entry["videoID"], entry["question"].strip(), options), file) != file:
                     repeated[file] += 1
                     continue
                 if video is None:
@@ -203,18 +203,18 @@ def _video_mme(root: Path) -> Iterator[Entry]:
 def _asks(file: Path) -> bool:
     """Return whether a parquet file holds Video-MME questions. Raises ValueError if columns are missing."""
     columns = [*column_types(file)]
-    lacks = [name for name in VIDEO_MME_COLUMNS if name not in columns]
-    if "question" in lacks and "options" in lacks:
+    missing_columns = [name for name in VIDEO_MME_COLUMNS if name not in columns]
+    if "question" in missing_columns and "options" in missing_columns:
         log.warning("%s is left out: no questions of Video-MME, its columns are %.200s", file, ", ".join(columns))
         return False
-    if lacks:
-        raise ValueError(f"{file}: of the columns of Video-MME's questions it lacks {', '.join(lacks)}")
+    if missing_columns:
+        raise ValueError(f"{file}: of the columns of Video-MME's questions it lacks {', '.join(missing_columns)}")
     return True
 
 
 def _without_letters(options: tuple[str, ...]) -> tuple[str, ...]:
     """Remove the letters from options if all have their own letter ("A. red", "B. blue")."""
-    labels = [re.match(rf"\s*\(?{chr(ord('A') + number)}[.):]\s*", option) for number, option in enumerate(options)]
+    labels = [re.match(rf"\s*\(?{chr(ord('A') + index)}[.):]\s*", option) for index, option in enumerate(options)]
     lettered = None not in labels
     return tuple(
         (option[label.end() :] if lettered and label else option).strip()
@@ -230,15 +230,15 @@ def _candidates(root: Path) -> Iterator[Entry]:
     if not files:
         raise FileNotFoundError(f"{root} holds no .json files with questions")
     entries: list[tuple[Path, dict[str, Any]]] = []
-    videos, first, repeated = Videos(root), dict[Any, Path](), Counter[Path]()
+    videos, first_files, repeated = Videos(root), dict[Any, Path](), Counter[Path]()
     for file in files:
         content = read_json(file)
         listed = [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
         entries += [(file, entry) for entry in listed if "candidates" in entry]
         for entry in listed:
             if "candidates" not in entry and "question" in entry:
-                told = (Path(str(entry.get("video"))).name, str(entry["question"]).strip())
-                if first.setdefault(told, file) != file:
+                open_key = (Path(str(entry.get("video"))).name, str(entry["question"]).strip())
+                if first_files.setdefault(open_key, file) != file:
                     repeated[file] += 1
                     continue
                 yield OpenEnded(f"{file}: {str(entry['question'])[:60]!r}")
@@ -247,21 +247,21 @@ def _candidates(root: Path) -> Iterator[Entry]:
         with _named(file, entry):
             options = _options(entry["candidates"])
             name, clip = str(entry["video"]), _clip(entry)
-            asked = (Path(name).name, clip, entry["question"].strip(), options)
+            question_key = (Path(name).name, clip, entry["question"].strip(), options)
             try:
                 video = _find_candidates_video(videos, file, entry)
             except ValueError:
-                known = first.get(asked)
-                if known is None or len(known.parts) <= len(file.parts):
+                earlier_file = first_files.get(question_key)
+                if earlier_file is None or len(earlier_file.parts) <= len(file.parts):
                     raise
                 repeated[file] += 1  # in the list of all tasks, two videos of the same name cannot be distinguished
                 continue
             if video is not None and clip is not None and _is_cut(video, clip):
                 clip = None
-            if first.setdefault((video or name, clip, entry["question"].strip(), options), file) != file:
+            if first_files.setdefault((video or name, clip, entry["question"].strip(), options), file) != file:
                 repeated[file] += 1
                 continue
-            first.setdefault(asked, file)
+            first_files.setdefault(question_key, file)
             if video is None:
                 yield name
                 continue
@@ -285,9 +285,9 @@ def _find_candidates_video(videos: Videos, file: Path, entry: Mapping[str, Any])
 
 
 def _unscored(file: Path, entry: Mapping[str, Any], options: tuple[str, ...]) -> Unscored:
-    said = repr(entry["answer"])[:60] if entry.get("answer") is not None else "not said"
+    text = repr(entry["answer"])[:60] if entry.get("answer") is not None else "not said"
     return Unscored(
-        f"{file}: of the entry {str(entry['question'])[:60]!r} the answer is {said}, and not one of its {len(options)} "
+        f"{file}: of the entry {str(entry['question'])[:60]!r} the answer is {text}, and not one of its {len(options)} "
         "candidates"
         if len(options) > 1
         else f"{file}: the entry {str(entry['question'])[:60]!r} has {len(options)} candidates to choose from"
@@ -308,11 +308,11 @@ def _place(answer: Any, options: tuple[str, ...]) -> int | None:
     def plain(text: str) -> str:
         return " ".join(text.split()).rstrip(". ").casefold()
 
-    said = str(answer)
-    if said in options:
-        return len(options) - 1 - options[::-1].index(said)
-    same = [number for number, option in enumerate(options) if plain(option) == plain(said)]
-    return same[0] if len(same) == 1 else None
+    answer_text = str(answer)
+    if answer_text in options:
+        return len(options) - 1 - options[::-1].index(answer_text)
+    equal = [index for index, option in enumerate(options) if plain(option) == plain(answer_text)]
+    return equal[0] if len(equal) == 1 else None
 
 
 def _options(given: Any) -> tuple[str, ...]:
@@ -423,20 +423,20 @@ class Videos:
         Raises:
             ValueError: The name occurs in several places and cannot be resolved.
         """
-        wanted = Path(name)
-        stem = wanted.with_suffix("") if wanted.suffix.lower() in VIDEOS else wanted
-        for called in (wanted.name, stem.name):
-            found = [
+        relative = Path(name)
+        stem = relative.with_suffix("") if relative.suffix.lower() in VIDEOS else relative
+        for file_name in (relative.name, stem.name):
+            matches = [
                 path
-                for path in self._by_name.get(called, [])
-                if (self._ends(path, wanted) or self._ends(path, stem)) and not self._of_another(path, folder)
+                for path in self._by_name.get(file_name, [])
+                if (self._ends(path, relative) or self._ends(path, stem)) and not self._of_another(path, folder)
             ]
-            for kept in ([path for path in found if self._lies_in(path, folder)], found):
-                if kept and all(_same(kept[0], other) for other in kept[1:]):
-                    return kept[0]
-            if found:
+            for selected in ([path for path in matches if self._lies_in(path, folder)], matches):
+                if selected and all(_same(selected[0], other) for other in selected[1:]):
+                    return selected[0]
+            if matches:
                 raise ValueError(
-                    f"{name!r} may be {found[0]} or {found[1]}: remove the one that does not belong to the set"
+                    f"{name!r} may be {matches[0]} or {matches[1]}: remove the one that does not belong to the set"
                 )
         return None
 

@@ -46,22 +46,22 @@ class Weighed:
 def weighed_options(said: str, known: Options) -> list[Weighed]:
     """Return the options of a text, each lettered at the beginning of a line, a sentence or a part of a sentence, with
     its own words or with the letter after the previous one. Empty if they do not begin with A and B."""
-    begun = re.compile(
+    label_pattern = re.compile(
         rf"(?:^|[\n.;!?,%][)\]]?|{ENDS_SAID})\s*(?P<label>(?:[-*•]\s*)?(?:(?i:option|choice)\s+)?[(\[]?"
         rf"(?P<letter>[A-{known.last}])(?:[)\].:]+|\s+[–—-]+(?=\s))\s*)"
     )
-    found: list[tuple[int, int, int]] = []  # the option, the start of its label and the end of its words
-    for match in begun.finditer(said):
-        number = number_of(match["letter"])
-        own = re.compile(own_words(number, known) + r"(?!\w)", re.IGNORECASE).match(said, match.end())
-        if own is not None or number == (found[-1][0] + 1 if found else 0):
-            found.append((number, match.start("label"), match.end() if own is None else own.end()))
-    if [number for number, _, _ in found[:2]] != [0, 1]:
+    labels: list[tuple[int, int, int]] = []  # the option, the start of its label and the end of its words
+    for match in label_pattern.finditer(said):
+        index = number_of(match["letter"])
+        words = re.compile(own_words(index, known) + r"(?!\w)", re.IGNORECASE).match(said, match.end())
+        if words is not None or index == (labels[-1][0] + 1 if labels else 0):
+            labels.append((index, match.start("label"), match.end() if words is None else words.end()))
+    if [index for index, _, _ in labels[:2]] != [0, 1]:
         return []
-    ends = [start for _, start, _ in found[1:]]
-    last = re.compile(r"\n[^\S\n]*\n|$").search(said, found[-1][2])  # text after an empty line refers to all options
-    ends.append(len(said) if last is None else last.start())
-    return [Weighed(number, end, said[end:stop]) for (number, _, end), stop in zip(found, ends, strict=True)]
+    ends = [start for _, start, _ in labels[1:]]
+    blank = re.compile(r"\n[^\S\n]*\n|$").search(said, labels[-1][2])  # text after an empty line refers to all options
+    ends.append(len(said) if blank is None else blank.start())
+    return [Weighed(index, end, said[end:stop]) for (index, _, end), stop in zip(labels, ends, strict=True)]
 
 
 def says_something(weighed: list[Weighed]) -> bool:
@@ -72,12 +72,12 @@ def says_something(weighed: list[Weighed]) -> bool:
 
 def called_right(weighed: list[Weighed], known: Options) -> int | None:
     """Return the only option that has a tick, or that is called right."""
-    for found in (
+    for options_right in (
         {each.option for each in weighed if re.match(rf"\W{{0,4}}{TICK}", each.remark)},
         {each.option for each in weighed if _verdict(each, known) == "right"},
     ):
-        if len(found) == 1:
-            return found.pop()
+        if len(options_right) == 1:
+            return options_right.pop()
     return None
 
 
@@ -86,13 +86,13 @@ def left_over(weighed: list[Weighed], known: Options) -> int | None:
     without a remark before others that are denied ("A. red. B. blue is wrong")."""
     verdicts = [_verdict(each, known) for each in weighed]
     denied = {each.option for each, verdict in zip(weighed, verdicts, strict=True) if verdict == "denied"}
-    left = {each.option for each in weighed} - denied
-    if not denied or len(left) != 1:
+    remaining = {each.option for each in weighed} - denied
+    if not denied or len(remaining) != 1:
         return None
-    number = left.pop()
-    supported = any(each.option == number and verdict for each, verdict in zip(weighed, verdicts, strict=True))
-    alone = all(each.empty for each in weighed if each.option == number) and number != weighed[-1].option
-    return number if supported or alone or len(denied) == len(known.literal) - 1 else None
+    option = remaining.pop()
+    supported = any(each.option == option and verdict for each, verdict in zip(weighed, verdicts, strict=True))
+    without_remark = all(each.empty for each in weighed if each.option == option) and option != weighed[-1].option
+    return option if supported or without_remark or len(denied) == len(known.literal) - 1 else None
 
 
 def _verdict(weighed: Weighed, known: Options) -> str | None:

@@ -90,19 +90,19 @@ def write_export(
         FileExistsError: The folder holds something. ValueError: The checkpoint holds values that are not plain data.
     """
     tensors: dict[str, Tensor] = {}
-    rest = {key: value for key, value in content.items() if key not in TRAINING_ONLY}
-    rest.pop("ema", None)  # its parameters are the exported weights
-    rest = {key: value for key, value in rest.items() if not _of_data(value)}
-    stored = _plain({key: value for key, value in rest.items() if key != "state_dict"}, "", tensors)
+    exported = {key: value for key, value in content.items() if key not in TRAINING_ONLY}
+    exported.pop("ema", None)  # its parameters are the exported weights
+    exported = {key: value for key, value in exported.items() if not _of_data(value)}
+    stored = _plain({key: value for key, value in exported.items() if key != "state_dict"}, "", tensors)
     with atomic_folder(folder) as target:
         save_tensors(weights, target / WEIGHTS)
         hashes = {WEIGHTS: sha256_file(target / WEIGHTS)}
         if tensors:
             save_tensors(tensors, target / PROCESSOR)
             hashes[PROCESSOR] = sha256_file(target / PROCESSOR)
-        own = {"schema": SCHEMA, "sha256": hashes | {CONFIG: _digest(stored)}, "checkpoint": stored}
-        told = {"dtype": _dtype_of(weights)} if facts else {}
-        write_json(target / CONFIG, {**(facts or {}), **told, **own})
+        keygrip_fields = {"schema": SCHEMA, "sha256": hashes | {CONFIG: _digest(stored)}, "checkpoint": stored}
+        dtype_field = {"dtype": _dtype_of(weights)} if facts else {}
+        write_json(target / CONFIG, {**(facts or {}), **dtype_field, **keygrip_fields})
         for name, value in (files or {}).items():
             if isinstance(value, str):
                 write_text(target / name, value)
@@ -153,8 +153,8 @@ def read_export(folder: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("schema") != SCHEMA:
-        found = config.get("schema") if isinstance(config, dict) else None
-        raise ValueError(f"{file} is not a keygrip export of schema {SCHEMA!r} (it says {found!r})")
+        schema = config.get("schema") if isinstance(config, dict) else None
+        raise ValueError(f"{file} is not a keygrip export of schema {SCHEMA!r} (it says {schema!r})")
     hashes = config.get("sha256")
     if not isinstance(hashes, dict) or not {WEIGHTS, CONFIG} <= set(hashes) <= {WEIGHTS, PROCESSOR, CONFIG}:
         raise ValueError(f"{file} does not name the hashes of its weights and values: the export is incomplete")
@@ -204,14 +204,14 @@ def model_card(
     parameters = sum(value.numel() for value in weights.values() if value.is_floating_point())
     keygrip, converted_from = "[keygrip](https://github.com/keygrip/keygrip)", header.get(CONVERTED_FROM)
     if converted_from is None:
-        made = f"It was trained with {keygrip}, step {content.get('global_step', 0)}"
+        origin = f"It was trained with {keygrip}, step {content.get('global_step', 0)}"
     else:
-        made = f"{keygrip} did not train it: its weights are those of {converted_from}, in keygrip's form"
+        origin = f"{keygrip} did not train it: its weights are those of {converted_from}, in keygrip's form"
     lines = [
         f"# {name}",
         "",
         f"The model is {about}." if about else f"The model is a `{target}`.",
-        f"{made}: {parameters / 1e6:.2f} M parameters in `{WEIGHTS}`, {which}.",
+        f"{origin}: {parameters / 1e6:.2f} M parameters in `{WEIGHTS}`, {which}.",
         "",
         "```python",
         usage.replace("{name}", name),

@@ -99,8 +99,8 @@ def fresh_inputs(graph: ExportGraph, batches: Sequence[int] = (1, 3)) -> Iterato
         inputs = {}
         for name, example in graph.inputs.items():
             low, high = float(example.min()), float(example.max())
-            drawn = torch.rand(batch, *example.shape[1:], generator=generator)
-            inputs[name] = (low + (high - low) * drawn).to(example.dtype)
+            uniform = torch.rand(batch, *example.shape[1:], generator=generator)
+            inputs[name] = (low + (high - low) * uniform).to(example.dtype)
         yield inputs
 
 

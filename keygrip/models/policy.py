@@ -47,30 +47,34 @@ def refuse_incomplete(observation: Any, needs: Needs) -> None:
             f'{type(observation).__name__}: docs/serving.md, "An observation", builds one'
         )
     views = observation.get("cameras") or {}
-    lacking = []
+    missing = []
     for name in needs.cameras or ("",):
         if name and name not in views and (views or len(needs.cameras) > 1):
-            lacking.append(f"camera {name!r} in 'cameras'")
+            missing.append(f"camera {name!r} in 'cameras'")
             continue
         view = views.get(name, observation)
         if view is None or (not name and views):  # masked, or reported by `image_of` with the known names
             continue
-        within = f"cameras/{name}/" if name in views else ""
-        lacking += [f"'{within}image' (H x W x 3 uint8, RGB)"] if view.get("image") is None else []
-        read = needs.calibrated(name) if name else bool(needs.calibration)
-        lacking += [f"'{within}{part}' ({what})" for part, what in MATRICES.items() if read and part not in view]
+        prefix = f"cameras/{name}/" if name in views else ""
+        missing += [f"'{prefix}image' (H x W x 3 uint8, RGB)"] if view.get("image") is None else []
+        needs_calibration = needs.calibrated(name) if name else bool(needs.calibration)
+        missing += [
+            f"'{prefix}{part}' ({description})"
+            for part, description in MATRICES.items()
+            if needs_calibration and part not in view
+        ]
     count = len(needs.arms)
     poses = {
         "position": f"{count} x 3 metres",
         "quaternion": f"{count} x 4, w x y z",
         "gripper": f"{count}, 0 closed to 1 open",
     }
-    lacking += [f"{part!r} ({what})" for part, what in poses.items() if part not in observation]
-    lacking += ["'instruction' (a sentence)"] if needs.instruction and not observation.get("instruction") else []
-    if len(lacking) > 1:
+    missing += [f"{part!r} ({description})" for part, description in poses.items() if part not in observation]
+    missing += ["'instruction' (a sentence)"] if needs.instruction and not observation.get("instruction") else []
+    if len(missing) > 1:
         seen = f"cameras {', '.join(views)}" if views else "one unnamed image" if "image" in observation else "no image"
         raise ValueError(
-            f'the observation lacks {", ".join(lacking)}; it has {seen}. docs/serving.md, "An observation", builds one'
+            f'the observation lacks {", ".join(missing)}; it has {seen}. docs/serving.md, "An observation", builds one'
         )
 
 
@@ -80,13 +84,13 @@ def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[s
     Raises:
         ValueError: a camera is missing, or has no image.
     """
-    found = views_there(observation, cameras)
-    blind = [name for name, view in zip(cameras, found, strict=True) if view is None]
+    views = views_there(observation, cameras)
+    blind = [name for name, view in zip(cameras, views, strict=True) if view is None]
     if blind:
         raise ValueError(
             f"camera {blind[0]!r} of the observation is None: this policy needs all of {', '.join(cameras)}"
         )
-    return [view for view in found if view is not None]
+    return [view for view in views if view is not None]
 
 
 def views_there(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any] | None]:
@@ -95,14 +99,14 @@ def views_there(observation: Observation, cameras: Sequence[str]) -> list[Mappin
     Raises:
         ValueError: a camera is not named.
     """
-    seen = observation.get("cameras") or {}
-    if not seen and len(cameras) == 1:
+    views = observation.get("cameras") or {}
+    if not views and len(cameras) == 1:
         return [observation]
-    absent = [name for name in cameras if name not in seen]
+    absent = [name for name in cameras if name not in views]
     if absent:
-        there = f"it has {', '.join(seen)}" if seen else "it has one unnamed image"
-        raise ValueError(f"the observation lacks camera {absent[0]!r}, which the policy was trained with; {there}")
-    return [seen[name] for name in cameras]
+        available = f"it has {', '.join(views)}" if views else "it has one unnamed image"
+        raise ValueError(f"the observation lacks camera {absent[0]!r}, which the policy was trained with; {available}")
+    return [views[name] for name in cameras]
 
 
 def called(observation: Observation, cameras: Sequence[str]) -> Sequence[str]:
@@ -135,9 +139,9 @@ def image_of(view: Mapping[str, Any], camera: str = "") -> np.ndarray:
         ValueError: the image is missing, or of another shape or type.
     """
     if view.get("image") is None:
-        others = view.get("cameras") or {}
-        here = f"; it has the cameras {', '.join(others)}, and this policy reads one without a name" if others else ""
-        raise ValueError(f"{_whose(camera)} lacks 'image', which is H x W x 3 uint8, RGB{here}")
+        cameras = view.get("cameras") or {}
+        hint = f"; it has the cameras {', '.join(cameras)}, and this policy reads one without a name" if cameras else ""
+        raise ValueError(f"{_whose(camera)} lacks 'image', which is H x W x 3 uint8, RGB{hint}")
     image = np.asarray(view["image"])
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         sides = " x ".join(map(str, image.shape)) or "a single value"
@@ -181,17 +185,17 @@ def _whose(camera: str) -> str:
 def _numbers(
     seen: Mapping[str, Any], name: str, shape: tuple[int, ...], arms: int = 0, whose: str = "the observation"
 ) -> np.ndarray:
-    wanted = " x ".join(map(str, shape))
+    expected = " x ".join(map(str, shape))
     if name not in seen:
-        raise ValueError(f"{whose} lacks {name!r}, which is {wanted} numbers")
+        raise ValueError(f"{whose} lacks {name!r}, which is {expected} numbers")
     try:
         value = np.array(seen[name], dtype=np.float64)  # a copy: torch warns of read-only arrays
         value = arm_axis(value, len(shape) - 1) if arms == 1 else value
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name!r} of {whose} must be {wanted} numbers: {error}") from error
+        raise ValueError(f"{name!r} of {whose} must be {expected} numbers: {error}") from error
     if value.shape != shape:
-        given = " x ".join(map(str, np.shape(seen[name]))) or "a single number"
-        raise ValueError(f"{name!r} of {whose} must be {wanted}, not {given}")
+        actual = " x ".join(map(str, np.shape(seen[name]))) or "a single number"
+        raise ValueError(f"{name!r} of {whose} must be {expected}, not {actual}")
     if not np.isfinite(value).all():
         raise ValueError(f"{name!r} of {whose} holds numbers that are not finite")
     if problem := implausible(name, value):
@@ -208,10 +212,12 @@ def implausible(name: str, value: np.ndarray) -> str | None:
         if np.abs(value).max() > FOCAL_LENGTHS[1]:
             return f"is no camera matrix: it holds numbers above {FOCAL_LENGTHS[1]:g} pixels"
     if name == "world_to_camera":
-        turn = value[:3, :3]
-        if not np.allclose(turn @ turn.T, np.eye(3), atol=UNIT_SLACK) or not np.allclose(value[3], [0, 0, 0, 1]):
+        rotation = value[:3, :3]
+        if not np.allclose(rotation @ rotation.T, np.eye(3), atol=UNIT_SLACK) or not np.allclose(
+            value[3], [0, 0, 0, 1]
+        ):
             return "is no rigid transform: a rotation, a translation in metres, last row 0 0 0 1"
-        if np.linalg.det(turn) < 0:
+        if np.linalg.det(rotation) < 0:
             return "is no rigid transform: its rotation is mirrored (determinant -1); one of its axes points backwards"
         if np.abs(value[:3, 3]).max() > FARTHEST_M:
             return f"puts the camera farther than {FARTHEST_M:g} m away: its translation is in metres"
@@ -258,8 +264,8 @@ def held_back_m(plan: Plan) -> float | None:
     policy holds no plan back."""
     if plan.held_back is None:
         return None
-    most = float(np.max(plan.held_back, initial=0.0))
-    return most if most > HELD_BACK_M else 0.0
+    largest = float(np.max(plan.held_back, initial=0.0))
+    return largest if largest > HELD_BACK_M else 0.0
 
 
 def refuse_not_finite(plan: Plan, what: str = "the policy's plan") -> None:

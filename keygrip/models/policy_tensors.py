@@ -29,7 +29,7 @@ def stacked_poses(
     Raises:
         ValueError: as `keygrip.models.policy.poses_of`.
     """
-    poses = [poses_of(seen, arms) for seen in observations]
+    poses = [poses_of(observation, arms) for observation in observations]
     position, quaternion, gripper = (stacked(parts, device) for parts in zip(*poses, strict=True))
     return position, quaternion, gripper
 
@@ -37,9 +37,9 @@ def stacked_poses(
 def stacked_views(views: Sequence[Sequence[View]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Stack images uint8 ``[B, V, 3, S, S]``, and float32 intrinsics ``[B, V, 3, 3]`` and world_to_camera
     ``[B, V, 4, 4]``."""
-    images = np.stack([np.stack([view.image.transpose(2, 0, 1) for view in seen]) for seen in views])
-    intrinsics = [np.stack([view.intrinsics for view in seen]) for seen in views]
-    world_to_camera = [np.stack([view.world_to_camera for view in seen]) for seen in views]
+    images = np.stack([np.stack([view.image.transpose(2, 0, 1) for view in row]) for row in views])
+    intrinsics = [np.stack([view.intrinsics for view in row]) for row in views]
+    world_to_camera = [np.stack([view.world_to_camera for view in row]) for row in views]
     return torch.from_numpy(images).to(device), stacked(intrinsics, device), stacked(world_to_camera, device)
 
 
@@ -60,13 +60,13 @@ def plans_of(
     Raises:
         ValueError: a number is not finite.
     """
-    entropies, moved = (
+    entropies, distances = (
         [None] * len(position) if part is None else part.double().cpu().numpy() for part in (uncertainty, held_back)
     )
     poses = (part.double().cpu().numpy() for part in (position, quaternion, gripper))
     plans = [
-        Plan(at, turn, opening, step_seconds, entropy, held_back=back)
-        for at, turn, opening, entropy, back in zip(*poses, entropies, moved, strict=True)
+        Plan(path, rotations, openings, step_seconds, entropy, held_back=distance)
+        for path, rotations, openings, entropy, distance in zip(*poses, entropies, distances, strict=True)
     ]
     for plan in plans:
         refuse_not_finite(plan)

@@ -41,8 +41,8 @@ def kept_in_box(planned: Tensor, box: Tensor, margin_m: Margin) -> tuple[Tensor,
     """
     margin = box.new_tensor([math.inf if each is None else each for each in _along_axes(margin_m)])
     low, high = box
-    kept = planned.clamp(low - margin, high + margin)
-    return kept, (kept - planned).abs().amax(dim=2)
+    clamped = planned.clamp(low - margin, high + margin)
+    return clamped, (clamped - planned).abs().amax(dim=2)
 
 
 def _along_axes(margin_m: Margin) -> Sequence[float | None]:

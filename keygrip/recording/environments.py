@@ -51,8 +51,13 @@ def record_step(
         raise ValueError(f"hz={hz}: give a rate above 0")
     rate = DEFAULT_HZ if hz is None else hz
     if isinstance(env_task, GymnasiumTask):
-        given: dict[str, Any] = {"tasks": tasks, "recoveries": recoveries, "shadows": shadows, "depth": depth or None}
-        _refuse([name for name, value in given.items() if value is not None], environment)
+        unsupported: dict[str, Any] = {
+            "tasks": tasks,
+            "recoveries": recoveries,
+            "shadows": shadows,
+            "depth": depth or None,
+        }
+        _refuse([name for name, value in unsupported.items() if value is not None], environment)
         _refuse_task(task, environment, "env.task.id")
         return gymnasium.record_step(
             env_task, root, demos, seed, image_size, rate, processes, cameras, video=video, python=python
@@ -66,8 +71,8 @@ def record_step(
         if not isinstance(task, HandoverTask):
             _refuse(["task"], environment)
     if environment in ("yam", "yam_handover"):
-        given = {"tasks": tasks, "recoveries": recoveries, "shadows": shadows, "env.python": python}
-        _refuse([name for name, value in given.items() if value is not None], environment)
+        unsupported = {"tasks": tasks, "recoveries": recoveries, "shadows": shadows, "env.python": python}
+        _refuse([name for name, value in unsupported.items() if value is not None], environment)
         return demonstrations.record_step(
             task, root, demos, seed, image_size, rate, processes, cameras, depth=depth, video=video
         )

@@ -48,17 +48,17 @@ def record_successes(
         # As many further seeds as demos are missing, so that the seeds do not depend on the number of processes.
         batch = range(next_seed, next_seed + demos - counts.demos)
         next_seed = batch.stop
-        there = {s for s in batch if (root / demo_name(task, s) / "metadata.json").is_file()}
-        known = failed.intersection(batch)
-        counts.demos += len(there)
-        counts.failed += len(known)
-        bar.update(len(there))
-        for number, success in run([s for s in batch if s not in there | known]):
+        existing = {s for s in batch if (root / demo_name(task, s) / "metadata.json").is_file()}
+        known_failures = failed.intersection(batch)
+        counts.demos += len(existing)
+        counts.failed += len(known_failures)
+        bar.update(len(existing))
+        for episode_seed, success in run([s for s in batch if s not in existing | known_failures]):
             if success:
                 counts.demos, counts.recorded = counts.demos + 1, counts.recorded + 1
                 bar.update(1)
                 continue
-            failed.add(number)
+            failed.add(episode_seed)
             counts.failed += 1
             bar.set_postfix(failed=counts.failed)
             store_failed()

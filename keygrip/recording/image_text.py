@@ -45,13 +45,13 @@ class ImageMaker:
             self._built = (StillCell(self.options), build_encoders(self.encoders))
         cell, encoders = self._built
         still, bucket = cell.still(seed), self.bucket_of(seed)
-        more = {"evidence": evidence(still, bucket)}
+        extra = {"evidence": evidence(still, bucket)}
         ready = prepare_image(
-            Image.fromarray(still.pixels), still.caption, bucket, encoders, f"picture-{seed:07d}", more
+            Image.fromarray(still.pixels), still.caption, bucket, encoders, f"picture-{seed:07d}", extra
         )
         encoded = encode_images(encoders, as_tensor([ready.pixels]), as_tensor([ready.view]), [ready.caption])
-        kept = None if encoders.exact else ready.pixels
-        yield MadeSample(ready.key, *encoded.sample(0, ready.record, trim_text=False, image=kept))
+        pixels = None if encoders.exact else ready.pixels
+        yield MadeSample(ready.key, *encoded.sample(0, ready.record, trim_text=False, image=pixels))
 
     def close(self) -> None:
         """Free the GL contexts of this process."""
@@ -89,25 +89,25 @@ def make_images(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
         samples by split and seconds.
     """
     started = time.monotonic()
-    drawn = StillOptions(**(options.get("picture") or {}))
+    picture_options = StillOptions(**(options.get("picture") or {}))
     buckets = [Bucket(int(width), int(height)) for width, height in options["buckets"]]
     encoders = build_encoders(options["encoders"])
     identity = {"fingerprint": encoders.fingerprint, "description": encoders.description}
     per_shard, report = int(options.get("images_per_shard", 250)), dict[str, Any](root=str(root))
-    maker = ImageMaker(drawn, buckets, options["encoders"])
-    for split, every in split_seeds(options).items():
+    maker = ImageMaker(picture_options, buckets, options["encoders"])
+    for split, all_seeds in split_seeds(options).items():
         by_bucket: dict[Bucket, list[int]] = {}
-        for seed in every:
+        for seed in all_seeds:
             by_bucket.setdefault(maker.bucket_of(seed), []).append(seed)
         report[split] = 0
         for bucket, seeds in sorted(by_bucket.items()):
             settings = {
-                "picture": drawn.as_dict(),
+                "picture": picture_options.as_dict(),
                 "encoders": identity,
-                "first_seed": every.start,
+                "first_seed": all_seeds.start,
                 "bucket": bucket.name,
             }
-            few = len(seeds) <= 2 * per_shard  # starting processes would take longer
+            is_small = len(seeds) <= 2 * per_shard  # starting processes would take longer
             written = write_shards(
                 Path(root) / split / bucket.name,
                 seeds,
@@ -115,7 +115,7 @@ def make_images(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
                 settings,
                 per_shard,
                 "shard",
-                1 if few else options.get("processes"),
+                1 if is_small else options.get("processes"),
                 describe=describe_image_text,
             )
             report[split] += written.samples

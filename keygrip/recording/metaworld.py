@@ -70,7 +70,8 @@ def record_step(
         )
     root = Path(root).resolve()
     root.mkdir(parents=True, exist_ok=True)
-    turned = lately_turned(cameras)  # stored, so that a folder with images that were not rotated is not continued
+    # stored, so that a folder with images that were not rotated is not continued
+    upright_cameras = lately_turned(cameras)
     settings = {
         "environment": "metaworld",
         "image_size": image_size,
@@ -80,13 +81,14 @@ def record_step(
         "shadows": shadows,
         "video": video,
         "jpeg_quality": jpeg_quality,
-        **({"turned_upright": turned} if turned else {}),
+        **({"turned_upright": upright_cameras} if upright_cameras else {}),
     }
     started, recorded = time.monotonic(), 0
     with locked(root / LOCK_FILE):
         failed: dict[str, list[int]] = failed_seeds(root, settings, {})
         jobs = [{"task": name, "demos": demos, "seed": seed, "failed": failed.get(name, [])} for name in names]
-        kept, lost = dict.fromkeys(names, 0), dict.fromkeys(names, 0)  # number of episodes processed by this call
+        # number of episodes processed by this call
+        successes, failures = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
         bar = Progress(total=demos * len(names), desc="record metaworld", unit="demo")
         with bar:
             for _, episode in run_jobs(
@@ -99,19 +101,19 @@ def record_step(
             ):
                 name = episode["task"]
                 recorded += episode["recorded"]
-                kept[name] += episode["success"]
-                lost[name] += not episode["success"]  # known failures are reported again
+                successes[name] += episode["success"]
+                failures[name] += not episode["success"]  # known failures are reported again
                 bar.update(int(episode["success"]))
                 if not episode["success"]:
                     failed[name] = sorted({*failed.get(name, []), episode["seed"]})
                     store(root, settings, failed)
-                _refuse_failing(name, kept[name], lost[name])
+                _refuse_failing(name, successes[name], failures[name])
     return {
         "root": str(root),
         "tasks": len(names),
-        "demos": sum(kept.values()),
+        "demos": sum(successes.values()),
         "recorded": recorded,
-        "failed_episodes": {name: count for name, count in lost.items() if count},
+        "failed_episodes": {name: count for name, count in failures.items() if count},
         "held_out_from": TUNING_SEED,
         "wall_s": round(time.monotonic() - started, 1),
     }

@@ -24,13 +24,13 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[
         task = MetaWorldTask(name=job["task"], camera=settings["cameras"][0], shadows=settings["shadows"])
         environment = MetaWorldEnvironment(task, settings["image_size"], cameras=tuple(settings["cameras"]))
         try:
-            kept, seed, known = 0, job["seed"], set(job["failed"])
-            while kept < job["demos"]:
+            successes, seed, known_failures = 0, job["seed"], set(job["failed"])
+            while successes < job["demos"]:
                 folder = root / demo_name(task.name, seed)
-                there = (folder / "metadata.json").is_file()
-                won = there or (seed not in known and record_episode(environment, settings, folder, seed))
-                kept += won
-                yield {"task": task.name, "seed": seed, "success": won, "recorded": won and not there}
+                exists = (folder / "metadata.json").is_file()
+                success = exists or (seed not in known_failures and record_episode(environment, settings, folder, seed))
+                successes += success
+                yield {"task": task.name, "seed": seed, "success": success, "recorded": success and not exists}
                 seed += 1
         finally:
             environment.close()
@@ -74,17 +74,17 @@ def record_episode(environment: MetaWorldEnvironment, settings: dict[str, Any], 
             cameras = {name: CameraPose(view["intrinsics"], view["world_to_camera"]) for name, view in views.items()}
             writer.add(stamp, images, cameras, {ARM: reached}, {ARM: commanded})
 
-        waiting: tuple[Any, ...] | None = None
+        pending: tuple[Any, ...] | None = None
         for step in expert:
             if step % every:
                 continue
-            if waiting is not None:
-                write((*waiting, expert.opening))  # the command that was active until now
+            if pending is not None:
+                write((*pending, expert.opening))  # the command that was active until now
             views = {name: environment.view(name) for name in environment.cameras}
             reached = ArmPose(environment.position.copy(), DOWN, environment.opening)
-            waiting = (round(step * 1e9 / HZ), views, reached)
-        if waiting is not None and expert.succeeded:
-            write((*waiting, expert.opening))
+            pending = (round(step * 1e9 / HZ), views, reached)
+        if pending is not None and expert.succeeded:
+            write((*pending, expert.opening))
         if not expert.succeeded:
             writer.discard()
     return expert.succeeded

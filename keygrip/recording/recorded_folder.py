@@ -38,13 +38,13 @@ def failed_seeds(root: Path, settings: dict[str, Any], none: Any) -> Any:
     if not stored or (empty and stored.get("settings") != json_values(settings)):
         store(root, settings, none)
         return none
-    there, failed = stored.get("settings"), stored.get("failed_seeds")
-    if not isinstance(there, dict) or type(failed) is not type(none):
+    stored_settings, failed = stored.get("settings"), stored.get("failed_seeds")
+    if not isinstance(stored_settings, dict) or type(failed) is not type(none):
         raise ValueError(
             f"{path} is damaged: it lacks the settings or the failed seeds of a recording; record into another "
             "folder, or remove this one"
         )
-    _refuse_other_settings(root, there, json_values(settings))
+    _refuse_other_settings(root, stored_settings, json_values(settings))
     return failed
 
 

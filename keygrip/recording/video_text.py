@@ -48,17 +48,17 @@ OF_ONE_CAMERA = frozenset({"side_of_goal", "side_of_object", "nearest", "count",
 
 def conversations_of(text: Mapping[str, Any], without: Collection[str] = ()) -> list[Conversation]:
     """Return a demo's `text.json`: its captions of the whole video, and its questions except kinds in `without`."""
-    told = [
+    captions = [
         caption(c["text"], c.get("evidence"))
         for c in text.get("captions", [])
         if c.get("kind", "video") in ("caption", "video")
     ]
-    asked = [
+    questions = [
         answer(q["question"], q["answer"], q["kind"], q.get("evidence"))
         for q in text.get("questions", [])
         if q["kind"] not in without
     ]
-    return told + asked
+    return captions + questions
 
 
 # ---- tours -----------------------------------------------------------------------------------------------------------
@@ -96,14 +96,14 @@ def make_tours(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         samples by split and seconds.
     """
-    every, even = TourOptions(**(options.get("tour") or {})), list(options.get("even_lengths") or [])
+    tour_options, even = TourOptions(**(options.get("tour") or {})), list(options.get("even_lengths") or [])
     if set(even) - set(FIRST_SEEDS):
         raise ValueError(f"even_lengths={even} names splits; these are {', '.join(FIRST_SEEDS)}")
     report: dict[str, Any] = {"root": str(root), "wall_s": 0.0}
     for split, seeds in split_seeds(options).items():
         if not seeds:
             continue
-        tour = replace(every, even_lengths=True) if split in even else every
+        tour = replace(tour_options, even_lengths=True) if split in even else tour_options
         written = write_shards(
             Path(root) / split,
             seeds,
@@ -137,25 +137,25 @@ class DemoMaker:
         demo = reference.read(cameras=(camera,), uncalibrated=True)  # a video needs no calibration
         if camera not in demo.cameras:
             raise ValueError(f"it has no camera {camera!r}; it has {', '.join(demo.cameras)}")
-        wanted = np.arange(0, len(demo), max(demo.fps, 1e-6)).round().astype(int)
+        frame_indices = np.arange(0, len(demo), max(demo.fps, 1e-6)).round().astype(int)
         fps = 1.0
-        if len(wanted) > self.max_frames:
-            wanted = np.array(evenly(len(demo), self.max_frames))
-            fps = rate_of(wanted / demo.fps)
+        if len(frame_indices) > self.max_frames:
+            frame_indices = np.array(evenly(len(demo), self.max_frames))
+            fps = rate_of(frame_indices / demo.fps)
         source = demo.cameras[camera].frames
         frames = [
             encode_jpeg(fit_image(Image.fromarray(source.read(int(n))), self.image_size, self.fit), TOUR_QUALITY)
-            for n in np.minimum(wanted, len(demo) - 1)
+            for n in np.minimum(frame_indices, len(demo) - 1)
         ]
         path = demo.path / "text.json"
         text = read_json(path) if path.is_file() else {}
         if not isinstance(text, dict):
             raise BadSample(path, "it holds no object of JSON")
-        described = text.get("camera") or camera  # texts of other sources contain no camera
-        if described != camera:
-            _say_left_out(camera, described)
+        text_camera = text.get("camera") or camera  # texts of other sources contain no camera
+        if text_camera != camera:
+            _say_left_out(camera, text_camera)
         with guard(path):
-            conversations = conversations_of(text, () if described == camera else OF_ONE_CAMERA)
+            conversations = conversations_of(text, () if text_camera == camera else OF_ONE_CAMERA)
         if not any(c.kind == "caption" for c in conversations) and demo.instruction:
             sentence = demo.instruction[0].upper() + demo.instruction[1:].rstrip(".") + "."
             conversations.insert(0, caption(sentence, request="What is the robot told to do?"))
@@ -220,13 +220,13 @@ def robot_videos(
     report: dict[str, Any] = {"root": str(root), "wall_s": 0.0, "failed": 0}
     maker = DemoMaker(camera, image_size, fit, max_frames)
     settings = {"source": str(source), "format": format, "camera": camera, **frames}
-    for split, chosen in (("train", train), ("val", val)):
-        if not chosen:
+    for split, indices in (("train", train), ("val", val)):
+        if not indices:
             continue
-        items = [references[n] for n in chosen]
-        place = Path(root) / split
+        items = [references[n] for n in indices]
+        folder = Path(root) / split
         written = write_shards(
-            place, items, maker, settings, videos_per_shard, DEMOS, processes, describe=describe_video_text
+            folder, items, maker, settings, videos_per_shard, DEMOS, processes, describe=describe_video_text
         )
         report |= {split: written.samples, "failed": report["failed"] + written.failed}
         report["wall_s"] = round(report["wall_s"] + written.wall_s, 1)
@@ -285,21 +285,27 @@ def story(seed: int) -> Conversation:
     count = int(rng.integers(2, 6))
     order = [colours[n] for n in rng.permutation(len(colours))[:count]]
     digits = [int(n) for n in rng.integers(0, 10, count)]
-    named = [f"The {colour} cube carries the digit {digit}." for colour, digit in zip(order, digits, strict=True)]
-    walk = [order[n] for n in rng.permutation(count)]
-    told = "A robot arm points at " + ", then at ".join(f"the {colour} cube" for colour in walk) + "."
+    digit_sentences = [
+        f"The {colour} cube carries the digit {digit}." for colour, digit in zip(order, digits, strict=True)
+    ]
+    visits = [order[n] for n in rng.permutation(count)]
+    walk_sentence = "A robot arm points at " + ", then at ".join(f"the {colour} cube" for colour in visits) + "."
     pick = int(rng.integers(count))
     kind = int(rng.integers(4))
     if kind == 0:
-        text, question, reply = " ".join(named), f"Which digit is on the {order[pick]} cube?", str(digits[pick])
+        text, question, reply = (
+            " ".join(digit_sentences),
+            f"Which digit is on the {order[pick]} cube?",
+            str(digits[pick]),
+        )
     elif kind == 1:
-        question, reply = ("At which cube does the arm point first?", walk[0])
-        text = told
+        question, reply = ("At which cube does the arm point first?", visits[0])
+        text = walk_sentence
     elif kind == 2:
-        question, reply = ("At which cube does the arm point last?", walk[-1])
-        text = told
+        question, reply = ("At which cube does the arm point last?", visits[-1])
+        text = walk_sentence
     else:
-        text, question, reply = told, "How many cubes does the arm point at?", str(count)
+        text, question, reply = walk_sentence, "How many cubes does the arm point at?", str(count)
     return answer(f"{text} {question}", reply, "text", {"seed": seed})
 
 

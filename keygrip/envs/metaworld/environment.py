@@ -133,7 +133,7 @@ class MetaWorldEnvironment:
 
     def observation(self) -> dict[str, Any]:
         """Return the observation of the current state."""
-        seen: dict[str, Any] = {
+        entries: dict[str, Any] = {
             "position": self.position,
             "quaternion": DOWN.copy(),
             "gripper": np.array(self.opening),
@@ -141,10 +141,10 @@ class MetaWorldEnvironment:
         }
         if self.render_images:
             views = {camera: self.view(camera) for camera in self.cameras}
-            seen |= views[self.cameras[0]]
+            entries |= views[self.cameras[0]]
             if len(views) > 1:
-                seen["cameras"] = views
-        return seen
+                entries["cameras"] = views
+        return entries
 
     def view(self, camera: str) -> dict[str, np.ndarray]:
         """Return the current `image` [H, W, 3] uint8, `intrinsics` [3, 3] and `world_to_camera` [4, 4] of a camera."""

@@ -76,8 +76,8 @@ class Expert:
 
     def __post_init__(self) -> None:
         task = self.environment.task.name
-        own = {} if self.as_published else OWN_SCRIPTS
-        self._policy = own.get(task, ENV_POLICY_MAP[task])()
+        scripts = {} if self.as_published else OWN_SCRIPTS
+        self._policy = scripts.get(task, ENV_POLICY_MAP[task])()
         self._rng = np.random.default_rng((self.seed, MT50.index(task)))
         self.recovery = bool(self._rng.random() < self.recoveries)
         self.succeeded = False
@@ -107,38 +107,38 @@ class Expert:
         task, sensed = self.environment.task.name, self.environment.sensed.copy()
         if task in RAISED_GOALS:
             sensed[-1] += GOAL_RAISED_M
-        wanted = np.array(self._policy.get_action(sensed), float)
+        action = np.array(self._policy.get_action(sensed), float)
         gain, fastest, open_by = 1.0, 1.0, 0.0
         if not self.as_published:
             (gain, fastest), open_by = EASED.get(task, (1.0, 1.0)), HALF_OPEN.get(task, 0.0)
-        wanted[:3] = fastest * np.clip(gain * wanted[:3], -1, 1)
-        wanted[3] = np.clip(wanted[3] - open_by, -1, 1)
-        return wanted
+        action[:3] = fastest * np.clip(gain * action[:3], -1, 1)
+        action[3] = np.clip(action[3] - open_by, -1, 1)
+        return action
 
     def _act(self) -> None:
         change, self.opening = self._grasp.step(self._wanted())
         lead = self.environment.commanded_position - self.environment.position
-        further = lead + change * self.environment.env.action_scale
-        length, limit = float(np.linalg.norm(further)), max(LEAD_M, float(np.linalg.norm(lead)))
+        new_lead = lead + change * self.environment.env.action_scale
+        length, limit = float(np.linalg.norm(new_lead)), max(LEAD_M, float(np.linalg.norm(lead)))
         if length > limit:
-            further *= limit / length
-        self.environment.step_body((further - lead) / self.environment.env.action_scale, self.opening)
+            new_lead *= limit / length
+        self.environment.step_body((new_lead - lead) / self.environment.env.action_scale, self.opening)
 
     def __iter__(self) -> Iterator[int]:
         """Yield the index of each control step before the step is made. Ends when the arm has settled after success, or
         at the limit with `succeeded` False."""
-        since, places = 0, [self.environment.commanded_position.copy()]
+        settling_steps, positions = 0, [self.environment.commanded_position.copy()]
         for step in range(self.step_limit + SETTLING_STEPS[1]):
             if self.succeeded:
-                still = np.linalg.norm(places[-1] - places[-9 if len(places) > 8 else 0]) < STILL_M
-                if since >= SETTLING_STEPS[1] or (since >= SETTLING_STEPS[0] and still):
+                is_still = np.linalg.norm(positions[-1] - positions[-9 if len(positions) > 8 else 0]) < STILL_M
+                if settling_steps >= SETTLING_STEPS[1] or (settling_steps >= SETTLING_STEPS[0] and is_still):
                     return
-                since += 1
+                settling_steps += 1
             elif step >= self.step_limit:
                 return
             yield step
             self._act()
-            places.append(self.environment.commanded_position.copy())
+            positions.append(self.environment.commanded_position.copy())
             self.succeeded = self.succeeded or self.environment.outcome()[0]
 
 

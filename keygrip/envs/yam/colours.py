@@ -28,9 +28,13 @@ def _equal_luminance(luminance: float = 0.25) -> dict[str, tuple[float, float, f
     }
     colours = {}
     for name, hue in hues.items():
-        own = float(weights @ np.array(hue))
-        white = max(0.0, (luminance - own) / (1 - own))
-        linear = np.array(hue) * min(1.0, luminance / own) if own > luminance else np.array(hue) * (1 - white) + white
+        hue_luminance = float(weights @ np.array(hue))
+        white = max(0.0, (luminance - hue_luminance) / (1 - hue_luminance))
+        linear = (
+            np.array(hue) * min(1.0, luminance / hue_luminance)
+            if hue_luminance > luminance
+            else np.array(hue) * (1 - white) + white
+        )
         r, g, b = (float(v) for v in linear ** (1 / 2.2))
         colours[name] = (r, g, b)
     return colours

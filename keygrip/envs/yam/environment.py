@@ -112,8 +112,8 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         self._object = model.body("object").id
         self._finger_bodies = [model.body(n).id for n in scene.FINGERS]
         self._goal_body = model.body("goal").id if self.task.name != "pick" else -1
-        others = self.task.distractors if self.task.name == "named_place" else 0
-        self._others = [model.body(f"distractor{i}").id for i in range(others)]
+        distractors = self.task.distractors if self.task.name == "named_place" else 0
+        self._others = [model.body(f"distractor{i}").id for i in range(distractors)]
 
     def _place(self, body: str, position: np.ndarray, yaw: float) -> None:
         model, data = self.model, self.data
@@ -123,8 +123,8 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
             data.mocap_pos[model.body_mocapid[index]] = position
             data.mocap_quat[model.body_mocapid[index]] = quaternion
         elif model.body_jntnum[index]:
-            at = model.jnt_qposadr[model.body_jntadr[index]]
-            data.qpos[at : at + 7] = np.concatenate([position, quaternion])
+            address = model.jnt_qposadr[model.body_jntadr[index]]
+            data.qpos[address : address + 7] = np.concatenate([position, quaternion])
         else:
             model.body_pos[index], model.body_quat[index] = position, quaternion
 
@@ -133,9 +133,9 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         if not (self.task.varied_shapes and thing.name != "object"):
             return
         for shape in tasks.SHAPES:
-            geom, there = self.model.geom(f"{thing.name}_{shape}").id, int(shape == thing.shape)
-            self.model.geom_contype[geom] = self.model.geom_conaffinity[geom] = there
-            self.model.geom_group[geom] = 0 if there else scene.HIDDEN_GROUP
+            geom, enabled = self.model.geom(f"{thing.name}_{shape}").id, int(shape == thing.shape)
+            self.model.geom_contype[geom] = self.model.geom_conaffinity[geom] = enabled
+            self.model.geom_group[geom] = 0 if enabled else scene.HIDDEN_GROUP
 
     def _paint(self, body: str, rgb: tuple[float, float, float], digit: int | None = None) -> None:
         index = self.model.body(body).id
@@ -243,17 +243,17 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
                 f"an action is 8 finite numbers (position 3, quaternion wxyz 4, gripper 1), got {action.tolist()}"
             )
         start = start_of(joints, self.commanded_joints)
-        wanted, position_error = next_joints(action, start, self.commanded_joints, self.hz)
+        target_joints, position_error = next_joints(action, start, self.commanded_joints, self.hz)
         gripper = float(np.clip(action[7], 0.0, 1.0))
-        before = np.append(self.commanded_joints, self.commanded_gripper * self._finger_range)
-        after = np.append(wanted, gripper * self._finger_range)
+        previous_control = np.append(self.commanded_joints, self.commanded_gripper * self._finger_range)
+        next_control = np.append(target_joints, gripper * self._finger_range)
         if gripper < 0.5 <= self.commanded_gripper and self.progress.yaw_error is None:
             self.progress.yaw_error = self.yaw_error
         for i in range(self._substeps):
-            self.data.ctrl[:] = before + (after - before) * (i + 1) / self._substeps
+            self.data.ctrl[:] = previous_control + (next_control - previous_control) * (i + 1) / self._substeps
             mujoco.mj_step(self.model, self.data)
         mujoco.mj_forward(self.model, self.data)  # positions of sites are one step behind after mj_step
-        self.commanded_joints, self.commanded_gripper = after[:6], gripper
+        self.commanded_joints, self.commanded_gripper = next_control[:6], gripper
         self.elapsed += 1
         self._judge(position_error)
 
@@ -356,10 +356,10 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
     def _judge_others(self) -> None:
         """Check whether an object that the instruction does not name is moved instead."""
         self.progress.other_in_bowl = False
-        for body, rest in zip(self._others, self._other_rests, strict=True):
+        for body, rest_height in zip(self._others, self._other_rests, strict=True):
             touched = touching(self.model, self.data, body)
             gripped = all(finger in touched for finger in self._finger_bodies)
-            self.progress.other_lifted |= gripped and float(self.data.xpos[body][2]) - rest > LIFTED
+            self.progress.other_lifted |= gripped and float(self.data.xpos[body][2]) - rest_height > LIFTED
             self.progress.other_in_bowl |= self._goal_body in touched and self._in_bowl(self.data.xpos[body])
 
     def _in_bowl(self, position: np.ndarray) -> bool:

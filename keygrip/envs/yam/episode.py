@@ -66,10 +66,10 @@ def next_joints(pose: np.ndarray, start: np.ndarray, commanded: np.ndarray, hz: 
         pose: [8] of the tool in the arm's base frame; its opening is not used. start: [6] of the inverse kinematics.
         commanded: [6] at the beginning of the period. hz: control periods per second.
     """
-    found = solve(pose[:3], matrix_from_quaternion(pose[3:7]), start)
-    change = found.joints - commanded
+    solution = solve(pose[:3], matrix_from_quaternion(pose[3:7]), start)
+    change = solution.joints - commanded
     change *= min(1.0, FASTEST_JOINT / hz / max(float(np.abs(change).max()), 1e-12))
-    return commanded + change, found.position_error
+    return commanded + change, solution.position_error
 
 
 def start_of(planned: np.ndarray | None, commanded: np.ndarray) -> np.ndarray:

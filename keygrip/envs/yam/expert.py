@@ -65,14 +65,14 @@ def _approach(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Genera
     yaw += float(rng.normal(0, 0.04))
     x, y = float(x + rng.normal(0, 0.0025)), float(y + rng.normal(0, 0.0025))
     low, path = grasp_height(options) + layout.object.pedestal, []
-    least = _clear_height(layout, options)
+    clearance = _clear_height(layout, options)
     if rng.random() < 0.6:  # approach beside the object, then correct
-        aside = rng.normal(0, 0.02, 2)
-        above = (float(x + aside[0]), float(y + aside[1]), max(least, float(rng.uniform(0.075, 0.13))))
+        offset = rng.normal(0, 0.02, 2)
+        above = (float(x + offset[0]), float(y + offset[1]), max(clearance, float(rng.uniform(0.075, 0.13))))
         path.append(Waypoint(above, yaw + float(rng.normal(0, 0.3)), OPEN, float(rng.uniform(0.9, 1.5)) * pace))
-        path.append(Waypoint((x, y, max(least, float(rng.uniform(0.065, 0.10)))), yaw, OPEN, 0.5 * pace))
+        path.append(Waypoint((x, y, max(clearance, float(rng.uniform(0.065, 0.10)))), yaw, OPEN, 0.5 * pace))
     else:
-        above = (x, y, max(least, float(rng.uniform(0.08, 0.12))))
+        above = (x, y, max(clearance, float(rng.uniform(0.08, 0.12))))
         path.append(Waypoint(above, yaw, OPEN, float(rng.uniform(1.2, 1.6)) * pace))
     path.append(Waypoint((x, y, low), yaw, OPEN, 0.8 * pace))
     path.append(Waypoint((x, y, low), yaw, CLOSED, CLOSING_S))
@@ -131,8 +131,8 @@ def waypoints(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Genera
     if options.name == "reach":
         ball = (float(layout.goal[0]), float(layout.goal[1]), float(layout.goal[2]))
         yaw = float(np.arctan2(ball[1], ball[0])) + float(rng.normal(0, 0.15))
-        aside = rng.normal(0, 0.02, 2)
-        above = (ball[0] + float(aside[0]), ball[1] + float(aside[1]), ball[2] + float(rng.uniform(0.03, 0.06)))
+        offset = rng.normal(0, 0.02, 2)
+        above = (ball[0] + float(offset[0]), ball[1] + float(offset[1]), ball[2] + float(rng.uniform(0.03, 0.06)))
         above = (above[0], above[1], min(above[2], 0.14))
         return [
             Waypoint(above, yaw, OPEN, float(rng.uniform(1.0, 1.6)) * pace),
@@ -158,16 +158,16 @@ def expert_actions(layout: EpisodeLayout, options: TaskOptions, seed: int, hz: f
         [N, 8]: tool position 3 (m), quaternion wxyz 4, gripper opening 1, as in `YamCell.step`.
     """
     position, quaternion = forward_kinematics(layout.start_joints)
-    here = Rotation.from_matrix(matrix_from_quaternion(quaternion))
+    rotation = Rotation.from_matrix(matrix_from_quaternion(quaternion))
     actions = []
     for point in waypoints(layout, options, tasks.stream(seed, "expert")):
         steps = max(1, round(point.seconds * hz))
-        there = Rotation.from_matrix(pointing_down(point.yaw, point.tilt))
+        target_rotation = Rotation.from_matrix(pointing_down(point.yaw, point.tilt))
         u = np.arange(1, steps + 1) / steps
         u = u * u * (3 - 2 * u)  # at rest at both ends
         path = position + u[:, None] * (np.array(point.position) - position)
-        turns = Slerp([0.0, 1.0], Rotation.concatenate([here, there]))(np.clip(u, 0.0, 1.0))
+        turns = Slerp([0.0, 1.0], Rotation.concatenate([rotation, target_rotation]))(np.clip(u, 0.0, 1.0))
         quaternions = quaternion_from_matrix(turns.as_matrix())
         actions.append(np.concatenate([path, quaternions, np.full((steps, 1), point.gripper)], axis=1))
-        position, here = np.array(point.position), there
+        position, rotation = np.array(point.position), target_rotation
     return np.concatenate(actions)

@@ -106,7 +106,7 @@ def sample_handover(task: HandoverTask, seed: int) -> HandoverLayout:
             for phase in handover_phases(layout, np.random.default_rng(0))
             for arm in ARMS
         }
-        if all(_reachable(arm, np.array(place), yaw) for arm, place, yaw in sorted(poses)):
+        if all(_reachable(arm, np.array(position), yaw) for arm, position, yaw in sorted(poses)):
             starts = stream(seed, "start")
             joints = np.stack([_start(starts, task.random_start, arm) for arm in ARMS])
             return HandoverLayout(bar, yaw, joints, height)
@@ -126,9 +126,9 @@ def _start(rng: np.random.Generator, random_start: bool, arm: str) -> np.ndarray
     for _ in range(50):
         point = np.array([rng.uniform(0.22, 0.34), side * rng.uniform(0.0, 0.12), rng.uniform(0.13, 0.22)])
         yaw = np.arctan2(point[1], point[0]) + rng.uniform(-0.6, 0.6)
-        found = solve(point, pointing_down(yaw, rng.uniform(0.1, 0.4)), HOME)
-        if found.position_error < REACHED_M and found.angle_error < REACHED_RAD:
-            return found.joints
+        solution = solve(point, pointing_down(yaw, rng.uniform(0.1, 0.4)), HOME)
+        if solution.position_error < REACHED_M and solution.angle_error < REACHED_RAD:
+            return solution.joints
     return near_home
 
 
@@ -139,15 +139,15 @@ def _nearest_half_turn(yaw: float, reference: float) -> float:
 def handover_phases(layout: HandoverLayout, rng: np.random.Generator) -> list[HandoverPhase]:
     """Return the expert's plan: pick, lift, meet, grasp with the other hand, release, move apart."""
     pace = float(rng.uniform(0.85, 1.2))
-    along = np.array([np.cos(layout.yaw), np.sin(layout.yaw)])
-    near = layout.bar[:2] - (GRIP_APART + rng.normal(0, 0.002)) * along + rng.normal(0, 0.0015, 2)
+    bar_axis = np.array([np.cos(layout.yaw), np.sin(layout.yaw)])
+    near = layout.bar[:2] - (GRIP_APART + rng.normal(0, 0.002)) * bar_axis + rng.normal(0, 0.0015, 2)
     meeting = MEETING + rng.normal(0, 0.004, 2)
     give, take = meeting - [0, GRIP_APART], meeting + [0, GRIP_APART + rng.normal(0, 0.002)]
     height = layout.meeting_height
-    turned = _nearest_half_turn(np.pi / 2, float(np.arctan2(give[1], give[0])))
-    grip_yaw = turned + (layout.yaw - np.pi / 2) + float(rng.normal(0, 0.03))
-    seen = take - LEFT_BASE[:2]
-    left_yaw = _nearest_half_turn(np.pi / 2, float(np.arctan2(seen[1], seen[0]))) + float(rng.normal(0, 0.03))
+    give_yaw = _nearest_half_turn(np.pi / 2, float(np.arctan2(give[1], give[0])))
+    grip_yaw = give_yaw + (layout.yaw - np.pi / 2) + float(rng.normal(0, 0.03))
+    offset = take - LEFT_BASE[:2]
+    left_yaw = _nearest_half_turn(np.pi / 2, float(np.arctan2(offset[1], offset[0]))) + float(rng.normal(0, 0.03))
     wait = np.array([*(take + [-0.02, 0.08] + rng.normal(0, 0.01, 2)), height + float(rng.uniform(0.05, 0.08))])
     low, up = LOWEST_TOOL, float(rng.uniform(0.08, 0.10))
     right, left, right_yaw, grips = np.array([*near, up]), wait, grip_yaw, {"left": OPEN, "right": OPEN}
@@ -165,7 +165,7 @@ def handover_phases(layout: HandoverLayout, rng: np.random.Generator) -> list[Ha
     then(CLOSING_S)
     right = np.array([*near, height])
     then(0.9 * pace)
-    right, right_yaw = np.array([*give, height]), turned
+    right, right_yaw = np.array([*give, height]), give_yaw
     then((0.7 + 3.0 * float(np.hypot(*(give - near)))) * pace)
     left = np.array([*take, wait[2]])
     then(0.7 * pace)
@@ -187,23 +187,23 @@ def handover_phases(layout: HandoverLayout, rng: np.random.Generator) -> list[Ha
 def handover_actions(layout: HandoverLayout, seed: int, hz: float = 10.0) -> np.ndarray:
     """Return the expert's actions for an episode, at `hz` per second: [N, 2, 8], for each arm as in
     `HandoverCell.advance`."""
-    here, turned = [], []
+    positions, rotations = [], []
     for joints, base in zip(layout.start_joints, BASES, strict=True):
         position, quaternion = forward_kinematics(joints)
-        here.append(position + base)
-        turned.append(Rotation.from_matrix(matrix_from_quaternion(quaternion)))
+        positions.append(position + base)
+        rotations.append(Rotation.from_matrix(matrix_from_quaternion(quaternion)))
     parts = []
     for phase in handover_phases(layout, stream(seed, "expert")):
         steps = max(1, round(phase.seconds * hz))
         u = np.arange(1, steps + 1) / steps
         u = u * u * (3 - 2 * u)  # at rest at both ends
-        both = []
+        arm_actions = []
         for index, arm in enumerate(ARMS):
-            there = Rotation.from_matrix(pointing_down(phase.yaw[arm]))
-            path = here[index] + u[:, None] * (phase.position[arm] - here[index])
-            turns = Slerp([0.0, 1.0], Rotation.concatenate([turned[index], there]))(np.clip(u, 0.0, 1.0))
+            target_rotation = Rotation.from_matrix(pointing_down(phase.yaw[arm]))
+            path = positions[index] + u[:, None] * (phase.position[arm] - positions[index])
+            turns = Slerp([0.0, 1.0], Rotation.concatenate([rotations[index], target_rotation]))(np.clip(u, 0.0, 1.0))
             opening = np.full((steps, 1), phase.gripper[arm])
-            both.append(np.concatenate([path, quaternion_from_matrix(turns.as_matrix()), opening], axis=1))
-            here[index], turned[index] = phase.position[arm], there
-        parts.append(np.stack(both, axis=1))
+            arm_actions.append(np.concatenate([path, quaternion_from_matrix(turns.as_matrix()), opening], axis=1))
+            positions[index], rotations[index] = phase.position[arm], target_rotation
+        parts.append(np.stack(arm_actions, axis=1))
     return np.concatenate(parts)

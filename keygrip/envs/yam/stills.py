@@ -125,8 +125,8 @@ class StillCell(YamCell):
         """Return the scene of a seed; further attempts change only the objects."""
         layout = tasks.sample_layout(self.task, seed)
         if attempt:
-            moved = tasks.sample_layout(self.task, int(stream(seed, f"again {attempt}").integers(2**31)))
-            layout = replace(layout, object=moved.object, distractors=moved.distractors)
+            resampled = tasks.sample_layout(self.task, int(stream(seed, f"again {attempt}").integers(2**31)))
+            layout = replace(layout, object=resampled.object, distractors=resampled.distractors)
         colour = list(CUBE_COLOURS.values())[int(stream(seed, "cube colour").integers(len(CUBE_COLOURS)))]
         cube = replace(layout.distractors[0], shape="cube", colour=colour)
         return replace(
@@ -162,8 +162,8 @@ class StillCell(YamCell):
             self._arrange(self.layout)
             centres = {name: self._pixel(lens, name) for name in (CUBE, BLOCK)}
             if all(0.06 < x / size[0] < 0.94 and 0.06 < y / size[1] < 0.94 for x, y in centres.values()):
-                pixels, seen = self._take(lens)
-                if seen >= SEEN_SHARE:
+                pixels, visible_share = self._take(lens)
+                if visible_share >= SEEN_SHARE:
                     colour = _name(self.layout.distractors[0].colour)
                     caption = describe(colour, centres[CUBE][0] / size[0], centres[BLOCK][0] / size[0], seed)
                     return Still(pixels, caption, colour, centres[CUBE], centres[BLOCK], self.seed)
@@ -183,8 +183,8 @@ class StillCell(YamCell):
         bodies = np.where(labels >= 0, self.model.geom_bodyid[np.maximum(labels, 0)], -1)
         # edge of the cube in pixels, at a distance of one metre, where the cube is
         edge = self.options.object_size_m * small.intrinsics[0, 0]
-        seen = float((bodies == self.model.body(CUBE).id).sum() / edge**2)
-        return self._renderer_of(lens).image(self.data, "over", lens), seen
+        visible_share = float((bodies == self.model.body(CUBE).id).sum() / edge**2)
+        return self._renderer_of(lens).image(self.data, "over", lens), visible_share
 
     def _renderer_of(self, lens: Lens) -> CameraRenderer:
         size = (lens.width, lens.height)
@@ -219,11 +219,11 @@ def describe(colour: str, cube_x: float, block_x: float, seed: int) -> str:
     cube, block = f"a {colour} cube", f"the {BLOCK_COLOUR} block"
     if abs(cube_x - block_x) < SIDE_MARGIN:
         return (f"{cube} near {block}", f"{cube} and {block} on the table")[int(stream(seed, "words").integers(2))]
-    side, other = ("left", "right") if cube_x < block_x else ("right", "left")
+    side, opposite = ("left", "right") if cube_x < block_x else ("right", "left")
     wordings = (
         f"{cube} {side} of {block}",
         f"{cube} {side} of {block} on the table",
-        f"{block} {other} of {cube}",
+        f"{block} {opposite} of {cube}",
         f"{cube} to the {side} of {block}",
     )
     return wordings[int(stream(seed, "words").choice(4, p=[0.55, 0.15, 0.15, 0.15]))]

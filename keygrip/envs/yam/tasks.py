@@ -117,12 +117,12 @@ class TaskOptions:
                 "task options camera_azimuth_deg, _elevation_deg and _jitter_deg cannot move the wrist camera"
             )
         if self.camera in CAMERA_ORBITS and self.camera_elevation_deg:
-            (low, high), own = ELEVATIONS_DEG, CAMERA_ORBITS[self.camera][1]
-            if not low <= own + self.camera_elevation_deg <= high:
+            (low, high), base = ELEVATIONS_DEG, CAMERA_ORBITS[self.camera][1]
+            if not low <= base + self.camera_elevation_deg <= high:
                 raise ValueError(
                     f"task option camera_elevation_deg={self.camera_elevation_deg} takes camera {self.camera!r}, which "
-                    f"looks from {own:g} degrees up, outside of {low:g} to {high:g}: give {max(low - own, -35):g} to "
-                    f"{min(high - own, 35):g}"
+                    f"looks from {base:g} degrees up, outside of {low:g} to {high:g}: give {max(low - base, -35):g} to "
+                    f"{min(high - base, 35):g}"
                 )
         if self.jitter_every_camera and not self.camera_jitter_deg:
             raise ValueError("task option jitter_every_camera has no effect without camera_jitter_deg > 0")
@@ -283,9 +283,9 @@ def _start_joints(rng: np.random.Generator, random_start: bool) -> np.ndarray:
     for _ in range(50):
         point = np.array([rng.uniform(0.22, 0.38), rng.uniform(-0.15, 0.15), rng.uniform(0.13, 0.22)])
         yaw = np.arctan2(point[1], point[0]) + rng.uniform(-0.8, 0.8)
-        found = solve(point, pointing_down(yaw, rng.uniform(0.1, 0.5)), HOME)
-        if found.position_error < 1e-3 and found.angle_error < 1e-2:
-            return found.joints
+        solution = solve(point, pointing_down(yaw, rng.uniform(0.1, 0.5)), HOME)
+        if solution.position_error < 1e-3 and solution.angle_error < 1e-2:
+            return solution.joints
     return near_home
 
 
@@ -341,8 +341,8 @@ def sample_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
         layout = replace(layout, hidden_from=str(rng.choice(OUTER_CAMERAS)))
     if not options.jitter_every_camera:
         return layout
-    others = {name: _camera(options, seed, name) for name in OUTER_CAMERAS if name != options.camera}
-    return replace(layout, other_cameras=others)
+    other_cameras = {name: _camera(options, seed, name) for name in OUTER_CAMERAS if name != options.camera}
+    return replace(layout, other_cameras=other_cameras)
 
 
 def _on_pedestals(layout: EpisodeLayout, options: TaskOptions, seed: int) -> EpisodeLayout:
@@ -369,15 +369,15 @@ def _named_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
     for _ in range(400):
         bowl = _free_spot(rng, "all", [], 0.0)
         assert bowl is not None
-        taken = [(bowl, BOWL_RADIUS - 0.03)]
+        areas = [(bowl, BOWL_RADIUS - 0.03)]
         spots: list[np.ndarray] = []
         while len(spots) < count:
             region = options.region if not spots else "all"
-            spot = _free_spot(rng, region, taken, TOOL_CLEARANCE)
+            spot = _free_spot(rng, region, areas, TOOL_CLEARANCE)
             if spot is None:
                 break
             spots.append(spot)
-            taken.append((spot, 0.0))
+            areas.append((spot, 0.0))
         if len(spots) == count:
             break
     else:
@@ -420,27 +420,27 @@ def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
     reach_of_object = float(np.hypot(half[0], half[1]))
     object_region, goal_region = ("all", options.region) if options.name == "reach" else (options.region, "all")
     for _ in range(200):
-        taken: list[tuple[np.ndarray, float]] = []
-        spot = _free_spot(rng, object_region, taken, 0.0)
+        areas: list[tuple[np.ndarray, float]] = []
+        spot = _free_spot(rng, object_region, areas, 0.0)
         yaw = float(rng.uniform(-np.pi, np.pi))
         if spot is None:
             continue
-        taken.append((spot, max(0.0, reach_of_object - 0.028)))  # 0.028: for the 4 cm cube, included in TOOL_CLEARANCE
+        areas.append((spot, max(0.0, reach_of_object - 0.028)))  # 0.028: for the 4 cm cube, included in TOOL_CLEARANCE
         goal_radius = BOWL_RADIUS if options.name in IN_BOWL else SLOT_RADIUS if options.name == "peg" else 0.03
         goal_yaw = float(rng.uniform(-np.pi / 4, np.pi / 4))
         goal_height = float(rng.uniform(0.04, 0.13))
-        goal_spot = _free_spot(rng, goal_region, taken, TOOL_CLEARANCE + goal_radius - 0.03)
+        goal_spot = _free_spot(rng, goal_region, areas, TOOL_CLEARANCE + goal_radius - 0.03)
         if options.name != "pick":
             if goal_spot is None:
                 continue
-            taken.append((goal_spot, goal_radius - 0.03))
+            areas.append((goal_spot, goal_radius - 0.03))
         spots = []
         for _ in range(options.distractors):
-            free = _free_spot(rng, "all", taken, TOOL_CLEARANCE)
+            free = _free_spot(rng, "all", areas, TOOL_CLEARANCE)
             if free is None:
                 break
             spots.append((free, float(rng.uniform(-np.pi, np.pi))))
-            taken.append((free, -0.035))  # distractors may be closer: no gripper goes between them
+            areas.append((free, -0.035))  # distractors may be closer: no gripper goes between them
         if len(spots) == options.distractors:
             break
     else:
@@ -453,26 +453,26 @@ def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
     printed = rng.permutation(10)
     shuffled = [names[i] for i in order]
     colour, goal_colour = (shuffled[0], shuffled[1]) if options.randomise_colours else ("red", "green")
-    rest = [n for n in shuffled if n not in (colour, goal_colour)]
+    free_colours = [n for n in shuffled if n not in (colour, goal_colour)]
 
     def placed(i: int, name: str, shape: str, tone: str, at: np.ndarray, turn: float) -> Placed:
         height = half[2] if name == "object" else options.object_size_m / 2
         digit = int(printed[i]) if options.digits and shape == "cube" else None
         return Placed(name, shape, tone, np.array([*at, height]), turn, digit)
 
-    moved = placed(0, "object", options.shape, colour, spot, yaw)
-    others = []
+    main_object = placed(0, "object", options.shape, colour, spot, yaw)
+    distractors = []
     for i, (at, turn) in enumerate(spots):
         shape = SHAPES[int(shapes[i])] if options.varied_shapes else "cube"
-        others.append(placed(i + 1, f"distractor{i}", shape, rest[i % len(rest)], at, turn))
+        distractors.append(placed(i + 1, f"distractor{i}", shape, free_colours[i % len(free_colours)], at, turn))
     height = {"reach": goal_height, "stack": BLOCK_SIZE / 2}.get(options.name, 0.0)
     goal = np.array([*(goal_spot if goal_spot is not None else (0.3, 0.0)), height])
     return EpisodeLayout(
-        object=moved,
+        object=main_object,
         goal=goal,
         goal_colour=goal_colour,
         goal_yaw=goal_yaw + float(np.arctan2(goal[1], goal[0])),
-        distractors=tuple(others),
+        distractors=tuple(distractors),
         start_joints=_start_joints(stream(seed, "start"), options.random_start),
         camera=_camera(options, seed),
         appearance=_appearance(stream(seed, "appearance"), options),

@@ -89,10 +89,10 @@ def events_of(trace: EpisodeTrace) -> Events:
     lift = int(np.argmax(raised)) if raised.any() else None
     grip = release = None
     if lift is not None:
-        loose = np.flatnonzero(~held[:lift])
-        grip = int(loose[-1]) + 1 if len(loose) else 0
-        after = np.flatnonzero(~held[lift:])
-        release = lift + int(after[0]) if len(after) else None
+        free_before = np.flatnonzero(~held[:lift])
+        grip = int(free_before[-1]) + 1 if len(free_before) else 0
+        free_after = np.flatnonzero(~held[lift:])
+        release = lift + int(free_after[0]) if len(free_after) else None
     return Events(grip, lift, release, len(held) - 1)
 
 
@@ -189,16 +189,16 @@ def _captions(trace: EpisodeTrace, rng: np.random.Generator) -> list[dict[str, A
     if events.grip is not None and events.lift is not None:
         gripped, lifted = trace.moment(events.grip), trace.moment(events.lift)
         height = round(float(max(p[2] for p in trace.object_positions)), 3)
-        before = f"the gripper moves to {thing} and closes on it"
-        tell(_sentence(before), "event", 0.0, gripped, {"held_from_s": gripped})
+        approach_text = f"the gripper moves to {thing} and closes on it"
+        tell(_sentence(approach_text), "event", 0.0, gripped, {"held_from_s": gripped})
         why = {"held_from_s": gripped, "raised_from_s": lifted, "highest_m": height}
         if events.release is None:
             tell(_sentence(f"the arm lifts {thing} and holds it"), "event", gripped, end, why)
         else:
-            free = trace.moment(events.release)
-            tell(_sentence(f"the arm lifts {thing} and carries it to {_goal(trace)}"), "event", gripped, free, why)
-            after = f"the gripper lets go of {thing} and moves away"
-            tell(_sentence(after), "event", free, end, {"held_until_s": free})
+            released = trace.moment(events.release)
+            tell(_sentence(f"the arm lifts {thing} and carries it to {_goal(trace)}"), "event", gripped, released, why)
+            release_text = f"the gripper lets go of {thing} and moves away"
+            tell(_sentence(release_text), "event", released, end, {"held_until_s": released})
     for sight, moment in ((trace.first, 0.0), (trace.last, end)):
         if sight is not None:
             tell(_scene_sentence(trace, sight), "frame", moment, moment, {"visible_pixels": dict(sight.visible)})
@@ -210,12 +210,12 @@ def _scene_sentence(trace: EpisodeTrace, sight: Sight) -> str:
     words = {p.name: f"{p.colour} {p.shape}" for p in trace.layout.placed}
     if _goal_word(trace):
         words["goal"] = f"{trace.layout.goal_colour} {_goal_word(trace)}"
-    seen = sorted((n for n in words if sight.shows(n)), key=lambda n: sight.centres[n][0])
-    if not seen:
+    visible = sorted((n for n in words if sight.shows(n)), key=lambda n: sight.centres[n][0])
+    if not visible:
         return "A robot arm over an empty table."
-    text = f"A table with {_listed([_article(words[n]) for n in seen])}, from left to right"
-    if len(seen) == 1:
-        text = f"A table with {_article(words[seen[0]])}"
+    text = f"A table with {_listed([_article(words[n]) for n in visible])}, from left to right"
+    if len(visible) == 1:
+        text = f"A table with {_article(words[visible[0]])}"
     return f"{text}, and a robot arm."
 
 
@@ -240,8 +240,8 @@ def _questions(trace: EpisodeTrace, rng: np.random.Generator) -> list[dict[str, 
 def _ask_about_scene(trace: EpisodeTrace, ask: Ask) -> None:
     layout = trace.layout
     sights = [s for s in (trace.first, trace.last) if s is not None]
-    seen = {p.name for p in layout.placed if any(s.shows(p.name) for s in sights)}
-    if len(seen) == len(layout.placed):
+    visible = {p.name for p in layout.placed if any(s.shows(p.name) for s in sights)}
+    if len(visible) == len(layout.placed):
         by_shape = Counter(p.shape for p in layout.placed)
         if trace.task.name == "reach":
             by_shape["ball"] += 1  # the ball to reach counts too
@@ -251,7 +251,7 @@ def _ask_about_scene(trace: EpisodeTrace, ask: Ask) -> None:
             evidence = {"objects": [[p.colour, p.shape] for p in layout.placed]}
             ask(f"How many {shape}s are there?", str(count), "count", evidence)
     for p in layout.placed:
-        if p.name not in seen:
+        if p.name not in visible:
             continue
         if trace.task.varied_shapes:
             ask(f"What shape is the {p.colour} object?", p.shape, "shape", {"object": p.name, "shape": p.shape})
@@ -286,14 +286,14 @@ def _ask_about_motion(trace: EpisodeTrace, events: Events, rng: np.random.Genera
     layout, thing = trace.layout, _thing(trace)
     assert events.grip is not None
     assert events.lift is not None
-    moved = round(float(np.linalg.norm(trace.object_positions[-1] - trace.object_positions[0])), 3)
-    still = {
+    travel = round(float(np.linalg.norm(trace.object_positions[-1] - trace.object_positions[0])), 3)
+    travels = {
         d.colour: round(float(np.linalg.norm(trace.final_positions[d.name][:2] - d.position[:2])), 3)
         for d in layout.distractors
         if d.name in trace.final_positions
     }
-    if all(distance < 0.01 for distance in still.values()):  # pushed distractors would make the question ambiguous
-        evidence = {"moved_m": {layout.object.colour: moved, **still}}
+    if all(distance < 0.01 for distance in travels.values()):  # pushed distractors would make the question ambiguous
+        evidence = {"moved_m": {layout.object.colour: travel, **travels}}
         ask("What colour is the object that the arm moves?", layout.object.colour, "moved_colour", evidence)
         for d in layout.distractors[:1]:
             ask(f"Is the {d.colour} {d.shape} moved?", "no", "moved", evidence)
@@ -303,9 +303,9 @@ def _ask_about_motion(trace: EpisodeTrace, events: Events, rng: np.random.Genera
         ask(f"Where is {thing} at the end?", place, "final_place", {"position_m": final, "success": trace.success})
     last_held = events.release if events.release is not None else events.end + 1
     margin = round(MOMENT_MARGIN_S * trace.hz)
-    inside = list(range(events.grip + margin, last_held - margin))
-    outside = [*range(0, events.grip - margin), *range(last_held + margin, events.end)]
-    for frames, answer in ((inside, "yes"), (outside, "no")):
+    held_frames = list(range(events.grip + margin, last_held - margin))
+    free_frames = [*range(0, events.grip - margin), *range(last_held + margin, events.end)]
+    for frames, answer in ((held_frames, "yes"), (free_frames, "no")):
         if frames:
             frame = frames[int(rng.integers(len(frames)))]
             question = f"Is {thing} in the gripper after {frame / trace.hz:.1f} seconds?"
@@ -316,7 +316,7 @@ def _ask_about_motion(trace: EpisodeTrace, events: Events, rng: np.random.Genera
         frames_of = {"lift_frame": events.lift, "frames": events.end + 1}
         ask(f"Is {thing} lifted in the first or the second half of the video?", half, "when_lifted", frames_of)
     if events.release is not None:
-        carried = (events.release - events.grip) / trace.hz
-        if abs(carried % 1 - 0.5) > 0.2:  # not close to the middle between two answers
+        held_s = (events.release - events.grip) / trace.hz
+        if abs(held_s % 1 - 0.5) > 0.2:  # not close to the middle between two answers
             question = f"For about how many whole seconds is {thing} in the gripper?"
-            ask(question, str(round(carried)), "how_long", {"held_s": round(carried, 2)})
+            ask(question, str(round(held_s)), "how_long", {"held_s": round(held_s, 2)})

@@ -88,19 +88,19 @@ class TourOptions:
         """Return the number of frames of a seed's tour; with `even_lengths` seeds use the octaves in turn."""
         if not self.even_lengths:
             return int(rng.integers(self.min_frames, self.max_frames + 1))
-        every = octaves(self.min_frames, self.max_frames)
-        fewest, most = every[seed % len(every)]
+        ranges = octaves(self.min_frames, self.max_frames)
+        fewest, most = ranges[seed % len(ranges)]
         return int(rng.integers(fewest, most + 1))
 
 
 def octaves(fewest: int, most: int) -> list[tuple[int, int]]:
     """Return ranges of frame counts that end with a power of two, as in `keygrip evaluate`'s accuracy by length."""
-    found = []
+    ranges = []
     while fewest <= most:
         end = min(most, 1 << (fewest - 1).bit_length())
-        found.append((fewest, end))
+        ranges.append((fewest, end))
         fewest = end + 1
-    return found
+    return ranges
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,8 @@ def describe(tour: Tour) -> dict[str, list[dict[str, Any]]]:
 
     for frame in range(len(tour.frames)):
         when = f"At second {frame}"
-        here = int(tour.pointed[frame])
-        ask(f"{when}, at which cube does the gripper point?", tour.colours[here], "glance", frame, here)
+        pointed_cube = int(tour.pointed[frame])
+        ask(f"{when}, at which cube does the gripper point?", tour.colours[pointed_cube], "glance", frame, pointed_cube)
         for cube in np.flatnonzero(readable[frame]).tolist():
             digit = str(tour.digits[frame, cube])
             ask(f"{when}, which digit is on the {tour.colours[cube]} cube?", digit, "mark", frame, cube)

@@ -54,13 +54,15 @@ class HandoverCell(CameraViews):
         self.data = mujoco.MjData(model)
         self._substeps = substeps_of(hz, model.opt.timestep)
         names = [NAMES[arm] for arm in ARMS]
-        self._arm_qpos = np.array([[model.joint(n).qposadr[0] for n in one.joints] for one in names])  # [2, 6]
-        self._finger_qpos = np.array([[model.joint(n).qposadr[0] for n in one.finger_joints] for one in names])
+        self._arm_qpos = np.array([[model.joint(n).qposadr[0] for n in robot.joints] for robot in names])  # [2, 6]
+        self._finger_qpos = np.array([[model.joint(n).qposadr[0] for n in robot.finger_joints] for robot in names])
         self._finger_range = float(model.joint(names[0].finger_joints[0]).range[1])
-        motors = [[f"{one.motors}motor{i + 1}" for i in range(6)] + [f"{one.motors}motor_gripper"] for one in names]
+        motors = [
+            [f"{robot.motors}motor{i + 1}" for i in range(6)] + [f"{robot.motors}motor_gripper"] for robot in names
+        ]
         self._motors = np.array([[model.actuator(name).id for name in row] for row in motors])  # [2, 7]
-        self._tools = [model.site(one.tool).id for one in names]
-        self._fingers = [[model.body(name).id for name in one.fingers] for one in names]
+        self._tools = [model.site(robot.tool).id for robot in names]
+        self._fingers = [[model.body(name).id for name in robot.fingers] for robot in names]
         self._bar = model.body("object").id
         self.layout: HandoverLayout | None = None
         self.seed: int | None = None
@@ -73,9 +75,9 @@ class HandoverCell(CameraViews):
         mujoco.mj_resetData(model, data)
         data.qpos[self._arm_qpos], data.qpos[self._finger_qpos] = layout.start_joints, self._finger_range
         data.ctrl[self._motors[:, :6]], data.ctrl[self._motors[:, 6]] = layout.start_joints, self._finger_range
-        at = model.jnt_qposadr[model.body_jntadr[self._bar]]
+        address = model.jnt_qposadr[model.body_jntadr[self._bar]]
         half = layout.yaw / 2
-        data.qpos[at : at + 7] = [*(layout.bar + [0, 0, 0.001]), np.cos(half), 0.0, 0.0, np.sin(half)]
+        data.qpos[address : address + 7] = [*(layout.bar + [0, 0, 0.001]), np.cos(half), 0.0, 0.0, np.sin(half)]
         model.geom_rgba[np.flatnonzero(model.geom_bodyid == self._bar)] = [*layout.colour, 1.0]
         settle(model, data)
         self.progress, self.elapsed = Progress(), 0
@@ -100,19 +102,23 @@ class HandoverCell(CameraViews):
         if not usable or (np.linalg.norm(action[:, 3:7], axis=1) < 1e-6).any():
             raise ValueError(f"an action is 8 finite numbers for each of {', '.join(ARMS)}, got {action.tolist()}")
         starts = start_of(joints, self.commanded_joints)
-        wanted, position_error = self.commanded_joints.copy(), 0.0
+        target_joints, position_error = self.commanded_joints.copy(), 0.0
         for arm, pose in enumerate(action):
             in_base = np.concatenate([pose[:3] - BASES[arm], pose[3:]])
-            wanted[arm], missed = next_joints(in_base, starts[arm], self.commanded_joints[arm], self.hz)
-            position_error = max(position_error, missed)
+            target_joints[arm], arm_error = next_joints(in_base, starts[arm], self.commanded_joints[arm], self.hz)
+            position_error = max(position_error, arm_error)
         gripper = np.clip(action[:, 7], 0.0, 1.0)
-        before = np.concatenate([self.commanded_joints, self.commanded_gripper[:, None] * self._finger_range], axis=1)
-        after = np.concatenate([wanted, gripper[:, None] * self._finger_range], axis=1)
+        previous_control = np.concatenate(
+            [self.commanded_joints, self.commanded_gripper[:, None] * self._finger_range], axis=1
+        )
+        next_control = np.concatenate([target_joints, gripper[:, None] * self._finger_range], axis=1)
         for i in range(self._substeps):
-            self.data.ctrl[self._motors] = before + (after - before) * (i + 1) / self._substeps
+            self.data.ctrl[self._motors] = (
+                previous_control + (next_control - previous_control) * (i + 1) / self._substeps
+            )
             mujoco.mj_step(self.model, self.data)
         mujoco.mj_forward(self.model, self.data)
-        self.commanded_joints, self.commanded_gripper = wanted, gripper
+        self.commanded_joints, self.commanded_gripper = target_joints, gripper
         self.elapsed += 1
         self._judge(position_error)
 
@@ -180,8 +186,8 @@ class HandoverCell(CameraViews):
         left, right = ([finger in touched for finger in fingers] for fingers in self._fingers)
         height = float(self.data.xpos[self._bar][2])
         self.progress.lifted |= height - self._rest_height > LIFTED and (all(left) or all(right))
-        apart = float(np.linalg.norm(self.data.site_xpos[self._tools[1]] - self.data.xpos[self._bar])) > GONE
-        handed = all(left) and not any(right) and height > HANDED_HEIGHT and apart
+        right_clear = float(np.linalg.norm(self.data.site_xpos[self._tools[1]] - self.data.xpos[self._bar])) > GONE
+        handed = all(left) and not any(right) and height > HANDED_HEIGHT and right_clear
         self.progress.update(1 / self.hz, height, position_error, handed)
 
     @property

@@ -243,19 +243,19 @@ class DinoBackbone(KeptBuffers):
                 f"query tokens must be [{kv[0].key.shape[0]}, Q, {self.embed_dim}], as many as the images; got "
                 f"{list(tokens.shape)}"
             )
-        for block, seen in zip(self._blocks[first_block:], kv, strict=True):
+        for block, block_kv in zip(self._blocks[first_block:], kv, strict=True):
             if attention is None:
-                tokens = _query_block(block, tokens, seen)
+                tokens = _query_block(block, tokens, block_kv)
             else:
-                tokens, weights = _query_block_with_attention(block, tokens, seen)
+                tokens, weights = _query_block_with_attention(block, tokens, block_kv)
                 attention.append(weights)
         return self.net.norm(tokens)
 
     def _call(self, run: Callable[..., Any], index: int, *inputs: Any) -> Any:
         """Call `run` on the block of that index; its activations are recomputed in the backward pass if that is set."""
-        called = self._compiled.get(run, run)
+        function = self._compiled.get(run, run)
         block = self._blocks[index]
-        return _recomputed(called, block, *inputs) if self._recompute(index) else called(block, *inputs)
+        return _recomputed(function, block, *inputs) if self._recompute(index) else function(block, *inputs)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """Tokens at the input of block 0, the rotary embedding of the patches (or None), and the grid."""
@@ -405,8 +405,8 @@ def _rotated(block: Any, part: Tensor, rope: Tensor, prefix: int) -> Tensor:
     """Queries or keys [B, H, R + N, E] with the rotary embedding on the patches."""
     from timm.layers import apply_rot_embed_cat
 
-    turned = apply_rot_embed_cat(part[:, :, prefix:], rope, half=block.attn.rotate_half)
-    return torch.cat([part[:, :, :prefix], turned], dim=2)
+    rotated = apply_rot_embed_cat(part[:, :, prefix:], rope, half=block.attn.rotate_half)
+    return torch.cat([part[:, :, :prefix], rotated], dim=2)
 
 
 def _query_block(block: Any, tokens: Tensor, kv: BlockKV) -> Tensor:

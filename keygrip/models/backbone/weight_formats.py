@@ -144,10 +144,10 @@ def _join_qkv(state: State, attention: str) -> State:
     joined = {key: value for key, value in state.items() if f".{attention}" not in key}
     starts = sorted({key.split(attention)[0] for key in state if f".{attention}" in key})
     for start in starts:
-        named = [f"{start}{attention}{part}_proj.weight" for part in "qkv"]
-        if not all(name in state for name in named):
+        weight_names = [f"{start}{attention}{part}_proj.weight" for part in "qkv"]
+        if not all(name in state for name in weight_names):
             continue  # loading the weights reports what is missing
-        weights = [state[name] for name in named]
+        weights = [state[name] for name in weight_names]
         joined[f"{start}attn.qkv.weight"] = torch.cat(weights)
         biases = [state.get(f"{start}{attention}{part}_proj.bias") for part in "qkv"]
         if any(bias is not None for bias in biases):

@@ -113,21 +113,21 @@ def _weights_file(path: Path, variant: Variant, setting: str) -> Path:
             f"{setting}={path}: no such file or folder. It takes a weights file (.pth, .safetensors) "
             "or a keygrip checkpoint or run folder"
         )
-    named = ["checkpoints/last.ckpt", "last.ckpt", *_HUGGING_FACE_FILES]
+    candidates = ["checkpoints/last.ckpt", "last.ckpt", *_HUGGING_FACE_FILES]
     if variant.official_file is not None:
-        named += [variant.official_file, f"weights/{variant.official_file}"]
-    for candidate in named:
+        candidates += [variant.official_file, f"weights/{variant.official_file}"]
+    for candidate in candidates:
         if (path / candidate).is_file():
             return path / candidate
     checkpoints = sorted(path.rglob("*.ckpt"))
     if len(checkpoints) == 1:
         return checkpoints[0]
     if checkpoints:
-        first = ", ".join(str(file.relative_to(path)) for file in checkpoints[:4]) + ", ..." * (len(checkpoints) > 4)
-        told = f"no checkpoints/last.ckpt and {len(checkpoints)} other checkpoints: name one of them ({first})"
-        raise ValueError(f"{setting}={path}: the folder holds {told}")
+        listing = ", ".join(str(file.relative_to(path)) for file in checkpoints[:4]) + ", ..." * (len(checkpoints) > 4)
+        content = f"no checkpoints/last.ckpt and {len(checkpoints)} other checkpoints: name one of them ({listing})"
+        raise ValueError(f"{setting}={path}: the folder holds {content}")
     raise FileNotFoundError(
-        f"{setting}={path}: the folder holds no weights; looked for {', '.join(named)} and *.ckpt below it"
+        f"{setting}={path}: the folder holds no weights; looked for {', '.join(candidates)} and *.ckpt below it"
     )
 
 
@@ -136,8 +136,8 @@ def _from_hub(variant: Variant) -> State:
 
     name = variant.hub_name
     try:
-        kept = kept_without_network(name, "model.safetensors")
-        return dict(load_state_dict_from_hf(name, weights_only=True)) if kept is None else read_file(kept)
+        cached_file = kept_without_network(name, "model.safetensors")
+        return dict(load_state_dict_from_hf(name, weights_only=True)) if cached_file is None else read_file(cached_file)
     except Exception as error:  # the hub client raises its HTTP library's errors; all mean: not available
         raise FileNotFoundError(
             f"cannot get the weights of {variant.name} from the hub ({name}: {_first_line(error)}). Download "
@@ -249,9 +249,9 @@ def load_weights(network: nn.Module, variant: Variant, source: WeightSource, pre
     else:
         origin = str(source.path)
         raw = read_file(source.path)
-    loaded = load_state(network, variant, raw, origin, prefix)
-    logger.info("backbone %s: weights of %s, found by %s", variant.name, loaded, source.why)
-    return loaded
+    description = load_state(network, variant, raw, origin, prefix)
+    logger.info("backbone %s: weights of %s, found by %s", variant.name, description, source.why)
+    return description
 
 
 def load_state(network: nn.Module, variant: Variant, raw: State, origin: str, prefix: str | None = None) -> str:
@@ -266,8 +266,8 @@ def load_state(network: nn.Module, variant: Variant, raw: State, origin: str, pr
     else:
         state = _to_timm(state, network, variant, origin, kind)
     if isinstance(rope := getattr(network, "rope", None), nn.Module):
-        own = rope.get_buffer("periods")
-        state["rope.periods"] = own if periods is None else periods.float()
+        own_periods = rope.get_buffer("periods")
+        state["rope.periods"] = own_periods if periods is None else periods.float()
     _check_fit(state, network.state_dict(), variant, origin, kind)
     network.load_state_dict(state, strict=True)
     return f"{origin} ({kind})"
@@ -276,14 +276,14 @@ def load_state(network: nn.Module, variant: Variant, raw: State, origin: str, pr
 def adopt_position_table(network: nn.Module, table: Tensor | None) -> None:
     """Give a DINOv2 network a position table [1, L, D] of the checkpoint's size (37 x 37 for Meta's, other sizes for
     other checkpoints)."""
-    own = getattr(network, "pos_embed", None)
-    if own is None or table is None or table.ndim != 3 or table.shape[1] == own.shape[1]:
+    own_table = getattr(network, "pos_embed", None)
+    if own_table is None or table is None or table.ndim != 3 or table.shape[1] == own_table.shape[1]:
         return
     extra = 0 if network.no_embed_class else 1
     side = round((table.shape[1] - extra) ** 0.5)
     if side * side + extra == table.shape[1]:
-        shape = (1, table.shape[1], own.shape[2])
-        network.pos_embed = nn.Parameter(own.new_zeros(shape), requires_grad=own.requires_grad)
+        shape = (1, table.shape[1], own_table.shape[2])
+        network.pos_embed = nn.Parameter(own_table.new_zeros(shape), requires_grad=own_table.requires_grad)
         patch = network.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
         network.patch_embed.set_input_size(img_size=(side * patch, side * patch))  # type: ignore[union-attr, operator]
 
@@ -314,11 +314,11 @@ def _to_timm(state: State, network: nn.Module, variant: Variant, origin: str, ki
 def _refuse_satellite(state: State, origin: str, kind: str) -> None:
     """Raise ValueError for weights of satellite images: of Meta's files for the variants here, only those have a norm
     for local crops."""
-    named = ", or rename what is called sat493m if these are others" if "sat493m" in origin.lower() else ""
-    if named or (kind == "DINOv3, Meta" and "local_cls_norm.weight" in state):
+    hint = ", or rename what is called sat493m if these are others" if "sat493m" in origin.lower() else ""
+    if hint or (kind == "DINOv3, Meta" and "local_cls_norm.weight" in state):
         raise ValueError(
             f"{origin} holds weights of satellite images (SAT-493M), for images of mean (0.430, 0.411, 0.296) and "
-            f"deviation (0.213, 0.156, 0.143); all images here have ImageNet's: take the weights of LVD-1689M{named}"
+            f"deviation (0.213, 0.156, 0.143); all images here have ImageNet's: take the weights of LVD-1689M{hint}"
         )
 
 

@@ -181,10 +181,10 @@ class CoordinateRegressionModule(System):
         pixels, _ = project(position, intrinsics, extrinsics)
         size = self.network.image_size
         visible = inside_image(true_pixels, size, size) & torch.isfinite(pixels).all(-1)
-        off = (pixels - true_pixels).norm(dim=-1).masked_fill(~visible, 0.0)
+        pixel_error = (pixels - true_pixels).norm(dim=-1).masked_fill(~visible, 0.0)
         angle = torch.rad2deg(geodesic_angle(columns_to_quaternion(output.rotation), batch.quaternion))
         metrics = {
-            "pix_argmax": off.sum() / visible.sum(),
+            "pix_argmax": pixel_error.sum() / visible.sum(),
             "height_m": (position[..., 2] - batch.position[..., 2]).abs().mean(),
             "position_cm": (position - batch.position).norm(dim=-1).mean() * 100,
             "rotation_deg": angle.mean(),

@@ -44,24 +44,24 @@ def attention_on_targets(
 ) -> list[tuple[str, float]]:
     """Return (kind of the question, attention on the object asked about relative to uniform attention) for each row
     whose metadata (`evidence`) gives the object's frame and position; `blocks` as in `patch_maps`."""
-    asked = [n for n, text in enumerate(batch.texts) if {"frame", "pixel", "pixels_seen"} <= text.evidence.keys()]
-    asked = [n for n in asked if target_frame(batch, n) < rows.frame_counts[rows.videos[n]]]
-    if not asked or not isinstance(network, FoveatedVLM):
+    target_rows = [n for n, text in enumerate(batch.texts) if {"frame", "pixel", "pixels_seen"} <= text.evidence.keys()]
+    target_rows = [n for n in target_rows if target_frame(batch, n) < rows.frame_counts[rows.videos[n]]]
+    if not target_rows or not isinstance(network, FoveatedVLM):
         return []
     maps = patch_maps(network, output, rows, blocks)  # [S, F, h, w]
     streams = rows.streams.of_row.tolist()
-    found = []
-    for n in asked:
+    results = []
+    for n in target_rows:
         evidence = batch.texts[n].evidence
         x, y = evidence["pixel"]
-        where = attention_on_target(
+        attention = attention_on_target(
             maps[streams[n], target_frame(batch, n)].cpu(),
             (float(x), float(y)),
             float(evidence["pixels_seen"]),
             batch.frames.shape[-1],
         )
-        found.append((batch.kind[n], where))
-    return found
+        results.append((batch.kind[n], attention))
+    return results
 
 
 def attention_on_target(patches: Tensor, pixel: tuple[float, float], area: float, image_size: int) -> float:

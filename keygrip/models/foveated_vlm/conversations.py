@@ -73,18 +73,18 @@ def encode_conversation(
     Raises:
         ValueError: no user turn before the first answer, or a chat template that does not keep the words.
     """
-    said = [(turn.role, tokenizer.as_words(turn.text)) for turn in turns]
-    if not said:
+    messages = [(turn.role, tokenizer.as_words(turn.text)) for turn in turns]
+    if not messages:
         raise ValueError("a conversation needs at least one turn")
-    generating = said[-1][0] != "assistant"
-    whole = tokenizer.render(said, answering=generating)
+    generating = messages[-1][0] != "assistant"
+    rendered = tokenizer.render(messages, answering=generating)
     visual = 0
     if prompt_order == "question_first":
-        visual = _end_of_first_question(said, tokenizer, whole, generating)
-    answers = _answer_spans(said, tokenizer, whole)
+        visual = _end_of_first_question(messages, tokenizer, rendered, generating)
+    answers = _answer_spans(messages, tokenizer, rendered)
     if generating:
-        answers.append((len(whole), len(whole)))
-    cuts = sorted({0, visual, len(whole), *(edge for span in answers for edge in span)})
+        answers.append((len(rendered), len(rendered)))
+    cuts = sorted({0, visual, len(rendered), *(edge for span in answers for edge in span)})
     ids: list[int] = []
     answer: list[bool] = []
     visual_at = 0
@@ -94,18 +94,18 @@ def encode_conversation(
             visual_at = len(ids)
         if start in (first for first, _ in answers):
             begins.append(len(ids))
-        piece = tokenizer.encode(whole[start:stop], after=whole[:start])
+        piece = tokenizer.encode(rendered[start:stop], after=rendered[:start])
         ids += piece
         answer += [any(first <= start < last for first, last in answers)] * len(piece)
         if stop in (last for _, last in answers):
             ends.append(len(ids))
     prompt = len(ids) if generating else begins[-1]
-    if visual == len(whole):
+    if visual == len(rendered):
         visual_at = len(ids)
     loss = [True] * len(ids) if supervise == "all" else answer
     if max_tokens is None or len(ids) <= max_tokens:
         return EncodedText(ids, list(loss), list(answer), visual_at, prompt)
-    fitting = [number for number, end in enumerate(ends) if end <= max_tokens]
+    fitting = [index for index, end in enumerate(ends) if end <= max_tokens]
     keep = ends[fitting[-1]] if fitting else max_tokens
     prompt = begins[fitting[-1]] if fitting else min(prompt, keep)
     return EncodedText(
@@ -120,12 +120,14 @@ def encode_around(turns: Sequence[Turn], tokenizer: ChatTokenizer, mark: str) ->
     Raises:
         ValueError: as `encode_conversation`.
     """
-    said = [(turn.role, tokenizer.as_words(turn.text)) for turn in turns]
-    whole = tokenizer.render(said, answering=True)
-    edges = sorted({0, len(whole), *itertools.chain(*_answer_spans(said, tokenizer, whole))})
+    messages = [(turn.role, tokenizer.as_words(turn.text)) for turn in turns]
+    rendered = tokenizer.render(messages, answering=True)
+    edges = sorted({0, len(rendered), *itertools.chain(*_answer_spans(messages, tokenizer, rendered))})
     parts: list[list[int]] = [[]]
     for start, stop in itertools.pairwise(edges):
-        first, *others = _encoded_between(tokenizer, whole[start:stop].split(mark), whole[:start].replace(mark, ""))
+        first, *others = _encoded_between(
+            tokenizer, rendered[start:stop].split(mark), rendered[:start].replace(mark, "")
+        )
         parts[-1] += first
         parts += others
     return parts
@@ -141,15 +143,15 @@ def _end_of_first_question(said: list[tuple[str, str]], tokenizer: ChatTokenizer
     """Return where the words of the first user turn end in the rendered conversation, or where they would begin if it
     has none. The same words may occur in other turns and in the template too, so the conversation is rendered again
     with a mark after them: the two renderings first differ at the mark."""
-    number = next((n for n, (role, _) in enumerate(said) if role == "user"), None)
-    if number is None:
+    turn_index = next((n for n, (role, _) in enumerate(said) if role == "user"), None)
+    if turn_index is None:
         raise ValueError("prompt_order=question_first needs a user turn in every conversation")
-    text = said[number][1]
+    text = said[turn_index][1]
     words = text.rstrip()
-    there = [*said[:number], ("user", f"{words}{PLACE}{text[len(words) :]}"), *said[number + 1 :]]
-    rendered = tokenizer.render(there, answering=generating)
+    marked_turns = [*said[:turn_index], ("user", f"{words}{PLACE}{text[len(words) :]}"), *said[turn_index + 1 :]]
+    rendered = tokenizer.render(marked_turns, answering=generating)
     pairs = enumerate(zip(whole, rendered, strict=False))
-    end = next((place for place, (plain, told) in pairs if plain != told), len(whole))
+    end = next((place for place, (plain, marked) in pairs if plain != marked), len(whole))
     if not rendered.startswith(PLACE, end) or not whole[:end].endswith(words.lstrip()):
         raise ValueError(f"the chat template does not keep the words of a user turn as they are: {words[:60]!r}")
     return end
@@ -169,15 +171,15 @@ def _answer_span(said: list[tuple[str, str]], turn: int, tokenizer: ChatTokenize
     """Return where, in the rendered conversation, an answer begins and the token that ends its turn ends."""
     if not turn:
         raise ValueError("a conversation begins with an answer: it needs a user turn before the first one")
-    before = tokenizer.render(said[:turn], answering=True)
+    prompt = tokenizer.render(said[:turn], answering=True)
     words = said[turn][1].strip()
-    at = whole.find(words, len(before))
-    if not whole.startswith(before) or at < 0:
+    start = whole.find(words, len(prompt))
+    if not whole.startswith(prompt) or start < 0:
         raise ValueError(f"the chat template does not keep an answer behind its prompt: {words[:60]!r}")
-    mark = whole.find(tokenizer.end_text, at + len(words))
-    if mark < 0:
+    end = whole.find(tokenizer.end_text, start + len(words))
+    if end < 0:
         raise ValueError(f"the chat template does not end an assistant's turn with {tokenizer.end_text}")
-    return len(before), mark + len(tokenizer.end_text)
+    return len(prompt), end + len(tokenizer.end_text)
 
 
 @model_part
@@ -246,15 +248,17 @@ class ConversationCollator:
         """Encode a conversation, with a cache: simulated questions repeat, and rendering a template takes time."""
         if self.tokenizer is None:
             raise RuntimeError("the collator has no tokenizer yet: call prepare (the data module's prepare_data does)")
-        found = self._encoded.get(turns) or self._recent.get(turns)
-        if found is None:
-            said = self.with_system(up_to_last_answer(turns))
-            found = encode_conversation(said, self.tokenizer, self.prompt_order, self.supervise, self.max_tokens)
+        encoded = self._encoded.get(turns) or self._recent.get(turns)
+        if encoded is None:
+            conversation = self.with_system(up_to_last_answer(turns))
+            encoded = encode_conversation(
+                conversation, self.tokenizer, self.prompt_order, self.supervise, self.max_tokens
+            )
             if len(self._recent) >= KEPT_TEXTS:  # many texts were measured without making a batch
                 self._recent.clear()
-            kept = self._encoded if len(self._encoded) < KEPT_TEXTS else self._recent
-            kept[turns] = found
-        return found
+            cache = self._encoded if len(self._encoded) < KEPT_TEXTS else self._recent
+            cache[turns] = encoded
+        return encoded
 
     def with_system(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         """Return a conversation with the system turn of training."""
@@ -273,11 +277,11 @@ class ConversationCollator:
             return tuple(turns)
         if seconds is None:
             raise ValueError("collator.timestamps=true: when the frames of a video were taken is not known here")
-        first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+        first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
         if first is None:
             return tuple(turns)
-        told = Turn("user", f"{frame_times(seconds)}\n{turns[first].text}")
-        return (*turns[:first], told, *turns[first + 1 :])
+        timed_turn = Turn("user", f"{frame_times(seconds)}\n{turns[first].text}")
+        return (*turns[:first], timed_turn, *turns[first + 1 :])
 
     def prompt(self, turns: Sequence[Turn], seconds: Sequence[float] | None = None) -> EncodedText:
         """Encode a conversation for generation or scoring: as in training, but never truncated.
@@ -302,8 +306,8 @@ class ConversationCollator:
         """See `keygrip.data.video_text.batching.MeasuringCollator`; needs `prepare`."""
         if self.tokenizer is None:
             raise RuntimeError("the collator has no tokenizer yet: call prepare (the data module's prepare_data does)")
-        how = (self.prompt_order, self.supervise, self.max_tokens, self.system, self.timestamps)
-        return sha256_bytes(repr((sorted(self.tokenizer.words().items()), how)).encode())
+        settings = (self.prompt_order, self.supervise, self.max_tokens, self.system, self.timestamps)
+        return sha256_bytes(repr((sorted(self.tokenizer.words().items()), settings)).encode())
 
     def text_tokens(
         self, conversation: Conversation, seconds: Sequence[float] | None = None, whole: bool = False
@@ -331,16 +335,16 @@ class ConversationCollator:
         Raises:
             ValueError: every conversation has a problem.
         """
-        rows, places, videos, problems = [], [], [], []
-        for number, sample in enumerate(samples):
+        rows, row_sources, videos, problems = [], [], [], []
+        for sample_index, sample in enumerate(samples):
             for conversation in sample.conversations:
                 try:
                     rows.append(self._row(conversation, sample.seconds if len(sample.frames) else ()))
                 except ValueError as error:
                     problems.append(f"{sample.key} of {sample.source}: {error}")
                     continue
-                places.append((sample, conversation))
-                videos.append(number)
+                row_sources.append((sample, conversation))
+                videos.append(sample_index)
         self._recent.clear()
         if not rows:
             raise ValueError(f"a batch without a row: {problems[0] if problems else 'no conversations'}")
@@ -350,10 +354,10 @@ class ConversationCollator:
             frame_mask=frame_mask,
             video_index=torch.tensor(videos, dtype=torch.int64),
             **text_columns(rows),
-            kind=[conversation.kind for _, conversation in places],
-            source=[sample.source for sample, _ in places],
-            key=[sample.key for sample, _ in places],
-            texts=[conversation for _, conversation in places],
+            kind=[conversation.kind for _, conversation in row_sources],
+            source=[sample.source for sample, _ in row_sources],
+            key=[sample.key for sample, _ in row_sources],
+            texts=[conversation for _, conversation in row_sources],
             left_out=len(problems) + sum(sample.left_out for sample in samples),
             seconds=[sample.seconds for sample in samples],
             clips=sum(sample.cut for sample in samples),
@@ -362,7 +366,7 @@ class ConversationCollator:
 
 def up_to_last_answer(turns: Sequence[Turn]) -> Sequence[Turn]:
     """Return a conversation without the turns after its last answer; the whole conversation if it has no answer."""
-    answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     return turns[: answers[-1] + 1] if answers else turns
 
 
@@ -380,8 +384,8 @@ def text_columns(rows: Sequence[EncodedText]) -> dict[str, Any]:
 
     def padded(columns: Sequence[Sequence[int]], kind: torch.dtype) -> Tensor:
         table = torch.zeros(len(columns), longest, dtype=kind)
-        for number, column in enumerate(columns):
-            table[number, : len(column)] = torch.tensor(column, dtype=kind)
+        for index, column in enumerate(columns):
+            table[index, : len(column)] = torch.tensor(column, dtype=kind)
         return table
 
     return {

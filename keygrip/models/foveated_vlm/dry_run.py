@@ -82,7 +82,7 @@ def step_memory(module: Any, batch: VideoTextBatch, bf16: bool, ema: bool, accum
 
     module.train()
     try:
-        found = (measure_step if on_gpu else count_step)(network, step, bf16, ema, accumulated)
-        return found if module.frame_cache is None else replace(found, cache=module.frame_cache.room)
+        memory = (measure_step if on_gpu else count_step)(network, step, bf16, ema, accumulated)
+        return memory if module.frame_cache is None else replace(memory, cache=module.frame_cache.room)
     finally:
         module.train(was_training)

@@ -84,19 +84,19 @@ class EncoderPretrainingCollator:
         starts = mask.sum(1).cumsum(0).tolist()
         cubes: list[tuple[int, float, float, float, int, int, int]] = []
         for sample, stop in zip(samples, starts, strict=True):
-            found = cubes_of(sample)
-            if not found:
+            sample_cubes = cubes_of(sample)
+            if not sample_cubes:
                 raise ValueError(
                     f"{sample.key} has no labels of the cubes in its frames: this pretraining needs tours "
                     "(data.sources.*), and all of their frames (data.max_frames)"
                 )
-            for (frame, colour), cube in found.items():
+            for (frame, colour), cube in sample_cubes.items():
                 if colour not in self.colours:
                     raise ValueError(f"{sample.key} has a {colour} cube; collator.colours does not list {colour}")
                 x, y = cube["pixel"]
-                first = stop - len(sample.frames)
+                first_frame = stop - len(sample.frames)
                 cubes.append(
-                    (first + frame, x, y, cube["area"], self.colours[colour], cube["digit"], int(cube["pointed"]))
+                    (first_frame + frame, x, y, cube["area"], self.colours[colour], cube["digit"], int(cube["pointed"]))
                 )
         frames, xs, ys, areas, colours, digits, pointed = (list(column) for column in zip(*cubes, strict=True))
         return EncoderPretrainingBatch(
@@ -146,8 +146,8 @@ def patch_labels(batch: EncoderPretrainingBatch, grid: tuple[int, int]) -> dict[
         cell = size / count
         low = torch.arange(count, device=device) * cell
         centre = batch.pixel[:, axis, None]
-        inside = torch.minimum(low + cell, centre + side[:, None] / 2) - torch.maximum(low, centre - side[:, None] / 2)
-        overlap.append(inside.clamp_min(0) / cell)  # [K, count]
+        extent = torch.minimum(low + cell, centre + side[:, None] / 2) - torch.maximum(low, centre - side[:, None] / 2)
+        overlap.append(extent.clamp_min(0) / cell)  # [K, count]
     cover = (overlap[0][:, :, None] * overlap[1][:, None, :]).flatten(1)  # [K, N]
     row = (batch.pixel[:, 1] / size * grid[0]).long().clamp(0, grid[0] - 1)
     column = (batch.pixel[:, 0] / size * grid[1]).long().clamp(0, grid[1] - 1)
@@ -160,8 +160,8 @@ def patch_labels(batch: EncoderPretrainingBatch, grid: tuple[int, int]) -> dict[
     colour[batch.frame[cube], patch] = IGNORED
     for level in (COVERED, 0.999):  # the cube whose centre lies in the patch decides
         cube, patch = (cover >= level).nonzero(as_tuple=True)
-        at = (batch.frame[cube], patch)
-        colour[at], digit[at], pointed[at] = batch.colour[cube] + 1, batch.digit[cube], batch.pointed[cube]
+        index = (batch.frame[cube], patch)
+        colour[index], digit[index], pointed[index] = batch.colour[cube] + 1, batch.digit[cube], batch.pointed[cube]
     return {"colour": colour, "digit": digit, "pointed": pointed}
 
 
@@ -207,17 +207,17 @@ class EncoderPretraining(nn.Module):
         """Images [M, 3, S, S] -> logits [M, N, classes] of patches, [M, classes] of the whole frame (`asked`: [M, C,
         DIGITS], of each colour's query), and the grid."""
         features, kv = self.backbone.forward_with_kv(images)
-        found = self.backbone.query(self.asking_queries.expand(len(images), -1, -1), kv)
-        patches, cls, found = (
+        query_output = self.backbone.query(self.asking_queries.expand(len(images), -1, -1), kv)
+        patches, cls, query_output = (
             self.standards[name](values.float().flatten(0, -2)).view(values.shape)
-            for name, values in (("patches", features.patches), ("cls", features.cls), ("found", found))
+            for name, values in (("patches", features.patches), ("cls", features.cls), ("found", query_output))
         )
-        of_patches = self.patch_head(patches).float().split(list(self.sizes.values()), dim=-1)
-        of_frame = self.cls_head(cls).float().split([self.colours, DIGITS], dim=-1)
+        patch_logits = self.patch_head(patches).float().split(list(self.sizes.values()), dim=-1)
+        frame_logits = self.cls_head(cls).float().split([self.colours, DIGITS], dim=-1)
         names = ("colour", "digit")
         return (
-            dict(zip(self.sizes, of_patches, strict=True)),
-            dict(zip(names, of_frame, strict=True)) | {"asked": self.asked_head(found).float()},
+            dict(zip(self.sizes, patch_logits, strict=True)),
+            dict(zip(names, frame_logits, strict=True)) | {"asked": self.asked_head(query_output).float()},
             features.grid,
         )
 
@@ -280,24 +280,24 @@ class EncoderPretrainingModule(System):
         with trained_on(batch.frames.device):
             patches, frame, grid = self.network(normalised(batch.frames, backbone.mean, backbone.std))
         labels = patch_labels(batch, grid)
-        unknown = torch.full((len(batch), self.network.colours), IGNORED, device=batch.frame.device)
-        labels["frame_colour"], labels["frame_digit"] = unknown[:, 0].clone(), unknown[:, 0].clone()
-        labels["asked"] = unknown
-        at = batch.pointed == 1
-        labels["frame_colour"][batch.frame[at]] = batch.colour[at]
-        labels["frame_digit"][batch.frame[at]] = batch.digit[at]
+        ignored_labels = torch.full((len(batch), self.network.colours), IGNORED, device=batch.frame.device)
+        labels["frame_colour"], labels["frame_digit"] = ignored_labels[:, 0].clone(), ignored_labels[:, 0].clone()
+        labels["asked"] = ignored_labels
+        is_pointed = batch.pointed == 1
+        labels["frame_colour"][batch.frame[is_pointed]] = batch.colour[is_pointed]
+        labels["frame_digit"][batch.frame[is_pointed]] = batch.digit[is_pointed]
         labels["asked"][batch.frame, batch.colour] = batch.digit
-        asked = frame.pop("asked")
-        logits = patches | {f"frame_{name}": value for name, value in frame.items()} | {"asked": asked}
+        asked_logits = frame.pop("asked")
+        logits = patches | {f"frame_{name}": value for name, value in frame.items()} | {"asked": asked_logits}
         losses, right = {}, {}
         for name, values in logits.items():
-            wanted = labels[name].flatten()
-            values = values.reshape(len(wanted), -1)
-            counted = wanted != IGNORED
-            total = F.cross_entropy(values, wanted, ignore_index=IGNORED, reduction="sum")
+            targets = labels[name].flatten()
+            values = values.reshape(len(targets), -1)
+            counted = targets != IGNORED
+            total = F.cross_entropy(values, targets, ignore_index=IGNORED, reduction="sum")
             losses[name] = global_mean(total, counted.sum())
-            shown = counted & (wanted > 0) if name == "colour" else counted
-            right[name] = (((values.argmax(-1) == wanted) & shown).sum(), shown.sum())
+            scored = counted & (targets > 0) if name == "colour" else counted
+            right[name] = (((values.argmax(-1) == targets) & scored).sum(), scored.sum())
         return losses, right
 
     def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -325,9 +325,9 @@ class EncoderPretrainingModule(System):
 
     def on_validation_epoch_end(self) -> None:
         for name, (good, count) in self._right.items():
-            found = global_sum(torch.tensor([good, count], dtype=torch.float64, device=self.device))
-            if found[1]:  # over all processes; without any sample there is nothing to log
-                self.log(f"val/{name}", float(found[0] / found[1]), prog_bar=name == "digit", sync_dist=True)
+            totals = global_sum(torch.tensor([good, count], dtype=torch.float64, device=self.device))
+            if totals[1]:  # over all processes; without any sample there is nothing to log
+                self.log(f"val/{name}", float(totals[0] / totals[1]), prog_bar=name == "digit", sync_dist=True)
 
     def set_statistics(self, statistics: VideoTextStatistics) -> None:
         """Check the statistics of the data; nothing is stored.
@@ -335,9 +335,9 @@ class EncoderPretrainingModule(System):
         Raises:
             ValueError: some of the questions that give the positions of cubes are not read.
         """
-        if left := sorted({"mark", "glance"} & statistics.partial_kinds):
+        if kinds := sorted({"mark", "glance"} & statistics.partial_kinds):
             raise ValueError(
-                f"not all questions of the kinds {', '.join(left)} are read, and a cube that none of them names would "
+                f"not all questions of the kinds {', '.join(kinds)} are read, and a cube that none of them names would "
                 "be trained on as no cube: set data.questions=null and data.val_questions=null, and let "
                 "data.sources.NAME.kinds be null or hold mark and glance"
             )

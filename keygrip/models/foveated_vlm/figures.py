@@ -28,43 +28,46 @@ SHOWN_TOKENS = 48  # of an answer
 def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) -> tuple[np.ndarray | None, str]:
     """Answer some rows of different kinds; return an image [H, W, 3] uint8 (None without frames) and a table."""
     network, counts = module.network, batch.frame_mask.sum(1).tolist()
-    found = [(row, _question(module, batch, row, counts)) for row in one_of_each(batch.kind, rows)]
-    shown = [(row, question) for row, question in found if question is not None]
-    if not shown:
+    candidates = [(row, _question(module, batch, row, counts)) for row in one_of_each(batch.kind, rows)]
+    questions = [(row, question) for row, question in candidates if question is not None]
+    if not questions:
         return None, "no conversation of the batch fits into the language model's context with an answer"
-    chosen = [row for row, _ in shown]
-    asked, prompts = [(said, answer) for _, (said, answer, _) in shown], [prompt for _, (*_, prompt) in shown]
-    videos = [int(batch.video_index[row]) for row in chosen]
+    chosen_rows = [row for row, _ in questions]
+    qa_pairs, prompts = (
+        [(words, answer) for _, (words, answer, _) in questions],
+        [prompt for _, (*_, prompt) in questions],
+    )
+    videos = [int(batch.video_index[row]) for row in chosen_rows]
     frames = batch.normalised(network.backbone.mean, network.backbone.std)
-    # only the videos that are shown
-    kept = sorted(set(videos))
+    # only the videos of these rows
+    shown_videos = sorted(set(videos))
     answers = generate(
         network,
         module.tokenizer,
-        frames[kept],
-        [counts[video] for video in kept],
+        frames[shown_videos],
+        [counts[video] for video in shown_videos],
         prompts,
-        [kept.index(video) for video in videos],
+        [shown_videos.index(video) for video in videos],
         module.answer_mode,
         max_new_tokens=SHOWN_TOKENS,
-        seconds=[batch.seconds[video] for video in kept] if batch.seconds else None,
+        seconds=[batch.seconds[video] for video in shown_videos] if batch.seconds else None,
     )
     table = ["| kind | question | answer | generated |", "| --- | --- | --- | --- |"]
-    for row, (question, answer), said in zip(chosen, asked, answers.texts, strict=True):
-        cells = (batch.kind[row], question, answer, said)
+    for row, (question, answer), words in zip(chosen_rows, qa_pairs, answers.texts, strict=True):
+        cells = (batch.kind[row], question, answer, words)
         table.append("| " + " | ".join(printable(cell.replace("|", "/").replace("\n", " ")) for cell in cells) + " |")
     text = "\n".join(table)
-    seen = [n for n, video in enumerate(videos) if counts[video]]
-    if not seen or answers.passes is None or not isinstance(network, FoveatedVLM):
+    visual_prompts = [n for n, video in enumerate(videos) if counts[video]]
+    if not visual_prompts or answers.passes is None or not isinstance(network, FoveatedVLM):
         return None, text
     hidden = torch.zeros(0, device=frames.device)
     output = VLMOutput(hidden, answers.rows.layout(), hidden, answers.passes)
     maps = patch_maps(network, output, answers.rows).float().cpu().numpy()
     streams = answers.rows.streams.of_row.tolist()
     strips = []
-    for n in seen:
+    for n in visual_prompts:
         images = batch.frames[videos[n], : counts[videos[n]]].permute(0, 2, 3, 1).cpu().numpy()
-        title = f"{batch.kind[chosen[n]]}: {asked[n][0]}   true: {asked[n][1]}   said: {answers.texts[n]}"
+        title = f"{batch.kind[chosen_rows[n]]}: {qa_pairs[n][0]}   true: {qa_pairs[n][1]}   said: {answers.texts[n]}"
         strips.append((title, images, maps[streams[n], : len(images)]))
     return draw_attention(strips), text
 
@@ -108,12 +111,12 @@ def draw_attention(strips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.n
         axes = part.subplots(1, columns, squeeze=False)[0]
         for axis in axes:
             axis.axis("off")
-        numbers = evenly(len(frames), columns)
-        for axis, number in zip(axes, numbers, strict=False):
+        frame_indices = evenly(len(frames), columns)
+        for axis, frame_index in zip(axes, frame_indices, strict=False):
             side = frames.shape[1]
-            strength = maps[number] / max(float(maps[number].max()), 1e-12)
-            axis.imshow(frames[number], extent=(0, side, side, 0))
+            strength = maps[frame_index] / max(float(maps[frame_index].max()), 1e-12)
+            axis.imshow(frames[frame_index], extent=(0, side, side, 0))
             overlay = {"extent": (0, side, side, 0), "interpolation": "bilinear", "cmap": "inferno"}
             axis.imshow(strength, alpha=0.15 + 0.6 * strength, **overlay)
-            axis.set_title(f"frame {number}", fontsize=6)
+            axis.set_title(f"frame {frame_index}", fontsize=6)
     return figure_to_image(figure)

@@ -55,18 +55,18 @@ class FrameCache:
             names: M; the same name always stands for the same frame. frames: [M, 3, S, S].
             encode: computes the outputs of some of these frames.
         """
-        found = []
-        for place, name in enumerate(names):
-            one = self.kept.get(name)
-            if one is None:
+        outputs = []
+        for index, name in enumerate(names):
+            output = self.kept.get(name)
+            if output is None:
                 with torch.no_grad():
-                    one = encode(frames[place : place + 1])
-                size = sum(part.nbytes for part in _tensors(one))
+                    output = encode(frames[index : index + 1])
+                size = sum(part.nbytes for part in _tensors(output))
                 if size <= self.room:
-                    one = self.kept[name] = self._slab_for(one, size).add(one)
+                    output = self.kept[name] = self._slab_for(output, size).add(output)
                     self.room -= size
-            found.append(one)
-        return _joined(found)
+            outputs.append(output)
+        return _joined(outputs)
 
     def _slab_for(self, one: Encoded, size: int) -> _Slab:
         kind = tuple((part.shape, part.dtype, part.device) for part in _tensors(one))

@@ -75,10 +75,10 @@ def check_room(network: VideoLanguageNetwork, text: int, frames: int, max_new_to
         ValueError: conversation and answer do not fit into the language model's context, or the network can number
             fewer frames.
     """
-    left, context = room(network, text, frames), network.language.context
-    if left < max_new_tokens:
+    unused, context = room(network, text, frames), network.language.context
+    if unused < max_new_tokens:
         raise ValueError(
-            f"the conversation takes {context - left} positions and the answer up to {max_new_tokens}; the language "
+            f"the conversation takes {context - unused} positions and the answer up to {max_new_tokens}; the language "
             f"model holds {context}: lower max_new_tokens, or give fewer frames or less text"
         )
     if network.frame_tokens is not None and frames > len(network.frame_tokens):
@@ -140,29 +140,29 @@ def generate(
         )
     cache = LanguageCache()
     # Rows are padded on the right; padding leaves a gap in the cache, to which no later token attends.
-    same = bool(layout.valid.all())
+    equal_lengths = bool(layout.valid.all())
     hidden = language.extend(
         layout.place(language.embed(rows.input_ids), network.with_frame_positions_of(visual, rows)),
         cache,
-        None if same else layout.valid,
+        None if equal_lengths else layout.valid,
     )
     state = take(hidden, layout.valid.sum(1, keepdim=True) - 1)[:, 0]
     # one for each row: an answer does not depend on the other prompts of the batch
     generators = [sampling.of(sample).generator(device) for sample in samples or [0] * len(prompts)]
     ids: list[list[int]] = [[] for _ in prompts]
-    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    unfinished = torch.ones(len(prompts), dtype=torch.bool, device=device)
     stops = torch.tensor(sorted(tokenizer.stop_tokens), dtype=torch.int64, device=device)
     for _ in range(max_new_tokens):
         logits = language.logits(state).float()
         logits[:, tokenizer.size :] = -torch.inf  # rows of the output table without a token
         token = sampling.next(logits, generators)
-        going = going & ~torch.isin(token, stops)
-        for row, (value, on) in enumerate(zip(token.tolist(), going.tolist(), strict=True)):
-            if on:
+        unfinished = unfinished & ~torch.isin(token, stops)
+        for row, (value, is_unfinished) in enumerate(zip(token.tolist(), unfinished.tolist(), strict=True)):
+            if is_unfinished:
                 ids[row].append(value)
-        if not bool(going.any()):
+        if not bool(unfinished.any()):
             break
-        valid = None if bool(going.all()) else going[:, None]
+        valid = None if bool(unfinished.all()) else unfinished[:, None]
         state = language.extend(language.embed(token[:, None]), cache, valid)[:, 0]
     return Answers([tokenizer.decode(row).strip() for row in ids], ids, passes, rows)
 
@@ -206,17 +206,17 @@ def answer_likelihoods(
         answer = text.answer[text.prompt :]
         end = len(answer) - answer[::-1].index(True) if any(answer) else 0
         mask[row, text.prompt : text.prompt + end - (0 if with_end else 1)] = True
-    at = layout.text_at - 1
-    row_of, token = (mask & (at >= 0)).nonzero(as_tuple=True)
+    state_positions = layout.text_at - 1
+    token_rows, token = (mask & (state_positions >= 0)).nonzero(as_tuple=True)
     losses, right = token_cross_entropy(
-        hidden[row_of, at[row_of, token]],
+        hidden[token_rows, state_positions[token_rows, token]],
         network.language.head_weight,
-        rows.input_ids[row_of, token],
+        rows.input_ids[token_rows, token],
         tokens=tokens,
     )
     zeros = torch.zeros(len(answered), device=losses.device)
-    wrong = zeros.index_add(0, row_of, (~right).float())
-    return Likelihoods(-zeros.index_add(0, row_of, losses), mask.sum(1), wrong == 0)
+    wrong = zeros.index_add(0, token_rows, (~right).float())
+    return Likelihoods(-zeros.index_add(0, token_rows, losses), mask.sum(1), wrong == 0)
 
 
 def answer_scores(
@@ -230,5 +230,5 @@ def answer_scores(
     seconds: Seconds = None,
 ) -> Tensor:
     """Mean log-likelihood per token of each conversation's last answer, float32 [B], to choose among given answers."""
-    found = answer_likelihoods(network, frames, frame_counts, answered, videos, mode, kv, seconds=seconds)
-    return found.total / found.tokens.clamp_min(1)
+    likelihoods = answer_likelihoods(network, frames, frame_counts, answered, videos, mode, kv, seconds=seconds)
+    return likelihoods.total / likelihoods.tokens.clamp_min(1)

@@ -36,8 +36,8 @@ def chat_template(own: str, system: str | None) -> str:
         return ITEMS + own
     # Jinja parses Python's repr of a string as the same string.
     turn = f"{{'role': 'system', 'content': {system!r}}}"
-    told = f"{{%- set messages = [{turn}] + messages -%}}"
-    return f"{ITEMS}{{%- if not messages or messages[0]['role'] != 'system' -%}}{told}{{%- endif -%}}{own}"
+    statement = f"{{%- set messages = [{turn}] + messages -%}}"
+    return f"{ITEMS}{{%- if not messages or messages[0]['role'] != 'system' -%}}{statement}{{%- endif -%}}{own}"
 
 
 def hub_files(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -35,11 +35,11 @@ def token_cross_entropy(
         float32 [n] and bool [n].
     """
     losses, right = [], []
-    for states, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+    for states, chunk_targets in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         if hidden.requires_grad and torch.is_grad_enabled() and len(hidden) > chunk:
-            loss, hit = checkpoint(_one_chunk, states, weight, wanted, tokens, use_reentrant=False)
+            loss, hit = checkpoint(_one_chunk, states, weight, chunk_targets, tokens, use_reentrant=False)
         else:
-            loss, hit = _one_chunk(states, weight, wanted, tokens)
+            loss, hit = _one_chunk(states, weight, chunk_targets, tokens)
         losses.append(loss)
         right.append(hit)
     if not losses:
@@ -60,10 +60,10 @@ def fused_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tupl
         return token_cross_entropy(hidden, weight, targets)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    found = liger_fused_linear_cross_entropy(
+    output = liger_fused_linear_cross_entropy(
         hidden, weight, targets, reduction="none", accum_dtype=torch.float32, return_predicted_tokens=True
     )
-    return found.loss.float(), found.predicted_tokens == targets
+    return output.loss.float(), output.predicted_tokens == targets
 
 
 def check_liger(device: torch.device) -> None:

@@ -183,9 +183,9 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
                 f"collator.tokens_per_frame={self.collator.tokens_per_frame}: the network has "
                 f"{self.network.tokens_per_frame}, which data.budget must count"
             )
-        asked = statistics.kinds
-        if asked and (unknown := set(self.coarse_kinds or ()) - asked):
-            raise ValueError(f"model.coarse_kinds={sorted(unknown)}: asked are {', '.join(sorted(asked))}")
+        kinds = statistics.kinds
+        if kinds and (unknown := set(self.coarse_kinds or ()) - kinds):
+            raise ValueError(f"model.coarse_kinds={sorted(unknown)}: asked are {', '.join(sorted(kinds))}")
         if statistics.clips_keep_times and not self.network.counts_seconds:
             raise ValueError(
                 "data.clips.rebased=false (or of a source's clips): questions about a clip name the video's seconds, "
@@ -195,18 +195,18 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self._check_tokenizer()
         if self.init_from is not None and not self.resumed:
             self._start_from(self.init_from)
-        how = (statistics.image_size, statistics.fit, statistics.max_frames, statistics.image_frames)
-        self.image_options = frame_settings(*how)
+        preparation = (statistics.image_size, statistics.fit, statistics.max_frames, statistics.image_frames)
+        self.image_options = frame_settings(*preparation)
 
     def _start_from(self, path: str) -> None:
-        before = self.take_weights(path, "a video-language model")
-        if not before.tokenizer.same_words(self.tokenizer, template=False):
+        source_model = self.take_weights(path, "a video-language model")
+        if not source_model.tokenizer.same_words(self.tokenizer, template=False):
             raise ValueError(
                 f"model.init_from={path} was trained with another tokenizer: its weights mean other words. Use "
                 "the same language=..., and for a tokenizer trained on the shards "
                 "language.tokenizer.init_from=${model.init_from}"
             )
-        if not before.tokenizer.same_words(self.tokenizer):  # an export's, which has the system turn of training
+        if not source_model.tokenizer.same_words(self.tokenizer):  # an export's, which has the system turn of training
             log.warning("conversations are laid out by another chat template than that of %s, which it replaces", path)
 
     @property
@@ -272,8 +272,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     def as_input(self, frames: np.ndarray) -> Tensor:
         """Convert one video, uint8 [F, S, S, 3], to the network's input: [1, F, 3, S, S] on the module's device."""
         pixels = torch.from_numpy(np.require(frames, requirements=["C", "W"])).to(self.device).permute(0, 3, 1, 2)
-        found = normalised(pixels, self.network.backbone.mean, self.network.backbone.std)[None]
-        return found.to(next(self.network.backbone.parameters()).dtype)
+        video = normalised(pixels, self.network.backbone.mean, self.network.backbone.std)[None]
+        return video.to(next(self.network.backbone.parameters()).dtype)
 
     def stream(
         self,
@@ -352,8 +352,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         scores = self.score(output, batch)
         loss = global_mean(scores.loss, scores.tokens)
         size, name = len(batch), "train/" if mode == self.mode else "train/coarse_"
-        everywhere = global_sum(loss) / world_size()  # processes hold different shares of the batch's rows
-        self.log(f"{name}loss", everywhere, prog_bar=True, batch_size=size)
+        global_loss = global_sum(loss) / world_size()  # processes hold different shares of the batch's rows
+        self.log(f"{name}loss", global_loss, prog_bar=True, batch_size=size)
         accuracy = scores.exact.sum() / scores.answered.sum().clamp_min(1)
         self.log(f"{name}accuracy", accuracy, prog_bar=True, batch_size=size)
         self.row_counts.add(batch, rows)
@@ -376,14 +376,14 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     def validation_step(self, batch: VideoTextBatch, batch_idx: int) -> None:
         rows = text_rows(batch)
         frames, kv = self.encoder_inputs(batch, rows)
-        for mode, (of_network, refinement) in self._validated().items():
-            output = self.network(frames, rows, of_network, refinement, kv)
+        for mode, (network_mode, refinement) in self._validated().items():
+            output = self.network(frames, rows, network_mode, refinement, kv)
             self._scores[mode].add(self.score(output, batch), batch.kind)
             if output.passes is not None:
                 kv = output.passes.kv  # computed once for all modes
                 if mode == self._attended():
-                    for kind, where in attention_on_targets(self.network, output, rows, batch):
-                        self._on_targets[kind].append(where)
+                    for kind, attention in attention_on_targets(self.network, output, rows, batch):
+                        self._on_targets[kind].append(attention)
         if batch_idx == 0 and self._shown(1 if self.log_images_every_n_steps else 0):
             self._show("val", batch)
 
@@ -392,10 +392,10 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         for mode, values in figures.items():
             for name, value in values.items():
                 self.log(f"val/{mode}/{name}", value, rank_zero_only=False)
-        own = figures.get(self.mode, {})
-        if "loss" in own:
-            self.log("val/loss", own["loss"], prog_bar=True)
-            self.log("val/accuracy", own.get("accuracy", float("nan")), prog_bar=True)
+        mode_figures = figures.get(self.mode, {})
+        if "loss" in mode_figures:
+            self.log("val/loss", mode_figures["loss"], prog_bar=True)
+            self.log("val/accuracy", mode_figures.get("accuracy", float("nan")), prog_bar=True)
         compared = comparisons(figures)
         for name, value in compared.items():
             self.log(f"val/{name}", value)
@@ -438,11 +438,11 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             return dict(self._on_targets)
         gathered: list[Any] = [None] * world_size()
         torch.distributed.all_gather_object(gathered, dict(self._on_targets))
-        together: dict[str, list[float]] = defaultdict(list)
+        merged: dict[str, list[float]] = defaultdict(list)
         for part in gathered:
             for kind, values in part.items():
-                together[kind] += values
-        return dict(together)
+                merged[kind] += values
+        return dict(merged)
 
     # ------------------------------------------------------------------ images
 

@@ -73,8 +73,8 @@ class RowCounts:
 
         Every process must call it at the same step.
         """
-        own = torch.tensor([self._counts[name] for name in self.counted], dtype=torch.int64, device=device)
-        counts = dict(zip(self.counted, global_sum(own).tolist(), strict=True))
+        local_counts = torch.tensor([self._counts[name] for name in self.counted], dtype=torch.int64, device=device)
+        counts = dict(zip(self.counted, global_sum(local_counts).tolist(), strict=True))
         self._counts.clear()
         self._left_out += counts["left_out"]
         return {
@@ -110,16 +110,16 @@ def health_figures(
     if passes is None:
         return figures
     attention = network.attention_by_frame(passes, streams, HEALTH_FRAMES).flatten(0, 1)
-    used = streams.slots if passes.queries is not None else torch.arange(len(attention), device=frames.device)
-    figures["attention_entropy"] = relative_entropy(attention[used[used < len(attention)]])
+    slots = streams.slots if passes.queries is not None else torch.arange(len(attention), device=frames.device)
+    figures["attention_entropy"] = relative_entropy(attention[slots[slots < len(attention)]])
     visual = passes.visual.flatten(0, 1)[streams.places]
     figures["visual_over_text_std"] = visual.float().std() / network.language.embedding_std
     if passes.fine is not None:
         coarse = streams.to_streams(passes.coarse)
         figures["query_effect"] = (passes.fine - coarse).flatten(0, 1)[streams.places].float().abs().mean()
         kv = [type(block)(block.key.detach(), block.value.detach()) for block in passes.kv]
-        of_coarse = score(network(frames, rows, "coarse_only", kv=kv))
-        figures["loss_fine_over_coarse"] = scores.loss / of_coarse.loss.clamp_min(1e-9)
+        coarse_scores = score(network(frames, rows, "coarse_only", kv=kv))
+        figures["loss_fine_over_coarse"] = scores.loss / coarse_scores.loss.clamp_min(1e-9)
     return figures
 
 

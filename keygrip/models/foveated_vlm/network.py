@@ -147,9 +147,9 @@ class FoveatedVLM(VideoLanguageNetwork):
         """Compute queries [S, F, D] from visual tokens [S, F, C]: for each frame, from the hidden state before it."""
         if streams.layout.source.shape[1]:
             prefix = self.language.embed(streams.input_ids)
-            placed = streams.layout.place(prefix, self.with_frame_positions(visual, 0, streams.seconds))
+            embeddings = streams.layout.place(prefix, self.with_frame_positions(visual, 0, streams.seconds))
             lengths = [text + frames - 1 for text, frames in zip(streams.lengths, streams.frame_counts, strict=True)]
-            hidden = take(self.hidden_of(placed, lengths), streams.query_at)
+            hidden = take(self.hidden_of(embeddings, lengths), streams.query_at)
         else:  # single frames with nothing before them: zeros that depend on `visual`, so that it has a gradient
             hidden = 0.0 * visual
         return self._as_queries(self.with_clock(hidden, 0, streams.seconds), streams.first)
@@ -216,8 +216,8 @@ class FoveatedVLM(VideoLanguageNetwork):
         else:
             queries = streams.to_frames(passes.queries)
         kv = [BlockKV(block.key[:limit], block.value[:limit]) for block in passes.kv]
-        entering = self._into_encoder(queries[:limit])
-        _, weights = self._query_encoder.query_with_attention(entering, kv, self.first_block)
+        query_inputs = self._into_encoder(queries[:limit])
+        _, weights = self._query_encoder.query_with_attention(query_inputs, kv, self.first_block)
         return torch.stack([block.float() for block in weights], dim=2).permute(0, 3, 2, 1, 4)
 
     # ------------------------------------------------------------------ parts
@@ -258,19 +258,19 @@ class FoveatedVLM(VideoLanguageNetwork):
             state = self._read_prefix(streams, cache)
         queries, fine = [], []
         # the longest text and video may belong to different rows: then nothing after a row's end may take a position
-        full = cache.length + streams.longest > self.language.context
+        needs_mask = cache.length + streams.longest > self.language.context
         counts = torch.tensor(streams.frame_counts, device=coarse.device)[:, None]
         for frame in range(streams.longest):
-            now = None if streams.seconds is None else streams.seconds[:, frame : frame + 1]
-            before = self.with_clock(state, frame, now)
-            query = self._as_queries(before, streams.first[:, frame : frame + 1])  # [S, 1, D]
-            seen = self._query_frame(query, kv, streams, frame)
+            seconds = None if streams.seconds is None else streams.seconds[:, frame : frame + 1]
+            hidden = self.with_clock(state, frame, seconds)
+            query = self._as_queries(hidden, streams.first[:, frame : frame + 1])  # [S, 1, D]
+            embeddings = self._query_frame(query, kv, streams, frame)
             queries.append(query)
-            fine.append(seen)
+            fine.append(embeddings)
             if frame + 1 < streams.longest:
-                visual = coarse[:, frame : frame + 1] if self.query_source == "coarse" else self.connector(seen)
-                visual = self.with_frame_positions(visual, frame, now)
-                state = self.language.extend(visual, cache, counts > frame if full else None)
+                visual = coarse[:, frame : frame + 1] if self.query_source == "coarse" else self.connector(embeddings)
+                visual = self.with_frame_positions(visual, frame, seconds)
+                state = self.language.extend(visual, cache, counts > frame if needs_mask else None)
         return torch.cat(queries, dim=1), torch.cat(fine, dim=1)
 
     def _read_prefix(self, streams: Streams, cache: LanguageCache) -> Tensor:
@@ -288,22 +288,22 @@ class FoveatedVLM(VideoLanguageNetwork):
         """Return embeddings [S, 1, D] of frame number `frame` of each stream for queries [S, 1, D]; zero where a stream
         has ended."""
         counts = [after - before for before, after in zip(streams.frame_starts, streams.frame_starts[1:], strict=False)]
-        going = [video for video, count in enumerate(counts) if count > frame]
-        place = {video: number for number, video in enumerate(going)}
-        now = [
-            (stream, place[video] * streams.slots_per_frame + slot)
+        active = [video for video, count in enumerate(counts) if count > frame]
+        video_index = {video: position for position, video in enumerate(active)}
+        stream_slots = [
+            (stream, video_index[video] * streams.slots_per_frame + slot)
             for stream, (video, slot) in enumerate(zip(streams.videos, streams.video_slots, strict=True))
-            if video in place
+            if video in video_index
         ]
-        index = [streams.frame_starts[video] + frame for video in going]
+        index = [streams.frame_starts[video] + frame for video in active]
         # one frame: a view, which copies nothing
-        at = slice(index[0], index[0] + 1) if len(index) == 1 else torch.tensor(index, device=query.device)
-        part = [BlockKV(block.key[at], block.value[at]) for block in kv]
-        if len(streams) == len(now) == len(going) == 1:
-            return self.query_frames(query, part)
-        stream, slot = (torch.tensor(list(v), device=query.device) for v in zip(*now, strict=True))
-        table = query.new_zeros(len(going) * streams.slots_per_frame, query.shape[-1]).index_copy(
+        selection = slice(index[0], index[0] + 1) if len(index) == 1 else torch.tensor(index, device=query.device)
+        frame_kv = [BlockKV(block.key[selection], block.value[selection]) for block in kv]
+        if len(streams) == len(stream_slots) == len(active) == 1:
+            return self.query_frames(query, frame_kv)
+        stream, slot = (torch.tensor(list(v), device=query.device) for v in zip(*stream_slots, strict=True))
+        table = query.new_zeros(len(active) * streams.slots_per_frame, query.shape[-1]).index_copy(
             0, slot, query[stream, 0]
         )
-        seen = self.query_frames(table.view(len(going), streams.slots_per_frame, -1), part).flatten(0, 1)
-        return seen.new_zeros(len(streams), seen.shape[-1]).index_copy(0, stream, seen[slot])[:, None]
+        embeddings = self.query_frames(table.view(len(active), streams.slots_per_frame, -1), frame_kv).flatten(0, 1)
+        return embeddings.new_zeros(len(streams), embeddings.shape[-1]).index_copy(0, stream, embeddings[slot])[:, None]

@@ -55,9 +55,9 @@ def draw_objects(images: Tensor, count: int, random: torch.Generator) -> Objects
     """Sample `count` objects per frame from images [M, 3, S, S] in 0 to 1; an object may be sampled more than once."""
     cells = F.avg_pool2d(images, CELL)
     width, features = cells.shape[-1], colour_features(cells)
-    drawn = _drawn(features, count, random)
-    start = torch.stack([drawn % width, drawn // width], dim=-1).float()
-    centre, colour = _at_rest(cells, features, start, _taken(features, drawn))
+    sampled_cells = _drawn(features, count, random)
+    start = torch.stack([sampled_cells % width, sampled_cells // width], dim=-1).float()
+    centre, colour = _at_rest(cells, features, start, _taken(features, sampled_cells))
     middle = (CELL - 1) / 2  # centre of a cell, in pixels
     return Objects(CELL * centre + middle, colour, CELL * start + middle)
 
@@ -66,12 +66,12 @@ def _drawn(features: Tensor, count: int, random: torch.Generator) -> Tensor:
     """Sample indices of cells [M, K] from features [M, h * w, 4], in proportion to the rarity of their colour among
     `CANDIDATES` cells."""
     frames, cells = features.shape[:2]
-    among = torch.randint(cells, (frames, max(count, CANDIDATES)), generator=random).to(features.device)
-    asked = _taken(features, among)
-    common = likeness(asked, asked).mean(-1)  # at least 1 / CANDIDATES: the cell itself
-    noise = torch.rand(common.shape, generator=random).to(common).clamp(1e-6, 1 - 1e-6)
-    keys = -common.log() - (-noise.log()).log()  # Gumbel: the K largest are a sample without replacement
-    return among.gather(1, keys.topk(count, dim=1).indices)
+    candidates = torch.randint(cells, (frames, max(count, CANDIDATES)), generator=random).to(features.device)
+    candidate_features = _taken(features, candidates)
+    commonness = likeness(candidate_features, candidate_features).mean(-1)  # at least 1 / CANDIDATES: the cell itself
+    noise = torch.rand(commonness.shape, generator=random).to(commonness).clamp(1e-6, 1 - 1e-6)
+    keys = -commonness.log() - (-noise.log()).log()  # Gumbel: the K largest are a sample without replacement
+    return candidates.gather(1, keys.topk(count, dim=1).indices)
 
 
 def _at_rest(cells: Tensor, features: Tensor, centre: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,11 +90,11 @@ def _at_rest(cells: Tensor, features: Tensor, centre: Tensor, asked: Tensor) -> 
         x, y = middle[..., :1] + right, middle[..., 1:] + down  # [M, K, W]
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         index = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).flatten(1)
-        seen = _taken(features, index).unflatten(1, x.shape[1:])  # [M, K, W, 4]
-        weight = likeness(asked[:, :, None], seen)[:, :, 0] * inside
+        window_features = _taken(features, index).unflatten(1, x.shape[1:])  # [M, K, W, 4]
+        weight = likeness(asked[:, :, None], window_features)[:, :, 0] * inside
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)
         colour = (weight[..., None] * _taken(colours, index).unflatten(1, x.shape[1:])).sum(2)
-        asked = (weight[..., None] * seen).sum(2)
+        asked = (weight[..., None] * window_features).sum(2)
         centre = torch.stack([(weight * x).sum(-1), (weight * y).sum(-1)], dim=-1)
     return centre, colour
 
@@ -109,6 +109,6 @@ def crops_of(images: Tensor, centre: Tensor, side: int = SIDE) -> Tensor:
     beyond an image's edge its border is repeated."""
     steps = torch.arange(side, device=images.device) - (side - 1) / 2
     offsets = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1)  # [side, side, 2] (x, y)
-    where = ((centre[:, :, None, None] + offsets) * 2 + 1) / images.shape[-1] - 1
-    found = F.grid_sample(images, where.flatten(1, 2), padding_mode="border", align_corners=False)
-    return found.unflatten(2, (-1, side)).transpose(1, 2)
+    grid = ((centre[:, :, None, None] + offsets) * 2 + 1) / images.shape[-1] - 1
+    crops = F.grid_sample(images, grid.flatten(1, 2), padding_mode="border", align_corners=False)
+    return crops.unflatten(2, (-1, side)).transpose(1, 2)

@@ -57,16 +57,16 @@ def read_published(source: str) -> State:
     if any(name.startswith(OF_TRAINING) for name in raw):
         raw = {name.removeprefix(OF_TRAINING): value for name, value in raw.items() if name.startswith(OF_TRAINING)}
     state = {name.replace("_orig_mod.", ""): value for name, value in raw.items()}  # of a compiled model
-    strange = sorted(
+    unexpected = sorted(
         name for name in state if not name.startswith((ENCODER, LANGUAGE)) and name not in (OUTPUT_LAYER, *NAMES)
     )
-    wanted = {*NAMES, TABLE, PATCHES, *({EMBEDDINGS} if OUTPUT_LAYER not in state else ())}
-    missing = sorted(wanted - state.keys())
-    if strange or missing:
-        what = [f"it has {', '.join(strange[:3])}"] if strange else []
-        what += [f"it lacks {', '.join(missing[:3])}"] if missing else []
+    required = {*NAMES, TABLE, PATCHES, *({EMBEDDINGS} if OUTPUT_LAYER not in state else ())}
+    missing = sorted(required - state.keys())
+    if unexpected or missing:
+        problems = [f"it has {', '.join(unexpected[:3])}"] if unexpected else []
+        problems += [f"it lacks {', '.join(missing[:3])}"] if missing else []
         raise ValueError(
-            f"{source} holds no weights of fVLM ({'; '.join(what)}): give model.safetensors of "
+            f"{source} holds no weights of fVLM ({'; '.join(problems)}): give model.safetensors of "
             "https://huggingface.co/sanps/fVLM-135M, or a checkpoint that its code wrote; a model that keygrip trained "
             "needs no conversion"
         )
@@ -82,9 +82,9 @@ def encoder_sizes(state: State, source: str) -> dict[str, int]:
         ValueError: its position table or the queries have another form than the published ones, or it is no DINOv2.
     """
     table, queries = state[TABLE], [state[name] for name in QUERIES]
-    places = table.shape[1] - 1 if table.ndim == 3 else 0
+    positions = table.shape[1] - 1 if table.ndim == 3 else 0
     width = int(table.shape[-1]) if table.ndim else 0
-    if places < 1 or table.shape[0] != 1 or round(places**0.5) ** 2 != places:
+    if positions < 1 or table.shape[0] != 1 or round(positions**0.5) ** 2 != positions:
         raise ValueError(f"{source}: {TABLE} is {list(table.shape)}, no table [1, 1 + M * M, D] of a square image")
     if any(list(query.shape) != [1, width] for query in queries):
         raise ValueError(
@@ -106,22 +106,30 @@ def refuse_other_language(state: State, sizes: Mapping[str, Any], source: str, l
     table = state.get(EMBEDDINGS, state.get(OUTPUT_LAYER))
     assert table is not None
     rows, width = [*table.shape, 0, 0][:2]
-    held = {"vocabulary": rows, "width": width, "layers": layers_of(state, f"{LANGUAGE}layers.")}
-    first, heads = f"{LANGUAGE}layers.0.", sizes["heads"]
+    weight_sizes = {"vocabulary": rows, "width": width, "layers": layers_of(state, f"{LANGUAGE}layers.")}
+    first_layer, heads = f"{LANGUAGE}layers.0.", sizes["heads"]
     if isinstance(heads, int) and heads > 0:
-        told = {
+        weight_names = {
             "mlp_width": "mlp.up_proj.weight",
             "heads": "self_attn.q_proj.weight",
             "kv_heads": "self_attn.k_proj.weight",
         }
-        lengths = {name: [*state[first + of].shape, 0][0] for name, of in told.items() if first + of in state}
-        held["mlp_width"] = lengths.get("mlp_width", 0)
-        held |= {name: lengths.get(name, 0) * heads // width if width else 0 for name in ("heads", "kv_heads")}
+        lengths = {
+            name: [*state[first_layer + weight_name].shape, 0][0]
+            for name, weight_name in weight_names.items()
+            if first_layer + weight_name in state
+        }
+        weight_sizes["mlp_width"] = lengths.get("mlp_width", 0)
+        weight_sizes |= {name: lengths.get(name, 0) * heads // width if width else 0 for name in ("heads", "kv_heads")}
     else:
-        held["heads"] = 0
-    if other := [f"{name} {held[name]} in place of {sizes[name]}" for name in held if held[name] != sizes[name]]:
+        weight_sizes["heads"] = 0
+    if diffs := [
+        f"{name} {weight_sizes[name]} in place of {sizes[name]}"
+        for name in weight_sizes
+        if weight_sizes[name] != sizes[name]
+    ]:
         raise ValueError(
-            f"{source} is not from the language model {language}: {', '.join(other)}. The published models of 135M and "
+            f"{source} is not from the language model {language}: {', '.join(diffs)}. The published models of 135M and "
             "1.7B are from HuggingFaceTB/SmolLM2-135M-Instruct and HuggingFaceTB/SmolLM2-1.7B-Instruct: set "
             "language_model to the right one, or to a folder with its files"
         )
@@ -129,8 +137,8 @@ def refuse_other_language(state: State, sizes: Mapping[str, Any], source: str, l
 
 def layers_of(state: State, prefix: str) -> int:
     """Return the number of layers under a prefix, which ends before the layer numbers."""
-    found = (re.match(rf"{re.escape(prefix)}(\d{{1,6}})\.", name) for name in state)
-    return len({int(match[1]) for match in found if match})
+    matches = (re.match(rf"{re.escape(prefix)}(\d{{1,6}})\.", name) for name in state)
+    return len({int(match[1]) for match in matches if match})
 
 
 def load_published(network: FoveatedVLM, state: State, source: str) -> None:
@@ -149,15 +157,17 @@ def load_published(network: FoveatedVLM, state: State, source: str) -> None:
     backbone, language = network.backbone, network.language
     encoder = {name.removeprefix(ENCODER): value for name, value in state.items() if name.startswith(ENCODER)}
     side = backbone.image_size // backbone.patch_size
-    cls, places = state[TABLE].float().split([1, state[TABLE].shape[1] - 1], dim=1)
-    places = resample_positions(places, (side, side), offset=0.0, antialias=False)
-    encoder["embeddings.position_embeddings"] = torch.cat([cls, places], dim=1)
+    cls, positions = state[TABLE].float().split([1, state[TABLE].shape[1] - 1], dim=1)
+    positions = resample_positions(positions, (side, side), offset=0.0, antialias=False)
+    encoder["embeddings.position_embeddings"] = torch.cat([cls, positions], dim=1)
     load_state(backbone.net, backbone.variant, encoder, source)
     table = state.get(EMBEDDINGS, state.get(OUTPUT_LAYER))
     assert table is not None
-    words = {name.removeprefix(LANGUAGE): value for name, value in state.items() if name.startswith(LANGUAGE)}
-    words["embed_tokens.weight"] = table
-    _load(language.model, words, f"{source}, language model")
+    language_weights = {
+        name.removeprefix(LANGUAGE): value for name, value in state.items() if name.startswith(LANGUAGE)
+    }
+    language_weights["embed_tokens.weight"] = table
+    _load(language.model, language_weights, f"{source}, language model")
     output = state.get(OUTPUT_LAYER, table)
     if language.head is not None:
         _load(language.head, {"weight": output}, f"{source}, output layer")
@@ -166,12 +176,15 @@ def load_published(network: FoveatedVLM, state: State, source: str) -> None:
             f"{source} has an output layer of its own, and its language model's config.json says that it is the "
             "embedding table (tie_word_embeddings): give the language model that it was trained from"
         )
-    own = {name: value for name, value in network.named_parameters() if name in NAMES.values()}
-    given = {ours: state[theirs][None] if theirs in QUERIES else state[theirs] for theirs, ours in NAMES.items()}
-    _check(given, own, source)
+    parameters = {name: value for name, value in network.named_parameters() if name in NAMES.values()}
+    published = {
+        own_name: state[published_name][None] if published_name in QUERIES else state[published_name]
+        for published_name, own_name in NAMES.items()
+    }
+    _check(published, parameters, source)
     with torch.no_grad():
-        for name, value in given.items():
-            own[name].copy_(value)
+        for name, value in published.items():
+            parameters[name].copy_(value)
 
 
 def _file(source: str) -> Path:
@@ -185,34 +198,36 @@ def _file(source: str) -> Path:
         raise FileNotFoundError(f"{source} holds no {WEIGHTS}: name the file with the weights")
     if path.suffix in (".safetensors", ".pt", ".pth", ".bin") or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{source}: there is no such file or folder")
-    found = file_of(source, WEIGHTS) or file_of(source, INDEX)
-    if found is not None and found.name == INDEX:
-        found = found if all(file_of(source, name) for name in shard_names(found)) else None
-    if found is None:
+    file = file_of(source, WEIGHTS) or file_of(source, INDEX)
+    if file is not None and file.name == INDEX:
+        file = file if all(file_of(source, name) for name in shard_names(file)) else None
+    if file is None:
         raise FileNotFoundError(
             f"{source} is neither a file, nor a folder, nor to be had from the hub: download {WEIGHTS} from "
             f"https://huggingface.co/{source} and give that file"
         )
-    return found
+    return file
 
 
 def _load(module: Any, state: State, where: str) -> None:
-    own = module.state_dict()
-    state = {name: value for name, value in state.items() if name in own or not name.endswith("rotary_emb.inv_freq")}
-    _check(state, own, where)
+    module_state = module.state_dict()
+    state = {
+        name: value for name, value in state.items() if name in module_state or not name.endswith("rotary_emb.inv_freq")
+    }
+    _check(state, module_state, where)
     module.load_state_dict(state)
 
 
 def _check(state: State, own: dict[str, Any], where: str) -> None:
     """Raise ValueError if names or shapes differ from the module's own."""
-    other = sorted(own.keys() ^ state.keys())
+    names = sorted(own.keys() ^ state.keys())
     shapes = [
         f"{name} is {list(state[name].shape)} in place of {list(own[name].shape)}"
         for name in sorted(own.keys() & state.keys())
         if own[name].shape != state[name].shape
     ]
-    if other or shapes:
+    if names or shapes:
         raise ValueError(
-            f"{where}: the weights do not fit: {'; '.join([*other[:3], *shapes[:3]])}; does the language model belong "
+            f"{where}: the weights do not fit: {'; '.join([*names[:3], *shapes[:3]])}; does the language model belong "
             "to it?"
         )

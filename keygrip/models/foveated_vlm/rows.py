@@ -59,13 +59,13 @@ class TextRows:
         if self.seconds is None:
             return None
         table = torch.zeros(len(videos), frames)
-        for number, video in enumerate(videos):
-            known, count = self.seconds[video], self.frame_counts[video]
-            known = tuple(map(float, range(count))) if known is not None and not len(known) else known
-            if count and (known is None or len(known) != count):
+        for index, video in enumerate(videos):
+            times, count = self.seconds[video], self.frame_counts[video]
+            times = tuple(map(float, range(count))) if times is not None and not len(times) else times
+            if count and (times is None or len(times) != count):
                 return None
-            if known and count:
-                table[number, :count] = torch.tensor(known, dtype=torch.float32)
+            if times and count:
+                table[index, :count] = torch.tensor(times, dtype=torch.float32)
         return table.to(self.input_ids.device, non_blocking=True)
 
     def layout(self, tokens_per_frame: int = 1) -> RowLayout:
@@ -82,8 +82,8 @@ class TextRows:
 
     def padding_share(self, tokens_per_frame: int = 1, packed: bool = False) -> float:
         """Share of the language model's `positions` that are padding."""
-        held, places = self.positions(tokens_per_frame, packed)
-        return 1 - held / places if places else 0.0
+        occupied, total = self.positions(tokens_per_frame, packed)
+        return 1 - occupied / total if total else 0.0
 
     @cached_property
     def streams(self) -> Streams:
@@ -117,17 +117,19 @@ class RowLayout:
         device: torch.device | None = None,
     ) -> RowLayout:
         """Lay out texts of `lengths` in [B, width], with `counts` visual tokens before text token `visual_at`."""
-        length, at, count = (torch.tensor(list(v), dtype=torch.int64)[:, None] for v in (lengths, visual_at, counts))
+        length, visual_start, count = (
+            torch.tensor(list(v), dtype=torch.int64)[:, None] for v in (lengths, visual_at, counts)
+        )
         longest = max((text + frames for text, frames in zip(lengths, counts, strict=True)), default=0)
         position = torch.arange(longest)[None]
-        inside = (position >= at) & (position < at + count)
-        text = torch.where(position < at, position, position - count)
+        is_visual = (position >= visual_start) & (position < visual_start + count)
+        text = torch.where(position < visual_start, position, position - count)
         valid = position < length + count
-        source = torch.where(inside, width + position - at, text)
+        source = torch.where(is_visual, width + position - visual_start, text)
         source = torch.where(valid, source, 0)
         token = torch.arange(width)[None]
-        text_at = torch.where(token < at, token, token + count)
-        visual = at + torch.arange(max(counts, default=0))[None]
+        text_at = torch.where(token < visual_start, token, token + count)
+        visual = visual_start + torch.arange(max(counts, default=0))[None]
         return cls(*(part.to(device, non_blocking=True) for part in (source, valid, text_at, visual)))
 
     def place(self, text: Tensor, visual: Tensor) -> Tensor:
@@ -160,15 +162,15 @@ class Packing:
         owner = torch.full((len(bins), room), -1)
         positions = torch.zeros(len(bins), room, dtype=torch.int64)
         places = torch.zeros(len(lengths), width, dtype=torch.int64)
-        for number, members in enumerate(bins):
+        for bin_index, members in enumerate(bins):
             start = 0
             for row in members:
                 length = lengths[row]
-                inside = torch.arange(length)
-                source[number, start : start + length] = row * width + inside
-                owner[number, start : start + length] = row
-                positions[number, start : start + length] = inside
-                places[row, :length] = number * room + start + inside
+                offsets = torch.arange(length)
+                source[bin_index, start : start + length] = row * width + offsets
+                owner[bin_index, start : start + length] = row
+                positions[bin_index, start : start + length] = offsets
+                places[row, :length] = bin_index * room + start + offsets
                 start += length
         return cls(*(part.to(device, non_blocking=True) for part in (source, owner, positions, places)))
 
@@ -229,39 +231,39 @@ class Streams:
     @classmethod
     def of(cls, rows: TextRows) -> Streams:
         device = rows.input_ids.device
-        seeing = [row for row, video in enumerate(rows.videos) if rows.frame_counts[video]]
-        by_video = all(rows.visual_at[row] == 0 for row in seeing)
-        numbers: dict[int, int] = {}  # stream by video or by row
+        visual_rows = [row for row, video in enumerate(rows.videos) if rows.frame_counts[video]]
+        by_video = all(rows.visual_at[row] == 0 for row in visual_rows)
+        stream_index: dict[int, int] = {}  # stream by video or by row
         members: list[int] = []  # one row of each stream
         of_row = [0] * len(rows.videos)
-        for row in seeing:
-            name = rows.videos[row] if by_video else row
-            if name not in numbers:
-                numbers[name] = len(members)
+        for row in visual_rows:
+            stream_key = rows.videos[row] if by_video else row
+            if stream_key not in stream_index:
+                stream_index[stream_key] = len(members)
                 members.append(row)
-            of_row[row] = numbers[name]
+            of_row[row] = stream_index[stream_key]
         videos = [rows.videos[row] for row in members]
         lengths = [rows.visual_at[row] for row in members]
         counts = [rows.frame_counts[video] for video in videos]
         width = max(lengths, default=0)
         input_ids = rows.input_ids[torch.tensor(members, dtype=torch.int64, device=device), :width]
         layout = RowLayout.build(lengths, lengths, [count - 1 for count in counts], width, device)
-        number = torch.arange(max(counts, default=0))[None]
-        query_at = torch.tensor(lengths, dtype=torch.int64)[:, None] + number - 1
-        query_at = torch.where(number < torch.tensor(counts, dtype=torch.int64)[:, None], query_at, 0)
+        frame_index = torch.arange(max(counts, default=0))[None]
+        query_at = torch.tensor(lengths, dtype=torch.int64)[:, None] + frame_index - 1
+        query_at = torch.where(frame_index < torch.tensor(counts, dtype=torch.int64)[:, None], query_at, 0)
         starts = [0]
         for count in rows.frame_counts:
             starts.append(starts[-1] + count)
-        slot_of: list[int] = []
-        used: dict[int, int] = {}
+        stream_slots: list[int] = []
+        slot_counts: dict[int, int] = {}
         for video in videos:
-            slot_of.append(used.get(video, 0))
-            used[video] = slot_of[-1] + 1
-        per_frame, longest = max(used.values(), default=1), max(counts, default=0)
+            stream_slots.append(slot_counts.get(video, 0))
+            slot_counts[video] = stream_slots[-1] + 1
+        slots_per_frame, longest = max(slot_counts.values(), default=1), max(counts, default=0)
         places, slots = [], []
-        for stream, (video, count, slot) in enumerate(zip(videos, counts, slot_of, strict=True)):
+        for stream, (video, count, slot) in enumerate(zip(videos, counts, stream_slots, strict=True)):
             places += [stream * longest + frame for frame in range(count)]
-            slots += [(starts[video] + frame) * per_frame + slot for frame in range(count)]
+            slots += [(starts[video] + frame) * slots_per_frame + slot for frame in range(count)]
 
         def tensor(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
@@ -277,9 +279,9 @@ class Streams:
             first=(query_at < 0).to(device, non_blocking=True),
             places=tensor(places),
             slots=tensor(slots),
-            slots_per_frame=per_frame,
+            slots_per_frame=slots_per_frame,
             frame_starts=starts,
-            video_slots=slot_of,
+            video_slots=stream_slots,
             seconds=rows.seconds_of(videos, longest),
         )
 
@@ -319,5 +321,5 @@ def real_frames(frames: Tensor, counts: Sequence[int]) -> Tensor:
 def take(values: Tensor, index: Tensor) -> Tensor:
     """values [B, X, C] at index [B, Y] -> [B, Y, C]. Whole positions are indexed: in deterministic mode on a GPU, the
     gradient of `gather` sorts every single value."""
-    first = torch.arange(len(values), device=index.device)[:, None] * values.shape[1]
-    return values.flatten(0, 1)[first + index]  # no view, for which a compiled block is compiled again
+    row_starts = torch.arange(len(values), device=index.device)[:, None] * values.shape[1]
+    return values.flatten(0, 1)[row_starts + index]  # no view, for which a compiled block is compiled again

@@ -76,22 +76,24 @@ class Sampling:
         if not self.temperature:
             return logits.argmax(-1)
         shares = self.kept(logits / self.temperature).softmax(-1)
-        drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(shares, generators, strict=True)]
-        return torch.cat(drawn)
+        tokens = [
+            torch.multinomial(row, 1, generator=generator) for row, generator in zip(shares, generators, strict=True)
+        ]
+        return torch.cat(tokens)
 
     def kept(self, logits: Tensor) -> Tensor:
         """Set logits [..., W], already divided by the temperature, to -inf for tokens that must not be sampled."""
         if self.top_k:
-            least = logits.topk(min(int(self.top_k), logits.shape[-1])).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            threshold = logits.topk(min(int(self.top_k), logits.shape[-1])).values[..., -1:]
+            logits = logits.masked_fill(logits < threshold, -torch.inf)
         if self.top_p is not None and self.top_p < 1:
             ordered, token = logits.sort(-1, descending=True)
             shares = ordered.softmax(-1)
             # A token is left out if the tokens before it reach the share already; the first is never left out.
-            before = shares.cumsum(-1) - shares
-            out = before >= self.top_p
-            out[..., 0] = False
-            logits = logits.masked_fill(out.scatter(-1, token, out), -torch.inf)
+            preceding = shares.cumsum(-1) - shares
+            excluded = preceding >= self.top_p
+            excluded[..., 0] = False
+            logits = logits.masked_fill(excluded.scatter(-1, token, excluded), -torch.inf)
         return logits
 
 

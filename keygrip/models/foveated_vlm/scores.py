@@ -60,18 +60,18 @@ def score(
         losses, right = fused_cross_entropy(hidden, weight, targets)
     else:
         losses, right = token_cross_entropy(hidden, weight, targets, chunk, tokens)
-    carries, answers = batch.loss_mask[row, token].float(), batch.answer_mask[row, token]
+    supervised, answers = batch.loss_mask[row, token].float(), batch.answer_mask[row, token]
     zeros = torch.zeros(len(batch), device=losses.device)
     wrong = zeros.index_add(0, row, (answers & ~right).float())
-    said = zeros.index_add(0, row, answers.float())
-    weighted = losses * carries
+    answer_tokens = zeros.index_add(0, row, answers.float())
+    weighted = losses * supervised
     return BatchScores(
         loss=weighted.sum(),
-        tokens=carries.sum(),
+        tokens=supervised.sum(),
         row_loss=zeros.index_add(0, row, weighted.detach()),
-        row_tokens=zeros.index_add(0, row, carries),
-        answered=said > 0,
-        exact=(said > 0) & (wrong == 0),
+        row_tokens=zeros.index_add(0, row, supervised),
+        answered=answer_tokens > 0,
+        exact=(answer_tokens > 0) & (wrong == 0),
     )
 
 
@@ -86,31 +86,31 @@ class Scores:
             [scores.row_loss, scores.row_tokens, scores.answered.float(), scores.exact.float()], dim=1
         ).tolist()
         for kind, row in zip(kinds, columns, strict=True):
-            held = self.sums[kind]
-            for place, value in enumerate(row):
-                held[place] += value
+            kind_sums = self.sums[kind]
+            for index, value in enumerate(row):
+                kind_sums[index] += value
 
     def figures(self) -> dict[str, float]:
         """Return `loss` and `perplexity` per token and `accuracy` per row over all processes, and loss and accuracy by
         kind (`accuracy_mark`)."""
         sums = self._everywhere()
-        total = [sum(held[place] for held in sums.values()) for place in range(4)]
+        total = [sum(kind_sums[index] for kind_sums in sums.values()) for index in range(4)]
         figures: dict[str, float] = {}
         if total[1]:
             figures["loss"] = total[0] / total[1]
             figures["perplexity"] = math.exp(min(figures["loss"], 50.0))
         if total[2]:
             figures["accuracy"] = total[3] / total[2]
-        for kind, held in sorted(sums.items()):
-            if held[1]:
-                figures[f"loss_{kind}"] = held[0] / held[1]
-            if held[2]:
-                figures[f"accuracy_{kind}"] = held[3] / held[2]
+        for kind, kind_sums in sorted(sums.items()):
+            if kind_sums[1]:
+                figures[f"loss_{kind}"] = kind_sums[0] / kind_sums[1]
+            if kind_sums[2]:
+                figures[f"accuracy_{kind}"] = kind_sums[3] / kind_sums[2]
         return figures
 
     def questions(self) -> dict[str, int]:
         """Return `questions_<kind>` over all processes: rows with an answer, the denominator of `accuracy_<kind>`."""
-        return {f"questions_{kind}": int(held[2]) for kind, held in sorted(self._everywhere().items()) if held[2]}
+        return {f"questions_{kind}": int(sums[2]) for kind, sums in sorted(self._everywhere().items()) if sums[2]}
 
     def _everywhere(self) -> dict[str, list[float]]:
         if world_size() == 1:
@@ -119,18 +119,18 @@ class Scores:
         distributed.all_gather_object(gathered, dict(self.sums))
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
         for part in gathered:
-            for kind, held in (part or {}).items():
-                sums[kind] = [a + b for a, b in zip(sums[kind], held, strict=True)]
+            for kind, kind_sums in (part or {}).items():
+                sums[kind] = [a + b for a, b in zip(sums[kind], kind_sums, strict=True)]
         return dict(sums)
 
 
 def comparisons(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Compare the losses of two modes: ratio `fine_over_coarse`, relative differences `gap` and `gap_refined`."""
     loss = {mode: values["loss"] for mode, values in figures.items() if "loss" in values}
-    found = {}
+    metrics = {}
     if {"coarse_fine", "coarse_only"} <= loss.keys():
-        found["fine_over_coarse"] = loss["coarse_fine"] / max(loss["coarse_only"], 1e-9)
+        metrics["fine_over_coarse"] = loss["coarse_fine"] / max(loss["coarse_only"], 1e-9)
     for name, mode in (("gap", "coarse_fine"), ("gap_refined", REFINED)):
         if {mode, "autoregressive"} <= loss.keys():
-            found[name] = abs(loss[mode] - loss["autoregressive"]) / max(loss["autoregressive"], 1e-9)
-    return found
+            metrics[name] = abs(loss[mode] - loss["autoregressive"]) / max(loss["autoregressive"], 1e-9)
+    return metrics

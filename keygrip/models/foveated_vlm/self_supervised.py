@@ -102,8 +102,8 @@ def detail_of(values: Tensor, axes: int) -> Tensor:
 
 def moved(images: Tensor, down: int, right: int) -> Tensor:
     """Shift images [M, 3, S, S] by whole pixels; their edges are repeated."""
-    places = torch.arange(images.shape[-1], device=images.device)
-    rows, columns = ((places - by).clamp(0, len(places) - 1) for by in (down, right))
+    coordinates = torch.arange(images.shape[-1], device=images.device)
+    rows, columns = ((coordinates - shift).clamp(0, len(coordinates) - 1) for shift in (down, right))
     return images[:, :, rows][..., columns]
 
 
@@ -113,8 +113,8 @@ def inexact(colour: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
     noise = torch.randn(colour.shape, generator=random).to(colour)
     kind = torch.rand(colour.shape[:2], generator=random).to(colour)[..., None]
     near = torch.where(kind < EXACT + NEAR, colour + NEAR_STD * noise, ANY_STD * noise)
-    asked = torch.where(kind < EXACT, colour, near)
-    return asked, torch.cdist(asked, colour).argmin(-1)
+    query_colours = torch.where(kind < EXACT, colour, near)
+    return query_colours, torch.cdist(query_colours, colour).argmin(-1)
 
 
 @model_part
@@ -187,33 +187,35 @@ class SelfSupervisedModule(System):
         """Return the losses by name; the seed determines the shift of the frames and the sampled objects."""
         network, backbone = self.network, self.network.backbone
         random = torch.Generator().manual_seed(seed)
-        most = min(self.shift, batch.frames.shape[-1] // 4)
-        down, right = torch.randint(-most, most + 1, (2,), generator=random).tolist()
+        max_shift = min(self.shift, batch.frames.shape[-1] // 4)
+        down, right = torch.randint(-max_shift, max_shift + 1, (2,), generator=random).tolist()
         frames = moved(batch.frames, down, right)
         with without_autocast(frames):
             plain = frames.float() / 255
-            found = draw_objects(plain, self.objects, random)
+            objects = draw_objects(plain, self.objects, random)
             images = normalised(frames, backbone.mean, backbone.std)
-            crops = crops_of(images.mean(1, keepdim=True), found.centre)
+            crops = crops_of(images.mean(1, keepdim=True), objects.centre)
             mean, std = (images.new_tensor(each) for each in (backbone.mean, backbone.std))
-            colour = (found.colour - mean) / std
-            wanted = torch.cat([detail_of(crops, 3), colour], dim=-1)  # [M, K, C + 3]
+            colour = (objects.colour - mean) / std
+            object_targets = torch.cat([detail_of(crops, 3), colour], dim=-1)  # [M, K, C + 3]
         with trained_on(images.device):
             features, kv = backbone.forward_with_kv(images)
-            said, meant = inexact(colour, random)
-            read = backbone.query(network.cue(said), kv)
-            asked = network.asked_head(read)
-        column, row = (found.drawn // backbone.patch_size).long().unbind(-1)
-        at = (row * features.grid[1] + column)[..., None].expand(-1, -1, features.patches.shape[-1])
-        told = network.object_head(features.patches.gather(1, at))
-        small = F.adaptive_avg_pool2d(images, THUMBNAIL).flatten(1)
+            query_colours, target_indices = inexact(colour, random)
+            query_output = backbone.query(network.cue(query_colours), kv)
+            asked_predictions = network.asked_head(query_output)
+        column, row = (objects.drawn // backbone.patch_size).long().unbind(-1)
+        patch_index = (row * features.grid[1] + column)[..., None].expand(-1, -1, features.patches.shape[-1])
+        object_predictions = network.object_head(features.patches.gather(1, patch_index))
+        thumbnails = F.adaptive_avg_pool2d(images, THUMBNAIL).flatten(1)
         pixels = patch_targets(patches_of(images, backbone.patch_size))
         return {
             "pixels": F.mse_loss(network.patch_head(features.patches).float(), pixels),
-            "objects": _object_error(told.float(), wanted),
-            "asked": _object_error(asked.float(), wanted.gather(1, meant[..., None].expand_as(wanted))),
-            "contrast": self._contrast(read, wanted[..., :-3], found.centre, meant),
-            "frame": F.mse_loss(network.frame_head(features.cls).float(), small),
+            "objects": _object_error(object_predictions.float(), object_targets),
+            "asked": _object_error(
+                asked_predictions.float(), object_targets.gather(1, target_indices[..., None].expand_as(object_targets))
+            ),
+            "contrast": self._contrast(query_output, object_targets[..., :-3], objects.centre, target_indices),
+            "frame": F.mse_loss(network.frame_head(features.cls).float(), thumbnails),
         }
 
     def _contrast(self, read: Tensor, crops: Tensor, centre: Tensor, meant: Tensor) -> Tensor:
@@ -224,16 +226,16 @@ class SelfSupervisedModule(System):
             read: [M, K, D], results of the queries. crops: [M, K, C]. centre: [M, K, 2]. meant: [M, K], indices of the
                 target objects.
         """
-        own = F.normalize(self.network.asked_embedding(read).float().flatten(0, 1), dim=-1)
-        others = F.normalize(self.network.crop_embedding(crops).float().flatten(0, 1), dim=-1)  # [M * K, E]
-        frames, drawn = meant.shape
+        query_embeddings = F.normalize(self.network.asked_embedding(read).float().flatten(0, 1), dim=-1)
+        crop_embeddings = F.normalize(self.network.crop_embedding(crops).float().flatten(0, 1), dim=-1)  # [M * K, E]
+        frames, objects_per_frame = meant.shape
         frame = torch.arange(frames, device=centre.device)
-        wanted = (frame[:, None] * drawn + meant).flatten()
-        places, frame = centre.flatten(0, 1), frame.repeat_interleave(drawn)
-        again = (torch.cdist(places[wanted], places) < SAME) & (frame[:, None] == frame)
-        again = again.scatter(1, wanted[:, None], False)
-        logits = (own @ others.T / TEMPERATURE).masked_fill(again, -torch.inf)
-        return F.cross_entropy(logits, wanted)
+        target_indices = (frame[:, None] * objects_per_frame + meant).flatten()
+        centres, frame = centre.flatten(0, 1), frame.repeat_interleave(objects_per_frame)
+        same_object = (torch.cdist(centres[target_indices], centres) < SAME) & (frame[:, None] == frame)
+        same_object = same_object.scatter(1, target_indices[:, None], False)
+        logits = (query_embeddings @ crop_embeddings.T / TEMPERATURE).masked_fill(same_object, -torch.inf)
+        return F.cross_entropy(logits, target_indices)
 
     def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()

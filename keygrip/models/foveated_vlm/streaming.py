@@ -122,37 +122,37 @@ class StreamingSession:
                 is then unchanged.
         """
         self._check_free()
-        network, taken = self.network, self._time_of(second)
-        now = torch.tensor([[taken]], device=frame.device)
+        network, time_s = self.network, self._time_of(second)
+        seconds = torch.tensor([[time_s]], device=frame.device)
         kv = network.encode(frame[None])
         coarse = None
         if self.mode == "coarse_only" or self._driving is not self._row:
             coarse = network.connector(network.query_frames(network.static_query, kv))
         if self.mode == "coarse_only":
             assert coarse is not None
-            self._row.read(network.with_frame_positions(coarse, self.frames, now))
+            self._row.read(network.with_frame_positions(coarse, self.frames, seconds))
         else:
-            query = network.query_after(self._driving.state, self.frames, now)
+            query = network.query_after(self._driving.state, self.frames, seconds)
             fine = network.connector(network.query_frames(query, kv))
-            self._row.read(network.with_frame_positions(fine, self.frames, now))
+            self._row.read(network.with_frame_positions(fine, self.frames, seconds))
             if self._driving is not self._row:
                 assert coarse is not None
-                self._driving.read(network.with_frame_positions(coarse, self.frames, now))
+                self._driving.read(network.with_frame_positions(coarse, self.frames, seconds))
         self.frames += 1
-        self._second = taken
+        self._second = time_s
 
     def _time_of(self, second: float | None) -> float:
         last = self._second
-        taken = (0.0 if last is None else last + 1.0) if second is None else float(second)
-        if MOST_SECONDS < taken < math.inf:
+        time_s = (0.0 if last is None else last + 1.0) if second is None else float(second)
+        if MOST_SECONDS < time_s < math.inf:
             raise ValueError(
-                f"a frame of second {taken:.10g}: seconds count from the video's beginning, up to {MOST_SECONDS:.0f}; "
+                f"a frame of second {time_s:.10g}: seconds count from the video's beginning, up to {MOST_SECONDS:.0f}; "
                 "take that of the first frame away"
             )
-        if not math.isfinite(taken) or (last is not None and taken < last):
+        if not math.isfinite(time_s) or (last is not None and time_s < last):
             behind = "the first one" if last is None else f"behind one of second {last:g}"
-            raise ValueError(f"a frame of second {taken:g}, {behind}: seconds are finite and do not fall back")
-        return taken
+            raise ValueError(f"a frame of second {time_s:g}, {behind}: seconds are finite and do not fall back")
+        return time_s
 
     @property
     def positions(self) -> int:
@@ -166,8 +166,8 @@ class StreamingSession:
     def back(self, mark: Mark) -> None:
         """Discard everything after a mark."""
         self.frames, self._second = mark.frames, mark.second
-        for reader, place in zip(self._readers(), mark.readers, strict=True):
-            reader.back(place)
+        for reader, reader_mark in zip(self._readers(), mark.readers, strict=True):
+            reader.back(reader_mark)
 
     @torch.inference_mode()
     def tokens(
@@ -187,10 +187,10 @@ class StreamingSession:
         mark, self._answering, kept = self.mark(), True, False
         try:
             self._append(ids)
-            said = yield from self._continue(max_new_tokens, sampling)
+            answer_ids = yield from self._continue(max_new_tokens, sampling)
             if keep:  # append to every row: during generation, only `_row` read the answer
                 self.back(mark)
-                self._append([*ids, *said, self.tokenizer.end_of_turn])
+                self._append([*ids, *answer_ids, self.tokenizer.end_of_turn])
                 kept = True
         finally:
             self._answering = False
@@ -201,19 +201,19 @@ class StreamingSession:
         language, state = self.network.language, self._row.state
         assert state is not None
         generators = [sampling.generator(state.device)]
-        said: list[int] = []
+        answer_ids: list[int] = []
         for _ in range(max_new_tokens):
             logits = language.logits(state[:, 0]).float()
             logits[:, self.tokenizer.size :] = -torch.inf  # rows of the output table without a token
             token = int(sampling.next(logits, generators))
             if token in self.tokenizer.stop_tokens:
                 break
-            said.append(token)
+            answer_ids.append(token)
             yield token
             self._row.read(language.embed(torch.tensor([[token]], device=state.device)))
             state = self._row.state
             assert state is not None
-        return said
+        return answer_ids
 
     def _check_free(self) -> None:
         """Raise ValueError while an answer is in progress: what is appended after it would be discarded with it."""
@@ -268,8 +268,8 @@ class VideoStream:
         self.session = StreamingSession(module.network, module.tokenizer, mode)
         self.session.read(text.ids[: text.visual_at])
         self._rest = text.ids[text.visual_at :]
-        left = max(4, module.network.language.context - len(text.ids))
-        self.answer_tokens = min(ANSWER_TOKENS, left // 4) if answer_tokens is None else answer_tokens
+        remaining = max(4, module.network.language.context - len(text.ids))
+        self.answer_tokens = min(ANSWER_TOKENS, remaining // 4) if answer_tokens is None else answer_tokens
         if self.room < 0:  # 0 is accepted: text alone needs no room for frames
             raise ValueError(
                 f"the question takes {len(text.ids)} positions and its answer up to {self.answer_tokens}; the "
@@ -291,24 +291,24 @@ class VideoStream:
     def _rooms(self) -> list[tuple[int, str]]:
         """Return for each limit how many more frames it allows, and the error text for the case that it allows none."""
         network = self.module.network
-        taken = self.session.positions + len(self._rest) + self.answer_tokens
+        used_positions = self.session.positions + len(self._rest) + self.answer_tokens
         rooms = [
             (
-                int(network.language.context - taken) // int(network.tokens_per_frame),
+                int(network.language.context - used_positions) // int(network.tokens_per_frame),
                 f"{self.frames} frames and room for an answer of {self.answer_tokens} tokens take the language model's "
                 f"context of {network.language.context}",
             )
         ]
         if self._seconds is not None:
-            said = f"it was given the times of {len(self._seconds)} frames, and all have been pushed"
-            rooms.append((len(self._seconds) - self.frames, said))
+            message = f"it was given the times of {len(self._seconds)} frames, and all have been pushed"
+            rooms.append((len(self._seconds) - self.frames, message))
         if network.frame_tokens is not None:
-            numbers = len(network.frame_tokens)
-            said = (
-                f"it would have {self.frames + 1} frames and model.network.frame_numbers={numbers}; a model trained "
+            max_frames = len(network.frame_tokens)
+            message = (
+                f"it would have {self.frames + 1} frames and model.network.frame_numbers={max_frames}; a model trained "
                 "with frame_clock=true has no such limit"
             )
-            rooms.append((numbers - self.frames, said))
+            rooms.append((max_frames - self.frames, message))
         return rooms
 
     def push(self, frame: np.ndarray | Image.Image, second: float | None = None) -> None:
@@ -323,10 +323,10 @@ class VideoStream:
             ValueError: another shape or type, no room for it (`room`), or `second` is not finite, is before the time
                 of the last frame or differs from the stream's `seconds`.
         """
-        full = next((said for room, said in self._rooms() if room < 1), None)
-        if full is not None:
+        limit_message = next((message for room, message in self._rooms() if room < 1), None)
+        if limit_message is not None:
             raise ValueError(
-                f"the stream is full: {full}. Answers can still be had; begin a new stream for further frames"
+                f"the stream is full: {limit_message}. Answers can still be had; begin a new stream for further frames"
             )
         if self._seconds is not None:
             second = self._known_second(second)
@@ -342,10 +342,10 @@ class VideoStream:
 
     def _known_second(self, second: float | None) -> float:
         assert self._seconds is not None
-        known = self._seconds[self.frames]
-        if second is not None and second != known:
-            raise ValueError(f"the frame has second={second:g}; `seconds` of the stream gives {known:g} for it")
-        return known
+        expected = self._seconds[self.frames]
+        if second is not None and second != expected:
+            raise ValueError(f"the frame has second={second:g}; `seconds` of the stream gives {expected:g} for it")
+        return expected
 
     def stream(
         self,
@@ -370,14 +370,14 @@ class VideoStream:
         """
         refuse_settings(others, ("max_new_tokens", "temperature", "seed", "top_k", "top_p"), "a session's answer")
         sampling = Sampling(temperature, seed, top_k, top_p)
-        left = self.module.network.language.context - self.session.positions - len(self._rest)
+        remaining = self.module.network.language.context - self.session.positions - len(self._rest)
         if max_new_tokens is None:
-            max_new_tokens = min(max(ANSWER_TOKENS, self.answer_tokens), left)
+            max_new_tokens = min(max(ANSWER_TOKENS, self.answer_tokens), remaining)
         check_count(max_new_tokens)
-        if max_new_tokens > left:
+        if max_new_tokens > remaining:
             raise ValueError(
                 f"max_new_tokens={max_new_tokens}: behind {self.frames} frames the language model's context has room "
-                f"for {left} tokens of an answer"
+                f"for {remaining} tokens of an answer"
             )
         tokens = self.session.tokens(self._rest, max_new_tokens, sampling)
         yield from pieces(self.module.tokenizer, tokens)
@@ -390,15 +390,15 @@ class VideoStream:
 def pieces(tokenizer: ChatTokenizer, tokens: Iterator[int]) -> Iterator[str]:
     """Yield the text of tokens as they arrive: whole characters, without white space at both ends of the whole text."""
     ids: list[int] = []
-    shown = ""
+    emitted = ""
     for token in tokens:
         ids.append(token)
         if tokenizer.is_byte(token):  # consecutive bytes are decoded together: an incomplete character spoils them
             continue
         text = tokenizer.decode(ids).strip()
-        if not text.endswith(UNFINISHED) and text != shown and text.startswith(shown):
-            yield text[len(shown) :]
-            shown = text
+        if not text.endswith(UNFINISHED) and text != emitted and text.startswith(emitted):
+            yield text[len(emitted) :]
+            emitted = text
     text = tokenizer.decode(ids).strip() if ids else ""
-    if text != shown and text.startswith(shown):
-        yield text[len(shown) :]
+    if text != emitted and text.startswith(emitted):
+        yield text[len(emitted) :]

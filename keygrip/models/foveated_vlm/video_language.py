@@ -60,9 +60,9 @@ class VLMOutput:
 
         A token with nothing before it (the first of a row without frames) cannot be predicted and is left out.
         """
-        at = self.layout.text_at - 1
-        row, token = (mask & (at >= 0)).nonzero(as_tuple=True)
-        return self.hidden[row, at[row, token]], (row, token)
+        state_positions = self.layout.text_at - 1
+        row, token = (mask & (state_positions >= 0)).nonzero(as_tuple=True)
+        return self.hidden[row, state_positions[row, token]], (row, token)
 
 
 class Connector(nn.Module):

@@ -90,11 +90,11 @@ def nearest_to_rays(centres: Tensor, directions: Tensor) -> tuple[Tensor, Tensor
     """
     identity = torch.eye(3, dtype=directions.dtype, device=directions.device)
     across = identity - directions[..., :, None] * directions[..., None, :]  # removes the part along the ray
-    held = transform(across, centres)
+    projected_centres = transform(across, centres)
     system = across.sum(dim=-3) + ORIGIN_PULL * identity
-    points = torch.linalg.solve(system, held.sum(dim=-2)[..., None])[..., 0]
-    off = transform(across, points[..., None, :]) - held
-    return points, off.square().sum(dim=-1).mean(dim=-1).sqrt()
+    points = torch.linalg.solve(system, projected_centres.sum(dim=-2)[..., None])[..., 0]
+    residuals = transform(across, points[..., None, :]) - projected_centres
+    return points, residuals.square().sum(dim=-1).mean(dim=-1).sqrt()
 
 
 def _distance_to_plane(origin_z: Tensor, direction_z: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:

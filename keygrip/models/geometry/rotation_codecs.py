@@ -336,8 +336,8 @@ def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fing
 def _stored(path: Path) -> dict[str, Tensor] | None:
     """Load a cached basis; None if there is none, or if it is damaged and must be fitted again."""
     try:
-        found: dict[str, Tensor] | None = load_tensors(path) if path.is_file() else None
-        return found
+        basis: dict[str, Tensor] | None = load_tensors(path) if path.is_file() else None
+        return basis
     except ChangedFileError as error:
         log.warning("%s; it is fitted again", error)
         return None

@@ -185,7 +185,7 @@ class ActionHead(nn.Module):
             condition = self.condition(level)
             for index, (block, context) in enumerate(zip(self.blocks, contexts, strict=True)):
                 x = block(x, condition, context, record)
-                turn, left = divmod(index + 1, self.self_attention_every)
-                if not left:
-                    x = self.mixers[turn - 1](x, condition)
+                mixer_count, remainder = divmod(index + 1, self.self_attention_every)
+                if not remainder:
+                    x = self.mixers[mixer_count - 1](x, condition)
             return self.decode(x[:, -self.horizon :])

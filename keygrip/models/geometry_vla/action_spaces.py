@@ -75,12 +75,12 @@ class PoseSpace(nn.Module):
         return self.from_poses(*poses, targets.start_position, targets.start_quaternion)
 
     def poses(self, numbers: Tensor, position: Tensor, quaternion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        where, columns, gripper = numbers[..., :3], numbers[..., 3:9].unflatten(-1, (3, 2)), numbers[..., 9]
-        turned = columns_to_quaternion(columns)
+        new_position, columns, gripper = numbers[..., :3], numbers[..., 3:9].unflatten(-1, (3, 2)), numbers[..., 9]
+        new_quaternion = columns_to_quaternion(columns)
         if self.delta:
-            where = position[:, :, None] + where
-            turned = quaternion_multiply(quaternion[:, :, None].expand_as(turned), turned)
-        return where, turned, gripper
+            new_position = position[:, :, None] + new_position
+            new_quaternion = quaternion_multiply(quaternion[:, :, None].expand_as(new_quaternion), new_quaternion)
+        return new_position, new_quaternion, gripper
 
 
 class JointSpace(nn.Module):
@@ -127,12 +127,12 @@ class JointSpace(nn.Module):
         """
         joints = _present(targets.start_joints, "joints")
         position, rotation = self._in_base(joints[..., :ARM_JOINTS])  # [B, A, 3] and [B, A, 3, 3]
-        turns = quaternion_to_matrix(targets.start_quaternion) @ rotation.transpose(-1, -2)
-        left, _, right = torch.linalg.svd(turns.double().mean(dim=0))
+        base_rotations = quaternion_to_matrix(targets.start_quaternion) @ rotation.transpose(-1, -2)
+        left, _, right = torch.linalg.svd(base_rotations.double().mean(dim=0))
         base = left @ right
-        moved = (base.float() @ position[..., None])[..., 0]
-        offset = (targets.start_position - moved).mean(dim=0)
-        residual = (targets.start_position - moved - offset).norm(dim=-1).max()
+        rotated_position = (base.float() @ position[..., None])[..., 0]
+        offset = (targets.start_position - rotated_position).mean(dim=0)
+        residual = (targets.start_position - rotated_position - offset).norm(dim=-1).max()
         if not residual < LARGEST_RESIDUAL_M:
             raise ValueError(
                 f"model.actions.kind=joint: the recorded positions are up to {100 * float(residual):.1f} cm from those "
@@ -142,10 +142,10 @@ class JointSpace(nn.Module):
         self.base_position.copy_(offset)
 
     def poses(self, numbers: Tensor, position: Tensor, quaternion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        where, turned = self._in_base(numbers[..., :ARM_JOINTS])
+        new_position, rotation = self._in_base(numbers[..., :ARM_JOINTS])
         base = self.base_rotation[:, None]
-        where = (base @ where[..., None])[..., 0] + self.base_position[:, None]
-        return where, matrix_to_quaternion(base @ turned), numbers[..., ARM_JOINTS]
+        new_position = (base @ new_position[..., None])[..., 0] + self.base_position[:, None]
+        return new_position, matrix_to_quaternion(base @ rotation), numbers[..., ARM_JOINTS]
 
     def _in_base(self, joints: Tensor) -> tuple[Tensor, Tensor]:
         """Position ``[..., 3]`` and rotation ``[..., 3, 3]`` of the grasp site in the arm's base."""
@@ -201,39 +201,41 @@ class ControllerSpace(nn.Module):
             ValueError: the arms do not follow the inputs: the axes, or the row of the recording, are others.
         """
         inputs, real = self.numbers(targets), ~targets.action_is_pad
-        before = torch.cat([targets.start_position[:, :, None], targets.position[:, :, :-1]], dim=2)
-        turned = torch.cat([targets.start_quaternion[:, :, None], targets.quaternion[:, :, :-1]], dim=2)
-        asked = (inputs[..., :3] * self.position_m, inputs[..., 3:6] * self.rotation_rad)
-        done = (
-            targets.position - before,
-            rotation_log(quaternion_multiply(targets.quaternion, quaternion_conjugate(turned))),
+        previous_position = torch.cat([targets.start_position[:, :, None], targets.position[:, :, :-1]], dim=2)
+        previous_quaternion = torch.cat([targets.start_quaternion[:, :, None], targets.quaternion[:, :, :-1]], dim=2)
+        commands = (inputs[..., :3] * self.position_m, inputs[..., 3:6] * self.rotation_rad)
+        motions = (
+            targets.position - previous_position,
+            rotation_log(quaternion_multiply(targets.quaternion, quaternion_conjugate(previous_quaternion))),
         )
-        for index, (name, wish, did) in enumerate(zip(("positions", "rotations"), asked, done, strict=True)):
-            wish, did = wish[real].double(), did[real].double()
-            size = wish.square().sum()
+        for i, (name, command, motion) in enumerate(zip(("positions", "rotations"), commands, motions, strict=True)):
+            command, motion = command[real].double(), motion[real].double()
+            size = command.square().sum()
             if size < LEAST_INPUT:
                 continue  # never requested in training, so not in plans either
-            share = float((wish * did).sum() / size)
-            together = float((wish * did).sum() / (size * did.square().sum()).sqrt().clamp_min(1e-12))
-            if abs(together) < LEAST_CORRELATION:
+            share = float((command * motion).sum() / size)
+            correlation = float((command * motion).sum() / (size * motion.square().sum()).sqrt().clamp_min(1e-12))
+            if abs(correlation) < LEAST_CORRELATION:
                 share = min(max(share, 0.0), 1.0)
-                log.warning("the recorded %s hardly follow the controller's inputs (correlation %.2f)", name, together)
+                log.warning(
+                    "the recorded %s hardly follow the controller's inputs (correlation %.2f)", name, correlation
+                )
             elif not 0 < share <= LARGEST_SHARE:
                 raise ValueError(
                     f"model.actions.kind=osc: the recorded {name} move by {share:.2f} times what the controller's "
                     "inputs ask for, where a controller comes part of the way: its largest way and turn "
                     "(model.actions.osc_position_m, osc_rotation_rad) or its axes are others; use absolute or delta"
                 )
-            self.shares[index] = share
+            self.shares[i] = share
 
     def poses(self, numbers: Tensor, position: Tensor, quaternion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        way, turn = self.shares.unbind()
-        where = position[:, :, None] + torch.cumsum(numbers[..., :3] * self.position_m * way, dim=2)
-        turned, steps = quaternion, []
-        for step in rotation_exp(numbers[..., 3:6] * self.rotation_rad * turn).unbind(dim=2):
-            turned = quaternion_multiply(step, turned)
-            steps.append(turned)
-        return where, torch.stack(steps, dim=2), (1 - numbers[..., 6]) / 2
+        position_share, rotation_share = self.shares.unbind()
+        new_position = position[:, :, None] + torch.cumsum(numbers[..., :3] * self.position_m * position_share, dim=2)
+        current, quaternions = quaternion, []
+        for step in rotation_exp(numbers[..., 3:6] * self.rotation_rad * rotation_share).unbind(dim=2):
+            current = quaternion_multiply(step, current)
+            quaternions.append(current)
+        return new_position, torch.stack(quaternions, dim=2), (1 - numbers[..., 6]) / 2
 
 
 def _present(values: Tensor | None, what: str) -> Tensor:

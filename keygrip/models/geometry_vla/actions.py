@@ -94,15 +94,15 @@ class PoseActions(nn.Module):
             raise ValueError(f"model.actions.embodiments names a robot twice: {', '.join(self.embodiments)}.")
         if self.embodiments and kind == "joint":
             raise ValueError("model.actions.embodiments and kind=joint: joints are of one model of an arm.")
-        several = (len(self.embodiments),) if self.embodiments else ()
+        robot_shape = (len(self.embodiments),) if self.embodiments else ()
         self._known = HostCopy()
         self.register_buffer("known", torch.tensor(False))
         for name in ("low", "high"):
-            self.register_buffer(name, torch.zeros(*several, self.size))
+            self.register_buffer(name, torch.zeros(*robot_shape, self.size))
         for name in ("state_low", "state_high"):
-            self.register_buffer(name, torch.zeros(*several, len(self.arms) * SIZE))
-        if several:
-            self.register_buffer("position_range", torch.zeros(*several, 2, 3))
+            self.register_buffer(name, torch.zeros(*robot_shape, len(self.arms) * SIZE))
+        if robot_shape:
+            self.register_buffer("position_range", torch.zeros(*robot_shape, 2, 3))
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -125,16 +125,16 @@ class PoseActions(nn.Module):
         actions, mask = self._raw(chunks), self.mask(chunks)
         if not self.embodiments:
             self._take_rows(state, actions, mask, ...)
-        for number, name in enumerate(self.embodiments):
-            rows = self._embodiment(chunks.embodiment) == number
+        for robot, name in enumerate(self.embodiments):
+            rows = self._embodiment(chunks.embodiment) == robot
             if not rows.any():
                 raise ValueError(
                     f"model.actions.embodiments names {name!r}, of which there is no training demonstration."
                 )
-            self._take_rows(state[rows], actions[rows], mask[rows], number)
+            self._take_rows(state[rows], actions[rows], mask[rows], robot)
             if robot_ranges is None or name not in robot_ranges:
                 raise ValueError(f"the data module's statistics hold no range of the positions of {name!r}")
-            self.position_range[number] = torch.tensor(robot_ranges[name])
+            self.position_range[robot] = torch.tensor(robot_ranges[name])
         self.known.fill_(True)
 
     def _take_rows(self, state: Tensor, actions: Tensor, mask: Tensor, row: Any) -> None:

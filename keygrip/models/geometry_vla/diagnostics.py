@@ -43,22 +43,22 @@ def context_figures(scene: Scene, record: AttentionRecord) -> dict[str, Tensor]:
     mask = scene.contexts[0].mask
     tokens = torch.stack([context.tokens for context in scene.contexts])  # [blocks, B, M, H]
     counted = torch.ones_like(tokens[0, ..., 0]) if mask is None else mask.to(tokens.dtype)  # [B, M]
-    found: dict[str, Tensor] = {}
+    figures: dict[str, Tensor] = {}
     parts = tokens.split(list(scene.groups), dim=2)
-    for number, (name, part, valid) in enumerate(
+    for index, (name, part, valid) in enumerate(
         zip(GROUPS, parts, counted.split(list(scene.groups), dim=1), strict=True)
     ):
         if not part.shape[2]:
             continue
-        found[f"{name}_share"], found[f"{name}_read"] = shares[number], reads[number]
-        found[f"{name}_even"] = (valid.sum(dim=1) / counted.sum(dim=1)).mean()
+        figures[f"{name}_share"], figures[f"{name}_read"] = shares[index], reads[index]
+        figures[f"{name}_even"] = (valid.sum(dim=1) / counted.sum(dim=1)).mean()
         squares = part.square().mean(dim=-1) * valid  # [blocks, B, K]
-        found[f"{name}_rms"] = (squares.sum(dim=(1, 2)) / valid.sum()).sqrt().mean()
+        figures[f"{name}_rms"] = (squares.sum(dim=(1, 2)) / valid.sum()).sqrt().mean()
     geometry = parts[GROUPS.index("geometry")]
     if geometry.shape[2] > 1:
-        found["geometry_alike"] = torch.stack([alike(part) for part in geometry]).mean()
-        found["geometry_slot"] = torch.stack([slot_share(part) for part in geometry]).mean()
-    return found
+        figures["geometry_alike"] = torch.stack([alike(part) for part in geometry]).mean()
+        figures["geometry_slot"] = torch.stack([slot_share(part) for part in geometry]).mean()
+    return figures
 
 
 def alike(tokens: Tensor) -> Tensor:
@@ -97,9 +97,9 @@ def exchanged_geometry(
     if scene.geometry is None:
         return {}
     valid = ~batch.action_is_pad
-    others = (batch.demo_index != batch.demo_index.roll(1))[:, None, None] & valid
+    other_demos = (batch.demo_index != batch.demo_index.roll(1))[:, None, None] & valid
     # No branch on the data: with sharded parameters every process must run the encoders.
-    other = torch.where(others.any(), others, valid).float()  # [B, A, T]
+    weights = torch.where(other_demos.any(), other_demos, valid).float()  # [B, A, T]
     changed = module.network.encode(
         batch.images,
         batch.instruction,
@@ -108,12 +108,12 @@ def exchanged_geometry(
         geometry=_of_the_one_before(scene.geometry),
     )
     changed = module.with_places(changed, batch.embodiment)
-    own, _, _ = module.decode(sampled, batch)
-    moved, _, _ = module.decode(module.sample(changed, batch), batch)
-    worse = (moved - batch.position).norm(dim=-1) - (own - batch.position).norm(dim=-1)
-    away = (moved - own).norm(dim=-1)
-    figures = {"geometry_moves_cm": away, "geometry_worth_cm": worse}
-    return {name: 100 * (values * other).sum() / other.sum().clamp(min=1) for name, values in figures.items()}
+    original, _, _ = module.decode(sampled, batch)
+    exchanged, _, _ = module.decode(module.sample(changed, batch), batch)
+    error_increase = (exchanged - batch.position).norm(dim=-1) - (original - batch.position).norm(dim=-1)
+    distance = (exchanged - original).norm(dim=-1)
+    figures = {"geometry_moves_cm": distance, "geometry_worth_cm": error_increase}
+    return {name: 100 * (values * weights).sum() / weights.sum().clamp(min=1) for name, values in figures.items()}
 
 
 def _of_the_one_before(features: GeometryFeatures) -> GeometryFeatures:

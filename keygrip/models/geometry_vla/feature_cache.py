@@ -66,17 +66,17 @@ class FeatureCache:
                 f"Features are kept by the bytes of their images, which must be uint8, not {images.dtype}."
             )
         keys = [_key(row, maker) for row in zip(*(part.cpu() for part in (images, *conditions)), strict=True)]
-        found = [self._read(key) for key in keys]
-        missing = [row for row, feature in enumerate(found) if feature is None]
-        self._watch(len(found), len(found) - len(missing))
+        cached = [self._read(key) for key in keys]
+        missing = [row for row, feature in enumerate(cached) if feature is None]
+        self._watch(len(cached), len(cached) - len(missing))
         if missing:
-            made = compute(*(part[missing] for part in (images, *conditions))).detach().cpu()
-            for row, feature in zip(missing, made, strict=True):
+            computed = compute(*(part[missing] for part in (images, *conditions))).detach().cpu()
+            for row, feature in zip(missing, computed, strict=True):
                 small = feature.float()
                 small = small.half() if bool((small.abs() < LARGEST_HALF).all()) else small
                 self._write(keys[row], small)
-                found[row] = small
-        return torch.stack([feature.float() for feature in found if feature is not None]).to(images.device)
+                cached[row] = small
+        return torch.stack([feature.float() for feature in cached if feature is not None]).to(images.device)
 
     def _watch(self, asked: int, found: int) -> None:
         """Warn once if the cache has no effect."""
@@ -122,9 +122,9 @@ class FeatureCache:
         path = self._path(key)
         try:
             with locked(self.folder / ".lock", together_without=True):
-                before = path.stat().st_size if path.exists() else 0
+                old_size = path.stat().st_size if path.exists() else 0
                 write_bytes(path, save({"feature": feature.contiguous()}, {CHECKSUM: _checksum(feature)}))
-                size = self.size() + path.stat().st_size - before
+                size = self.size() + path.stat().st_size - old_size
                 write_text(self.folder / ".size", str(self._shrunk() if size > self.limit else size))
         except OSError as error:
             raise OSError(

@@ -45,11 +45,11 @@ def scene_figure(
     true = None if batch.depth is None else batch.depth[sample].float().cpu()
     guess = None if geometry is None or geometry.log_depth is None else geometry.log_depth[sample].float().exp().cpu()
     maps = [("depth, recorded (m)", true), ("depth, predicted (m)", guess)]
-    shown = [(title, each) for title, each in maps if each is not None]
-    figure = Figure(figsize=(3.2 * views, 3.3 * (1 + len(shown))), layout="constrained")
-    axes = figure.subplots(1 + len(shown), views, squeeze=False)
+    depth_maps = [(title, depth_map) for title, depth_map in maps if depth_map is not None]
+    figure = Figure(figsize=(3.2 * views, 3.3 * (1 + len(depth_maps))), layout="constrained")
+    axes = figure.subplots(1 + len(depth_maps), views, squeeze=False)
     figure.suptitle(drawable(batch.instruction[sample]), fontsize=9, parse_math=False)
-    known = None if true is None else true[true > 0]
+    valid = None if true is None else true[true > 0]
     for view in range(views):
         top: Axes = axes[0, view]
         top.imshow(batch.images[sample, view].permute(1, 2, 0).cpu().numpy())
@@ -66,17 +66,17 @@ def scene_figure(
         if pointing is not None and pointing.shape[3] > batch.position.shape[2]:
             pointed = probabilities(pointing[sample, view, :, -1]).cpu()
             true_pixels, _ = project(batch.keyframe[sample].float().cpu(), camera[0], camera[1].cpu())
-            shown_at = [("keyframe", true_pixels, "white"), ("pointed at", size * map_means(pointed), "yellow")]
-            for label, points, colour in shown_at:
+            markers = [("keyframe", true_pixels, "white"), ("pointed at", size * map_means(pointed), "yellow")]
+            for label, points, colour in markers:
                 top.plot(*points.T.numpy(), "+", color=colour, markersize=9, label=label)
             top.imshow(pointed.amax(dim=0).numpy(), extent=(0, size, size, 0), cmap="inferno", alpha=0.35)
         top.set(title=batch.cameras[view] + ("" if placed else " (not calibrated)"), xlim=(0, size), ylim=(size, 0))
-        for row, (title, depth) in enumerate(shown, start=1):
+        for row, (title, depth) in enumerate(depth_maps, start=1):
             # The colour scale excludes the walls; with them the table would have a single colour.
-            low, high = (None, None) if known is None or not len(known) else known.quantile(SHOWN_SHARES).tolist()
-            drawn = axes[row, view].imshow(depth[view].numpy(), cmap="turbo", vmin=low, vmax=high)
+            low, high = (None, None) if valid is None or not len(valid) else valid.quantile(SHOWN_SHARES).tolist()
+            artist = axes[row, view].imshow(depth[view].numpy(), cmap="turbo", vmin=low, vmax=high)
             axes[row, view].set_title(title, fontsize=8)
-            figure.colorbar(drawn, ax=axes[row, view], shrink=0.7)
+            figure.colorbar(artist, ax=axes[row, view], shrink=0.7)
     if planned is not None:
         drawn_paths = axes[0, 0].get_legend_handles_labels()
         figure.legend(*drawn_paths, loc="outside lower center", ncols=4, fontsize=7, facecolor="0.65")  # shows white

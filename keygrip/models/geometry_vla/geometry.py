@@ -250,16 +250,16 @@ class DinoMultiView(GeometryEncoder):
                     "geometry.frozen=true would keep random weights: set geometry.init_from to a trained run."
                 )
             return
-        found = load_module(self.init_from, trust=trust, offered=offered)
-        trained = getattr(found, "network", None)
+        module = load_module(self.init_from, trust=trust, offered=offered)
+        trained = getattr(module, "network", None)
         if not isinstance(trained, DinoMultiView):
             raise ValueError(
-                f"geometry.init_from: {self.init_from} is a run of {type(found).__name__}, not of model=depth_reader."
+                f"geometry.init_from: {self.init_from} is a run of {type(module).__name__}, not of model=depth_reader."
             )
-        theirs, own = trained.state_dict(), self.state_dict()
+        source_state, own_state = trained.state_dict(), self.state_dict()
         sizes = {
-            name: [list(state[name].shape) if name in state else None for state in (theirs, own)]
-            for name in own | theirs
+            name: [list(state[name].shape) if name in state else None for state in (source_state, own_state)]
+            for name in own_state | source_state
         }
         different = [name for name, (there, here) in sizes.items() if there != here]
         if different:
@@ -269,7 +269,7 @@ class DinoMultiView(GeometryEncoder):
                 f"{there} there and {here} here; {len(different)} such in all): give its overrides the same geometry.* "
                 "and backbone.*"
             )
-        self.load_state_dict(theirs)
+        self.load_state_dict(source_state)
 
     def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
         views = images.shape[1]
@@ -278,17 +278,17 @@ class DinoMultiView(GeometryEncoder):
                 f"The geometry encoder was built for {len(self.view_tokens)} views, got {views}: set geometry.views."
             )
         backbone = self.backbone
-        seen = backbone(normalised(images.flatten(0, 1), backbone.mean, backbone.std))
-        height, width = seen.grid
-        tokens = self.reduce(seen.patches).unflatten(0, (-1, views))  # [B, V, N, D]
+        features = backbone(normalised(images.flatten(0, 1), backbone.mean, backbone.std))
+        height, width = features.grid
+        tokens = self.reduce(features.patches).unflatten(0, (-1, views))  # [B, V, N, D]
         tokens = tokens + self._places(height, width, tokens.device) + self.view_tokens[:views, None]
         if self.rays is not None:
             tokens = tokens + self.rays(self._plucker(intrinsics, world_to_camera, images.shape[-1], height))
         for index, block in enumerate(self.blocks):
             # Within each view, then over all views; a single block attends over all views.
-            alone = index % 2 == 0 and len(self.blocks) > 1
+            within_view = index % 2 == 0 and len(self.blocks) > 1
             shape = tokens.shape
-            tokens = block(tokens.flatten(0, 1) if alone else tokens.flatten(1, 2)).reshape(shape)
+            tokens = block(tokens.flatten(0, 1) if within_view else tokens.flatten(1, 2)).reshape(shape)
         tokens = self.norm(tokens)
         if self.head is None:
             return GeometryFeatures(tokens.flatten(1, 2))
@@ -323,13 +323,13 @@ class DinoMultiView(GeometryEncoder):
         distance = (features.points - points).abs().sum(-1).masked_fill(~known, 0.0)
         ratio = (features.log_depth - metres.clamp(min=1e-3).log()).abs().masked_fill(~known, 0.0)
         with torch.no_grad():
-            straight = (features.points - points).norm(dim=-1).masked_fill(~known, 0.0)
-            off = (features.log_depth.exp() - metres).abs().masked_fill(~known, 0.0)
+            point_error = (features.points - points).norm(dim=-1).masked_fill(~known, 0.0)
+            depth_error = (features.log_depth.exp() - metres).abs().masked_fill(~known, 0.0)
         return {
             "points": self.weights["points"] * DECIMETRES * global_mean(distance.sum(), count),
             "depth": self.weights["depth"] * global_mean(ratio.sum(), count),
-            "point_cm": 100 * straight.sum() / count.clamp(min=1),
-            "depth_cm": 100 * off.sum() / count.clamp(min=1),
+            "point_cm": 100 * point_error.sum() / count.clamp(min=1),
+            "depth_cm": 100 * depth_error.sum() / count.clamp(min=1),
         }
 
     def counts(

@@ -123,17 +123,17 @@ class MapAnythingGeometry(GeometryEncoder):
         """
         if not self.decided_by_data:
             return
-        there = tuple(name for name in self.cameras if name in cameras)
-        chosen = there if self.cameras[0] in there else ()
+        calibrated = tuple(name for name in self.cameras if name in cameras)
+        chosen = calibrated if self.cameras[0] in calibrated else ()
         decided = bool(chosen) if len(chosen) in (0, len(self.cameras)) else chosen
         if self.calibration is None:
-            if there != chosen:
+            if calibrated != chosen:
                 log.warning(
                     "geometry.calibration=auto: camera %s, in whose frame MapAnything receives poses, is not "
                     "calibrated in all demonstrations, so the calibration of %s is not used either: put one of them "
                     "first in data.cameras",
                     self.cameras[0],
-                    ", ".join(there),
+                    ", ".join(calibrated),
                 )
             log.info("geometry.calibration=auto: MapAnything receives the calibration of %s", _named(decided))
         elif self.calibration != decided:
@@ -160,18 +160,18 @@ class MapAnythingGeometry(GeometryEncoder):
 
     @torch.no_grad()
     def forward(self, images: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> GeometryFeatures:
-        given = self._calibrated_views(images.shape[1])
-        cameras = (intrinsics[:, given], world_to_camera[:, given]) if given else ()
+        calibrated = self._calibrated_views(images.shape[1])
+        cameras = (intrinsics[:, calibrated], world_to_camera[:, calibrated]) if calibrated else ()
         if self.cache is None or is_counting():  # counting uses images without content
-            found = self.compute(images, *cameras)
+            tokens = self.compute(images, *cameras)
         else:
-            which = "".join(f"-{number}" for number in given) if len(given) < images.shape[1] else ""
-            kind = f"{'+scale' if self.scale_token else ''}{f'+cameras{which}' if given else ''}"
+            view_suffix = "".join(f"-{view}" for view in calibrated) if len(calibrated) < images.shape[1] else ""
+            kind = f"{'+scale' if self.scale_token else ''}{f'+cameras{view_suffix}' if calibrated else ''}"
             maker = f"mapanything{kind}:{self.fingerprint}:{self.image_size}"
-            found = self.cache.features(images, maker, self.compute, cameras)
+            tokens = self.cache.features(images, maker, self.compute, cameras)
         if not self.scale_token:
-            return GeometryFeatures(found)
-        return GeometryFeatures(found[:, :-1], scale=found[:, -1])
+            return GeometryFeatures(tokens)
+        return GeometryFeatures(tokens[:, :-1], scale=tokens[:, -1])
 
     def compute(self, images: Tensor, *cameras: Tensor) -> Tensor:
         """Tokens ``[B, G, D]`` float32 of uint8 ``[B, V, 3, S, S]`` images; with `scale_token` one more, the last.
@@ -186,19 +186,19 @@ class MapAnythingGeometry(GeometryEncoder):
         model = self._model[0]
         if next(model.parameters()).device != images.device:  # nothing can be moved while a step is counted
             model.to(images.device)
-        seen = normalised(images, self.mean, self.std)
-        if seen.shape[-1] != self.image_size:
+        inputs = normalised(images, self.mean, self.std)
+        if inputs.shape[-1] != self.image_size:
             shape = (self.image_size, self.image_size)
-            resized = F.interpolate(seen.flatten(0, 1), shape, mode="bicubic", antialias=True, align_corners=False)
-            seen = resized.unflatten(0, images.shape[:2])
-        views = [{"img": view, "data_norm_type": [self.norm_type]} for view in seen.unbind(1)]
+            resized = F.interpolate(inputs.flatten(0, 1), shape, mode="bicubic", antialias=True, align_corners=False)
+            inputs = resized.unflatten(0, images.shape[:2])
+        views = [{"img": view, "data_norm_type": [self.norm_type]} for view in inputs.unbind(1)]
         if cameras:
             with without_autocast(images):  # half precision would move rays by pixels
-                for place, number in enumerate(self._calibrated_views(len(views))):
-                    intrinsics, world_to_camera = (part[:, place].float() for part in cameras)
-                    views[number] |= self._camera_inputs(intrinsics, world_to_camera, images.shape[-1])
-        found: list[Any] = []
-        hook = model.info_sharing.register_forward_hook(lambda _, __, output: _stop(found, output))
+                for index, view_index in enumerate(self._calibrated_views(len(views))):
+                    intrinsics, world_to_camera = (part[:, index].float() for part in cameras)
+                    views[view_index] |= self._camera_inputs(intrinsics, world_to_camera, images.shape[-1])
+        captured: list[Any] = []
+        hook = model.info_sharing.register_forward_hook(lambda _, __, output: _stop(captured, output))
         devices = [images.device] if images.device.type == "cuda" else []
         # In its own precision, independent of the caller's: bf16 on a GPU, as its authors run it.
         with (
@@ -212,7 +212,7 @@ class MapAnythingGeometry(GeometryEncoder):
                 pass
             finally:
                 hook.remove()
-        final = found[0][0] if isinstance(found[0], tuple) else found[0]
+        final = captured[0][0] if isinstance(captured[0], tuple) else captured[0]
         tokens = [view.flatten(2).transpose(1, 2) for view in final.features]  # of [B, D, h, w]
         if self.scale_token:
             scale = getattr(final, "additional_token_features", None)  # [B, D, 1]
@@ -231,7 +231,7 @@ class MapAnythingGeometry(GeometryEncoder):
             )
         if isinstance(self.calibration, bool):
             return list(range(views)) if self.calibration else []
-        return [number for number, name in enumerate(self.cameras) if name in self.calibration]
+        return [index for index, name in enumerate(self.cameras) if name in self.calibration]
 
     def _camera_inputs(self, intrinsics: Tensor, world_to_camera: Tensor, size: int) -> dict[str, Tensor]:
         """A view's optional inputs under MapAnything's names: unit rays ``[B, P, P, 3]`` in the camera's frame through
@@ -264,13 +264,13 @@ def _stop(found: list[Any], output: Any) -> None:
 def _optional_inputs(model: Any, chances: dict[str, float]) -> Iterator[None]:
     """Make MapAnything's optional inputs deterministic; its own settings are restored afterwards."""
     settings = model.geometric_input_config
-    before = dict(settings)
+    saved = dict(settings)
     settings.update(chances | NO_DEPTH)
     try:
         yield
     finally:
         settings.clear()
-        settings.update(before)
+        settings.update(saved)
 
 
 def _checked(
@@ -356,7 +356,7 @@ def _fingerprint(model: nn.Module) -> str:
     def parts() -> Iterator[bytes]:
         for name, parameter in model.named_parameters():
             yield f"{name}:{tuple(parameter.shape)}".encode()
-            few = parameter.detach().flatten()
-            yield few[:: max(1, few.numel() // 16)][:16].float().cpu().numpy().tobytes()
+            values = parameter.detach().flatten()
+            yield values[:: max(1, values.numel() // 16)][:16].float().cpu().numpy().tobytes()
 
     return sha256_of(parts())

@@ -189,25 +189,25 @@ class GeometryVLAModule(System):
             if self.network.geometry is not None:
                 self.network.geometry.take_start(self.own_packages, self.own_files)
         elif not self.resumed:
-            before = self.take_weights(self.init_from, "a vision-language-action policy")
-            assert before.network.vlm.tokenizer is not None
-            self.network.vlm.set_tokenizer(before.network.vlm.tokenizer)  # the weights belong to this tokenizer
+            start_module = self.take_weights(self.init_from, "a vision-language-action policy")
+            assert start_module.network.vlm.tokenizer is not None
+            self.network.vlm.set_tokenizer(start_module.network.vlm.tokenizer)  # the weights belong to this tokenizer
         return {"instructions": len(set(statistics.chunks.instruction)), "views": len(self.views)}
 
     def check_start(self, before: GeometryVLAModule) -> None:
         """Refuse a run with actions of another kind, or with the same cameras or arms in another order; warn about
         other cameras, arms and step lengths, whose weights may still be a useful start."""
-        where = f"model.init_from={self.init_from}"
+        source = f"model.init_from={self.init_from}"
         if before.actions.kind != self.actions.kind:
             raise ValueError(
-                f"{where} plans actions of kind {before.actions.kind}, this run {self.actions.kind}: the same numbers "
+                f"{source} plans actions of kind {before.actions.kind}, this run {self.actions.kind}: the same numbers "
                 f"mean something else. Set model.actions.kind={before.actions.kind}, or model.init_from=null."
             )
-        check_names(where, cameras=(before.views, self.views), arms=(before.actions.arms, self.actions.arms))
+        check_names(source, cameras=(before.views, self.views), arms=(before.actions.arms, self.actions.arms))
         seconds = before.statistics.step_seconds, self.statistics.step_seconds
         if not math.isclose(*seconds, rel_tol=1e-3):
             log.warning(
-                "%s plans steps of %g s, this run of %g s: it has to learn other ways per step", where, *seconds
+                "%s plans steps of %g s, this run of %g s: it has to learn other ways per step", source, *seconds
             )
 
     def _take_calibrated(self, cameras: Sequence[str]) -> None:
@@ -271,9 +271,9 @@ class GeometryVLAModule(System):
         clean = self.actions.encode(batch).repeat_interleave(self.draws, dim=0)  # [B R, T, Da]
         noise = torch.randn_like(clean)
         level = self.timesteps(len(clean), clean.device)
-        found = self.network.velocity(scene, interpolate(clean, noise, level), level, self.state(batch))
+        predicted = self.network.velocity(scene, interpolate(clean, noise, level), level, self.state(batch))
         mask = self.actions.mask(batch).repeat_interleave(self.draws, dim=0)
-        squared = (found - velocity(clean, noise)).square().masked_fill(~mask, 0.0)
+        squared = (predicted - velocity(clean, noise)).square().masked_fill(~mask, 0.0)
         losses = {"action": global_mean(squared.sum(), mask.sum())}
         total = losses["action"]
         geometry = self.network.geometry
@@ -303,9 +303,9 @@ class GeometryVLAModule(System):
     def counts(self, scene: Scene, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
         """Number of steps, maps or cells over which a validation value is a mean; other values: mean over samples."""
         counts = dict.fromkeys(MASKED, (~batch.action_is_pad).sum())
-        geometry, seen = self.network.geometry, scene.geometry
-        if geometry is not None and seen is not None and seen.points is not None and batch.depth is not None:
-            counts |= geometry.counts(seen, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
+        geometry, features = self.network.geometry, scene.geometry
+        if geometry is not None and features is not None and features.points is not None and batch.depth is not None:
+            counts |= geometry.counts(features, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
         if scene.pointing is not None:
             counts |= pointing_counts(scene.pointing, batch)
         # NaN for one sample
@@ -329,26 +329,26 @@ class GeometryVLAModule(System):
             "rotation_deg": torch.rad2deg(geodesic_angle(quaternion, batch.quaternion)),
             "gripper_acc": ((gripper > CLOSED) == (batch.gripper > CLOSED)).float(),
         }
-        found = {name: value.masked_fill(~valid, 0.0).sum() / valid.sum() for name, value in values.items()}
+        means = {name: value.masked_fill(~valid, 0.0).sum() / valid.sum() for name, value in values.items()}
         if any(scene.groups[1:]):
             record = AttentionRecord(scene.groups)
             level = torch.full((len(sampled),), 0.5, device=self.device)
             self.network.velocity(scene, sampled, level, self.state(batch), record)
             shares = torch.stack([share.mean(dim=0) for share in record.shares]).mean(dim=0)
             named = (("geometry_share", 1), ("pointed_share", 2))
-            found |= {name: shares[group] for name, group in named if scene.groups[group]}
-        return found
+            means |= {name: shares[group] for name, group in named if scene.groups[group]}
+        return means
 
     @torch.no_grad()
     def diagnostics(self, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
         """How the head uses geometry and pointed tokens (see `keygrip.models.geometry_vla.diagnostics`)."""
-        found = exchanged_geometry(self, scene, batch, sampled)
+        figures = exchanged_geometry(self, scene, batch, sampled)
         if not any(scene.groups[1:]):
-            return found
+            return figures
         record = AttentionRecord(scene.groups, sizes=True)
         level = torch.full((len(sampled),), 0.5, device=self.device)
         self.network.velocity(scene, sampled, level, self.state(batch), record)
-        return context_figures(scene, record) | found
+        return context_figures(scene, record) | figures
 
     @torch.no_grad()
     def grip_errors(self, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
@@ -357,8 +357,8 @@ class GeometryVLAModule(System):
         position, _, _ = self.decode(sampled, batch)
         shut = torch.cat([batch.start_gripper[..., None], batch.gripper], dim=-1) < CLOSED  # [B, A, 1 + T]
         closes = shut[..., 1:] & ~shut[..., :-1] & ~batch.action_is_pad
-        off = 100 * (position - batch.position)[closes]
-        return {"grip_side_cm": off[:, :2].norm(dim=-1), "grip_height_cm": off[:, 2].abs()}
+        errors_cm = 100 * (position - batch.position)[closes]
+        return {"grip_side_cm": errors_cm[:, :2].norm(dim=-1), "grip_height_cm": errors_cm[:, 2].abs()}
 
     @torch.no_grad()
     def figure(self, scene: Scene, batch: MultiViewPolicyBatch, sample: int = 0) -> np.ndarray:

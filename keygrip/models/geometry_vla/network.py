@@ -292,12 +292,12 @@ class GeometryVLA(nn.Module):
             geometry: features in place of those of the geometry encoder.
         """
         blocks, views = len(self.head.blocks), images.shape[1]
-        found = geometry  # read by the depth loss; `features` is read by the policy
-        if self.geometry is not None and found is None:
-            found = self.geometry(images, intrinsics, world_to_camera)
-        features = found
-        if found is not None and self.geometry is not None and not self.geometry.action_gradient:
-            features = found.detach()
+        geometry_features = geometry  # read by the depth loss; `features` is read by the policy
+        if self.geometry is not None and geometry_features is None:
+            geometry_features = self.geometry(images, intrinsics, world_to_camera)
+        features = geometry_features
+        if geometry_features is not None and self.geometry is not None and not self.geometry.action_gradient:
+            features = geometry_features.detach()
         if self.blank and features is not None:
             features = self._blanked(features)
         semantics = self.vlm(images, instructions, blocks, self._prompt_prefix(features, views))
@@ -314,7 +314,7 @@ class GeometryVLA(nn.Module):
             if self.pointed is not None and pointing is not None:
                 pointed = self.pointed(pointing, features, met)
             contexts, groups = self._contexts(semantics, geometry_tokens, pointed)
-        return Scene(contexts, groups, found, pointing, None if met is None else met[0])
+        return Scene(contexts, groups, geometry_features, pointing, None if met is None else met[0])
 
     def _prompt_prefix(self, features: GeometryFeatures | None, views: int) -> Tensor | None:
         """Geometry tokens ``[B, K, H]`` for the language model's prompt; None if it gets none."""
@@ -354,9 +354,9 @@ class GeometryVLA(nn.Module):
         mask, contexts = semantics.mask, []
         if mask is not None:
             mask = F.pad(mask, (0, groups[1] + groups[2]), value=True)
-        where = 0.0 if self.places is None else self.places(semantics.places)
+        place_features = 0.0 if self.places is None else self.places(semantics.places)
         for index, hidden in enumerate(semantics.layers):
-            parts = [self._normed(hidden.float()) + where]
+            parts = [self._normed(hidden.float()) + place_features]
             if geometry is not None:
                 parts.append(geometry[index])
             if pointed is not None:

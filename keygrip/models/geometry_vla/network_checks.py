@@ -75,8 +75,8 @@ def check_pointing(
 ) -> None:
     """Raise ValueError if a setting reads maps or pointed tokens that are not enabled."""
     read_from_maps = {"pointed_tokens": tokens, "pointing_keyframe": keyframe, "pointed_actions": actions}
-    for name, wanted in read_from_maps.items():
-        if wanted and not cells:
+    for name, enabled in read_from_maps.items():
+        if enabled and not cells:
             raise ValueError(f"model.network.{name}=true needs maps to point with: set pointing_cells above 0.")
     if triangulated and not tokens:
         raise ValueError("model.network.pointed_triangulated=true is of pointed tokens: set pointed_tokens=true.")
@@ -105,16 +105,16 @@ def check_views_apart(setting: str, cameras: Sequence[str], apart: Mapping[tuple
     if not apart:
         return
     (first, second), widest = max(apart.items(), key=lambda item: item[1].angle_deg)
-    where = f"{widest.distance_m * 100:.3g} cm apart, {widest.angle_deg:.2g} degrees from the middle of the workspace"
-    which = f"{first} and {second}" if len(apart) == 1 else f"even {first} and {second}, of all two the widest,"
+    gap = f"{widest.distance_m * 100:.3g} cm apart, {widest.angle_deg:.2g} degrees from the middle of the workspace"
+    pair = f"{first} and {second}" if len(apart) == 1 else f"even {first} and {second}, of all two the widest,"
     if widest.angle_deg < SAME_VIEW_DEG:
         raise ValueError(
-            f"model.network.{setting}=true: {which} stand {where}, so their rays say nothing of how far away a point "
+            f"model.network.{setting}=true: {pair} stand {gap}, so their rays say nothing of how far away a point "
             f"is (less than {SAME_VIEW_DEG:g} degrees). Give data.cameras another pair, or set it to false."
         )
     if widest.angle_deg < NARROW_DEG:
         log.warning(
             "model.network.%s=true: %s stand %s: how far away a point is comes out %.0f times less exact than where it "
             "is across the view",
-            *(setting, which, where, 1 / math.sin(math.radians(widest.angle_deg))),
+            *(setting, pair, gap, 1 / math.sin(math.radians(widest.angle_deg))),
         )

@@ -34,5 +34,5 @@ def grid_places(views: int, side: int, device: torch.device) -> Tensor:
     """Places ``[V P P, 3]`` of tokens on a square grid in each view: number of the view from 1, row and column as
     fractions of the image."""
     shares = (torch.arange(side, device=device) + 0.5) / side
-    numbers = torch.arange(views, device=device) + 1.0
-    return torch.stack(torch.meshgrid(numbers, shares, shares, indexing="ij"), dim=-1).flatten(0, 2)
+    view_numbers = torch.arange(views, device=device) + 1.0
+    return torch.stack(torch.meshgrid(view_numbers, shares, shares, indexing="ij"), dim=-1).flatten(0, 2)

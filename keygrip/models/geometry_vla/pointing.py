@@ -98,9 +98,9 @@ class PatchPointing(nn.Module):
                 f"do not lie on a square grid that {tokens} x {tokens} tokens of the language model divide: set it to "
                 "0 with this geometry encoder."
             )
-        under = side // tokens
+        patches_per_token = side // tokens
         answers = self.answer(patches).unflatten(-1, (self.cells, self.cells, self.features))
-        answers = answers.unflatten(1, (views, tokens, under, tokens, under))
+        answers = answers.unflatten(1, (views, tokens, patches_per_token, tokens, patches_per_token))
         # rows and columns of token (p, q), patch in the token (i, j), cell in the patch (c, d): to those of the image
         logits = torch.einsum("bvpqamf,bvpiqjcdf->bvampicqjd", questions, answers) * self.features**-0.5
         return logits.flatten(7, 9).flatten(4, 6)
@@ -203,8 +203,8 @@ class PointedTokens(nn.Module):
                 tokens = tokens + self.points(weights @ points.flatten(2, 3) * DECIMETRES)
         if self.meeting is not None:
             assert met is not None
-            where, apart = (part.flatten(1, 2) for part in met)
-            tokens = tokens + self.meeting(torch.cat([where, apart[..., None]], dim=-1) * DECIMETRES)[:, None]
+            positions, distances = (part.flatten(1, 2) for part in met)
+            tokens = tokens + self.meeting(torch.cat([positions, distances[..., None]], dim=-1) * DECIMETRES)[:, None]
         return tokens.flatten(1, 2)
 
 
@@ -222,9 +222,9 @@ class PointedActions(nn.Module):
     def __init__(self, width: int, arms: int, steps: int, keyframe: bool) -> None:
         super().__init__()
         self.arms, self.steps, self.keyframe = arms, steps, keyframe
-        numbers = arms * 3 * (4 if keyframe else 2)
+        coordinates = arms * 3 * (4 if keyframe else 2)
         self.mlp = nn.Sequential(
-            nn.Linear(numbers * (1 + OFFSET_FEATURES), width), nn.SiLU(), nn.Linear(width, width, bias=False)
+            nn.Linear(coordinates * (1 + OFFSET_FEATURES), width), nn.SiLU(), nn.Linear(width, width, bias=False)
         )
         nn.init.zeros_(self.mlp[2].weight)  # type: ignore[arg-type]
 
@@ -235,9 +235,9 @@ class PointedActions(nn.Module):
         if self.keyframe:
             points.append(met[:, :, self.steps :].expand_as(points[0]))
         points += [point - present[:, :, None] for point in points]
-        numbers = torch.cat(points, dim=-1).transpose(1, 2).flatten(-2)  # [B, T, A x 12]
-        waves = level_features(numbers / FINENESS, OFFSET_FEATURES, longest=1 / FINENESS).flatten(-2)
-        return self.mlp(torch.cat([numbers, waves], dim=-1))
+        coordinates = torch.cat(points, dim=-1).transpose(1, 2).flatten(-2)  # [B, T, A x 12]
+        waves = level_features(coordinates / FINENESS, OFFSET_FEATURES, longest=1 / FINENESS).flatten(-2)
+        return self.mlp(torch.cat([coordinates, waves], dim=-1))
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -276,9 +276,9 @@ def meeting_points(logits: Tensor, intrinsics: Tensor, world_to_camera: Tensor) 
     cameras = intrinsics[:, :, None], world_to_camera[:, :, None]
     directions = pixel_rays(peak_means(maps), *cameras)  # [B, V, A M, 3]
     centres = camera_centre(cameras[1]).expand_as(directions)
-    where, apart = nearest_to_rays(centres.transpose(1, 2), directions.transpose(1, 2))
+    points, distances = nearest_to_rays(centres.transpose(1, 2), directions.transpose(1, 2))
     arms = logits.shape[2:4]
-    return where.unflatten(1, arms), apart.unflatten(1, arms)
+    return points.unflatten(1, arms), distances.unflatten(1, arms)
 
 
 def resampled(maps: Tensor, side: int) -> Tensor:
@@ -315,27 +315,27 @@ def pointing_counts(logits: Tensor, batch: MultiViewPolicyBatch) -> dict[str, Te
 def _targets(logits: Tensor, batch: MultiViewPolicyBatch) -> list[tuple[str, Tensor, Tensor, Tensor]]:
     """By name: maps ``[B, V, A, M, g, g]``, their target pixels ``[B, V, A, M, 2]``, and which of them count."""
     steps, size = batch.position.shape[2], batch.images.shape[-1]
-    asked = [("pointing", logits[:, :, :, :steps], batch.position, ~batch.action_is_pad)]
+    entries = [("pointing", logits[:, :, :, :steps], batch.position, ~batch.action_is_pad)]
     if logits.shape[3] > steps:
-        always = torch.ones_like(batch.action_is_pad[:, :, :1])
-        asked.append(("keyframe", logits[:, :, :, steps:], batch.keyframe[:, :, None], always))
+        all_valid = torch.ones_like(batch.action_is_pad[:, :, :1])
+        entries.append(("keyframe", logits[:, :, :, steps:], batch.keyframe[:, :, None], all_valid))
     cameras = batch.view_intrinsics[:, :, None, None], batch.view_world_to_camera[:, :, None, None]
-    found = []
-    for name, maps, position, wanted in asked:
+    targets = []
+    for name, maps, position, valid in entries:
         pixels, _ = project(position[:, None], *cameras)
-        found.append((name, maps, pixels, inside_image(pixels, size, size) & wanted[:, None]))
-    return found
+        targets.append((name, maps, pixels, inside_image(pixels, size, size) & valid[:, None]))
+    return targets
 
 
 def _map_losses(logits: Tensor, pixels: Tensor, counts: Tensor, size: int, name: str) -> dict[str, Tensor]:
     """Losses of maps ``[B, V, A, M, g, g]`` from `_targets`, for images of ``size`` pixels a side."""
     cells = logits.shape[-1]
-    around, weights = bilinear_cells(pixels.nan_to_num(0.0) * (cells / size), (cells, cells))  # [B, V, A, M, 4]
+    corners, weights = bilinear_cells(pixels.nan_to_num(0.0) * (cells / size), (cells, cells))  # [B, V, A, M, 4]
     logs = logits.float().flatten(-2).log_softmax(dim=-1).unflatten(-1, (cells, cells))
-    surprise = -(gather_pixels(logs, around) * weights).sum(dim=-1)
+    cross_entropy = -(gather_pixels(logs, corners) * weights).sum(dim=-1)
     with torch.no_grad():
-        off = (size * map_means(logs.exp()) - pixels.nan_to_num(0.0)).norm(dim=-1).masked_fill(~counts, 0.0)
+        pixel_error = (size * map_means(logs.exp()) - pixels.nan_to_num(0.0)).norm(dim=-1).masked_fill(~counts, 0.0)
     return {
-        name: global_mean(surprise.masked_fill(~counts, 0.0).sum(), counts.sum()),
-        f"{name}_px": off.sum() / counts.sum().clamp(min=1),
+        name: global_mean(cross_entropy.masked_fill(~counts, 0.0).sum(), counts.sum()),
+        f"{name}_px": pixel_error.sum() / counts.sum().clamp(min=1),
     }

@@ -132,8 +132,8 @@ class GeometryVLAPolicy:
         module.network.compile_parts()
         # Instructions of two lengths: after the second, torch treats the length as variable.
         for words in ("go", "go to the other place"):
-            own = self.session()  # with its own generator, so that the noise of this policy's plans does not change
-            own._plans([own._nothing(words)], [own])
+            session = self.session()  # with its own generator, so that the noise of this policy's plans does not change
+            session._plans([session._nothing(words)], [session])
         module.network.compiled = True
 
     def _nothing(self, instruction: str) -> Observation:
@@ -239,13 +239,13 @@ class GeometryVLAPolicy:
         # positions of the new plan's steps in the plan under way, in its steps, counted from 0
         places = (float(observation["time_s"]) - began_s + dt * np.arange(1, horizon + 1)) / dt - 1
         steps = executing.gripper.shape[1]
-        known = int((places <= steps - 1 + 1e-6).sum())
-        actions = self._under_way(executing, np.clip(places, 0, steps - 1), seen) if known else None
+        known_steps = int((places <= steps - 1 + 1e-6).sum())
+        actions = self._under_way(executing, np.clip(places, 0, steps - 1), seen) if known_steps else None
         if actions is None:
             sampled = module.network.sample(seen.scene, seen.noise, seen.state, self._sampling)
             return self._planned(sampled, seen, [self])[0]
-        fixed = math.ceil(min(max(delay_s, 0.0) / dt, known) - 1e-6)
-        weight = soft_mask(horizon, fixed, known, module.device)
+        fixed = math.ceil(min(max(delay_s, 0.0) / dt, known_steps) - 1e-6)
+        weight = soft_mask(horizon, fixed, known_steps, module.device)
         sampled = module.network.sample_continuing(seen.scene, seen.noise, seen.state, actions, weight, self._sampling)
         return self._planned(sampled, seen, [self])[0]
 
@@ -264,23 +264,23 @@ class GeometryVLAPolicy:
         opening = between(executing.gripper[..., None])
         if actions.reads:
             (name,) = actions.reads
-            own = getattr(executing, name)
-            if own is None:
+            series = getattr(executing, name)
+            if series is None:
                 return None
             width = actions.columns - (actions.kind == "joint")  # the opening is no joint
-            if own.shape[-1] != width:
+            if series.shape[-1] != width:
                 raise ValueError(
-                    f"the plan under way has {own.shape[-1]} {name} per step, those of this policy have {width}: it "
+                    f"the plan under way has {series.shape[-1]} {name} per step, those of this policy have {width}: it "
                     "continues its own plans"
                 )
-            numbers = between(own)
+            raw_actions = between(series)
             if actions.kind == "joint":
-                numbers = torch.cat([numbers, opening], dim=-1)
-            return actions.encode_numbers(numbers, self._robots(1))
+                raw_actions = torch.cat([raw_actions, opening], dim=-1)
+            return actions.encode_numbers(raw_actions, self._robots(1))
         nearest = np.where(share[0, :, 0] < 0.5, low, high)
-        turned = torch.as_tensor(executing.quaternion[:, nearest], dtype=torch.float32, device=device)[None]
+        quaternion = torch.as_tensor(executing.quaternion[:, nearest], dtype=torch.float32, device=device)[None]
         return actions.encode_poses(
-            *(between(executing.position), turned, opening[..., 0]), *(seen.position, seen.turn, self._robots(1))
+            *(between(executing.position), quaternion, opening[..., 0]), *(seen.position, seen.turn, self._robots(1))
         )
 
     def _seen(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> _Seen:
@@ -289,8 +289,8 @@ class GeometryVLAPolicy:
         instructions = [instruction_of(seen) for seen in observations]
         views = [
             [
-                self._view(view, told, needs.calibrated(name))
-                for name, view, told in zip(
+                self._view(view, camera_name, needs.calibrated(name))
+                for name, view, camera_name in zip(
                     needs.cameras, views_of(seen, needs.cameras), called(seen, needs.cameras), strict=True
                 )
             ]
@@ -308,13 +308,13 @@ class GeometryVLAPolicy:
     def _planned(self, sampled: torch.Tensor, seen: _Seen, sessions: Sequence[Self]) -> list[Plan]:
         module = self.module
         robots = self._robots(len(sampled))
-        planned, turned, opening = module.actions.decode(sampled, seen.position, seen.turn, robots)
-        kept, moved = kept_in_box(planned, self._position_range, self.margin_m)
-        terms = self._own_terms(sampled, moved.amax(dim=(1, 2)) > HELD_BACK_M)
-        plans = plans_of(kept, turned, opening.clamp(0, 1), module.statistics.step_seconds, held_back=moved)
+        planned, quaternion, opening = module.actions.decode(sampled, seen.position, seen.turn, robots)
+        clamped, held_back = kept_in_box(planned, self._position_range, self.margin_m)
+        terms = self._own_terms(sampled, held_back.amax(dim=(1, 2)) > HELD_BACK_M)
+        plans = plans_of(clamped, quaternion, opening.clamp(0, 1), module.statistics.step_seconds, held_back=held_back)
         for session, plan in zip(sessions, plans, strict=True):
             session._warning.look_at(plan, module.actions.arms, self.margin_m)
-        return [replace(plan, **own) for plan, own in zip(plans, terms, strict=True)]
+        return [replace(plan, **plan_terms) for plan, plan_terms in zip(plans, terms, strict=True)]
 
     def _own_terms(self, sampled: torch.Tensor, moved: torch.Tensor) -> list[dict[str, Any]]:
         """The plans as joints or controller inputs, if these are the actions.
@@ -325,11 +325,11 @@ class GeometryVLAPolicy:
         actions = self.module.actions
         if not actions.reads:
             return [{}] * len(sampled)
-        numbers = actions.numbers(sampled, self._robots(len(sampled))).double().cpu().numpy()
+        values = actions.numbers(sampled, self._robots(len(sampled))).double().cpu().numpy()
         (name,) = actions.reads
         if actions.kind != "joint":
-            return [{name: row} for row in numbers.clip(-1, 1)]
-        return [{} if outside else {name: row[..., :-1]} for outside, row in zip(moved.tolist(), numbers, strict=True)]
+            return [{name: row} for row in values.clip(-1, 1)]
+        return [{} if outside else {name: row[..., :-1]} for outside, row in zip(moved.tolist(), values, strict=True)]
 
     def _view(self, view: Mapping[str, Any], camera: str, calibrated: bool) -> View:
         image = image_of(view, camera)

@@ -129,12 +129,12 @@ def render_chat(
         ValueError: the template is invalid, cannot render the messages, uses a filter, a test, a function or a method
             that no known template uses, or needs more work or memory than a chat template needs.
     """
-    before, pieces, length = None, [], 0
+    reset_token, pieces, length = None, [], 0
     try:
-        said = sum(_weight(message, math.inf) for message in messages)
-        operations = OPERATIONS + OPERATIONS_A_MESSAGE * len(messages) + said // CHARACTERS_SAID_AN_OPERATION
-        work = _Work(operations, LARGEST + LARGEST_A_CHARACTER * said)
-        before = _work.set(work)
+        characters = sum(_weight(message, math.inf) for message in messages)
+        operations = OPERATIONS + OPERATIONS_A_MESSAGE * len(messages) + characters // CHARACTERS_SAID_AN_OPERATION
+        work = _Work(operations, LARGEST + LARGEST_A_CHARACTER * characters)
+        reset_token = _work.set(work)
         compiled = _compiled(template)
         options = {"tools": None, "documents": None, "add_generation_prompt": answering}
         for piece in compiled.generate(messages=messages, **options, **tokens):
@@ -148,8 +148,8 @@ def render_chat(
             f"the tokenizer's chat template cannot render this conversation ({type(error).__name__}: {reason})"
         ) from error
     finally:
-        if before is not None:
-            _work.reset(before)
+        if reset_token is not None:
+            _work.reset(reset_token)
     return "".join(pieces)
 
 
@@ -175,13 +175,13 @@ def _compiled_once(template: str) -> Any:
 
 def _refuse_nested(tree: nodes.Template) -> None:
     """Raise ValueError if loops, macros and blocks are nested more than MOST_NESTED times."""
-    left: list[tuple[nodes.Node, int]] = [(tree, 0)]
-    while left:
-        node, depth = left.pop()
+    stack: list[tuple[nodes.Node, int]] = [(tree, 0)]
+    while stack:
+        node, depth = stack.pop()
         depth += isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))
         if depth > MOST_NESTED:
             raise ValueError(f"more than {MOST_NESTED} of its loops, macros and blocks stand in each other")
-        left += [(child, depth) for child in node.iter_child_nodes()]
+        stack += [(child, depth) for child in node.iter_child_nodes()]
 
 
 class _Generator(CodeGenerator):
@@ -239,10 +239,10 @@ class _Generator(CodeGenerator):
     def visit_For(self, node: nodes.For, frame: Any) -> None:
         if node.recursive:
             self.fail("recursive loops are not taken in chat templates", node.lineno)
-        written = sum(len(data.data) for each in node.body for data in each.find_all(nodes.TemplateData))
+        characters = sum(len(data.data) for each in node.body for data in each.find_all(nodes.TemplateData))
         counted = nodes.EnvironmentAttribute("counted", lineno=node.lineno)
         size = _size([*node.body, node.target, *([node.test] if node.test else [])])
-        turn = nodes.Const(1 + written // CHARACTERS_AN_OPERATION + size // NODES_AN_OPERATION, lineno=node.lineno)
+        turn = nodes.Const(1 + characters // CHARACTERS_AN_OPERATION + size // NODES_AN_OPERATION, lineno=node.lineno)
         node.iter = nodes.Call(counted, [node.iter, turn], [], None, None, lineno=node.lineno)
         super().visit_For(node, frame)
 
@@ -311,8 +311,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             return
         kind = next((kind for kind in METHODS if isinstance(owner, kind)), None)
         if kind is None or name not in METHODS[kind]:
-            of = "" if owner is None else f"{type(owner).__name__}."
-            raise SecurityError(f"{of}{name} is none of the functions and methods that chat templates need")
+            prefix = "" if owner is None else f"{type(owner).__name__}."
+            raise SecurityError(f"{prefix}{name} is none of the functions and methods that chat templates need")
         self.measured(owner)
         if kind is str:
             _charge(name, owner, *given)
@@ -336,24 +336,24 @@ def _environment() -> _Environment:
     """Build an environment that counts, with those of transformers' additions that chat templates need."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    theirs = _compile_jinja_template("").environment
-    own = _Environment(
-        trim_blocks=theirs.trim_blocks,
-        lstrip_blocks=theirs.lstrip_blocks,
-        extensions=[type(extension) for extension in theirs.extensions.values()],
+    original = _compile_jinja_template("").environment
+    environment = _Environment(
+        trim_blocks=original.trim_blocks,
+        lstrip_blocks=original.lstrip_blocks,
+        extensions=[type(extension) for extension in original.extensions.values()],
         optimized=False,  # Jinja would evaluate every part of an expression again for each part above it
     )
     # with the context, so that Jinja computes no output at compile time already
-    own.finalize = pass_context(lambda context, value: own.measured(value))
-    own.globals = {**theirs.globals, "strftime_now": _short_time(theirs.globals["strftime_now"])}
-    own.functions = tuple(own.globals[name] for name in FUNCTIONS)
-    for kind, taken, given, kept in (
-        ("filter", FILTERS, theirs.filters, own.filters),
-        ("test", TESTS, theirs.tests, own.tests),
+    environment.finalize = pass_context(lambda context, value: environment.measured(value))
+    environment.globals = {**original.globals, "strftime_now": _short_time(original.globals["strftime_now"])}
+    environment.functions = tuple(environment.globals[name] for name in FUNCTIONS)
+    for kind, names, items, kept in (
+        ("filter", FILTERS, original.filters, environment.filters),
+        ("test", TESTS, original.tests, environment.tests),
     ):
         kept.clear()
-        kept.update({name: (_bounded if name in taken else _refused)(kind, name, each) for name, each in given.items()})
-    return own
+        kept.update({name: (_bounded if name in names else _refused)(kind, name, each) for name, each in items.items()})
+    return environment
 
 
 def _refused(kind: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -372,15 +372,15 @@ def _bounded(kind: str, name: str, function: Callable[..., Any]) -> Callable[...
     def bounded(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tuple(map(_held, args)), {name: _held(each) for name, each in kwargs.items()}
         measured = _environment().measured
-        given = [each for each in args if not isinstance(each, Context | EvalContext | Environment)]
-        given += kwargs.values()
-        for each in given:
+        inputs = [each for each in args if not isinstance(each, Context | EvalContext | Environment)]
+        inputs += kwargs.values()
+        for each in inputs:
             measured(each)
         if kind == "filter":
-            _charge("%" if name == "format" else name, *given)
+            _charge("%" if name == "format" else name, *inputs)
         elif name == "in":
-            _charge_search(given[1], given[0])
-        elif name in OF_NUMBERS and any(isinstance(each, str) for each in given):
+            _charge_search(inputs[1], inputs[0])
+        elif name in OF_NUMBERS and any(isinstance(each, str) for each in inputs):
             raise SecurityError(f"the test {name} is given a text")
         return measured(function(*args, **kwargs))
 
@@ -405,7 +405,7 @@ def _charge(name: str, *given: Any) -> None:
     value, *options = given or ("",)
     if name in PUT_IN:
         text = str(value)
-        if any(WIDE[name].search(found[1] or "") for found in PUT_IN[name].finditer(text)):
+        if any(WIDE[name].search(match[1] or "") for match in PUT_IN[name].finditer(text)):
             raise SecurityError(f"widths as in {text[:80]!r} are not taken in chat templates")
         work, widths = _work.get(), sum(map(int, re.findall(r"\d+", text)))
         _charge_product(name, len(text) + widths, ITEM + sum(_weight(each, work.largest) for each in options))
@@ -483,16 +483,16 @@ def _inside(value: Any) -> Iterable[Any]:
 def _weight(value: Any, largest: float) -> int:
     """Return the characters of a value and its elements, each of which counts as ITEM more. Raises SecurityError: too
     many, or an integer of more than 64 bits."""
-    weight, waiting = 0, [value]
-    while waiting:
-        each = waiting.pop()
+    weight, stack = 0, [value]
+    while stack:
+        element = stack.pop()
         weight += ITEM
-        if isinstance(each, str):
-            weight += len(each)
-        elif isinstance(each, int):
-            _refuse_integer(each)
+        if isinstance(element, str):
+            weight += len(element)
+        elif isinstance(element, int):
+            _refuse_integer(element)
         else:
-            waiting += _inside(each)
-        if weight + ITEM * len(waiting) > largest:
+            stack += _inside(element)
+        if weight + ITEM * len(stack) > largest:
             raise SecurityError(f"it makes more than {largest} characters of what is said")
     return weight

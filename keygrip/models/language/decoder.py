@@ -91,10 +91,10 @@ class LanguageModel(KeptBuffers):
     def put_back(self, kept: Mapping[str, Tensor]) -> None:
         """See `KeptBuffers`."""
         rotary = self.model.rotary_emb
-        for name, before in kept.items():
-            now = rotary.get_buffer(name)
-            if now.dtype != before.dtype:
-                setattr(rotary, name, before.to(now.device))
+        for name, saved in kept.items():
+            current = rotary.get_buffer(name)
+            if current.dtype != saved.dtype:
+                setattr(rotary, name, saved.to(current.device))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings, int64 [...] -> [..., C]."""
@@ -126,8 +126,8 @@ class LanguageModel(KeptBuffers):
             ValueError: a row has more positions than the context holds; several rows together may have more.
         """
         self._check_length(longest)
-        place = torch.arange(embeddings.shape[1], device=embeddings.device)
-        mask = (rows[:, :, None] == rows[:, None]) & (place[None] <= place[:, None])
+        index = torch.arange(embeddings.shape[1], device=embeddings.device)
+        mask = (rows[:, :, None] == rows[:, None]) & (index[None] <= index[:, None])
         return self._run(embeddings, positions, mask[:, None], None)
 
     def extend(self, embeddings: Tensor, cache: LanguageCache, valid: Tensor | None = None) -> Tensor:
@@ -188,29 +188,31 @@ class LanguageModel(KeptBuffers):
         Args:
             found: the weights' configuration in transformers. source: its origin. sizes: as in the constructor.
         """
-        own = self.model.config
-        different = [
-            f"{ours} is {getattr(found, theirs, None)}, config says {getattr(own, theirs)}"
+        own_config = self.model.config
+        differences = [
+            f"{ours} is {getattr(found, theirs, None)}, config says {getattr(own_config, theirs)}"
             for theirs, ours in sizes.items()
-            if getattr(found, theirs, None) != getattr(own, theirs)
+            if getattr(found, theirs, None) != getattr(own_config, theirs)
         ]
         rope = getattr(found, "rope_parameters", None) or {}
         theta = rope.get("rope_theta")
-        if theta is not None and float(theta) != own.rope_parameters["rope_theta"]:
-            different.append(f"rope_theta is {theta}, config says {own.rope_parameters['rope_theta']}")
+        if theta is not None and float(theta) != own_config.rope_parameters["rope_theta"]:
+            differences.append(f"rope_theta is {theta}, config says {own_config.rope_parameters['rope_theta']}")
         if rope.get("rope_type", "default") != "default":
-            different.append(f"its rotary positions are of type {rope['rope_type']}, which is not supported here")
+            differences.append(f"its rotary positions are of type {rope['rope_type']}, which is not supported here")
         for name in ("hidden_act", "head_dim", "attention_bias", "mlp_bias"):  # not in `sizes`
-            theirs, ours = getattr(found, name, None), getattr(own, name, None)
+            theirs, ours = getattr(found, name, None), getattr(own_config, name, None)
             if theirs is not None and theirs != ours:
-                different.append(f"{name} is {theirs}, here it is {ours}")
+                differences.append(f"{name} is {theirs}, here it is {ours}")
         if set(getattr(found, "layer_types", None) or ()) - {"full_attention"}:
-            different.append("some of its layers attend to a sliding window, which is not supported here")
+            differences.append("some of its layers attend to a sliding window, which is not supported here")
         kind = getattr(found, "model_type", "")
-        if kind != own.model_type:
-            different.insert(0, f"it is a {kind or 'model without a type'}, not a {own.model_type}")
-        if different:
-            raise ValueError(f"language.model.weights={source} does not fit language.model: {'; '.join(different[:4])}")
+        if kind != own_config.model_type:
+            differences.insert(0, f"it is a {kind or 'model without a type'}, not a {own_config.model_type}")
+        if differences:
+            raise ValueError(
+                f"language.model.weights={source} does not fit language.model: {'; '.join(differences[:4])}"
+            )
 
     def _load(self, source: str, whole: Any, sizes: Mapping[str, str]) -> None:
         self.refuse_other(read_config(source), source, sizes)

@@ -47,8 +47,10 @@ def read_config(source: str) -> Any:
     try:
         return from_pretrained(AutoConfig, source)
     except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{source}: its config.json has values that cannot be ({said}): download it again") from error
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"{source}: its config.json has values that cannot be ({message}): download it again"
+        ) from error
 
 
 def with_fused_attention(config: Any) -> Any:
@@ -98,12 +100,12 @@ def read_stop_tokens(source: str) -> list[int]:
         if file is None:
             continue
         try:
-            named = json.loads(file.read_bytes()).get("eos_token_id")
+            eos_token_id = json.loads(file.read_bytes()).get("eos_token_id")
         except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} is damaged or no configuration ({error}): download it again") from error
-        ids = named if isinstance(named, list) else [] if named is None else [named]
+        ids = eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
         if not all(type(each) is int for each in ids):
-            raise ValueError(f"{file}: eos_token_id={named!r} is no token's id and no list of them")
+            raise ValueError(f"{file}: eos_token_id={eos_token_id!r} is no token's id and no list of them")
         return ids
     log.info("%s: an answer ends where the tokenizer says: no generation_config.json or config.json to be had", source)
     return []
@@ -124,25 +126,25 @@ def checked_tokenizer(load: Callable[[], Loaded], source: str, vocabulary: int |
     """
     find = _finder(source, **options)
     config = find(CONFIG_FILE)
-    others = [] if config is None else check_config(config, vocabulary)
+    other_files = [] if config is None else check_config(config, vocabulary)
     for names, check in (
-        ((TOKENIZER_FILE, *others), check_tokenizer_file),
+        ((TOKENIZER_FILE, *other_files), check_tokenizer_file),
         (TOKEN_FILES, check_tokens),
         (VOCABULARY_FILES, check_vocabulary),
     ):
         for name in dict.fromkeys(names):
-            if (found := find(name)) is not None:  # otherwise `load` reports it, if it is needed
-                check(found, vocabulary)
-    where = f"the tokenizer of {source}"
+            if (file := find(name)) is not None:  # otherwise `load` reports it, if it is needed
+                check(file, vocabulary)
+    origin = f"the tokenizer of {source}"
     try:
         loaded = load()
     except (OSError, ValueError, ImportError):
         raise
     except BaseException:  # any error is treated as one of damaged files: also a panic of Rust
-        with tokenizer_errors(where):
+        with tokenizer_errors(origin):
             raise
     built: Any = loaded
-    check_built(built if hasattr(built, "get_vocab") else built.tokenizer, where, vocabulary)
+    check_built(built if hasattr(built, "get_vocab") else built.tokenizer, origin, vocabulary)
     return loaded
 
 
@@ -155,10 +157,10 @@ def file_of(source: str, name: str, **options: Any) -> Path | None:
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(source, name, **cache_only_without_network(source, options))
+        path = cached_file(source, name, **cache_only_without_network(source, options))
     except (OSError, ValueError):
         return None
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
 def _finder(source: str, **options: Any) -> Callable[[str], Path | None]:
@@ -170,12 +172,12 @@ def _finder(source: str, **options: Any) -> Callable[[str], Path | None]:
 
         folder = f"{options['subfolder']}/" if options.get("subfolder") else ""
         try:
-            asked = {name: options[name] for name in ("revision", "token") if name in options}
-            there = set(HfApi().list_repo_files(source, **asked))
+            hub_options = {name: options[name] for name in ("revision", "token") if name in options}
+            hub_files = set(HfApi().list_repo_files(source, **hub_options))
         except Exception:  # any error of the network
             options = options | {"local_files_only": True}
         else:
-            return lambda name: file_of(source, name, **options) if folder + name in there else None
+            return lambda name: file_of(source, name, **options) if folder + name in hub_files else None
     return lambda name: file_of(source, name, **options)
 
 
@@ -211,20 +213,20 @@ def from_pretrained(kind: Any, source: str, **options: Any) -> Any:
         FileNotFoundError: the source does not exist or is not available from the hub; one line states what to download.
         ForeignCodeError: the source needs such code.
     """
-    here = Path(source).is_dir()
-    if not here and source.startswith((".", "/", "~")):
+    is_folder = Path(source).is_dir()
+    if not is_folder and source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"weights or tokenizer: there is no folder {source}")
-    told = cache_only_without_network(source, options)
+    load_options = cache_only_without_network(source, options)
     try:
         with foreign_code_errors(source):
-            return kind.from_pretrained(source, trust_remote_code=False, **told)
+            return kind.from_pretrained(source, trust_remote_code=False, **load_options)
     except ForeignCodeError:
         raise
     except (OSError, ValueError) as error:
-        if here:
+        if is_folder:
             raise
         reason = str(error).splitlines()[0][:120]
-        if told is not options:
+        if load_options is not options:
             reason = f"{unreachable()}; and the files in its cache: {reason}"
         raise FileNotFoundError(
             f"{source} is neither a folder nor to be had from the hub ({reason}): download "

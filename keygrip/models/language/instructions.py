@@ -113,8 +113,8 @@ class WordTransformer(nn.Module):
         Raises:
             ValueError: a sentence has no word, or more than fit.
         """
-        found = torch.full((len(sentences), self.length, 2), PADDING)
-        found[:, 0] = WHOLE
+        token_rows = torch.full((len(sentences), self.length, 2), PADDING)
+        token_rows[:, 0] = WHOLE
         for index, sentence in enumerate(sentences):
             words = words_of(sentence)
             if not words:
@@ -127,8 +127,8 @@ class WordTransformer(nn.Module):
                     f"the instruction {sentence[:60]!r}... has {len(words)} words and signs, and "
                     f"instruction.length={self.length} leaves room for {self.length - 1}: raise it"
                 )
-            found[index, 1 : 1 + len(words)] = torch.tensor([_rows(word, self.rows) for word in words])
-        return found
+            token_rows[index, 1 : 1 + len(words)] = torch.tensor([_rows(word, self.rows) for word in words])
+        return token_rows
 
     def forward(self, tokens: Tensor) -> InstructionStates:
         """Compute the states of sentences, given as the output ``[B, L, 2]`` of ``tokens``."""

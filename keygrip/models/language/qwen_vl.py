@@ -66,15 +66,15 @@ class PatchProjection(nn.Conv3d):
     def of(cls, convolution: nn.Conv3d) -> PatchProjection:
         """Replace a convolution; the parameters are the same objects."""
         with torch.device("meta"):  # no second set of weights, and no random initialisation
-            found = cls(
+            projection = cls(
                 convolution.in_channels,
                 convolution.out_channels,
                 convolution.kernel_size,  # type: ignore[arg-type]  # a tuple of any length, to its annotation
                 stride=convolution.stride,  # type: ignore[arg-type]
                 bias=convolution.bias is not None,
             )
-        found.weight, found.bias = convolution.weight, convolution.bias
-        return found
+        projection.weight, projection.bias = convolution.weight, convolution.bias
+        return projection
 
     def forward(self, input: Tensor) -> Tensor:
         """``[N, H, 1, 1, 1]`` of patches ``[N, 3, frames, P, P]``."""
@@ -162,11 +162,11 @@ class QwenVL(nn.Module):
             raise ValueError(
                 f"vlm.image_size={image_size} must be a multiple of {vision.patch_size * MERGE}, two patches."
             )
-        own = (image_token, vision_start, vision_end)
-        if max(own) >= vocabulary or len(set(own)) < 3:
+        image_ids = (image_token, vision_start, vision_end)
+        if max(image_ids) >= vocabulary or len(set(image_ids)) < 3:
             raise ValueError(f"vlm: image_token, vision_start and vision_end are three ids below {vocabulary}.")
         self.layers, self.width, self.vocabulary, self.image_size = layers, width, vocabulary, image_size
-        self.image_token, self.vision_start, self.vision_end = own
+        self.image_token, self.vision_start, self.vision_end = image_ids
         self.vision, self.prompt_order, self.trainable = vision, prompt_order, trainable
         self.tokenizer_source = tokenizer
         self.tokenizer: ChatTokenizer | None = None
@@ -204,7 +204,7 @@ class QwenVL(nn.Module):
                 "out_hidden_size": width,
             },
         }
-        self.model: Any = _random(sizes, own) if weights == "random" else _pretrained(weights, sizes, own)
+        self.model: Any = _random(sizes, image_ids) if weights == "random" else _pretrained(weights, sizes, image_ids)
         self.model.visual.patch_embed.proj = PatchProjection.of(self.model.visual.patch_embed.proj)
         self.loaded_weights = weights
         self.precision: Precision = "float32"
@@ -266,8 +266,8 @@ class QwenVL(nn.Module):
         """Set the tokenizer. Raises ValueError: its words and the ids of images do not fit into one vocabulary."""
         names = {"<|image_pad|>": self.image_token, "<|vision_start|>": self.vision_start}
         names |= {"<|vision_end|>": self.vision_end}
-        taken = [id for name, id in names.items() if id < tokenizer.size and tokenizer.decode([id], True) != name]
-        if taken or tokenizer.size > self.vocabulary:
+        conflicts = [id for name, id in names.items() if id < tokenizer.size and tokenizer.decode([id], True) != name]
+        if conflicts or tokenizer.size > self.vocabulary:
             raise ValueError(
                 f"The tokenizer has {tokenizer.size} tokens, the vision-language model {self.vocabulary}, of which "
                 f"{sorted(names.values())} stand for images: vlm and vlm.tokenizer must belong together."
@@ -300,31 +300,31 @@ class QwenVL(nn.Module):
         Raises:
             ValueError: there is no tokenizer yet.
         """
-        known = self._prompts.get((instruction, views, extra))
-        if known is not None:
-            return known
-        ids, rest = self._around_images(instruction)
+        cached = self._prompts.get((instruction, views, extra))
+        if cached is not None:
+            return cached
+        ids, suffix = self._around_images(instruction)
         ids += [EXTRA] * extra
         side = self.image_size // (self.vision.patch_size * MERGE)
         positions = [torch.arange(len(ids)).expand(3, -1)]
         places = [torch.zeros(len(ids), 3)]
-        following = len(ids)
+        next_position = len(ids)
         cells = torch.arange(side)
         grid = torch.stack([torch.zeros(side, side), *torch.meshgrid(cells, cells, indexing="ij")]).flatten(1).long()
         shares = (grid[1:].T + 0.5) / side
         for view in range(views):
             ids += [self.vision_start] + [self.image_token] * side**2 + [self.vision_end]
-            start = following + 1
-            positions += [torch.full((3, 1), following), start + grid, torch.full((3, 1), start + side)]
-            seen = torch.cat([torch.full((side**2, 1), view + 1.0), shares], dim=1)
-            places += [torch.zeros(1, 3), seen, torch.zeros(1, 3)]
-            following = start + side + 1
-        positions.append((following + torch.arange(len(rest))).expand(3, -1))
-        places.append(torch.zeros(len(rest), 3))
+            start = next_position + 1
+            positions += [torch.full((3, 1), next_position), start + grid, torch.full((3, 1), start + side)]
+            image_places = torch.cat([torch.full((side**2, 1), view + 1.0), shares], dim=1)
+            places += [torch.zeros(1, 3), image_places, torch.zeros(1, 3)]
+            next_position = start + side + 1
+        positions.append((next_position + torch.arange(len(suffix))).expand(3, -1))
+        places.append(torch.zeros(len(suffix), 3))
         if len(self._prompts) >= KEPT_PROMPTS:
             self._prompts.clear()
-        found = self._prompts[instruction, views, extra] = ids + rest, torch.cat(positions, dim=1), torch.cat(places)
-        return found
+        entry = self._prompts[instruction, views, extra] = ids + suffix, torch.cat(positions, dim=1), torch.cat(places)
+        return entry
 
     def tokens(
         self, instructions: Sequence[str], views: int, extra: int = 0
@@ -337,11 +337,11 @@ class QwenVL(nn.Module):
         positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
         mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
         places = torch.zeros(len(prompts), longest, 3)
-        for row, (words, at, where) in enumerate(prompts):
-            ids[row, : len(words)] = torch.tensor(words)
-            positions[:, row, : len(words)] = at
-            mask[row, : len(words)] = True
-            places[row, : len(words)] = where
+        for row, (prompt_ids, prompt_positions, prompt_places) in enumerate(prompts):
+            ids[row, : len(prompt_ids)] = torch.tensor(prompt_ids)
+            positions[:, row, : len(prompt_ids)] = prompt_positions
+            mask[row, : len(prompt_ids)] = True
+            places[row, : len(prompt_ids)] = prompt_places
         return ids, positions, None if mask.all() else mask, places
 
     # ------------------------------------------------------------------ forward
@@ -361,8 +361,8 @@ class QwenVL(nn.Module):
                 f"The vision-language model has {self.layers} layers and {last} are asked for: lower "
                 "model.network.blocks."
             )
-        further = 0 if extra is None else extra.shape[1]
-        ids, positions, mask, places = self.tokens(instructions, images.shape[1], further)
+        extra_count = 0 if extra is None else extra.shape[1]
+        ids, positions, mask, places = self.tokens(instructions, images.shape[1], extra_count)
         ids, positions, places = (part.to(images.device) for part in (ids, positions, places))
         mask = None if mask is None else mask.to(images.device)
         # Inputs of a frozen model still get gradients through it.
@@ -381,11 +381,11 @@ class QwenVL(nn.Module):
     def _embedded(self, ids: Tensor, images: Tensor, extra: Tensor | None) -> Tensor:
         """Embeddings ``[B, L, H]`` of token ids, those of id EXTRA given by ``extra`` ``[B, K, H]``, those of images by
         the vision tower."""
-        known = self.model.get_input_embeddings()(ids.clamp(min=0))
+        embeddings = self.model.get_input_embeddings()(ids.clamp(min=0))
         if extra is not None:
-            known = known.masked_scatter((ids == EXTRA)[..., None], extra.to(known.dtype))
-        seen = torch.cat(self.model.get_image_features(*self.patches(images), return_dict=True).pooler_output)
-        return known.masked_scatter((ids == self.image_token)[..., None], seen.to(known.dtype))
+            embeddings = embeddings.masked_scatter((ids == EXTRA)[..., None], extra.to(embeddings.dtype))
+        image_features = torch.cat(self.model.get_image_features(*self.patches(images), return_dict=True).pooler_output)
+        return embeddings.masked_scatter((ids == self.image_token)[..., None], image_features.to(embeddings.dtype))
 
     def patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Convert images to the vision tower's input: patches ``[N, 3 * 2 * P * P]``, the patches of a token next to
@@ -398,9 +398,9 @@ class QwenVL(nn.Module):
         blocks = pixels.unflatten(3, (side // MERGE, MERGE, patch)).unflatten(2, (side // MERGE, MERGE, patch))
         # [B V, 3, rows, MERGE, P, columns, MERGE, P] -> [B V, rows, columns, MERGE, MERGE, 3, P, P]
         blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
-        shown = blocks[:, :, :, :, :, :, None].expand(-1, -1, -1, -1, -1, -1, TEMPORAL, -1, -1)
+        repeated = blocks[:, :, :, :, :, :, None].expand(-1, -1, -1, -1, -1, -1, TEMPORAL, -1, -1)
         grid = torch.tensor([[1, side, side]], device=images.device).expand(len(pixels), -1)
-        return shown.reshape(len(pixels) * side**2, -1), grid
+        return repeated.reshape(len(pixels) * side**2, -1), grid
 
     def sharded_parts(self) -> list[nn.Module]:
         """Blocks that are used through their `forward` alone."""
@@ -439,16 +439,18 @@ def _pretrained(source: str, sizes: dict[str, dict[str, Any]], own: tuple[int, i
     """Load the model with weights of a folder or the hub, of exactly the config's sizes."""
     from transformers import Qwen2_5_VLModel
 
-    found = read_config(source)
-    if getattr(found, "model_type", "") != "qwen2_5_vl":
-        raise ValueError(f"vlm.weights={source} is a {getattr(found, 'model_type', 'model')}, not a qwen2_5_vl")
-    wanted = _config(sizes, own)
-    theirs, ours = _sizes(found, sizes), _sizes(wanted, sizes)
-    different = [
-        f"{name} is {theirs[name]}, config says {value}" for name, value in ours.items() if theirs[name] != value
+    stored_config = read_config(source)
+    if getattr(stored_config, "model_type", "") != "qwen2_5_vl":
+        raise ValueError(f"vlm.weights={source} is a {getattr(stored_config, 'model_type', 'model')}, not a qwen2_5_vl")
+    config = _config(sizes, own)
+    stored_sizes, config_sizes = _sizes(stored_config, sizes), _sizes(config, sizes)
+    differences = [
+        f"{name} is {stored_sizes[name]}, config says {value}"
+        for name, value in config_sizes.items()
+        if stored_sizes[name] != value
     ]
-    if different:
-        raise ValueError(f"vlm.weights={source} does not fit vlm: {'; '.join(different[:4])}")
+    if differences:
+        raise ValueError(f"vlm.weights={source} does not fit vlm: {'; '.join(differences[:4])}")
     model = read_weights(Qwen2_5_VLModel, source, "Qwen2.5-VL", attn_implementation="sdpa")
     log.info("vision-language model: weights of %s", source)
     return model
@@ -456,15 +458,15 @@ def _pretrained(source: str, sizes: dict[str, dict[str, Any]], own: tuple[int, i
 
 def _sizes(config: Any, sizes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the values that must agree between two configs, by name."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for part, names in sizes.items():
-        free = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+        ignored = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
         for name in names:
             if name == "rope_parameters":
                 rope = getattr(config.text_config, name, None) or {}
-                found |= {key: rope.get(key) for key in ("rope_theta", "mrope_section")}
-            elif name not in free:
-                found[f"{part}.{name}"] = getattr(getattr(config, part), name, None)
+                values |= {key: rope.get(key) for key in ("rope_theta", "mrope_section")}
+            elif name not in ignored:
+                values[f"{part}.{name}"] = getattr(getattr(config, part), name, None)
     for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
-        found[name] = getattr(config, name, None)
-    return {name: list(value) if isinstance(value, list | tuple) else value for name, value in found.items()}
+        values[name] = getattr(config, name, None)
+    return {name: list(value) if isinstance(value, list | tuple) else value for name, value in values.items()}

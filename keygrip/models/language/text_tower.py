@@ -60,19 +60,19 @@ class PretrainedTextTower(nn.Module):
                 from transformers import CLIPTextModel, SiglipTextModel
             except ImportError as error:
                 raise ImportError("instruction=pretrained needs transformers: pip install 'keygrip[vlm]'") from error
-            whole = read_config(self.source)
-            if whole.model_type not in CLIP + SIGLIP:
+            full_config = read_config(self.source)
+            if full_config.model_type not in CLIP + SIGLIP:
                 raise ValueError(
-                    f"{self.source} is a {whole.model_type} model: instruction.source must be CLIP or SigLIP"
+                    f"{self.source} is a {full_config.model_type} model: instruction.source must be CLIP or SigLIP"
                 )
-            config = getattr(whole, "text_config", whole)
+            config = getattr(full_config, "text_config", full_config)
             if config.hidden_size != self.width or config.max_position_embeddings < self.length:
                 raise ValueError(
                     f"{self.source} has states of {config.hidden_size} numbers and up to "
                     f"{config.max_position_embeddings} tokens; instruction.width={self.width}, "
                     f"instruction.length={self.length}"
                 )
-            kind: Any = CLIPTextModel if whole.model_type in CLIP else SiglipTextModel
+            kind: Any = CLIPTextModel if full_config.model_type in CLIP else SiglipTextModel
             tower = read_weights(kind, self.source, "text tower")
             tokenizer = read_tokenizer(self.source)
             if tokenizer.pad_token_id is None:
@@ -106,14 +106,14 @@ class PretrainedTextTower(nn.Module):
         tokenizer, _, _ = self._parts()
         if any(not sentence.strip() for sentence in sentences):
             raise ValueError("an instruction is empty: every demonstration needs a sentence (or instruction=null)")
-        found = [tokenizer(sentence)["input_ids"] for sentence in sentences]
-        for sentence, ids in zip(sentences, found, strict=True):
+        token_ids = [tokenizer(sentence)["input_ids"] for sentence in sentences]
+        for sentence, ids in zip(sentences, token_ids, strict=True):
             if len(ids) > self.length:
                 raise ValueError(
                     f"the instruction {sentence[:60]!r}... has {len(ids)} tokens, instruction.length={self.length}"
                 )
         padding = self._parts()[2]
-        rows = [[[each, 1] for each in ids] + [[padding, 0]] * (self.length - len(ids)) for ids in found]
+        rows = [[[each, 1] for each in ids] + [[padding, 0]] * (self.length - len(ids)) for ids in token_ids]
         return torch.tensor(rows)
 
     @torch.no_grad()
@@ -126,9 +126,9 @@ class PretrainedTextTower(nn.Module):
         # without a mask; its pooled state is that of the last position.
         if tower.config.model_type in SIGLIP:
             ids = F.pad(ids, (0, tower.config.max_position_embeddings - self.length), value=padding)
-        found = tower(input_ids=ids)
-        words = F.layer_norm(found.last_hidden_state[:, : self.length].float(), (self.width,)) * mask[..., None]
-        return InstructionStates(words, mask, F.layer_norm(found.pooler_output.float(), (self.width,)))
+        output = tower(input_ids=ids)
+        words = F.layer_norm(output.last_hidden_state[:, : self.length].float(), (self.width,)) * mask[..., None]
+        return InstructionStates(words, mask, F.layer_norm(output.pooler_output.float(), (self.width,)))
 
 
 def _refuse_other(tower: PretrainedTextTower, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -145,9 +145,9 @@ def _refuse_other(tower: PretrainedTextTower, state_dict: dict[str, Tensor], pre
         return
     if not bool(stored.any()):  # no tower was used in training
         return
-    found = tower.digest()
-    if not torch.equal(stored.cpu(), found):
-        here, there = (bytes(each.flatten()[:8].to(torch.uint8).tolist()).hex() for each in (found, stored))
+    digest = tower.digest()
+    if not torch.equal(stored.cpu(), digest):
+        here, there = (bytes(each.flatten()[:8].to(torch.uint8).tolist()).hex() for each in (digest, stored))
         raise ValueError(
             f"instruction.source={tower.source} is another text tower than the one that was trained with (weights and "
             f"tokenizer have the hash {here}, in the checkpoint it is {there}): its states mean something else; name "

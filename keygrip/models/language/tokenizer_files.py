@@ -55,27 +55,29 @@ def check_config(file: Path, vocabulary: int | None = None) -> list[str]:
             names a file in a format that is not read.
     """
     config = _json_of(file)
-    others = config.get(OTHER_FILES) or []
-    if not isinstance(others, list) or not all(isinstance(each, str) for each in others):
+    other_files = config.get(OTHER_FILES) or []
+    if not isinstance(other_files, list) or not all(isinstance(value, str) for value in other_files):
         raise ValueError(f"{file}: {OTHER_FILES} is no list of names; remove it, and tokenizer.json is read")
     if config.get("gguf_file") is not None:
         raise ValueError(f"{file}: gguf_file is not taken here; give a folder with tokenizer.json")
     for name in MADE:
-        if isinstance(number := config.get(name), int | float) and number > MOST_MADE:
-            raise ValueError(f"{file}: {name}={number} tokens of its own; no tokenizer needs {MOST_MADE}")
+        if isinstance(count := config.get(name), int | float) and count > MOST_MADE:
+            raise ValueError(f"{file}: {name}={count} tokens of its own; no tokenizer needs {MOST_MADE}")
     # other texts are settings, such as prompts, and may be of any length
-    told = {name: each for name, each in config.items() if name.endswith("_token") or not isinstance(each, str)}
-    told = {name: each for name, each in told.items() if name not in NO_TOKENS}
-    _refuse_texts([*_texts_of(told)], str(file))
+    token_entries = {
+        name: value for name, value in config.items() if name.endswith("_token") or not isinstance(value, str)
+    }
+    token_entries = {name: value for name, value in token_entries.items() if name not in NO_TOKENS}
+    _refuse_texts([*_texts_of(token_entries)], str(file))
     added = config.get("added_tokens_decoder") or {}
     if not isinstance(added, dict):
         raise ValueError(f"{file}: added_tokens_decoder is no object of tokens: download it again")
-    numbers = [
+    token_ids = [
         (token, int(key) if key.isascii() and key.isdecimal() and len(key) < 20 else key)
         for key, token in added.items()
     ]
-    refuse_ids(numbers, str(file), vocabulary)
-    return others
+    refuse_ids(token_ids, str(file), vocabulary)
+    return other_files
 
 
 def check_tokens(file: Path, vocabulary: int | None = None) -> None:
@@ -107,14 +109,18 @@ def check_sentencepiece(content: bytes, where: str) -> None:
     """Check the file of a SentencePiece model; `where` is for messages. Raises ValueError as `check_vocabulary`."""
     texts: list[str] = []
     charsmaps = [b""]
-    for number, value in _fields(content, where):
+    for field_number, value in _fields(content, where):
         if not isinstance(value, bytes):
             continue
-        inner = list(_fields(value, where)) if number in (PIECES, TRAINER, *NORMALIZERS) else []
-        kept = {PIECES: (PIECE,), TRAINER: SPECIAL}.get(number, ())
-        texts += [each.decode(errors="replace") for field, each in inner if field in kept and isinstance(each, bytes)]
-        if number in NORMALIZERS:
-            charsmaps += [each for field, each in inner if field == CHARSMAP and isinstance(each, bytes)]
+        subfields = list(_fields(value, where)) if field_number in (PIECES, TRAINER, *NORMALIZERS) else []
+        text_fields = {PIECES: (PIECE,), TRAINER: SPECIAL}.get(field_number, ())
+        texts += [
+            each.decode(errors="replace")
+            for field, each in subfields
+            if field in text_fields and isinstance(each, bytes)
+        ]
+        if field_number in NORMALIZERS:
+            charsmaps += [each for field, each in subfields if field == CHARSMAP and isinstance(each, bytes)]
     if not texts:
         raise ValueError(f"{where} is damaged or no SentencePiece model (it has no pieces): download it again")
     _refuse_texts(texts, where)
@@ -135,9 +141,9 @@ def check_built(tokenizer: Any, where: str, vocabulary: int | None = None) -> No
         ValueError: as `parse_tokenizer`.
     """
     with tokenizer_errors(where):
-        known = dict(tokenizer.get_vocab())
-    refuse_ids(known.items(), where, vocabulary)  # first, since writing a tokenizer iterates over all ids
-    refuse_long(known, where)
+        token_ids = dict(tokenizer.get_vocab())
+    refuse_ids(token_ids.items(), where, vocabulary)  # first, since writing a tokenizer iterates over all ids
+    refuse_long(token_ids, where)
     refuse_long(tokenizer.all_special_tokens, where)
     if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         with tokenizer_errors(where):
@@ -159,16 +165,16 @@ def _json_of(file: Path) -> dict[str, Any]:
 
 def _texts_of(content: Any) -> Iterator[str]:
     """Yield all strings in JSON content, keys too."""
-    waiting = [content]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, dict):
-            yield from each
-            waiting += each.values()
-        elif isinstance(each, list):
-            waiting += each
-        elif isinstance(each, str):
-            yield each
+    stack = [content]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            yield from value
+            stack += value.values()
+        elif isinstance(value, list):
+            stack += value
+        elif isinstance(value, str):
+            yield value
 
 
 def _refuse_texts(texts: Sequence[str], where: str) -> None:

@@ -103,12 +103,12 @@ def tokenizer_errors(where: str) -> Iterator[None]:
 
 def refuse_ids(ids: Iterable[tuple[Any, Any]], where: str, vocabulary: int | None = None) -> None:
     """Raise ValueError if one of the pairs of token and id has an id beyond the vocabulary."""
-    most = LARGEST_VOCABULARY if vocabulary is None else vocabulary
-    of = "any language model" if vocabulary is None else "its language model"
-    for token, number in ids:
-        if type(number) is not int or not 0 <= number < most:
+    limit = LARGEST_VOCABULARY if vocabulary is None else vocabulary
+    owner = "any language model" if vocabulary is None else "its language model"
+    for token, token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < limit:
             raise ValueError(
-                f"{where}: the token {str(token)[:40]!r} has the id {str(number)[:40]}; {of} has ids below {most}"
+                f"{where}: the token {str(token)[:40]!r} has the id {str(token_id)[:40]}; {owner} has ids below {limit}"
             )
 
 
@@ -124,37 +124,37 @@ def refuse_long(texts: Iterable[Any], where: str) -> None:
 
 def _refuse_ids_of(content: Any, where: str, vocabulary: int | None) -> None:
     parts = content if isinstance(content, dict) else {}
-    model, added = parts.get("model"), parts.get("added_tokens") or []
-    if not isinstance(model, dict) or not isinstance(added, list):
+    model, added_tokens = parts.get("model"), parts.get("added_tokens") or []
+    if not isinstance(model, dict) or not isinstance(added_tokens, list):
         raise ValueError(f"{where} is damaged or no tokenizer (it has no model with a vocabulary)")
-    known = model.get("vocab")
-    ids = list(known.items()) if isinstance(known, dict) else []  # in a list the index is the id
-    ids += [(token.get("content"), token.get("id")) for token in added if isinstance(token, dict)]
-    if isinstance(known, list) and known:
-        ids.append((known[-1], len(known) - 1))
+    vocab = model.get("vocab")
+    ids = list(vocab.items()) if isinstance(vocab, dict) else []  # in a list the index is the id
+    ids += [(token.get("content"), token.get("id")) for token in added_tokens if isinstance(token, dict)]
+    if isinstance(vocab, list) and vocab:
+        ids.append((vocab[-1], len(vocab) - 1))
     refuse_ids(ids, where, vocabulary)
 
 
 def _refuse_lengths(content: dict[str, Any], where: str) -> None:
     """Raise ValueError if a token, or another text that is written for each piece of a text, is too long."""
     model = content["model"]
-    known = model.get("vocab")
-    if isinstance(known, list):  # pairs of a token and its probability
-        known = [each[0] if isinstance(each, list) and each else each for each in known]
-    texts = list(known) if isinstance(known, list | dict) else []
+    vocab = model.get("vocab")
+    if isinstance(vocab, list):  # pairs of a token and its probability
+        vocab = [item[0] if isinstance(item, list) and item else item for item in vocab]
+    texts = list(vocab) if isinstance(vocab, list | dict) else []
     # the map of a SentencePiece model, whose texts count as growth, and regular expressions are no tokens; merges
     # contain known tokens, otherwise the library refuses them
-    apart = ("vocab", "merges", "precompiled_charsmap", "Regex")
-    waiting: list[Any] = [content]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, dict):
-            texts += each
-            waiting += [value for name, value in each.items() if name not in apart]
-        elif isinstance(each, list):
-            waiting += each
+    excluded = ("vocab", "merges", "precompiled_charsmap", "Regex")
+    stack: list[Any] = [content]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            texts += item
+            stack += [value for name, value in item.items() if name not in excluded]
+        elif isinstance(item, list):
+            stack += item
         else:
-            texts.append(each)
+            texts.append(item)
     refuse_long(texts, where)
     for name in AFFIXES:
         if isinstance(affix := model.get(name), str) and len(affix) > LONGEST_AFFIX:
@@ -167,17 +167,21 @@ def _refuse_lengths(content: dict[str, Any], where: str) -> None:
 
 
 def _refuse_growth(content: dict[str, Any], where: str) -> None:
-    found = {step: [p for name in names for p in _parts(content.get(name), where)] for step, names in STEPS.items()}
-    if (count := sum(map(len, found.values()))) > MOST_PARTS:
+    parts_by_step = {
+        step: [p for name in names for p in _parts(content.get(name), where)] for step, names in STEPS.items()
+    }
+    if (count := sum(map(len, parts_by_step.values()))) > MOST_PARTS:
         raise ValueError(f"{where} has a normalizer, decoder, ... of {count} parts; no tokenizer needs {MOST_PARTS}")
-    for step, parts in found.items():
+    for step, parts in parts_by_step.items():
         # The first Unicode normal form expands only a few rare characters, if no part before it can have made them; for
         # a further normal form, the output of the parts in between is not known.
-        first = next((number for number, part in enumerate(parts) if part.get("type") in FORMS), len(parts))
-        before, behind = (math.prod(map(_growth, some)) for some in (parts[:first], parts[first + 1 :]))
-        made = "".join(str(part.get(name, "")) for part in parts[:first] for name in ("content", "prepend"))
-        form = _growth(parts[first]) if first < len(parts) and (before > 1 or not made.isascii()) else 1
-        growth = before * form * behind
+        first = next((index for index, part in enumerate(parts) if part.get("type") in FORMS), len(parts))
+        growth_before, growth_after = (math.prod(map(_growth, some)) for some in (parts[:first], parts[first + 1 :]))
+        added_text = "".join(str(part.get(name, "")) for part in parts[:first] for name in ("content", "prepend"))
+        form_growth = (
+            _growth(parts[first]) if first < len(parts) and (growth_before > 1 or not added_text.isascii()) else 1
+        )
+        growth = growth_before * form_growth * growth_after
         if growth > LARGEST_GROWTH:
             names = " and ".join(STEPS[step])
             raise ValueError(
@@ -189,37 +193,37 @@ def _refuse_growth(content: dict[str, Any], where: str) -> None:
 def _parts(node: Any, where: str) -> list[dict[str, Any]]:
     """Return the parts of a normalizer, a decoder, ..., in order, including those of nested sequences."""
     parts: list[dict[str, Any]] = []
-    waiting = [] if node is None else [node]
-    while waiting:
-        each = waiting.pop()
-        if not isinstance(each, dict):  # the library also accepts a list as the fields of a part
-            raise ValueError(f"{where} is damaged or no tokenizer ({str(each)[:40]!r} is no part of a normalizer, ...)")
-        for inner in (each[name] for name in NESTED if name in each):
-            waiting += reversed(inner) if isinstance(inner, list) else [inner]
-        parts.append(each)
+    stack = [] if node is None else [node]
+    while stack:
+        part = stack.pop()
+        if not isinstance(part, dict):  # the library also accepts a list as the fields of a part
+            raise ValueError(f"{where} is damaged or no tokenizer ({str(part)[:40]!r} is no part of a normalizer, ...)")
+        for inner in (part[name] for name in NESTED if name in part):
+            stack += reversed(inner) if isinstance(inner, list) else [inner]
+        parts.append(part)
     return parts
 
 
 def _growth(part: dict[str, Any]) -> float:
     """Return how many characters or tokens a part makes from one at most; the library refuses unknown parts."""
     growth = float(FIXED_GROWTH.get(str(part.get("type")), 1))
-    content, pattern, added = part.get("content"), part.get("pattern"), part.get("prepend")
+    content, pattern, prepended = part.get("content"), part.get("pattern"), part.get("prepend")
     if isinstance(content, str):
-        given = pattern.get("String") if isinstance(pattern, dict) else pattern
+        literal = pattern.get("String") if isinstance(pattern, dict) else pattern
         expression = pattern.get("Regex") if isinstance(pattern, dict) else None
-        if isinstance(given, str) and given:
-            growth *= max(1.0, len(content) / len(given))
+        if isinstance(literal, str) and literal:
+            growth *= max(1.0, len(content) / len(literal))
         elif isinstance(expression, str) and MATCHES_SOMETHING.fullmatch(expression):
             growth *= max(1, len(content))
         else:  # a regular expression may match the empty string, before every character
             growth *= 1 + len(content)
-    if isinstance(added, str):
-        growth *= 1 + len(added)
+    if isinstance(prepended, str):
+        growth *= 1 + len(prepended)
     if isinstance(part.get("precompiled_charsmap"), str):
         with suppress(ValueError):  # which the library refuses
             growth *= longest_of_charsmap(base64.b64decode(part["precompiled_charsmap"]))
-    templates = [each for each in (part.get("single"), part.get("pair")) if isinstance(each, list)]
-    return growth * max([1, *(_tokens_of(each, part.get("special_tokens")) for each in templates)])
+    templates = [template for template in (part.get("single"), part.get("pair")) if isinstance(template, list)]
+    return growth * max([1, *(_tokens_of(template, part.get("special_tokens")) for template in templates)])
 
 
 def longest_of_charsmap(charsmap: bytes) -> int:

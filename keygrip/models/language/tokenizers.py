@@ -88,9 +88,9 @@ class ChatTokenizer:
                 f"the tokenizer has neither an eos token nor {TURN_END}, so that no answer would end: name the token "
                 "that ends a turn as eos_token in its tokenizer_config.json"
             )
-        own = [self.end_of_turn] if end is None else [self.end_of_turn, end]
-        self.stop_tokens = frozenset([*own, *(each for each in stop_tokens if 0 <= each < self.size)])
-        self._further_stops = sorted(self.stop_tokens.difference(own))
+        base_stops = [self.end_of_turn] if end is None else [self.end_of_turn, end]
+        self.stop_tokens = frozenset([*base_stops, *(each for each in stop_tokens if 0 <= each < self.size)])
+        self._further_stops = sorted(self.stop_tokens.difference(base_stops))
         self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
         self._added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")
@@ -108,9 +108,9 @@ class ChatTokenizer:
             ValueError: such a tokenizer merges the text with every text before it.
         """
         ids: list[int] = []
-        for number, part in enumerate(text.split(SPELT)):
+        for index, part in enumerate(text.split(SPELT)):
             if part:
-                spelt = number % 2 == 1
+                spelt = index % 2 == 1
                 ids += self._continued(part, after, spelt) if after else self._ids(part, spelt)
                 after = SPELT if spelt else part
         return ids
@@ -125,10 +125,10 @@ class ChatTokenizer:
         if not self._adds_space:
             return self._ids(text, spelt)
         special = None if spelt else next(filter(after.endswith, self._added), None)
-        for before in (special,) if special else BEHIND:
-            known, ids = self._ids(before), self._ids(before + text, spelt)
-            if known and ids[: len(known)] == known:
-                return ids[len(known) :]
+        for prefix in (special,) if special else BEHIND:
+            prefix_ids, ids = self._ids(prefix), self._ids(prefix + text, spelt)
+            if prefix_ids and ids[: len(prefix_ids)] == prefix_ids:
+                return ids[len(prefix_ids) :]
         raise ValueError(f"the tokenizer has no ids of its own for a text that continues another: {text[:40]!r}")
 
     def as_words(self, text: str) -> str:
@@ -160,11 +160,11 @@ class ChatTokenizer:
         """Return the whole tokenizer as plain text, for a checkpoint."""
         template = self._tokenizer.chat_template
         assert isinstance(template, str)
-        named = {name: getattr(self._tokenizer, token) for name, token in NAMED_TOKENS.items()}
+        special_tokens = {name: getattr(self._tokenizer, token) for name, token in NAMED_TOKENS.items()}
         return {
             "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
             TEMPLATE: template,
-            **{name: str(token) for name, token in named.items() if token is not None},
+            **{name: str(token) for name, token in special_tokens.items() if token is not None},
             **({STOP: json.dumps(self._further_stops)} if self._further_stops else {}),
         }
 
@@ -175,8 +175,12 @@ class ChatTokenizer:
     def same_words(self, other: ChatTokenizer, template: bool = True) -> bool:
         """Return whether another tokenizer assigns the same ids and, with `template`, has the same chat template; stop
         tokens may differ."""
-        own, others = self.words(), other.words()
-        return all(own.get(name) == others.get(name) for name in own.keys() | others if template or name != TEMPLATE)
+        own_words, other_words = self.words(), other.words()
+        return all(
+            own_words.get(name) == other_words.get(name)
+            for name in own_words.keys() | other_words
+            if template or name != TEMPLATE
+        )
 
     @classmethod
     def from_state(cls, state: dict[str, str], vocabulary: int | None = None) -> ChatTokenizer:
@@ -190,13 +194,15 @@ class ChatTokenizer:
         """
         from transformers import PreTrainedTokenizerFast
 
-        stored = parse_tokenizer(state["tokenizer"], "its tokenizer", vocabulary)
-        named = {token: state[name] for name, token in NAMED_TOKENS.items() if name in state}
-        for token, text in named.items():
-            if stored.token_to_id(text) is None:  # transformers would add it, beyond the model's vocabulary
+        backend = parse_tokenizer(state["tokenizer"], "its tokenizer", vocabulary)
+        special_tokens = {token: state[name] for name, token in NAMED_TOKENS.items() if name in state}
+        for token, text in special_tokens.items():
+            if backend.token_to_id(text) is None:  # transformers would add it, beyond the model's vocabulary
                 raise ValueError(f"its tokenizer has no token {text[:40]!r}, which is to be its {token}")
         with tokenizer_errors("its tokenizer"):
-            fast = PreTrainedTokenizerFast(tokenizer_object=stored, chat_template=state["chat_template"], **named)
+            fast = PreTrainedTokenizerFast(
+                tokenizer_object=backend, chat_template=state["chat_template"], **special_tokens
+            )
         return cls(fast, _stored_ids(state.get(STOP, "[]")))
 
 

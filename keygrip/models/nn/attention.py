@@ -113,8 +113,8 @@ class Attention(nn.Module):
             keys_values = self.keys_values(x, angles)
         queries = self._queries(x, keys_values)
         queries = queries if angles is None else rotated(queries, angles)
-        read = training_attention(queries, keys_values.keys, keys_values.values, attn_mask=_broadcast(mask))
-        return self.output(read.transpose(1, 2).flatten(2))
+        attended = training_attention(queries, keys_values.keys, keys_values.values, attn_mask=_broadcast(mask))
+        return self.output(attended.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
     def shares(
@@ -144,8 +144,10 @@ class Attention(nn.Module):
         """
         weights, context = self._weights(x, groups, keys_values, mask)
         parts = zip(weights.split(list(groups), -1), context.values.float().split(list(groups), 2), strict=True)
-        read = [(part @ values).transpose(1, 2).flatten(2) for part, values in parts]  # of [B, N, D]
-        sizes = torch.stack([F.linear(part, self.output.weight.float()).square().mean(dim=(1, 2)) for part in read], -1)
+        group_outputs = [(part @ values).transpose(1, 2).flatten(2) for part, values in parts]  # of [B, N, D]
+        sizes = torch.stack(
+            [F.linear(part, self.output.weight.float()).square().mean(dim=(1, 2)) for part in group_outputs], -1
+        )
         sizes = sizes.sqrt()
         return sizes / sizes.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
 

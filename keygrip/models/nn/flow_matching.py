@@ -183,18 +183,18 @@ def integrate(
     """
     if solver not in SOLVERS:
         raise ValueError(f"The solver is one of {', '.join(SOLVERS)}, not {solver!r}.")
-    if len(levels) < 2 or any(after >= before for before, after in pairwise(levels)):
+    if len(levels) < 2 or any(next_level >= previous for previous, next_level in pairwise(levels)):
         raise ValueError(f"Noise levels must fall from noise to data, got {list(levels)}.")
     x = noise
     last: tuple[Tensor, float] | None = None  # velocity of the step before, and its length
-    for index, (level, after) in enumerate(pairwise(levels)):
-        step = after - level  # negative
+    for index, (level, next_level) in enumerate(pairwise(levels)):
+        step = next_level - level  # negative
         v = velocity_at(x, level)
         if solver == "heun" and index < len(levels) - 2:
-            slope = (v + velocity_at(x + step * v, after)) / 2
+            slope = (v + velocity_at(x + step * v, next_level)) / 2
         elif solver == "adams_bashforth" and last is not None:
-            before, length = last
-            slope = v + (v - before) * (step / (2 * length))
+            previous, length = last
+            slope = v + (v - previous) * (step / (2 * length))
         else:
             slope = v
         x, last = x + step * slope, (v, step)

@@ -74,8 +74,8 @@ def add_lora(network: nn.Module, lora: LoRA) -> list[str]:
     linear = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     chosen = [name for name, _ in network.named_modules() if name.rpartition(".")[2] in lora.targets]
     for target in lora.targets:
-        found = [name for name in chosen if name.rpartition(".")[2] == target]
-        if not found or not linear.issuperset(found):
+        matches = [name for name in chosen if name.rpartition(".")[2] == target]
+        if not matches or not linear.issuperset(matches):
             raise ValueError(f"lora.targets: the network has no linear layer named {target}")
     try:
         from peft import inject_adapter_in_model
@@ -126,7 +126,7 @@ def merge(network: nn.Module) -> None:
 @torch.no_grad()
 def merged_weights(weights: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
     """Return the state dictionary of the network without LoRA, with the differences added to its weights."""
-    found = {}
+    merged = {}
     for name, value in weights.items():
         if is_difference(name):
             continue
@@ -134,8 +134,8 @@ def merged_weights(weights: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tenso
         if last == "weight":
             low, high = weights[f"{layer}.{LOW}.weight"], weights[f"{layer}.{HIGH}.weight"]
             value = (value.float() + lora.alpha / lora.rank * high.float() @ low.float()).to(value)
-        found[plain_name(name)] = value
-    return found
+        merged[plain_name(name)] = value
+    return merged
 
 
 def merged_checkpoint(
@@ -157,8 +157,8 @@ def without_lora(config: Any) -> tuple[Any, LoRA | None]:
         pairs = {key: without_lora(value) for key, value in config.items()}
         return {key: value for key, (value, _) in pairs.items()}, _first(lora for _, lora in pairs.values())
     if isinstance(config, list):
-        each = [without_lora(value) for value in config]
-        return [value for value, _ in each], _first(lora for _, lora in each)
+        converted = [without_lora(value) for value in config]
+        return [value for value, _ in converted], _first(lora for _, lora in converted)
     return config, None
 
 

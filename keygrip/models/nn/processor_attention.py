@@ -37,8 +37,8 @@ def training_attention(queries: Tensor, keys: Tensor, values: Tensor, **options:
     """
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     bf16 = queries.device.type == "cpu" and (autocast or queries.dtype == torch.bfloat16)
-    left = not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_counting()
-    if not bf16 or left or keys.shape[-2] > FLOAT32_KEYS:
+    bypass = not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_counting()
+    if not bf16 or bypass or keys.shape[-2] > FLOAT32_KEYS:
         return F.scaled_dot_product_attention(queries, keys, values, **options)
     return float32_attention(queries, keys, values, **options)
 
@@ -66,8 +66,8 @@ class _TrainingAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, args, strict=False)) | dict(kwargs or {})
-        return training_attention(given.pop("query"), given.pop("key"), given.pop("value"), **given)
+        arguments = dict(zip(names, args, strict=False)) | dict(kwargs or {})
+        return training_attention(arguments.pop("query"), arguments.pop("key"), arguments.pop("value"), **arguments)
 
     def __enter__(self) -> _TrainingAttention:
         self.before = within()

@@ -116,7 +116,7 @@ class AutoencoderModule(System):
                 unit = self.latent_noise * mean.detach().std(dim=(0, 2, 3), keepdim=True)
                 latents = latents + unit * torch.rand_like(mean[:, :1, :1, :1]) * torch.randn_like(mean)
         error = self.network.decode(latents).float() - pixels
-        found = {
+        terms = {
             "pixels": error.abs().mean(dim=(1, 2, 3)),
             "differences": sum(
                 (error.diff(dim=axis).abs().mean(dim=(1, 2, 3)) for axis in (2, 3)),
@@ -125,26 +125,26 @@ class AutoencoderModule(System):
             "kl": 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).float().mean(dim=(1, 2, 3)),
         }
         weights = {"pixels": 1.0, "differences": self.difference_weight, "kl": self.kl_weight}
-        total = sum((weights[name] * value for name, value in found.items()), start=torch.zeros_like(found["pixels"]))
-        return {**found, "total": total}
+        total = sum((weights[name] * value for name, value in terms.items()), start=torch.zeros_like(terms["pixels"]))
+        return {**terms, "total": total}
 
     def loss(self, batch: ImageTextBatch) -> Tensor:
         """The mean loss of a batch."""
         return self.losses(self.pixels(batch), sampled=True)["total"].mean()
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
-        found = self.losses(self.pixels(batch), sampled=True)
-        loss = global_mean(found["total"].sum(), len(batch))
-        self.log_values("train", {name: value.mean() for name, value in found.items()}, len(batch))
+        losses = self.losses(self.pixels(batch), sampled=True)
+        loss = global_mean(losses["total"].sum(), len(batch))
+        self.log_values("train", {name: value.mean() for name, value in losses.items()}, len(batch))
         return loss
 
     @torch.no_grad()
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
         pixels = self.pixels(batch)
         values = {name: value.mean() for name, value in self.losses(pixels, sampled=False).items()}
-        shown = ((self.network(pixels).float() + 1) / 2).clamp(0, 1)
-        error = (shown - (pixels + 1) / 2).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
+        reconstruction = ((self.network(pixels).float() + 1) / 2).clamp(0, 1)
+        error = (reconstruction - (pixels + 1) / 2).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
         self.log_values("val", {**values, "psnr_db": (-10 * error.log10()).mean()}, len(batch))
         if batch_idx == 0 and self.shows_images and not self.trainer.sanity_checking:
-            rows = [("images", (pixels[: self.shown] + 1) / 2), ("as they come back", shown[: self.shown])]
+            rows = [("images", (pixels[: self.shown] + 1) / 2), ("as they come back", reconstruction[: self.shown])]
             self.show_image("val/images", image_grid(rows))

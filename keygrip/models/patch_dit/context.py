@@ -120,8 +120,8 @@ class Context:
         """Bool ``[B, M]``, True = attend; None if every token counts. DINO tokens always count."""
         if self.text_mask is None:
             return None
-        _, one, patches = self.groups
-        return torch.cat([self.text_mask, self.text_mask.new_ones(len(self.text_mask), one + patches)], dim=1)
+        _, cls_count, patches = self.groups
+        return torch.cat([self.text_mask, self.text_mask.new_ones(len(self.text_mask), cls_count + patches)], dim=1)
 
     def trimmed(self) -> Context:
         """Remove the text tokens that are masked in all rows of the batch."""
@@ -183,8 +183,8 @@ class ContextBuilder(nn.Module):
         text, text_mask = self._text(conditions, keep_text)
         cls = self.null_dino.expand(len(keep_dino), -1)
         if conditions.cls is not None:
-            known = self.dino_proj(conditions.cls)
-            cls = torch.where(keep_dino[:, None], known, cls.to(known.dtype))
+            projected = self.dino_proj(conditions.cls)
+            cls = torch.where(keep_dino[:, None], projected, cls.to(projected.dtype))
         keep_patches = keep_dino if keep_patches is None else keep_patches
         return Context(text, text_mask, cls, self._patches(conditions, keep_patches, aspect))
 
@@ -192,11 +192,11 @@ class ContextBuilder(nn.Module):
         null = self.null_text.expand(len(keep), 1, -1)
         if conditions.text is None or conditions.text_mask is None:
             return null, torch.ones(len(keep), 1, dtype=torch.bool, device=keep.device)
-        known, mask = self.text_proj(conditions.text), conditions.text_mask
+        projected, mask = self.text_proj(conditions.text), conditions.text_mask
         keep = (keep & mask.any(dim=1))[:, None]  # an empty caption counts as no caption
         first = torch.zeros_like(mask)
         first[:, 0] = True
-        return torch.where(keep[..., None], known, null.to(known.dtype)), torch.where(keep, mask, first)
+        return torch.where(keep[..., None], projected, null.to(projected.dtype)), torch.where(keep, mask, first)
 
     def _patches(self, conditions: Conditions, keep: Tensor, aspect: float) -> Tensor | None:
         if self.dino_patch_proj is None or self.null_dino_patches is None:
@@ -204,12 +204,12 @@ class ContextBuilder(nn.Module):
         rows, columns = conditions.patch_grid
         patches = self.null_dino_patches.expand(len(keep), rows * columns, -1)
         if conditions.patches is not None:
-            known = self.dino_patch_proj(conditions.patches)
-            kept = keep[:, None] if conditions.patch_mask is None else keep[:, None] & conditions.patch_mask
-            patches = torch.where(kept[..., None], known, patches.to(known.dtype))
+            projected = self.dino_patch_proj(conditions.patches)
+            patch_mask = keep[:, None] if conditions.patch_mask is None else keep[:, None] & conditions.patch_mask
+            patches = torch.where(patch_mask[..., None], projected, patches.to(projected.dtype))
         if self.patch_positions:
-            where = grid_positions((rows, columns), aspect, keep.device)
-            patches = patches + position_features(where, self.width, self.position_cells).to(patches.dtype)
+            positions = grid_positions((rows, columns), aspect, keep.device)
+            patches = patches + position_features(positions, self.width, self.position_cells).to(patches.dtype)
         return patches
 
 
@@ -280,13 +280,13 @@ class ConditionDropout:
         for axis, cells in enumerate(conditions.patch_grid, start=1):
             length = torch.randint(1, cells + 1, (count, 1), device=device)
             start = (torch.rand(count, 1, device=device) * (cells - length + 1)).long()
-            place = torch.arange(cells, device=device)
-            inside = inside & ((place >= start) & (place < start + length)).unsqueeze(3 - axis)
+            cell_index = torch.arange(cells, device=device)
+            inside = inside & ((cell_index >= start) & (cell_index < start + length)).unsqueeze(3 - axis)
         inside = inside.flatten(1)  # [B, P]
-        outside, whole = torch.rand(count, 1, device=device) < 0.5, torch.rand(count, 1, device=device)
-        mask = torch.where(outside, ~inside, inside) | (whole >= self.masked_patches)
-        given = conditions.patch_mask
-        return replace(conditions, patch_mask=mask if given is None else mask & given)
+        outside, uniform = torch.rand(count, 1, device=device) < 0.5, torch.rand(count, 1, device=device)
+        mask = torch.where(outside, ~inside, inside) | (uniform >= self.masked_patches)
+        given_mask = conditions.patch_mask
+        return replace(conditions, patch_mask=mask if given_mask is None else mask & given_mask)
 
 
 def kept(category: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,8 +32,8 @@ class ModulatedBlock(nn.Module):
         """x [B, E, H', W'], condition [B, D] -> the shape of x."""
         parts = [part[..., None, None] for part in self.modulation(condition)]
         inner = x
-        for number, (norm, convolution) in enumerate(zip(self.norms, self.convolutions, strict=True)):
-            shift, scale = parts[2 * number], parts[2 * number + 1]
+        for index, (norm, convolution) in enumerate(zip(self.norms, self.convolutions, strict=True)):
+            shift, scale = parts[2 * index], parts[2 * index + 1]
             inner = convolution(functional.silu(norm(inner) * (1 + scale) + shift))
         return x + inner
 
@@ -96,8 +96,8 @@ class DetailHead(nn.Module):
         """
         x = self.image_in(torch.cat([self._unpacked(noisy), self._unpacked(draft)], dim=1))
         rows = draft.shape[2] // self.patch_size
-        seen = self.token_in(tokens).transpose(1, 2).unflatten(2, (rows, -1))
-        x = x + functional.interpolate(seen, x.shape[-2:], mode="nearest")
+        token_map = self.token_in(tokens).transpose(1, 2).unflatten(2, (rows, -1))
+        x = x + functional.interpolate(token_map, x.shape[-2:], mode="nearest")
         for block in self.blocks:
             x = block(x, condition)
         correction = self.image_out(functional.silu(self.norm(x)))

@@ -92,10 +92,10 @@ class DinoView:
             FileNotFoundError: its weights are missing, or a download is needed and not allowed.
         """
         if self._backbone is None:
-            found = self._on_this_machine() if not self.download else {}
+            local_options = self._on_this_machine() if not self.download else {}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                self._backbone = DinoBackbone(**self.options | found, trainable="frozen").eval().to(self.device)
+                self._backbone = DinoBackbone(**self.options | local_options, trainable="frozen").eval().to(self.device)
         return self._backbone
 
     def _on_this_machine(self) -> dict[str, str]:
@@ -138,13 +138,13 @@ class DinoView:
         return features.cls.float(), features.patches.float()
 
     def description(self) -> dict[str, Any]:
-        said = {**self.options, "shape": self.shape}
-        del said["weights_path"], said["init_from"]
+        settings = {**self.options, "shape": self.shape}
+        del settings["weights_path"], settings["init_from"]
         if self._stored:  # identified by their content
-            said["weights"] = weights_digest(self.backbone)
+            settings["weights"] = weights_digest(self.backbone)
         else:
-            said |= sample_of(self.backbone)
-        return said
+            settings |= sample_of(self.backbone)
+        return settings
 
     @property
     def _stored(self) -> bool:

@@ -119,9 +119,9 @@ class Encoders:
     @property
     def description(self) -> dict[str, Any]:
         """Plain values that identify these encoders. Loads the weights that are needed for it."""
-        seen = {"dino_view": self.dino_view} | ({"gamma": GAMMA} if self.dino_view == GREY else {})
+        view_settings = {"dino_view": self.dino_view} | ({"gamma": GAMMA} if self.dino_view == GREY else {})
         return {
-            **seen,
+            **view_settings,
             "autoencoder": self.autoencoder.description(),
             "text": self.text.description(),
             "view": self.view.description(),
@@ -148,17 +148,17 @@ class Encoders:
         """Weights of the small parts, which are stored with a model: DINO and keygrip's own autoencoder; None for parts
         that are known by name or have no weights."""
         autoencoder = self.autoencoder
-        own = autoencoder.state() if isinstance(autoencoder, TrainedAutoencoder) else None
-        return {"view": self.view.state(), "autoencoder": own}
+        autoencoder_weights = autoencoder.state() if isinstance(autoencoder, TrainedAutoencoder) else None
+        return {"view": self.view.state(), "autoencoder": autoencoder_weights}
 
     def load_weights(self, weights: dict[str, Any]) -> None:
         """Load what :meth:`weights` returned. Raise ValueError for weights of another autoencoder."""
         self.view.load_state(weights["view"])
         if isinstance(self.autoencoder, TrainedAutoencoder):
-            own = weights.get("autoencoder")
-            if own is None:
+            autoencoder_weights = weights.get("autoencoder")
+            if autoencoder_weights is None:
                 raise ValueError("the checkpoint holds no weights of its autoencoder")
-            self.autoencoder.load_state(own)
+            self.autoencoder.load_state(autoencoder_weights)
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values for a checkpoint: the fingerprint, and the weights of small parts."""

@@ -79,12 +79,12 @@ class FewSteps:
 
     def check(self, sampling: Sampling) -> None:
         """Raise ValueError if the student would be sampled in another way than it is trained for."""
-        asked = (sampling.steps, sampling.guidance, sampling.solver, sampling.timestep_shift)
-        if asked != (self.windows, "none", "euler", self.timestep_shift):
+        chosen = (sampling.steps, sampling.guidance, sampling.solver, sampling.timestep_shift)
+        if chosen != (self.windows, "none", "euler", self.timestep_shift):
             raise ValueError(
                 f"model.few_steps: a student of {self.windows} windows is drawn with model.sampling.steps="
                 f"{self.windows}, guidance=none, solver=euler and timestep_shift={self.timestep_shift:g}, not with "
-                f"steps={asked[0]}, guidance={asked[1]}, solver={asked[2]} and timestep_shift={asked[3]:g}"
+                f"steps={chosen[0]}, guidance={chosen[1]}, solver={chosen[2]} and timestep_shift={chosen[3]:g}"
             )
 
     def take_teacher(self, network: PatchDiT, source: InitSource) -> None:
@@ -121,16 +121,16 @@ class FewSteps:
         if not isinstance(run, Mapping):
             return
         ways = [
-            {part.name: _plainly(way.get(part.name, part.default)) for part in fields(Guidance)}
-            for way in (run, vars(self.teacher))
+            {part.name: _plainly(settings.get(part.name, part.default)) for part in fields(Guidance)}
+            for settings in (run, vars(self.teacher))
         ]
         other = [name for name in ways[0] if ways[0][name] != ways[1][name]]
         if not other or ways[0]["guidance"] == ways[1]["guidance"] == "none":  # then nothing else has an effect
             return
-        theirs, ours = (", ".join(f"{name}={way[name]}" for name in other) for way in ways)
+        run_text, teacher_text = (", ".join(f"{name}={settings[name]}" for name in other) for settings in ways)
         log.warning(
             "%s is drawn with %s, and its student learns from it with %s; as its run draws it: %s",
-            *(source.path, theirs, ours),
+            *(source.path, run_text, teacher_text),
             " ".join(f"model.few_steps.teacher.{name}={ways[0][name]}" for name in other),
         )
 
@@ -163,14 +163,14 @@ class FewSteps:
         """
         count = len(data)
         category = CATEGORIES[int(dropout.draw(1))]
-        kept = conditions
+        kept_conditions = conditions
         if category == "text":
-            kept = conditions.without_dino()
+            kept_conditions = conditions.without_dino()
         elif category == "dino":
-            kept = replace(conditions, text=None, text_mask=None)
+            kept_conditions = replace(conditions, text=None, text_mask=None)
         window = int(torch.randint(self.windows, ()))
         noise, share = torch.randn_like(data), torch.rand(count, device=data.device)
-        return self.chord_loss(student, data, conditions, window, noise, share, shift, kept)
+        return self.chord_loss(student, data, conditions, window, noise, share, shift, kept_conditions)
 
     @torch.no_grad()
     def validation_loss(
@@ -215,8 +215,8 @@ class FewSteps:
         keep = [torch.full((count,), has, device=device) for has in (kept.has_text, kept.has_dino)]
         context = student.context_builder(conditions, keep[0], keep[1], aspect)
         x, level = interpolate(end, start, share), low + (high - low) * share
-        found = student(x, level, context, floor=FLOOR).velocity
-        error = found.float() - ((start - end) / (high - low)).float()
+        predicted = student(x, level, context, floor=FLOOR).velocity
+        error = predicted.float() - ((start - end) / (high - low)).float()
         if student.prediction == "x":  # near the data, an image error is divided by almost zero
             error = error * (level / student.timestep_floor).clamp(max=1.0)[:, None, None, None]
         return error.pow(2).mean()
@@ -230,8 +230,8 @@ class FewSteps:
         velocities = Velocities(network, conditions, len(start), start.shape[3] / start.shape[2], guide=guide)
 
         def velocity_at(x: Tensor, level: float) -> Tensor:
-            found = velocities(x, level, self.teacher.branches(conditions, level))
-            return self.teacher.combine(found, x, level, conditions)
+            by_branch = velocities(x, level, self.teacher.branches(conditions, level))
+            return self.teacher.combine(by_branch, x, level, conditions)
 
         return integrate(velocity_at, start, self._inside(high, low), self.teacher.solver)
 

@@ -24,8 +24,8 @@ def image_grid(rows: Sequence[tuple[str, Tensor]]) -> np.ndarray:
         framed = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
         strip = np.concatenate(list(framed), axis=1)
         head = Image.new("RGB", (strip.shape[1], TITLE), "white")
-        shown = title[: strip.shape[1]]  # a letter is a pixel wide or more
-        ImageDraw.Draw(head).text((2, 1), shown, fill="black", font=ImageFont.load_default(FONT))
+        visible_title = title[: strip.shape[1]]  # a letter is a pixel wide or more
+        ImageDraw.Draw(head).text((2, 1), visible_title, fill="black", font=ImageFont.load_default(FONT))
         strips.append(np.concatenate([np.asarray(head), strip], axis=0))
     width = max(strip.shape[1] for strip in strips)
     padded = [np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]

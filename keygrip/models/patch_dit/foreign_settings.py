@@ -50,21 +50,21 @@ def foreign_settings(names: Iterable[str], found: Mapping[str, Tensor]) -> Forei
     Args:
         names: of its tensors, as in the file. found: its tensors under our names, as far as these are known.
     """
-    shown: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     level, latent = found.get("level_embedding.mlp.0.weight"), found.get("latent_in.weight")
     if level is not None:
-        shown["level_hidden"] = len(level)
+        settings["level_hidden"] = len(level)
     # For layers that this network lacks, `found` contains the file's own names.
     if any(".self_attention.query.weight" in name for name in found):
-        shown["qk_norm"] = any(norm in name for name in found for norm in (".query_norm.", ".q_norm.", ".norm_q."))
+        settings["qk_norm"] = any(norm in name for name in found for norm in (".query_norm.", ".q_norm.", ".norm_q."))
     names = list(names)
-    shown["output_convolution"] = any(
+    settings["output_convolution"] = any(
         name.endswith(f"{layer}.weight") for name in names for layer in ("output_conv", "output_convolution")
     )
     as_wide = level is not None and latent is not None and len(level) == len(latent)  # the MLP of its noise level
     if not has_source_names(names) or not as_wide:
-        return ForeignSettings(shown, {})
-    return ForeignSettings(shown, shown | SOURCE_SETTINGS)
+        return ForeignSettings(settings, {})
+    return ForeignSettings(settings, settings | SOURCE_SETTINGS)
 
 
 def has_source_names(names: Iterable[str]) -> bool:

@@ -129,22 +129,22 @@ class Guidance:
         text, dino = conditions.has_text, conditions.has_dino
         chained = text and dino and self.guidance != "independent"
         text_first = chained and self.guidance == "text_then_dino"
-        found = []
+        allowed = []
         if text and not (chained and not text_first):
-            found.append(Term("text", self.text_scale, "text", "none"))
+            allowed.append(Term("text", self.text_scale, "text", "none"))
         if dino:
-            below, cls, all_of_it = ("text", "text_cls", "full") if text_first else ("none", "cls", "dino")
+            base, cls, with_dino = ("text", "text_cls", "full") if text_first else ("none", "cls", "dino")
             if self.cls_scale is not None and conditions.patches is not None:
-                found.append(Term("dino", self.cls_scale, cls, below))
-                found.append(Term("dino", self.dino_scale, all_of_it, cls))
+                allowed.append(Term("dino", self.cls_scale, cls, base))
+                allowed.append(Term("dino", self.dino_scale, with_dino, cls))
             else:
-                found.append(Term("dino", self.dino_scale, all_of_it, below))
+                allowed.append(Term("dino", self.dino_scale, with_dino, base))
         if chained and not text_first:
-            found.append(Term("text", self.text_scale, "full", "dino"))
+            allowed.append(Term("text", self.text_scale, "full", "dino"))
         if text and dino and not chained:
-            found.append(Term("full", self.full_scale, "full", "none"))
-        found.append(Term(GUIDE, self.guide_scale, everything_given(conditions), GUIDE))
-        return [term for term in found if term.scale != 0]
+            allowed.append(Term("full", self.full_scale, "full", "none"))
+        allowed.append(Term(GUIDE, self.guide_scale, everything_given(conditions), GUIDE))
+        return [term for term in allowed if term.scale != 0]
 
     def weights(self, conditions: Conditions) -> dict[str, float]:
         """The weight of each branch in the guided velocity, `none` first; they add up to 1."""
@@ -152,11 +152,11 @@ class Guidance:
         if all(term.negative == "none" for term in terms):
             scales = {term.positive: term.scale for term in terms}
             return {"none": 1 - sum(scales.values())} | scales
-        found = {"none": 1.0}
+        by_branch = {"none": 1.0}
         for term in terms:
-            found[term.positive] = found.get(term.positive, 0.0) + term.scale
-            found[term.negative] = found.get(term.negative, 0.0) - term.scale
-        return found
+            by_branch[term.positive] = by_branch.get(term.positive, 0.0) + term.scale
+            by_branch[term.negative] = by_branch.get(term.negative, 0.0) - term.scale
+        return by_branch
 
     def branches(self, conditions: Conditions, level: float) -> tuple[str, ...]:
         """The branches to compute at a noise level, `none` first if it is needed."""

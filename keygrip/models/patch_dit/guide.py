@@ -71,8 +71,8 @@ class EarlyGuide(nn.Module):
         ema = next((callback for callback in callbacks if isinstance(callback, EMA)), None)
         reshard(module)
         with nullcontext() if ema is None else ema.applied(module):
-            for own, theirs in zip(self.network.parameters(), network.parameters(), strict=True):
-                local(own).copy_(local(theirs))
-            for kept, current in zip(self.network.buffers(), network.buffers(), strict=True):
-                kept.copy_(current)
+            for parameter, trained_parameter in zip(self.network.parameters(), network.parameters(), strict=True):
+                local(parameter).copy_(local(trained_parameter))
+            for buffer, current in zip(self.network.buffers(), network.buffers(), strict=True):
+                buffer.copy_(current)
         self.taken.fill_(True)

@@ -58,10 +58,10 @@ def refuse_idle_guidance(
         idle = [name for name in names if name in given and not has]
         if idle:
             raise ValueError(f"{idle[0]} has no effect without {condition}: leave it out")
-    both = [name for name in OF_BOTH if name in given and getattr(sampling, name)]
-    both += ["guidance"] if "guidance" in given and sampling.guidance not in OF_ONE else []
-    if both and not conditions.both:
-        raise ValueError(f"{both[0]} is for prompt and image together: leave it out")
+    joint_settings = [name for name in OF_BOTH if name in given and getattr(sampling, name)]
+    joint_settings += ["guidance"] if "guidance" in given and sampling.guidance not in OF_ONE else []
+    if joint_settings and not conditions.both:
+        raise ValueError(f"{joint_settings[0]} is for prompt and image together: leave it out")
     if conditions.strength == 1 and not conditions.redraws_a_part:
         raise ValueError("strength=1 without redraw leaves nothing of start_image: give less, or leave start_image out")
     if conditions.strength not in (None, 1) and module.few_steps is not None:

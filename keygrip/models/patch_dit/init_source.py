@@ -65,13 +65,13 @@ class InitSource:
         if self.network is None:
             return
         usual = inspect.signature(PatchDiT).parameters
-        theirs = {name: self.network.get(name, usual[name].default) for name in network.meaning}
+        source_meaning = {name: self.network.get(name, usual[name].default) for name in network.meaning}
         both_have_patches = bool(self.network.get("use_dino_patches", True)) and network.use_dino_patches
-        other = other_settings(network.meaning, theirs, both_have_patches)
+        other = other_settings(network.meaning, source_meaning, both_have_patches)
         if other:
-            ours = ", ".join(f"{name}={plain(network.meaning[name])}" for name in other)
+            values = ", ".join(f"{name}={plain(network.meaning[name])}" for name in other)
             raise ValueError(
-                f"model.init_from={self.path} was trained with other settings than this network's ({ours}), by which "
+                f"model.init_from={self.path} was trained with other settings than this network's ({values}), by which "
                 f"the same weights compute something else. Give {as_overrides(other)}"
             )
 
@@ -88,16 +88,16 @@ class InitSource:
         """
         if self.network is None:
             return
-        theirs = self.model.get("shift_tokens")
+        source_base = self.model.get("shift_tokens")
         tokens = [(h // patch_size) * (w // patch_size) for h, w in self.latent_sizes]
         shifts = [
-            [1.0 if base is None else resolution_shift(n, base) for n in tokens] for base in (theirs, shift_tokens)
+            [1.0 if base is None else resolution_shift(n, base) for n in tokens] for base in (source_base, shift_tokens)
         ]
-        if theirs != shift_tokens and (not tokens or shifts[0] != shifts[1]):
+        if source_base != shift_tokens and (not tokens or shifts[0] != shifts[1]):
             raise ValueError(
                 f"model.init_from={self.path} was trained with other noise levels than model.shift_tokens="
                 f"{'null' if shift_tokens is None else shift_tokens} gives for images of its size. Give "
-                f"model.shift_tokens={'null' if theirs is None else plain(theirs)}"
+                f"model.shift_tokens={'null' if source_base is None else plain(source_base)}"
             )
         if student is not None and self.model.get("few_steps") is not None:
             raise ValueError(
@@ -105,12 +105,12 @@ class InitSource:
                 "teacher's run"
             )
         sampling = self.model.get("sampling")
-        drawn = sampling.get("timestep_shift", 1.0) if isinstance(sampling, Mapping) else 1.0
-        if student is not None and drawn != student:
+        shift = sampling.get("timestep_shift", 1.0) if isinstance(sampling, Mapping) else 1.0
+        if student is not None and shift != student:
             raise ValueError(
-                f"model.init_from={self.path} is drawn at timestep_shift={plain(drawn)} and model.few_steps cuts its "
+                f"model.init_from={self.path} is drawn at timestep_shift={plain(shift)} and model.few_steps cuts its "
                 f"windows at {student:g}: a student's windows are its teacher's steps. Give "
-                f"model.few_steps.timestep_shift={plain(drawn)} model.sampling.timestep_shift={plain(drawn)}"
+                f"model.few_steps.timestep_shift={plain(shift)} model.sampling.timestep_shift={plain(shift)}"
             )
 
 
@@ -148,26 +148,26 @@ def read_source(path: str | Path) -> InitSource:
 
 def normalise_as(source: InitSource, statistics: FeatureStatistics, asked: StatisticsOf) -> None:
     """Set the normalisation of features that the weights were trained with, as far as it is known or asked for."""
-    known = bool(source.statistics)
-    if asked == "source" and not known:
+    has_statistics = bool(source.statistics)
+    if asked == "source" and not has_statistics:
         raise ValueError(
             f"model.init_from_statistics=source: {source.path} says nothing of how features were normalised; give "
             "data or identity"
         )
     if asked == "identity":
         statistics.leave_as_they_are()
-    elif known and asked != "data":
+    elif has_statistics and asked != "data":
         other = statistics.take_normalisation(source.statistics, source.path)
         log.info("features are normalised as in %s", source.path)
         if other:
             log.warning(
                 "features of %s have other widths in %s: normalised by these shards", ", ".join(other), source.path
             )
-        theirs, ours = source.encoders, statistics.encoders
-        if UNKNOWN not in (theirs, ours) and theirs not in ("", ours):
+        source_encoders, own_encoders = source.encoders, statistics.encoders
+        if UNKNOWN not in (source_encoders, own_encoders) and source_encoders not in ("", own_encoders):
             log.warning(
                 "%s was trained with the encoders %s, these shards were made with %s: features mean other things",
-                *(source.path, theirs, ours),
+                *(source.path, source_encoders, own_encoders),
             )
     elif asked == "auto":
         log.warning(
@@ -207,9 +207,9 @@ def _keygrip_source(path: str, content: Mapping[str, Any]) -> InitSource:
     if not bool(statistics.get("known", torch.tensor(False)).all()):
         statistics = {}
     stored = content.get(STATE)
-    plainly = stored.get("statistics") if isinstance(stored, Mapping) else None
-    encoders = plainly.get("encoders") if isinstance(plainly, Mapping) else None
-    sizes = plainly.get("latent_sizes", ()) if isinstance(plainly, Mapping) else ()
+    plain_statistics = stored.get("statistics") if isinstance(stored, Mapping) else None
+    encoders = plain_statistics.get("encoders") if isinstance(plain_statistics, Mapping) else None
+    sizes = plain_statistics.get("latent_sizes", ()) if isinstance(plain_statistics, Mapping) else ()
     guide = {n.removeprefix(GUIDE): value for n, value in weights.items() if n.startswith(GUIDE)}
     return InitSource(
         path,

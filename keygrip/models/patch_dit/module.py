@@ -149,9 +149,9 @@ class PatchDiTModule(System):
         if sampling.guide_scale and guide is None:
             raise ValueError(f"model.sampling.guide_scale={sampling.guide_scale} has no effect without model.guide: 0")
         drawn = {"sampling": sampling} | ({"few_steps.teacher": few_steps.teacher} if few_steps is not None else {})
-        for name, way in drawn.items():
-            if way.cls_scale is not None and not self.network.use_dino_patches:
-                idle = f"model.{name}.cls_scale={way.cls_scale}"
+        for name, guidance in drawn.items():
+            if guidance.cls_scale is not None and not self.network.use_dino_patches:
+                idle = f"model.{name}.cls_scale={guidance.cls_scale}"
                 raise ValueError(f"{idle} has no effect without patches (use_dino_patches=false): null")
         self.guide = None if guide is None else guide(network=copy.deepcopy(self.network))
         if lora is not None:
@@ -183,10 +183,10 @@ class PatchDiTModule(System):
                 f"The shards' text states have {statistics.text_dim} numbers and the encoders' "
                 f"{self.network.text_dim}: choose the encoders= that the shards were made with."
             )
-        own = self.encoders.quick_fingerprint  # large encoders are checked when they are used
-        if own is not None and statistics.encoders not in (UNKNOWN, own):
+        fingerprint = self.encoders.quick_fingerprint  # large encoders are checked when they are used
+        if fingerprint is not None and statistics.encoders not in (UNKNOWN, fingerprint):
             raise ValueError(
-                f"The shards were made with the encoders {statistics.encoders} and these are {own}: choose the "
+                f"The shards were made with the encoders {statistics.encoders} and these are {fingerprint}: choose the "
                 "encoders= and options (encoders.dino_view, ...) that the shards were made with."
             )
         self.statistics.take(statistics)
@@ -201,9 +201,9 @@ class PatchDiTModule(System):
             source = read_source(self.init_from)
             windows = None if self.few_steps is None else self.few_steps.timestep_shift
             source.refuse_other_shift(self.shift_tokens, self.network.patch_size, windows)
-            whole = "model.few_steps" if self.few_steps else "model.lora" if self.lora else None
-            warm_start(self.network, source, self.init_from_renames, self.init_from_min_share, whole)
-            if whole is None:  # the configs of these two set their own rates
+            setting = "model.few_steps" if self.few_steps else "model.lora" if self.lora else None
+            warm_start(self.network, source, self.init_from_renames, self.init_from_min_share, setting)
+            if setting is None:  # the configs of these two set their own rates
                 log.info(
                     "training goes on from there at optimizer.lr=%g: half the rate of random weights is a start",
                     self.optimizer_recipe.lr,
@@ -306,17 +306,17 @@ class PatchDiTModule(System):
         Raises:
             ValueError: also if a few-steps student would be sampled in another way than it is trained for.
         """
-        found = self.sampling.changed(changes)
-        if found.guide_scale and self.guide_network is None:
+        sampling = self.sampling.changed(changes)
+        if sampling.guide_scale and self.guide_network is None:
             if changes.get("guide_scale"):
                 raise ValueError(
-                    f"guide_scale={found.guide_scale} has no effect: this model has no guide, leave it out"
+                    f"guide_scale={sampling.guide_scale} has no effect: this model has no guide, leave it out"
                 )
-            log.warning("this model has no guide yet, and its own guide_scale=%g is left out", found.guide_scale)
-            found = replace(found, guide_scale=0.0)
+            log.warning("this model has no guide yet, and its own guide_scale=%g is left out", sampling.guide_scale)
+            sampling = replace(sampling, guide_scale=0.0)
         if self.few_steps is not None:
-            self.few_steps.check(found)
-        return found
+            self.few_steps.check(sampling)
+        return sampling
 
     @property
     def guide_network(self) -> PatchDiT | None:
@@ -372,11 +372,11 @@ class PatchDiTModule(System):
             return
         noise = torch.randn(data.shape, generator=generator).to(data)
         level = torch.rand(count, generator=generator).to(self.device)
-        found: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
         for name, (text, dino) in VALIDATED.items():
             keep = (torch.full((count,), flag, device=self.device) for flag in (text, dino))
             output, losses = self.noised(data, noise, level, self.network.context_builder(conditions, *keep, aspect))
-            found[name] = losses.mean()
+            means[name] = losses.mean()
             if self.alignment and name == ("text" if self.alignment.only_without_patches else "both"):
                 has_patches = torch.full((count,), dino, device=self.device)
                 self._alignment_loss("val", output, data, conditions, has_patches)
@@ -385,9 +385,9 @@ class PatchDiTModule(System):
             shuffled = replace(conditions, patches=conditions.patches[:, order])
             everything = torch.ones(count, dtype=torch.bool, device=self.device)
             context = self.network.context_builder(shuffled, everything, everything, aspect)
-            found["shuffled"] = self.noised(data, noise, level, context)[1].mean()
-        self.log("val/loss", found.pop("both"), prog_bar=True, batch_size=count, sync_dist=True)
-        for name, value in found.items():
+            means["shuffled"] = self.noised(data, noise, level, context)[1].mean()
+        self.log("val/loss", means.pop("both"), prog_bar=True, batch_size=count, sync_dist=True)
+        for name, value in means.items():
             self.log(f"val/loss_{name}", value, batch_size=count, sync_dist=True)
         held = self._to_show
         if not held or (sum(map(len, held)) < self.shown and batch.latents.shape[1:] == held[0].latents.shape[1:]):
@@ -467,8 +467,8 @@ class PatchDiTModule(System):
             ways["its own text, DINO of the next"] = whole.with_dino_of(torch.arange(count).roll(-1))
         rows = [("real", real)]
         # without a guide, or before its step, there is no guidance by it
-        way = self.sampling if self.guide_network is not None else replace(self.sampling, guide_scale=0.0)
-        rows += [(title, self.draw(conditions, size, seeds, way)) for title, conditions in ways.items()]
+        sampling = self.sampling if self.guide_network is not None else replace(self.sampling, guide_scale=0.0)
+        rows += [(title, self.draw(conditions, size, seeds, sampling)) for title, conditions in ways.items()]
         if self.trainer.is_global_zero:
             self.show_image("val/samples", image_grid(rows))
             captions = "\n".join(f"{number}. {text}" for number, text in enumerate(batch.captions[:count], start=1))

@@ -69,10 +69,10 @@ class LossTable:
         self._sums = None
         names = [f"loss_level_{i / self.bins:.1f}_{(i + 1) / self.bins:.1f}" for i in range(self.bins)]
         names += [f"loss_{name}" for name in CATEGORIES]
-        found = {name: total / n for name, total, n in zip(names, sums, counts, strict=True) if n}
+        losses = {name: total / n for name, total, n in zip(names, sums, counts, strict=True) if n}
         of_category = counts[self.bins :]
         shares = (n / sum(of_category) for n in of_category)
-        return found | {f"share_{name}": share for name, share in zip(CATEGORIES, shares, strict=True)}
+        return losses | {f"share_{name}": share for name, share in zip(CATEGORIES, shares, strict=True)}
 
 
 def velocity_norm(velocity: Tensor) -> Tensor:
@@ -117,10 +117,10 @@ def attention_figures(shares: Tensor) -> dict[str, Tensor]:
     The values of patches are left out if there are none.
     """
     by_block = shares.mean(dim=1)  # [depth, 3]
-    found: dict[str, Tensor] = {}
-    for place, group in enumerate(GROUPS):
-        if group == "patches" and not bool(by_block[:, place].any()):
+    figures: dict[str, Tensor] = {}
+    for column, group in enumerate(GROUPS):
+        if group == "patches" and not bool(by_block[:, column].any()):
             continue
-        found[f"attention_{group}"] = by_block[:, place].mean()
-        found |= {f"attention_{group}_block_{number:02d}": row[place] for number, row in enumerate(by_block)}
-    return found
+        figures[f"attention_{group}"] = by_block[:, column].mean()
+        figures |= {f"attention_{group}_block_{block:02d}": row[column] for block, row in enumerate(by_block)}
+    return figures

@@ -357,28 +357,28 @@ class PatchDiT(nn.Module):
         if cache is not None and first_pass:
             cache.blocks = [BlockCache(cls_place=context.groups[0]) for _ in self.blocks]
         hidden = self.latent_in(self._to_tokens(x))
-        where = grid_positions((rows, columns), columns / rows, x.device)
+        positions = grid_positions((rows, columns), columns / rows, x.device)
         if self.latent_positions == "cells":
             places = cell_features((rows, columns), self.width, x.device)
         else:
-            places = position_features(where, self.width, self.position_cells)
+            places = position_features(positions, self.width, self.position_cells)
         hidden = hidden + places.to(hidden.dtype)
-        angles = rotary_angles(where, self.d_head, self.position_cells) if self.rotary else None
+        angles = rotary_angles(positions, self.d_head, self.position_cells) if self.rotary else None
         routing = self.routing if self.training else None
-        whole, index = hidden, None  # index: of the tokens that go through the block; None: all tokens
+        all_tokens, index = hidden, None  # index: of the tokens that go through the block; None: all tokens
         block_angles = angles
         mask = context.mask
         tapped: Tapped | None = None
-        for number, block in enumerate(self.blocks):
-            if routing is not None and number == self.routed[0]:
-                whole, index = hidden, routing.choose(hidden.shape[0], hidden.shape[1], hidden.device)
-                hidden = routing.take(whole, index)
+        for block_index, block in enumerate(self.blocks):
+            if routing is not None and block_index == self.routed[0]:
+                all_tokens, index = hidden, routing.choose(hidden.shape[0], hidden.shape[1], hidden.device)
+                hidden = routing.take(all_tokens, index)
                 block_angles = None if angles is None else angles[index]  # [B, K, d / 2]
-            elif routing is not None and number == self.routed[1] and index is not None:
-                hidden, index, block_angles = routing.put_back(whole, hidden, index), None, angles
-            kept = None if cache is None else cache.blocks[number]
-            hidden = self._run(block, hidden, condition, tokens, mask, patches, block_angles, kept, record)
-            if tap is not None and number + 1 == tap:
+            elif routing is not None and block_index == self.routed[1] and index is not None:
+                hidden, index, block_angles = routing.put_back(all_tokens, hidden, index), None, angles
+            block_cache = None if cache is None else cache.blocks[block_index]
+            hidden = self._run(block, hidden, condition, tokens, mask, patches, block_angles, block_cache, record)
+            if tap is not None and block_index + 1 == tap:
                 tapped = Tapped(hidden, index)
         last = self.final_norm(hidden)
         if self.final_modulation is not None:

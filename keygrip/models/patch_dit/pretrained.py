@@ -38,15 +38,15 @@ def from_source(loader: Any, source: str, what: str, arguments: dict[str, Any]) 
         FileNotFoundError: the folder lacks the files, or the hub cannot be reached and there is no cached copy.
         ForeignCodeError: the source needs its own Python code.
     """
-    told = cache_only_without_network(source, arguments)
+    load_arguments = cache_only_without_network(source, arguments)
     try:
         with foreign_code_errors(source):
-            return loader.from_pretrained(source, **told)
+            return loader.from_pretrained(source, **load_arguments)
     except ForeignCodeError:
         raise
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        if told is not arguments:
+        if load_arguments is not arguments:
             reason = f"{unreachable()}; and the files in its cache: {reason}"
         raise FileNotFoundError(
             f"{what} cannot be loaded from {source} ({reason}): name a local folder that holds it as the hub ships it, "
@@ -65,8 +65,8 @@ def named_dtype(name: str) -> torch.dtype:
 def sample_of(module: nn.Module) -> dict[str, Any]:
     """Hash of a few values of a large model's weights: distinguishes two trainings without reading all weights."""
     parameters = dict(module.named_parameters())
-    few = sorted(parameters)[:: max(1, len(parameters) // 16)]
+    names = sorted(parameters)[:: max(1, len(parameters) // 16)]
     digest = sha256_of(
-        name.encode() + parameters[name].detach().flatten()[:64].float().cpu().numpy().tobytes() for name in few
+        name.encode() + parameters[name].detach().flatten()[:64].float().cpu().numpy().tobytes() for name in names
     )
     return {"parameters": sum(p.numel() for p in parameters.values()), "sample": digest[:16]}

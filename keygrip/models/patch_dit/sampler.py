@@ -110,14 +110,14 @@ class Sampling(Guidance):
             given["interval"] = _interval(given["interval"])
         if given.get("guidance") == "none":  # these settings of the model itself are then dropped
             given = {"full_scale": 0.0, "guide_scale": 0.0} | given
-        found = self.replaced(**given)
+        sampling = self.replaced(**given)
         given = {name: value for name, value in given.items() if changes.get(name) is not None}
         idle = [f"{name}={given[name]}" for name in GUIDED if name in given]
-        if found.guidance == "none" and idle:
+        if sampling.guidance == "none" and idle:
             raise ValueError(
                 f"{', '.join(idle)}: no effect with guidance=none, where each step is one evaluation: leave it out"
             )
-        return found
+        return sampling
 
     def evaluations(self, conditions: Conditions) -> int:
         """Number of network evaluations for one sample."""
@@ -155,19 +155,19 @@ class Velocities:
 
     def __call__(self, x: Tensor, level: float, branches: Sequence[str]) -> dict[str, Tensor]:
         """Velocities ``[B, C, h, w]`` of the named branches at x_s."""
-        together = self._one_batch(x) if self.together is None else self.together
-        own = tuple(name for name in branches if name != GUIDE)
-        groups = [own] if together else [(name,) for name in own]
+        one_batch = self._one_batch(x) if self.together is None else self.together
+        own_branches = tuple(name for name in branches if name != GUIDE)
+        groups = [own_branches] if one_batch else [(name,) for name in own_branches]
         groups += [(GUIDE,)] if GUIDE in branches else []
-        found: dict[str, Tensor] = {}
+        velocities: dict[str, Tensor] = {}
         for group in groups:
             network = self._network_of(group)
             context, cache = self._context(group, x.device)
             inputs = x.repeat(len(group), 1, 1, 1)
             levels = torch.full((len(inputs),), level, device=x.device)
             output = network(inputs, levels, context, cache=cache, floor=FLOOR).velocity
-            found |= dict(zip(group, output.to(x.dtype).chunk(len(group)), strict=True))
-        return found
+            velocities |= dict(zip(group, output.to(x.dtype).chunk(len(group)), strict=True))
+        return velocities
 
     def _one_batch(self, x: Tensor) -> bool:
         rows, columns = self.network.grid(x)
@@ -184,8 +184,8 @@ class Velocities:
 
     def _context(self, group: tuple[str, ...], device: torch.device) -> tuple[Context, ContextCache | None]:
         if group not in self._contexts:
-            kept = [BRANCHES[everything_given(self.conditions) if name == GUIDE else name] for name in group]
-            keep = torch.tensor(kept, device=device).repeat_interleave(self.batch, dim=0)
+            flags = [BRANCHES[everything_given(self.conditions) if name == GUIDE else name] for name in group]
+            keep = torch.tensor(flags, device=device).repeat_interleave(self.batch, dim=0)
             conditions = self.conditions.repeated(len(group))
             context = self._network_of(group).context_builder(
                 conditions, keep[:, 0], keep[:, 1], self.aspect, keep[:, 2]
@@ -264,17 +264,17 @@ def sample(
     training = network.training
     network.eval()
     velocities = Velocities(network, conditions, len(seeds), size[1] / size[0], together, cached, trimmed, guide)
-    levels, start, kept = sampling.levels(1.0 if edit is None else edit.strength), noise, None
+    levels, start, fixed_part = sampling.levels(1.0 if edit is None else edit.strength), noise, None
     if edit is not None:
         latents = edit.latents.to(noise)
         start = (1 - edit.strength) * latents + edit.strength * noise
         # With this velocity, every solver goes from the noise exactly to the latents on a straight path.
-        kept = None if edit.mask is None else (edit.mask.to(noise), noise - latents)
+        fixed_part = None if edit.mask is None else (edit.mask.to(noise), noise - latents)
 
     def velocity_at(x: Tensor, level: float) -> Tensor:
-        found = velocities(x, level, sampling.branches(conditions, level))
-        guided = sampling.combine(found, x, level, conditions)
-        return guided if kept is None else kept[0] * guided + (1 - kept[0]) * kept[1]
+        by_branch = velocities(x, level, sampling.branches(conditions, level))
+        guided = sampling.combine(by_branch, x, level, conditions)
+        return guided if fixed_part is None else fixed_part[0] * guided + (1 - fixed_part[0]) * fixed_part[1]
 
     try:
         return integrate(velocity_at, start, levels, sampling.solver, on_step)

@@ -71,10 +71,10 @@ class RandomWordVectors:
         states = torch.zeros(len(captions), self.length, self.width)
         mask = torch.zeros(len(captions), self.length, dtype=torch.bool)
         for row, caption in enumerate(captions):
-            for place, word in enumerate(self.tokens(caption)):
-                vector = random_vector(f"word {word}", self.width) + 0.5 * random_vector(f"place {place}", self.width)
-                states[row, place] = torch.from_numpy(vector)
-                mask[row, place] = True
+            for index, word in enumerate(self.tokens(caption)):
+                vector = random_vector(f"word {word}", self.width) + 0.5 * random_vector(f"place {index}", self.width)
+                states[row, index] = torch.from_numpy(vector)
+                mask[row, index] = True
         return states, mask
 
     def to(self, device: torch.device | str) -> Self:
@@ -136,15 +136,15 @@ class T5Text:
             except ImportError as error:
                 raise ImportError(f"the T5 encoder needs transformers: {INSTALL}") from error
             folders = [subfolder_of(self.source, name) for name in (self.tokenizer_subfolder, self.subfolder)]
-            inside: list[dict[str, Any]] = [{"subfolder": folder} if folder else {} for folder in folders]
-            own = {"trust_remote_code": False}
+            subfolders: list[dict[str, Any]] = [{"subfolder": folder} if folder else {} for folder in folders]
+            common = {"trust_remote_code": False}
             tokenizer = checked_tokenizer(
-                lambda: from_source(AutoTokenizer, self.source, "the T5 tokenizer", own | inside[0]),
+                lambda: from_source(AutoTokenizer, self.source, "the T5 tokenizer", common | subfolders[0]),
                 self.source,
-                **inside[0],
+                **subfolders[0],
             )
-            loading = own | {"dtype": self.dtype, "weights_only": True}
-            model = from_source(T5EncoderModel, self.source, "the T5 encoder", loading | inside[1])
+            loading = common | {"dtype": self.dtype, "weights_only": True}
+            model = from_source(T5EncoderModel, self.source, "the T5 encoder", loading | subfolders[1])
             if model.config.d_model != self.width:
                 raise ValueError(
                     f"{self.source} has states of {model.config.d_model} numbers, encoders.text.width={self.width}"
@@ -160,15 +160,15 @@ class T5Text:
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         tokenizer, model = self.parts
-        found = tokenizer(
+        encoding = tokenizer(
             list(captions), max_length=self.length, truncation=True, padding="longest", return_tensors="pt"
         )
-        whole = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
-        longer = [caption for caption, tokens in zip(captions, whole, strict=True) if len(tokens) > self.length]
+        untruncated = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+        longer = [caption for caption, tokens in zip(captions, untruncated, strict=True) if len(tokens) > self.length]
         if longer and not self.cut:
             log.warning("captions of more than %d tokens are cut off, the first: %s", self.length, longer[0][:100])
         self.cut += len(longer)
-        ids, mask = (found[name].to(self.device) for name in ("input_ids", "attention_mask"))
+        ids, mask = (encoding[name].to(self.device) for name in ("input_ids", "attention_mask"))
         states = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         mask = mask.bool()
         missing = self.length - ids.shape[1]  # states after the longest caption are not computed

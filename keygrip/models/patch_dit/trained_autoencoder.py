@@ -148,15 +148,15 @@ class TrainedAutoencoder:
         return self._network
 
     def _load(self, weights: dict[str, Tensor], source: str) -> None:
-        own = self._network.state_dict()
-        found = {name.removeprefix("network."): value for name, value in weights.items()}
-        unfit = [name for name in own if name not in found or found[name].shape != own[name].shape]
+        expected = self._network.state_dict()
+        loaded = {name.removeprefix("network."): value for name, value in weights.items()}
+        unfit = [name for name in expected if name not in loaded or loaded[name].shape != expected[name].shape]
         if unfit:
             raise ValueError(
                 f"{source} does not hold an autoencoder of channels={self.channels} and stride={self.stride} with this "
                 f"width, blocks and packing: {unfit[0]} is missing or of another shape"
             )
-        self._network.load_state_dict({name: found[name] for name in own})
+        self._network.load_state_dict({name: loaded[name] for name in expected})
         self._ready = True
 
     def encode(self, images: Tensor) -> Tensor:

@@ -98,8 +98,8 @@ class WarmStart:
             ("of another shape, initialised afresh", self.reshaped),
         ):
             if names:
-                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                lines.append(f"{len(names)} {title}: {', '.join(names[:SHOWN])}{more}")
+                suffix = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+                lines.append(f"{len(names)} {title}: {', '.join(names[:SHOWN])}{suffix}")
         return lines
 
     def refuse_partial(self, setting: str, source: InitSource, network: nn.Module) -> None:
@@ -115,15 +115,15 @@ class WarmStart:
         parts = {name for name, _ in network.named_children()}
         left = [name for name in self.unexpected if source.network is not None or name.split(".")[0] in parts]
         new = [name for name in self.missing if name not in self.zeroed and not is_difference(f"{name}.")]
-        found = [
-            f"{what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            for what, names in (("missing there", new), ("left over", left), ("reshaped", self.reshaped))
+        issues = [
+            f"{kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            for kind, names in (("missing there", new), ("left over", left), ("reshaped", self.reshaped))
             if names
         ]
-        if found:
+        if issues:
             raise ValueError(
                 f"{setting} keeps the network of model.init_from={source.path}, and this one is another "
-                f"({'; '.join(found)}): give the settings that it was trained with (its ablation=..., model.network.*)"
+                f"({'; '.join(issues)}): give the settings that it was trained with (its ablation=..., model.network.*)"
             )
 
 
@@ -226,12 +226,12 @@ def refuse_other_function(
     Raises:
         ValueError: the message gives the settings with which the network computes the same.
     """
-    theirs = foreign_settings(weights, found)
+    foreign = foreign_settings(weights, found)
     has_patches = f"{BUILDER}dino_patch_proj.weight" in found
-    other = other_settings(network.meaning, theirs.known or theirs.shown, has_patches and network.use_dino_patches)
-    placed = other.pop("patch_positions", None) is not None
+    other = other_settings(network.meaning, foreign.known or foreign.shown, has_patches and network.use_dino_patches)
+    adds_positions = other.pop("patch_positions", None) is not None
     ours = ", ".join(f"{name}={plain(network.meaning[name])}" for name in other)
-    if other and theirs.is_source:
+    if other and foreign.is_source:
         raise ValueError(
             f"init_from={source} holds weights of the source's own transformer, with which this network ({ours}) "
             f"computes something else. Give {as_overrides(other)}; model={SOURCE_CONFIG} has all of them"
@@ -242,7 +242,7 @@ def refuse_other_function(
             "initialised afresh, and the output is another. The same is %s",
             *(source, ours, as_overrides(other)),
         )
-    if placed:
+    if adds_positions:
         log.warning(
             "patches have no positions in init_from=%s and have some here: the output is another at step 0. The same "
             "is model.network.patch_positions=false, by which the layout of patches is lost",
@@ -296,16 +296,16 @@ def translated(
         for pattern, replacement in renames.items():
             renamed = plain if plain in own else re.sub(pattern, replacement, plain)
             if wrapper and renamed == plain and plain not in own:  # the rule may be written for the file's own names
-                whole = re.sub(pattern, replacement, wrapper + plain)
-                idle -= {pattern} if whole != wrapper + plain else set()
-                renamed = whole.removeprefix(wrapper)
+                full_name = re.sub(pattern, replacement, wrapper + plain)
+                idle -= {pattern} if full_name != wrapper + plain else set()
+                renamed = full_name.removeprefix(wrapper)
             idle -= {pattern} if renamed != plain else set()
             plain = renamed
         entries.append(_Entry(name, plain, value, by_rule=_in_block(plain) != _in_block(start)))
     if idle:
         raise ValueError(f"model.init_from_renames: {sorted(idle)[0]!r} changes no name of the file")
     of_source = has_source_names(weights) or has_source_names(entry.plain for entry in entries)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     gates: list[str] = []
     for entry in _joined(entries, own):
@@ -321,10 +321,10 @@ def translated(
         parts = _split(plain, value)
         fits = plain in own or any(part in own for part in parts)
         new = parts if fits else {_own_name(name, own): value}
-        for part in new.keys() & found.keys():
-            if not torch.equal(found[part], new[part]):
+        for part in new.keys() & tensors.keys():
+            if not torch.equal(tensors[part], new[part]):
                 _refuse_two(origin[part], name, part)
-        found |= new
+        tensors |= new
         origin |= dict.fromkeys(new, name)
     if gates:
         log.warning(
@@ -334,7 +334,7 @@ def translated(
             "[[PATTERN,modulation.linear]] all shifts, then all scales",
             *(gates[0], len(gates) - 1),
         )
-    return _projected(found, own)
+    return _projected(tensors, own)
 
 
 def _refuse_unfit_numbers(weights: Mapping[str, Tensor], source: str) -> None:
@@ -360,8 +360,8 @@ def _vectors(name: str, value: Tensor, own: Mapping[str, Tensor]) -> int:
     """Number of vectors of the network's width in a block's modulation; 0: the parameter is not a modulation."""
     if not name.startswith("blocks.") or ".modulation.linear." not in name:
         return 0
-    count, rest = divmod(value.shape[0], own[f"{name.rpartition('.')[0]}.weight"].shape[1])
-    return 0 if rest else count
+    count, remainder = divmod(value.shape[0], own[f"{name.rpartition('.')[0]}.weight"].shape[1])
+    return 0 if remainder else count
 
 
 def _projected(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -372,8 +372,8 @@ def _projected(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
         if value is None or weight is None or BUILDER + null not in own or weight.ndim != 2:
             continue
         if value.numel() == weight.shape[1] and value.numel() != own[BUILDER + null].numel():
-            seen = weight.float() @ value.float().flatten()
-            found[BUILDER + null] = (seen if bias is None else seen + bias.float()).to(value)
+            projected = weight.float() @ value.float().flatten()
+            found[BUILDER + null] = (projected if bias is None else projected + bias.float()).to(value)
     return found
 
 
@@ -417,16 +417,16 @@ def _joined(entries: Sequence[_Entry], own: Mapping[str, Tensor]) -> list[_Entry
             first = by_name.setdefault(entry.plain, entry)
             if not torch.equal(first.value, entry.value):
                 _refuse_two(first.name, entry.name, entry.plain)
-    joined, taken = list[_Entry](), set[str]()
+    joined, used_names = list[_Entry](), set[str]()
     for name, entry in by_name.items():
         stem, _, part = name.rpartition(".")
-        above, _, layer = stem.rpartition(".")
-        other = by_name.get(f"{above}.{VALUES[KEYS.index(layer)]}.{part}") if layer in KEYS else None
+        parent, _, layer = stem.rpartition(".")
+        other = by_name.get(f"{parent}.{VALUES[KEYS.index(layer)]}.{part}") if layer in KEYS else None
         if other is not None and other.value.shape == entry.value.shape:
-            both = torch.cat([entry.value, other.value])
-            joined.append(replace(entry, plain=f"{above}.kv.{part}", value=both))
-            taken |= {name, other.plain}
-    return [*(entry for entry in entries if entry.plain not in taken), *joined]
+            stacked = torch.cat([entry.value, other.value])
+            joined.append(replace(entry, plain=f"{parent}.kv.{part}", value=stacked))
+            used_names |= {name, other.plain}
+    return [*(entry for entry in entries if entry.plain not in used_names), *joined]
 
 
 def _squeezed(value: Tensor) -> list[int]:
@@ -437,10 +437,10 @@ def _squeezed(value: Tensor) -> list[int]:
 
 def _wrapper(weights: Mapping[str, Tensor]) -> str:
     """The prefix that wrappers added to all names; may be empty."""
-    found = ""
-    while prefix := next((p for p in PREFIXES if weights and all(n.startswith(found + p) for n in weights)), ""):
-        found += prefix
-    return found
+    wrapper = ""
+    while prefix := next((p for p in PREFIXES if weights and all(n.startswith(wrapper + p) for n in weights)), ""):
+        wrapper += prefix
+    return wrapper
 
 
 def _own_name(name: str, own: Mapping[str, Tensor]) -> str:

@@ -46,10 +46,10 @@ class CoupledArms(nn.Module):
     def steps(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return every arm's steps ``[B, T, D]`` after cross-attention to all steps of the other arms."""
         normed = {arm: self.norm(steps) for arm, steps in own.items()}
-        found = {}
+        attended = {}
         for arm, steps in own.items():
-            others = torch.cat([normed[other] for other in own if other != arm], dim=1)
+            other_steps = torch.cat([normed[other] for other in own if other != arm], dim=1)
             attention = self.read[arm]
             assert isinstance(attention, Attention)
-            found[arm] = steps + attention(normed[arm], attention.keys_values(others))
-        return found
+            attended[arm] = steps + attention(normed[arm], attention.keys_values(other_steps))
+        return attended

@@ -149,14 +149,14 @@ class Decoder:
 
         If a network is given this method as ``step_pixels``, it reads gripper and rotation at the places of the plan.
         """
-        whole = volume.float()
-        to_metres = _HeightScale(height_range, whole.height.shape[-1])
+        volume_f32 = volume.float()
+        to_metres = _HeightScale(height_range, volume_f32.height.shape[-1])
         cameras = intrinsics[:, None, None], world_to_camera[:, None, None]
-        logits = _of_points(whole, to_metres, *cameras, image_size)
+        logits = _of_points(volume_f32, to_metres, *cameras, image_size)
         if self.name == "sample":
             cells, bins = sample_voxel(logits, generator)
         elif self.name == "viterbi":
-            cells, bins = self._most_probable_path(logits, image_size / whole.pixel.shape[-1], to_metres, *cameras)
+            cells, bins = self._most_probable_path(logits, image_size / volume_f32.pixel.shape[-1], to_metres, *cameras)
         else:
             cells, bins = argmax_voxel(logits)
         if self.name in ("sample", "argmax"):
@@ -189,8 +189,8 @@ class Decoder:
         log_prob = logits.pixel_marginal().flatten(-2).log_softmax(-1)  # [B, A, T, HW]
         emission, index = log_prob.topk(min(self.candidates, log_prob.shape[-1]), dim=-1)  # [B, A, T, K]
         cells = torch.stack([index // width, index % width], dim=-1)  # [B, A, T, K, 2]
-        over = [logits.height_given_pixel(cells[..., k, :]).argmax(-1) for k in range(cells.shape[-2])]
-        bins = torch.stack(over, dim=-1)  # [B, A, T, K]
+        best_bins = [logits.height_given_pixel(cells[..., k, :]).argmax(-1) for k in range(cells.shape[-2])]
+        bins = torch.stack(best_bins, dim=-1)  # [B, A, T, K]
         pixels = (cells.flip(-1) + 0.5) * cell_size
         points = recover_3d(
             pixels, to_metres(bins + 0.5), intrinsics[..., None, :, :], world_to_camera[..., None, :, :], strict=False
@@ -237,24 +237,24 @@ def _of_points(
     cameras = intrinsics[..., None, None, :, :], world_to_camera[..., None, None, :, :]
     centres = cell_centres(logits.pixel.shape[-1], image_size, dtype=intrinsics.dtype, device=intrinsics.device)
     heights = to_metres(torch.arange(logits.height.shape[-1], device=centres.device) + 0.5)
-    above = heights - camera_centre(world_to_camera)[..., 2:]  # [B, 1, 1, Z]
-    below = above < 0
+    camera_offsets = heights - camera_centre(world_to_camera)[..., 2:]  # [B, 1, 1, Z]
+    bins_below = camera_offsets < 0
     corners = pixel_rays(centres[[0, -1]][:, [0, -1]], *cameras)[..., 2]
-    if bool((corners <= -MIN_VERTICAL_SLOPE).all() & below.all()):  # usual case: the camera only looks down
+    if bool((corners <= -MIN_VERTICAL_SLOPE).all() & bins_below.all()):  # usual case: the camera only looks down
         return logits  # rays between downward rays are downward
     slope = pixel_rays(centres, *cameras)[..., 2]  # [B, 1, 1, P, P]
     falling = slope <= -MIN_VERTICAL_SLOPE
-    rising, over = slope >= MIN_VERTICAL_SLOPE, above > 0
+    rising, bins_above = slope >= MIN_VERTICAL_SLOPE, camera_offsets > 0
 
     def among(cells: Tensor, bins: Tensor) -> VolumeLogits:
         pixel, height = logits.pixel.masked_fill(~cells, -torch.inf), logits.height.masked_fill(~bins, -torch.inf)
         return replace(logits, pixel=pixel, height=height)
 
-    falls, rises = _best_logit(among(falling, below)), _best_logit(among(rising, over))
-    upward, none = rises > falls, torch.isneginf(torch.maximum(falls, rises))
+    falling_logit, rising_logit = _best_logit(among(falling, bins_below)), _best_logit(among(rising, bins_above))
+    upward, no_point = rising_logit > falling_logit, torch.isneginf(torch.maximum(falling_logit, rising_logit))
     return among(
-        torch.where(upward[..., None, None], rising, falling) | none[..., None, None],
-        torch.where(upward[..., None], over, below) | none[..., None],
+        torch.where(upward[..., None, None], rising, falling) | no_point[..., None, None],
+        torch.where(upward[..., None], bins_above, bins_below) | no_point[..., None],
     )
 
 

@@ -48,8 +48,8 @@ class FeatureModulation(nn.Module):
 
     def forward(self, features: Tensor, states: InstructionStates, views: int = 1) -> Tensor:
         """Modulate the features; ``views``: number of consecutive maps that belong to one sentence."""
-        whole = states.whole if views == 1 else states.whole.repeat_interleave(views, dim=0)
-        shift, scale = (part[..., None, None] for part in self.modulation(whole))
+        sentence_states = states.whole if views == 1 else states.whole.repeat_interleave(views, dim=0)
+        shift, scale = (part[..., None, None] for part in self.modulation(sentence_states))
         return modulate(features, shift, scale)
 
 

@@ -173,10 +173,10 @@ class VolumeQueryModule(System):
 
     def check_start(self, before: VolumeQueryModule) -> None:
         """Refuse a run with the same arms, or the same cameras read, in another order; warn if they differ."""
-        where = f"model.init_from={self.init_from}"
-        check_names(where, arms=(before.network.arms, self.network.arms))
+        source = f"model.init_from={self.init_from}"
+        check_names(source, arms=(before.network.arms, self.network.arms))
         if self.network.world_views and before.network.world_views:
-            check_names(where, cameras=(before.views, self.views))
+            check_names(source, cameras=(before.views, self.views))
 
     def started_from(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         look = self.network.second_look
@@ -396,11 +396,11 @@ class VolumeQueryModule(System):
         floor_points = recover_3d(floor_pixels, floor_heights, *cameras, strict=False)
         true_height = batch.position[..., 2]
         opening = (output.gripper.argmax(-1) + 0.5) / network.gripper_bins
-        found, rotation_floor, rotation_hits = [], [], []
+        decoded, rotation_floor, rotation_hits = [], [], []
         for i, arm in enumerate(network.arms):
             codec, true = self.codec(arm), batch.quaternion[:, i]
             best, code = output.rotation[:, i].argmax(-1), codec.encode(true)
-            found.append(codec.decode(best))
+            decoded.append(codec.decode(best))
             rotation_floor.append(torch.rad2deg(geodesic_angle(codec.decode(code), true)))
             rotation_hits.append((best == code).float())
         hits = torch.stack(rotation_hits, dim=1)
@@ -419,7 +419,7 @@ class VolumeQueryModule(System):
             "gripper_acc": (output.gripper.argmax(-1) == targets.gripper).float(),
             "gripper_open_acc": ((opening > CLOSED) == (batch.gripper > CLOSED)).float(),
             "rotation_acc": hits,
-            "rotation_deg": torch.rad2deg(self._rotation_error(torch.stack(found, dim=1), batch)),
+            "rotation_deg": torch.rad2deg(self._rotation_error(torch.stack(decoded, dim=1), batch)),
             "rotation_deg_floor": torch.stack(rotation_floor, dim=1),
         }
 

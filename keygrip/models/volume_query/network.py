@@ -179,8 +179,8 @@ class ArmStream(nn.Module):
             height = height + self.direct_height(trunk)
         voxel: VoxelScores | None = None
         if further is not None:
-            maps, where = further
-            voxel = WorldScores(torch.einsum("btc,bvchw->btvhw", q_feat, maps) * pixel_scale, where)
+            maps, projection = further
+            voxel = WorldScores(torch.einsum("btc,bvchw->btvhw", q_feat, maps) * pixel_scale, projection)
         elif self.coupling is not None and coupling_z is not None:
             q_coupling = self.coupling(trunk).unflatten(-1, (self.coupling_rank, -1))  # [B, T, r, C]
             factor = torch.einsum("btrc,bchw->btrhw", q_coupling, feature_map) / math.sqrt(self.widths[0])
@@ -444,11 +444,11 @@ class VolumeQueryNetwork(nn.Module):
         if views is None:
             features = self.backbone(image)
             return self.refiner(features.grid_map(), modulation), features.cls, None
-        together = torch.cat([image[:, None], views.images.to(image.dtype)], dim=1)  # [B, 1 + V, 3, S, S]
-        features = self.backbone(together.flatten(0, 1))
-        maps = self.refiner(features.grid_map(), modulation).unflatten(0, together.shape[:2])  # [B, 1 + V, C, P, P]
+        images = torch.cat([image[:, None], views.images.to(image.dtype)], dim=1)  # [B, 1 + V, 3, S, S]
+        features = self.backbone(images.flatten(0, 1))
+        maps = self.refiner(features.grid_map(), modulation).unflatten(0, images.shape[:2])  # [B, 1 + V, C, P, P]
         usable = views.first.to(maps.dtype)
-        cls = features.cls.unflatten(0, together.shape[:2])[:, 0] * usable[:, None]
+        cls = features.cls.unflatten(0, images.shape[:2])[:, 0] * usable[:, None]
         return maps[:, 0] * usable[:, None, None, None], cls, (maps[:, 1:], views.where)
 
     def _trunks(

@@ -124,7 +124,7 @@ class VolumeQueryPolicy:
         encoder = self.module.network.instruction_encoder
         if encoder is None:
             return None
-        sentences = [instruction_of(seen) for seen in observations]
+        sentences = [instruction_of(observation) for observation in observations]
         for sentence in sentences:
             if sentence not in self._read:
                 if len(self._read) == SENTENCES_KEPT:
@@ -149,7 +149,7 @@ class VolumeQueryPolicy:
     def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
         """Plan for several sessions in one pass of the network, or one by one with the "sample" decoder; see `plan`."""
         if self.chosen_decoder().name == "sample":
-            return [session.plan(seen) for session, seen in zip(sessions, observations, strict=True)]
+            return [session.plan(observation) for session, observation in zip(sessions, observations, strict=True)]
         return self._plans(observations, sessions)
 
     def _views(self, observation: Observation) -> list[Mapping[str, Any] | None]:
@@ -179,11 +179,11 @@ class VolumeQueryPolicy:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, FurtherViews]:
         """The first camera's image, intrinsics and pose, and the views of the other cameras."""
         module = self.module
-        seen = [
+        camera_views = [
             [self._view(view, name) for name, view in zip(module.views, self._views(observation), strict=True)]
             for observation in observations
         ]
-        images, k, camera = stacked_views(seen, module.device)
+        images, k, camera = stacked_views(camera_views, module.device)
         further = views_of_images(
             images,
             k,
@@ -204,11 +204,11 @@ class VolumeQueryPolicy:
         return views_of(observation, first)[0], called(observation, first)[0]
 
     def _sharp_image(self, observations: Sequence[Observation]) -> SharpImage | None:
-        look = self.module.network.second_look
-        if look is None:
+        second_look = self.module.network.second_look
+        if second_look is None:
             return None
-        images = [image_of(*self._first_view(seen)) for seen in observations]
-        details = [self._geometry.detail(image, look.sharp_size) for image in images]
+        images = [image_of(*self._first_view(observation)) for observation in observations]
+        details = [self._geometry.detail(image, second_look.sharp_size) for image in images]
         return SharpImage(torch.stack(details).to(self.module.device), self._geometry.mean, self._geometry.std)
 
     def _turns(
@@ -221,7 +221,7 @@ class VolumeQueryPolicy:
         module = self.module
         if not module.symmetry.several or not self.steady_turns:
             return planned
-        sentences = [instruction_of(seen) for seen in observations] if self._turns_by_word else ()
+        sentences = [instruction_of(observation) for observation in observations] if self._turns_by_word else ()
         for order, free in module.symmetry.choices(sentences, gripper >= CLOSED):
             planned = torch.stack(
                 [
@@ -239,14 +239,14 @@ class VolumeQueryPolicy:
         if network.world_views and len(module.views) > 1:
             image, k, camera, further = self._all_views(observations)
         else:
-            first = [self._first_view(seen) for seen in observations]
-            calibrations = [calibration_of(*one) for one in first]
-            cut = [
-                self._geometry.apply(image_of(*one), intrinsics)
-                for one, (intrinsics, _) in zip(first, calibrations, strict=True)
+            first_views = [self._first_view(observation) for observation in observations]
+            calibrations = [calibration_of(*view) for view in first_views]
+            cropped = [
+                self._geometry.apply(image_of(*view), intrinsics)
+                for view, (intrinsics, _) in zip(first_views, calibrations, strict=True)
             ]
-            image = torch.stack([one.to(device) for one, _ in cut])
-            k = torch.stack([matrix for _, matrix in cut]).to(device)
+            image = torch.stack([view.to(device) for view, _ in cropped])
+            k = torch.stack([matrix for _, matrix in cropped]).to(device)
             camera, further = stacked([world_to_camera for _, world_to_camera in calibrations], device), None
         position, quaternion, gripper = stacked_poses(observations, len(network.arms), device)
         start_pixels, _ = project(position, k[:, None], camera[:, None])
@@ -270,8 +270,8 @@ class VolumeQueryPolicy:
         )
         decoded = decoder.decode(output, [module.codec(arm) for arm in network.arms], **settings)
         turns = self._turns(decoded.quaternion, quaternion, gripper, observations)
-        kept, moved = kept_in_box(decoded.position, statistics.position_range, self.margin_m)
-        plans = plans_of(kept, turns, decoded.gripper, statistics.step_seconds, decoded.entropy, moved)
+        clamped, held_back = kept_in_box(decoded.position, statistics.position_range, self.margin_m)
+        plans = plans_of(clamped, turns, decoded.gripper, statistics.step_seconds, decoded.entropy, held_back)
         for session, plan in zip(sessions, plans, strict=True):
             session._warning.look_at(plan, network.arms, self.margin_m)
         return plans

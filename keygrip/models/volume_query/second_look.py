@@ -119,14 +119,14 @@ class SecondLook(nn.Module):
                 f"the second look was built for sharp images of {self.sharp_size} pixels, got "
                 f"{image.pixels.shape[-1]}: set data.detail_size={self.sharp_size}"
             )
-        seen = windows(image.pixels, pixels * (self.sharp_size / self.image_size), self.side)  # [B, T, 3, L, L]
-        eye = backbone if self.backbone is None else self.backbone
-        patches = eye(normalised(seen.flatten(0, 1), image.mean, image.std).to(trunk.dtype)).patches  # [N, n, D]
-        look = self.read(self.reduce(patches).flatten(1)).unflatten(0, pixels.shape[:2])  # [B, T, W]
-        place = (pixels / self.image_size * 2 - 1).nan_to_num(0.0).clamp(-2, 2)
-        look = look + self.place(place_code(place).to(look.dtype))
-        both = self.heads[arm](torch.cat([trunk, look], dim=-1))
-        return both[..., : self.gripper_bins], both[..., self.gripper_bins :]
+        crops = windows(image.pixels, pixels * (self.sharp_size / self.image_size), self.side)  # [B, T, 3, L, L]
+        encoder = backbone if self.backbone is None else self.backbone
+        patches = encoder(normalised(crops.flatten(0, 1), image.mean, image.std).to(trunk.dtype)).patches  # [N, n, D]
+        features = self.read(self.reduce(patches).flatten(1)).unflatten(0, pixels.shape[:2])  # [B, T, W]
+        scaled_pixels = (pixels / self.image_size * 2 - 1).nan_to_num(0.0).clamp(-2, 2)
+        features = features + self.place(place_code(scaled_pixels).to(features.dtype))
+        corrections = self.heads[arm](torch.cat([trunk, features], dim=-1))
+        return corrections[..., : self.gripper_bins], corrections[..., self.gripper_bins :]
 
 
 def begin_as_shared(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ class GripSymmetry:
         if isinstance(self.orders, Mapping):
             object.__setattr__(self, "orders", {str(word).lower(): int(n) for word, n in self.orders.items()})
         least = 2 if self.by_word else 1
-        if not self._numbers or not all(least <= number <= MOST_TURNS for number in self._numbers):
+        if not self._numbers or not all(least <= order <= MOST_TURNS for order in self._numbers):
             raise ValueError(
                 f"model.rotation_symmetry is 1 (none) to {MOST_TURNS} equal turns, or 2 to {MOST_TURNS} by a word of "
                 f"the instruction ({{cube: 4, bar: 2}}), not {self.orders}"
@@ -82,8 +82,8 @@ class GripSymmetry:
 
     def refuse_unfit(self, instructions: Sequence[str]) -> None:
         """Raise ValueError if a word is in no training instruction, or an instruction's words have unequal numbers."""
-        said = {word for sentence in instructions for word in re.findall(r"\w+", sentence.lower())}
-        unknown = sorted(set(self.orders) - said) if isinstance(self.orders, Mapping) else []
+        words = {word for sentence in instructions for word in re.findall(r"\w+", sentence.lower())}
+        unknown = sorted(set(self.orders) - words) if isinstance(self.orders, Mapping) else []
         if unknown:
             raise ValueError(
                 f"model.rotation_symmetry names {unknown[0]!r}, a word that no instruction of the demonstrations has"
@@ -96,7 +96,7 @@ class GripSymmetry:
         if not self.by_word:
             return [(self._numbers[0], free)]
         orders = torch.tensor([self.order_of(sentence) for sentence in instructions], device=free.device)
-        return [(number, free & (orders == number).view(-1, *[1] * (free.ndim - 1))) for number in self._numbers]
+        return [(order, free & (orders == order).view(-1, *[1] * (free.ndim - 1))) for order in self._numbers]
 
 
 def equivalent_turns(quaternion: Tensor, order: int) -> Tensor:
@@ -111,9 +111,9 @@ def equivalent_classes(codec: RotationCodec, quaternion: Tensor, free: Tensor, o
 
     An equivalent that the codec cannot represent (no training rotation is near it) has no class.
     """
-    turned = equivalent_turns(quaternion, order)
-    codes = codec.encode(turned)  # [*, N]
-    counts = codec.covers(turned, like=turned[..., :1, :]) & free[..., None]
+    equivalents = equivalent_turns(quaternion, order)
+    codes = codec.encode(equivalents)  # [*, N]
+    counts = codec.covers(equivalents, like=equivalents[..., :1, :]) & free[..., None]
     counts[..., 0] = True
     chosen = torch.zeros(*quaternion.shape[:-1], codec.classes, dtype=torch.int64, device=quaternion.device)
     return chosen.scatter_add(-1, codes, counts.long()) > 0
@@ -132,16 +132,16 @@ def steady_turns(quaternion: Tensor, start: Tensor, free: Tensor, codec: Rotatio
         quaternion: ``[*, T, 4]`` as decoded. start: ``[*, 4]``, the gripper's present rotation, before the first step.
         free: ``[*]``, whether equivalents may be chosen. codec: equivalents that it does not cover are left out.
     """
-    turned = equivalent_turns(quaternion, order)  # [*, T, N, 4]
-    allowed = codec.covers(turned, like=turned[..., :1, :]) & free[..., None, None]
+    equivalents = equivalent_turns(quaternion, order)  # [*, T, N, 4]
+    allowed = codec.covers(equivalents, like=equivalents[..., :1, :]) & free[..., None, None]
     allowed[..., 0] = True
     chosen, previous = [], start
     for t in range(quaternion.shape[-2]):
-        angles = geodesic_angle(turned[..., t, :, :], previous[..., None, :]).masked_fill(
+        angles = geodesic_angle(equivalents[..., t, :, :], previous[..., None, :]).masked_fill(
             ~allowed[..., t, :], torch.inf
         )
         index = angles.argmin(-1)[..., None, None].expand(*angles.shape[:-1], 1, 4)
-        previous = turned[..., t, :, :].gather(-2, index)[..., 0, :]
+        previous = equivalents[..., t, :, :].gather(-2, index)[..., 0, :]
         chosen.append(previous)
     return torch.stack(chosen, dim=-2)
 

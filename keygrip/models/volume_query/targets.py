@@ -101,12 +101,12 @@ def arm_state(
     height and gripper are scaled to -1 .. 1; rotation is two columns of the matrix.
     """
     low, high = height_range.unbind()
-    known = {
+    values = {
         "height": ((position[..., 2] - low) / (high - low) * 2 - 1)[..., None],
         "gripper": gripper[..., None] * 2 - 1,
         "rotation": quaternion_to_matrix(quaternion)[..., :2].flatten(-2),
     }
-    return torch.cat([known[part] for part in parts], dim=-1) if parts else None
+    return torch.cat([values[part] for part in parts], dim=-1) if parts else None
 
 
 def views_of_images(
@@ -128,13 +128,13 @@ def views_of_images(
         there: bool ``[B, 1 + V]``, False for views that are masked whatever their image shows; None: no such view.
         project_voxels: the function of this name, or its caching version (`KnownProjections`).
     """
-    shown = ~shows_nothing(images)  # [B, 1 + V]
+    has_image = ~shows_nothing(images)  # [B, 1 + V]
     if there is not None:
-        shown = shown & there
-    known = torch.isfinite(intrinsics).flatten(2).all(-1) & torch.isfinite(world_to_camera).flatten(2).all(-1)
+        has_image = has_image & there
+    calibrated = torch.isfinite(intrinsics).flatten(2).all(-1) & torch.isfinite(world_to_camera).flatten(2).all(-1)
     centres = height_centres(statistics.height_range, network.height_bins)
-    where = project_voxels(
-        intrinsics, world_to_camera, centres, network.pred_size, network.image_size, (shown & known)[:, 1:]
+    projection = project_voxels(
+        intrinsics, world_to_camera, centres, network.pred_size, network.image_size, (has_image & calibrated)[:, 1:]
     )
     geometry = statistics.geometry
-    return FurtherViews(normalised(images[:, 1:], geometry.mean, geometry.std), where, shown[:, 0])
+    return FurtherViews(normalised(images[:, 1:], geometry.mean, geometry.std), projection, has_image[:, 0])

@@ -75,12 +75,12 @@ def project_voxels(
         heights: ``[Z]`` metres, of the bins' centres. usable: bool ``[B, V]``; None: all views are.
     """
     points = world_xyz_table(intrinsics[:, 0], world_to_camera[:, 0], heights, pred_size, image_size)  # [B, Z, P, P, 3]
-    others = intrinsics[:, 1:, None, None, None], world_to_camera[:, 1:, None, None, None]
-    pixels, _ = project(points[:, None], *others)  # [B, V, Z, P, P, 2], NaN behind a camera or without a point
-    seen = inside_image(pixels, image_size, image_size)
-    grid = (pixels / image_size * 2 - 1).masked_fill(~seen[..., None], 0.0)
-    where = VoxelProjection(grid, seen.to(intrinsics.dtype))
-    return where if usable is None else where.of_usable(usable)
+    other_cameras = intrinsics[:, 1:, None, None, None], world_to_camera[:, 1:, None, None, None]
+    pixels, _ = project(points[:, None], *other_cameras)  # [B, V, Z, P, P, 2], NaN behind a camera or without a point
+    inside = inside_image(pixels, image_size, image_size)
+    grid = (pixels / image_size * 2 - 1).masked_fill(~inside[..., None], 0.0)
+    projection = VoxelProjection(grid, inside.to(intrinsics.dtype))
+    return projection if usable is None else projection.of_usable(usable)
 
 
 class KnownProjections:
@@ -115,22 +115,22 @@ class KnownProjections:
             for row in range(batch)
         ]
         grid = torch.stack([torch.stack([pair.grid[0, 0] for pair in views]) for views in pairs])
-        seen = torch.stack([torch.stack([pair.seen[0, 0] for pair in views]) for views in pairs])
-        where = VoxelProjection(grid, seen)
-        return where if usable is None else where.of_usable(usable)
+        inside = torch.stack([torch.stack([pair.seen[0, 0] for pair in views]) for views in pairs])
+        projection = VoxelProjection(grid, inside)
+        return projection if usable is None else projection.of_usable(usable)
 
     def _pair(
         self, intrinsics: Tensor, world_to_camera: Tensor, heights: Tensor, pred_size: int, image_size: int
     ) -> VoxelProjection:
-        numbers = (part.cpu().numpy().tobytes() for part in (intrinsics, world_to_camera, heights))
-        key = (*numbers, intrinsics.dtype, intrinsics.device, pred_size, image_size)
-        found = self._known.pop(key, None)
-        if found is None:
-            found = project_voxels(intrinsics[None], world_to_camera[None], heights, pred_size, image_size)
-        self._known[key] = found  # at the end: the most recently used
+        contents = (part.cpu().numpy().tobytes() for part in (intrinsics, world_to_camera, heights))
+        key = (*contents, intrinsics.dtype, intrinsics.device, pred_size, image_size)
+        projection = self._known.pop(key, None)
+        if projection is None:
+            projection = project_voxels(intrinsics[None], world_to_camera[None], heights, pred_size, image_size)
+        self._known[key] = projection  # at the end: the most recently used
         while len(self._known) > self.keep:
             self._known.popitem(last=False)
-        return found
+        return projection
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,10 @@ class WorldScores(VoxelScores):
 
     def expectation(self, target: VolumeTarget) -> Tensor:
         total = torch.zeros_like(target.height_weights[..., 0], dtype=self.maps.dtype)
-        for place in range(target.cells.shape[-2]):
-            at_cell = self.at(target.cells[..., place, :])  # [B, *, Z]
-            over = (at_cell.gather(-1, target.heights) * target.height_weights).sum(-1)
-            total = total + target.cell_weights[..., place] * over
+        for corner in range(target.cells.shape[-2]):
+            at_cell = self.at(target.cells[..., corner, :])  # [B, *, Z]
+            expected = (at_cell.gather(-1, target.heights) * target.height_weights).sum(-1)
+            total = total + target.cell_weights[..., corner] * expected
         return total
 
     def log_normaliser(self, pixel: Tensor, height: Tensor) -> Tensor:
