@@ -310,12 +310,12 @@ def make_once(
     if complete(target):
         return False
     lock = target.with_name(f".{target.name}.lock")
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         try:
-            held.enter_context(locked(lock, wait=False, together_without=together_without))
+            stack.enter_context(locked(lock, wait=False, together_without=together_without))
         except BlockingIOError:
             log.info("another process makes %s: waiting for it", target)
-            held.enter_context(locked(lock, together_without=together_without))
+            stack.enter_context(locked(lock, together_without=together_without))
         if complete(target):
             return False
         make(target)
@@ -376,9 +376,9 @@ def refuse_unwritable(target: str | Path, setting: str) -> None:
 
 def temporary_beside(target: Path) -> Path:
     """Return a unique, hidden name for the temporary file of ``target``, in the same folder."""
-    here, now = (os.getpid(), target.parent), time.monotonic()
-    if now - _looked.get(here, -math.inf) > STALE_AFTER_S:  # rarely, because a folder may have thousands of files
-        _looked[here] = now
+    key, now = (os.getpid(), target.parent), time.monotonic()
+    if now - _looked.get(key, -math.inf) > STALE_AFTER_S:  # rarely, because a folder may have thousands of files
+        _looked[key] = now
         _remove_stale(target.parent)
     return target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}{WRITING}")
 
@@ -398,8 +398,8 @@ def _remove_stale(folder: Path) -> None:
     """
     pattern = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}{re.escape(WRITING)}(\.\w+)?")
     for path in folder.glob(f".*.{_host()}-*{WRITING}*"):
-        found = pattern.fullmatch(path.name)
-        if found and not _is_alive(int(found[1])):
+        match = pattern.fullmatch(path.name)
+        if match and not _is_alive(int(match[1])):
             with contextlib.suppress(OSError):
                 changed = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
                 if time.time() - changed < STALE_AFTER_S:

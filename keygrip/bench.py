@@ -119,11 +119,11 @@ def _run_suite(cfg: DictConfig) -> dict[str, Any]:
         return suite.measure(cfg.part, instantiate(cfg.gpu[cfg.part], _convert_="all"))
     if commit is None:
         log.info("git has no commit of this package, so no case is skipped; give the commit with commit=NAME")
-    given = [argument for argument in sys.argv[1:] if not argument.startswith(("part=", "commit=", "minutes="))]
-    given += [f"commit={commit or 'unknown'}"]
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith(("part=", "commit=", "minutes="))]
+    arguments += [f"commit={commit or 'unknown'}"]
 
     def command(name: str) -> list[str]:
-        return ["env", f"{PART_PROCESS}={name}", sys.executable, "-m", "keygrip.bench", *given, f"part={name}"]
+        return ["env", f"{PART_PROCESS}={name}", sys.executable, "-m", "keygrip.bench", *arguments, f"part={name}"]
 
     records = suite.run(names, command, cfg.minutes)
     failed = {name: record["error"] for name, record in records.items() if "error" in record}

@@ -38,7 +38,7 @@ complete -o nospace -o default -F _keygrip keygrip
 
 def usage() -> str:
     """Return the text that ``keygrip --help`` prints."""
-    listed = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    listed = "\n".join(f"  {name:<10}{description}" for name, description in COMMANDS.items())
     return (
         "keygrip <command> [group=option ...] [setting=value ...]\n\n"
         f"Commands:\n{listed}\n\n"
@@ -48,17 +48,17 @@ def usage() -> str:
 
 def main() -> None:
     """Run the command named in ``sys.argv``; for an unknown command exit with code 2."""
-    name, *rest = sys.argv[1:] or ["--help"]
-    if name in HELP and rest and rest[0] in COMMANDS:  # keygrip help train
-        name, rest = rest[0], ["--help", *rest[1:]]
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in HELP and arguments and arguments[0] in COMMANDS:  # keygrip help train
+        name, arguments = arguments[0], ["--help", *arguments[1:]]
     if name in HELP:
         sys.stdout.write(f"{usage()}\n")
     elif name == "--version":
         sys.stdout.write(f"keygrip {__version__}\n")
     elif name in ("-sc", "--shell-completion"):
-        _complete(rest)
+        _complete(arguments)
     elif name in COMMANDS:
-        _run(name, rest)
+        _run(name, arguments)
     else:
         close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"the nearest is {close[0]!r}; " if close else ""
@@ -82,10 +82,10 @@ def _complete(asked: list[str]) -> None:
         sys.stderr.write(f"keygrip: -sc {' '.join(asked)}: {COMPLETES}\n")
         sys.exit(2)
     line = os.environ.get("COMP_LINE", "")
-    behind = re.match(r"\s*\S+\s+(\S+)\s+(.*)", line, re.DOTALL)
-    if behind is None:
+    typed = re.match(r"\s*\S+\s+(\S+)\s+(.*)", line, re.DOTALL)
+    if typed is None:
         sys.stdout.write(f"{' '.join(COMMANDS)}\n")
-    elif behind[1] in COMMANDS:
-        os.environ["COMP_LINE"] = f"keygrip {behind[2]}"
+    elif typed[1] in COMMANDS:
+        os.environ["COMP_LINE"] = f"keygrip {typed[2]}"
         os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
-        _run(behind[1], ["--shell-completion", "query=bash"])
+        _run(typed[1], ["--shell-completion", "query=bash"])

@@ -174,37 +174,37 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         goes_on = isinstance(error, SweepInterrupted) and config_name == "train"
         return f"{error}{further if goes_on else ''}", 128 + error.signal_number
     root = root_cause(error)
-    where = ""
+    prefix = ""
     if isinstance(error, InstantiationException):
         key = re.search(r"full_key: (\S+)", str(error))
-        where = f"{key.group(1)}: " if key and key.group(1) != STEP_CALL else ""
+        prefix = f"{key.group(1)}: " if key and key.group(1) != STEP_CALL else ""
         if isinstance(root, TypeError):
             unexpected = re.search(r"unexpected keyword argument '([^']+)'", str(root))
-            old = f"{where.removesuffix(': ')}.{unexpected.group(1)}" if unexpected else ""
+            old = f"{prefix.removesuffix(': ')}.{unexpected.group(1)}" if unexpected else ""
             new = new_name(old)
             if new is not None:
                 return f"the setting {old!r} is now {new!r}", CONFIG_ERROR
-            return f"{where}{one_line(root)}; see the signature, or `--cfg job` for the composed config", CONFIG_ERROR
+            return f"{prefix}{one_line(root)}; see the signature, or `--cfg job` for the composed config", CONFIG_ERROR
         if isinstance(root, InstantiationException):
-            return f"{where}{one_line(root)}", CONFIG_ERROR
+            return f"{prefix}{one_line(root)}", CONFIG_ERROR
     if isinstance(root, HydraException | OmegaConfBaseException):
         return describe_config_error(error, config_name, overrides), CONFIG_ERROR
     if isinstance(root, SettingError):
         return str(root), CONFIG_ERROR
     if isinstance(root, MarkedYAMLError):
-        return f"{where}no valid YAML: {one_line(root)}", CONFIG_ERROR
+        return f"{prefix}no valid YAML: {one_line(root)}", CONFIG_ERROR
     if isinstance(root, ModuleNotFoundError) and root.name and not root.name.startswith("keygrip"):
         package = root.name.partition(".")[0]
         if package != root.name and package in sys.modules:
-            return f"{where}the package {package!r} is installed and has no module {root.name!r}", USER_ERROR
-        return f"{where}the package {package!r} is not installed: {_installation(package)}", USER_ERROR
+            return f"{prefix}the package {package!r} is installed and has no module {root.name!r}", USER_ERROR
+        return f"{prefix}the package {package!r} is not installed: {_installation(package)}", USER_ERROR
     lost = re.match(r"Error loading '([^']+)':\s*ModuleNotFoundError\(\"No module named '([\w]+)'", str(root))
     if lost:  # Hydra's message for a class of a package that is not installed
         return f"{lost[1]}: the package {lost[2]!r} is not installed: {_installation(lost[2])}", USER_ERROR
     if type(root).__name__ == "UncompletedJobError":
         further = ": when they have ended, the same command with resume=true makes the table"
-        said = f"{_without_result(str(root))}; others may still run{further if config_name == 'train' else ''}"
-        return said, USER_ERROR
+        message = f"{_without_result(str(root))}; others may still run{further if config_name == 'train' else ''}"
+        return message, USER_ERROR
     if type(root).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
     if isinstance(root, RuntimeError) and re.search(OTHER_ENDED, str(root)):
@@ -213,13 +213,13 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         reason = (
             f"{os.strerror(root.errno or 0)}: the disk of the run folder, of the data's cache or of temporary files"
         )
-        on = "continue with resume=true" if config_name == "train" else "run the command again"
-        return f"{where}{reason} is full, or `ulimit -f` is reached; free some, and {on}", USER_ERROR
+        advice = "continue with resume=true" if config_name == "train" else "run the command again"
+        return f"{prefix}{reason} is full, or `ulimit -f` is reached; free some, and {advice}", USER_ERROR
     if isinstance(root, USERS) or type(root).__name__ == MISCONFIGURED:
-        return f"{where}{one_line(root)}", USER_ERROR
+        return f"{prefix}{one_line(root)}", USER_ERROR
     if isinstance(error, InstantiationException):
-        what = f"{type(root).__name__}: {one_line(root)}"
-        return f"{where}cannot be built with these settings ({what}; debug=true shows where)", CONFIG_ERROR
+        detail = f"{type(root).__name__}: {one_line(root)}"
+        return f"{prefix}cannot be built with these settings ({detail}; debug=true shows where)", CONFIG_ERROR
     return f"unexpected {type(root).__name__}: {one_line(root)} (debug=true shows where)", USER_ERROR
 
 
@@ -256,9 +256,9 @@ def _installation(package: str) -> str:
             extras.add(extra[1])
     extras -= {"dev", "lmms"}  # these include other extras completely
     if not extras:
-        own = [each for each in (Path(package), Path(f"{package}.py")) if each.exists()]
-        if own:
-            return f"{own[0]} of the present folder is found with `export PYTHONPATH=$PWD`"
+        local_paths = [each for each in (Path(package), Path(f"{package}.py")) if each.exists()]
+        if local_paths:
+            return f"{local_paths[0]} of the present folder is found with `export PYTHONPATH=$PWD`"
         return f"pip install {package}, or, if it is your own, export PYTHONPATH=<the folder that holds it>"
     extra_name = max(extras)
     return f"pip install 'keygrip[{extra_name}]' (in a clone: pip install -e '.[{extra_name}]')"

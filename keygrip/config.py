@@ -121,8 +121,8 @@ def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
             )
     overrides = texts_quoted(overrides, [*_TEXTS_OF_HYDRA, *_texts(config_name)])
     complete = _COMPLETIONS.get(config_name)
-    behind = next((at for at, each in enumerate(overrides) if each.startswith("-")), len(overrides))
-    return [*overrides[:behind], *(complete(overrides) if complete else []), *overrides[behind:]]
+    flags_start = next((index for index, each in enumerate(overrides) if each.startswith("-")), len(overrides))
+    return [*overrides[:flags_start], *(complete(overrides) if complete else []), *overrides[flags_start:]]
 
 
 def _texts(config_name: str) -> set[str]:
@@ -185,14 +185,14 @@ def register_options(overrides: Sequence[str] = ()) -> None:
         SettingError: an added folder has an option with the name of one of keygrip's, so that one of the two would be
             ignored, or an option without settings.
     """
-    own = _register_own()
+    shipped = _register_own()
     for folder in config_folders(overrides)[1:]:
         if folder.resolve() == config_folder():
             continue
         files = [file for group in _groups() for part in ("", "*/") for file in folder.glob(f"{group}/{part}{OPTIONS}")]
         loaded = {file: _sections(folder, file) for file in files}
         sections = {option for options in loaded.values() for option in options}
-        twice = sorted(own & sections | {option for option in own if (folder / f"{option}.yaml").is_file()})
+        twice = sorted(shipped & sections | {option for option in shipped if (folder / f"{option}.yaml").is_file()})
         if twice:
             more = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
             raise SettingError(
@@ -207,17 +207,17 @@ def register_options(overrides: Sequence[str] = ()) -> None:
 def _register_own() -> frozenset[str]:
     """Register the sections of ``conf/``; return the names of all its configs: ``optimizer/adamw``, ``train``."""
     OmegaConf.register_new_resolver("mandatory", _refuse_without_value, replace=True)
-    own = config_folder()
-    found = set[str]()
-    for file in sorted(own.rglob("*.yaml")):
+    folder = config_folder()
+    names = set[str]()
+    for file in sorted(folder.rglob("*.yaml")):
         if file.name == OPTIONS:
-            options = _sections(own, file)
+            options = _sections(folder, file)
             _store(file, options)
-            found.update(options)
+            names.update(options)
         else:
-            found.add(file.relative_to(own).with_suffix("").as_posix())
+            names.add(file.relative_to(folder).with_suffix("").as_posix())
     ConfigStore.instance().repo = _SharedOptions(ConfigStore.instance().repo)
-    return frozenset(found)
+    return frozenset(names)
 
 
 def _sections(folder: Path, file: Path) -> dict[str, Any]:
@@ -225,8 +225,8 @@ def _sections(folder: Path, file: Path) -> dict[str, Any]:
     group, options = file.parent.relative_to(folder).as_posix(), OmegaConf.load(file)
     if not isinstance(options, DictConfig) or not all(OmegaConf.is_dict(options[name]) for name in options):
         raise SettingError(f"{file}: an option is a name with settings below it, as in a file {group}/NAME.yaml")
-    if apart := [str(name) for name in options if "/" in str(name)]:
-        raise SettingError(f"{file}: {apart[0]} is no name of an option, since / ends a group's: give another name")
+    if nested := [str(name) for name in options if "/" in str(name)]:
+        raise SettingError(f"{file}: {nested[0]} is no name of an option, since / ends a group's: give another name")
     return {f"{group}/{name!s}": node for name, node in options.items()}
 
 
@@ -307,21 +307,21 @@ def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
     for override in overrides:
         _refuse_renamed(override)
     try:
-        known = [str(key) for key in ConfigStore.instance().load(f"{config_name}_schema.yaml").node]
+        settings = [str(key) for key in ConfigStore.instance().load(f"{config_name}_schema.yaml").node]
     except OSError:  # for `keygrip prepare`, where each step has its own settings
-        known = []
-    if "run_dir" in known and "hydra.run.dir=" in overrides:
+        settings = []
+    if "run_dir" in settings and "hydra.run.dir=" in overrides:
         raise SettingError("hydra.run.dir is empty, which would be the present folder: name the run folder by run_dir")
     if {"run_dir", "hydra.run.dir"} <= {override.partition("=")[0] for override in overrides}:
         raise SettingError("run_dir and hydra.run.dir both name the run folder: give run_dir alone")
     groups = _groups()
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
-        if override.startswith("~") and key in known and key not in groups:
+        if override.startswith("~") and key in settings and key not in groups:
             raise SettingError(f"~{key} leaves out a setting that is always read: give it another value, {key}=VALUE")
-        if override.startswith("+") and "." not in key and "/" not in key and key not in {*known, *groups}:
-            close = nearest(key, known)
-            has = f"it has {', '.join(known)}" if known else f"give {key}=... without + where a step has it"
+        if override.startswith("+") and "." not in key and "/" not in key and key not in {*settings, *groups}:
+            close = nearest(key, settings)
+            has = f"it has {', '.join(settings)}" if settings else f"give {key}=... without + where a step has it"
             hint = f"the nearest is {close!r}" if close else has
             raise SettingError(f"there is no setting {key!r} in {config_name}.yaml: {hint}")
 
@@ -332,8 +332,8 @@ def _refuse_renamed(override: str) -> None:
         new = RENAMED.get(f"{key}={option}")
         system, _, name = option.partition("_")
         if key == "ablation" and "/" not in option and system in ABLATED:
-            moved = f"ablation={ABLATED[system]}/{name}"
-            new = RENAMED.get(moved, moved)
+            qualified = f"ablation={ABLATED[system]}/{name}"
+            new = RENAMED.get(qualified, qualified)
             if new.partition("=")[2] not in group_options("ablation"):
                 new = None
         if new is not None:
@@ -351,17 +351,17 @@ def refuse_unread(cfg: DictConfig, schema: type) -> None:
     Raises:
         SettingError: there is such a setting; the message names the first one.
     """
-    read = {setting.name for setting in fields(schema)}
+    root_names = {setting.name for setting in fields(schema)}
     leaves = list(leaves_of(OmegaConf.to_container(cfg, resolve=False), ()))
-    wanted: set[tuple[str, ...]] = {(name,) for name in read}
+    used_paths: set[tuple[str, ...]] = {(name,) for name in root_names}
     left = leaves
     while True:
-        live = [path for path, _ in left if any(path[: len(each)] == each for each in wanted)]
-        found = {target for path, value in left if path in set(live) for target in references_in(path, value)}
+        live = [path for path, _ in left if any(path[: len(each)] == each for each in used_paths)]
+        references = {target for path, value in left if path in set(live) for target in references_in(path, value)}
         left = [leaf for leaf in left if leaf[0] not in set(live)]
-        if not found - wanted:
+        if not references - used_paths:
             break
-        wanted |= found
+        used_paths |= references
     if left:
         key = ".".join(left[0][0])
         raise SettingError(
@@ -400,18 +400,18 @@ def _brought(path: Path) -> frozenset[str]:
     content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     if not isinstance(content, dict):
         return frozenset()
-    own = path.read_text(encoding="utf-8").startswith("# @package _global_")
-    found = {str(key) for key in content if own} - {"defaults"}
+    is_global = path.read_text(encoding="utf-8").startswith("# @package _global_")
+    names = {str(key) for key in content if is_global} - {"defaults"}
     for entry in content.get("defaults", []):
         if isinstance(entry, str) and entry != "_self_":
-            found |= _brought(path.parent / f"{entry}.yaml")
+            names |= _brought(path.parent / f"{entry}.yaml")
         for key, choice in entry.items() if isinstance(entry, dict) else ():
             group = str(key).lstrip("/").partition("@")[0]
             if str(key).startswith("/"):
-                found.add(group)
+                names.add(group)
                 file = config_folder() / group / f"{choice}.yaml"
-                found |= _brought(file) if file.is_file() else frozenset()
-    return frozenset(found)
+                names |= _brought(file) if file.is_file() else frozenset()
+    return frozenset(names)
 
 
 def with_group(group: str) -> str:
@@ -428,26 +428,26 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """
     known = sorted(key for key in set(known) if not name.startswith(f"{key}."))
     parent, _, last = name.rpartition(".")
-    beside = [key for key in known if key.rpartition(".")[0] == parent]
+    siblings = [key for key in known if key.rpartition(".")[0] == parent]
     initials = "".join(word[:1] for word in last.split("_"))
-    by_last = {key.rpartition(".")[2]: key for key in beside if parent}
-    found = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
-    if found:
-        return by_last[found[0]]
+    by_last = {key.rpartition(".")[2]: key for key in siblings if parent}
+    matches = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
+    if matches:
+        return by_last[matches[0]]
     if "_" in last and initials in by_last:
         return by_last[initials]
     words = {word for word in last.split("_") if len(word) > 3}
     if sharing := [key for key in by_last if parent and words & set(key.split("_"))]:
         return by_last[sharing[0]]
-    whole = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    if whole:
-        return whole[0]
+    whole_matches = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    if whole_matches:
+        return whole_matches[0]
     by_last = {}
     for key in sorted(known, key=lambda key: (key.count("."), key)):
         by_last.setdefault(key.rpartition(".")[2], key)
-    found = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
-    found = found or [each for each in by_last if each.endswith(f"_{last}")]
-    return by_last[found[0]] if found else None
+    matches = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
+    matches = matches or [each for each in by_last if each.endswith(f"_{last}")]
+    return by_last[matches[0]] if matches else None
 
 
 def known_keys(config_name: str, overrides: Sequence[str] = ()) -> list[str]:

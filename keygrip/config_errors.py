@@ -69,17 +69,17 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
     unset = UNSET.search(causes)
     if unset:
         name = unset.group(1)
-        place = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *chain(error))))
+        key_match = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *chain(error))))
         naming = [each.partition("=")[0] for each in overrides if re.search(rf"env:\s*{re.escape(name)}\b", each)]
-        key = naming[0] if naming else place.group(1) if place else "a setting"
+        key = naming[0] if naming else key_match.group(1) if key_match else "a setting"
         return (
             f"{key} takes its value from the environment variable {name}, which is not set: export {name}=..., or give "
             "the setting another value"
         )
     interpolated = re.search(r"Interpolation key '([^']+)' not found", causes)
     if interpolated:
-        place = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *chain(error))))
-        key = place.group(1) if place else "a setting"
+        key_match = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *chain(error))))
+        key = key_match.group(1) if key_match else "a setting"
         remedy = f"give {key}=..." if "[" not in key else f"choose another option of {key.partition('.')[0]}"
         return f"{key} takes its value from {interpolated.group(1)}, which this run does not have: {remedy}"
     unknown = re.search(r"Could not override '([^']+)'", causes) or re.search(r"Key '([^']+)' (?:is )?not in", causes)
@@ -88,27 +88,27 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         full = next(
             (o.lstrip("+~").split("=")[0] for o in overrides if o.lstrip("+~").split("=")[0].endswith(key)), key
         )
-        others = [o for o in settings if o.lstrip("+~").split("=")[0] != full]
-        known = known_keys(config_name, others)
+        other_overrides = [o for o in settings if o.lstrip("+~").split("=")[0] != full]
+        valid_keys = known_keys(config_name, other_overrides)
         left_out = next((o for o in overrides if o.startswith("~") and f"{full}.".startswith(f"{o[1:]}.")), None)
-        if full in known and left_out is not None:
+        if full in valid_keys and left_out is not None:
             return f"{left_out} leaves out {full}, which this run needs: a setting is given another value, NAME=VALUE"
         if config_name == "prepare":  # the arguments of a step's function are set by the step's own settings
-            known = [each for each in known if each.partition(".")[0] != "call"]
+            valid_keys = [each for each in valid_keys if each.partition(".")[0] != "call"]
         given = next((o for o in overrides if o.partition("=")[0] == full and "={" in o), None)
-        if full in known and given is not None:
+        if full in valid_keys and given is not None:
             return f"{given} gives {full} keys that it does not have: each is added with +{full}.KEY=VALUE"
-        close_key = nearest(full, [each for each in known if not each.endswith("._target_")])
+        close_key = nearest(full, [each for each in valid_keys if not each.endswith("._target_")])
         hint = f"the nearest is {close_key!r}" if close_key else "see all with `--cfg job`"
         part = full.rpartition(".")[0]
-        if part.startswith("logger.") and f"{part}._target_" in known:  # keygrip's own classes accept no others
+        if part.startswith("logger.") and f"{part}._target_" in valid_keys:  # keygrip's own classes accept no others
             hint += f"; a further argument of its class is added with +{full}=VALUE"
-        if full.startswith(f"{CLOSED_LOOP}.") and not any(each.startswith(CLOSED_LOOP) for each in known):
+        if full.startswith(f"{CLOSED_LOOP}.") and not any(each.startswith(CLOSED_LOOP) for each in valid_keys):
             hint = f"add closed_loop=NAME, one of {', '.join(group_options('closed_loop', settings))}"
         group = full.partition(".")[0].partition("@")[0]
-        if models_with(group) and group not in known:
+        if models_with(group) and group not in valid_keys:
             if "." in full and not close_key:  # a setting of another model, so only the spelling can be compared
-                closest = difflib.get_close_matches(full, known, n=1, cutoff=0.0)[0]
+                closest = difflib.get_close_matches(full, valid_keys, n=1, cutoff=0.0)[0]
                 hint = f"of what this run reads the nearest is {closest!r}; {hint}"
             hint = f"{with_group(group)}; {hint}"
         return f"there is no setting {full!r} in {config_name}.yaml: {hint}"
@@ -162,9 +162,9 @@ def _unreadable(override: str, reason: str) -> str:
             f"shell's own: \"{key}=['one text','another']\""
         )
     if re.search(UNQUOTED_CANNOT, value) and not re.match(r"\s*[\[{'\"]", value):
-        said = "" if unread else f"{reason}; "
+        detail = "" if unread else f"{reason}; "
         return (
-            f"cannot read {override}: {said}a value with such signs stands in quotes, inside the shell's own: "
+            f"cannot read {override}: {detail}a value with such signs stands in quotes, inside the shell's own: "
             f"{_in_quotes(key, value)}"
         )
     return f"cannot read {override}: {reason}"

@@ -91,8 +91,8 @@ def _put_finished_aside(folder: Path) -> None:
     result = folder / RESULT
     if not (folder / CHECKPOINT).is_file() or "success_rate" not in read_result(folder):
         return
-    made = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(result.stat().st_mtime))
-    aside = folder.with_name(f"{folder.name}_{made}")
+    time_stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(result.stat().st_mtime))
+    aside = folder.with_name(f"{folder.name}_{time_stamp}")
     folder.rename(aside)
     folder.mkdir()
     sys.stderr.write(f"keygrip: the earlier demo now lies in {aside}\n")

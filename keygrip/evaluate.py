@@ -57,15 +57,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     trust = trusted_packages(cfg)
     external = external_files(cfg)
     module = load_module(file, trust=trust, external=external)
-    what = f"{file} holds a {type(module).__name__}"
-    name = checked_kind(getattr(module, KIND, None), what)
+    description = f"{file} holds a {type(module).__name__}"
+    name = checked_kind(getattr(module, KIND, None), description)
     if set(KINDS[name].settings()) - set(cfg):
-        raise ValueError(f"{what}: its settings are those of evaluate={name}")
+        raise ValueError(f"{description}: its settings are those of evaluate={name}")
     output = evaluation_output(file, cfg.run_dir)
     started = time.perf_counter()
     settings = {name: value for name, value in plain(cfg).items() if value is not None}
-    asked = {name: value for name, value in settings.items() if name not in ("checkpoint", "run_dir")}
-    result: dict[str, Any] = {"checkpoint": str(file), "model": type(module).__name__, "settings": asked}
+    used_settings = {name: value for name, value in settings.items() if name not in ("checkpoint", "run_dir")}
+    result: dict[str, Any] = {"checkpoint": str(file), "model": type(module).__name__, "settings": used_settings}
     with hold(output):  # two evaluations of one run would mix their results and videos
         result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output, trust, external), cfg)
         result |= {"wall_s": round(time.perf_counter() - started, 1), "machine": machine()}
@@ -90,9 +90,9 @@ def evaluation_output(checkpoint: str | Path, run_dir: str | None) -> Path:
 def print_result(cfg: DictConfig) -> None:
     """Evaluate and print the metrics as one line of JSON, with the path of the file that also has the settings."""
     result = run(cfg)
-    shown = {name: value for name, value in result.items() if name != "settings"}
+    printed = {name: value for name, value in result.items() if name != "settings"}
     file = evaluation_output(result["checkpoint"], cfg.run_dir) / "result.json"
-    print(json_text(shown | {"file": str(file)}, ascii_only=True))
+    print(json_text(printed | {"file": str(file)}, ascii_only=True))
 
 
 def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

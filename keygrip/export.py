@@ -72,22 +72,22 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(
             f"{type(module).__name__} has no graph to export: give format=safetensors, which every model has"
         )
-    weights, which = checkpoints.weights_of(content, cfg.ema)
+    weights, weights_kind = checkpoints.weights_of(content, cfg.ema)
     content, weights = get_method(MERGED)(content, weights)
     run_folder = file.parent.parent if file.is_file() else file
-    content[checkpoints.WEIGHTS_ARE] = which
+    content[checkpoints.WEIGHTS_ARE] = weights_kind
     content[checkpoints.HEADER] = without_passwords(content[checkpoints.HEADER])
     loaded = f"{target.name}/{WHERE[cfg.format]}" if cfg.format in WHERE else target.name
     figures, episodes = without_passwords(read_result(run_folder)), read_result(run_folder / "closed_loop")
-    card = folder.model_card(loaded, content, weights, which, figures, module, episodes)
-    result: dict[str, Any] = {"folder": str(target), "format": cfg.format, "weights": which}
+    card = folder.model_card(loaded, content, weights, weights_kind, figures, module, episodes)
+    result: dict[str, Any] = {"folder": str(target), "format": cfg.format, "weights": weights_kind}
     if cfg.format in WRITERS:
         try:
             write = get_method(WRITERS[cfg.format])
         except ImportError as error:
             raise ImportError(f"format={cfg.format} needs a package: pip install 'keygrip[dit]' ({error})") from error
-        with atomic_folder(target) as made:
-            write(made, module, content, weights, card)
+        with atomic_folder(target) as temporary_folder:
+            write(temporary_folder, module, content, weights, card)
     else:
 
         def write_graph(where: Path) -> None:

@@ -76,43 +76,43 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
     Raises:
         keygrip.config.SettingError, HydraException: the overrides cannot be composed.
     """
-    given = overrides_of(overrides)
+    plain_overrides = overrides_of(overrides)
     lines = [f"keygrip {command} [group=option ...] [setting=value ...]", ""]
     for line in _head(config_folder() / f"{command}.yaml"):
         lines += _wrapped("  ", line)
-    if command == "prepare" and not any(override.startswith("step=") for override in given):
+    if command == "prepare" and not any(override.startswith("step=") for override in plain_overrides):
         lines += ["", "Steps (`keygrip prepare step=NAME --help` lists the settings of one):"]
-        steps = group_options("step", given)
+        steps = group_options("step", plain_overrides)
         width = max(map(len, steps)) + 1
         for name in steps:
-            lines += _wrapped(f"  step={name:<{width}}", " ".join(_step_head(name, config_folders(given))))
+            lines += _wrapped(f"  step={name:<{width}}", " ".join(_step_head(name, config_folders(plain_overrides))))
         return "\n".join([*lines, *_examples(command)])
-    config, choices = compose_with_choices(command, given)
+    config, choices = compose_with_choices(command, plain_overrides)
     groups = [(group, choice) for group, choice in choices.items() if not group.startswith("hydra")]
     comments = _comments_of("", command)
     for group, choice in groups:
         if choice is not None:
-            for folder in config_folders(given):
+            for folder in config_folders(plain_overrides):
                 comments |= _comments_of(group, choice, folder)
-    shown = [(group, choice) for group, choice in groups if group != "evaluate"]
-    if shown:
+    shown_groups = [(group, choice) for group, choice in groups if group != "evaluate"]
+    if shown_groups:
         lines += ["", "Groups, with the option chosen here and all there are:"]
-        for group, choice in shown:
-            options = f"  {group}={choice or 'null'}  ({_options(group, choices, given)})"
+        for group, choice in shown_groups:
+            options = f"  {group}={choice or 'null'}  ({_options(group, choices, plain_overrides)})"
             lines += textwrap.wrap(options, WIDTH, subsequent_indent=" " * 6)
     lines += ["", "Settings:"]
     for path, value in _leaves(OmegaConf.to_container(config, resolve=False), ()):
         key = ".".join(path)
-        why = comments.get(path, "")
-        why = why or COMMON.get(key, "")
-        if not why and str(value).startswith("${"):
+        comment = comments.get(path, "")
+        comment = comment or COMMON.get(key, "")
+        if not comment and str(value).startswith("${"):
             continue  # an alias: the setting that it refers to is listed
         for end in range(len(path) - 1, 1, -1):  # the comment of a parent describes several values together
-            why = why or comments.get(path[:end], "")
+            comment = comment or comments.get(path[:end], "")
         setting = f"{key}={_text(value)}"
-        if why and len(setting) > LONGEST_SETTING:
+        if comment and len(setting) > LONGEST_SETTING:
             setting = f"{setting[: LONGEST_SETTING - 3]}..."
-        lines += _wrapped(f"  {setting:<34}  # ", why) if why else [f"  {setting}"]
+        lines += _wrapped(f"  {setting:<34}  # ", comment) if comment else [f"  {setting}"]
     return "\n".join([*lines, *_examples(command)])
 
 
@@ -125,9 +125,11 @@ def _options(group: str, choices: dict[str, str | None], overrides: Sequence[str
     if group == "ablation":  # ablations of other models have no effect here
         model, models = choices.get("model") or "", group_options("model", overrides)
         folders = {name: name.partition("/")[0] for name in options}
-        of = {folder: ABLATED_MODELS.get(folder, (folder,)) for folder in folders.values()}
-        of_any = {folder for folder in of if not any(each.startswith(of[folder]) for each in models)}
-        options = [name for name, folder in folders.items() if folder in of_any or model.startswith(of[folder])]
+        models_of = {folder: ABLATED_MODELS.get(folder, (folder,)) for folder in folders.values()}
+        unmatched = {folder for folder in models_of if not any(each.startswith(models_of[folder]) for each in models)}
+        options = [
+            name for name, folder in folders.items() if folder in unmatched or model.startswith(models_of[folder])
+        ]
     return " | ".join(options) or "none for this model"
 
 
@@ -157,13 +159,13 @@ def _wrapped(start: str, text: str) -> list[str]:
 
 def _head(path: Path) -> list[str]:
     """Return the comment at the beginning of a config file."""
-    found = []
+    comment_lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         if not line.startswith("# @package"):
-            found.append(line.lstrip("# "))
-    return found
+            comment_lines.append(line.lstrip("# "))
+    return comment_lines
 
 
 def _step_head(name: str, folders: Sequence[Path]) -> list[str]:
@@ -198,38 +200,38 @@ def _comments_of(group: str, option: str, configs: Path | None = None) -> dict[t
         return {}
     text = file.read_text(encoding="utf-8")
     package = re.match(r"# @package (\S+)", text)
-    place = put or ((group or "_global_") if package is None else package.group(1))
-    prefix = () if place == "_global_" else tuple(place.replace("/", ".").split("."))
+    config_path = put or ((group or "_global_") if package is None else package.group(1))
+    prefix = () if config_path == "_global_" else tuple(config_path.replace("/", ".").split("."))
     content: Any = yaml.load(text, Loader=LOADER) or {}
     defaults = (content.get(section) or {}).get("defaults", []) if section else content.get("defaults", [])
-    found: dict[tuple[str, ...], str] = {}
+    comments: dict[tuple[str, ...], str] = {}
     for base in defaults:
         if isinstance(base, str) and base != "_self_":
-            found |= _comments_of(group, base, configs)
-    own = _comments(file)
+            comments |= _comments_of(group, base, configs)
+    own_comments = _comments(file)
     if section:
-        own = {path[1:]: why for path, why in own.items() if path[0] == section}
-    return found | {(*prefix, *path): why for path, why in own.items()}
+        own_comments = {path[1:]: comment for path, comment in own_comments.items() if path[0] == section}
+    return comments | {(*prefix, *path): comment for path, comment in own_comments.items()}
 
 
 def _comments(path: Path) -> dict[tuple[str, ...], str]:
     """Return the comment next to each key of a YAML file (or on the lines directly above it), by path of the key."""
-    found: dict[tuple[str, ...], str] = {}
+    comments: dict[tuple[str, ...], str] = {}
     stack: list[tuple[int, str]] = []
-    above: list[str] = []
+    comment_lines: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.lstrip().startswith("#"):
-            above.append(line.strip().lstrip("# "))
+            comment_lines.append(line.strip().lstrip("# "))
             continue
         entry = re.match(r"(\s*)([\w./@+~-]+):(?:\s+(.*))?$", line)
         if entry is None:
-            above = []
+            comment_lines = []
             continue
-        indent, key, rest = len(entry.group(1)), entry.group(2), entry.group(3) or ""
+        indent, key, value = len(entry.group(1)), entry.group(2), entry.group(3) or ""
         stack = [each for each in stack if each[0] < indent] + [(indent, key)]
-        why = re.search(r"(?:^|\s)#\s*(.*)$", rest)
-        text = why.group(1) if why else " ".join(above)
+        comment_match = re.search(r"(?:^|\s)#\s*(.*)$", value)
+        text = comment_match.group(1) if comment_match else " ".join(comment_lines)
         if text:
-            found[tuple(name for _, name in stack)] = text
-        above = []
-    return found
+            comments[tuple(name for _, name in stack)] = text
+        comment_lines = []
+    return comments

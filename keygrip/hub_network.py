@@ -53,19 +53,19 @@ def _asked() -> str | None:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    found: list[str | None] = []
+    answers: list[str | None] = []
 
     def ask() -> None:
         try:
             get_session().head(constants.ENDPOINT, timeout=PATIENCE_S)
         except Exception as error:  # any error of its HTTP library
-            found.append((str(error).splitlines() or [""])[0][:120] or type(error).__name__)
+            answers.append((str(error).splitlines() or [""])[0][:120] or type(error).__name__)
         else:
-            found.append(None)
+            answers.append(None)
 
     asking = threading.Thread(target=ask, daemon=True)  # a request's time-out does not cover name resolution
     asking.start()
     asking.join(PATIENCE_S)
-    if not found:
+    if not answers:
         return f"no answer from {constants.ENDPOINT} within {PATIENCE_S:g} s"
-    return None if found[0] is None else f"{constants.ENDPOINT} cannot be reached: {found[0]}"
+    return None if answers[0] is None else f"{constants.ENDPOINT} cannot be reached: {answers[0]}"

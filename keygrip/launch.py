@@ -43,13 +43,13 @@ def tasks_of_nodes_of_srun() -> list[int]:
     Raises:
         ValueError: SLURM reports it in an unknown format.
     """
-    told = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     counts: list[int] = []
-    for part in told.split(",") if told else []:
+    for part in text.split(",") if text else []:
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if match is None:
             raise ValueError(
-                f"SLURM_STEP_TASKS_PER_NODE={told!r} is no list of numbers of tasks, as '8(x2)' or '3,1': unset it, if "
+                f"SLURM_STEP_TASKS_PER_NODE={text!r} is no list of numbers of tasks, as '8(x2)' or '3,1': unset it, if "
                 "srun has not set it"
             )
         counts += [int(match.group(1))] * int(match.group(2) or 1)
@@ -82,11 +82,11 @@ def refuse_task_named_as_a_shell() -> None:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
     if not in_a_shell_of_slurm() or tasks == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return
-    name, number = os.environ["SLURM_JOB_NAME"], int(os.environ.get("SLURM_PROCID") or 0)
+    name, rank = os.environ["SLURM_JOB_NAME"], int(os.environ.get("SLURM_PROCID") or 0)
     remedy = "salloc --job-name=train, or srun ... env SLURM_JOB_NAME=train python -m keygrip.train ..."
-    if number:
+    if rank:
         raise ValueError(
-            f"srun started {tasks} tasks, of which this is number {number}, in a job named {name!r}, by which commands "
+            f"srun started {tasks} tasks, of which this is number {rank}, in a job named {name!r}, by which commands "
             f"are taken for ones that are typed in a shell, each alone: {remedy}"
         )
     log.warning("as the job is named %r, this process is taken to be alone of %d tasks: else %s", name, tasks, remedy)
@@ -98,12 +98,12 @@ def name_of_start() -> str:
     if started_together() == 1:
         return ""
     names = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    told = [os.environ.get(name, "") for name in names]
+    parts = [os.environ.get(name, "") for name in names]
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine is the parent of all processes
-        told.append(str(os.getppid()))
+        parts.append(str(os.getppid()))
     elif os.environ.get("TORCHELASTIC_RUN_ID") == "none":  # several machines with the default id and port: not unique
         return ""
-    return ":".join(told)
+    return ":".join(parts)
 
 
 def is_helper_process() -> bool:

@@ -23,10 +23,10 @@ def values_of(key: str, value: str) -> list[str]:
 
     try:
         override = OverridesParser.create().parse_override(f"{key}={value}")
-        found = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+        values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
     except HydraException:
         return []
-    texts = [str(each.text if hasattr(each, "text") else each) for each in found if each is not None]
+    texts = [str(each.text if hasattr(each, "text") else each) for each in values if each is not None]
     texts = [text.strip("'\"") if override.is_sweep_override() else text for text in texts if text not in ("", "???")]
     return [str(OmegaConf.create({key: text})[key]) if "${" in text else text for text in texts]
 

@@ -17,9 +17,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Run the chosen step and return its report."""
     from hydra.utils import instantiate
 
-    given: Any = OmegaConf.to_container(cfg.call, resolve=False)
+    call_settings: Any = OmegaConf.to_container(cfg.call, resolve=False)
     passed_on = {
-        f"call.{key}": value[2:-1] for key, value in given.items() if re.fullmatch(r"\$\{[\w.]+\}", str(value))
+        f"call.{key}": value[2:-1] for key, value in call_settings.items() if re.fullmatch(r"\$\{[\w.]+\}", str(value))
     }
     refuse_ill_typed(OmegaConf.to_container(cfg.call, resolve=True), "call", passed_on)
     report = instantiate(cfg.call, _convert_="all")
@@ -35,8 +35,8 @@ def print_report(cfg: DictConfig) -> None:
     report = run(cfg)
     print(json_text(report, ascii_only=True, default=str), flush=True)
     if report.get("errors"):
-        where = report.get("problems_file")
-        listed = f"all listed in {where}" if where else "the first listed above"
+        problems_file = report.get("problems_file")
+        listed = f"all listed in {problems_file}" if problems_file else "the first listed above"
         raise ValueError(f"{report['errors']} errors in {report.get('root')}, {listed}: fix them before training")
 
 

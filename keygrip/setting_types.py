@@ -46,8 +46,8 @@ def refuse_ill_typed(config: Any, place: str = "", passed_on: Mapping[str, str] 
         SettingError: a setting is unknown or has the wrong type; the message names the first one and what is expected.
     """
     if isinstance(config, list | tuple):
-        for number, child in enumerate(config):
-            refuse_ill_typed(child, f"{place}[{number}]", passed_on)
+        for index, child in enumerate(config):
+            refuse_ill_typed(child, f"{place}[{index}]", passed_on)
     if not isinstance(config, Mapping):
         return
     place = (passed_on or {}).get(place, place)
@@ -66,11 +66,11 @@ def wanted(value: Any, hint: Any) -> str | None:
         return None  # it represents the object that is built from it
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        found = [wanted(value, each) for each in inner]
-        return None if None in found else _any_of(list(dict.fromkeys(each for each in found if each)))
+        problems = [wanted(value, each) for each in inner]
+        return None if None in problems else _any_of(list(dict.fromkeys(each for each in problems if each)))
     for check in (_wanted_scalar, _wanted_container):
-        known, problem = check(value, hint, origin, inner)
-        if known:
+        is_checked, problem = check(value, hint, origin, inner)
+        if is_checked:
             return problem
     return None
 
@@ -89,8 +89,8 @@ def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for name, parameter in inspect.signature(target).parameters.items():
         try:  # separately, because some refer to classes that are imported for type checkers only
-            alone = types.SimpleNamespace(__annotations__={name: parameter.annotation})
-            hints[name] = typing.get_type_hints(alone, inherited.get(name, names))[name]
+            annotated = types.SimpleNamespace(__annotations__={name: parameter.annotation})
+            hints[name] = typing.get_type_hints(annotated, inherited.get(name, names))[name]
         except Exception:
             hints[name] = Any
         if parameter.annotation is inspect.Parameter.empty:
@@ -100,12 +100,12 @@ def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
 
 def _names_of_fields(target: type) -> dict[str, dict[str, Any]]:
     """Return, by field of a dataclass, the names in the module of the class or base class that declares the field."""
-    made = next(each for each in target.__mro__ if "__init__" in vars(each))
-    if "__dataclass_fields__" not in vars(made):
+    declaring_class = next(each for each in target.__mro__ if "__init__" in vars(each))
+    if "__dataclass_fields__" not in vars(declaring_class):
         return {}
     return {
         name: getattr(sys.modules.get(each.__module__), "__dict__", {})
-        for each in reversed(made.__mro__)
+        for each in reversed(declaring_class.__mro__)
         for name in inspect.get_annotations(each)
     }
 
@@ -126,14 +126,16 @@ def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) ->
         if not isinstance([error, *chain(error)][-1], NOT_THERE):
             raise
         return
-    given = {str(key): value for key, value in node.items() if not (str(key).startswith("_") and str(key)[-1] == "_")}
+    settings = {
+        str(key): value for key, value in node.items() if not (str(key).startswith("_") and str(key)[-1] == "_")
+    }
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        for key in given:
+        for key in settings:
             if key not in parameters:
                 raise SettingError(_unknown(_below(place, key), [_below(place, name) for name in parameters]))
     if str(getattr(target, "__module__", "")).partition(".")[0] in FOREIGN:
         return
-    for key, value in given.items():
+    for key, value in settings.items():
         if value == MISSING:
             continue  # reported when the object is built
         hint = hints.get(key, Any)
@@ -141,7 +143,7 @@ def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) ->
         if problem is None and SIZE.search(key) and type(value) is int and value < 1:
             problem = "at least 1"
         if problem is not None:
-            shown = "null" if value is None else repr(value)
+            shown_value = "null" if value is None else repr(value)
             full = _below(place, key)
             if isinstance(value, str) and NUMBER_AS_TEXT.fullmatch(value) and re.search(r"number|true", problem):
                 problem += "; this is text: leave out its quotes, or write ${oc.decode:${oc.env:NAME}} for a variable"
@@ -149,7 +151,7 @@ def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) ->
             if "text" in problem and _holds_number(value):
                 text = "['...']" if isinstance(value, list | tuple) else "'...'"
                 problem += f'; what you gave is read as a number: put it in two kinds of quotes, "{name}={text}"'
-            raise SettingError(f"{name}={shown[:80]}: must be {problem}")
+            raise SettingError(f"{name}={shown_value[:80]}: must be {problem}")
 
 
 def _holds_number(value: Any) -> bool:
@@ -166,15 +168,15 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 
 
 def _wanted_scalar(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...]) -> tuple[bool, str | None]:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is None or hint is type(None):
         return True, None if value is None else "null"
     if hint is bool:
         return True, None if isinstance(value, bool) else "true or false"
     if hint is int:
-        return True, None if number and isinstance(value, int) else "a whole number"
+        return True, None if is_number and isinstance(value, int) else "a whole number"
     if hint is float:
-        return True, None if number and math.isfinite(value) else "a finite number"
+        return True, None if is_number and math.isfinite(value) else "a finite number"
     if hint is str or (isinstance(hint, type) and issubclass(hint, Path)):
         return True, None if isinstance(value, str | Path) else "text"
     if origin is typing.Literal:
@@ -193,7 +195,7 @@ def _wanted_container(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...]
         if fixed and len(value) != len(inner):
             return True, f"a list of {len(inner)}"
         types_of = inner if fixed else inner[:1] * len(value)
-        problems = [wanted(each, one) for each, one in zip(value, types_of, strict=False)]
+        problems = [wanted(each, item_type) for each, item_type in zip(value, types_of, strict=False)]
         problem = next((each for each in problems if each), None)
         many = f"a list of {len(inner)}" if fixed else "a list"
         return True, None if problem is None else f"{many}, each of it {problem}"
@@ -201,7 +203,7 @@ def _wanted_container(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...]
         if not isinstance(value, Mapping):
             return True, "settings by name"
         hint_of_each = inner[1] if len(inner) == 2 else Any
-        given = [each for each in value.values() if each is not None and not isinstance(each, Mapping)]
-        problem = next((found for each in given if (found := wanted(each, hint_of_each))), None)
+        values = [each for each in value.values() if each is not None and not isinstance(each, Mapping)]
+        problem = next((found for each in values if (found := wanted(each, hint_of_each))), None)
         return True, None if problem is None else f"settings by name, each of them {problem}"
     return False, None

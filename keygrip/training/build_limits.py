@@ -34,8 +34,8 @@ def at_most_stored(config: Any, stored: Mapping[str, Any], external: bool) -> It
     """
     sizes = [value.numel() for value in stored.values() if isinstance(value, Tensor)]
     largest = max(sizes, default=0)
-    most = max(TIMES * largest, EXTERNAL_NUMBERS if external else OWN_NUMBERS)
-    together = math.inf if external else TIMES * (sum(sizes) + OWN_NUMBERS)
+    tensor_limit = max(TIMES * largest, EXTERNAL_NUMBERS if external else OWN_NUMBERS)
+    total_limit = math.inf if external else TIMES * (sum(sizes) + OWN_NUMBERS)
     parameters = EXTERNAL_PARAMETERS + 10 * len(stored)
     registered, total = 0, 0
 
@@ -45,13 +45,13 @@ def at_most_stored(config: Any, stored: Mapping[str, Any], external: bool) -> It
         total += parameter.numel() if isinstance(parameter, Tensor) and not parameter.is_meta else 0
         if registered > parameters:
             raise ValueError(f"its configuration builds more than {parameters} parameters, far more than it holds")
-        if total > together:
+        if total > total_limit:
             raise ValueError(
                 f"its configuration builds parameters of {total} numbers, and those that are stored have {sum(sizes)}"
             )
 
     def check(shape: tuple[int, ...]) -> None:
-        if math.prod(shape) > most:
+        if math.prod(shape) > tensor_limit:
             raise ValueError(
                 f"{settings_of(config, shape)} builds a tensor of {list(shape)}, and the largest one that is stored "
                 f"has {largest} numbers"
@@ -68,23 +68,23 @@ def at_most_stored(config: Any, stored: Mapping[str, Any], external: bool) -> It
 def settings_of_other_sizes(config: Any, stored: Mapping[str, Any], built: Mapping[str, Tensor]) -> str:
     """Return the settings of the first tensor whose stored shape differs from the one that the configuration builds."""
     for name, value in built.items():
-        there = stored.get(name)
-        if isinstance(there, Tensor) and there.shape != value.shape:
-            return settings_of(config, tuple(set(value.shape) - set(there.shape)))
+        stored_value = stored.get(name)
+        if isinstance(stored_value, Tensor) and stored_value.shape != value.shape:
+            return settings_of(config, tuple(set(value.shape) - set(stored_value.shape)))
     return "its configuration"
 
 
 def settings_of(config: Any, sizes: tuple[int, ...]) -> str:
     """Return the settings of a model's configuration with one of these values, largest first: "model.width=64"."""
-    found: list[tuple[int, str]] = []
+    matches: list[tuple[int, str]] = []
     waiting: list[tuple[str, Any]] = [("model", config)]
     while waiting:
-        place, node = waiting.pop()
+        path, node = waiting.pop()
         if isinstance(node, Mapping):
-            waiting += [(f"{place}.{key}", child) for key, child in node.items()]
+            waiting += [(f"{path}.{key}", child) for key, child in node.items()]
         elif type(node) is int and node in sizes and node > 1:
-            found.append((-node, f"{place}={node}"))
-    return ", ".join(text for _, text in sorted(found)[:3]) or "its configuration"
+            matches.append((-node, f"{path}={node}"))
+    return ", ".join(text for _, text in sorted(matches)[:3]) or "its configuration"
 
 
 class _Checked(TorchFunctionMode):
@@ -97,8 +97,8 @@ class _Checked(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") not in ("__get__", "__set__"):  # attributes
-            made = _without_memory(func, args, kwargs)
-            for each in made if isinstance(made, list | tuple) else [made]:
+            outputs = _without_memory(func, args, kwargs)
+            for each in outputs if isinstance(outputs, list | tuple) else [outputs]:
                 if isinstance(each, Tensor):
                     self.check(tuple(each.shape))
         return func(*args, **kwargs)
@@ -106,20 +106,20 @@ class _Checked(TorchFunctionMode):
 
 def _without_memory(func: Any, args: Any, kwargs: Any) -> Any:
     """Return a function's result on the meta device; None if it has none there, or if it depends on values."""
-    given: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def there(value: Any) -> Any:
         if isinstance(value, Tensor):
-            given.append(value)
+            tensors.append(value)
             return value.detach().to("meta")
         return type(value)(map(there, value)) if type(value) in (list, tuple) else value
 
     try:
         placed = there(args), {name: there(value) for name, value in kwargs.items() if name != "generator"}
-        where = kwargs.get("device")
-        if any(each.is_meta for each in given) or (where is not None and torch.device(where).type == "meta"):
+        device = kwargs.get("device")
+        if any(each.is_meta for each in tensors) or (device is not None and torch.device(device).type == "meta"):
             return None
-        if where is not None or not given:
+        if device is not None or not tensors:
             placed[1]["device"] = "meta"
         return func(*placed[0], **placed[1])
     except Exception:  # functions raise many kinds of errors

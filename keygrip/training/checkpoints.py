@@ -100,18 +100,20 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
     if is_export(path / "transformer"):
         raise FileNotFoundError(f"{path} is a pipeline of diffusers: its checkpoint is {path / 'transformer'}")
     if path.is_dir():
-        there, lacking = sorted((CONFIG, WEIGHTS), key=lambda name: not (path / name).is_file())
-        half = f"; of an export it has {there} and lacks {lacking}" if (path / there).is_file() else ""
+        present, absent = sorted((CONFIG, WEIGHTS), key=lambda name: not (path / name).is_file())
+        half = f"; of an export it has {present} and lacks {absent}" if (path / present).is_file() else ""
         raise FileNotFoundError(f"no checkpoint in {path}: looked for {CHECKPOINT} (has the run saved one yet?){half}")
     raise FileNotFoundError(f"no checkpoint at {path}: give a checkpoint file or a run folder")
 
 
 def _of_step(path: Path, step: int) -> Path:
-    kept = kept_by_step(path / CHECKPOINT.parent)
-    if step not in kept:
-        there = f"it has {', '.join(map(str, kept))}" if kept else "it has none by step (callbacks.checkpoint.keep)"
-        raise FileNotFoundError(f"{path} keeps no checkpoint of step {step}: {there}")
-    return kept[step]
+    by_step = kept_by_step(path / CHECKPOINT.parent)
+    if step not in by_step:
+        hint = (
+            f"it has {', '.join(map(str, by_step))}" if by_step else "it has none by step (callbacks.checkpoint.keep)"
+        )
+        raise FileNotFoundError(f"{path} keeps no checkpoint of step {step}: {hint}")
+    return by_step[step]
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", mapped: bool = False) -> dict[str, Any]:
@@ -228,7 +230,7 @@ def load_module(
     """
     file = find_checkpoint(path)
     refuse_missing_device(map_location)
-    wanted = _checked_dtype(dtype)
+    requested_dtype = _checked_dtype(dtype)
     checkpoint = read_checkpoint(file, mapped=True)
     config = _model_config(checkpoint, file)
     if refuse is not None:
@@ -247,18 +249,22 @@ def load_module(
             f"{file} holds a {type(module).__name__}, not a {expected.__name__}: give a checkpoint of that model"
         )
     _give_back(module, checkpoint, file)
-    state, which = weights_of(checkpoint, use_ema)
+    state, weights_kind = weights_of(checkpoint, use_ema)
     refuse_unfit_weights(state, module.state_dict(), str(file))
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        said = settings_of_other_sizes(config, state, module.state_dict())
-        raise ValueError(f"the weights in {file} do not fit its model: {misfit(error)} ({said})") from error
+        mismatch = settings_of_other_sizes(config, state, module.state_dict())
+        raise ValueError(f"the weights in {file} do not fit its model: {misfit(error)} ({mismatch})") from error
     log.info(
-        "loaded %s from %s, weights %s (step %d)", type(module).__name__, file, which, checkpoint.get("global_step", 0)
+        "loaded %s from %s, weights %s (step %d)",
+        type(module).__name__,
+        file,
+        weights_kind,
+        checkpoint.get("global_step", 0),
     )
-    kinds = dtypes_of(module, state) if wanted == "auto" else {wanted}
-    if wanted is not None and len(kinds) == 1 and kinds != dtypes_of(module, module.state_dict()):
+    kinds = dtypes_of(module, state) if requested_dtype == "auto" else {requested_dtype}
+    if requested_dtype is not None and len(kinds) == 1 and kinds != dtypes_of(module, module.state_dict()):
         module.to(dtype=kinds.pop())
     return module.to(map_location).eval()
 
@@ -267,10 +273,10 @@ def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | Literal["au
     """Return the requested dtype of the weights. Raises ValueError if it is not in `DTYPES`."""
     if dtype is None or dtype == "auto":
         return dtype  # type: ignore[return-value]  # "auto"
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    torch_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if torch_dtype not in DTYPES.values():
         raise ValueError(f"dtype={dtype}: give auto (as the weights were saved) or one of {', '.join(DTYPES)}")
-    return found
+    return torch_dtype
 
 
 def dtypes_of(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> set[torch.dtype]:
@@ -287,8 +293,8 @@ def _give_back(module: LightningModule, checkpoint: dict[str, Any], file: Path) 
     try:
         # Copies, because the module may keep them: reading a tensor that is memory-mapped from the file would end the
         # process if the file is truncated later.
-        beside = copy.deepcopy({name: part for name, part in checkpoint.items() if name not in LARGE})
-        module.on_load_checkpoint(checkpoint | beside)
+        extra_content = copy.deepcopy({name: part for name, part in checkpoint.items() if name not in LARGE})
+        module.on_load_checkpoint(checkpoint | extra_content)
     except BROKEN as error:
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise ValueError(f"{file}: what the model stored beside its weights cannot be used: {reason}") from error
@@ -337,17 +343,17 @@ def build_module(config: dict[str, Any]) -> LightningModule:
 
 def external_files(cfg: Any) -> dict[str, Any]:
     """Return the setting ``external`` of a command with dotted keys: ``external.encoders.text.source=FOLDER``."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
         for key, value in node.items():
             if isinstance(value, Mapping):
                 walk(value, f"{prefix}{key}.")
             else:
-                found[f"{prefix}{key}"] = value
+                settings[f"{prefix}{key}"] = value
 
     walk(OmegaConf.to_container(cfg.external) if OmegaConf.is_config(cfg.external) else cfg.external, "")
-    return found
+    return settings
 
 
 def trusted_packages(cfg: Any) -> tuple[str, ...]:

@@ -29,12 +29,12 @@ def refuse_unfit(cfg: DictConfig) -> None:
     Raises:
         ValueError: the message names suitable data sets, or the settings of the weights.
     """
-    wanted, given = batch_type(cfg.model), batch_type(cfg.data)
-    if wanted is not None and given is not None and not issubclass(given, wanted):
-        fitting = ", ".join(f"data={name}" for name in data_sets_of(wanted)) or "your own data module"
+    model_batch, data_batch = batch_type(cfg.model), batch_type(cfg.data)
+    if model_batch is not None and data_batch is not None and not issubclass(data_batch, model_batch):
+        fitting = ", ".join(f"data={name}" for name in data_sets_of(model_batch)) or "your own data module"
         raise ValueError(
-            f"{_class_name(cfg.model)} learns from {wanted.__name__} and {_class_name(cfg.data)} gives "
-            f"{given.__name__}: choose {fitting}"
+            f"{_class_name(cfg.model)} learns from {model_batch.__name__} and {_class_name(cfg.data)} gives "
+            f"{data_batch.__name__}: choose {fitting}"
         )
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     encoder = plain.get("backbone") or {}
@@ -150,8 +150,8 @@ def data_sets_of(wanted: type) -> list[str]:
     """Return the names in the group ``data`` whose batches have a type."""
     names = []
     for path in sorted((config_folder() / "data").glob("*.yaml")):
-        given = batch_type(_read(path))
-        if not path.stem.startswith("_") and given is not None and issubclass(given, wanted):
+        data_batch = batch_type(_read(path))
+        if not path.stem.startswith("_") and data_batch is not None and issubclass(data_batch, wanted):
             names.append(path.stem)
     return names
 

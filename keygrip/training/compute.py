@@ -108,8 +108,8 @@ class Compute(Callback):
         self._counted, self._counts = float(state_dict["counted"]), int(state_dict["counts"])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        number = trainer.fit_loop.epoch_loop.total_batch_idx
-        if (number - FIRST) % self.every_n_steps or is_sharded(pl_module):
+        batch_index = trainer.fit_loop.epoch_loop.total_batch_idx
+        if (batch_index - FIRST) % self.every_n_steps or is_sharded(pl_module):
             return
         torch.compiler.set_stance("force_eager")
         self._counter = FlopCounterMode(display=False, custom_mapping=OPERATIONS)
@@ -123,10 +123,10 @@ class Compute(Callback):
         if counter is None:
             return
         flops = total_of(counter.get_total_flops(), pl_module.device)  # processes have unequal parts of a batch
-        found = flops * trainer.accumulate_grad_batches / TERA
-        self._counted, self._counts = self._counted + found, self._counts + 1
+        step_tflop = flops * trainer.accumulate_grad_batches / TERA
+        self._counted, self._counts = self._counted + step_tflop, self._counts + 1
         for logger in trainer.loggers:
-            logger.log_metrics({STEP_TFLOP: found}, step=trainer.global_step)
+            logger.log_metrics({STEP_TFLOP: step_tflop}, step=trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._stop()  # a step without a backward pass

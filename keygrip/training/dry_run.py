@@ -63,14 +63,14 @@ def dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy:
             for each in worst or [batch]
         ]
         largest = max(range(len(counts)), key=lambda number: counts[number].total)
-        found = counts[largest]
+        largest_step = counts[largest]
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"dry_run=true: the GPU does not hold a step of one process's batch (data.batch_size="
             f"{cfg.data.get('batch_size')} over {processes}): lower data.batch_size, or divide it over more "
             "(strategy.devices); without a GPU (CUDA_VISIBLE_DEVICES=) the same command counts how much it takes"
         ) from error
-    memory = (found.divided(processes) if sharded else found).report()
+    memory = (largest_step.divided(processes) if sharded else largest_step).report()
     report |= {"worst_bucket": worst[largest].sizes() | memory} if worst else {"memory": memory}
     for name, value in report.items():
         log.info("  %-20s %s", name, json.dumps(value))

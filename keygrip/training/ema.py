@@ -56,8 +56,8 @@ class EMA(Callback):
         self._last_step = step
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        own = [local(p.detach()).float() for p in _trainable(pl_module).values()]
-        torch._foreach_lerp_(list(self._ema.values()), own, 1 - decay)
+        weights = [local(p.detach()).float() for p in _trainable(pl_module).values()]
+        torch._foreach_lerp_(list(self._ema.values()), weights, 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded:  # no step was left to train

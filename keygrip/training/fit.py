@@ -71,7 +71,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     resolved = with_run_folders(plain)
     built = OmegaConf.create(resolved)  # with run folders instead of pretraining stages
     refuse_missing_packages(built.logger)
-    chosen = _parts(built.callbacks)  # before generating data and training stages, which may take hours
+    configured_callbacks = _parts(built.callbacks)  # before generating data and training stages, which may take hours
     strategy = instantiate(cfg.strategy)
     refuse_divided(cfg.optimizer, strategy.kind)
     # Before anything slow, so that a missing GPU is reported at once. A dry run may be for another machine.
@@ -110,8 +110,8 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     ended = False
     try:  # from here W&B has an open run; if it stayed open, the next job of a sweep would log to it
         log_settings(loggers, resolved, resumed_step)
-        kept = TrainedMetrics(folder, trained.get("metrics", {}))
-        callbacks = [RandomnessByStep(cfg.seed), Header(resolved, origin), *chosen, kept]
+        trained_metrics = TrainedMetrics(folder, trained.get("metrics", {}))
+        callbacks = [RandomnessByStep(cfg.seed), Header(resolved, origin), *configured_callbacks, trained_metrics]
         if cfg.max_minutes is not None:
             callbacks.append(TimeLimit(cfg.max_minutes))
         if cfg.val_every_n_steps:
@@ -136,7 +136,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     finally:
         finish(loggers, failed=not ended)
 
-    metrics = kept.before | _headline(trainer, module)
+    metrics = trained_metrics.before | _headline(trainer, module)
     if trainer.is_global_zero:
         _finish(folder, trainer, metrics, time.monotonic() - started)
     return metrics

@@ -161,19 +161,21 @@ def _idle(cfg: DictConfig, path: Path, references: list[tuple[Path, Path]]) -> s
     reasons = []
     waiting, seen = [path], {path}
     while waiting:
-        place = waiting.pop()
-        reason = _condition_against(cfg, place)
-        taken = []  # paths whose interpolations refer to the setting or to a parent of it
+        node_path = waiting.pop()
+        reason = _condition_against(cfg, node_path)
+        holder_paths = []  # paths whose interpolations refer to the setting or to a parent of it
         handed_on = False
         for holder, target in references:
-            common = min(len(target), len(place))
-            if target[:common] != place[:common]:
+            common = min(len(target), len(node_path))
+            if target[:common] != node_path[:common]:
                 continue
-            taken.append(holder + place[len(target) :])
-            whole = len(target) <= len(place) and isinstance(OmegaConf.select(cfg, ".".join(target)), DictConfig)
-            handed_on = handed_on or (whole and target[0] not in BUILT)
-        waiting += [each for each in taken if each not in seen]
-        seen |= set(taken)
+            holder_paths.append(holder + node_path[len(target) :])
+            is_section = len(target) <= len(node_path) and isinstance(
+                OmegaConf.select(cfg, ".".join(target)), DictConfig
+            )
+            handed_on = handed_on or (is_section and target[0] not in BUILT)
+        waiting += [each for each in holder_paths if each not in seen]
+        seen |= set(holder_paths)
         if reason is None and not handed_on:
             return None
         reasons += [] if reason is None else [reason]
@@ -195,12 +197,12 @@ def _condition_against(cfg: DictConfig, path: Path) -> str | None:
 
 def _unmet(conditions: Mapping[Path, ReadWhere], name: Path, options: Any) -> ReadWhere | None:
     """Return the unmet condition for the use of a setting: its own, or that of a setting on which it depends."""
-    where = conditions[name]
-    if not where.holds(options):
-        return where
-    others = [tuple(other.split(".")) for other in where.settings]
-    against = [_unmet(conditions, other, options) if other in conditions else None for other in others]
-    return None if None in against else against[0]
+    condition = conditions[name]
+    if not condition.holds(options):
+        return condition
+    required_paths = [tuple(other.split(".")) for other in condition.settings]
+    unmet_conditions = [_unmet(conditions, other, options) if other in conditions else None for other in required_paths]
+    return None if None in unmet_conditions else unmet_conditions[0]
 
 
 def _conditions_of(target: str | None) -> dict[Path, ReadWhere]:

@@ -71,8 +71,8 @@ def verify(file: Path) -> None:
         handle.seek(max(0, size - COMMENT_BYTES - 2))
         tail = handle.read()
     length, comment = tail[:2], tail[2:]
-    known = COMMENT.fullmatch(comment) is not None and length == COMMENT_BYTES.to_bytes(2, "little")
-    if not known or _digest(file, size - COMMENT_BYTES).encode() != comment.removeprefix(PREFIX):
+    well_formed = COMMENT.fullmatch(comment) is not None and length == COMMENT_BYTES.to_bytes(2, "little")
+    if not well_formed or _digest(file, size - COMMENT_BYTES).encode() != comment.removeprefix(PREFIX):
         raise ChangedFileError(f"{file} is damaged: a byte differs from what was written; take another copy of it")
 
 

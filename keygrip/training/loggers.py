@@ -82,13 +82,13 @@ def _keep_table(logger: Any, resumed_step: int) -> None:
     if "step" not in names:
         log.warning("%s has no table of this run's earlier steps: it begins anew", source)
         return
-    whole = [row for row in rows if None not in row and None not in row.values() and row["step"].isdecimal()]
-    if len(whole) < len(rows):
-        log.warning("%s: %d torn rows are left out", source, len(rows) - len(whole))
-    with atomic_write(aside, "w") as kept:
-        into = csv.DictWriter(kept, names)
-        into.writeheader()
-        into.writerows(row for row in whole if int(row["step"]) < resumed_step)
+    whole_rows = [row for row in rows if None not in row and None not in row.values() and row["step"].isdecimal()]
+    if len(whole_rows) < len(rows):
+        log.warning("%s: %d torn rows are left out", source, len(rows) - len(whole_rows))
+    with atomic_write(aside, "w") as kept_file:
+        table_writer = csv.DictWriter(kept_file, names)
+        table_writer.writeheader()
+        table_writer.writerows(row for row in whole_rows if int(row["step"]) < resumed_step)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the table will be deleted
         writer = logger.experiment
@@ -104,10 +104,10 @@ def wandb_id(folder: Path) -> str:
     file = folder / WANDB_ID
     if file.is_file():
         return file.read_text(encoding="utf-8").strip()
-    made = secrets.token_hex(8)
+    run_id = secrets.token_hex(8)
     if is_first_process():
-        write_text(file, made + "\n")
-    return made
+        write_text(file, run_id + "\n")
+    return run_id
 
 
 def log_settings(loggers: Iterable[Any], resolved: Mapping[str, Any], step: int = 0) -> None:
@@ -117,15 +117,15 @@ def log_settings(loggers: Iterable[Any], resolved: Mapping[str, Any], step: int 
     Args:
         step: optimiser step at which the run starts or resumes.
     """
-    shown = without_passwords(resolved)
-    flat = flattened(shown)
+    settings = without_passwords(resolved)
+    flat = flattened(settings)
     for logger in loggers:
         logger.log_hyperparams(flat)
         if isinstance(logger, TensorBoardLogger) and is_first_process():
             # Without a metric, Lightning writes them only to a YAML file, which TensorBoard does not read.
             for part in hparams(flat, {}):
                 logger.experiment.file_writer.add_summary(part, step)
-            text = OmegaConf.to_yaml(OmegaConf.create(shown))
+            text = OmegaConf.to_yaml(OmegaConf.create(settings))
             logger.experiment.add_text("config", f"```yaml\n{text}```", step)
 
 
@@ -135,8 +135,10 @@ def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
         return {
             key: value for name, child in node.items() for key, value in flattened(child, f"{prefix}{name}.").items()
         }
-    kept = node is None or isinstance(node, float | str) or (isinstance(node, int) and abs(node) <= sys.float_info.max)
-    value = node if kept else str(node)
+    is_loggable = (
+        node is None or isinstance(node, float | str) or (isinstance(node, int) and abs(node) <= sys.float_info.max)
+    )
+    value = node if is_loggable else str(node)
     return {prefix.removesuffix("."): value}
 
 

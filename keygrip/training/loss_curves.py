@@ -55,8 +55,8 @@ class Curves:
         starts = np.concatenate([[0.0], counted[1:]])
         spent = np.concatenate([[0.0], np.cumsum(np.diff(starts) * cost[:-1])])
         steps = self._done(name)
-        place = np.searchsorted(starts, steps, side="right") - 1
-        return spent[place] + (steps - starts[place]) * cost[place]
+        indices = np.searchsorted(starts, steps, side="right") - 1
+        return spent[indices] + (steps - starts[indices]) * cost[indices]
 
     def minutes(self, name: str, wall_s: float | None) -> np.ndarray | None:
         """Return the wall time at the points of a curve: that of the logger, or the run's total time times the share of
@@ -87,11 +87,11 @@ def _from_tensorboard(folder: Path, wanted: set[str]) -> Curves | None:
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
     board.Reload()
     events = {name: board.Scalars(name) for name in board.Tags()["scalars"] if name in wanted}
-    begin = min((event.wall_time for found in events.values() for event in found), default=0.0)
+    begin = min((event.wall_time for scalars in events.values() for event in scalars), default=0.0)
     return Curves(
-        {name: np.array([event.step for event in found]) for name, found in events.items()},
-        {name: np.array([event.value for event in found]) for name, found in events.items()},
-        {name: np.array([event.wall_time - begin for event in found]) for name, found in events.items()},
+        {name: np.array([event.step for event in scalars]) for name, scalars in events.items()},
+        {name: np.array([event.value for event in scalars]) for name, scalars in events.items()},
+        {name: np.array([event.wall_time - begin for event in scalars]) for name, scalars in events.items()},
     )
 
 
@@ -104,10 +104,10 @@ def _from_csv(file: Path, wanted: set[str]) -> Curves | None:
             for name in wanted & row.keys():
                 if row[name] and row["step"]:
                     points.setdefault(name, {})[int(row["step"])] = float(row[name])
-    ordered = {name: sorted(found.items()) for name, found in points.items()}
+    ordered = {name: sorted(curve.items()) for name, curve in points.items()}
     return Curves(
-        {name: np.array([step for step, _ in found]) for name, found in ordered.items()},
-        {name: np.array([value for _, value in found]) for name, found in ordered.items()},
+        {name: np.array([step for step, _ in curve]) for name, curve in ordered.items()},
+        {name: np.array([value for _, value in curve]) for name, curve in ordered.items()},
         None,
     )
 
@@ -176,17 +176,17 @@ def _styles(jobs: Sequence[Job]) -> list[dict[str, str]]:
     values = [list(dict.fromkeys(job.overrides.get(name, "") for job in jobs)) for name in names]
     looks = (("color", COLOURS), ("linestyle", DASHES), ("marker", MARKERS))
     if len(names) <= len(looks) and all(
-        len(found) <= len(look) for found, (_, look) in zip(values, looks, strict=False)
+        len(choices) <= len(look) for choices, (_, look) in zip(values, looks, strict=False)
     ):
         return [
             {
-                kind: look[found.index(job.overrides.get(name, ""))]
-                for name, found, (kind, look) in zip(names, values, looks, strict=False)
+                kind: look[choices.index(job.overrides.get(name, ""))]
+                for name, choices, (kind, look) in zip(names, values, looks, strict=False)
             }
             for job in jobs
         ]
-    each = itertools.cycle((colour, dash) for dash in DASHES for colour in COLOURS)
-    return [{"color": colour, "linestyle": dash} for _, (colour, dash) in zip(jobs, each, strict=False)]
+    style_cycle = itertools.cycle((colour, dash) for dash in DASHES for colour in COLOURS)
+    return [{"color": colour, "linestyle": dash} for _, (colour, dash) in zip(jobs, style_cycle, strict=False)]
 
 
 def _curve(axis: Axes, x: np.ndarray, y: np.ndarray, style: Mapping[str, str], noisy: bool, raw: bool) -> None:
@@ -195,15 +195,15 @@ def _curve(axis: Axes, x: np.ndarray, y: np.ndarray, style: Mapping[str, str], n
     x, y = x[finite], y[finite]
     if not len(x):
         return
-    shown = smoothed(y) if noisy else y
+    plotted = smoothed(y) if noisy else y
     if noisy and raw and len(x) > 20:
         axis.plot(x, y, color=colour, linewidth=0.5, alpha=0.18)
-    axis.plot(x, shown, linewidth=1.6, color=colour, linestyle=dash)
+    axis.plot(x, plotted, linewidth=1.6, color=colour, linestyle=dash)
     # Mark the end of a run, the result for its budget. If there are few points, mark all of them.
     few = len(x) <= 20
     axis.plot(
         x if few else x[-1:],
-        shown if few else shown[-1:],
+        plotted if few else plotted[-1:],
         linestyle="none",
         marker=style.get("marker", "o"),
         markersize=3.5 if few else 5,
@@ -214,10 +214,10 @@ def _curve(axis: Axes, x: np.ndarray, y: np.ndarray, style: Mapping[str, str], n
 def smoothed(values: np.ndarray) -> np.ndarray:
     """Return the running mean [N] of values [N]. The window grows with the index: its width is equal on a log axis."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    place = np.arange(len(values))
-    reach = np.minimum((place * SMOOTHED).astype(int) + LEAST, place)
-    first, behind = place - reach, np.minimum(place + reach + 1, len(values))
-    return (sums[behind] - sums[first]) / (behind - first)
+    indices = np.arange(len(values))
+    half_widths = np.minimum((indices * SMOOTHED).astype(int) + LEAST, indices)
+    starts, ends = indices - half_widths, np.minimum(indices + half_widths + 1, len(values))
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def _handle(label: str, style: Mapping[str, str]) -> object:

@@ -145,11 +145,11 @@ class SmallIsComputed(TorchDispatchMode):
                 with unset_fake_temporarily():
                     return func(*args, **kwargs)
         elif func is torch.ops.aten.index.Tensor and isinstance(args[0], FakeTensor):
-            value, where = args
-            if len(where) == 1 and where[0].dtype == torch.bool and not isinstance(where[0], FakeTensor):
+            value, indices = args
+            if len(indices) == 1 and indices[0].dtype == torch.bool and not isinstance(indices[0], FakeTensor):
                 with unset_fake_temporarily():
-                    count = int(where[0].sum())
-                return value.new_empty((count, *value.shape[where[0].ndim :]))
+                    count = int(indices[0].sum())
+                return value.new_empty((count, *value.shape[indices[0].ndim :]))
         return func(*args, **kwargs)
 
 
@@ -215,20 +215,26 @@ def count_forward(module: nn.Module, forward: Step) -> StepMemory:
 def _counted(module: nn.Module) -> Iterator[tuple[LiveBytes, Callable[[Tensor], Tensor]]]:
     """Replace the tensors of a module, and of its outside modules, by tensors without content, so that the block
     computes nothing. Yield the counter, and a function that does the same for a real tensor unless it is small."""
-    whole = nn.ModuleList([module, *outside_modules(module)])
-    small = {name: b.cpu() for name, b in whole.named_buffers() if _is_small(b)}
+    all_modules = nn.ModuleList([module, *outside_modules(module)])
+    small = {name: b.cpu() for name, b in all_modules.named_buffers() if _is_small(b)}
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         stand_ins = {
-            name: nn.Parameter(_shape_of(p), requires_grad=p.requires_grad) for name, p in whole.named_parameters()
+            name: nn.Parameter(_shape_of(p), requires_grad=p.requires_grad)
+            for name, p in all_modules.named_parameters()
         }
-        buffers = {name: small[name] if name in small else _shape_of(b) for name, b in whole.named_buffers()}
-        with _swapped(whole, stand_ins, buffers), torch.random.fork_rng([]), SmallIsComputed(), LiveBytes() as live:
+        buffers = {name: small[name] if name in small else _shape_of(b) for name, b in all_modules.named_buffers()}
+        with (
+            _swapped(all_modules, stand_ins, buffers),
+            torch.random.fork_rng([]),
+            SmallIsComputed(),
+            LiveBytes() as live,
+        ):
             live.skip([*stand_ins.values(), *buffers.values()])
-            before = _COUNTING.set(True)
+            token = _COUNTING.set(True)
             try:
                 yield live, lambda tensor: tensor.detach() if _is_small(tensor) else fake.from_tensor(tensor.detach())
             finally:
-                _COUNTING.reset(before)
+                _COUNTING.reset(token)
 
 
 def _is_small(tensor: Tensor) -> bool:
@@ -271,14 +277,14 @@ def measure_step(module: nn.Module, step: Step, bf16: bool, ema: bool, accumulat
         each.to(device)  # before the step, which would otherwise move them and count them a second time
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    memory_before = torch.cuda.memory_allocated(device)
     try:
         for _ in range(2 if accumulated else 1):
             with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
                 loss = step(lambda tensor: tensor.to(device))
             loss.backward()
         torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
+        peak = torch.cuda.max_memory_allocated(device) - memory_before
     finally:
         module.zero_grad(set_to_none=True)
     return StepMemory(step=peak, measured=True, **held(module, ema))

@@ -45,10 +45,10 @@ class StopOnNonFinite(Callback):
         total, self._sum, self._since = self._sum, None, 0
         if not torch.isfinite(total):
             broken = non_finite_parameters(pl_module)
-            what = f" (no longer finite: {', '.join(broken[:3])}; {len(broken)} in all)" if broken else ""
+            detail = f" (no longer finite: {', '.join(broken[:3])}; {len(broken)} in all)" if broken else ""
             raise ValueError(
                 f"the loss became NaN or infinite in the {self.every_n_steps} batches before step {trainer.global_step}"
-                f"{what}: lower optimizer.lr or optimizer.clip_norm, or use strategy.precision=32-true"
+                f"{detail}: lower optimizer.lr or optimizer.clip_norm, or use strategy.precision=32-true"
             )
 
 
@@ -142,22 +142,22 @@ class RangeChecks:
 
     def check(self, figures: Mapping[str, float], step: int) -> list[str]:
         """Log and return warnings for values that have left their range at this step."""
-        said: list[str] = []
+        messages: list[str] = []
         if step < self.from_step:
-            return said
+            return messages
         for name, value in figures.items():
-            known = self.ranges.get(name)
-            if known is None:
+            healthy = self.ranges.get(name)
+            if healthy is None:
                 continue
-            if known.low <= value <= known.high:
+            if healthy.low <= value <= healthy.high:
                 self.ill.discard(name)
             elif name not in self.ill:
                 self.ill.add(name)
-                shown = name if "/" in name else f"health/{name}"
-                line = f"step {step}: {shown} is {value:.3g}, healthy is {_words(known)}: {known.meaning}"
+                display_name = name if "/" in name else f"health/{name}"
+                line = f"step {step}: {display_name} is {value:.3g}, healthy is {_words(healthy)}: {healthy.meaning}"
                 log.warning("%s", line)
-                said.append(line)
-        return said
+                messages.append(line)
+        return messages
 
 
 def _words(known: Range) -> str:

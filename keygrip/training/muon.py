@@ -138,13 +138,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
         # Both optimisers add their options to the group objects of this one, where schedules and checkpoints find them.
-        own = {kind: [group for group in self.param_groups if group["kind"] == kind] for kind in (MATRICES, REST)}
+        by_kind = {kind: [group for group in self.param_groups if group["kind"] == kind] for kind in (MATRICES, REST)}
         self._parts: dict[str, torch.optim.Optimizer] = {}
-        if own[MATRICES]:
+        if by_kind[MATRICES]:
             muon: type[torch.optim.Muon] = Float32Muon if float32 else torch.optim.Muon
-            self._parts[MATRICES] = muon(own[MATRICES], lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-        if own[REST]:
-            self._parts[REST] = torch.optim.AdamW(own[REST], lr=lr, betas=betas, eps=eps)
+            self._parts[MATRICES] = muon(by_kind[MATRICES], lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        if by_kind[REST]:
+            self._parts[REST] = torch.optim.AdamW(by_kind[REST], lr=lr, betas=betas, eps=eps)
         self._share()
 
     def _share(self) -> None:

@@ -12,20 +12,20 @@ def size_of(content: Any) -> float:
     """Return the number of values in nested containers and arrays, counted once per reference; infinite for a container
     inside itself."""
     sizes: dict[int, float] = {}
-    around: set[int] = set()
+    ancestors: set[int] = set()
     waiting = [(content, False)]
     while waiting:
-        value, left = waiting.pop()
-        inside = inside_of(value)
-        if left:
-            around.discard(id(value))
-            sizes[id(value)] = 1.0 + sum(sizes.get(id(each), _own_size(each)) for each in inside)
-        elif id(value) in around:
+        value, is_leaving = waiting.pop()
+        children = inside_of(value)
+        if is_leaving:
+            ancestors.discard(id(value))
+            sizes[id(value)] = 1.0 + sum(sizes.get(id(each), _own_size(each)) for each in children)
+        elif id(value) in ancestors:
             return float("inf")
-        elif inside and id(value) not in sizes:
-            around.add(id(value))
+        elif children and id(value) not in sizes:
+            ancestors.add(id(value))
             waiting.append((value, True))
-            waiting += [(each, False) for each in inside]
+            waiting += [(each, False) for each in children]
     return sizes.get(id(content), _own_size(content))
 
 

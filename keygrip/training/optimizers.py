@@ -64,8 +64,8 @@ class AdamW:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas={list(self.betas)}: each lies in [0, 1)")
         for name, multiplier in _by_dotted_name(self.lr_multipliers).items():
-            number = isinstance(multiplier, int | float) and not isinstance(multiplier, bool)
-            if multiplier is not None and not (number and 0 <= multiplier < math.inf):
+            is_number = isinstance(multiplier, int | float) and not isinstance(multiplier, bool)
+            if multiplier is not None and not (is_number and 0 <= multiplier < math.inf):
                 raise ValueError(f"optimizer.lr_multipliers.{name}={multiplier}: must be a number from 0 on")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"optimizer.layer_decay={self.layer_decay}: must lie above 0 and at most at 1, or be null")
@@ -122,15 +122,15 @@ class AdamW:
         groups: dict[tuple[str, bool, int], list[nn.Parameter]] = {}
         used: set[str] = set()
         multipliers = self._multipliers()
-        below = {} if self.layer_decay is None else _layers_below_the_end(module)
-        kept = _without_decay(module)
+        layers_below = {} if self.layer_decay is None else _layers_below_the_end(module)
+        undecayed = _without_decay(module)
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
             prefix = max((p for p in multipliers if belongs_to(name, p)), key=len, default="")
             used.add(prefix)
-            decay = parameter.ndim >= 2 and id(parameter) not in kept
-            groups.setdefault((prefix, decay, below.get(id(parameter), 0)), []).append(parameter)
+            decay = parameter.ndim >= 2 and id(parameter) not in undecayed
+            groups.setdefault((prefix, decay, layers_below.get(id(parameter), 0)), []).append(parameter)
         if not groups:
             raise ValueError("nothing to train: every parameter is frozen")
         for prefix, multiplier in multipliers.items():
@@ -223,17 +223,17 @@ def belongs_to(name: str, prefix: str) -> bool:
 
 def _frozen(module: nn.Module, prefix: str) -> bool:
     """Return whether a named part exists and is completely frozen."""
-    found = [each.requires_grad for name, each in module.named_parameters() if belongs_to(name, prefix)]
-    return bool(found) and not any(found)
+    trainable_flags = [each.requires_grad for name, each in module.named_parameters() if belongs_to(name, prefix)]
+    return bool(trainable_flags) and not any(trainable_flags)
 
 
 def _by_dotted_name(nested: Mapping[Any, Any], above: str = "") -> dict[str, Any]:
     """Flatten nested mappings, which the command line creates from a dotted name."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in nested.items():
         name = f"{above}{key}"
-        found |= _by_dotted_name(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return found
+        flat |= _by_dotted_name(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def _layers_below_the_end(module: nn.Module) -> dict[int, int]:
@@ -243,24 +243,26 @@ def _layers_below_the_end(module: nn.Module) -> dict[int, int]:
         ValueError: no backbone is trained.
     """
     backbones: list[Any] = [part for part in module.modules() if hasattr(part, "layer_of")]
-    below = {
+    layers_below = {
         id(parameter): part.depth - part.layer_of(name)
         for part in backbones
         for name, parameter in part.named_parameters()
         if parameter.requires_grad
     }
-    if not below:
-        why = "the backbone is frozen (backbone.trainable=frozen)" if backbones else "this model has no image backbone"
-        raise ValueError(f"optimizer.layer_decay has no effect: {why}; leave it out")
-    return below
+    if not layers_below:
+        reason = (
+            "the backbone is frozen (backbone.trainable=frozen)" if backbones else "this model has no image backbone"
+        )
+        raise ValueError(f"optimizer.layer_decay has no effect: {reason}; leave it out")
+    return layers_below
 
 
 def _without_decay(module: nn.Module) -> set[int]:
     """Return the ids of embeddings and learned tokens or positions, which have several dimensions but no weight decay,
     because they are not matrices of a product."""
-    kept = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    undecayed = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     for name, parameter in module.named_parameters():
         last = name.rpartition(".")[2]
         if last.endswith(("token", "tokens", "pos_embed", "query", "queries")):
-            kept.add(id(parameter))
-    return kept
+            undecayed.add(id(parameter))
+    return undecayed

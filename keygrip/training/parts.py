@@ -90,10 +90,10 @@ class ReadWhere:
         from omegaconf import OmegaConf  # environments with a simulator's pinned packages lack it
 
         missing = object()
-        found = [OmegaConf.select(options, name, default=missing) for name in self.settings]
+        values = [OmegaConf.select(options, name, default=missing) for name in self.settings]
         if self.unless is not None:
-            return any(value is missing or value != self.unless for value in found)
-        return any(value is missing or (value in self.values if self.values else bool(value)) for value in found)
+            return any(value is missing or value != self.unless for value in values)
+        return any(value is missing or (value in self.values if self.values else bool(value)) for value in values)
 
     def __str__(self) -> str:
         names = " or ".join(self.settings)
@@ -202,17 +202,19 @@ def build_stored(
     for path, node in _nodes(config, where):
         _check_node(node, ".".join(path), trust)
     ready = copy.deepcopy(config)
-    given = dict(external or {})
+    unused_external = dict(external or {})
     plain: list[tuple[str, ...]] = []  # paths below which nothing is built; tuples, since keys may contain dots
     for path, node in list(_nodes(ready, where)):  # parents come first
         if "_target_" in node and not any(path[: len(above)] == above for above in plain):
-            place = ".".join(path)
-            part = _prepare(node, place, ".".join(path[1:]), given, offered or {})
-            _check_makers(part, node, place, trust)
+            location = ".".join(path)
+            part = _prepare(node, location, ".".join(path[1:]), unused_external, offered or {})
+            _check_makers(part, node, location, trust)
             if node.get("_recursive_") is False:
                 plain += [(*path, setting) for setting in part.plain]
-    if given:
-        raise ValueError(f"external: {', '.join(sorted(given))} is no setting of this checkpoint that names a file")
+    if unused_external:
+        raise ValueError(
+            f"external: {', '.join(sorted(unused_external))} is no setting of this checkpoint that names a file"
+        )
     if not isinstance(ready, dict | list):
         return ready
     try:
@@ -233,13 +235,13 @@ def external_settings(config: Any) -> dict[str, Any]:
     """
     from hydra.utils import get_object
 
-    found: dict[str, Any] = {}
+    external: dict[str, Any] = {}
     for path, node in _nodes(config, ""):
         part = getattr(get_object(node["_target_"]), MARK, None) if "_target_" in node else None
         for setting in part.external if isinstance(part, Part) else ():
             if node.get(setting) is not None:
-                found[".".join((*path[1:], setting))] = node[setting]
-    return found
+                external[".".join((*path[1:], setting))] = node[setting]
+    return external
 
 
 def named_packages(config: Any) -> tuple[str, ...]:
@@ -266,27 +268,27 @@ def _check_names(trust: Sequence[str]) -> None:
 def _nodes(config: Any, where: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """Yield all dictionaries of a configuration with their paths, which start with `where`; check that it is plain."""
     waiting: list[tuple[tuple[str, ...], Any]] = [((where,), config)]
-    seen = 0
+    node_count = 0
     while waiting:
         path, node = waiting.pop()
-        place = ".".join(path)
-        seen += 1
-        if len(path) > DEEPEST + 1 or seen > MOST_NODES:
+        location = ".".join(path)
+        node_count += 1
+        if len(path) > DEEPEST + 1 or node_count > MOST_NODES:
             raise UntrustedPartError(f"{where}: the stored configuration is too deep or too large to be one")
         if isinstance(node, dict):
             if not all(isinstance(key, str) for key in node):
-                raise UntrustedPartError(f"{place}: a stored configuration has keys that are not text")
+                raise UntrustedPartError(f"{location}: a stored configuration has keys that are not text")
             yield path, node
             waiting += [((*path, key), child) for key, child in node.items()]
         elif isinstance(node, list | tuple):
             waiting += [((*path, str(index)), child) for index, child in enumerate(node)]
         elif isinstance(node, str):
             if "${" in node:
-                raise UntrustedPartError(f"{place}: {node[:80]!r} is an interpolation, which is not evaluated here")
+                raise UntrustedPartError(f"{location}: {node[:80]!r} is an interpolation, which is not evaluated here")
             if node == "???":  # omegaconf would report a missing setting of the command
-                raise UntrustedPartError(f"{place}: {node!r} stands for a value that is missing")
+                raise UntrustedPartError(f"{location}: {node!r} stands for a value that is missing")
         elif not (node is None or isinstance(node, bool | int | float)):
-            raise UntrustedPartError(f"{place}: a {type(node).__name__} is no plain setting")
+            raise UntrustedPartError(f"{location}: a {type(node).__name__} is no plain setting")
 
 
 def _check_node(node: dict[str, Any], place: str, trust: Sequence[str]) -> None:
@@ -316,25 +318,25 @@ def _why_not(target: str, trust: tuple[str, ...], function: bool = False) -> str
         else "declares no such part (@model_part or @data_part)"
     )
     module, _, name = target.rpartition(".")
-    package, *rest = module.split(".")
+    package, *submodules = module.split(".")
     if package == "keygrip":
-        if not rest or rest[0] not in SUBPACKAGES:
+        if not submodules or submodules[0] not in SUBPACKAGES:
             return "it lies in no part of keygrip that a checkpoint may name"
         root = Path(__file__).resolve().parents[1]
     elif package in trust:
-        found = importlib.util.find_spec(package)  # of a top-level name: imports nothing
-        if found is None or found.origin is None:
+        spec = importlib.util.find_spec(package)  # of a top-level name: imports nothing
+        if spec is None or spec.origin is None:
             return f"the trusted package {package} is not installed"
-        if found.submodule_search_locations is None:
-            if rest:
+        if spec.submodule_search_locations is None:
+            if submodules:
                 return f"{package} is a single file without submodules"
-            return None if holds(Path(found.origin), name) else f"it {lacking}"
-        root = Path(found.origin).resolve().parent
+            return None if holds(Path(spec.origin), name) else f"it {lacking}"
+        root = Path(spec.origin).resolve().parent
     else:
         return f"it is neither keygrip's own nor in a package that you trust (trust=[{package}] if you do)"
     for file in (
-        (root.joinpath(*rest).with_suffix(".py"), root.joinpath(*rest, "__init__.py"))
-        if rest
+        (root.joinpath(*submodules).with_suffix(".py"), root.joinpath(*submodules, "__init__.py"))
+        if submodules
         else (root / "__init__.py",)
     ):
         if file.is_file() and holds(file, name):

@@ -102,9 +102,9 @@ class PretrainingStage:
     def _refuse_other_settings(self) -> None:
         """Reject a finished run whose settings differ from those of the overrides now: configs may have changed."""
         run = self.run_dir
-        now = cast(dict[str, Any], OmegaConf.to_container(compose("train", self.overrides), resolve=True))
-        before = read_checkpoint(run / CHECKPOINT, mapped=True)[HEADER]["config"]
-        if different := differing_settings(before, with_run_folders(now), finished=True):
+        current = cast(dict[str, Any], OmegaConf.to_container(compose("train", self.overrides), resolve=True))
+        stored = read_checkpoint(run / CHECKPOINT, mapped=True)[HEADER]["config"]
+        if different := differing_settings(stored, with_run_folders(current), finished=True):
             raise ValueError(
                 f"{run} was trained with other settings than `{' '.join(self.overrides)}` stands for now: {different}; "
                 f"move it away to train {self.name} anew, or name {run} itself as the weights to start from"
@@ -144,9 +144,9 @@ def complete_stages(
     Raises:
         RuntimeError, ValueError: as :meth:`PretrainingStage.complete` or :meth:`PretrainingStage.require`.
     """
-    wanted: dict[Path, PretrainingStage] = {}
-    resolved = with_run_folders(config, wanted)
-    for stage in wanted.values():
+    stages: dict[Path, PretrainingStage] = {}
+    resolved = with_run_folders(config, stages)
+    for stage in stages.values():
         if not train:
             stage.require()
             continue
@@ -164,8 +164,8 @@ def with_run_folders(config: Mapping[str, Any], wanted: dict[Path, PretrainingSt
         wanted: collects the stages that the run uses. Stages that have no effect because of other settings
             (`keygrip.training.idle_settings`) are not collected: training an unused encoder would take hours.
     """
-    found: dict[Path, PretrainingStage] = {} if wanted is None else wanted
-    return {name: _named(node, found, () if name in BUILT else None, set()) for name, node in config.items()}
+    stages: dict[Path, PretrainingStage] = {} if wanted is None else wanted
+    return {name: _named(node, stages, () if name in BUILT else None, set()) for name, node in config.items()}
 
 
 def _named(node: Any, wanted: dict[Path, PretrainingStage], place: Place | None, idle: set[Place]) -> Any:

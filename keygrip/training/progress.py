@@ -97,10 +97,10 @@ class Progress(ProgressBar):
         return f"step {step}{left} ({pace:.3g} s per step) {figures}".rstrip()
 
     def _figures(self, trainer: Trainer) -> dict[str, str]:
-        shown = {**trainer.progress_bar_metrics}
+        metrics = {**trainer.progress_bar_metrics}
         if "train/loss" in trainer.callback_metrics:
-            shown.setdefault("train/loss", float(trainer.callback_metrics["train/loss"]))
-        numbers = {name: value for name, value in shown.items() if isinstance(value, int | float)}
+            metrics.setdefault("train/loss", float(trainer.callback_metrics["train/loss"]))
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         return {name.removeprefix("train/"): f"{value:.3g}" for name, value in numbers.items()}
 
     def _make(self, name: str, total: int | None, initial: int = 0, delay: float = 0.0) -> tqdm[Any] | None:

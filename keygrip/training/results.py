@@ -31,8 +31,8 @@ def read_result(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     if isinstance(content.get("metrics"), dict):
-        found = content["metrics"].items()
-        content["metrics"] = {name: math.nan if value is None else value for name, value in found}
+        figures = content["metrics"].items()
+        content["metrics"] = {name: math.nan if value is None else value for name, value in figures}
     return content
 
 

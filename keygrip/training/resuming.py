@@ -84,15 +84,15 @@ def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
         ValueError: settings that affect the result differ; the message lists them.
     """
     content = read_checkpoint(checkpoint, mapped=True)
-    before = content[HEADER]["config"]
-    if different := differing_settings(before, resolved):
+    stored = content[HEADER]["config"]
+    if different := differing_settings(stored, resolved):
         raise ValueError(
             f"{checkpoint} was made with other settings: {different}; use the same ones, or another run_dir"
         )
-    changed = [name for name in LENGTH if before.get(name) != resolved.get(name)]
+    changed = [name for name in LENGTH if stored.get(name) != resolved.get(name)]
     if changed and (resolved.get("optimizer") or {}).get("schedule") == "cosine" and is_first_process():
-        said = ", ".join(f"{name} ({before.get(name)} then, {resolved.get(name)} now)" for name in changed)
-        log.info("from here the learning rate follows the cosine of a run of the new length: %s", said)
+        changes = ", ".join(f"{name} ({stored.get(name)} then, {resolved.get(name)} now)" for name in changed)
+        log.info("from here the learning rate follows the cosine of a run of the new length: %s", changes)
     return int(content["global_step"])
 
 
@@ -118,8 +118,8 @@ def differing_settings(before: dict[str, Any], now: dict[str, Any], finished: bo
         if key in before or not _is_default(key, now)
         if not key.startswith("callbacks") or _within(key, MUST_AGREE)
     )
-    shown = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in different[:4])
-    return shown + (f" and {len(different) - 4} more" if len(different) > 4 else "")
+    description = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in different[:4])
+    return description + (f" and {len(different) - 4} more" if len(different) > 4 else "")
 
 
 def _is_default(key: str, settings: dict[str, Any]) -> bool:

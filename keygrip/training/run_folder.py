@@ -101,10 +101,10 @@ def given_path(setting: str, path: str | Path) -> Path:
 
 def _refuse_dangling(path: Path, what: str) -> None:
     """Raise ValueError if a path, or a folder above it, is a dangling symbolic link."""
-    for place in (path, *path.parents):
-        if place.is_symlink() and not place.exists():
+    for parent in (path, *path.parents):
+        if parent.is_symlink() and not parent.exists():
             raise ValueError(
-                f"{what}: {place} is a symbolic link to {place.readlink()}, which is not there: make that folder (is "
+                f"{what}: {parent} is a symbolic link to {parent.readlink()}, which is not there: make that folder (is "
                 "its disk mounted?), or give another"
             )
 
@@ -135,10 +135,10 @@ def choose_for_sweep(resume: bool | str | None, *names: str) -> str:
     group = RUNS / "sweeps" / "_".join(names)
     if not whole_sweep(resume):
         return str(_claimed(group))
-    found = newest_sweep(group)
-    if found is None:
+    sweep = newest_sweep(group)
+    if sweep is None:
         raise FileNotFoundError(f"nothing to resume: no sweep in {group}/; leave out resume=true")
-    return str(found)
+    return str(sweep)
 
 
 def whole_sweep(resume: bool | str | None) -> bool:
@@ -165,17 +165,17 @@ def _claimed(group: Path, start: int = 0, overrides: tuple[str, ...] | None = No
     again, else a new folder that no other process has; two starts in the same second get two folders."""
     name = stamp(start, overrides)
     if "TORCHELASTIC_RUN_ID" in os.environ or name.startswith("job-"):
-        named = group / (name if start < 2 else f"{name}-{start}")
-        refuse_held(named)
-        return named
-    told = f"KEYGRIP_RUN_FOLDER_{start}"  # passed to the processes that Lightning starts with the same script
-    parent, _, given = os.environ.get(told, "").partition(":")
+        job_folder = group / (name if start < 2 else f"{name}-{start}")
+        refuse_held(job_folder)
+        return job_folder
+    variable = f"KEYGRIP_RUN_FOLDER_{start}"  # passed to the processes that Lightning starts with the same script
+    parent, _, claimed_folder = os.environ.get(variable, "").partition(":")
     if start and not is_first_process() and parent == str(os.getppid()):
-        return Path(given)
+        return Path(claimed_folder)
     folder = new_folder(group, name)
     _made.append(folder)
     if start:
-        os.environ[told] = f"{os.getpid()}:{folder}"
+        os.environ[variable] = f"{os.getpid()}:{folder}"
     return folder
 
 
@@ -225,14 +225,14 @@ def remove_unbegun(only: Path | None = None) -> None:
     """
     for folder in [made for made in _made if only is None or made.resolve() == only.resolve()]:
         _made.remove(folder)
-        logs = [each for each in logging.getLogger().handlers if _writes_into(each, folder)]
-        known = {HYDRA, LOCK, *(Path(each.baseFilename).name for each in logs)}
-        if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= known:
+        logs = [handler for handler in logging.getLogger().handlers if _writes_into(handler, folder)]
+        expected_names = {HYDRA, LOCK, *(Path(handler.baseFilename).name for handler in logs)}
+        if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= expected_names:
             continue
-        for each in logs:
-            logging.getLogger().removeHandler(each)
-            each.close()
-            Path(each.baseFilename).unlink(missing_ok=True)
+        for handler in logs:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+            Path(handler.baseFilename).unlink(missing_ok=True)
         shutil.rmtree(folder / HYDRA, ignore_errors=True)
         (folder / LOCK).unlink(missing_ok=True)
         remove_if_empty(folder)
@@ -293,13 +293,13 @@ def newest(group: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    found = [path.parents[1] for path in group.glob(f"*/{CHECKPOINT}")]
-    if not found:
+    run_folders = [path.parents[1] for path in group.glob(f"*/{CHECKPOINT}")]
+    if not run_folders:
         raise FileNotFoundError(
             f"nothing to resume: no run with a checkpoint in {group}/; leave out resume=true, or give "
             "resume=<run folder>"
         )
-    return max(found, key=lambda folder: (_recorded(folder / RESULT, "started_at"), folder.name))
+    return max(run_folders, key=lambda folder: (_recorded(folder / RESULT, "started_at"), folder.name))
 
 
 def _recorded(file: Path, key: str) -> float:
@@ -356,8 +356,8 @@ def _folder_of(path: Path) -> Path:
     if (path / CHECKPOINT).is_file():
         return path
     if path.is_dir():
-        kept = resume_kept(path)
-        raise FileNotFoundError(f"nothing to resume: {path} holds no {CHECKPOINT}{kept and '; '}{kept}")
+        hint = resume_kept(path)
+        raise FileNotFoundError(f"nothing to resume: {path} holds no {CHECKPOINT}{hint and '; '}{hint}")
     raise FileNotFoundError(f"nothing to resume: {path} does not exist")
 
 

@@ -163,9 +163,9 @@ class SaveLatest(Checkpoint):
         if self.monitor is None or trainer.sanity_checking:
             return
         if self.monitor not in trainer.callback_metrics:
-            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            logged_names = ", ".join(sorted(trainer.callback_metrics)) or "none"
             raise ValueError(
-                f"callbacks.checkpoint.monitor={self.monitor!r} is not logged in validation; logged: {known}"
+                f"callbacks.checkpoint.monitor={self.monitor!r} is not logged in validation; logged: {logged_names}"
             )
         value = float(trainer.callback_metrics[self.monitor])
         better = self.best is None or (value < self.best if self.mode == "min" else value > self.best)
@@ -209,15 +209,15 @@ def keep_by_step(latest: Path, step: int, keep: int) -> None:
 
     Files of later steps are also removed: they belong to a training that was abandoned for an earlier checkpoint.
     """
-    kept = step_path(latest.parent, step)
-    for later in [file for number, file in kept_by_step(latest.parent).items() if number > step]:
-        log.warning("%s is removed: training went on from an earlier step", later)
-        later.unlink(missing_ok=True)
-    kept.unlink(missing_ok=True)
+    step_file = step_path(latest.parent, step)
+    for later_file in [file for number, file in kept_by_step(latest.parent).items() if number > step]:
+        log.warning("%s is removed: training went on from an earlier step", later_file)
+        later_file.unlink(missing_ok=True)
+    step_file.unlink(missing_ok=True)
     try:
-        kept.hardlink_to(latest)
+        step_file.hardlink_to(latest)
     except OSError:  # no hard links on this file system
-        with atomic_write(kept) as file, latest.open("rb") as source:
+        with atomic_write(step_file) as file, latest.open("rb") as source:
             shutil.copyfileobj(source, file)
     for old in list(kept_by_step(latest.parent).values())[:-keep]:
         old.unlink(missing_ok=True)
@@ -281,16 +281,16 @@ class SaveOnInterrupt(Callback):
             self._stop(trainer, number)
 
     def _stop(self, trainer: Trainer, number: int) -> None:
-        where = "nothing was saved: the run has no checkpoint callback"
+        outcome = "nothing was saved: the run has no checkpoint callback"
         if trainer.validating:
             _leave_validation(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveLatest):
                 callback.save(trainer)
-                where = f"saved {callback.latest_path}; continue with resume={callback.folder.parent}"
+                outcome = f"saved {callback.latest_path}; continue with resume={callback.folder.parent}"
         if number == signal.SIGUSR1 and trainer.is_global_zero:
             queue_again()
-        raise Interrupted(f"stopped by {signal.Signals(number).name} at step {trainer.global_step}: {where}", number)
+        raise Interrupted(f"stopped by {signal.Signals(number).name} at step {trainer.global_step}: {outcome}", number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -327,5 +327,5 @@ def _largest(trainer: Trainer, number: int) -> int:
     """Return the maximum over all processes."""
     if trainer.world_size == 1:
         return number
-    own = torch.tensor(float(number), device=trainer.strategy.root_device)
-    return int(torch.as_tensor(trainer.strategy.reduce(own, reduce_op="max")).item())
+    local_number = torch.tensor(float(number), device=trainer.strategy.root_device)
+    return int(torch.as_tensor(trainer.strategy.reduce(local_number, reduce_op="max")).item())

@@ -113,13 +113,13 @@ def named_state(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Modul
         module: the module with the parameters' names.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
     present = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    name_of = dict(zip(numbers, present, strict=True))
+    name_of = dict(zip(indices, present, strict=True))
     return {
-        "state": {name_of[number]: state for number, state in saved["state"].items()},
+        "state": {name_of[index]: state for index, state in saved["state"].items()},
         "param_groups": [
-            {**group, "params": [name_of[number] for number in group["params"]]} for group in saved["param_groups"]
+            {**group, "params": [name_of[index] for index in group["params"]]} for group in saved["param_groups"]
         ],
     }
 

@@ -109,17 +109,17 @@ class Strategy:
         refuse_task_named_as_a_shell()
         on_gpu = self.on_gpu
         devices = self._devices()
-        seen = torch.cuda.device_count()
+        gpus = torch.cuda.device_count()
         by_srun = tasks_of_srun() > 1 and "LOCAL_WORLD_SIZE" not in os.environ
         if by_srun:
             self._refuse_other_processes_than_of_srun()
-        if on_gpu and devices > seen and by_srun:
+        if on_gpu and devices > gpus and by_srun:
             raise ValueError(
-                f"srun shows each process {seen} GPU{'' if seen == 1 else 's'} of a node's {devices}: give "
+                f"srun shows each process {gpus} GPU{'' if gpus == 1 else 's'} of a node's {devices}: give "
                 f"--gpus-per-node={devices} (not --gpus-per-task), or add --gpu-bind=none; or start fewer processes"
             )
-        if on_gpu and devices > seen:
-            raise ValueError(f"strategy.devices={devices} but this machine has {seen} GPUs: lower it")
+        if on_gpu and devices > gpus:
+            raise ValueError(f"strategy.devices={devices} but this machine has {gpus} GPUs: lower it")
         use_tf32(self.tf32, on_gpu, "strategy.tf32")
         precision = self.precision if self.precision != "auto" else automatic_precision(on_gpu)
         log.info(

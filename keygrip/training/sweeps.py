@@ -111,8 +111,8 @@ def found_before(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> tup
     """
     if "resume" not in cfg or not (resume_setting(cfg.resume) or restarted_by_scheduler()):
         return False, False
-    before = read_result(folder)
-    finished = before.get("status") == FINISHED and _same(before.get("overrides", []), overrides)
+    earlier = read_result(folder)
+    finished = earlier.get("status") == FINISHED and _same(earlier.get("overrides", []), overrides)
     return finished, (folder / CHECKPOINT).is_file()
 
 
@@ -150,13 +150,13 @@ class SweepSummary(Callback):
             jobs = planned_jobs(config)
             going_on = None
             if "resume" in config:
-                given = (o.partition("=")[2] for job in jobs for o in job if o.startswith("resume="))
-                resumed = [whole_sweep(resume) for resume in (config.resume, *given)]  # each may be refused
+                job_resumes = (o.partition("=")[2] for job in jobs for o in job if o.startswith("resume="))
+                resumed = [whole_sweep(resume) for resume in (config.resume, *job_resumes)]  # each may be refused
                 going_on = any(resumed)
             _refuse_other_sweep(folder, going_on)
         except ValueError as error:
             raise SweepRefused(one_line(root_cause(error))) from error
-        made = not folder.exists()
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         # Jobs in other processes compose the config again and would otherwise use a folder with another time stamp.
         with read_write(config), open_dict(config):
@@ -164,7 +164,7 @@ class SweepSummary(Callback):
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
         plan = {"command": _command(config), "jobs": jobs, "started": time.time()}
         write_json(folder / PLAN, plan)
-        _open_sweeps[folder] = made
+        _open_sweeps[folder] = is_new
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         _finish_or_say(Path(config.hydra.sweep.dir))
@@ -178,8 +178,8 @@ def _refuse_other_sweep(folder: Path, resume: bool | None) -> None:
     """
     planned = (folder / PLAN).is_file()
     if resume and not planned:
-        beside = newest_sweep(folder.parent)
-        hint = "leave out resume=true" if beside is None else f"the newest beside it is hydra.sweep.dir={beside}"
+        newest = newest_sweep(folder.parent)
+        hint = "leave out resume=true" if newest is None else f"the newest beside it is hydra.sweep.dir={newest}"
         raise ValueError(f"nothing to resume: {folder} holds no sweep; {hint}")
     if planned and not resume and not restarted_by_scheduler():
         hint = "" if resume is None else "continue it with its command and resume=true, or "
@@ -236,12 +236,12 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
 def close_sweeps() -> list[str]:
     """Finish interrupted sweeps, and remove the files of sweeps in which no job began. Return one line for each sweep
     with unfinished jobs, and for each whose table or figure could not be written."""
-    for folder, made in list(_open_sweeps.items()):
+    for folder, is_new in list(_open_sweeps.items()):
         with contextlib.suppress(OSError):
             if {path.name for path in folder.iterdir()} <= {PLAN, MULTIRUN}:  # no job began: the settings were invalid
                 for path in folder.iterdir():
                     path.unlink()
-                if made:
+                if is_new:
                     remove_if_empty(folder)
                 del _open_sweeps[folder]
     for folder in list(_open_sweeps):
@@ -274,8 +274,8 @@ def failure_said_at_end(what: str) -> Iterator[None]:
 def _command(config: DictConfig) -> str:
     """Return the command that runs the sweep again, without its folder."""
     left_out = ("hydra.sweep.dir=", "hydra.mode=")
-    kept = [each for each in sys.argv[1:] if each not in ("-m", "--multirun") and not each.startswith(left_out)]
-    return shlex.join(["python", "-m", f"keygrip.{config.hydra.job.name}", "-m", *kept])
+    arguments = [each for each in sys.argv[1:] if each not in ("-m", "--multirun") and not each.startswith(left_out)]
+    return shlex.join(["python", "-m", f"keygrip.{config.hydra.job.name}", "-m", *arguments])
 
 
 def _record(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     ``running`` if it still runs, as on a cluster, or if this cannot be determined, on a disk without file locks.
     """
     rows = []
-    for number, (overrides, job_folder) in enumerate(_jobs(folder)):
+    for index, (overrides, job_folder) in enumerate(_jobs(folder)):
         missing = {"status": "missing", "error": "no result was written"}
         result = missing if job_folder is None else read_result(job_folder)
         status = result.get("status", "missing")
@@ -307,7 +307,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
             status = "killed"
         rows.append(
             {
-                "job": number,
+                "job": index,
                 "status": status,
                 "overrides": dict(o.lstrip("+~").partition("=")[::2] for o in overrides),
                 "metrics": result.get("metrics", {}),
@@ -323,18 +323,18 @@ def _jobs(folder: Path) -> list[tuple[list[str], Path | None]]:
     jobs = _planned(folder)
     results = {path.parent: read_result(path.parent) for path in sorted(folder.glob(f"**/{RESULT}"))}
     # Results of evaluations, in the folder of their job, have no status.
-    given = {path: result.get("overrides", []) for path, result in results.items() if "status" in result}
+    by_folder = {path: result.get("overrides", []) for path, result in results.items() if "status" in result}
     if not jobs:
-        return [(overrides, path) for path, overrides in given.items()]
-    folders, found = list(given), dict[int, Path]()
-    for named in (True, False):  # the folder's number distinguishes jobs with equal overrides (seed=0,0)
-        for number, overrides in enumerate(jobs):
-            for path in folders if number not in found else ():
-                if _same(given[path], overrides) and (path.name == str(number) or not named):
-                    found[number] = path
+        return [(overrides, path) for path, overrides in by_folder.items()]
+    folders, folder_of_job = list(by_folder), dict[int, Path]()
+    for by_name in (True, False):  # the folder's number distinguishes jobs with equal overrides (seed=0,0)
+        for index, overrides in enumerate(jobs):
+            for path in folders if index not in folder_of_job else ():
+                if _same(by_folder[path], overrides) and (path.name == str(index) or not by_name):
+                    folder_of_job[index] = path
                     folders.remove(path)
                     break
-    return [(overrides, found.get(number)) for number, overrides in enumerate(jobs)]
+    return [(overrides, folder_of_job.get(index)) for index, overrides in enumerate(jobs)]
 
 
 def _planned(folder: Path) -> list[list[str]]:
@@ -378,8 +378,8 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     cells = [[str(cell).replace("|", "/") for cell in line] for line in [list(header), *lines]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
     cells.insert(1, ["-" * width for width in widths])
-    drawn = (" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
-    return "\n".join(f"| {line} |" for line in drawn)
+    padded = (" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(f"| {line} |" for line in padded)
 
 
 def _write_hparams(folder: Path, rows: Sequence[dict[str, Any]]) -> None:

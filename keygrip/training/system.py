@@ -148,18 +148,18 @@ class System(LightningModule):
         Raises:
             FileNotFoundError, ValueError: the checkpoint is missing, of another model, or does not fit.
         """
-        before = load_module(path, trust=self.own_packages, offered=self.own_files)
-        if not isinstance(before, type(self)):
-            raise ValueError(f"model.init_from={path} holds a {type(before).__name__}, not {kind}")
-        self.check_start(before)
+        earlier = load_module(path, trust=self.own_packages, offered=self.own_files)
+        if not isinstance(earlier, type(self)):
+            raise ValueError(f"model.init_from={path} holds a {type(earlier).__name__}, not {kind}")
+        self.check_start(earlier)
         try:
-            self.network.load_state_dict(self.started_from(before.network.state_dict()))
+            self.network.load_state_dict(self.started_from(earlier.network.state_dict()))
         except RuntimeError as error:
             raise ValueError(
                 f"the weights of model.init_from={path} do not fit this network: {misfit(error)}"
             ) from error
         log.info("weights of %s are the start", path)
-        return before
+        return earlier
 
     def check_start(self, before: Self) -> None:
         """Raise ValueError if the weights of another run fit in shape but have a different meaning here."""
@@ -234,15 +234,15 @@ class System(LightningModule):
 def parameters_m(network: nn.Module) -> dict[str, dict[str, float]]:
     """Return the parameters of a network and of its parts in millions: `all`, including those of `outside_modules`, and
     `trained`."""
-    found = {}
+    counts = {}
     for name, part in ({"all": network} | dict(network.named_children())).items():
-        own, outside = list(part.parameters()), [p for each in outside_modules(part) for p in each.parameters()]
-        if own or outside or part is network:
-            found[name] = {
-                "all": round(sum(p.numel() for p in (*own, *outside)) / 1e6, 3),
-                "trained": round(sum(p.numel() for p in own if p.requires_grad) / 1e6, 3),
+        inside, outside = list(part.parameters()), [p for each in outside_modules(part) for p in each.parameters()]
+        if inside or outside or part is network:
+            counts[name] = {
+                "all": round(sum(p.numel() for p in (*inside, *outside)) / 1e6, 3),
+                "trained": round(sum(p.numel() for p in inside if p.requires_grad) / 1e6, 3),
             }
-    return found
+    return counts
 
 
 def check_names(where: str, **names: tuple[Sequence[str], Sequence[str]]) -> None:
@@ -255,16 +255,16 @@ def check_names(where: str, **names: tuple[Sequence[str], Sequence[str]]) -> Non
         ValueError: the same names in another order. For different names it only warns, since the weights may still be
             useful initial weights.
     """
-    for name, (there, here) in names.items():
-        if tuple(there) == tuple(here) or not there or not here:
+    for name, (stored, current) in names.items():
+        if tuple(stored) == tuple(current) or not stored or not current:
             continue
-        if sorted(there) == sorted(here):
+        if sorted(stored) == sorted(current):
             raise ValueError(
-                f"{where} has the {name} {', '.join(there)}, this run {', '.join(here)}: weights refer to them by "
-                f"index. Set data.{name}=[{','.join(there)}]."
+                f"{where} has the {name} {', '.join(stored)}, this run {', '.join(current)}: weights refer to them by "
+                f"index. Set data.{name}=[{','.join(stored)}]."
             )
         log.warning(
             "%s has the %s %s, this run %s: weights refer to them by index, so those of the first are now used for "
             "the first of these, and so on",
-            *(where, name, ", ".join(there), ", ".join(here)),
+            *(where, name, ", ".join(stored), ", ".join(current)),
         )

@@ -21,9 +21,9 @@ class MeansByTask:
     """
 
     def __init__(self, instructions: Sequence[str]) -> None:
-        kept = instructions if 2 <= len(instructions) <= MOST_TASKS else ()
-        self.numbers = {sentence: number for number, sentence in enumerate(kept)}
-        self.keys = _keys(list(kept))
+        tasks = instructions if 2 <= len(instructions) <= MOST_TASKS else ()
+        self.numbers = {instruction: index for index, instruction in enumerate(tasks)}
+        self.keys = _keys(list(tasks))
         self._sums: dict[str, Tensor] = {}
 
     def clear(self) -> None:
@@ -38,9 +38,9 @@ class MeansByTask:
         """
         if not self.numbers:
             return
-        numbers = [self.numbers.get(sentence, -1) for sentence in instructions]
-        rows = torch.tensor([row for row, number in enumerate(numbers) if number >= 0], dtype=torch.long)
-        tasks = torch.tensor([number for number in numbers if number >= 0], dtype=torch.long)
+        task_indices = [self.numbers.get(instruction, -1) for instruction in instructions]
+        rows = torch.tensor([row for row, index in enumerate(task_indices) if index >= 0], dtype=torch.long)
+        tasks = torch.tensor([index for index in task_indices if index >= 0], dtype=torch.long)
         for name, value in values.items():
             usable = valid & torch.isfinite(value)
             totals = value.masked_fill(~usable, 0.0).flatten(1).sum(-1).double().cpu()
@@ -51,12 +51,12 @@ class MeansByTask:
     def means(self) -> dict[str, float]:
         """Return ``<task>/<name>`` for every task with values on any process."""
         everywhere = self._over_all_processes()
-        found = {}
+        averages = {}
         for name, (totals, counts) in everywhere.items():
-            for number, key in enumerate(self.keys):
-                if counts[number] > 0:
-                    found[f"{key}/{name}"] = float(totals[number] / counts[number])
-        return found
+            for index, key in enumerate(self.keys):
+                if counts[index] > 0:
+                    averages[f"{key}/{name}"] = float(totals[index] / counts[index])
+        return averages
 
     def _over_all_processes(self) -> dict[str, Tensor]:
         if not torch.distributed.is_initialized():
@@ -70,7 +70,7 @@ class MeansByTask:
 def _keys(sentences: Sequence[str]) -> list[str]:
     """Return unique short names for a logger."""
     keys: list[str] = []
-    for sentence in sentences:
-        key = re.sub(r"[^a-z0-9]+", "_", sentence.lower()).strip("_")[:40] or "no_instruction"
+    for instruction in sentences:
+        key = re.sub(r"[^a-z0-9]+", "_", instruction.lower()).strip("_")[:40] or "no_instruction"
         keys.append(key if key not in keys else f"{key}_{len(keys)}")
     return keys

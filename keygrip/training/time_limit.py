@@ -42,7 +42,9 @@ class TimeLimit(Timer):
         elapsed, remaining = self.time_elapsed(), self.time_remaining()
         assert remaining is not None  # it has a duration
         share = min(1.0, float(trainer.strategy.broadcast(elapsed / max(elapsed + remaining, 1e-9))))
-        found = [each.scheduler for each in trainer.lr_scheduler_configs if isinstance(each.scheduler, ScheduledRates)]
-        for rates in found:
+        schedules = [
+            each.scheduler for each in trainer.lr_scheduler_configs if isinstance(each.scheduler, ScheduledRates)
+        ]
+        for rates in schedules:
             rates.take_time_share(share)
-        return found
+        return schedules

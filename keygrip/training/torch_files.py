@@ -107,18 +107,18 @@ def refuse_missing_device(device: Any) -> None:
         ValueError: torch has no such device, or cannot use it here.
     """
     try:
-        wanted = torch.device(device)
+        requested = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device}: torch has no such device; give cpu or cuda") from error
-    if wanted.type == "cpu":
+    if requested.type == "cpu":
         return
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or accelerator.type != wanted.type:
+    if accelerator is None or accelerator.type != requested.type:
         raise ValueError(
             f"device={device}: this machine has none that torch can use; give device=cpu, or check the driver "
             "(nvidia-smi)"
         )
-    if wanted.index is not None and wanted.index >= torch.accelerator.device_count():
+    if requested.index is not None and requested.index >= torch.accelerator.device_count():
         raise ValueError(f"device={device}: this machine has {torch.accelerator.device_count()}, numbered from 0")
 
 
@@ -164,15 +164,15 @@ def _what_is_wrong(error: Exception, is_archive: bool, path: Path) -> str:
 
 def _tensors(content: Any) -> list[Tensor]:
     """Return all tensors in nested containers; each container is visited once, as a pickle may repeat it many times."""
-    found, waiting, seen = [], [content], set()
+    tensors, waiting, seen = [], [content], set()
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))
             waiting += inside_of(value)
-    return found
+    return tensors
 
 
 def _oddity(tensor: Tensor) -> str | None:

@@ -30,8 +30,8 @@ class ValidateBySteps(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
-        said = 0 < trainer.max_steps < self.every_n_steps  # `no_validation` has reported it, from the settings
-        if steps < self.every_n_steps and not said and trainer.enable_validation:
+        reported = 0 < trainer.max_steps < self.every_n_steps  # `no_validation` has reported it, from the settings
+        if steps < self.every_n_steps and not reported and trainer.enable_validation:
             reason = f"val_every_n_steps={self.every_n_steps} is above the {steps} steps of this run"
             say_no_validation(reason, self.monitor)
         self._plan(trainer, due=trainer.global_step > 0)  # Lightning would skip that of a resumed step

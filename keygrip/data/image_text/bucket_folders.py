@@ -59,13 +59,13 @@ def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
     elif (Path(root) / INFO).is_file():
         content = read_json(Path(root) / INFO)
     else:
-        found = buckets_there(Path(root))
-        if not found:
+        splits = buckets_there(Path(root))
+        if not splits:
             raise FileNotFoundError(
                 f"no bucket_<width>x<height>/{MANIFEST} in {root} or its train/: make shards with `python -m "
                 f"keygrip.prepare step=images source=... root={root}`, or index foreign ones with step=manifest"
             )
-        content = {"schema": SCHEMA, "splits": found, "encoders": None}
+        content = {"schema": SCHEMA, "splits": splits, "encoders": None}
     if not isinstance(content, dict):
         raise ValueError(f"{root}/{INFO} is damaged: make it again with step=manifest")
     if content.get("schema") != SCHEMA:

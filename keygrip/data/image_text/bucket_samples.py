@@ -74,7 +74,7 @@ class BucketBatchSampler(GlobalBatchSampler):
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the global batches (for all ranks together) of an epoch, in order."""
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch if self.shuffle else 0))))
-        found = []
+        all_batches = []
         for bucket in np.unique(self.bucket):
             members = rng.permutation(np.flatnonzero(self.bucket == bucket))
             stop = len(members) // self.batch_size * self.batch_size if self.drop_last else len(members)
@@ -82,8 +82,8 @@ class BucketBatchSampler(GlobalBatchSampler):
             if len(parts) > 1 and len(parts[-1]) < self.ranks:
                 # an empty batch keeps the position, so that the order is the same as with one process
                 parts[-2:] = [np.concatenate(parts[-2:]), members[:0]]
-            found += parts
-        return [found[place] for place in rng.permutation(len(found)) if len(found[place])]
+            all_batches += parts
+        return [all_batches[index] for index in rng.permutation(len(all_batches)) if len(all_batches[index])]
 
     def parts_of(self, epoch: int, first: int = 0) -> Iterator[Sequence[np.ndarray]]:
         for batch in self.batches(epoch)[first:]:
@@ -121,29 +121,29 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
 
     def __getitem__(self, key: SampleKey) -> ImageTextSample:
         """Read a sample. Raise BadSample if it cannot be read or its sizes differ from the rest of its bucket."""
-        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
-        part = self.parts[number]
-        place = int(part.chosen[key.sample - int(self.starts[number])])
+        part_index = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
+        part = self.parts[part_index]
+        index = int(part.chosen[key.sample - int(self.starts[part_index])])
         caption = key.epoch + key.sample if self.vary_captions else 0
-        sample = read_image_text(part.shards, place, caption, self.with_images)
+        sample = read_image_text(part.shards, index, caption, self.with_images)
         expected = (part.first("latent_height"), part.first("latent_width"))
         grid = (part.first("grid_height"), part.first("grid_width"))
         if sample.latent.shape[1:] != expected or sample.patch_grid != grid:
             raise BadSample(
-                f"{part.shards.where(place)}: its latent is {sample.latent.shape[1:]} and its patches "
+                f"{part.shards.where(index)}: its latent is {sample.latent.shape[1:]} and its patches "
                 f"{sample.patch_grid}; in {part.bucket.name} they are {expected} and {grid}"
             )
-        found = {
+        actual_sizes = {
             "latent_channels": len(sample.latent),
             "dino": len(sample.dino_cls),
             "text_dim": sample.text_states.shape[1],
             "text_length": len(sample.text_mask),
         }
         if sample.image is not None and sample.image.shape[1::-1] != (part.bucket.width, part.bucket.height):
-            raise BadSample(f"{part.shards.where(place)}: its image is {sample.image.shape[:2]}, of {part.bucket.name}")
+            raise BadSample(f"{part.shards.where(index)}: its image is {sample.image.shape[:2]}, of {part.bucket.name}")
         for name, size in self.sizes.items():
-            if found[name] != size:
-                raise BadSample(f"{part.shards.where(place)}: {name} is {found[name]}, elsewhere {size}")
+            if actual_sizes[name] != size:
+                raise BadSample(f"{part.shards.where(index)}: {name} is {actual_sizes[name]}, elsewhere {size}")
         return sample
 
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
@@ -166,7 +166,7 @@ def make_batch(samples: Sequence[ImageTextSample], trim_text: bool = False) -> I
         cut = slice(length if name.startswith("text") else None)
         return torch.from_numpy(np.stack([getattr(sample, name)[cut] for sample in samples]))
 
-    kept = [sample.image for sample in samples if sample.image is not None]
+    images = [sample.image for sample in samples if sample.image is not None]
     return ImageTextBatch(
         latents=stacked("latent"),
         text_states=stacked("text_states"),
@@ -177,5 +177,5 @@ def make_batch(samples: Sequence[ImageTextSample], trim_text: bool = False) -> I
         captions=[str(sample.record.get("caption", "")) for sample in samples],
         keys=[sample.key for sample in samples],
         records=[sample.record for sample in samples],
-        images=torch.from_numpy(np.stack(kept)).permute(0, 3, 1, 2) if len(kept) == len(samples) else None,
+        images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if len(images) == len(samples) else None,
     )

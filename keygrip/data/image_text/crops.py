@@ -55,12 +55,12 @@ def aspect_buckets(size: int, step: int, max_aspect: float) -> list[Bucket]:
         raise ValueError(f"size={size} must be a multiple of step={step}")
     if max_aspect < 1:
         raise ValueError(f"max_aspect={max_aspect:g} must be at least 1")
-    found = {Bucket(size, size)}
+    buckets = {Bucket(size, size)}
     for width in range(size, int(size * math.sqrt(max_aspect)) + step, step):
         height = max(step, round(size * size / width / step) * step)
         if width / height <= max_aspect + 1e-9:
-            found |= {Bucket(width, height), Bucket(height, width)}
-    return sorted(found)
+            buckets |= {Bucket(width, height), Bucket(height, width)}
+    return sorted(buckets)
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:

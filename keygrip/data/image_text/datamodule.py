@@ -183,8 +183,8 @@ class ImageShards(ResumableData):
 
     def _report(self) -> None:
         for split, parts in self.parts.items():
-            held = ", ".join(f"{p.bucket.width} x {p.bucket.height}: {len(p)}" for p in parts)
-            log.info("%s: %d images (%s)", split, sum(len(part) for part in parts), held or "none")
+            bucket_counts = ", ".join(f"{p.bucket.width} x {p.bucket.height}: {len(p)}" for p in parts)
+            log.info("%s: %d images (%s)", split, sum(len(part) for part in parts), bucket_counts or "none")
         for part in self.parts["train"]:
             if len(part) < self.batch_size:
                 log.warning(

@@ -54,8 +54,8 @@ def size_of(path: Path | str) -> tuple[int, int]:
         if image.format == "TIFF":
             tags: Any = image.tag_v2  # type: ignore[attr-defined]
             stored = (tags[TIFF_WIDTH], tags[TIFF_HEIGHT])
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) in TURNED_BY_A_QUARTER
-        return stored[::-1] if turned else stored
+        rotated = image.getexif().get(EXIF_ORIENTATION, 1) in TURNED_BY_A_QUARTER
+        return stored[::-1] if rotated else stored
 
 
 def decode_image(path: Path | str) -> Image.Image:
@@ -143,8 +143,8 @@ def rgb(image: Image.Image, white_is_zero: bool = False, white: int = DEEPEST, u
     if exponent != 1:
         image = _with_exponent(image if image.mode == "RGBA" else image.convert("RGB"), exponent)
     if image.mode == "RGBA":
-        below = Image.new("RGBA", image.size, (*MATTE, 255))
-        return Image.alpha_composite(below, image).convert("RGB")
+        background = Image.new("RGBA", image.size, (*MATTE, 255))
+        return Image.alpha_composite(background, image).convert("RGB")
     return image.convert("RGB")
 
 
@@ -203,11 +203,11 @@ def _without_profile(image: Image.Image, profile: bytes) -> Image.Image:
         if PROFILED.get(image.mode) != space or (space == "RGB" and _shows_as_srgb(profile)):
             return image
         target = "RGBA" if image.mode == "RGBA" else "RGB"
-        found = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=target)
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=target)
     except (ImageCms.PyCMSError, OSError) as error:
         raise ValueError(f"its colour profile cannot be used ({error}): save it without, as sRGB") from error
-    assert found is not None
-    return found
+    assert converted is not None
+    return converted
 
 
 @functools.lru_cache(maxsize=32)  # most images of a set share a few profiles
@@ -219,5 +219,5 @@ def _shows_as_srgb(profile: bytes) -> bool:
     steps = np.linspace(0, 255, 9).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    found = ImageCms.profileToProfile(Image.fromarray(colours), source, ImageCms.createProfile("sRGB"))
-    return int(np.abs(np.asarray(found, np.int16) - colours).max()) <= 1
+    converted = ImageCms.profileToProfile(Image.fromarray(colours), source, ImageCms.createProfile("sRGB"))
+    return int(np.abs(np.asarray(converted, np.int16) - colours).max()) <= 1

@@ -40,14 +40,14 @@ def examine_image_text(shards: ShardSet, sample: int, parts: Parts, report: Shar
     name = shards.where(sample)
     if not set(NEEDED) - set(parts):
         report.has["complete"] += 1
-        found = read_image_text(shards, sample, with_image=True)
-        for caption in range(1, len(captions_of(found.record))):
+        content = read_image_text(shards, sample, with_image=True)
+        for caption in range(1, len(captions_of(content.record))):
             read_image_text(shards, sample, caption=caption)
-        if (source := found.record.get("source")) is not None:
+        if (source := content.record.get("source")) is not None:
             name = f"{source} ({name})"
-        if not found.record.get("caption"):
+        if not content.record.get("caption"):
             report.has["without_caption"] += 1
-        if (thumbnail := thumbnail_in(found.record)) is not None:
+        if (thumbnail := thumbnail_in(content.record)) is not None:
             report.thumbnails[name] = thumbnail
     unknown = [name for name in parts if name not in (*NEEDED, IMAGE) and not MORE_TEXT.match(name)]
     if unknown:
@@ -62,31 +62,35 @@ def report_near_copies(root: Path | str, reports: Sequence[ShardReport]) -> int 
     """
     thumbnails: dict[str, dict[str, bytes]] = {}
     for report in reports:
-        place = Path(report.name).relative_to(root).parts[0]
-        split = place if place in SPLITS else ""
+        folder = Path(report.name).relative_to(root).parts[0]
+        split = folder if folder in SPLITS else ""
         thumbnails.setdefault(split, {}).update(report.thumbnails)
-    images, compared = sum(report.has["complete"] for report in reports), sum(map(len, thumbnails.values()))
-    if compared < 2:
+    images, thumbnail_count = sum(report.has["complete"] for report in reports), sum(map(len, thumbnails.values()))
+    if thumbnail_count < 2:
         return None
-    if compared < images:
-        log.warning("%d of %d images have no thumbnail, and no near copies were looked for", images - compared, images)
+    if thumbnail_count < images:
+        log.warning(
+            "%d of %d images have no thumbnail, and no near copies were looked for", images - thumbnail_count, images
+        )
     pool = thumbnails.get("train") or thumbnails.get("") or {}
     names, count = list(pool), 0
-    for split, held in thumbnails.items():
+    for split, split_thumbnails in thumbnails.items():
         if split == "train":
             continue
-        pairs = near_copies(list(held.values()), None if held is pool else list(pool.values()))
+        pairs = near_copies(list(split_thumbnails.values()), None if split_thumbnails is pool else list(pool.values()))
         count += len(pairs)
-        own = list(held)
-        told = [f"{own[number]} and {names[other]}" for number, other in pairs[:NAMED_AT_MOST]]
+        split_names = list(split_thumbnails)
+        pair_names = [f"{split_names[index]} and {names[copy]}" for index, copy in pairs[:NAMED_AT_MOST]]
         if pairs and split:
-            log.warning("%d images of %s/ are near copies of images of train/: %s", len(pairs), split, "; ".join(told))
+            log.warning(
+                "%d images of %s/ are near copies of images of train/: %s", len(pairs), split, "; ".join(pair_names)
+            )
         elif pairs:
             log.warning(
                 "%d images are near copies of another one; a set without val/ is divided by keys, and copies may be "
                 "trained on and held out: %s",
                 len(pairs),
-                "; ".join(told),
+                "; ".join(pair_names),
             )
     return count
 
@@ -98,8 +102,8 @@ def image_counts(root: Path | str, reports: Sequence[ShardReport]) -> dict[str, 
         if report.has:
             name = Path(report.name).parent.relative_to(root).as_posix()
             row = counts.setdefault(name, dict.fromkeys(("images", "complete", "latents", "patches", "text"), 0))
-            for what, count in report.has.items():
-                row[what] = row.get(what, 0) + count
+            for part_name, count in report.has.items():
+                row[part_name] = row.get(part_name, 0) + count
     for name, row in counts.items():
-        log.info("%s: %s", name, ", ".join(f"{count} {what}" for what, count in row.items()))
+        log.info("%s: %s", name, ", ".join(f"{count} {part_name}" for part_name, count in row.items()))
     return counts

@@ -41,13 +41,13 @@ def near_copies(thumbnails: Sequence[bytes], others: Sequence[bytes] | None = No
     if not thumbnails or not pool:
         return []
     tree = cKDTree(_numbers(pool))
-    reach, places = tree.query(_numbers(thumbnails), k=[1, 2], p=np.inf, distance_upper_bound=TOLERANCE + 0.5)
-    found: list[tuple[int, int]] = []
-    for number, place in np.argwhere(np.isfinite(reach)).tolist():
-        other = int(places[number, place])
-        if (others is not None or other != number) and (not found or found[-1][0] != number):
-            found.append((number, other))
-    return found
+    distances, neighbours = tree.query(_numbers(thumbnails), k=[1, 2], p=np.inf, distance_upper_bound=TOLERANCE + 0.5)
+    pairs: list[tuple[int, int]] = []
+    for index, column in np.argwhere(np.isfinite(distances)).tolist():
+        neighbour = int(neighbours[index, column])
+        if (others is not None or neighbour != index) and (not pairs or pairs[-1][0] != index):
+            pairs.append((index, neighbour))
+    return pairs
 
 
 def _numbers(thumbnails: Sequence[bytes]) -> np.ndarray:

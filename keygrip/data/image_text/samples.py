@@ -94,11 +94,11 @@ def image_text_parts(
     """
     arrays = {CLS: dino_cls, PATCHES: dino_patches, LATENT: latent}
     masks = {}
-    for number, (states, mask) in enumerate(((text_states, text_mask), *more_text)):
+    for index, (states, mask) in enumerate(((text_states, text_mask), *more_text)):
         tokens = int(mask.sum())
         if not mask[:tokens].all():
             raise ValueError("padding stands between the tokens of the caption")
-        states_name, mask_name = text_names(number)
+        states_name, mask_name = text_names(index)
         arrays[states_name], masks[mask_name] = states[:tokens] if trim_text else states, mask
     parts = {}
     for name, values in arrays.items():
@@ -160,8 +160,8 @@ def read_record(parts: Parts) -> dict[str, Any]:
     record = parse_json(parts[RECORD], RECORD)
     if not isinstance(record, dict) or not isinstance(record.get("caption", ""), str):
         raise BadSample(RECORD, "it is not an object, or its caption is not text")
-    several = record.get("captions", [])
-    if not isinstance(several, list) or not all(isinstance(caption, str) for caption in several):
+    captions = record.get("captions", [])
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise BadSample(RECORD, "its captions are not a list of texts")
     return record
 
@@ -208,35 +208,35 @@ def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image:
         BadSample: a part is missing, cannot be read, contains values that are not finite or has a shape that does not
             fit the others.
     """
-    where = shards.where(sample)
-    with guard(where):
+    location = shards.where(sample)
+    with guard(location):
         parts = lower_case(shards.read(sample, (*NEEDED, IMAGE) if with_image else NEEDED))
     missing = [name for name in NEEDED if name not in parts]
     if missing:
-        raise BadSample(f"{where}: it has no {', '.join(missing)}")
-    with guard(where):
+        raise BadSample(f"{location}: it has no {', '.join(missing)}")
+    with guard(location):
         record = read_record(parts)
-        several = captions_of(record)
-        called = {name: name for name in NEEDED}  # parts of a further caption replace those of the first caption
-        if caption % len(several):
-            names = text_names(caption % len(several))
-            other = lower_case(shards.read(sample, names))
-            if set(names) - set(other):
-                raise ValueError(f"it has no {', '.join(sorted(set(names) - set(other)))}")
-            parts |= {TEXT: other[names[0]], TEXT_MASK: other[names[1]]}
-            called |= {TEXT: names[0], TEXT_MASK: names[1]}
-            record["caption"] = several[caption % len(several)]
-        arrays = {name: parse_npy(parts[name], called[name]) for name in (CLS, PATCHES, LATENT, TEXT, TEXT_MASK)}
+        captions = captions_of(record)
+        part_names = {name: name for name in NEEDED}  # parts of a further caption replace those of the first caption
+        if caption % len(captions):
+            names = text_names(caption % len(captions))
+            caption_parts = lower_case(shards.read(sample, names))
+            if set(names) - set(caption_parts):
+                raise ValueError(f"it has no {', '.join(sorted(set(names) - set(caption_parts)))}")
+            parts |= {TEXT: caption_parts[names[0]], TEXT_MASK: caption_parts[names[1]]}
+            part_names |= {TEXT: names[0], TEXT_MASK: names[1]}
+            record["caption"] = captions[caption % len(captions)]
+        arrays = {name: parse_npy(parts[name], part_names[name]) for name in (CLS, PATCHES, LATENT, TEXT, TEXT_MASK)}
         for name, array in arrays.items():
             if array.dtype.kind not in ("biu" if name == TEXT_MASK else "fiu"):
-                raise ValueError(f"{called[name]} holds {array.dtype}, not numbers")
+                raise ValueError(f"{part_names[name]} holds {array.dtype}, not numbers")
         mask = arrays[TEXT_MASK].astype(bool)
         with np.errstate(over="ignore"):
             values = {name: arrays[name].astype(np.float32) for name in (CLS, PATCHES, LATENT, TEXT)}
         grid = grid_of(record, len(values[PATCHES]))
         for name, array in values.items():
             if not np.isfinite(array).all():
-                raise ValueError(f"{called[name]} holds numbers that are not finite")
+                raise ValueError(f"{part_names[name]} holds numbers that are not finite")
         states, tokens = values[TEXT], int(mask.sum())
         if (
             values[CLS].ndim != 1
@@ -244,19 +244,19 @@ def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image:
             or values[LATENT].ndim != 3
             or states.ndim != 2
         ):
-            shapes = ", ".join(f"{called[name]} {list(array.shape)}" for name, array in values.items())
+            shapes = ", ".join(f"{part_names[name]} {list(array.shape)}" for name, array in values.items())
             raise ValueError(f"its parts do not belong together: {shapes}")
         if mask.ndim != 1 or not mask[:tokens].all() or not tokens <= len(states) <= len(mask):
             raise ValueError(
-                f"{called[TEXT_MASK]} {list(mask.shape)} with {tokens} tokens does not fit {list(states.shape)}"
+                f"{part_names[TEXT_MASK]} {list(mask.shape)} with {tokens} tokens does not fit {list(states.shape)}"
             )
     image = None
     if IMAGE in parts:
-        with open_image(parts[IMAGE], where) as opened:
+        with open_image(parts[IMAGE], location) as opened:
             image = np.asarray(opened.convert("RGB"))
     if not record.get("caption", "unknown").strip():  # a blank caption counts as none, despite the encoder's end token
         mask, tokens = np.zeros_like(mask), 0
-    whole = np.zeros((len(mask), states.shape[1]), np.float32)
-    whole[:tokens] = states[:tokens]  # zeros for padding, whatever values the encoder wrote there
-    features = (values[LATENT], whole, mask, values[CLS], values[PATCHES])
+    padded_states = np.zeros((len(mask), states.shape[1]), np.float32)
+    padded_states[:tokens] = states[:tokens]  # zeros for padding, whatever values the encoder wrote there
+    features = (values[LATENT], padded_states, mask, values[CLS], values[PATCHES])
     return ImageTextSample(*features, grid, record, shards.key(sample), image)

@@ -44,9 +44,9 @@ def measure(samples: ImageTextSamples, progress: bool = True) -> dict[str, np.nd
     samples."""
     latent, cls, patches = Moments(), Moments(), Moments()
     chosen = evenly(len(samples), MEASURED)
-    for number in Progress(chosen, desc="statistics", unit="image", leave=False, shown=progress):
+    for index in Progress(chosen, desc="statistics", unit="image", leave=False, shown=progress):
         try:
-            sample = samples[SampleKey(number, 0)]
+            sample = samples[SampleKey(index, 0)]
         except BadSample:
             continue  # counted when training reads it
         latent.add(sample.latent.reshape(len(sample.latent), -1).T)
@@ -54,8 +54,8 @@ def measure(samples: ImageTextSamples, progress: bool = True) -> dict[str, np.nd
         patches.add(sample.dino_patches)
     if not latent.count:
         raise ValueError("none of the samples can be read: run step=validate on the shards")
-    found = {"latent": latent, "cls": cls, "patch": patches}
-    results = {name: moments.result() for name, moments in found.items()}
+    all_moments = {"latent": latent, "cls": cls, "patch": patches}
+    results = {name: moments.result() for name, moments in all_moments.items()}
     return {
         key: value
         for name, (mean, std) in results.items()

@@ -39,17 +39,17 @@ def animation_frames(
     count = frame_count(image)
     if count > MOST_FRAMES:
         raise ValueError(f"an animation of {count} frames, more than {MOST_FRAMES}: give the frames that are meant")
-    before = image.tell()
+    current_page = image.tell()
     with guard("an animation that is given"):
         # the duration of a WebP frame is known only after it is loaded
         durations = [float(frame.info.get("duration", 1000.0)) or UNTIMED_MS for frame in _loaded(image, count)]
         ends = np.cumsum(durations) / 1000
         seconds = times(float(ends[-1]))
-        numbers = np.searchsorted(ends, np.array(seconds) + TIME_TOLERANCE_S, side="right").clip(max=count - 1).tolist()
+        indices = np.searchsorted(ends, np.array(seconds) + TIME_TOLERANCE_S, side="right").clip(max=count - 1).tolist()
         frames = enumerate(_loaded(image, count))
-        shown = {number: shown_image(frame, size, fit) for number, frame in frames if number in numbers}
-        image.seek(before)
-    return np.stack([shown[number] for number in numbers]), tuple(map(float, seconds))
+        page_images = {index: shown_image(frame, size, fit) for index, frame in frames if index in indices}
+        image.seek(current_page)
+    return np.stack([page_images[index] for index in indices]), tuple(map(float, seconds))
 
 
 def _loaded(image: Image.Image, count: int) -> Iterator[Image.Image]:

@@ -108,31 +108,33 @@ class WithinBudget:
     def __call__(self, samples: list[VideoTextSample]) -> Any:
         rows = [self._rows(sample) for sample in samples]
         longest = [max(lengths, default=0) for lengths in rows]
-        kept: set[int] = set()
-        taken = held = most_rows = 0
-        most = math.inf if self.frames is None else float(self.frames)
+        kept_indices: set[int] = set()
+        row_count = held_frames = most_rows = 0
+        frame_limit = math.inf if self.frames is None else float(self.frames)
         if (
             self.ranks > 1
         ):  # a process may have one video more than another; in a planned batch all have similar lengths
-            most += 2 * self.ranks * min((len(sample.frames) for sample in samples if len(sample.frames)), default=0)
-        for number in sorted(range(len(samples)), key=longest.__getitem__):
-            own, frames = len(rows[number]), held + len(samples[number].frames)
-            more = max(most_rows, own) if self.ranks > 1 else 0  # the rows of one additional sample
-            if kept and (taken + own - more) * longest[number] * self.ranks > self.positions:
+            frame_limit += (
+                2 * self.ranks * min((len(sample.frames) for sample in samples if len(sample.frames)), default=0)
+            )
+        for index in sorted(range(len(samples)), key=longest.__getitem__):
+            sample_rows, frames = len(rows[index]), held_frames + len(samples[index].frames)
+            extra_rows = max(most_rows, sample_rows) if self.ranks > 1 else 0  # the rows of one additional sample
+            if kept_indices and (row_count + sample_rows - extra_rows) * longest[index] * self.ranks > self.positions:
                 break
-            if kept and frames * self.ranks > most:
+            if kept_indices and frames * self.ranks > frame_limit:
                 continue  # a shorter video with a longer row may still have room
-            kept.add(number)
-            taken, held, most_rows = taken + own, frames, more
-        batch = self.collator([sample for number, sample in enumerate(samples) if number in kept])
-        dropped = sum(len(lengths) for number, lengths in enumerate(rows) if number not in kept)
+            kept_indices.add(index)
+            row_count, held_frames, most_rows = row_count + sample_rows, frames, extra_rows
+        batch = self.collator([sample for index, sample in enumerate(samples) if index in kept_indices])
+        dropped = sum(len(lengths) for index, lengths in enumerate(rows) if index not in kept_indices)
         return replace(batch, left_out=batch.left_out + dropped) if dropped else batch
 
     def _rows(self, sample: VideoTextSample) -> list[int]:
         """Return the positions of each of a sample's rows."""
         frames = len(sample.frames)
-        found = (self.collator.text_tokens(c, sample.seconds if frames else ()) for c in sample.conversations)
-        return [frames * self.collator.tokens_per_frame + tokens for tokens in found if tokens]
+        token_counts = (self.collator.text_tokens(c, sample.seconds if frames else ()) for c in sample.conversations)
+        return [frames * self.collator.tokens_per_frame + tokens for tokens in token_counts if tokens]
 
 
 def is_asked(kind: str, kinds: Sequence[str] | None, questions: Questions) -> bool:
@@ -158,11 +160,11 @@ def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.
     if isinstance(questions, int):
         return [conversations[n] for n in sorted(order[:questions].tolist())]
     left, chosen = dict(questions), []
-    for number in order.tolist():
-        kind = conversations[number].kind
+    for index in order.tolist():
+        kind = conversations[index].kind
         if left.get(kind, 1):
             left[kind] = left.get(kind, len(order)) - 1
-            chosen.append(number)
+            chosen.append(index)
     return [conversations[n] for n in sorted(chosen)]
 
 
@@ -177,5 +179,5 @@ def rows_of(questions: Questions, conversations: np.ndarray, kinds: Sequence[str
         return conversations
     if isinstance(questions, int):
         return np.minimum(conversations, questions)
-    asked = {each: sum(questions.get(kind, MANY) for kind in kinds_of(each)) for each in set(kinds)}
-    return np.maximum(1, np.minimum(conversations, [asked[each] for each in kinds]))
+    row_limits = {each: sum(questions.get(kind, MANY) for kind in kinds_of(each)) for each in set(kinds)}
+    return np.maximum(1, np.minimum(conversations, [row_limits[each] for each in kinds]))

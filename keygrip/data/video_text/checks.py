@@ -27,24 +27,24 @@ def check_kinds(parts: Sequence[Part], chosen: Mapping[str, Questions]) -> None:
     Args:
         parts: of all splits. chosen: the chosen questions, by the name of the setting.
     """
-    known = {kind for part in parts for kind in part.kinds_there()}
+    source_kinds = {kind for part in parts for kind in part.kinds_there()}
     for name, questions in chosen.items():
         missing = [kind for kind, count in questions.items() if count] if isinstance(questions, Mapping) else []
-        missing = [kind for kind in missing if kind not in known]
+        missing = [kind for kind in missing if kind not in source_kinds]
         if missing:
             raise ValueError(
                 f"data.{name} names {missing[0]!r}, of which no source holds a question; they hold "
-                f"{', '.join(sorted(known)) or 'none'}"
+                f"{', '.join(sorted(source_kinds)) or 'none'}"
             )
 
 
 def check_clips(parts: Sequence[Part], questions: Questions) -> None:
     """Raise ValueError if a lookback names a kind that no source has, or if none of the tested longer videos can be
     cut into clips."""
-    known = {kind for part in parts for kind in part.kinds_there()}
+    source_kinds = {kind for part in parts for kind in part.kinds_there()}
     for clips in {id(part.clips): part.clips for part in parts if part.clips is not None}.values():
-        if unknown := sorted(set(clips.lookback) - known):
-            raise ValueError(f"clips.lookback names {unknown[0]!r}; the sources hold {', '.join(sorted(known))}")
+        if unknown := sorted(set(clips.lookback) - source_kinds):
+            raise ValueError(f"clips.lookback names {unknown[0]!r}; the sources hold {', '.join(sorted(source_kinds))}")
         tried, cut = _tried(clips, [part for part in parts if part.clips is clips], questions)
         if not cut:
             raise ValueError(
@@ -59,11 +59,11 @@ def _tried(clips: SubClips, parts: Sequence[Part], questions: Questions) -> tupl
     """Return how many longer training videos were tested, and how many of them can be cut."""
     tried = cut = 0
     for part in parts:
-        longer = part.chosen[part.column("frames") > clips.frames[0]]
-        for sample in longer[evenly(len(longer), TRIED)].tolist():
+        longer_samples = part.chosen[part.column("frames") > clips.frames[0]]
+        for sample in longer_samples[evenly(len(longer_samples), TRIED)].tolist():
             with contextlib.suppress(BadSample):  # counted when they are read
-                told = read_conversations(part.shards, sample)
-                cut += clips.may_be_cut([c for c in told if is_asked(c.kind, part.kinds, questions)])
+                conversations = read_conversations(part.shards, sample)
+                cut += clips.may_be_cut([c for c in conversations if is_asked(c.kind, part.kinds, questions)])
                 tried += 1
     return tried, cut
 
@@ -77,32 +77,32 @@ def usable_parts(split: str, parts: Sequence[Part], questions: Questions, fittin
     Raises:
         ValueError: no sample of a source is left for training.
     """
-    found = []
+    usable = []
     trained = fitting and split == "train"
     for part in parts:
-        texts, kept = part.within_max_tokens(), part.usable()
-        told = "by estimate " if isinstance(part.lengths, TokenLengths) else ""
-        if part.lengths is not None and len(texts) < len(part):
+        within_tokens, usable_part = part.within_max_tokens(), part.usable()
+        basis = "by estimate " if isinstance(part.lengths, TokenLengths) else ""
+        if part.lengths is not None and len(within_tokens) < len(part):
             log.info(
                 "%s: %d of %d samples of %s are left out: %stheir first answer ends beyond collator.max_tokens=%s",
-                *(split, len(part) - len(texts), len(part), part.name, told, part.lengths.max_tokens),
+                *(split, len(part) - len(within_tokens), len(part), part.name, basis, part.lengths.max_tokens),
             )
-        if not len(texts) and trained:
+        if not len(within_tokens) and trained:
             raise ValueError(
                 f"no sample of the source {part.name!r} has an answer that ends within collator.max_tokens; raise it"
             )
-        if part.context is not None and len(kept) < len(texts):
+        if part.context is not None and len(usable_part) < len(within_tokens):
             log.info(
                 "%s: %d of %d samples of %s are left out: %stheir rows are longer than the language model's context of "
                 "%d; to use them, %s",
-                *(split, len(texts) - len(kept), len(part), part.name, told),
+                *(split, len(within_tokens) - len(usable_part), len(part), part.name, basis),
                 *(part.context.positions, part.context.advice(_has_frames(part))),
             )
         if trained:
-            _refuse_too_long(part, kept, questions)
-        if len(kept):
-            found.append(kept)
-    return found
+            _refuse_too_long(part, usable_part, questions)
+        if len(usable_part):
+            usable.append(usable_part)
+    return usable
 
 
 def _refuse_too_long(part: Part, kept: Part, questions: Questions) -> None:
@@ -124,15 +124,17 @@ def _refuse_too_long(part: Part, kept: Part, questions: Questions) -> None:
     if part.clips is not None or not isinstance(part.lengths, TokenLengths | None):
         return  # clips are shorter; counted lengths need no test
     problems, tried = [], 0
-    some = replace(kept, chosen=spread(kept.shards, kept.chosen))
-    for sample, frames in zip(some.chosen.tolist(), some.frames(part.context.max_frames).tolist(), strict=True):
+    tested_part = replace(kept, chosen=spread(kept.shards, kept.chosen))
+    for sample, frames in zip(
+        tested_part.chosen.tolist(), tested_part.frames(part.context.max_frames).tolist(), strict=True
+    ):
         with contextlib.suppress(BadSample):  # counted when they are read
-            told, seconds = read_timed_conversations(kept.shards, sample, part.context.max_frames)
-            asked = [each for each in told if is_asked(each.kind, part.kinds, questions)]
-            found = [part.context.problem(each, frames, seconds if frames else ()) for each in asked]
+            conversations, seconds = read_timed_conversations(kept.shards, sample, part.context.max_frames)
+            requested = [each for each in conversations if is_asked(each.kind, part.kinds, questions)]
+            row_problems = [part.context.problem(each, frames, seconds if frames else ()) for each in requested]
             tried += 1
-            if found and None not in found:
-                problems.append(f"{kept.shards.where(sample)}: {found[0]}")
+            if row_problems and None not in row_problems:
+                problems.append(f"{kept.shards.where(sample)}: {row_problems[0]}")
     if not problems:
         return
     if len(problems) == tried:

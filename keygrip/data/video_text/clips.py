@@ -118,8 +118,8 @@ class SubClips:
 
     def cut(self, sample: VideoTextSample, start: int, stop: int) -> VideoTextSample | None:
         """Return frames `start` to `stop` (exclusive) with the questions about them; None if there are no questions."""
-        kept = [self._of_clip(each, start, stop) for each in sample.conversations]
-        conversations = tuple(each for each in kept if each is not None)
+        clip_conversations = [self._of_clip(each, start, stop) for each in sample.conversations]
+        conversations = tuple(each for each in clip_conversations if each is not None)
         if not conversations:
             return None
         return replace(
@@ -135,8 +135,8 @@ class SubClips:
         frame = conversation.evidence.get("frame")
         if not isinstance(frame, int) or not start <= frame - self.lookback.get(conversation.kind, 0) <= frame < stop:
             return None
-        said = [int(match[2]) for turn in conversation.turns for match in SECOND.finditer(turn.text)]
-        if not all(start <= second < stop for second in said):
+        mentioned_seconds = [int(match[2]) for turn in conversation.turns for match in SECOND.finditer(turn.text)]
+        if not all(start <= second < stop for second in mentioned_seconds):
             return None
         turns = conversation.turns
         if self.rebased:

@@ -218,9 +218,9 @@ def parse_text(parts: Parts, names: Sequence[str] | None = None) -> dict[str, An
     """
     names = [*parts] if names is None else names
     parts = lower_case(parts)
-    told = (*TURNS, *CAPTIONS)
-    counted = told if "txt" in parts else (*told, *COUNTS, "fps", "system", ANSWERS)
-    content = parse_fields(parts["json"], "json", counted) if "json" in parts else {}
+    text_fields = (*TURNS, *CAPTIONS)
+    counted_fields = text_fields if "txt" in parts else (*text_fields, *COUNTS, "fps", "system", ANSWERS)
+    content = parse_fields(parts["json"], "json", counted_fields) if "json" in parts else {}
     request = IMAGE_CAPTION_REQUEST if _is_one_image(names, content) else CAPTION_REQUEST
     if "txt" in parts and not holds_text(content):  # video downloaders write the caption to txt, metadata to json
         return caption_text(parts["txt"].decode("utf-8-sig"), caption_request(content, request))
@@ -245,10 +245,10 @@ def _conversation(content: Mapping[str, Any]) -> Conversation:
             raise ValueError(f"the {name} of a conversation is not text but {str(value)[:80]}")
     if not turns or not isinstance(evidence, dict):
         raise ValueError("a conversation has no turns, or its evidence is not an object")
-    told = {name: value for name, value in evidence.items() if name != ANSWERS}
+    checked_evidence = {name: value for name, value in evidence.items() if name != ANSWERS}
     if answers := annotators_answers(evidence.get(ANSWERS)):
-        told[ANSWERS] = list(answers)
-    return Conversation(tuple(Turn(turn["role"], turn["text"]) for turn in turns), kind, told)
+        checked_evidence[ANSWERS] = list(answers)
+    return Conversation(tuple(Turn(turn["role"], turn["text"]) for turn in turns), kind, checked_evidence)
 
 
 def annotators_answers(given: Any) -> tuple[str, ...]:
@@ -283,18 +283,18 @@ def media_of(parts: Parts) -> tuple[str | None, list[str]]:
     Raises:
         ValueError: an image in between is missing, there are several videos, a video and images, or unsupported media.
     """
-    found = sorted((int(match[1] or 0), name) for name in parts if (match := IMAGE.match(name)))
-    numbers = [number for number, _ in found]
-    if numbers and numbers != list(range(numbers[0] != 0, len(found) + (numbers[0] != 0))):
+    images = sorted((int(match[1] or 0), name) for name in parts if (match := IMAGE.match(name)))
+    numbers = [number for number, _ in images]
+    if numbers and numbers != list(range(numbers[0] != 0, len(images) + (numbers[0] != 0))):
         raise ValueError(f"its images are numbered {numbers}: some are missing, or one number stands for two")
     videos = [name for name in VIDEO if name in parts]
-    if len(videos) > 1 or (videos and found):
-        raise ValueError(f"it holds {', '.join(videos + [name for _, name in found][:2])}: one video, or images")
+    if len(videos) > 1 or (videos and images):
+        raise ValueError(f"it holds {', '.join(videos + [name for _, name in images][:2])}: one video, or images")
     unknown = unknown_members(parts)
-    refused = [name for name in unknown if MEDIA.search(name) or not (found or videos)]
+    refused = [name for name in unknown if MEDIA.search(name) or not (images or videos)]
     if refused:
         raise ValueError(f"unknown member {refused[0]!r} (known: {KNOWN_MEMBERS}); remove it or add a decoder")
-    return (videos[0] if videos else None), [name for _, name in found]
+    return (videos[0] if videos else None), [name for _, name in images]
 
 
 def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
@@ -317,8 +317,8 @@ def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
 
 def _check_count(content: Mapping[str, Any], images: Sequence[str]) -> None:
     if content.get("frames", len(images)) != len(images):
-        said = f"{str(content['frames'])[:40]} that its json says (frames, {', '.join(COUNTS)})"
-        raise ValueError(f"it has {len(images)} images of {said}: pack them all beside it, or correct the number")
+        claim = f"{str(content['frames'])[:40]} that its json says (frames, {', '.join(COUNTS)})"
+        raise ValueError(f"it has {len(images)} images of {claim}: pack them all beside it, or correct the number")
     if images and (problem := places_problem(content.get(PLACES, 0), {1, len(images)})):  # 1: frames of a video
         raise ValueError(problem)
     if content.get(SHOWN) is True and not images:
@@ -408,17 +408,17 @@ def read_sample(
         video, names = media_of(parts)
         if video is not None:
             frames, times = decode_timed(parts[video], size, fit, max(MAX_FRAMES, max_frames))
-            taken = evenly(len(frames), max_frames)
-            frames, seconds = frames[taken], seconds_of(times, taken)
+            indices = evenly(len(frames), max_frames)
+            frames, seconds = frames[indices], seconds_of(times, indices)
         else:
             _check_count(content, names)
-            taken = evenly(len(names), max_frames)
-            images = [decode_image(parts[names[n]], size, fit) for n in taken]
+            indices = evenly(len(names), max_frames)
+            images = [decode_image(parts[names[n]], size, fit) for n in indices]
             frames = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
-            seconds = image_seconds(content.get("fps", 1.0), taken)
-        conversations = tuple(each.among(taken) for each in conversations)
+            seconds = image_seconds(content.get("fps", 1.0), indices)
+        conversations = tuple(each.among(indices) for each in conversations)
         if any(each.has_place for each in conversations):
-            stored_sizes = _frame_sizes(parts, video, [names[n] for n in taken] if video is None else taken)
+            stored_sizes = _frame_sizes(parts, video, [names[n] for n in indices] if video is None else indices)
             conversations = tuple(each.in_square(stored_sizes, size, fit) for each in conversations)
         problem = next((problem for c in conversations if (problem := conversation_problem(c))), None)
         if problem:
@@ -430,11 +430,11 @@ def _frame_sizes(parts: Parts, video: str | None, frames: Sequence[Any]) -> list
     """Return the stored (width, height) of each frame: `frames` are the names of images, or the frames of a video."""
     if video is not None:
         return frames_at(parts[video], lambda _: [0.0], lambda image: image.size) * len(frames)
-    found = []
+    sizes = []
     for name in frames:
         with open_image(parts[name]) as opened:
-            found.append(opened.size)
-    return found
+            sizes.append(opened.size)
+    return sizes
 
 
 def read_conversations(shards: ShardSet, sample: int) -> tuple[Conversation, ...]:

@@ -230,10 +230,12 @@ class VideoTexts(ResumableData):
         for split, part in [(split, part) for split, parts in opened.items() for part in parts]:
             if exact and (fitting or split != "train"):
                 folder = folder_beside(self.sources[part.name].place)
-                how = (folder, part.kinds, self.max_frames, self.num_workers)
-                lengths[split, part.name] = counted(part.shards, part.chosen, collator, *how)
-            wanted = self.budget is not None or part.may_be_too_long(collator.max_tokens) or part.context is not None
-            if not exact and split == "train" and wanted:  # the rate of the training texts is used for all splits
+                count_options = (folder, part.kinds, self.max_frames, self.num_workers)
+                lengths[split, part.name] = counted(part.shards, part.chosen, collator, *count_options)
+            needs_rate = (
+                self.budget is not None or part.may_be_too_long(collator.max_tokens) or part.context is not None
+            )
+            if not exact and split == "train" and needs_rate:  # the rate of the training texts is used for all splits
                 rate = measured(part.shards, part.chosen, collator, part.kinds)
                 lengths |= dict.fromkeys(((each, part.name) for each in SPLITS), rate)
         return {s: [replace(p, lengths=lengths.get((s, p.name))) for p in parts] for s, parts in opened.items()}
@@ -241,10 +243,10 @@ class VideoTexts(ResumableData):
     def _open(self, split: str) -> list[Part]:
         parts = []
         for name, source in self.sources.items():
-            found = source.open(split, self.cache_dir, self.cache_gb, self.spares_copies)
-            if found is not None and len(found[1]):
+            opened = source.open(split, self.cache_dir, self.cache_gb, self.spares_copies)
+            if opened is not None and len(opened[1]):
                 clips = (source.clips or self.clips) if split == "train" else None
-                part = Part(name, *found, source.share, source.kinds, clips=clips, image_frames=self.image_frames)
+                part = Part(name, *opened, source.share, source.kinds, clips=clips, image_frames=self.image_frames)
                 parts.append(replace(part, context=self._context_of(part)))
             elif split == "train":
                 raise ValueError(f"the source {name!r} at {source.place} holds no training samples")
@@ -274,9 +276,9 @@ class VideoTexts(ResumableData):
         if self.curriculum:
             begins = np.cumsum([0, *(stage.steps for stage in self.curriculum if stage.steps is not None)])
             per_step, batches = self.batches_per_step, self.mixture.batches
-            later = f" (or up to a step later for each epoch before: {batches} batches do not divide by {per_step})"
-            told = ", ".join(map(str, begins.tolist())) + (later if batches % per_step else "")
-            log.info("stages of the curriculum begin at optimizer steps %s", told)
+            delay = f" (or up to a step later for each epoch before: {batches} batches do not divide by {per_step})"
+            starts = ", ".join(map(str, begins.tolist())) + (delay if batches % per_step else "")
+            log.info("stages of the curriculum begin at optimizer steps %s", starts)
         shares = {p.name: p.share for p in self.mixture.components if p.share is not None}
         exact = self.budget is not None and self.budget.exact_lengths
         log.info(
@@ -379,8 +381,8 @@ class VideoTexts(ResumableData):
     # ---------------------------------------------------------------------------------------------------------- loading
 
     def _samples(self, parts: Sequence[Part], questions: Questions, memory_gb: float = 0.0) -> VideoTextSamples:
-        how = (self.image_size, self.fit, self.max_frames)
-        return VideoTextSamples(parts, *how, questions, self.seed, memory_gb, self.collator)
+        decode_options = (self.image_size, self.fit, self.max_frames)
+        return VideoTextSamples(parts, *decode_options, questions, self.seed, memory_gb, self.collator)
 
     def _loader(
         self,
@@ -426,18 +428,18 @@ class VideoTexts(ResumableData):
         ]
         epochs = {id(part): epoch for part, epoch in parts}
         budget = self.budget or Budget(int(sizes.frames.max()) + 1, int(sizes.positions.max()) + 1)
-        whole = [replace(part, clips=None) for part in self.parts["train"]]
-        samples, collate = self._samples(whole, self.questions), Collate(self._training_collator)
-        found = []
+        uncut_parts = [replace(part, clips=None) for part in self.parts["train"]]
+        samples, collate = self._samples(uncut_parts, self.questions), Collate(self._training_collator)
+        batches = []
         for chosen in costliest([part for part, _ in parts], sizes, budget, COSTLY):
             keys = [SampleKey(int(index), epochs[id(chosen)]) for index in chosen]
             batch = collate(samples.__getitems__(keys))
             if isinstance(batch, BadSample):
                 raise batch
-            found.append(batch[0])
-        loads = [self._load_of(batch, budget) for batch in found]
-        worst = [max(range(len(found)), key=lambda number: of(loads[number])) for of in MEASURES]
-        return [found[number] for number in dict.fromkeys(worst)]
+            batches.append(batch[0])
+        loads = [self._load_of(batch, budget) for batch in batches]
+        worst = [max(range(len(batches)), key=lambda number: measure(loads[number])) for measure in MEASURES]
+        return [batches[number] for number in dict.fromkeys(worst)]
 
     def _load_of(self, batch: Any, budget: Budget) -> Load:
         """Return the load of a batch; if the batch trains only an encoder, its frames."""
@@ -457,18 +459,20 @@ class VideoTexts(ResumableData):
                 log.warning("no %s samples but those that are mixed in: nothing is evaluated on them alone", split)
             elif split == "val":
                 leads = {name: source.val_fraction for name, source in self.sources.items() if source.share is None}
-                told = ", ".join(f"data.sources.{name}.val_fraction={share:g}" for name, share in leads.items())
-                log.warning("no validation, and no val/ figures: there is no val/, and %s takes none (raise it)", told)
+                settings = ", ".join(f"data.sources.{name}.val_fraction={share:g}" for name, share in leads.items())
+                log.warning(
+                    "no validation, and no val/ figures: there is no val/, and %s takes none (raise it)", settings
+                )
             return []
         shares = sum(part.share or 0.0 for part in parts)
         total = lead / (1 - shares)
         if self.max_val_samples is not None:
             total = min(total, self.max_val_samples)
-        for number, part in enumerate(parts):
+        for index, part in enumerate(parts):
             share = part.share
-            wanted = round(total * (share if share is not None else (1 - shares) * len(part) / lead))
-            fixed = np.random.default_rng(0).permutation(len(part))[: max(1, wanted)]
-            parts[number] = replace(part, chosen=part.chosen[np.sort(fixed)])
+            sample_count = round(total * (share if share is not None else (1 - shares) * len(part) / lead))
+            fixed = np.random.default_rng(0).permutation(len(part))[: max(1, sample_count)]
+            parts[index] = replace(part, chosen=part.chosen[np.sort(fixed)])
         components = self._components(parts, self.val_questions)
         sampler = BucketedSampler(components, self.batch_size, *self.ranks, budget=self.budget)
         return self._loader(parts, sampler, self.val_questions, split=split)

@@ -69,23 +69,23 @@ class ExactLengths:
         """See `keygrip.data.video_text.lengths.TextLengths`."""
         first, count = places_of(self.longest, self.row_counts)
         count = count[chosen]
-        places, owner = ranges(first[chosen], count), np.repeat(np.arange(len(chosen)), count)
+        row_indices, owner = ranges(first[chosen], count), np.repeat(np.arange(len(chosen)), count)
         if (rows < count).any():  # shuffle the rows of each sample and use the first ones
-            places = places[np.lexsort((np.random.default_rng(0).random(len(owner)), owner))]
-            taken = ranges(np.zeros_like(count), count) < rows[owner]
-            places, owner = places[taken], owner[taken]
-        found = self.row_tokens[places].astype(float)
-        return np.where(self.longest[chosen][owner] == UNREADABLE, self.tokens(shards, chosen)[owner], found)
+            row_indices = row_indices[np.lexsort((np.random.default_rng(0).random(len(owner)), owner))]
+            row_mask = ranges(np.zeros_like(count), count) < rows[owner]
+            row_indices, owner = row_indices[row_mask], owner[row_mask]
+        token_counts = self.row_tokens[row_indices].astype(float)
+        return np.where(self.longest[chosen][owner] == UNREADABLE, self.tokens(shards, chosen)[owner], token_counts)
 
     def usable(self, shards: ShardSet, chosen: np.ndarray, room: np.ndarray | None = None) -> np.ndarray:
         """See `keygrip.data.video_text.lengths.TextLengths`."""
-        kept = self.longest[chosen] != 0
+        is_usable = self.longest[chosen] != 0
         if room is None or not len(chosen):
-            return np.asarray(kept)
+            return np.asarray(is_usable)
         first, count = (each[chosen] for each in places_of(self.longest, self.row_counts))
         starts = np.cumsum(count) - count  # start of each sample's rows among the rows of all chosen samples
         shortest = np.minimum.reduceat(self.row_tokens[ranges(first, count)], starts)
-        return np.asarray(kept & ((shortest <= room) | (self.longest[chosen] == UNREADABLE)))
+        return np.asarray(is_usable & ((shortest <= room) | (self.longest[chosen] == UNREADABLE)))
 
 
 def places_of(longest: np.ndarray, row_counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,28 +113,28 @@ def counted(
     Raises:
         ValueError: the file of counts is damaged.
     """
-    these = None if kinds is None else sorted(kinds)
-    how = (FORMAT, shards.fingerprint, collator.lengths_depend_on(), these, max_frames)
-    file = folder / f"lengths-{sha256_bytes(repr(how).encode())[:16]}.npz"
+    kind_names = None if kinds is None else sorted(kinds)
+    identity = (FORMAT, shards.fingerprint, collator.lengths_depend_on(), kind_names, max_frames)
+    file = folder / f"lengths-{sha256_bytes(repr(identity).encode())[:16]}.npz"
     longest, rows, tokens = _stored(file, len(shards))
     if (longest[chosen] == NOT_COUNTED).any():  # a complete file is not locked: its folder may be read-only
         with locked(file.with_name(f".{file.name}.lock"), together_without=True):
             longest, rows, tokens = _stored(file, len(shards))
-            known = [(np.flatnonzero(longest != NOT_COUNTED), tokens)]  # samples, and the lengths of their rows
+            groups = [(np.flatnonzero(longest != NOT_COUNTED), tokens)]  # samples, and the lengths of their rows
             missing = np.sort(chosen[longest[chosen] == NOT_COUNTED])
             blocks = [missing[start : start + BLOCK] for start in range(0, len(missing), BLOCK)]
             source, unwritten = Counting(shards, collator, kinds, max_frames, blocks), 0
             bar = Progress(total=len(missing), desc=f"count tokens of {shards.root}", unit="sample")
-            for block, found in zip(blocks, _loader(source, workers), strict=True):
-                longest[block], rows[block], added = found
-                known.append((block, added))
+            for block, block_counts in zip(blocks, _loader(source, workers), strict=True):
+                longest[block], rows[block], added = block_counts
+                groups.append((block, added))
                 bar.update(len(block))
                 unwritten += len(block)
                 if unwritten >= KEPT_EVERY:
-                    _write(file, longest, rows, _together(longest, rows, known))
+                    _write(file, longest, rows, _together(longest, rows, groups))
                     unwritten = 0
             bar.close()
-            tokens = _together(longest, rows, known)
+            tokens = _together(longest, rows, groups)
             if unwritten:
                 _write(file, longest, rows, tokens)
     digest = hashlib.sha256(longest[chosen].tobytes() + rows[chosen].tobytes()).hexdigest()[:16]
@@ -144,10 +144,10 @@ def counted(
 def _together(longest: np.ndarray, rows: np.ndarray, known: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Join the row lengths of disjoint groups of samples, sample after sample (`places_of`): int32 [R]."""
     first, counts = places_of(longest, rows)
-    found = np.zeros(int(counts.sum()), np.int32)
+    joined = np.zeros(int(counts.sum()), np.int32)
     for samples, tokens in known:
-        found[ranges(first[samples], counts[samples])] = tokens
-    return found
+        joined[ranges(first[samples], counts[samples])] = tokens
+    return joined
 
 
 Counted = tuple[np.ndarray, np.ndarray, np.ndarray]  # longest, row_counts and row_tokens of `ExactLengths`
@@ -171,20 +171,20 @@ class Counting(Dataset[Counted]):
         return len(self.blocks)
 
     def __getitem__(self, number: int) -> Counted:
-        found = [self._count(sample) for sample in self.blocks[number].tolist()]
-        longest = [UNREADABLE if rows is None else max(rows, default=0) for rows in found]
-        counts = [1 if rows is None else len(rows) for rows in found]
-        tokens = [each for rows in found for each in rows or [0]]
+        row_tokens = [self._count(sample) for sample in self.blocks[number].tolist()]
+        longest = [UNREADABLE if rows is None else max(rows, default=0) for rows in row_tokens]
+        counts = [1 if rows is None else len(rows) for rows in row_tokens]
+        tokens = [each for rows in row_tokens for each in rows or [0]]
         return np.array(longest, np.int32), np.array(counts, np.int32), np.array(tokens, np.int32)
 
     def _count(self, sample: int) -> list[int] | None:
         """Return the tokens of each row of a sample; None if it cannot be read."""
         try:
-            found, seconds = read_timed_conversations(self.shards, sample, self.max_frames)
+            conversations, seconds = read_timed_conversations(self.shards, sample, self.max_frames)
             with guard(self.shards.where(sample)):
                 times = seconds if self.shards.columns["frames"][sample] else ()
-                wanted = [each for each in found if self.kinds is None or each.kind in self.kinds]
-                tokens = [self.collator.text_tokens(each, times) for each in wanted]
+                selected = [each for each in conversations if self.kinds is None or each.kind in self.kinds]
+                tokens = [self.collator.text_tokens(each, times) for each in selected]
         except BadSample:
             return None
         return [each for each in tokens if each > 0]

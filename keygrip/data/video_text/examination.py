@@ -41,8 +41,8 @@ def examine_video_text(shards: ShardSet, sample: int, parts: Parts, report: Shar
             report.problems.append(f"{shards.where(sample)}: {fault}")
     report.frames[int(shards.columns["frames"][sample])] += 1
     report.contents.append((digest_of(parts), shards.where(sample)))
-    if shown := {name: part for name, part in parts.items() if name not in TEXT}:
-        report.media.append(digest_of(shown))
+    if media_parts := {name: part for name, part in parts.items() if name not in TEXT}:
+        report.media.append(digest_of(media_parts))
 
 
 def report_shared(reports: Sequence[ShardReport]) -> None:
@@ -54,11 +54,11 @@ def report_shared(reports: Sequence[ShardReport]) -> None:
         for digest in report.media:
             splits.setdefault(digest, set()).add(str(Path(report.name).parent))
             counts[digest] += 1
-    several = [digest for digest, places in splits.items() if len(places) > 1]
-    if several:
-        first = ", ".join(sorted(splits[several[0]]))
+    shared_digests = [digest for digest, places in splits.items() if len(places) > 1]
+    if shared_digests:
+        first = ", ".join(sorted(splits[shared_digests[0]]))
         log.warning(
-            "%d images or videos stand in several splits, with other text (the first in %s)", len(several), first
+            "%d images or videos stand in several splits, with other text (the first in %s)", len(shared_digests), first
         )
     copies = sum(count - 1 for count in counts.values())
     if copies and len(set().union(*splits.values())) == 1:

@@ -82,30 +82,35 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
             raise ValueError(f"the {name} of its json are no list")
         if name == "conversations" and isinstance(turns[0], Mapping) and "turns" in turns[0]:
             return dict(content) | {SHOWN: media_key(content) is not None, PLACES: 0}
-        said = [turn for each in turns for turn in turns_of(each)]
-        said = with_system(said, content.get("system"))
-        named, asked = media_key(content) is not None, asked_in(said)
+        role_texts = [turn for each in turns for turn in turns_of(each)]
+        role_texts = with_system(role_texts, content.get("system"))
+        names_media, prompts = media_key(content) is not None, asked_in(role_texts)
         # a sample has media of one kind; if no key shows which kind, the placeholders in the text may
-        kinds = kinds_named(content) or standing_kinds(asked) or BARE
-        places = Placeholders.of(asked, kinds if packed or named else ())
-        count, images = places.count(asked), _named_images(content)
-        of_video = places.of_one_video(asked)
+        kinds = kinds_named(content) or standing_kinds(prompts) or BARE
+        places = Placeholders.of(prompts, kinds if packed or names_media else ())
+        count, images = places.count(prompts), _named_images(content)
+        of_video = places.of_one_video(prompts)
         if images and (problem := places_problem(count, {images, 1} if of_video else {images})):
             raise ValueError(problem)
-        said = without_placeholders(said, places)
-        own = _answered(_of_turns(said, "text", content), content) | {SHOWN: named or count > 0, PLACES: count}
-        return own if of_video else _timed(own, max(count, images), content)
+        role_texts = without_placeholders(role_texts, places)
+        converted = _answered(_of_turns(role_texts, "text", content), content) | {
+            SHOWN: names_media or count > 0,
+            PLACES: count,
+        }
+        return converted if of_video else _timed(converted, max(count, images), content)
     name = _caption(content)
-    odd = [each for each in CAPTIONS if content.get(each) and not isinstance(content[each], str)]
-    if name is None and odd:
-        raise ValueError(f"the {odd[0]} of its json is a {type(content[odd[0]]).__name__}, not text")
-    empty = [each for each in (*TURNS, *CAPTIONS) if each in content]
-    empty += ["assistant"] if "user" in content and "assistant" in content else []
-    if name is None and empty:
-        raise ValueError(f"the {empty[0]} of its json is empty ({json.dumps(content[empty[0]])[:20]})")
+    non_text_keys = [each for each in CAPTIONS if content.get(each) and not isinstance(content[each], str)]
+    if name is None and non_text_keys:
+        raise ValueError(
+            f"the {non_text_keys[0]} of its json is a {type(content[non_text_keys[0]]).__name__}, not text"
+        )
+    empty_keys = [each for each in (*TURNS, *CAPTIONS) if each in content]
+    empty_keys += ["assistant"] if "user" in content and "assistant" in content else []
+    if name is None and empty_keys:
+        raise ValueError(f"the {empty_keys[0]} of its json is empty ({json.dumps(content[empty_keys[0]])[:20]})")
     if name is None:
-        known = ", ".join((*TURNS, *CAPTIONS, " with ".join(PAIR)))
-        raise ValueError(f"its json holds none of {known}; it holds {_listed(content)}")
+        known_keys = ", ".join((*TURNS, *CAPTIONS, " with ".join(PAIR)))
+        raise ValueError(f"its json holds none of {known_keys}; it holds {_listed(content)}")
     captioned = caption_text(content[name], caption_request(content, request), content)
     return _timed(captioned, _named_images(content), content)
 
@@ -117,19 +122,19 @@ def _of_pair(content: Mapping[str, Any], packed: bool) -> dict[str, Any]:
     captioned = user is None or (isinstance(user, str) and not user.strip())
     if captioned and not (packed or count):
         raise ValueError("its user is empty, and it has no frames of which a caption could be asked")
-    told = dict(content) | ({"user": caption_request(content, UNNAMED_REQUEST)} if captioned else {})
-    own = own_text(told | {"conversations": [{name: told[name] for name in PAIR}]}, "", packed)
+    pair_content = dict(content) | ({"user": caption_request(content, UNNAMED_REQUEST)} if captioned else {})
+    converted = own_text(pair_content | {"conversations": [{name: pair_content[name] for name in PAIR}]}, "", packed)
     if captioned:
-        own["conversations"][0]["kind"] = "caption"
-    return own
+        converted["conversations"][0]["kind"] = "caption"
+    return converted
 
 
 def frames_told(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the number of images that a json in another form states, as `frames`: a number, a list if several numbers
     differ (then no number of images is accepted), or nothing."""
-    told = [content[name] for name in COUNTS if content.get(name) is not None]
-    different = told[:1] + [count for count in told[1:] if count != told[0]]
-    return {"frames": different if len(different) > 1 else told[0]} if told else {}
+    counts = [content[name] for name in COUNTS if content.get(name) is not None]
+    different = counts[:1] + [count for count in counts[1:] if count != counts[0]]
+    return {"frames": different if len(different) > 1 else counts[0]} if counts else {}
 
 
 def caption_request(content: Any, otherwise: str) -> str:
@@ -157,8 +162,8 @@ def media_key(content: Mapping[str, Any]) -> str | None:
     for name, value in content.items():
         if value and MEDIA.fullmatch(name):
             return name
-        held = value if isinstance(value, list) else [value]
-        if MAY_NAME.search(name) and any(isinstance(each, str) and ENDING.search(each) for each in held):
+        values = value if isinstance(value, list) else [value]
+        if MAY_NAME.search(name) and any(isinstance(each, str) and ENDING.search(each) for each in values):
             return name
     return None
 
@@ -169,8 +174,8 @@ def kinds_named(content: Mapping[str, Any]) -> set[str]:
     names = [name for name, value in content.items() if media_key({name: value}) is not None]
     files = [content[name] for name in names]
     kinds = {kind for name in names for kind in BARE if name.lower().startswith(kind)}
-    each = [file for listed in files for file in (listed if isinstance(listed, list) else [listed])]
-    if kinds == {"image"} and any(isinstance(file, str) and OF_VIDEO.search(file) for file in each):
+    flat_files = [file for listed in files for file in (listed if isinstance(listed, list) else [listed])]
+    if kinds == {"image"} and any(isinstance(file, str) and OF_VIDEO.search(file) for file in flat_files):
         return set()
     return kinds if all(name.lower().startswith(BARE) for name in names) else set()
 
@@ -191,17 +196,17 @@ def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any
 def _answered(own: dict[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
     """Add the annotators' answers in a sample's json to the evidence; their form is checked when the evidence is read.
     Raise ValueError if there are several questions: it is unknown which of them the answers belong to."""
-    given = content.get(ANSWERS)
-    if given is None or given == []:
+    answers = content.get(ANSWERS)
+    if answers is None or answers == []:
         return own
     (conversation,) = own["conversations"]
-    asked = sum(turn["role"] == "assistant" for turn in conversation["turns"])
-    if asked != 1:
+    questions = sum(turn["role"] == "assistant" for turn in conversation["turns"])
+    if questions != 1:
         raise ValueError(
-            f"its `{ANSWERS}` are of annotators to one question, and it has {asked}: leave them out, or make each "
+            f"its `{ANSWERS}` are of annotators to one question, and it has {questions}: leave them out, or make each "
             "question a sample"
         )
-    return own | {"conversations": [conversation | {"evidence": {ANSWERS: given}}]}
+    return own | {"conversations": [conversation | {"evidence": {ANSWERS: answers}}]}
 
 
 def turns_of(entry: Any) -> Iterator[tuple[str, str]]:
@@ -209,16 +214,16 @@ def turns_of(entry: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(entry, Mapping):
         raise ValueError(f"a turn is no object but {str(entry)[:60]!r}")
     if "user" in entry and "assistant" in entry:
-        found = [("user", entry["user"]), ("assistant", entry["assistant"])]
+        role_contents = [("user", entry["user"]), ("assistant", entry["assistant"])]
     else:
-        found = [(entry.get("from", entry.get("role")), entry.get("value", entry.get("content")))]
-    for role, said in found:
-        text = _joined(said) if isinstance(said, list) else said
+        role_contents = [(entry.get("from", entry.get("role")), entry.get("value", entry.get("content")))]
+    for role, content in role_contents:
+        text = _joined(content) if isinstance(content, list) else content
         if not isinstance(role, str) or not isinstance(text, str):
             raise ValueError(f"a turn has no role or no text; it has {_listed(entry)}")
         if role.lower() not in ROLES:
             raise ValueError(f"a turn is from {role[:40]!r}; known are {', '.join(ROLES)}")
-        if ROLES[role.lower()] == "assistant" and isinstance(said, list) and not all(map(_is_text, said)):
+        if ROLES[role.lower()] == "assistant" and isinstance(content, list) and not all(map(_is_text, content)):
             raise ValueError("an answer holds an image or a video, and only words are learned")
         yield ROLES[role.lower()], text
 
@@ -226,13 +231,13 @@ def turns_of(entry: Any) -> Iterator[tuple[str, str]]:
 def files_of_items(entry: Mapping[str, Any]) -> list[str]:
     """Return the files that the items of a turn name, in order."""
     content = entry.get("value", entry.get("content"))
-    found = []
+    file_names = []
     for item in content if isinstance(content, list) else []:
         kind = item.get("type") if isinstance(item, Mapping) else None
         if kind in ("image", "video"):
             named = [item[key] for key in (kind, "path", "url") if isinstance(item.get(key), str) and item[key]]
-            found += named[:1]
-    return found
+            file_names += named[:1]
+    return file_names
 
 
 def with_system(turns: Sequence[tuple[str, str]], system: object) -> list[tuple[str, str]]:
@@ -254,13 +259,13 @@ def without_placeholders(turns: Sequence[tuple[str, str]], places: Placeholders)
         ValueError: the user's turns before an answer then have no words; inference does not accept such requests either
             (`keygrip.inference.prompts`).
     """
-    said = [(role, text if role == "assistant" else places.without(text)) for role, text in turns]
-    before: list[str] = []  # the user's texts before the next answer
-    for role, text in said:
-        if role == "assistant" and before and not any(map(str.strip, before)):
+    stripped_turns = [(role, text if role == "assistant" else places.without(text)) for role, text in turns]
+    user_texts: list[str] = []  # the user's texts before the next answer
+    for role, text in stripped_turns:
+        if role == "assistant" and user_texts and not any(map(str.strip, user_texts)):
             raise ValueError("an answer follows a user's turn without words: say what is asked beside the placeholder")
-        before = [] if role == "assistant" else [*before, text] if role == "user" else before
-    return said
+        user_texts = [] if role == "assistant" else [*user_texts, text] if role == "user" else user_texts
+    return stripped_turns
 
 
 def places_problem(places: int, shown: Collection[int]) -> str | None:
@@ -268,9 +273,9 @@ def places_problem(places: int, shown: Collection[int]) -> str | None:
     None if it has a valid number or no placeholder."""
     if not places or places in shown:
         return None
-    known = " or ".join(map(str, sorted(shown)))
+    valid = " or ".join(map(str, sorted(shown)))
     return (
-        f"its text has {places} placeholders, and its images or videos are {known}: give each its own, leave all out, "
+        f"its text has {places} placeholders, and its images or videos are {valid}: give each its own, leave all out, "
         "or show several images as the frames of one <video>"
     )
 

@@ -108,8 +108,8 @@ class TokenLengths:
         if FIRST_ANSWER not in shards.columns:
             return np.ones(len(chosen), bool)
         shortest = self.template + shards.columns[FIRST_ANSWER][chosen].astype(float) * self.least
-        kept = np.ones(len(chosen), bool) if self.max_tokens is None else shortest <= self.max_tokens
-        return np.asarray(kept if room is None else kept & (shortest <= room))
+        is_usable = np.ones(len(chosen), bool) if self.max_tokens is None else shortest <= self.max_tokens
+        return np.asarray(is_usable if room is None else is_usable & (shortest <= room))
 
 
 def measured(
@@ -127,9 +127,9 @@ def measured(
     characters, tokens, problem = [], [], "no conversation"
     for sample in spread(shards, chosen).tolist():
         try:
-            found = [c for c in read_conversations(shards, sample) if kinds is None or c.kind in kinds]
+            conversations = [c for c in read_conversations(shards, sample) if kinds is None or c.kind in kinds]
             with guard(shards.where(sample)):
-                longest = max(found, key=lambda each: text_length([each]))
+                longest = max(conversations, key=lambda each: text_length([each]))
                 seconds = tuple(float(second) for second in range(int(shards.columns["frames"][sample])))
                 tokens.append(collator.text_tokens(longest, seconds, whole=True) - template)
                 characters.append(max(1, text_length([longest])))
@@ -149,9 +149,9 @@ def spread(shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
     """Return some of the chosen samples, evenly spaced in some of their shards."""
     shard = shards.shard[chosen]
     names = np.unique(shard)
-    picked = names[evenly(len(names), MEASURED_SHARDS)]
-    found = []
-    for name in picked:
-        inside = chosen[shard == name]
-        found.append(inside[evenly(len(inside), MEASURED // len(picked))])
-    return np.concatenate(found)
+    picked_shards = names[evenly(len(names), MEASURED_SHARDS)]
+    samples = []
+    for name in picked_shards:
+        shard_samples = chosen[shard == name]
+        samples.append(shard_samples[evenly(len(shard_samples), MEASURED // len(picked_shards))])
+    return np.concatenate(samples)

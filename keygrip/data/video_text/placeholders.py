@@ -52,8 +52,10 @@ class Placeholders:
         kinds = tuple(kind for kind in BARE if not any(f"</{kind}>" in text.lower() for text in asked))
         standing = standing_kinds(asked)
         if len(kinds) > 1 and len(set(shown)) == 1:
-            known = standing | {_kind(mark) for mark in cls(())._places(asked)}
-            return cls(tuple(kind for kind in kinds if kind in shown or (kind in standing and not known & set(shown))))
+            known_kinds = standing | {_kind(mark) for mark in cls(())._places(asked)}
+            return cls(
+                tuple(kind for kind in kinds if kind in shown or (kind in standing and not known_kinds & set(shown)))
+            )
         return cls(kinds if shown or standing & set(kinds) else ())
 
     def count(self, asked: Sequence[str]) -> int:
@@ -80,7 +82,7 @@ class Placeholders:
             end = match.end()
             if not NO_PLACE.fullmatch(mark):
                 parts.append((_kind(mark), mark))
-        return [(kind, said) for kind, said in [*parts, ("", text[end:])] if kind or said]
+        return [(kind, piece) for kind, piece in [*parts, ("", text[end:])] if kind or piece]
 
     def _said_once(self, text: str, seen: set[tuple[str, int]]) -> str:
         def repeated(match: re.Match[str]) -> str:

@@ -39,11 +39,11 @@ class Conversation:
     def among(self, taken: Sequence[int]) -> Conversation:
         """Return the conversation for a selection of the video's frames: `frame` in the evidence becomes an index into
         the selected frames, and is removed if that frame was not selected."""
-        frame, places = self.evidence.get("frame"), list(taken)
-        if not isinstance(frame, int) or (frame < len(places) and places[frame] == frame):
+        frame, indices = self.evidence.get("frame"), list(taken)
+        if not isinstance(frame, int) or (frame < len(indices) and indices[frame] == frame):
             return self
-        other = {name: value for name, value in self.evidence.items() if name != "frame"}
-        return replace(self, evidence=other | ({"frame": places.index(frame)} if frame in places else {}))
+        other_evidence = {name: value for name, value in self.evidence.items() if name != "frame"}
+        return replace(self, evidence=other_evidence | ({"frame": indices.index(frame)} if frame in indices else {}))
 
     @property
     def has_place(self) -> bool:
@@ -57,21 +57,23 @@ class Conversation:
         Args:
             sizes: (width, height) of each frame before. size: edge of the square. fit: one of `FITS`.
         """
-        number = self.evidence.get("frame")
-        if not self.has_place or not isinstance(number, int) or not 0 <= number < len(sizes):
+        frame_index = self.evidence.get("frame")
+        if not self.has_place or not isinstance(frame_index, int) or not 0 <= frame_index < len(sizes):
             return self
-        if sizes[number] == (size, size):
+        if sizes[frame_index] == (size, size):
             return self
-        width, height = sizes[number]
-        by = {"crop": (size / min(width, height),) * 2, "pad": (size / max(width, height),) * 2}
-        across, down = by.get(fit, (size / width, size / height))
+        width, height = sizes[frame_index]
+        scales = {"crop": (size / min(width, height),) * 2, "pad": (size / max(width, height),) * 2}
+        across, down = scales.get(fit, (size / width, size / height))
         x, y = self.evidence["pixel"]  # the centre of the frame is the centre of the square
-        place = {
+        converted = {
             "pixel": [size / 2 + (x - width / 2) * across, size / 2 + (y - height / 2) * down],
             "pixels_seen": self.evidence["pixels_seen"] * across * down,
         }
-        other = {name: value for name, value in self.evidence.items() if name not in place}
-        return replace(self, evidence=other | (place if all(0 <= each <= size for each in place["pixel"]) else {}))
+        other_evidence = {name: value for name, value in self.evidence.items() if name not in converted}
+        return replace(
+            self, evidence=other_evidence | (converted if all(0 <= each <= size for each in converted["pixel"]) else {})
+        )
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,10 @@ def thinned(sample: VideoTextSample, max_frames: int) -> VideoTextSample:
     """Return the sample with at most `max_frames` evenly spaced frames."""
     if len(sample.frames) <= max_frames:
         return sample
-    taken = evenly(len(sample.frames), max_frames)
-    seconds = seconds_of(sample.seconds, taken) if sample.seconds else sample.seconds
-    told = tuple(each.among(taken) for each in sample.conversations)
-    return replace(sample, frames=sample.frames[taken], conversations=told, seconds=seconds)
+    indices = evenly(len(sample.frames), max_frames)
+    seconds = seconds_of(sample.seconds, indices) if sample.seconds else sample.seconds
+    conversations = tuple(each.among(indices) for each in sample.conversations)
+    return replace(sample, frames=sample.frames[indices], conversations=conversations, seconds=seconds)
 
 
 def image_repeated(
@@ -158,7 +160,7 @@ def image_seconds(fps: Any, taken: Sequence[int]) -> tuple[float, ...]:
             f"its fps is {str(fps)[:40]!r}: frames per second are a positive number, or null for images "
             "without a common time"
         )
-    return tuple(number / rate for number in taken)
+    return tuple(index / rate for index in taken)
 
 
 def seconds_of(seconds: Sequence[float] | np.ndarray, taken: Sequence[int]) -> tuple[float, ...] | None:

@@ -76,9 +76,9 @@ class Part:
         """
         frames = self.frames(max_frames)
         tokens = TokenLengths().tokens(self.shards, self.chosen)
-        which, rows = (self.shards, self.chosen), None
+        subset, rows = (self.shards, self.chosen), None
         if "conversations" in self.shards.columns:
-            rows = rows_of(questions, TokenLengths().rows(*which), self.column("kinds").tolist())
+            rows = rows_of(questions, TokenLengths().rows(*subset), self.column("kinds").tolist())
         return Component(self.name, frames, tokens, self.shards.shard[self.chosen], self.share, rows=rows)
 
     def within_budget(self, max_frames: int, questions: Questions) -> Component:
@@ -90,11 +90,11 @@ class Part:
         Raises:
             ValueError: the index does not contain the numbers of conversations.
         """
-        part, lengths, which = self.component(max_frames), self.lengths or TokenLengths(), (self.shards, self.chosen)
-        rows = rows_of(questions, lengths.rows(*which), self.column("kinds").tolist())
-        positions = lengths.tokens_per_frame * part.bucket + lengths.tokens(*which, most=True)
-        tokens = lengths.tokens_of_rows(*which, rows)
-        return replace(part, length=lengths.tokens(*which), positions=positions, rows=rows, row_tokens=tokens)
+        part, lengths, subset = self.component(max_frames), self.lengths or TokenLengths(), (self.shards, self.chosen)
+        rows = rows_of(questions, lengths.rows(*subset), self.column("kinds").tolist())
+        positions = lengths.tokens_per_frame * part.bucket + lengths.tokens(*subset, most=True)
+        tokens = lengths.tokens_of_rows(*subset, rows)
+        return replace(part, length=lengths.tokens(*subset), positions=positions, rows=rows, row_tokens=tokens)
 
     def usable(self) -> Part:
         """Return the part without samples that have no conversation that can be a row, as far as this is known (see
@@ -105,10 +105,10 @@ class Part:
         if self.clips is not None:  # a clip may have as few frames as this
             frames = np.minimum(frames, self.clips.frames[0])
         room = self.context.room(frames)
-        kept = room > 0
+        is_usable = room > 0
         if self.lengths is not None:
-            kept &= self.lengths.usable(self.shards, self.chosen, room)
-        return replace(self, chosen=self.chosen[kept])
+            is_usable &= self.lengths.usable(self.shards, self.chosen, room)
+        return replace(self, chosen=self.chosen[is_usable])
 
     def within_max_tokens(self) -> Part:
         """Return the same as `usable`, but by the length of texts alone."""
@@ -157,13 +157,13 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
 
     def __getitem__(self, key: SampleKey) -> VideoTextSample:
         """Read a sample. Raise BadSample if it cannot be read, UnusableSample if nothing of it can be used."""
-        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
-        part = self.parts[number]
-        position = key.sample - int(self.starts[number])
+        part_index = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
+        part = self.parts[part_index]
+        position = key.sample - int(self.starts[part_index])
         whole = self._read(part, key.sample, position)
-        asked = tuple(c for c in whole.conversations if is_asked(c.kind, part.kinds, self.questions))
+        requested = tuple(c for c in whole.conversations if is_asked(c.kind, part.kinds, self.questions))
         # filter before cutting: a clip must have at least one conversation that is used
-        sample = clipped(replace(whole, conversations=asked), part.clips, self.max_frames, self.seed, key)
+        sample = clipped(replace(whole, conversations=requested), part.clips, self.max_frames, self.seed, key)
         if len(whole.frames) == 1:
             frames, times = image_repeated(sample.frames, sample.seconds or (), part.image_frames)
             sample = replace(sample, frames=frames, seconds=None if sample.seconds is None else times)
@@ -175,8 +175,8 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         problems = [long or self._problem(c, seconds) for c, long in zip(conversations, too_long, strict=True)]
         if None not in problems:
             raise UnusableSample(part.shards.where(int(part.chosen[position])), str(problems[0]))
-        kept = tuple(c for c, long in zip(conversations, too_long, strict=True) if long is None)
-        return replace(sample, conversations=kept, source=part.name, left_out=len(conversations) - len(kept))
+        usable = tuple(c for c, long in zip(conversations, too_long, strict=True) if long is None)
+        return replace(sample, conversations=usable, source=part.name, left_out=len(conversations) - len(usable))
 
     def _problem(self, conversation: Conversation, seconds: Sequence[float] | None) -> str | None:
         return None if self.collator is None else self.collator.problem(conversation, seconds)
@@ -188,44 +188,44 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
 
     def _read(self, part: Part, number: int, position: int) -> VideoTextSample:
         """Return a sample with all its text, from the cache if it is there."""
-        found = self._kept.get(number)
-        if found is None:
+        sample = self._kept.get(number)
+        if sample is None:
             most = self.max_frames if part.clips is None else MOST_FRAMES  # clips are cut out of whole videos
-            found = read_sample(part.shards, int(part.chosen[position]), self.image_size, self.fit, most)
-            size = found.frames.nbytes + TEXT_BYTES * len(found.conversations)
+            sample = read_sample(part.shards, int(part.chosen[position]), self.image_size, self.fit, most)
+            size = sample.frames.nbytes + TEXT_BYTES * len(sample.conversations)
             if size <= self._room:
                 self._room -= size
-                self._kept[number] = found
-        return found
+                self._kept[number] = sample
+        return sample
 
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
         """Yield the sample and then the most similar ones of its source, by number of frames and length of text."""
         yield key
-        start, alike, place = self._neighbours(key)
-        for step in range(1, min(SUBSTITUTES, len(alike) - 1) + 1):
-            yield SampleKey(int(start + alike[(place + step) % len(alike)]), key.epoch)
+        start, order, position = self._neighbours(key)
+        for step in range(1, min(SUBSTITUTES, len(order) - 1) + 1):
+            yield SampleKey(int(start + order[(position + step) % len(order)]), key.epoch)
 
     def usable_candidates(self, key: SampleKey) -> Iterator[SampleKey]:
         """Yield samples with as many frames and shorter text, down to the shortest text; then with fewer frames."""
-        start, alike, place = self._neighbours(key)
+        start, order, position = self._neighbours(key)
         part = self.parts[int(np.searchsorted(self.starts, key.sample, side="right")) - 1]
-        frames = part.frames(self.max_frames)[alike]
-        first = int(np.searchsorted(frames, frames[place]))
-        shorter = np.linspace(place, first, SUBSTITUTES + 1)[1:].round().astype(int).tolist()
-        others = [(first - step) % len(alike) for step in range(1, SUBSTITUTES + 1)]
-        for each in dict.fromkeys([*shorter, *others]):
-            if each != place:
-                yield SampleKey(int(start + alike[each]), key.epoch)
+        frames = part.frames(self.max_frames)[order]
+        first = int(np.searchsorted(frames, frames[position]))
+        shorter = np.linspace(position, first, SUBSTITUTES + 1)[1:].round().astype(int).tolist()
+        with_fewer_frames = [(first - step) % len(order) for step in range(1, SUBSTITUTES + 1)]
+        for index in dict.fromkeys([*shorter, *with_fewer_frames]):
+            if index != position:
+                yield SampleKey(int(start + order[index]), key.epoch)
 
     def _neighbours(self, key: SampleKey) -> tuple[int, np.ndarray, int]:
         """Return the index of the first sample in a sample's part; the part's samples sorted by frames and then length
         of text, int64 [n]; and the sample's position in that order."""
-        number = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
-        start, alike = int(self.starts[number]), self._alike[number]
-        if alike is None:  # computed only when a sample must be replaced
-            component = self.parts[number].component(self.max_frames)
-            alike = self._alike[number] = np.lexsort((component.length, component.bucket))
-        return start, alike, int(np.flatnonzero(alike == key.sample - start)[0])
+        part_index = int(np.searchsorted(self.starts, key.sample, side="right")) - 1
+        start, order = int(self.starts[part_index]), self._alike[part_index]
+        if order is None:  # computed only when a sample must be replaced
+            component = self.parts[part_index].component(self.max_frames)
+            order = self._alike[part_index] = np.lexsort((component.length, component.bucket))
+        return start, order, int(np.flatnonzero(order == key.sample - start)[0])
 
 
 class TellingLoader(CountingLoader):
@@ -235,12 +235,12 @@ class TellingLoader(CountingLoader):
     told: bool = False
 
     def __iter__(self) -> Any:
-        before = 0 if self.unusable is None else self.unusable.count
+        count_before = 0 if self.unusable is None else self.unusable.count
         rows = 0
         for batch in super().__iter__():
             rows += getattr(batch, "left_out", 0)
             yield batch
-        samples = 0 if self.unusable is None else self.unusable.count - before
+        samples = 0 if self.unusable is None else self.unusable.count - count_before
         if self.split != "train" and (samples or rows) and not self.told:
             self.told = True
             log.warning(

@@ -59,13 +59,13 @@ class ShardSource:
     train_only: bool = False
 
     def __post_init__(self) -> None:
-        place = "data.sources.NAME"
+        setting = "data.sources.NAME"
         if self.frames is not None and (len(self.frames) != 2 or not 0 <= self.frames[0] <= self.frames[1]):
-            raise ValueError(f"{place}.frames={list(self.frames)}: [fewest, most] frames, from 0 (text alone)")
+            raise ValueError(f"{setting}.frames={list(self.frames)}: [fewest, most] frames, from 0 (text alone)")
         if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"{place}.max_samples={self.max_samples}: at least 1, or null for all")
+            raise ValueError(f"{setting}.max_samples={self.max_samples}: at least 1, or null for all")
         if not 0 <= self.val_fraction <= 1:
-            raise ValueError(f"{place}.val_fraction={self.val_fraction}: a share of the samples lies in 0..1")
+            raise ValueError(f"{setting}.val_fraction={self.val_fraction}: a share of the samples lies in 0..1")
 
     @property
     def place(self) -> str:
@@ -105,17 +105,17 @@ class ShardSource:
         if divided:
             chosen = np.flatnonzero(held_out(shards, self.val_fraction) == (split == "val"))
         if self.kinds is not None:
-            wanted = set(self.kinds)
+            requested_kinds = set(self.kinds)
             columns = shards.columns["kinds"].tolist()
             kinds_in = {column: kinds_of(column) for column in set(columns)}
-            fits = np.array([not wanted.isdisjoint(kinds_in[column]) for column in columns], bool)
-            there_are = sorted({kind for kinds in kinds_in.values() for kind in kinds})
-            missing = sorted(wanted.difference(there_are))
+            fits = np.array([not requested_kinds.isdisjoint(kinds_in[column]) for column in columns], bool)
+            present_kinds = sorted({kind for kinds in kinds_in.values() for kind in kinds})
+            missing = sorted(requested_kinds.difference(present_kinds))
             if not fits.any() or (missing and split == "train"):  # held-out samples may be few
-                old = "; an index of an earlier version parts kinds at their blanks: step=manifest again=true"
+                hint = "; an index of an earlier version parts kinds at their blanks: step=manifest again=true"
                 raise ValueError(
-                    f"{place} holds no conversations of {missing}; it holds {', '.join(there_are)}"
-                    + old * any(" " in kind for kind in wanted)
+                    f"{place} holds no conversations of {missing}; it holds {', '.join(present_kinds)}"
+                    + hint * any(" " in kind for kind in requested_kinds)
                 )
             chosen = chosen[fits[chosen]]
         if self.frames is not None:
@@ -176,19 +176,19 @@ def common_fit(sources: Mapping[str, ShardSource], given: str, cache_dir: str | 
     Raises:
         ValueError: `AUTO` is given, and the sources were prepared in different ways.
     """
-    found = {name: source.prepared_fit(cache_dir) for name, source in sources.items()}
-    told = {name: fit for name, fit in found.items() if fit is not None}
-    listed = ", ".join(f"{name}: {fit}" for name, fit in told.items())
+    fits = {name: source.prepared_fit(cache_dir) for name, source in sources.items()}
+    known_fits = {name: fit for name, fit in fits.items() if fit is not None}
+    listed = ", ".join(f"{name}: {fit}" for name, fit in known_fits.items())
     if given != AUTO:
-        if set(told.values()) - {given}:
+        if set(known_fits.values()) - {given}:
             log.warning("frames are read with fit=%s, and were prepared with other ones (%s)", given, listed)
         return given
-    if len(set(told.values())) > 1:
+    if len(set(known_fits.values())) > 1:
         raise ValueError(
             f"frames were prepared in different ways ({listed}), and a model is asked in one: prepare the sources "
             f"with one fit, or say with data.fit=... how it is asked"
         )
-    return next(iter(told.values()), FITS[0])
+    return next(iter(known_fits.values()), FITS[0])
 
 
 def _is_set(place: str, cache_dir: str | Path | None) -> bool:

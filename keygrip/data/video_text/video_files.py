@@ -50,20 +50,20 @@ def read_timed_frames(
             raise FileNotFoundError(f"{path} holds no images ({', '.join(SUFFIXES)})")
         if clip is not None:
             times = clip_times(len(files) / (folder_fps or 1), clip, max_frames, path)
-            numbers = times.astype(int)
+            indices = times.astype(int)
             if folder_fps is not None:
-                numbers = numbers_of_clip(len(files), clip, folder_fps, max_frames)
-                times = numbers / folder_fps
-            return np.stack([read_image(files[number], size, fit) for number in numbers]), _from_first(times)
+                indices = numbers_of_clip(len(files), clip, folder_fps, max_frames)
+                times = indices / folder_fps
+            return np.stack([read_image(files[index], size, fit) for index in indices]), _from_first(times)
         keep = evenly(len(files), max_frames)
-        return np.stack([read_image(files[number], size, fit) for number in keep]), tuple(map(float, keep))
+        return np.stack([read_image(files[index], size, fit) for index in keep]), tuple(map(float, keep))
     if not path.exists():
         raise FileNotFoundError(f"there is no video, image or folder at {path}")
     if not path.is_file():
         raise ValueError(f"{path} is a named pipe or a device, not a file")
     if path.suffix.lower() in SUFFIXES:
-        moving = read_animation(path, size, fit, max_frames, clip)
-        return moving or (read_image(path, size, fit)[None], (0.0,))
+        animation = read_animation(path, size, fit, max_frames, clip)
+        return animation or (read_image(path, size, fit)[None], (0.0,))
     times = np.zeros(0)
 
     def chosen(duration: float) -> np.ndarray:
@@ -74,13 +74,13 @@ def read_timed_frames(
 
     try:
         if clip is not None:
-            found = frames_at(str(path), chosen, lambda image: fit_image(image, size, fit))
-            return np.stack(found), _from_first(times)
+            clip_frames = frames_at(str(path), chosen, lambda image: fit_image(image, size, fit))
+            return np.stack(clip_frames), _from_first(times)
         frames, times = decode_timed(str(path), size, fit, max(MAX_FRAMES, max_frames))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     keep = evenly(len(frames), max_frames)
-    return frames[keep], tuple(float(times[number]) for number in keep)
+    return frames[keep], tuple(float(times[index]) for index in keep)
 
 
 def _from_first(times: np.ndarray) -> tuple[float, ...]:

@@ -26,12 +26,12 @@ def find_captions(folder: Path) -> dict[str, tuple[str, ...]]:
     Raises:
         ValueError: a list cannot be read, or lacks the columns of file and caption.
     """
-    found: dict[str, tuple[str, ...]] = {}
+    captions_by_name: dict[str, tuple[str, ...]] = {}
     lists = [path for path in folder.iterdir() if path.name.lower() in CAPTION_FILES]
     for path in sorted(lists, key=lambda path: (CAPTION_FILES.index(path.name.lower()), path.name)):
         for name, captions in _rows_of(path):
-            found[name] = tuple(dict.fromkeys((*found.get(name, ()), *captions)))
-    return found
+            captions_by_name[name] = tuple(dict.fromkeys((*captions_by_name.get(name, ()), *captions)))
+    return captions_by_name
 
 
 def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
@@ -46,8 +46,10 @@ def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
                 rows = [(number, _json_of(line, f"line {number}")) for number, line in numbered if line.strip()]
             next(name for _, row in rows for name in FILE_NAMES if name in row)
             next(name for _, row in rows for name in CAPTION_NAMES if name in row)
-            told = ((_file_of(*each), [texts_of(each[1].get(name)) or () for name in CAPTION_NAMES]) for each in rows)
-            return [(name, tuple(text for texts in columns for text in texts)) for name, columns in told]
+            file_columns = (
+                (_file_of(*each), [texts_of(each[1].get(name)) or () for name in CAPTION_NAMES]) for each in rows
+            )
+            return [(name, tuple(text for texts in columns for text in texts)) for name, columns in file_columns]
     except (BadSample, StopIteration) as error:
         reason = error.what if isinstance(error, BadSample) else "a column is missing"
         raise ValueError(
@@ -91,22 +93,22 @@ def captions_beside(path: Path, wrapped: list[str], capitals: Mapping[Path, Path
     Raises:
         BadSample: the captions cannot be read, or are not text.
     """
-    found: list[str] = []
+    captions: list[str] = []
     usual = [path.with_suffix(suffix) for suffix in (".txt", ".caption", ".json")]
     files = [file for each in usual for file in (each, (capitals or {}).get(each)) if file is not None]
     for file in (file for file in files if file.exists()):
         if file.suffix.lower() != ".json":
             lines = [line for line in read_text(file).splitlines() if line.strip()]
-            found.append(" ".join(" ".join(lines).split()))
+            captions.append(" ".join(" ".join(lines).split()))
             if len(lines) > 1:
                 wrapped.append(file.name)
             continue
         content = _json_of(read_text(file), file)
         if not isinstance(content, dict | list):
             raise BadSample(file, "it is neither an object nor a list of captions")
-        told = {"captions": content} if isinstance(content, list) else content
-        columns = [texts_of(told.get(name)) for name in CAPTION_NAMES]
+        fields = {"captions": content} if isinstance(content, list) else content
+        columns = [texts_of(fields.get(name)) for name in CAPTION_NAMES]
         if None in columns:
             raise BadSample(file, "its caption is not text")
-        found += (text for texts in columns for text in texts or ())
-    return tuple(dict.fromkeys(found))
+        captions += (text for texts in columns for text in texts or ())
+    return tuple(dict.fromkeys(captions))

@@ -122,15 +122,15 @@ def encode_images(
     latents = encoders.encode_images(pixels)
     cls, patches = encoders.encode_view(views)
     states, mask = encoders.encode_text(captions)
-    more: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-    told = [(number, text) for number, texts in (more_captions or {}).items() for text in texts]
-    for start in range(0, len(told), len(captions)):
-        part = told[start : start + len(captions)]
-        found = (values.cpu().numpy() for values in encoders.encode_text([text for _, text in part]))
-        for (number, _), *pair in zip(part, *found, strict=True):
-            more.setdefault(number, []).append((pair[0], pair[1]))
+    more_text: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    further_captions = [(index, text) for index, texts in (more_captions or {}).items() for text in texts]
+    for start in range(0, len(further_captions), len(captions)):
+        part = further_captions[start : start + len(captions)]
+        encoded_parts = (values.cpu().numpy() for values in encoders.encode_text([text for _, text in part]))
+        for (index, _), *pair in zip(part, *encoded_parts, strict=True):
+            more_text.setdefault(index, []).append((pair[0], pair[1]))
     latents, states, mask, cls, patches = (part.cpu() for part in (latents, states, mask, cls, patches))
-    return Encoded(latents.numpy(), states.numpy(), mask.numpy(), cls.numpy(), patches.numpy(), more)
+    return Encoded(latents.numpy(), states.numpy(), mask.numpy(), cls.numpy(), patches.numpy(), more_text)
 
 
 def as_tensor(images: Sequence[np.ndarray]) -> Tensor:

@@ -185,8 +185,8 @@ def encode_folder(
     refuse_written_into_source(root, source, below=True)
     if not source.is_dir():
         raise FileNotFoundError(f"no folder of images at {source}")
-    place = rank.device(device)
-    encoders.to(place)
+    encoding_device = rank.device(device)
+    encoders.to(encoding_device)
     identity = {"fingerprint": encoders.fingerprint, "description": encoders.description}
     root.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -219,7 +219,7 @@ def encode_folder(
             remove_stale(name)
     result = Prepared(str(root), rank=rank.rank)
     open_items = sum(len(job.items) for job in jobs if not job.done)
-    log.info("%d images, %d of them to do, on %s", len(last_entries(items)), open_items, place)
+    log.info("%d images, %d of them to do, on %s", len(last_entries(items)), open_items, encoding_device)
     if workers is None:
         workers = min(usable_cores() - 1, 16)
     sizes = ViewSizes.of(encoders, buckets)
@@ -228,9 +228,9 @@ def encode_folder(
         while any(not job.done for job in jobs):
             claims = Claims(jobs, batch_size, rank.rank * len(jobs) // rank.ranks)
             thread = ShardThread(claims, trim_text, keep_images)
-            taken = _encode(claims, SourceImages(jobs, source, sizes), encoders, workers, thread, clock, bar, started)
-            result.items += taken
-            if not taken:  # other processes hold all remaining shards
+            count = _encode(claims, SourceImages(jobs, source, sizes), encoders, workers, thread, clock, bar, started)
+            result.items += count
+            if not count:  # other processes hold all remaining shards
                 if rank.rank > 0:
                     break
                 time.sleep(LOOK_AGAIN_S)  # a process that dies releases its shards
@@ -277,36 +277,38 @@ def _encode(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
     )
-    taken, begun = 0, time.perf_counter()
+    image_count, begin_time = 0, time.perf_counter()
     try:
         batches: Iterator[ReadyBatch] = iter(loader)
         while True:
-            asked = time.perf_counter()
+            request_time = time.perf_counter()
             batch = next(batches, None)
-            now = time.perf_counter()
+            arrival_time = time.perf_counter()
             if batch is None:
                 break
-            if not taken:  # the loaders had to start before the first batch
-                begun = now
-                clock.start = clock.start or now - started
+            if not image_count:  # the loaders had to start before the first batch
+                begin_time = arrival_time
+                clock.start = clock.start or arrival_time - started
             else:
-                clock.wait += now - asked
+                clock.wait += arrival_time - request_time
             encoded = None
             if batch.pixels is not None and batch.views is not None:
-                told = ((number, record.get("captions", [])[1:]) for number, record in enumerate(batch.records))
-                more = {number: captions for number, captions in told if captions}
-                encoded = encode_images(encoders, batch.pixels, batch.views, batch.captions, more)
-            clock.busy += time.perf_counter() - now
+                further_captions = (
+                    (index, record.get("captions", [])[1:]) for index, record in enumerate(batch.records)
+                )
+                captions_by_index = {index: captions for index, captions in further_captions if captions}
+                encoded = encode_images(encoders, batch.pixels, batch.views, batch.captions, captions_by_index)
+            clock.busy += time.perf_counter() - arrival_time
             thread.add(batch, encoded)
-            taken += len(batch.keys) + len(batch.failed)
+            image_count += len(batch.keys) + len(batch.failed)
             bar.update(len(batch.keys) + len(batch.failed))
             bar.set_postfix(waiting=f"{clock.wait / max(clock.wait + clock.busy, 1e-9):.0%}", refresh=False)
     except BaseException as error:
         thread.close(error)
         raise
     thread.close()
-    clock.spent += time.perf_counter() - begun if taken else 0.0
-    return taken
+    clock.spent += time.perf_counter() - begin_time if image_count else 0.0
+    return image_count
 
 
 def _finish(

@@ -54,28 +54,28 @@ def jobs_of(root: Path, items: Sequence[Item], images_per_shard: int) -> list[Jo
             by_bucket.setdefault(item.bucket, {}).setdefault(item.generation, []).append(item)
     jobs = []
     for name, generations in sorted(by_bucket.items(), key=lambda pair: (-sum(map(len, pair[1].values())), pair[0])):
-        number = 0
+        shard_index = 0
         for _, members in sorted(generations.items()):
             for start in range(0, len(members), images_per_shard):
-                path = root / name / f"shard-{number:06d}.tar"
+                path = root / name / f"shard-{shard_index:06d}.tar"
                 jobs.append(Job(path, Bucket.from_name(name), tuple(members[start : start + images_per_shard])))
-                number += 1
+                shard_index += 1
     return jobs
 
 
 def unread_images(jobs: Sequence[Job]) -> dict[str, str]:
     """Return the images that finished shards could not include, with the reasons. If an image was repaired and tried
     again, the result of the last shard is used."""
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for job in sorted(jobs, key=lambda job: job.items[0].generation):
         names = {item.path for item in job.items}
-        found = {path: reason for path, reason in found.items() if path not in names}
+        reasons = {path: reason for path, reason in reasons.items() if path not in names}
         for line in read_json(failures_path(job.path)):
             parts = line.split(": ")  # a name may hold a colon too
             ends = (": ".join(parts[:end]) for end in range(1, len(parts)))
             path = next((end for end in ends if end in names), parts[0])
-            found[path] = line.removeprefix(f"{path}: ")
-    return found
+            reasons[path] = line.removeprefix(f"{path}: ")
+    return reasons
 
 
 class Claims(Sampler[list[tuple[int, int]]]):
@@ -154,32 +154,32 @@ class SourceImages(Dataset[PreparedImage]):
         job = self.jobs[key[0]]
         item = job.items[key[1]]
         image = decode_image(self.source / item.path)
-        more = {"source": item.path} | ({"captions": list(item.captions)} if len(item.captions) > 1 else {})
-        found = prepare_image(image, item.captions[0], job.bucket, self.sizes, item.key, more)
-        found.record[THUMBNAIL] = thumbnail_of(found.pixels)
-        return found
+        extra_fields = {"source": item.path} | ({"captions": list(item.captions)} if len(item.captions) > 1 else {})
+        prepared = prepare_image(image, item.captions[0], job.bucket, self.sizes, item.key, extra_fields)
+        prepared.record[THUMBNAIL] = thumbnail_of(prepared.pixels)
+        return prepared
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[ReadyBatch]:
-        found: list[PreparedImage] = []
+        images: list[PreparedImage] = []
         failed = []
         for key in keys:
             path = self.jobs[key[0]].items[key[1]].path
             try:
                 with guard(self.source / path):
-                    found.append(self[key])
+                    images.append(self[key])
             except BadSample as error:
                 failed.append(f"{path}: {error.what}")
-        number, item = keys[-1]
+        job_index, item_index = keys[-1]
         return [
             ReadyBatch(
-                number,
-                [image.key for image in found],
-                as_tensor([image.pixels for image in found]) if found else None,
-                as_tensor([image.view for image in found]) if found else None,
-                [image.caption for image in found],
-                [image.record for image in found],
+                job_index,
+                [image.key for image in images],
+                as_tensor([image.pixels for image in images]) if images else None,
+                as_tensor([image.view for image in images]) if images else None,
+                [image.caption for image in images],
+                [image.record for image in images],
                 failed,
-                item == len(self.jobs[number].items) - 1,
+                item_index == len(self.jobs[job_index].items) - 1,
             )
         ]
 
@@ -235,14 +235,14 @@ class ShardThread:
             self._writer = ShardWriter(job.path).__enter__()
             self._failed = []
         self._failed += batch.failed
-        for number, key in enumerate(batch.keys):
+        for index, key in enumerate(batch.keys):
             assert encoded is not None
             assert batch.pixels is not None
-            image = batch.pixels[number].permute(1, 2, 0).numpy() if self.keep_images else None
+            image = batch.pixels[index].permute(1, 2, 0).numpy() if self.keep_images else None
             try:
-                self._writer.add(key, *encoded.sample(number, batch.records[number], self.trim_text, image))
+                self._writer.add(key, *encoded.sample(index, batch.records[index], self.trim_text, image))
             except ValueError as error:
-                self._failed.append(f"{batch.records[number]['source']}: {error}")
+                self._failed.append(f"{batch.records[index]['source']}: {error}")
         if batch.last:
             write_json(failures_path(job.path), self._failed)
             self._writer.__exit__(None)

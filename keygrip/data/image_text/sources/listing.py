@@ -106,12 +106,12 @@ def list_items(
     """
     if not source.is_dir():
         raise FileNotFoundError(f"no folder of images at {source}")
-    paths, beside = _image_files(source)
-    capitals = {path.with_suffix(path.suffix.lower()): path for path in beside if path.suffix != path.suffix.lower()}
-    folders = sorted({path.parent for path in beside if path.name.lower() in CAPTION_FILES})
-    listed, taken = _listed_captions(source, paths, folders), set[str]()
+    paths, sidecars = _image_files(source)
+    capitals = {path.with_suffix(path.suffix.lower()): path for path in sidecars if path.suffix != path.suffix.lower()}
+    folders = sorted({path.parent for path in sidecars if path.name.lower() in CAPTION_FILES})
+    listed, used_keys = _listed_captions(source, paths, folders), set[str]()
     wrapped: list[str] = []
-    partly: list[str] = []
+    partly_empty: list[str] = []
 
     def examine(path: Path) -> tuple[tuple[str, ...], Bucket | None, str]:
         name = path.relative_to(source).as_posix()
@@ -122,12 +122,12 @@ def list_items(
             if not is_utf8(name):
                 raise BadSample(name, "its name is not UTF-8: rename it")
             regular_file(path)
-            told = (*listed.get(name, ()), *captions_beside(path, wrapped, capitals))
-            captions = tuple(dict.fromkeys(caption for caption in told if caption.strip()))
-            if captions and not all(caption.strip() for caption in told):
-                partly.append(name)
+            texts = (*listed.get(name, ()), *captions_beside(path, wrapped, capitals))
+            captions = tuple(dict.fromkeys(caption for caption in texts if caption.strip()))
+            if captions and not all(caption.strip() for caption in texts):
+                partly_empty.append(name)
             if not captions:
-                raise BadSample(name, "its caption is empty" if told else "it has no caption")
+                raise BadSample(name, "its caption is empty" if texts else "it has no caption")
             width, height = size_of(path)
         except BadSample as error:
             broken = Path(error.where).name  # the image, or a caption file next to it
@@ -147,12 +147,14 @@ def list_items(
         for path, (captions, bucket, reason) in zip(paths, pool.map(examine, paths), strict=True):
             name = path.relative_to(source).as_posix().encode(errors="backslashreplace").decode()
             stamp = stamp_of(source / name) if bucket else ""
-            called = bucket.name if bucket else None
-            items.append(Item(key_of(name, taken), name, captions, called, reason, stamp=stamp))
+            bucket_name = bucket.name if bucket else None
+            items.append(Item(key_of(name, used_keys), name, captions, bucket_name, reason, stamp=stamp))
             bar.update()
-    if partly:
+    if partly_empty:
         log.warning(
-            "%d images have empty captions beside others, which are left out (%s, ...)", len(partly), min(partly)
+            "%d images have empty captions beside others, which are left out (%s, ...)",
+            len(partly_empty),
+            min(partly_empty),
         )
     if wrapped:
         log.warning(
@@ -175,25 +177,25 @@ def _image_files(source: Path) -> tuple[list[Path], list[Path]]:
     hidden = [path.relative_to(source) for path in below if is_hidden(path)]
     if hidden:
         log.warning("%d hidden files and folders in %s are not read (%s, ...)", len(hidden), source, hidden[0])
-    others: Counter[str] = Counter()
-    paths, beside = [], []
+    other_endings: Counter[str] = Counter()
+    paths, sidecars = [], []
     for path in (path for path in below if not path.is_dir()):
         ending = path.suffix.lower()
         if ending in BESIDE:
-            beside.append(path)
+            sidecars.append(path)
         elif is_hidden(path):
             continue
         elif ending in (*SUFFIXES, *OTHER_SUFFIXES) or is_image(path):
             paths.append(path)
         else:
-            others[ending or "no ending"] += 1
-    if others:
-        counted = ", ".join(f"{ending} {count}" for ending, count in sorted(others.items()))
-        log.warning("%d other files in %s are no images (%s)", others.total(), source, counted)
+            other_endings[ending or "no ending"] += 1
+    if other_endings:
+        counted = ", ".join(f"{ending} {count}" for ending, count in sorted(other_endings.items()))
+        log.warning("%d other files in %s are no images (%s)", other_endings.total(), source, counted)
     if all(path.suffix.lower() in OTHER_SUFFIXES for path in paths):
-        other = f", only {len(paths)} of other types ({paths[0].name})" if paths else ""
-        raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {source}{other}")
-    return paths, beside
+        hint = f", only {len(paths)} of other types ({paths[0].name})" if paths else ""
+        raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {source}{hint}")
+    return paths, sidecars
 
 
 def _listed_captions(source: Path, paths: Sequence[Path], folders: Sequence[Path]) -> dict[str, tuple[str, ...]]:
@@ -204,31 +206,38 @@ def _listed_captions(source: Path, paths: Sequence[Path], folders: Sequence[Path
     A list may write `./a.png` or `b\\a.png` for `a.png` and `b/a.png`; its names are relative to its own folder.
     """
     names = {path.relative_to(source).as_posix() for path in paths}
-    found: dict[str, tuple[str, ...]] = {}
-    several = []
+    all_captions: dict[str, tuple[str, ...]] = {}
+    conflicting = []
     for folder in folders:
-        above = "" if folder == source else f"{folder.relative_to(source).as_posix()}/"
-        here: dict[str, tuple[str, ...]] = {}
+        prefix = "" if folder == source else f"{folder.relative_to(source).as_posix()}/"
+        folder_captions: dict[str, tuple[str, ...]] = {}
         missing = []
         for name, captions in find_captions(folder).items():
-            own = above + name
-            if own not in names:  # a path that leaves the folder is never in `names`
-                own = above + posixpath.normpath(name.replace("\\", "/"))
-            if own in names:
-                here[own] = tuple(dict.fromkeys((*here.get(own, ()), *captions)))
+            image_name = prefix + name
+            if image_name not in names:  # a path that leaves the folder is never in `names`
+                image_name = prefix + posixpath.normpath(name.replace("\\", "/"))
+            if image_name in names:
+                folder_captions[image_name] = tuple(dict.fromkeys((*folder_captions.get(image_name, ()), *captions)))
             else:
                 missing.append(name)
         if missing:
             log.warning("the list of captions names %d files that are not in %s (%s)", len(missing), folder, missing[0])
-        several += [own for own, captions in here.items() if own in found and set(captions) != set(found[own])]
-        found |= {own: tuple(dict.fromkeys((*found.get(own, ()), *captions))) for own, captions in here.items()}
-    if several:
+        conflicting += [
+            image_name
+            for image_name, captions in folder_captions.items()
+            if image_name in all_captions and set(captions) != set(all_captions[image_name])
+        ]
+        all_captions |= {
+            image_name: tuple(dict.fromkeys((*all_captions.get(image_name, ()), *captions)))
+            for image_name, captions in folder_captions.items()
+        }
+    if conflicting:
         log.warning(
             "%d images have other captions in the list of one folder than in that of another (%s): all are kept",
-            len(several),
-            several[0],
+            len(conflicting),
+            conflicting[0],
         )
-    return found
+    return all_captions
 
 
 def is_image(path: Path) -> bool:
@@ -253,19 +262,19 @@ def merge_duplicates(items: Sequence[Item], known: Mapping[str, tuple[str, ...]]
     for number, item in enumerate(items):
         if item.bucket is not None:
             by_content[item.sha256].append(number)
-    found = list(items)
+    merged = list(items)
     for members in by_content.values():
-        first, *rest = sorted(members, key=lambda number: (items[number].path not in known, number))
+        first, *copies = sorted(members, key=lambda number: (items[number].path not in known, number))
         captions = dict.fromkeys(caption for number in sorted(members) for caption in items[number].captions)
-        own = items[first]
-        more = tuple(caption for caption in captions if caption not in own.captions)
-        found[first] = replace(own, captions=(*own.captions, *more))
-        for number in rest:
-            lost = set(items[number].captions) - set(known.get(own.path, captions))
-            what = "was encoded without its captions: a new root has them" if lost else "has its captions"
-            reason = f"the same file as {own.path}, which {what}"
-            found[number] = replace(items[number], bucket=None, reason=reason, duplicate=True)
-    return found
+        original = items[first]
+        added_captions = tuple(caption for caption in captions if caption not in original.captions)
+        merged[first] = replace(original, captions=(*original.captions, *added_captions))
+        for number in copies:
+            lost = set(items[number].captions) - set(known.get(original.path, captions))
+            note = "was encoded without its captions: a new root has them" if lost else "has its captions"
+            reason = f"the same file as {original.path}, which {note}"
+            merged[number] = replace(items[number], bucket=None, reason=reason, duplicate=True)
+    return merged
 
 
 def frozen_items(
@@ -293,11 +302,13 @@ def frozen_items(
         if unread is None:
             return items
         used = {path: item.captions for path, item in last_entries(items).items() if item.bucket and path not in unread}
-        found = extended(items, list_items(source, buckets, enlargement, progress, used, items), source, unread)
-        if found != items:
+        extended_items = extended(
+            items, list_items(source, buckets, enlargement, progress, used, items), source, unread
+        )
+        if extended_items != items:
             info.unlink(missing_ok=True)
-            write_text(file, "".join(json.dumps(asdict(item)) + "\n" for item in found))
-        return found
+            write_text(file, "".join(json.dumps(asdict(item)) + "\n" for item in extended_items))
+        return extended_items
 
 
 def with_hashes(items: Sequence[Item], source: Path, before: Sequence[Item], progress: bool) -> list[Item]:
@@ -306,23 +317,23 @@ def with_hashes(items: Sequence[Item], source: Path, before: Sequence[Item], pro
     Args:
         before: items of an earlier list; their hashes are used for files that were not written since.
     """
-    known = {(item.path, item.stamp): item.sha256 for item in before if item.sha256 and item.stamp}
+    known_hashes = {(item.path, item.stamp): item.sha256 for item in before if item.sha256 and item.stamp}
 
     def hashed(item: Item) -> Item:
         if item.bucket is None:
             return item
-        return replace(item, sha256=known.get((item.path, item.stamp)) or sha256_file(source / item.path))
+        return replace(item, sha256=known_hashes.get((item.path, item.stamp)) or sha256_file(source / item.path))
 
-    shown = progress and any(item.bucket and (item.path, item.stamp) not in known for item in items)
+    show_bar = progress and any(item.bucket and (item.path, item.stamp) not in known_hashes for item in items)
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(hashed, items)
-        return list(Progress(found, total=len(items), desc=f"hash {source}", unit="image", shown=shown))
+        hashed_items = pool.map(hashed, items)
+        return list(Progress(hashed_items, total=len(items), desc=f"hash {source}", unit="image", shown=show_bar))
 
 
 def read_item(line: str) -> Item:
     """Parse an item from a line of the list."""
-    told = json.loads(line)
-    return Item(**{**told, "captions": tuple(told["captions"])})
+    fields = json.loads(line)
+    return Item(**{**fields, "captions": tuple(fields["captions"])})
 
 
 def last_entries(items: Sequence[Item]) -> dict[str, Item]:
@@ -344,19 +355,19 @@ def extended(items: Sequence[Item], found: Sequence[Item], source: Path, unread:
         return list(found)
     generation = 1 + max(item.generation for item in items)
     last = last_entries(items)
-    now = _without_encoded(found, [item for path, item in last.items() if item.bucket and path not in unread])
-    kept = []
+    current = _without_encoded(found, [item for path, item in last.items() if item.bucket and path not in unread])
+    kept_items = []
     for item in items:
-        new = now.get(item.path)
+        new = current.get(item.path)
         if item.bucket is None and new is not None and item is last[item.path]:
             item = replace(new, key=item.key, generation=generation if new.bucket else item.generation)
-        kept.append(item)
+        kept_items.append(item)
     encoded = [item for path, item in last.items() if item.bucket and path not in unread]
-    changed = [item.path for item in encoded if item.path in now and now[item.path].captions != item.captions]
-    gone = [item.path for item in encoded if item.path not in now]
-    stamps = {item.path: (item.stamp, now[item.path].stamp) for item in encoded if item.path in now}
-    written = [path for path, (before, after) in stamps.items() if before and before != after]
-    for what, paths in (
+    changed = [item.path for item in encoded if item.path in current and current[item.path].captions != item.captions]
+    gone = [item.path for item in encoded if item.path not in current]
+    stamps = {item.path: (item.stamp, current[item.path].stamp) for item in encoded if item.path in current}
+    written = [path for path, (old_stamp, new_stamp) in stamps.items() if old_stamp and old_stamp != new_stamp]
+    for change, paths in (
         ("have other captions than when they were encoded", changed),
         ("were written again since they were listed", written),
         ("are gone", gone),
@@ -365,21 +376,21 @@ def extended(items: Sequence[Item], found: Sequence[Item], source: Path, unread:
             log.warning(
                 "%d images %s (%s, ...): their samples stay as they are; a new root is made from all",
                 len(paths),
-                what,
+                change,
                 paths[0],
             )
-    tried = [last[path] for path in unread if path in last and last[path].bucket and path in now]
+    retried = [last[path] for path in unread if path in last and last[path].bucket and path in current]
     with ThreadPoolExecutor(8) as pool:
-        again = pool.map(lambda item: _second_entry(source, item, now[item.path]), tried)
-        repaired = [replace(item, generation=generation) for item in again if item is not None]
+        second_entries = pool.map(lambda item: _second_entry(source, item, current[item.path]), retried)
+        repaired = [replace(item, generation=generation) for item in second_entries if item is not None]
     if any(item.bucket for item in repaired):
         log.info("%d images that could not be encoded were repaired", sum(item.bucket is not None for item in repaired))
-    taken = {item.key for item in items}
-    new_items = (item for path, item in now.items() if path not in last)
-    added = [replace(item, key=key_of(item.path, taken), generation=generation) for item in new_items]
+    used_keys = {item.key for item in items}
+    new_items = (item for path, item in current.items() if path not in last)
+    added = [replace(item, key=key_of(item.path, used_keys), generation=generation) for item in new_items]
     if any(item.bucket for item in added):
         log.info("%d images came to the source since the list was made", sum(item.bucket is not None for item in added))
-    return [*kept, *repaired, *added]
+    return [*kept_items, *repaired, *added]
 
 
 def _without_encoded(found: Sequence[Item], encoded: Sequence[Item]) -> dict[str, Item]:
@@ -387,15 +398,15 @@ def _without_encoded(found: Sequence[Item], encoded: Sequence[Item]) -> dict[str
     files, and copies of removed originals) become duplicates: their samples exist."""
     paths = {item.path for item in found}
     gone = {item.sha256: item.path for item in encoded if item.sha256 and item.path not in paths}
-    own = {item.path for item in encoded}
-    now = {}
+    encoded_paths = {item.path for item in encoded}
+    by_path = {}
     for item in found:
-        first = gone.get(item.sha256) if item.bucket and item.path not in own else None
+        first = gone.get(item.sha256) if item.bucket and item.path not in encoded_paths else None
         if first is not None:
             reason = f"the same file as {first}, which is gone and was encoded: its sample stays"
             item = replace(item, bucket=None, reason=reason, duplicate=True)
-        now[item.path] = item
-    return now
+        by_path[item.path] = item
+    return by_path
 
 
 def _second_entry(source: Path, tried: Item, new: Item) -> Item | None:

@@ -46,8 +46,8 @@ class CauldronMaker:
     source: Path
 
     def __call__(self, group: RowGroup) -> Iterable[MadeSample | Broken]:
-        for number, row in group.rows(["images", "texts"]):
-            key = f"{group.name}-{number:08d}"
+        for index, row in group.rows(["images", "texts"]):
+            key = f"{group.name}-{index:08d}"
             try:
                 with guard(key):
                     sample = self._sample(key, _collection(group, self.source), row)
@@ -68,8 +68,10 @@ class CauldronMaker:
         ]
         if not pairs:
             raise ValueError("it has no text")
-        asked: list[tuple[Turn, ...]] = [tuple(itertools.chain(*pairs))] if collection in SEQUENTIAL else [*pairs]
-        conversations = [Conversation(turns, "image_instruction", _evidence(collection, turns)) for turns in asked]
+        turn_groups: list[tuple[Turn, ...]] = [tuple(itertools.chain(*pairs))] if collection in SEQUENTIAL else [*pairs]
+        conversations = [
+            Conversation(turns, "image_instruction", _evidence(collection, turns)) for turns in turn_groups
+        ]
         fps = None if len(frames) > 1 else 1.0  # several images have no common time
         return MadeSample(key, *video_text_parts(frames, conversations, "cauldron", fps))
 
@@ -113,14 +115,14 @@ def cauldron(
     Raises:
         FileNotFoundError: there are no tables, or none of a named collection. ValueError: max_frames is out of range.
     """
-    what = "the Cauldron (HuggingFaceM4/the_cauldron)"
+    dataset = "the Cauldron (HuggingFaceM4/the_cauldron)"
     source = Path(source)
-    groups = row_groups(source, "train-*.parquet", ["images", "texts"], what)
+    groups = row_groups(source, "train-*.parquet", ["images", "texts"], dataset)
     if collections is not None:
-        there = {_collection(group, source) for group in groups}
+        present = {_collection(group, source) for group in groups}
         for name in collections:
-            if name not in there:
-                raise FileNotFoundError(f"no collection {name!r} in {source}; there are {', '.join(sorted(there))}")
+            if name not in present:
+                raise FileNotFoundError(f"no collection {name!r} in {source}; there are {', '.join(sorted(present))}")
         groups = [group for group in groups if _collection(group, source) in collections]
     settings = {"data": "cauldron", "collections": collections, "conversations": "pairs", "decoding": DECODING}
     settings |= {"scored": SCORED}

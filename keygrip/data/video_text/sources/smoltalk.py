@@ -29,8 +29,8 @@ class SmolTalkMaker:
     max_characters: int
 
     def __call__(self, group: RowGroup) -> Iterable[MadeSample | Broken]:
-        for number, row in group.rows(["messages"]):
-            key = f"{group.name}-{number:08d}"
+        for index, row in group.rows(["messages"]):
+            key = f"{group.name}-{index:08d}"
             if stage_of(key) != self.stage:
                 continue
             try:

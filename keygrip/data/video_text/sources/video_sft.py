@@ -88,40 +88,40 @@ class VideoSFTMaker:
             if not path.exists():
                 raise FileNotFoundError(f"{path} is not there")
             if path.suffix.lower() in SUFFIXES:
-                moving = read_animation(path, self.image_size, self.fit, self.max_frames)
-                if moving is None:
+                animation = read_animation(path, self.image_size, self.fit, self.max_frames)
+                if animation is None:
                     images.append(read_image(path, self.image_size, self.fit)[None])
                     continue
-                frames, times = moving[0], np.array(moving[1])
+                frames, times = animation[0], np.array(animation[1])
             else:
                 regular_file(path)
                 frames, times = decode_timed(str(path), self.image_size, self.fit, self.max_frames)
             images.append(frames)
             fps, stills = rate_of(times), False
-        together = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
-        asked = asked_in(entry.turns)
-        places = Placeholders.of(asked, _kinds(entry))
-        count = places.count(asked)
-        if not len(together) and count:
+        all_frames = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+        prompts = asked_in(entry.turns)
+        places = Placeholders.of(prompts, _kinds(entry))
+        count = places.count(prompts)
+        if not len(all_frames) and count:
             raise ValueError(f"its text shows an image or a video, and none of {', '.join(MEDIA)} names one")
-        shown = {len(entry.media)}
-        frames_of_one = stills and (entry.named in ("video", "videos") or places.of_one_video(asked))
+        valid_counts = {len(entry.media)}
+        frames_of_one = stills and (entry.named in ("video", "videos") or places.of_one_video(prompts))
         if frames_of_one:
-            shown.add(1)
+            valid_counts.add(1)
         elif not stills:  # one placeholder for a video, or one for each frame
-            shown.add(len(together))
-        if problem := places_problem(count, shown):
+            valid_counts.add(len(all_frames))
+        if problem := places_problem(count, valid_counts):
             raise ValueError(problem)
         if len(entry.media) > 1 and not frames_of_one:
             fps = None  # several media have no common time
-        if len(together) > self.max_frames:
-            raise ValueError(f"{len(together)} frames are more than max_frames={self.max_frames}")
+        if len(all_frames) > self.max_frames:
+            raise ValueError(f"{len(all_frames)} frames are more than max_frames={self.max_frames}")
         turns = [Turn(role, text) for role, text in without_placeholders(entry.turns, places)]
         evidence: dict[str, Any] = {"collection": entry.collection}
         if entry.answers:
             evidence["answers"] = list(entry.answers)
         conversation = Conversation(tuple(turns), "video_instruction", evidence)
-        files = [encode_jpeg(frame) for frame in together]
+        files = [encode_jpeg(frame) for frame in all_frames]
         yield MadeSample(entry.key, *video_text_parts(files, [conversation], "video_sft", fps))
 
 
@@ -139,30 +139,30 @@ def entries(source: Path) -> list[Entry]:
     lists = files_in(source, ".json", ".jsonl", below=True)
     if not lists:
         raise FileNotFoundError(f"no *.json or *.jsonl with instructions below {source}")
-    found = []
+    all_entries = []
     for path, name in zip(lists, file_keys(source, lists), strict=True):
         content = _read_list(path)
         if content and not any(isinstance(each, BadSample) or _has_turns(each) for each in content):
             log.warning("%s is not read: none of its %d entries has %s", path, len(content), " or ".join(TURNS))
             continue
-        for number, entry in enumerate(content):
-            key = f"{name}-{number:08d}"
+        for index, entry in enumerate(content):
+            key = f"{name}-{index:08d}"
             if isinstance(entry, BadSample):
-                found.append(Entry(key, (), (), name, str(entry)))
+                all_entries.append(Entry(key, (), (), name, str(entry)))
             elif not _has_turns(entry):
-                found.append(Entry(key, (), (), name, f"entry {number} of {path} has no {' or '.join(TURNS)}"))
+                all_entries.append(Entry(key, (), (), name, f"entry {index} of {path} has no {' or '.join(TURNS)}"))
             else:
                 try:
-                    with guard(f"entry {number} of {path}"):
-                        found.append(_entry(key, name, source, path.parent, entry))
+                    with guard(f"entry {index} of {path}"):
+                        all_entries.append(_entry(key, name, source, path.parent, entry))
                 except BadSample as error:
-                    found.append(Entry(key, (), (), name, str(error)))
-    if not any(not entry.problem for entry in found):
+                    all_entries.append(Entry(key, (), (), name, str(error)))
+    if not any(not entry.problem for entry in all_entries):
         raise ValueError(
             f"the lists below {source} hold no entries with {' or '.join(TURNS)} that can be used"
-            + (f"; the first: {found[0].problem}" if found else "")
+            + (f"; the first: {all_entries[0].problem}" if all_entries else "")
         )
-    return found
+    return all_entries
 
 
 def _has_turns(entry: Any) -> bool:
@@ -226,11 +226,11 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
     if entry.get("start") is not None or entry.get("end") is not None:
         raise ValueError("it has `start` or `end`: clips are not cut here, cut the video first")
     key_of_turns = next(name for name in TURNS if name in entry)
-    said = _listed(entry[key_of_turns], key_of_turns)
-    if not all(isinstance(turn, Mapping) for turn in said):
+    listed_turns = _listed(entry[key_of_turns], key_of_turns)
+    if not all(isinstance(turn, Mapping) for turn in listed_turns):
         raise ValueError(f"a turn of its `{key_of_turns}` is no object")
-    turns = [turn for each in said for turn in turns_of(each)]
-    in_items = [name for each in said for name in files_of_items(each)]
+    turns = [turn for each in listed_turns for turn in turns_of(each)]
+    in_items = [name for each in listed_turns for name in files_of_items(each)]
     if in_items and names:
         raise ValueError(f"it has {names[0]} and items that name files: name each once")
     if in_items and len(in_items) != Placeholders.of(asked := asked_in(turns), BARE).count(asked):

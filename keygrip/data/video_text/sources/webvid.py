@@ -73,11 +73,11 @@ class WebVidMaker:
                 raise FileNotFoundError(f"{item.video} was not downloaded")
             yield self._sample(item.key, str(item.video), item.text)
             return
-        for found in tar_samples(item):
-            if isinstance(found, Broken):
-                yield found
+        for entry in tar_samples(item):
+            if isinstance(entry, Broken):
+                yield entry
                 continue
-            key, parts = found
+            key, parts = entry
             try:
                 with guard(f"{key} of {item}"):
                     video, text = _video_in(parts), _caption_in(parts)
@@ -91,8 +91,10 @@ class WebVidMaker:
         if not text.strip():
             raise ValueError(f"{key} has no caption")
         frames, times = decode_timed(video, self.image_size, self.fit, self.max_frames)
-        said = [caption(text.strip(), request=REQUEST)]
-        return MadeSample(key, *video_text_parts([encode_jpeg(f) for f in frames], said, "webvid", rate_of(times)))
+        conversations = [caption(text.strip(), request=REQUEST)]
+        return MadeSample(
+            key, *video_text_parts([encode_jpeg(f) for f in frames], conversations, "webvid", rate_of(times))
+        )
 
 
 def _video_in(parts: Parts) -> str:
@@ -109,22 +111,22 @@ def _caption_in(parts: Parts) -> str:
     if "json" not in parts:
         raise ValueError("it has no caption: neither txt nor json")
     content = parse_fields(parts["json"], "json", ["caption"])
-    found = content.get("caption") if isinstance(content, Mapping) else None
-    if found is None:
-        there = isinstance(content, Mapping) and "caption" in content
-        raise ValueError(f"it has no caption: no txt, and {'a null as' if there else 'no'} `caption` in its json")
-    if not isinstance(found, str):
+    text = content.get("caption") if isinstance(content, Mapping) else None
+    if text is None:
+        has_key = isinstance(content, Mapping) and "caption" in content
+        raise ValueError(f"it has no caption: no txt, and {'a null as' if has_key else 'no'} `caption` in its json")
+    if not isinstance(text, str):
         raise ValueError("its caption is not text")
-    return found
+    return text
 
 
 def tar_samples(path: Path) -> Iterator[tuple[str, Parts] | Broken]:
     """Yield the key, video and text of every sample in a tar file, with part names in lower case, or the reason why the
     sample cannot be used. For a tar file that is cut off, yield the samples before the cut."""
-    found = members_of(path)
-    yield from (Broken(f"{key} of {path}: {reason}") for key, reason in found.bad.items())
-    for key, members in found.parts.items():
-        if key in found.bad:
+    listing = members_of(path)
+    yield from (Broken(f"{key} of {path}: {reason}") for key, reason in listing.bad.items())
+    for key, members in listing.parts.items():
+        if key in listing.bad:
             continue
         try:
             with guard(f"{key} of {path}"):
@@ -133,20 +135,20 @@ def tar_samples(path: Path) -> Iterator[tuple[str, Parts] | Broken]:
             yield Broken(str(error))
         else:
             yield key, parts
-    if found.fault is not None:
-        yield Broken(f"{found.fault}; its videos up to there are kept")
+    if listing.fault is not None:
+        yield Broken(f"{listing.fault}; its videos up to there are kept")
 
 
 def _read(path: Path, members: Sequence[tuple[str, int, int]]) -> Parts:
     """Read the video and the text of a sample. Raise ValueError if there is no video, or it is too large."""
-    wanted = [member for member in members if member[0].lower() in (*VIDEO, *TEXT)]
-    if not any(name.lower() in VIDEO for name, _, _ in wanted):
+    used_members = [member for member in members if member[0].lower() in (*VIDEO, *TEXT)]
+    if not any(name.lower() in VIDEO for name, _, _ in used_members):
         raise ValueError(f"it holds no video, only {', '.join(sorted(name for name, _, _ in members))}")
-    if sum(size for _, _, size in wanted) > MAX_VIDEO_BYTES:
+    if sum(size for _, _, size in used_members) > MAX_VIDEO_BYTES:
         raise ValueError(f"it has more than the {MAX_VIDEO_BYTES} bytes that a video may have")
     parts = {}
     with path.open("rb") as file:
-        for name, offset, size in wanted:
+        for name, offset, size in used_members:
             file.seek(offset)
             parts[name] = file.read(size)
     return lower_case(parts)
@@ -155,7 +157,7 @@ def _read(path: Path, members: Sequence[tuple[str, int, int]]) -> Parts:
 def webvid_rows(source: Path) -> list[WebVidRow]:
     """Return the rows of the lists in a folder, each video once with its first caption; further captions are logged."""
     rows: dict[str, WebVidRow] = {}
-    again: list[str] = []
+    repeated_keys: list[str] = []
     for path in files_in(source, ".csv"):
         with guard(path):
             text = read_text(path, MAX_LIST_BYTES)
@@ -175,9 +177,11 @@ def webvid_rows(source: Path) -> list[WebVidRow]:
                     continue
                 row = rows.setdefault(key, WebVidRow(sample_key(key), video, line["name"] or ""))
                 if row.text != (line["name"] or ""):
-                    again.append(key)
-    if again:
-        log.warning("%d rows give a video another caption; the first is kept (%s, ...)", len(again), again[0])
+                    repeated_keys.append(key)
+    if repeated_keys:
+        log.warning(
+            "%d rows give a video another caption; the first is kept (%s, ...)", len(repeated_keys), repeated_keys[0]
+        )
     return list(rows.values())
 
 
@@ -207,10 +211,10 @@ def webvid(
     source = Path(source)
     rows, tars, compressed = webvid_rows(source), tar_files(source), compressed_shards(source)
     if not rows and not tars:
-        named = f"; {compressed[0].name} is compressed, {COMPRESSED}" if compressed else ""
+        hint = f"; {compressed[0].name} is compressed, {COMPRESSED}" if compressed else ""
         raise FileNotFoundError(
             f"no list (*.csv beside videos/) and no tar files in {source}: download WebVid there, with its own script "
-            f"or a video downloader that writes tar files{named}"
+            f"or a video downloader that writes tar files{hint}"
         )
     by_list = bool(rows) and (not tars or (source / "videos").is_dir())
     if by_list and (tars or compressed):
@@ -229,9 +233,9 @@ def webvid(
     settings = {"data": "webvid", **shard_frame_settings(image_size, fit, max_frames)}
     maker = WebVidMaker(image_size, fit, max_frames)
     items: Sequence[WebVidRow] | Sequence[Path] = rows if by_list else tars
-    each = videos_per_shard if by_list else 1
+    items_per_shard = videos_per_shard if by_list else 1
     written = write_shards(
-        root, items, maker, settings, each, "webvid", workers, max_failed_share, describe=describe_video_text
+        root, items, maker, settings, items_per_shard, "webvid", workers, max_failed_share, describe=describe_video_text
     )
     written.failed += len(compressed)
     return written.report()
