@@ -123,9 +123,9 @@ def poses_of(observation: Observation, arms: int) -> tuple[np.ndarray, np.ndarra
         ValueError: one of them is missing, of another shape, not finite, or implausible.
     """
     return (
-        _numbers(observation, "position", (arms, 3), arms),
-        _numbers(observation, "quaternion", (arms, 4), arms),
-        _numbers(observation, "gripper", (arms,), arms),
+        _read_numbers(observation, "position", (arms, 3), arms),
+        _read_numbers(observation, "quaternion", (arms, 4), arms),
+        _read_numbers(observation, "gripper", (arms,), arms),
     )
 
 
@@ -141,11 +141,13 @@ def image_of(view: Mapping[str, Any], camera: str = "") -> np.ndarray:
     if view.get("image") is None:
         cameras = view.get("cameras") or {}
         hint = f"; it has the cameras {', '.join(cameras)}, and this policy reads one without a name" if cameras else ""
-        raise ValueError(f"{_whose(camera)} lacks 'image', which is H x W x 3 uint8, RGB{hint}")
+        raise ValueError(f"{_describe_origin(camera)} lacks 'image', which is H x W x 3 uint8, RGB{hint}")
     image = np.asarray(view["image"])
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         sides = " x ".join(map(str, image.shape)) or "a single value"
-        raise ValueError(f"'image' of {_whose(camera)} must be H x W x 3 uint8, RGB, not {sides} {image.dtype}")
+        raise ValueError(
+            f"'image' of {_describe_origin(camera)} must be H x W x 3 uint8, RGB, not {sides} {image.dtype}"
+        )
     return image
 
 
@@ -174,32 +176,35 @@ def calibration_of(view: Mapping[str, Any], camera: str = "") -> tuple[np.ndarra
     Raises:
         ValueError: as `poses_of`.
     """
-    whose = _whose(camera)
-    return _numbers(view, "intrinsics", (3, 3), whose=whose), _numbers(view, "world_to_camera", (4, 4), whose=whose)
+    origin = _describe_origin(camera)
+    return (
+        _read_numbers(view, "intrinsics", (3, 3), origin=origin),
+        _read_numbers(view, "world_to_camera", (4, 4), origin=origin),
+    )
 
 
-def _whose(camera: str) -> str:
+def _describe_origin(camera: str) -> str:
     return f"camera {camera!r} of the observation" if camera else "the observation"
 
 
-def _numbers(
-    seen: Mapping[str, Any], name: str, shape: tuple[int, ...], arms: int = 0, whose: str = "the observation"
+def _read_numbers(
+    entries: Mapping[str, Any], name: str, shape: tuple[int, ...], arms: int = 0, origin: str = "the observation"
 ) -> np.ndarray:
     expected = " x ".join(map(str, shape))
-    if name not in seen:
-        raise ValueError(f"{whose} lacks {name!r}, which is {expected} numbers")
+    if name not in entries:
+        raise ValueError(f"{origin} lacks {name!r}, which is {expected} numbers")
     try:
-        value = np.array(seen[name], dtype=np.float64)  # a copy: torch warns of read-only arrays
+        value = np.array(entries[name], dtype=np.float64)  # a copy: torch warns of read-only arrays
         value = arm_axis(value, len(shape) - 1) if arms == 1 else value
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name!r} of {whose} must be {expected} numbers: {error}") from error
+        raise ValueError(f"{name!r} of {origin} must be {expected} numbers: {error}") from error
     if value.shape != shape:
-        actual = " x ".join(map(str, np.shape(seen[name]))) or "a single number"
-        raise ValueError(f"{name!r} of {whose} must be {expected}, not {actual}")
+        actual = " x ".join(map(str, np.shape(entries[name]))) or "a single number"
+        raise ValueError(f"{name!r} of {origin} must be {expected}, not {actual}")
     if not np.isfinite(value).all():
-        raise ValueError(f"{name!r} of {whose} holds numbers that are not finite")
+        raise ValueError(f"{name!r} of {origin} holds numbers that are not finite")
     if problem := implausible(name, value):
-        raise ValueError(f"{name!r} of {whose} {problem}")
+        raise ValueError(f"{name!r} of {origin} {problem}")
     return value
 
 

@@ -24,7 +24,7 @@ def check_margin(margin_m: Margin) -> None:
     """Raises ValueError: a margin is negative or not finite, or there are neither one nor three of them."""
     if not isinstance(margin_m, int | float | None) and len(margin_m) != 3:
         raise ValueError(f"policy.margin_m={margin_m}: must be one distance, or three along x, y and z")
-    if any(each is not None and not 0 <= each < math.inf for each in _along_axes(margin_m)):
+    if any(each is not None and not 0 <= each < math.inf for each in _margin_per_axis(margin_m)):
         raise ValueError(f"policy.margin_m={margin_m}: must be a distance in metres, at least 0, or null for no limit")
 
 
@@ -39,19 +39,19 @@ def kept_in_box(planned: Tensor, box: Tensor, margin_m: Margin) -> tuple[Tensor,
         The positions, and the largest distance by which steps of each plan were moved, ``[B, A, 3]`` metres along x, y
         and z.
     """
-    margin = box.new_tensor([math.inf if each is None else each for each in _along_axes(margin_m)])
+    margin = box.new_tensor([math.inf if each is None else each for each in _margin_per_axis(margin_m)])
     low, high = box
     clamped = planned.clamp(low - margin, high + margin)
     return clamped, (clamped - planned).abs().amax(dim=2)
 
 
-def _along_axes(margin_m: Margin) -> Sequence[float | None]:
+def _margin_per_axis(margin_m: Margin) -> Sequence[float | None]:
     return [margin_m] * 3 if isinstance(margin_m, int | float | None) else margin_m
 
 
-def _written(margin_m: Margin) -> str:
+def _format_margin(margin_m: Margin) -> str:
     """Format a margin as on the command line: 0.01, [null,null,0.01]."""
-    words = ["null" if each is None else f"{each:g}" for each in _along_axes(margin_m)]
+    words = ["null" if each is None else f"{each:g}" for each in _margin_per_axis(margin_m)]
     return words[0] if isinstance(margin_m, int | float | None) else f"[{','.join(words)}]"
 
 
@@ -81,5 +81,5 @@ class HeldBackWarning:
             100 * plan.held_back[arm, axis],
             "xyz"[axis],
             arms[arm],
-            _written(margin_m),
+            _format_margin(margin_m),
         )

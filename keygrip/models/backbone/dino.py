@@ -98,7 +98,7 @@ class DinoBackbone(KeptBuffers):
                 f"backbone.stem=conv is for variant tiny; {variant} has a linear patch embedding: stem=patch"
             )
         self.patch_size = self.variant.patch_size
-        self._check_size(image_size, image_size, what="backbone.image_size")
+        self._check_size(image_size, image_size, size_name="backbone.image_size")
         self.image_size = image_size
         self.mean: tuple[float, float, float] = IMAGENET_MEAN
         self.std: tuple[float, float, float] = IMAGENET_STD
@@ -175,8 +175,8 @@ class DinoBackbone(KeptBuffers):
         tokens, rope, grid = self._embed(images)
         for index, block in enumerate(self._blocks):
             with self._gradients(index):
-                if self._recompute(index):
-                    tokens = _recomputed(_run_block, block, tokens, rope)
+                if self._is_recomputed(index):
+                    tokens = _run_checkpointed(_run_block, block, tokens, rope)
                 else:
                     tokens = _run_block(block, tokens, rope)
         return self._finish(tokens, grid)
@@ -187,7 +187,7 @@ class DinoBackbone(KeptBuffers):
         cache: list[BlockKV] = []
         for index in range(self.depth):
             with self._gradients(index):
-                tokens, key, value = self._call(_run_block_with_kv, index, tokens, rope, self.num_prefix_tokens)
+                tokens, key, value = self._run_on_block(_run_block_with_kv, index, tokens, rope, self.num_prefix_tokens)
             cache.append(BlockKV(key, value))
         return self._finish(tokens, grid), cache
 
@@ -199,7 +199,7 @@ class DinoBackbone(KeptBuffers):
         for index in range(self.depth):
             with self._gradients(index):
                 run = _run_block_with_kv if index < self.depth - 1 else _keys_and_values
-                tokens, key, value = self._call(run, index, tokens, rope, self.num_prefix_tokens)
+                tokens, key, value = self._run_on_block(run, index, tokens, rope, self.num_prefix_tokens)
             cache.append(BlockKV(key, value))
         return cache
 
@@ -251,17 +251,17 @@ class DinoBackbone(KeptBuffers):
                 attention.append(weights)
         return self.net.norm(tokens)
 
-    def _call(self, run: Callable[..., Any], index: int, *inputs: Any) -> Any:
+    def _run_on_block(self, run: Callable[..., Any], index: int, *inputs: Any) -> Any:
         """Call `run` on the block of that index; its activations are recomputed in the backward pass if that is set."""
         function = self._compiled.get(run, run)
         block = self._blocks[index]
-        return _recomputed(function, block, *inputs) if self._recompute(index) else function(block, *inputs)
+        return _run_checkpointed(function, block, *inputs) if self._is_recomputed(index) else function(block, *inputs)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """Tokens at the input of block 0, the rotary embedding of the patches (or None), and the grid."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"the backbone takes images [B, 3, H, W], got {list(images.shape)}")
-        self._check_size(images.shape[2], images.shape[3], what="image")
+        self._check_size(images.shape[2], images.shape[3], size_name="image")
         with self._gradients(-1):
             patches = self.net.patch_embed(images)  # [B, h, w, D]
             grid = (patches.shape[1], patches.shape[2])
@@ -298,7 +298,7 @@ class DinoBackbone(KeptBuffers):
             return torch.no_grad()
         return contextlib.nullcontext()
 
-    def _recompute(self, index: int) -> bool:
+    def _is_recomputed(self, index: int) -> bool:
         return (
             self.gradient_checkpointing and index >= self._first_trained and self.training and torch.is_grad_enabled()
         )
@@ -327,14 +327,14 @@ class DinoBackbone(KeptBuffers):
     def _parameter(self, name: str) -> Tensor:
         return self.net.get_parameter(name)
 
-    def _check_size(self, height: int, width: int, what: str) -> None:
+    def _check_size(self, height: int, width: int, size_name: str) -> None:
         patch = self.variant.patch_size
         for side in (height, width):
             if side < patch or side % patch:
                 below, above = side // patch * patch, (side // patch + 1) * patch
                 near = f"{below} or {above}" if below else f"{above}"
                 raise ValueError(
-                    f"{what} {height} x {width}: {side} does not divide by the patch size {patch} of "
+                    f"{size_name} {height} x {width}: {side} does not divide by the patch size {patch} of "
                     f"{self.variant.name}; the nearest sizes are {near}"
                 )
 
@@ -369,7 +369,7 @@ def _adopt_position_table(module: nn.Module, state: dict[str, Any], prefix: str,
 # timm's `Block` (DINOv2) and `EvaBlock` (DINOv3, tiny) name their parts differently; these functions hide that.
 
 
-def _recomputed(run: Callable[..., Any], *inputs: Any) -> Any:
+def _run_checkpointed(run: Callable[..., Any], *inputs: Any) -> Any:
     """Call `run(*inputs)`; its activations are recomputed in the backward pass instead of stored."""
     return checkpoint(run, *inputs, use_reentrant=False, context_fn=recompute_contexts)
 
@@ -383,11 +383,11 @@ def _run_block_with_kv(block: Any, tokens: Tensor, rope: Tensor | None, prefix: 
     E]."""
     normed = block.norm1(tokens)
     weight, bias = _qkv(block.attn)
-    query, key, value = _heads(functional.linear(normed, weight, bias), block.attn.num_heads, 3)
+    query, key, value = _split_heads(functional.linear(normed, weight, bias), block.attn.num_heads, 3)
     if rope is not None:
-        query, key = (_rotated(block, part, rope, prefix).type_as(value) for part in (query, key))
+        query, key = (_apply_rope(block, part, rope, prefix).type_as(value) for part in (query, key))
     mixed = functional.scaled_dot_product_attention(query, key, value)
-    return _after_attention(block, tokens, mixed), key, value
+    return _finish_block(block, tokens, mixed), key, value
 
 
 def _keys_and_values(block: Any, tokens: Tensor, rope: Tensor | None, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -395,13 +395,13 @@ def _keys_and_values(block: Any, tokens: Tensor, rope: Tensor | None, prefix: in
     width = tokens.shape[-1]
     weight, bias = _qkv(block.attn)
     projected = functional.linear(block.norm1(tokens), weight[width:], None if bias is None else bias[width:])
-    key, value = _heads(projected, block.attn.num_heads, 2)
+    key, value = _split_heads(projected, block.attn.num_heads, 2)
     if rope is not None:
-        key = _rotated(block, key, rope, prefix).type_as(value)
+        key = _apply_rope(block, key, rope, prefix).type_as(value)
     return tokens, key, value
 
 
-def _rotated(block: Any, part: Tensor, rope: Tensor, prefix: int) -> Tensor:
+def _apply_rope(block: Any, part: Tensor, rope: Tensor, prefix: int) -> Tensor:
     """Queries or keys [B, H, R + N, E] with the rotary embedding on the patches."""
     from timm.layers import apply_rot_embed_cat
 
@@ -411,22 +411,22 @@ def _rotated(block: Any, part: Tensor, rope: Tensor, prefix: int) -> Tensor:
 
 def _query_block(block: Any, tokens: Tensor, kv: BlockKV) -> Tensor:
     """Pass queries [B, Q, D] through a block; they attend only to its keys and values [B, H, R + N, E]."""
-    mixed = functional.scaled_dot_product_attention(_queries(block, tokens), kv.key, kv.value)
-    return _after_attention(block, tokens, mixed)
+    mixed = functional.scaled_dot_product_attention(_project_queries(block, tokens), kv.key, kv.value)
+    return _finish_block(block, tokens, mixed)
 
 
 def _query_block_with_attention(block: Any, tokens: Tensor, kv: BlockKV) -> tuple[Tensor, Tensor]:
     """As `_query_block`; also return the attention [B, H, Q, R + N]."""
-    query = _queries(block, tokens)
+    query = _project_queries(block, tokens)
     weights = (query @ kv.key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
-    return _after_attention(block, tokens, weights @ kv.value), weights
+    return _finish_block(block, tokens, weights @ kv.value), weights
 
 
-def _queries(block: Any, tokens: Tensor) -> Tensor:
+def _project_queries(block: Any, tokens: Tensor) -> Tensor:
     width = tokens.shape[-1]
     weight, bias = _qkv(block.attn)
     projected = functional.linear(block.norm1(tokens), weight[:width], None if bias is None else bias[:width])
-    return _heads(projected, block.attn.num_heads, 1)[0]
+    return _split_heads(projected, block.attn.num_heads, 1)[0]
 
 
 def _qkv(attention: Any) -> tuple[Tensor, Tensor | None]:
@@ -438,19 +438,19 @@ def _qkv(attention: Any) -> tuple[Tensor, Tensor | None]:
     return attention.qkv.weight, bias
 
 
-def _heads(projected: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
+def _split_heads(projected: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
     """[B, L, parts * D] -> parts tensors [B, H, L, E]."""
     return projected.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _after_attention(block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
+def _finish_block(block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
     """Output projection, LayerScale, residual and MLP: tokens [B, L, D], mixed [B, H, L, E] -> [B, L, D]."""
     eva = hasattr(block, "gamma_1")
     update = block.attn.proj_drop(block.attn.proj(block.attn.norm(mixed.transpose(1, 2).flatten(2))))
-    tokens = tokens + block.drop_path1(_scaled(update, block.gamma_1) if eva else block.ls1(update))
+    tokens = tokens + block.drop_path1(_apply_layer_scale(update, block.gamma_1) if eva else block.ls1(update))
     update = block.mlp(block.norm2(tokens))
-    return tokens + block.drop_path2(_scaled(update, block.gamma_2) if eva else block.ls2(update))
+    return tokens + block.drop_path2(_apply_layer_scale(update, block.gamma_2) if eva else block.ls2(update))
 
 
-def _scaled(update: Tensor, gamma: Tensor | None) -> Tensor:
+def _apply_layer_scale(update: Tensor, gamma: Tensor | None) -> Tensor:
     return update if gamma is None else gamma * update

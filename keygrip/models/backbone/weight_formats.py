@@ -71,14 +71,14 @@ def _meta_state(state: State, origin: str) -> tuple[State, Tensor | None, str]:
     )
 
 
-def _keygrip_part(raw: State, prefixes: list[str], origin: str, wanted: str | None) -> State:
+def _keygrip_part(raw: State, prefixes: list[str], origin: str, wanted_prefix: str | None) -> State:
     parts = {prefix: _strip(raw, f"{prefix}net.") for prefix in prefixes}
-    if wanted is not None:
-        if wanted not in parts:
+    if wanted_prefix is not None:
+        if wanted_prefix not in parts:
             raise ValueError(
-                f"{origin} has no backbone under backbone.weights_prefix={wanted}; it has {', '.join(prefixes)}"
+                f"{origin} has no backbone under backbone.weights_prefix={wanted_prefix}; it has {', '.join(prefixes)}"
             )
-        return parts[wanted]
+        return parts[wanted_prefix]
     first = parts[prefixes[0]]
     for other in list(parts.values())[1:]:
         same = first.keys() == other.keys() and all(torch.equal(first[key], other[key]) for key in first)

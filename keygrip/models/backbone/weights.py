@@ -301,7 +301,7 @@ def _to_timm(state: State, network: nn.Module, variant: Variant, origin: str, ki
         or patch.shape[2:] != (variant.patch_size, variant.patch_size)
         or registers != (variant.registers > 0)
     ):
-        raise ValueError(_misfit(state, variant, origin, kind))
+        raise ValueError(_describe_misfit(state, variant, origin, kind))
     if variant.family == "dinov3":
         _refuse_satellite(state, origin, kind)
         _check_key_biases(state, origin)
@@ -336,13 +336,13 @@ def _check_key_biases(state: State, origin: str) -> None:
             raise ValueError(f"{origin}: {name} has key biases, which DINOv3 does not have; they would be lost")
 
 
-def _check_fit(state: State, own: State, variant: Variant, origin: str, kind: str) -> None:
-    missing = sorted(own.keys() - state.keys())
-    surplus = sorted(state.keys() - own.keys())
+def _check_fit(state: State, network_state: State, variant: Variant, origin: str, kind: str) -> None:
+    missing = sorted(network_state.keys() - state.keys())
+    surplus = sorted(state.keys() - network_state.keys())
     shapes = [
-        f"{key} is {list(state[key].shape)}, wanted {list(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        f"{key} is {list(state[key].shape)}, wanted {list(network_state[key].shape)}"
+        for key in network_state
+        if key in state and state[key].shape != network_state[key].shape
     ]
     if not (missing or surplus or shapes):
         return
@@ -351,10 +351,10 @@ def _check_fit(state: State, own: State, variant: Variant, origin: str, kind: st
     details += shapes[:2]
     if kind == "DINOv3, timm" and any(key.endswith(".attn.q_bias") for key in missing):
         details.append(f"timm's plain DINOv3 files lack the query and value biases: take those of {variant.timm_name}")
-    raise ValueError(f"{_misfit(state, variant, origin, kind)} ({'; '.join(details)})")
+    raise ValueError(f"{_describe_misfit(state, variant, origin, kind)} ({'; '.join(details)})")
 
 
-def _misfit(state: State, variant: Variant, origin: str, kind: str) -> str:
+def _describe_misfit(state: State, variant: Variant, origin: str, kind: str) -> str:
     """Return one line: the content of the file, the variant that was requested, and the variant that fits."""
     width = next((value.shape[-1] for key, value in state.items() if key.endswith("cls_token")), 0)
     depth = 1 + max((int(match.group(1)) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))), default=-1)

@@ -170,10 +170,10 @@ class CoordinateRegressionModule(System):
         image that count in its loss.) `gripper_open_acc` is the share of steps where open or closed is right. There is
         no `gripper_acc`, which in the volume-query policy requires the exact bin: here the opening has no bins.
         """
-        return self._counted_metrics(output, batch)[0]
+        return self._metrics_and_count(output, batch)[0]
 
     @torch.no_grad()
-    def _counted_metrics(self, output: RegressionOutput, batch: PolicyBatch) -> tuple[dict[str, Tensor], Tensor]:
+    def _metrics_and_count(self, output: RegressionOutput, batch: PolicyBatch) -> tuple[dict[str, Tensor], Tensor]:
         """`metrics`, and the number of targets inside the image over which `pix_argmax` is a mean."""
         position = self.denormalise(output.position)
         intrinsics, extrinsics = batch.intrinsics[:, None, None], batch.world_to_camera[:, None, None]
@@ -205,7 +205,7 @@ class CoordinateRegressionModule(System):
     def validation_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         output = self(batch)
         losses = self.losses(output, batch)
-        metrics, in_image = self._counted_metrics(output, batch)
+        metrics, in_image = self._metrics_and_count(output, batch)
         counts = dict.fromkeys(losses, self._counted(batch).sum()) | {"pix_argmax": in_image}
         self.log_values("val", losses | metrics, len(batch), BAR, counts)
 

@@ -125,40 +125,48 @@ def encode_around(turns: Sequence[Turn], tokenizer: ChatTokenizer, mark: str) ->
     edges = sorted({0, len(rendered), *itertools.chain(*_answer_spans(messages, tokenizer, rendered))})
     parts: list[list[int]] = [[]]
     for start, stop in itertools.pairwise(edges):
-        first, *others = _encoded_between(
-            tokenizer, rendered[start:stop].split(mark), rendered[:start].replace(mark, "")
-        )
+        first, *others = _encode_pieces(tokenizer, rendered[start:stop].split(mark), rendered[:start].replace(mark, ""))
         parts[-1] += first
         parts += others
     return parts
 
 
-def _encoded_between(tokenizer: ChatTokenizer, texts: Sequence[str], before: str) -> Iterator[list[int]]:
+def _encode_pieces(tokenizer: ChatTokenizer, texts: Sequence[str], before: str) -> Iterator[list[int]]:
     for text in texts:
         yield tokenizer.encode(text, after=before)
         before += text
 
 
-def _end_of_first_question(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: str, generating: bool) -> int:
+def _end_of_first_question(
+    messages: list[tuple[str, str]], tokenizer: ChatTokenizer, rendered: str, generating: bool
+) -> int:
     """Return where the words of the first user turn end in the rendered conversation, or where they would begin if it
     has none. The same words may occur in other turns and in the template too, so the conversation is rendered again
     with a mark after them: the two renderings first differ at the mark."""
-    turn_index = next((n for n, (role, _) in enumerate(said) if role == "user"), None)
+    turn_index = next((n for n, (role, _) in enumerate(messages) if role == "user"), None)
     if turn_index is None:
         raise ValueError("prompt_order=question_first needs a user turn in every conversation")
-    text = said[turn_index][1]
+    text = messages[turn_index][1]
     words = text.rstrip()
-    marked_turns = [*said[:turn_index], ("user", f"{words}{PLACE}{text[len(words) :]}"), *said[turn_index + 1 :]]
-    rendered = tokenizer.render(marked_turns, answering=generating)
-    pairs = enumerate(zip(whole, rendered, strict=False))
-    end = next((place for place, (plain, marked) in pairs if plain != marked), len(whole))
-    if not rendered.startswith(PLACE, end) or not whole[:end].endswith(words.lstrip()):
+    marked_turns = [
+        *messages[:turn_index],
+        ("user", f"{words}{PLACE}{text[len(words) :]}"),
+        *messages[turn_index + 1 :],
+    ]
+    marked_rendered = tokenizer.render(marked_turns, answering=generating)
+    pairs = enumerate(zip(rendered, marked_rendered, strict=False))
+    end = next((place for place, (plain, marked) in pairs if plain != marked), len(rendered))
+    if not marked_rendered.startswith(PLACE, end) or not rendered[:end].endswith(words.lstrip()):
         raise ValueError(f"the chat template does not keep the words of a user turn as they are: {words[:60]!r}")
     return end
 
 
-def _answer_spans(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: str) -> list[tuple[int, int]]:
-    spans = [_answer_span(said, turn, tokenizer, whole) for turn, (role, _) in enumerate(said) if role == "assistant"]
+def _answer_spans(messages: list[tuple[str, str]], tokenizer: ChatTokenizer, rendered: str) -> list[tuple[int, int]]:
+    spans = [
+        _answer_span(messages, turn, tokenizer, rendered)
+        for turn, (role, _) in enumerate(messages)
+        if role == "assistant"
+    ]
     if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):  # the end token is that of a later turn
         raise ValueError(
             f"the chat template does not end every assistant's turn with {tokenizer.end_text}: name the token that "
@@ -167,16 +175,18 @@ def _answer_spans(said: list[tuple[str, str]], tokenizer: ChatTokenizer, whole: 
     return spans
 
 
-def _answer_span(said: list[tuple[str, str]], turn: int, tokenizer: ChatTokenizer, whole: str) -> tuple[int, int]:
+def _answer_span(
+    messages: list[tuple[str, str]], turn: int, tokenizer: ChatTokenizer, rendered: str
+) -> tuple[int, int]:
     """Return where, in the rendered conversation, an answer begins and the token that ends its turn ends."""
     if not turn:
         raise ValueError("a conversation begins with an answer: it needs a user turn before the first one")
-    prompt = tokenizer.render(said[:turn], answering=True)
-    words = said[turn][1].strip()
-    start = whole.find(words, len(prompt))
-    if not whole.startswith(prompt) or start < 0:
+    prompt = tokenizer.render(messages[:turn], answering=True)
+    words = messages[turn][1].strip()
+    start = rendered.find(words, len(prompt))
+    if not rendered.startswith(prompt) or start < 0:
         raise ValueError(f"the chat template does not keep an answer behind its prompt: {words[:60]!r}")
-    end = whole.find(tokenizer.end_text, start + len(words))
+    end = rendered.find(tokenizer.end_text, start + len(words))
     if end < 0:
         raise ValueError(f"the chat template does not end an assistant's turn with {tokenizer.end_text}")
     return len(prompt), end + len(tokenizer.end_text)

@@ -28,7 +28,7 @@ SHOWN_TOKENS = 48  # of an answer
 def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) -> tuple[np.ndarray | None, str]:
     """Answer some rows of different kinds; return an image [H, W, 3] uint8 (None without frames) and a table."""
     network, counts = module.network, batch.frame_mask.sum(1).tolist()
-    candidates = [(row, _question(module, batch, row, counts)) for row in one_of_each(batch.kind, rows)]
+    candidates = [(row, _last_fitting_question(module, batch, row, counts)) for row in one_of_each(batch.kind, rows)]
     questions = [(row, question) for row, question in candidates if question is not None]
     if not questions:
         return None, "no conversation of the batch fits into the language model's context with an answer"
@@ -72,7 +72,7 @@ def show_answers(module: FoveatedVLMModule, batch: VideoTextBatch, rows: int) ->
     return draw_attention(strips), text
 
 
-def _question(
+def _last_fitting_question(
     module: FoveatedVLMModule, batch: VideoTextBatch, row: int, counts: Sequence[int]
 ) -> tuple[str, str, EncodedText] | None:
     """Return the last question of a row that fits into the context with an answer, its true answer and the prompt;

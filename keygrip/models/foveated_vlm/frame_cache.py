@@ -61,18 +61,18 @@ class FrameCache:
             if output is None:
                 with torch.no_grad():
                     output = encode(frames[index : index + 1])
-                size = sum(part.nbytes for part in _tensors(output))
+                size = sum(part.nbytes for part in _list_tensors(output))
                 if size <= self.room:
                     output = self.kept[name] = self._slab_for(output, size).add(output)
                     self.room -= size
             outputs.append(output)
-        return _joined(outputs)
+        return _concatenate(outputs)
 
-    def _slab_for(self, one: Encoded, size: int) -> _Slab:
-        kind = tuple((part.shape, part.dtype, part.device) for part in _tensors(one))
+    def _slab_for(self, output: Encoded, size: int) -> _Slab:
+        kind = tuple((part.shape, part.dtype, part.device) for part in _list_tensors(output))
         slab = self._slabs.get(kind)
         if slab is None or slab.full:
-            slab = self._slabs[kind] = _Slab(one, max(1, min(SLAB_BYTES, self.room) // size))
+            slab = self._slabs[kind] = _Slab(output, max(1, min(SLAB_BYTES, self.room) // size))
         return slab
 
 
@@ -83,7 +83,8 @@ class _Slab:
     def __init__(self, like: Encoded, frames: int) -> None:
         with torch.inference_mode(False):  # validation (inference mode) fills it too
             self.parts = [
-                torch.empty((frames, *part.shape[1:]), dtype=part.dtype, device=part.device) for part in _tensors(like)
+                torch.empty((frames, *part.shape[1:]), dtype=part.dtype, device=part.device)
+                for part in _list_tensors(like)
             ]
         self.used = 0
 
@@ -95,25 +96,25 @@ class _Slab:
         """Copy the output of a frame into the next place; return views of that place."""
         with torch.inference_mode(False), torch.no_grad():
             views = [part[self.used : self.used + 1] for part in self.parts]
-            for view, part in zip(views, _tensors(one), strict=True):
+            for view, part in zip(views, _list_tensors(one), strict=True):
                 view.copy_(part)
         self.used += 1
-        return _like(one, views)
+        return _rebuild(one, views)
 
 
-def _tensors(encoded: Encoded) -> list[Tensor]:
+def _list_tensors(encoded: Encoded) -> list[Tensor]:
     if isinstance(encoded, Tensor):
         return [encoded]
     return [part for block in encoded for part in (block.key, block.value)]
 
 
-def _like(encoded: Encoded, tensors: Sequence[Tensor]) -> Encoded:
-    """Return other tensors in the form of `encoded`."""
-    if isinstance(encoded, Tensor):
+def _rebuild(template: Encoded, tensors: Sequence[Tensor]) -> Encoded:
+    """Return tensors in the structure of `template`."""
+    if isinstance(template, Tensor):
         return tensors[0]
     return [BlockKV(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True)]
 
 
-def _joined(encoded: Sequence[Encoded]) -> Encoded:
+def _concatenate(encoded: Sequence[Encoded]) -> Encoded:
     """Concatenate the outputs of single frames."""
-    return _like(encoded[0], [torch.cat(parts) for parts in zip(*map(_tensors, encoded), strict=True)])
+    return _rebuild(encoded[0], [torch.cat(parts) for parts in zip(*map(_list_tensors, encoded), strict=True)])

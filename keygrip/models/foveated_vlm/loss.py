@@ -37,9 +37,9 @@ def token_cross_entropy(
     losses, right = [], []
     for states, chunk_targets in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         if hidden.requires_grad and torch.is_grad_enabled() and len(hidden) > chunk:
-            loss, hit = checkpoint(_one_chunk, states, weight, chunk_targets, tokens, use_reentrant=False)
+            loss, hit = checkpoint(_chunk_loss, states, weight, chunk_targets, tokens, use_reentrant=False)
         else:
-            loss, hit = _one_chunk(states, weight, chunk_targets, tokens)
+            loss, hit = _chunk_loss(states, weight, chunk_targets, tokens)
         losses.append(loss)
         right.append(hit)
     if not losses:
@@ -87,6 +87,6 @@ def check_liger(device: torch.device) -> None:
         )
 
 
-def _one_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, tokens: int | None) -> tuple[Tensor, Tensor]:
+def _chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor, tokens: int | None) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden, weight).float()
     return F.cross_entropy(logits, targets, reduction="none"), logits.detach()[:, :tokens].argmax(-1) == targets

@@ -194,11 +194,11 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.collator.prepare(statistics.folder, statistics.texts)
         self._check_tokenizer()
         if self.init_from is not None and not self.resumed:
-            self._start_from(self.init_from)
+            self._load_initial_weights(self.init_from)
         preparation = (statistics.image_size, statistics.fit, statistics.max_frames, statistics.image_frames)
         self.image_options = frame_settings(*preparation)
 
-    def _start_from(self, path: str) -> None:
+    def _load_initial_weights(self, path: str) -> None:
         source_model = self.take_weights(path, "a video-language model")
         if not source_model.tokenizer.same_words(self.tokenizer, template=False):
             raise ValueError(
@@ -238,16 +238,16 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         Raises:
             ValueError: the checkpoint has no tokenizer.
         """
-        self._take_tokenizer(stored_beside_weights(checkpoint, TOKENIZER_STATE, "tokenizer"))
+        self._restore_tokenizer(stored_beside_weights(checkpoint, TOKENIZER_STATE, "tokenizer"))
         if isinstance(collator := getattr(datamodule, "collator", None), ConversationCollator):
             collator.tokenizer = self.collator.tokenizer
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stored = stored_beside_weights(checkpoint, TOKENIZER_STATE, "tokenizer", "pictures")
-        self._take_tokenizer(stored)
+        self._restore_tokenizer(stored)
         self.image_options = frame_settings(**stored["pictures"])
 
-    def _take_tokenizer(self, stored: Mapping[str, Any]) -> None:
+    def _restore_tokenizer(self, stored: Mapping[str, Any]) -> None:
         self.collator.tokenizer = ChatTokenizer.from_state(stored["tokenizer"], self.network.language.vocabulary)
         self._check_tokenizer()
 
@@ -260,7 +260,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        if self._health_now():
+        if self._is_health_due():
             self._report_health({"grad_norm_clipped": gradient_norm(self.network.parameters())})
 
     # ------------------------------------------------------------------ steps
@@ -318,7 +318,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         coarse = self.coarse_share and float(torch.rand((), generator=generator)) < self.coarse_share
         return "coarse_only" if coarse else self.mode
 
-    def _for_coarse_step(self, batch: VideoTextBatch, kinds: frozenset[str]) -> VideoTextBatch:
+    def _restrict_to_kinds(self, batch: VideoTextBatch, kinds: frozenset[str]) -> VideoTextBatch:
         """Return the batch with a loss on questions of these kinds only; ValueError if too many steps have none."""
         self._coarse_misses = 0 if kinds & set(batch.kind) else self._coarse_misses + 1
         if self._coarse_misses >= COARSE_MISSES:
@@ -346,7 +346,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             frames, kv = self.encoder_inputs(batch, rows)
             mode = self.mode_now()
             if mode != self.mode and self.coarse_kinds is not None:
-                batch = self._for_coarse_step(batch, self.coarse_kinds)
+                batch = self._restrict_to_kinds(batch, self.coarse_kinds)
             refinement = self.refinement_now() if mode == self.mode else 0
             output = self.network(frames, rows, mode, refinement, kv)
         scores = self.score(output, batch)
@@ -360,7 +360,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             for figure, value in self.row_counts.report(self.device).items():
                 self.log(f"train/{figure}", value, batch_size=size)
-        if self._health_now():
+        if self._is_health_due():
             assert isinstance(self.network, FoveatedVLM)
             self._report_health(
                 health_figures(self.network, output, rows, frames, scores, partial(self.score, batch=batch))
@@ -376,12 +376,12 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     def validation_step(self, batch: VideoTextBatch, batch_idx: int) -> None:
         rows = text_rows(batch)
         frames, kv = self.encoder_inputs(batch, rows)
-        for mode, (network_mode, refinement) in self._validated().items():
+        for mode, (network_mode, refinement) in self._validation_modes().items():
             output = self.network(frames, rows, network_mode, refinement, kv)
             self._scores[mode].add(self.score(output, batch), batch.kind)
             if output.passes is not None:
                 kv = output.passes.kv  # computed once for all modes
-                if mode == self._attended():
+                if mode == self._attention_mode():
                     for kind, attention in attention_on_targets(self.network, output, rows, batch):
                         self._on_targets[kind].append(attention)
         if batch_idx == 0 and self._shown(1 if self.log_images_every_n_steps else 0):
@@ -401,10 +401,10 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             self.log(f"val/{name}", value)
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             self.health.check({f"val/{name}": value for name, value in compared.items()}, self.global_step)
-        for kind, shares in self._on_targets_everywhere().items():
+        for kind, shares in self._gather_on_targets().items():
             self.log(f"val/attention_{kind}", sum(shares) / len(shares))
 
-    def _validated(self) -> dict[str, tuple[str, int]]:
+    def _validation_modes(self) -> dict[str, tuple[str, int]]:
         """Return what validation computes: for each name, the network's mode and the number of refinements."""
         modes = {mode: (mode, 0) for mode in self.val_modes}
         if self.refinement and "coarse_fine" in modes:
@@ -417,13 +417,13 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         other queries were never trained."""
         return "coarse_only" if self.mode == "coarse_only" else self.network.modes[-1]
 
-    def _attended(self) -> str:
+    def _attention_mode(self) -> str:
         """Return the mode whose attention is reported: that of inference if it is validated, else that of training."""
         return "autoregressive" if "autoregressive" in self.val_modes else self.mode
 
     # ------------------------------------------------------------------ health
 
-    def _health_now(self) -> bool:
+    def _is_health_due(self) -> bool:
         return isinstance(self.network, FoveatedVLM) and self.due(self.monitor_every_n_steps)
 
     def _report_health(self, figures: Mapping[str, Any]) -> None:
@@ -433,7 +433,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         if self.trainer.is_global_zero:
             self.health.check(values, self.global_step)
 
-    def _on_targets_everywhere(self) -> dict[str, list[float]]:
+    def _gather_on_targets(self) -> dict[str, list[float]]:
         if world_size() == 1:
             return dict(self._on_targets)
         gathered: list[Any] = [None] * world_size()

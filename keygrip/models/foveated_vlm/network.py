@@ -140,7 +140,7 @@ class FoveatedVLM(VideoLanguageNetwork):
 
     def query_frames(self, queries: Tensor, kv: Sequence[BlockKV]) -> Tensor:
         """Compute the embeddings [M, Q, D] of frames for queries [M, Q, D]."""
-        embeddings = self._query_encoder.query(self._into_encoder(queries), kv, self.first_block)
+        embeddings = self._query_encoder.query(self._project_into_encoder(queries), kv, self.first_block)
         return embeddings if self.embedding_output is None else self.embedding_output(embeddings).to(embeddings.dtype)
 
     def choose_queries(self, visual: Tensor, streams: Streams) -> Tensor:
@@ -152,7 +152,7 @@ class FoveatedVLM(VideoLanguageNetwork):
             hidden = take(self.hidden_of(embeddings, lengths), streams.query_at)
         else:  # single frames with nothing before them: zeros that depend on `visual`, so that it has a gradient
             hidden = 0.0 * visual
-        return self._as_queries(self.with_clock(hidden, 0, streams.seconds), streams.first)
+        return self._project_queries(self.with_clock(hidden, 0, streams.seconds), streams.first)
 
     def with_clock(self, hidden: Tensor, first: int, seconds: Tensor | None = None) -> Tensor:
         """Add the clock's embedding of each frame's number (or time, seconds [S, F]) to the hidden states [S, F, C]
@@ -216,7 +216,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         else:
             queries = streams.to_frames(passes.queries)
         kv = [BlockKV(block.key[:limit], block.value[:limit]) for block in passes.kv]
-        query_inputs = self._into_encoder(queries[:limit])
+        query_inputs = self._project_into_encoder(queries[:limit])
         _, weights = self._query_encoder.query_with_attention(query_inputs, kv, self.first_block)
         return torch.stack([block.float() for block in weights], dim=2).permute(0, 3, 2, 1, 4)
 
@@ -226,13 +226,13 @@ class FoveatedVLM(VideoLanguageNetwork):
     def _query_encoder(self) -> DinoBackbone:
         return self.backbone if self.query_path is None else self.query_path
 
-    def _into_encoder(self, queries: Tensor) -> Tensor:
+    def _project_into_encoder(self, queries: Tensor) -> Tensor:
         # in the parameters' precision, which the encoder's residual stream has under autocast too
         return queries if self.query_input is None else self.query_input(queries).to(queries.dtype)
 
-    def _as_queries(self, hidden: Tensor, first: Tensor) -> Tensor:
+    def _project_queries(self, hidden: Tensor, is_first: Tensor) -> Tensor:
         projected = self.query_projection(hidden)
-        return torch.where(first[..., None], self.first_query, projected.to(self.first_query.dtype))
+        return torch.where(is_first[..., None], self.first_query, projected.to(self.first_query.dtype))
 
     def query_after(self, state: Tensor | None, frame: int, seconds: Tensor | None = None) -> Tensor:
         """Compute the query [1, 1, D] of a frame.
@@ -263,7 +263,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         for frame in range(streams.longest):
             seconds = None if streams.seconds is None else streams.seconds[:, frame : frame + 1]
             hidden = self.with_clock(state, frame, seconds)
-            query = self._as_queries(hidden, streams.first[:, frame : frame + 1])  # [S, 1, D]
+            query = self._project_queries(hidden, streams.first[:, frame : frame + 1])  # [S, 1, D]
             embeddings = self._query_frame(query, kv, streams, frame)
             queries.append(query)
             fine.append(embeddings)

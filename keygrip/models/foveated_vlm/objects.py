@@ -55,31 +55,31 @@ def draw_objects(images: Tensor, count: int, random: torch.Generator) -> Objects
     """Sample `count` objects per frame from images [M, 3, S, S] in 0 to 1; an object may be sampled more than once."""
     cells = F.avg_pool2d(images, CELL)
     width, features = cells.shape[-1], colour_features(cells)
-    sampled_cells = _drawn(features, count, random)
+    sampled_cells = _sample_cells(features, count, random)
     start = torch.stack([sampled_cells % width, sampled_cells // width], dim=-1).float()
-    centre, colour = _at_rest(cells, features, start, _taken(features, sampled_cells))
+    centre, colour = _mean_shift(cells, features, start, _gather_cells(features, sampled_cells))
     middle = (CELL - 1) / 2  # centre of a cell, in pixels
     return Objects(CELL * centre + middle, colour, CELL * start + middle)
 
 
-def _drawn(features: Tensor, count: int, random: torch.Generator) -> Tensor:
+def _sample_cells(features: Tensor, count: int, random: torch.Generator) -> Tensor:
     """Sample indices of cells [M, K] from features [M, h * w, 4], in proportion to the rarity of their colour among
     `CANDIDATES` cells."""
     frames, cells = features.shape[:2]
     candidates = torch.randint(cells, (frames, max(count, CANDIDATES)), generator=random).to(features.device)
-    candidate_features = _taken(features, candidates)
+    candidate_features = _gather_cells(features, candidates)
     commonness = likeness(candidate_features, candidate_features).mean(-1)  # at least 1 / CANDIDATES: the cell itself
     noise = torch.rand(commonness.shape, generator=random).to(commonness).clamp(1e-6, 1 - 1e-6)
     keys = -commonness.log() - (-noise.log()).log()  # Gumbel: the K largest are a sample without replacement
     return candidates.gather(1, keys.topk(count, dim=1).indices)
 
 
-def _at_rest(cells: Tensor, features: Tensor, centre: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_shift(cells: Tensor, features: Tensor, centre: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     """Return where windows converge, (x, y) in cells [M, K, 2], and the mean colour of the pixels found [M, K, 3].
 
     Args:
         cells: [M, 3, h, w]. features: [M, h * w, 4], of the cells. centre: [M, K, 2], where windows start.
-        asked: [M, K, 4], features to search for.
+        query: [M, K, 4], features to search for.
     """
     height, width = cells.shape[-2:]
     colours, colour = cells.flatten(2).transpose(1, 2), cells.new_empty(0)
@@ -90,16 +90,16 @@ def _at_rest(cells: Tensor, features: Tensor, centre: Tensor, asked: Tensor) -> 
         x, y = middle[..., :1] + right, middle[..., 1:] + down  # [M, K, W]
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         index = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).flatten(1)
-        window_features = _taken(features, index).unflatten(1, x.shape[1:])  # [M, K, W, 4]
-        weight = likeness(asked[:, :, None], window_features)[:, :, 0] * inside
+        window_features = _gather_cells(features, index).unflatten(1, x.shape[1:])  # [M, K, W, 4]
+        weight = likeness(query[:, :, None], window_features)[:, :, 0] * inside
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)
-        colour = (weight[..., None] * _taken(colours, index).unflatten(1, x.shape[1:])).sum(2)
-        asked = (weight[..., None] * window_features).sum(2)
+        colour = (weight[..., None] * _gather_cells(colours, index).unflatten(1, x.shape[1:])).sum(2)
+        query = (weight[..., None] * window_features).sum(2)
         centre = torch.stack([(weight * x).sum(-1), (weight * y).sum(-1)], dim=-1)
     return centre, colour
 
 
-def _taken(values: Tensor, index: Tensor) -> Tensor:
+def _gather_cells(values: Tensor, index: Tensor) -> Tensor:
     """Values [M, N, E] at index [M, n]: [M, n, E]."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 

@@ -53,7 +53,7 @@ def read_published(source: str) -> State:
     Raises:
         FileNotFoundError: not there. ValueError: damaged, or of another model.
     """
-    raw = read_file(_file(str(source)))
+    raw = read_file(_find_weights_file(str(source)))
     if any(name.startswith(OF_TRAINING) for name in raw):
         raw = {name.removeprefix(OF_TRAINING): value for name, value in raw.items() if name.startswith(OF_TRAINING)}
     state = {name.replace("_orig_mod.", ""): value for name, value in raw.items()}  # of a compiled model
@@ -181,13 +181,13 @@ def load_published(network: FoveatedVLM, state: State, source: str) -> None:
         own_name: state[published_name][None] if published_name in QUERIES else state[published_name]
         for published_name, own_name in NAMES.items()
     }
-    _check(published, parameters, source)
+    _check_fit(published, parameters, source)
     with torch.no_grad():
         for name, value in published.items():
             parameters[name].copy_(value)
 
 
-def _file(source: str) -> Path:
+def _find_weights_file(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path
@@ -209,25 +209,25 @@ def _file(source: str) -> Path:
     return file
 
 
-def _load(module: Any, state: State, where: str) -> None:
+def _load(module: Any, state: State, origin: str) -> None:
     module_state = module.state_dict()
     state = {
         name: value for name, value in state.items() if name in module_state or not name.endswith("rotary_emb.inv_freq")
     }
-    _check(state, module_state, where)
+    _check_fit(state, module_state, origin)
     module.load_state_dict(state)
 
 
-def _check(state: State, own: dict[str, Any], where: str) -> None:
-    """Raise ValueError if names or shapes differ from the module's own."""
-    names = sorted(own.keys() ^ state.keys())
+def _check_fit(state: State, expected: dict[str, Any], origin: str) -> None:
+    """Raise ValueError if names or shapes differ from those expected by the module."""
+    names = sorted(expected.keys() ^ state.keys())
     shapes = [
-        f"{name} is {list(state[name].shape)} in place of {list(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
+        f"{name} is {list(state[name].shape)} in place of {list(expected[name].shape)}"
+        for name in sorted(expected.keys() & state.keys())
+        if expected[name].shape != state[name].shape
     ]
     if names or shapes:
         raise ValueError(
-            f"{where}: the weights do not fit: {'; '.join([*names[:3], *shapes[:3]])}; does the language model belong "
+            f"{origin}: the weights do not fit: {'; '.join([*names[:3], *shapes[:3]])}; does the language model belong "
             "to it?"
         )

@@ -93,7 +93,7 @@ class Scores:
     def figures(self) -> dict[str, float]:
         """Return `loss` and `perplexity` per token and `accuracy` per row over all processes, and loss and accuracy by
         kind (`accuracy_mark`)."""
-        sums = self._everywhere()
+        sums = self._gather_sums()
         total = [sum(kind_sums[index] for kind_sums in sums.values()) for index in range(4)]
         figures: dict[str, float] = {}
         if total[1]:
@@ -110,9 +110,9 @@ class Scores:
 
     def questions(self) -> dict[str, int]:
         """Return `questions_<kind>` over all processes: rows with an answer, the denominator of `accuracy_<kind>`."""
-        return {f"questions_{kind}": int(sums[2]) for kind, sums in sorted(self._everywhere().items()) if sums[2]}
+        return {f"questions_{kind}": int(sums[2]) for kind, sums in sorted(self._gather_sums().items()) if sums[2]}
 
-    def _everywhere(self) -> dict[str, list[float]]:
+    def _gather_sums(self) -> dict[str, list[float]]:
         if world_size() == 1:
             return dict(self.sums)
         gathered: list[dict[str, list[float]] | None] = [None] * world_size()

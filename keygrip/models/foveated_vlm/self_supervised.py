@@ -218,19 +218,19 @@ class SelfSupervisedModule(System):
             "frame": F.mse_loss(network.frame_head(features.cls).float(), thumbnails),
         }
 
-    def _contrast(self, read: Tensor, crops: Tensor, centre: Tensor, meant: Tensor) -> Tensor:
+    def _contrast(self, query_outputs: Tensor, crops: Tensor, centre: Tensor, target_objects: Tensor) -> Tensor:
         """Return the mean cross-entropy of identifying the target object's crop from a query's result, among the crops
         of all frames; other samples of the same object in its frame are excluded.
 
         Args:
-            read: [M, K, D], results of the queries. crops: [M, K, C]. centre: [M, K, 2]. meant: [M, K], indices of the
-                target objects.
+            query_outputs: [M, K, D], results of the queries. crops: [M, K, C]. centre: [M, K, 2].
+            target_objects: [M, K], indices of the target objects in their frame.
         """
-        query_embeddings = F.normalize(self.network.asked_embedding(read).float().flatten(0, 1), dim=-1)
+        query_embeddings = F.normalize(self.network.asked_embedding(query_outputs).float().flatten(0, 1), dim=-1)
         crop_embeddings = F.normalize(self.network.crop_embedding(crops).float().flatten(0, 1), dim=-1)  # [M * K, E]
-        frames, objects_per_frame = meant.shape
+        frames, objects_per_frame = target_objects.shape
         frame = torch.arange(frames, device=centre.device)
-        target_indices = (frame[:, None] * objects_per_frame + meant).flatten()
+        target_indices = (frame[:, None] * objects_per_frame + target_objects).flatten()
         centres, frame = centre.flatten(0, 1), frame.repeat_interleave(objects_per_frame)
         same_object = (torch.cdist(centres[target_indices], centres) < SAME) & (frame[:, None] == frame)
         same_object = same_object.scatter(1, target_indices[:, None], False)
@@ -279,7 +279,7 @@ class SelfSupervisedModule(System):
         """Nothing about the data is stored."""
 
 
-def _object_error(said: Tensor, wanted: Tensor) -> Tensor:
+def _object_error(predicted: Tensor, target: Tensor) -> Tensor:
     """Return the mean squared error of crops plus COLOUR times that of colours, from tensors [M, K, C + 3]."""
-    squared = (said - wanted).square()
+    squared = (predicted - target).square()
     return squared[..., :-3].mean() + COLOUR * squared[..., -3:].mean()

@@ -122,7 +122,7 @@ class StreamingSession:
                 is then unchanged.
         """
         self._check_free()
-        network, time_s = self.network, self._time_of(second)
+        network, time_s = self.network, self._check_time(second)
         seconds = torch.tensor([[time_s]], device=frame.device)
         kv = network.encode(frame[None])
         coarse = None
@@ -141,7 +141,7 @@ class StreamingSession:
         self.frames += 1
         self._second = time_s
 
-    def _time_of(self, second: float | None) -> float:
+    def _check_time(self, second: float | None) -> float:
         last = self._second
         time_s = (0.0 if last is None else last + 1.0) if second is None else float(second)
         if MOST_SECONDS < time_s < math.inf:
@@ -286,9 +286,9 @@ class VideoStream:
     def room(self) -> int:
         """Number of frames that can still be pushed; the language model's context, the frame numbers of the network and
         the stream's `seconds` limit it."""
-        return min(room for room, _ in self._rooms())
+        return min(room for room, _ in self._frame_limits())
 
-    def _rooms(self) -> list[tuple[int, str]]:
+    def _frame_limits(self) -> list[tuple[int, str]]:
         """Return for each limit how many more frames it allows, and the error text for the case that it allows none."""
         network = self.module.network
         used_positions = self.session.positions + len(self._rest) + self.answer_tokens
@@ -323,13 +323,13 @@ class VideoStream:
             ValueError: another shape or type, no room for it (`room`), or `second` is not finite, is before the time
                 of the last frame or differs from the stream's `seconds`.
         """
-        limit_message = next((message for room, message in self._rooms() if room < 1), None)
+        limit_message = next((message for room, message in self._frame_limits() if room < 1), None)
         if limit_message is not None:
             raise ValueError(
                 f"the stream is full: {limit_message}. Answers can still be had; begin a new stream for further frames"
             )
         if self._seconds is not None:
-            second = self._known_second(second)
+            second = self._expected_second(second)
         images = self.module.image_options
         if not isinstance(frame, Image.Image):
             if not isinstance(frame, np.ndarray):
@@ -340,7 +340,7 @@ class VideoStream:
         fitted = shown_image(frame, images["image_size"], images["fit"])
         self.session.push(self.module.as_input(fitted[None])[0, 0], second)
 
-    def _known_second(self, second: float | None) -> float:
+    def _expected_second(self, second: float | None) -> float:
         assert self._seconds is not None
         expected = self._seconds[self.frames]
         if second is not None and second != expected:

@@ -224,10 +224,12 @@ class VideoLanguageNetwork(nn.Module):
         hidden, layout = self.read(visual, rows)
         return VLMOutput(hidden + zero, layout, visual, passes)
 
-    def _without_frames(self, rows: TextRows, *own: nn.Module | nn.Parameter | None) -> tuple[Tensor, None, Tensor]:
-        """Return `visual_tokens` for text alone; ``own``: parts of a subclass that only rows with frames use."""
+    def _without_frames(
+        self, rows: TextRows, *frame_parts: nn.Module | nn.Parameter | None
+    ) -> tuple[Tensor, None, Tensor]:
+        """Return `visual_tokens` for text alone; ``frame_parts``: parts of a subclass that only frames use."""
         visual = self.connector.linear.weight.new_zeros(len(rows.input_ids), 0, self.language.width)
-        parts = (self.backbone, self.connector, self.frame_tokens, self.frame_clock, *own)
+        parts = (self.backbone, self.connector, self.frame_tokens, self.frame_clock, *frame_parts)
         return visual, None, self.zero_of_unused(*(part for part in parts if part is not None))
 
     def zero_of_unused(self, *parts: nn.Module | nn.Parameter) -> Tensor:

@@ -213,9 +213,9 @@ class PCARotation(RotationCodec):
     def bin_position(self, quaternions: Tensor) -> Tensor:
         """Position ``[...]`` on the bins' scale: bin i spans [i, i + 1], values outside the fitted range are
         clamped."""
-        return self._position(quaternions).clamp(0, self.classes)
+        return self._unclamped_position(quaternions).clamp(0, self.classes)
 
-    def _position(self, quaternions: Tensor) -> Tensor:
+    def _unclamped_position(self, quaternions: Tensor) -> Tensor:
         low, high = self._ends(self.score_range)
         return (self.scores(quaternions) - low) / (high - low) * self.classes
 
@@ -228,14 +228,14 @@ class PCARotation(RotationCodec):
 
     def _off_axis(self, quaternions: Tensor) -> Tensor:
         """Radians ``[...]`` from rotations ``[..., 4]`` to their places on PC1's axis, also beyond the bins."""
-        on_axis = self._from_position(self._position(quaternions).to(self.mean.dtype)).to(quaternions.dtype)
+        on_axis = self._rotation_at(self._unclamped_position(quaternions).to(self.mean.dtype)).to(quaternions.dtype)
         return geodesic_angle(normalise(quaternions), on_axis)
 
     def encode(self, quaternions: Tensor) -> Tensor:
         return self.bin_position(quaternions).long().clamp_max(self.classes - 1)
 
     def decode(self, indices: Tensor) -> Tensor:
-        return self._from_position(indices.to(self.mean.dtype) + 0.5)
+        return self._rotation_at(indices.to(self.mean.dtype) + 0.5)
 
     def expectation(self, logits: Tensor, window: int = 2) -> Tensor:
         """Rotations ``[..., 4]`` at the mean bin position around the best bin of logits ``[..., R]``: finer than a
@@ -244,9 +244,9 @@ class PCARotation(RotationCodec):
         best = logits.argmax(dim=-1, keepdim=True)
         near = (bins - best).abs() <= window
         weights = logits.float().masked_fill(~near, -torch.inf).softmax(dim=-1)
-        return self._from_position((weights * (bins + 0.5)).sum(dim=-1))
+        return self._rotation_at((weights * (bins + 0.5)).sum(dim=-1))
 
-    def _from_position(self, position: Tensor) -> Tensor:
+    def _rotation_at(self, position: Tensor) -> Tensor:
         self._require_fit()
         low, high = self.score_range[0], self.score_range[1]
         score = low + (high - low) * position / self.classes
@@ -320,20 +320,20 @@ def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fing
     settings = f"{type(codec).__name__} {codec.settings()} {fingerprint}".encode()
     digest = hashlib.sha256(settings + contents).hexdigest()[:16]
     path = cache_dir / f"rotation-{type(codec).__name__}-{digest}.pt"
-    stored = _stored(path)
+    stored = _load_cached_basis(path)
     if stored is not None:
         codec.load_state_dict(stored)
         report = codec.report(normalise(quaternions.double()))
-        _warn(codec, report)
+        _warn_of_poor_fit(codec, report)
         return report
     report = codec.fit(quaternions)
-    _warn(codec, report)
+    _warn_of_poor_fit(codec, report)
     with atomic_write(path) as file:
         torch.save(codec.state_dict(), file)
     return report
 
 
-def _stored(path: Path) -> dict[str, Tensor] | None:
+def _load_cached_basis(path: Path) -> dict[str, Tensor] | None:
     """Load a cached basis; None if there is none, or if it is damaged and must be fitted again."""
     try:
         basis: dict[str, Tensor] | None = load_tensors(path) if path.is_file() else None
@@ -343,7 +343,7 @@ def _stored(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
-def _warn(codec: RotationCodec, report: dict[str, float]) -> None:
+def _warn_of_poor_fit(codec: RotationCodec, report: dict[str, float]) -> None:
     if isinstance(codec, PCARotation) and report["pc1_explained"] < codec.min_explained:
         log.warning(
             "the first principal component explains %.0f %% of the training rotations (rotation.min_explained=%g): "

@@ -111,7 +111,7 @@ class JointSpace(nn.Module):
         self.arms = tuple(arms)
 
     def numbers(self, targets: PolicyTargets) -> Tensor:
-        joints = _present(targets.joints, "joints")
+        joints = _require_recorded(targets.joints, "joints")
         if joints.shape[-1] != ARM_JOINTS:
             raise ValueError(
                 f"model.actions.kind=joint drives arms of {ARM_JOINTS} joints, the demonstrations have "
@@ -125,7 +125,7 @@ class JointSpace(nn.Module):
         Raises:
             ValueError: the recorded positions differ from those of the arm's model at the recorded joints.
         """
-        joints = _present(targets.start_joints, "joints")
+        joints = _require_recorded(targets.start_joints, "joints")
         position, rotation = self._in_base(joints[..., :ARM_JOINTS])  # [B, A, 3] and [B, A, 3, 3]
         base_rotations = quaternion_to_matrix(targets.start_quaternion) @ rotation.transpose(-1, -2)
         left, _, right = torch.linalg.svd(base_rotations.double().mean(dim=0))
@@ -187,7 +187,7 @@ class ControllerSpace(nn.Module):
         self.register_buffer("shares", torch.ones(2))
 
     def numbers(self, targets: PolicyTargets) -> Tensor:
-        controller = _present(targets.controller, "controller actions")
+        controller = _require_recorded(targets.controller, "controller actions")
         if controller.shape[-1] != COLUMNS["osc"]:
             raise ValueError(
                 f"model.actions.kind=osc needs 7 numbers per step, the recordings have {controller.shape[-1]}"
@@ -238,9 +238,11 @@ class ControllerSpace(nn.Module):
         return new_position, torch.stack(quaternions, dim=2), (1 - numbers[..., 6]) / 2
 
 
-def _present(values: Tensor | None, what: str) -> Tensor:
+def _require_recorded(values: Tensor | None, quantity: str) -> Tensor:
     if values is None:
-        raise ValueError(f"the demonstrations hold no {what}, which model.actions.kind asks for: use absolute or delta")
+        raise ValueError(
+            f"the demonstrations hold no {quantity}, which model.actions.kind asks for: use absolute or delta"
+        )
     return values
 
 

@@ -126,7 +126,7 @@ class PoseActions(nn.Module):
         if not self.embodiments:
             self._take_rows(state, actions, mask, ...)
         for robot, name in enumerate(self.embodiments):
-            rows = self._embodiment(chunks.embodiment) == robot
+            rows = self._require_embodiment(chunks.embodiment) == robot
             if not rows.any():
                 raise ValueError(
                     f"model.actions.embodiments names {name!r}, of which there is no training demonstration."
@@ -141,12 +141,12 @@ class PoseActions(nn.Module):
         reach = {}
         for column in range(state.shape[-1]):
             values = state[:, column]
-            reach[self._label("state", column, SIZE)] = self._take(
+            reach[self._describe_column("state", column, SIZE)] = self._take(
                 values, self.state_low[row], self.state_high[row], column
             )
         for column in range(self.size):
             values = actions[..., column][mask[..., column]]
-            reach[self._label("actions", column, self.columns)] = self._take(
+            reach[self._describe_column("actions", column, self.columns)] = self._take(
                 values, self.low[row], self.high[row], column
             )
         far = {name: beyond for name, beyond in reach.items() if beyond > FARTHEST}
@@ -159,8 +159,8 @@ class PoseActions(nn.Module):
                 ", ".join(f"{beyond:.0f} ({name})" for name, beyond in sorted(far.items(), key=lambda each: -each[1])),
             )
 
-    def _label(self, what: str, column: int, columns: int) -> str:
-        return f"number {column % columns + 1} of the {self.arms[column // columns]} arm's {what}"
+    def _describe_column(self, quantity: str, column: int, columns: int) -> str:
+        return f"number {column % columns + 1} of the {self.arms[column // columns]} arm's {quantity}"
 
     def _take(self, values: Tensor, low: Tensor, high: Tensor, column: int) -> float:
         """Store the bounds of one number; return the largest absolute value of its normalised values."""
@@ -173,7 +173,7 @@ class PoseActions(nn.Module):
         high[column] = middle + half
         return float((values.double() - middle).abs().max()) / half
 
-    def _embodiment(self, embodiment: Tensor | None) -> Tensor:
+    def _require_embodiment(self, embodiment: Tensor | None) -> Tensor:
         if embodiment is None:
             raise ValueError(f"the model distinguishes {', '.join(self.embodiments)}: name the robot of each sample")
         return embodiment
@@ -181,7 +181,7 @@ class PoseActions(nn.Module):
     def _of(self, name: str, embodiment: Tensor | None) -> Tensor:
         """A statistic by name: ``[Da]``, or with several robots that of each sample's robot, ``[B, Da]``."""
         values: Tensor = getattr(self, name)
-        return values[self._embodiment(embodiment)] if self.embodiments else values
+        return values[self._require_embodiment(embodiment)] if self.embodiments else values
 
     def _check(self) -> None:
         if not self._known(self.known):
@@ -195,14 +195,14 @@ class PoseActions(nn.Module):
         several robots ``embodiment`` ``[B]`` gives each sample's robot."""
         self._check()
         numbers = pose_numbers(position, quaternion, gripper).flatten(-2)
-        return _scaled(numbers, self._of("state_low", embodiment), self._of("state_high", embodiment))
+        return _normalise_min_max(numbers, self._of("state_low", embodiment), self._of("state_high", embodiment))
 
     def places(self, points: Tensor, embodiment: Tensor | None = None) -> Tensor:
         """Normalise world points ``[B, A, M, 3]``, metres, in the same way as the state's positions."""
         self._check()
         shape = (-1, len(self.arms), 1, SIZE)
         low, high = (self._of(name, embodiment).reshape(shape)[..., :3] for name in ("state_low", "state_high"))
-        return _scaled(points, low, high)
+        return _normalise_min_max(points, low, high)
 
     def encode(self, targets: PolicyTargets) -> Tensor:
         """Convert the targets of a batch to normalised actions, ``[B, T, C A]``."""
@@ -243,7 +243,7 @@ class PoseActions(nn.Module):
         low, high = self._of("low", embodiment), self._of("high", embodiment)
         if self.embodiments:
             low, high = low[:, None], high[:, None]  # the same at all steps
-        return _scaled(raw, low, high)
+        return _normalise_min_max(raw, low, high)
 
     def numbers(self, actions: Tensor, embodiment: Tensor | None = None) -> Tensor:
         """Convert normalised actions ``[B, T, C A]`` to their own units, ``[B, A, T, C]``; values outside -1 .. 1 are
@@ -275,5 +275,5 @@ class PoseActions(nn.Module):
         return self.space.numbers(targets).transpose(1, 2).flatten(-2)
 
 
-def _scaled(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _normalise_min_max(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (values - low) / (high - low) * 2 - 1

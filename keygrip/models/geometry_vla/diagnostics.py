@@ -105,7 +105,7 @@ def exchanged_geometry(
         batch.instruction,
         batch.view_intrinsics,
         batch.view_world_to_camera,
-        geometry=_of_the_one_before(scene.geometry),
+        geometry=_roll_features(scene.geometry),
     )
     changed = module.with_places(changed, batch.embodiment)
     original, _, _ = module.decode(sampled, batch)
@@ -116,7 +116,7 @@ def exchanged_geometry(
     return {name: 100 * (values * weights).sum() / weights.sum().clamp(min=1) for name, values in figures.items()}
 
 
-def _of_the_one_before(features: GeometryFeatures) -> GeometryFeatures:
+def _roll_features(features: GeometryFeatures) -> GeometryFeatures:
     """Replace each sample's features by those of the previous sample, the first's by the last's."""
     parts = {field.name: getattr(features, field.name) for field in fields(features)}
     return replace(features, **{name: part.roll(1, dims=0) for name, part in parts.items() if part is not None})

@@ -68,7 +68,7 @@ class FeatureCache:
         keys = [_key(row, maker) for row in zip(*(part.cpu() for part in (images, *conditions)), strict=True)]
         cached = [self._read(key) for key in keys]
         missing = [row for row, feature in enumerate(cached) if feature is None]
-        self._watch(len(cached), len(cached) - len(missing))
+        self._count_hits(len(cached), len(cached) - len(missing))
         if missing:
             computed = compute(*(part[missing] for part in (images, *conditions))).detach().cpu()
             for row, feature in zip(missing, computed, strict=True):
@@ -78,10 +78,10 @@ class FeatureCache:
                 cached[row] = small
         return torch.stack([feature.float() for feature in cached if feature is not None]).to(images.device)
 
-    def _watch(self, asked: int, found: int) -> None:
-        """Warn once if the cache has no effect."""
+    def _count_hits(self, requests: int, hits: int) -> None:
+        """Count requests and hits; warn once if the cache has no effect."""
         before = self._asked
-        self._asked, self._found = before + asked, self._found + found
+        self._asked, self._found = before + requests, self._found + hits
         if before < SURPRISING <= self._asked and not self._found:
             log.warning(
                 "of %d images none came twice: the cache of geometry features only costs time; random crops and "
@@ -125,14 +125,14 @@ class FeatureCache:
                 old_size = path.stat().st_size if path.exists() else 0
                 write_bytes(path, save({"feature": feature.contiguous()}, {CHECKSUM: _checksum(feature)}))
                 size = self.size() + path.stat().st_size - old_size
-                write_text(self.folder / ".size", str(self._shrunk() if size > self.limit else size))
+                write_text(self.folder / ".size", str(self._evict_oldest() if size > self.limit else size))
         except OSError as error:
             raise OSError(
                 f"the cache of geometry features cannot be written ({error}): give geometry.cache.folder a disk with "
                 "room, with which a run may be resumed too"
             ) from error
 
-    def _shrunk(self) -> int:
+    def _evict_oldest(self) -> int:
         """Remove the least recently used files until the rest fits; return the size of the rest."""
         files = []
         for path in self.folder.glob("*/*.safetensors"):

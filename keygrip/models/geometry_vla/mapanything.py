@@ -90,7 +90,7 @@ class MapAnythingGeometry(GeometryEncoder):
         cameras: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        chosen = _checked(calibration, cameras)
+        chosen = _check_calibration(calibration, cameras)
         model = _load_mapanything(weights)
         model.eval().requires_grad_(False)
         self._model = [model]  # in a list, so it is not a submodule
@@ -135,11 +135,14 @@ class MapAnythingGeometry(GeometryEncoder):
                     self.cameras[0],
                     ", ".join(calibrated),
                 )
-            log.info("geometry.calibration=auto: MapAnything receives the calibration of %s", _named(decided))
+            log.info(
+                "geometry.calibration=auto: MapAnything receives the calibration of %s", _describe_calibration(decided)
+            )
         elif self.calibration != decided:
             raise ValueError(
-                f"geometry.calibration=auto: the checkpoint was trained with the calibration of {_named(decided)}, and "
-                f"the demonstrations now give that of {_named(self.calibration)}: restore them, or start a new run"
+                "geometry.calibration=auto: the checkpoint was trained with the calibration of "
+                f"{_describe_calibration(decided)}, and the demonstrations now give that of "
+                f"{_describe_calibration(self.calibration)}: restore them, or start a new run"
             )
         self.calibration = decided
 
@@ -198,17 +201,17 @@ class MapAnythingGeometry(GeometryEncoder):
                     intrinsics, world_to_camera = (part[:, index].float() for part in cameras)
                     views[view_index] |= self._camera_inputs(intrinsics, world_to_camera, images.shape[-1])
         captured: list[Any] = []
-        hook = model.info_sharing.register_forward_hook(lambda _, __, output: _stop(captured, output))
+        hook = model.info_sharing.register_forward_hook(lambda _, __, output: _capture_and_stop(captured, output))
         devices = [images.device] if images.device.type == "cuda" else []
         # In its own precision, independent of the caller's: bf16 on a GPU, as its authors run it.
         with (
             torch.random.fork_rng(devices),
-            _optional_inputs(model, ALL_CAMERAS if cameras else NO_CAMERAS),
+            _fixed_optional_inputs(model, ALL_CAMERAS if cameras else NO_CAMERAS),
             torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"),
         ):
             try:
                 model(views)
-            except _FoundError:
+            except _CapturedError:
                 pass
             finally:
                 hook.remove()
@@ -251,21 +254,21 @@ class MapAnythingGeometry(GeometryEncoder):
         }
 
 
-class _FoundError(Exception):
+class _CapturedError(Exception):
     """Ends MapAnything's forward pass as soon as its tokens are computed: the heads after them are not needed."""
 
 
-def _stop(found: list[Any], output: Any) -> None:
-    found.append(output)
-    raise _FoundError
+def _capture_and_stop(captured: list[Any], output: Any) -> None:
+    captured.append(output)
+    raise _CapturedError
 
 
 @contextlib.contextmanager
-def _optional_inputs(model: Any, chances: dict[str, float]) -> Iterator[None]:
+def _fixed_optional_inputs(model: Any, probabilities: dict[str, float]) -> Iterator[None]:
     """Make MapAnything's optional inputs deterministic; its own settings are restored afterwards."""
     settings = model.geometric_input_config
     saved = dict(settings)
-    settings.update(chances | NO_DEPTH)
+    settings.update(probabilities | NO_DEPTH)
     try:
         yield
     finally:
@@ -273,7 +276,7 @@ def _optional_inputs(model: Any, chances: dict[str, float]) -> Iterator[None]:
         settings.update(saved)
 
 
-def _checked(
+def _check_calibration(
     calibration: bool | Literal["auto"] | Sequence[str], cameras: Sequence[str] | None
 ) -> bool | tuple[str, ...] | None:
     """The cameras whose calibration is read; None: not decided yet. Raises ValueError if one is not a view, or if the
@@ -301,7 +304,7 @@ def _checked(
     return named
 
 
-def _named(calibration: bool | tuple[str, ...]) -> str:
+def _describe_calibration(calibration: bool | tuple[str, ...]) -> str:
     if isinstance(calibration, tuple):
         return ", ".join(calibration)
     return "all cameras" if calibration else "no camera"

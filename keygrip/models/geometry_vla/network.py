@@ -299,11 +299,11 @@ class GeometryVLA(nn.Module):
         if geometry_features is not None and self.geometry is not None and not self.geometry.action_gradient:
             features = geometry_features.detach()
         if self.blank and features is not None:
-            features = self._blanked(features)
+            features = self._zero_features(features)
         semantics = self.vlm(images, instructions, blocks, self._prompt_prefix(features, views))
         pointing, met, pointed = None, None, None
         if self.pointing is not None:
-            pointing = self._maps(semantics.layers[-1].float(), semantics.places, views, features)
+            pointing = self._pointing_logits(semantics.layers[-1].float(), semantics.places, views, features)
         # From here on in float32: the head's inputs and the head itself.
         with without_autocast(images):
             geometry_tokens = self._geometry_tokens(features, views)
@@ -364,7 +364,7 @@ class GeometryVLA(nn.Module):
             contexts.append(BlockContext(torch.cat(parts, dim=1), mask))
         return contexts, groups
 
-    def _maps(self, hidden: Tensor, places: Tensor, views: int, features: GeometryFeatures | None) -> Tensor:
+    def _pointing_logits(self, hidden: Tensor, places: Tensor, views: int, features: GeometryFeatures | None) -> Tensor:
         """Logits of where the gripper will be, summed over all sources of them."""
         assert self.pointing is not None
         logits = self.pointing(hidden, places, views)
@@ -394,7 +394,7 @@ class GeometryVLA(nn.Module):
         return tokens + self.geometry_places(grid_places(views, side, tokens.device)[None])
 
     @staticmethod
-    def _blanked(features: GeometryFeatures) -> GeometryFeatures:
+    def _zero_features(features: GeometryFeatures) -> GeometryFeatures:
         """Features of zeros; the encoder's parameters stay in the graph, which DDP requires."""
         points, scale = (None if each is None else 0 * each for each in (features.points, features.scale))
         return replace(features, tokens=0 * features.tokens, points=points, scale=scale)
@@ -419,7 +419,7 @@ class GeometryVLA(nn.Module):
         """Sample actions ``[B, T, Da]`` from standard normal noise of that shape; the scene's keys and values are
         computed in the first step and cached."""
         chosen = sampling or ActionSampling()
-        call = partial(self._at, scene, state)
+        call = partial(self._velocity_at, scene, state)
         return integrate(call, chosen.temperature * noise, noise_levels(chosen.steps), chosen.solver)
 
     @torch.no_grad()
@@ -440,10 +440,10 @@ class GeometryVLA(nn.Module):
             for block, context in zip(self.head.blocks, scene.contexts, strict=True):
                 # cached here, because nothing is cached while guidance records gradients
                 context.keys_values(cast(HeadBlock, block).attention)
-        call = guided_velocity(partial(self._at, scene, state), known, weight, strongest)
+        call = guided_velocity(partial(self._velocity_at, scene, state), known, weight, strongest)
         return integrate(call, chosen.temperature * noise, noise_levels(chosen.steps), chosen.solver)
 
-    def _at(self, scene: Scene, state: Tensor, x: Tensor, level: float) -> Tensor:
+    def _velocity_at(self, scene: Scene, state: Tensor, x: Tensor, level: float) -> Tensor:
         return self.velocity(scene, x, torch.full((len(x),), level, device=x.device), state)
 
     def compile_parts(self, backend: Backend = "inductor") -> None:

@@ -301,18 +301,18 @@ def pointing_losses(logits: Tensor, batch: MultiViewPolicyBatch) -> dict[str, Te
         logits: ``[B, V, A, M, g, g]``.
     """
     losses: dict[str, Tensor] = {}
-    for name, maps, pixels, counted in _targets(logits, batch):
+    for name, maps, pixels, counted in _map_targets(logits, batch):
         losses |= _map_losses(maps, pixels, counted, batch.images.shape[-1], name)
     return losses
 
 
 def pointing_counts(logits: Tensor, batch: MultiViewPolicyBatch) -> dict[str, Tensor]:
     """Number of maps over which each of `pointing_losses` is a mean, by the same names."""
-    targets = _targets(logits, batch)
+    targets = _map_targets(logits, batch)
     return {each: counted.sum() for name, *_, counted in targets for each in (name, f"{name}_px")}
 
 
-def _targets(logits: Tensor, batch: MultiViewPolicyBatch) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+def _map_targets(logits: Tensor, batch: MultiViewPolicyBatch) -> list[tuple[str, Tensor, Tensor, Tensor]]:
     """By name: maps ``[B, V, A, M, g, g]``, their target pixels ``[B, V, A, M, 2]``, and which of them count."""
     steps, size = batch.position.shape[2], batch.images.shape[-1]
     entries = [("pointing", logits[:, :, :, :steps], batch.position, ~batch.action_is_pad)]
@@ -327,15 +327,15 @@ def _targets(logits: Tensor, batch: MultiViewPolicyBatch) -> list[tuple[str, Ten
     return targets
 
 
-def _map_losses(logits: Tensor, pixels: Tensor, counts: Tensor, size: int, name: str) -> dict[str, Tensor]:
-    """Losses of maps ``[B, V, A, M, g, g]`` from `_targets`, for images of ``size`` pixels a side."""
+def _map_losses(logits: Tensor, pixels: Tensor, counted: Tensor, size: int, name: str) -> dict[str, Tensor]:
+    """Losses of maps ``[B, V, A, M, g, g]`` from `_map_targets`, for images of ``size`` pixels a side."""
     cells = logits.shape[-1]
     corners, weights = bilinear_cells(pixels.nan_to_num(0.0) * (cells / size), (cells, cells))  # [B, V, A, M, 4]
     logs = logits.float().flatten(-2).log_softmax(dim=-1).unflatten(-1, (cells, cells))
     cross_entropy = -(gather_pixels(logs, corners) * weights).sum(dim=-1)
     with torch.no_grad():
-        pixel_error = (size * map_means(logs.exp()) - pixels.nan_to_num(0.0)).norm(dim=-1).masked_fill(~counts, 0.0)
+        pixel_error = (size * map_means(logs.exp()) - pixels.nan_to_num(0.0)).norm(dim=-1).masked_fill(~counted, 0.0)
     return {
-        name: global_mean(cross_entropy.masked_fill(~counts, 0.0).sum(), counts.sum()),
-        f"{name}_px": pixel_error.sum() / counts.sum().clamp(min=1),
+        name: global_mean(cross_entropy.masked_fill(~counted, 0.0).sum(), counted.sum()),
+        f"{name}_px": pixel_error.sum() / counted.sum().clamp(min=1),
     }

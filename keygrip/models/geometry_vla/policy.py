@@ -44,7 +44,7 @@ ROUNDING_S = 1e-6
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _PlanInputs:
     """Inputs of B plans: `noise` [B, T, Da], `state` [B, Da], `position` [B, A, 3], `turn` [B, A, 4]."""
 
     scene: Scene
@@ -133,10 +133,10 @@ class GeometryVLAPolicy:
         # Instructions of two lengths: after the second, torch treats the length as variable.
         for words in ("go", "go to the other place"):
             session = self.session()  # with its own generator, so that the noise of this policy's plans does not change
-            session._plans([session._nothing(words)], [session])
+            session._plans([session._blank_observation(words)], [session])
         module.network.compiled = True
 
-    def _nothing(self, instruction: str) -> Observation:
+    def _blank_observation(self, instruction: str) -> Observation:
         """An observation of black images, with the arms in the middle of their workspace."""
         arms, size = len(self.module.actions.arms), self._geometry.image_size
         view = {"image": np.zeros((size, size, 3), np.uint8), "intrinsics": np.eye(3), "world_to_camera": np.eye(4)}
@@ -162,17 +162,17 @@ class GeometryVLAPolicy:
         module = self.module
         if not module.embodiments:
             return module.statistics.position_range
-        return module.actions.position_range[self._number]
+        return module.actions.position_range[self._robot_index]
 
     @property
-    def _number(self) -> int:
+    def _robot_index(self) -> int:
         """Index of its robot among the model's robots."""
         return robot_number(self.module.embodiments, self.embodiment)
 
-    def _robots(self, count: int) -> torch.Tensor | None:
+    def _robot_indices(self, count: int) -> torch.Tensor | None:
         if not self.module.embodiments:
             return None
-        return torch.full((count,), self._number, device=self.module.device)
+        return torch.full((count,), self._robot_index, device=self.module.device)
 
     def plan(self, observation: Observation) -> Plan:
         """Poses of the next T steps.
@@ -187,19 +187,19 @@ class GeometryVLAPolicy:
     def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
         """Plan for several sessions in one pass; each session's own generator samples its noise. See `plan`."""
         self.make_ready()
-        with self._compiled_alone():
+        with self._without_recompilation():
             return self._plans(observations, sessions)
 
-    def _compiled_alone(self) -> contextlib.AbstractContextManager[Any]:
+    def _without_recompilation(self) -> contextlib.AbstractContextManager[Any]:
         """Context without further compilation: new shapes run uncompiled, so that no robot has to wait."""
         ready = self.module.network.compiled
         return torch.compiler.set_stance("eager_on_recompile") if ready else contextlib.nullcontext()
 
     @torch.inference_mode()
     def _plans(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
-        seen = self._seen(observations, sessions)
-        sampled = self.module.network.sample(seen.scene, seen.noise, seen.state, self._sampling)
-        return self._planned(sampled, seen, sessions)
+        inputs = self._seen(observations, sessions)
+        sampled = self.module.network.sample(inputs.scene, inputs.noise, inputs.state, self._sampling)
+        return self._planned(sampled, inputs, sessions)
 
     def plan_continuing(self, observation: Observation, executing: Plan, delay_s: float) -> Plan:
         """A plan that continues the one under way (real-time chunking, see :mod:`keygrip.models.nn.inpainting`).
@@ -223,7 +223,7 @@ class GeometryVLAPolicy:
                 raise ValueError(f"{name} is {seconds}: it must be a finite number of seconds")
         refuse_not_finite(executing, "the plan under way")
         self.make_ready()
-        with self._compiled_alone():
+        with self._without_recompilation():
             return self._continued(observation, executing, executing.time_s, delay_s)
 
     @torch.no_grad()
@@ -235,21 +235,23 @@ class GeometryVLAPolicy:
                 f"the plan under way has steps of {executing.step_seconds:g} s, those of this policy are {dt:g} s: it "
                 "continues its own plans"
             )
-        seen = self._seen([observation], [self])
+        inputs = self._seen([observation], [self])
         # positions of the new plan's steps in the plan under way, in its steps, counted from 0
         places = (float(observation["time_s"]) - began_s + dt * np.arange(1, horizon + 1)) / dt - 1
         steps = executing.gripper.shape[1]
         known_steps = int((places <= steps - 1 + 1e-6).sum())
-        actions = self._under_way(executing, np.clip(places, 0, steps - 1), seen) if known_steps else None
+        actions = self._encode_executing(executing, np.clip(places, 0, steps - 1), inputs) if known_steps else None
         if actions is None:
-            sampled = module.network.sample(seen.scene, seen.noise, seen.state, self._sampling)
-            return self._planned(sampled, seen, [self])[0]
+            sampled = module.network.sample(inputs.scene, inputs.noise, inputs.state, self._sampling)
+            return self._planned(sampled, inputs, [self])[0]
         fixed = math.ceil(min(max(delay_s, 0.0) / dt, known_steps) - 1e-6)
         weight = soft_mask(horizon, fixed, known_steps, module.device)
-        sampled = module.network.sample_continuing(seen.scene, seen.noise, seen.state, actions, weight, self._sampling)
-        return self._planned(sampled, seen, [self])[0]
+        sampled = module.network.sample_continuing(
+            inputs.scene, inputs.noise, inputs.state, actions, weight, self._sampling
+        )
+        return self._planned(sampled, inputs, [self])[0]
 
-    def _under_way(self, executing: Plan, rows: np.ndarray, seen: _Seen) -> torch.Tensor | None:
+    def _encode_executing(self, executing: Plan, rows: np.ndarray, inputs: _PlanInputs) -> torch.Tensor | None:
         """A plan as normalised actions ``[1, T, Da]`` at the positions ``rows`` ``[T]``, in its steps from 0; None if
         the plan does not contain the quantities that the actions consist of."""
         actions, device = self.module.actions, self.module.device
@@ -276,47 +278,48 @@ class GeometryVLAPolicy:
             raw_actions = between(series)
             if actions.kind == "joint":
                 raw_actions = torch.cat([raw_actions, opening], dim=-1)
-            return actions.encode_numbers(raw_actions, self._robots(1))
+            return actions.encode_numbers(raw_actions, self._robot_indices(1))
         nearest = np.where(share[0, :, 0] < 0.5, low, high)
         quaternion = torch.as_tensor(executing.quaternion[:, nearest], dtype=torch.float32, device=device)[None]
         return actions.encode_poses(
-            *(between(executing.position), quaternion, opening[..., 0]), *(seen.position, seen.turn, self._robots(1))
+            *(between(executing.position), quaternion, opening[..., 0]),
+            *(inputs.position, inputs.turn, self._robot_indices(1)),
         )
 
-    def _seen(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> _Seen:
+    def _seen(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> _PlanInputs:
         """The encoders' pass, the present poses and the noise of several plans."""
         module, device, needs = self.module, self.module.device, self.needs
-        instructions = [instruction_of(seen) for seen in observations]
+        instructions = [instruction_of(observation) for observation in observations]
         views = [
             [
                 self._view(view, camera_name, needs.calibrated(name))
                 for name, view, camera_name in zip(
-                    needs.cameras, views_of(seen, needs.cameras), called(seen, needs.cameras), strict=True
+                    needs.cameras, views_of(observation, needs.cameras), called(observation, needs.cameras), strict=True
                 )
             ]
-            for seen in observations
+            for observation in observations
         ]
         images, intrinsics, world_to_camera = stacked_views(views, device)
         position, quaternion, gripper = stacked_poses(observations, len(needs.arms), device)
-        robots = self._robots(len(position))
+        robots = self._robot_indices(len(position))
         scene = module.with_places(module.network.encode(images, instructions, intrinsics, world_to_camera), robots)
         shape = (1, module.network.head.horizon, module.actions.size)
         noise = torch.cat([torch.randn(shape, generator=session._generator) for session in sessions]).to(device)
         state = module.actions.state(position, quaternion, gripper, robots)
-        return _Seen(scene, noise, state, position, quaternion)
+        return _PlanInputs(scene, noise, state, position, quaternion)
 
-    def _planned(self, sampled: torch.Tensor, seen: _Seen, sessions: Sequence[Self]) -> list[Plan]:
+    def _planned(self, sampled: torch.Tensor, inputs: _PlanInputs, sessions: Sequence[Self]) -> list[Plan]:
         module = self.module
-        robots = self._robots(len(sampled))
-        planned, quaternion, opening = module.actions.decode(sampled, seen.position, seen.turn, robots)
+        robots = self._robot_indices(len(sampled))
+        planned, quaternion, opening = module.actions.decode(sampled, inputs.position, inputs.turn, robots)
         clamped, held_back = kept_in_box(planned, self._position_range, self.margin_m)
-        terms = self._own_terms(sampled, held_back.amax(dim=(1, 2)) > HELD_BACK_M)
+        terms = self._joints_or_inputs(sampled, held_back.amax(dim=(1, 2)) > HELD_BACK_M)
         plans = plans_of(clamped, quaternion, opening.clamp(0, 1), module.statistics.step_seconds, held_back=held_back)
         for session, plan in zip(sessions, plans, strict=True):
             session._warning.look_at(plan, module.actions.arms, self.margin_m)
         return [replace(plan, **plan_terms) for plan, plan_terms in zip(plans, terms, strict=True)]
 
-    def _own_terms(self, sampled: torch.Tensor, moved: torch.Tensor) -> list[dict[str, Any]]:
+    def _joints_or_inputs(self, sampled: torch.Tensor, was_clamped: torch.Tensor) -> list[dict[str, Any]]:
         """The plans as joints or controller inputs, if these are the actions.
 
         A plan whose poses were moved into the workspace has no joints, because the planned joints must not be executed.
@@ -325,11 +328,13 @@ class GeometryVLAPolicy:
         actions = self.module.actions
         if not actions.reads:
             return [{}] * len(sampled)
-        values = actions.numbers(sampled, self._robots(len(sampled))).double().cpu().numpy()
+        values = actions.numbers(sampled, self._robot_indices(len(sampled))).double().cpu().numpy()
         (name,) = actions.reads
         if actions.kind != "joint":
             return [{name: row} for row in values.clip(-1, 1)]
-        return [{} if outside else {name: row[..., :-1]} for outside, row in zip(moved.tolist(), values, strict=True)]
+        return [
+            {} if outside else {name: row[..., :-1]} for outside, row in zip(was_clamped.tolist(), values, strict=True)
+        ]
 
     def _view(self, view: Mapping[str, Any], camera: str, calibrated: bool) -> View:
         image = image_of(view, camera)

@@ -131,11 +131,11 @@ def render_chat(
     """
     reset_token, pieces, length = None, [], 0
     try:
-        characters = sum(_weight(message, math.inf) for message in messages)
+        characters = sum(_measured_size(message, math.inf) for message in messages)
         operations = OPERATIONS + OPERATIONS_A_MESSAGE * len(messages) + characters // CHARACTERS_SAID_AN_OPERATION
         work = _Work(operations, LARGEST + LARGEST_A_CHARACTER * characters)
         reset_token = _work.set(work)
-        compiled = _compiled(template)
+        compiled = _compile(template)
         options = {"tools": None, "documents": None, "add_generation_prompt": answering}
         for piece in compiled.generate(messages=messages, **options, **tokens):
             pieces.append(piece)
@@ -153,15 +153,15 @@ def render_chat(
     return "".join(pieces)
 
 
-def _compiled(template: str) -> Any:
-    compiled = _compiled_once(template)
+def _compile(template: str) -> Any:
+    compiled = _compile_or_error(template)
     if isinstance(compiled, Exception):
         raise compiled
     return compiled
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_once(template: str) -> Any:
+def _compile_or_error(template: str) -> Any:
     """Return the compiled template, or the error of compiling it, so that a failure is computed only once too."""
     if len(template) > LONGEST_TEMPLATE:
         return ValueError(f"it has {len(template)} characters, more than {LONGEST_TEMPLATE}: it is no template")
@@ -192,7 +192,7 @@ class _Generator(CodeGenerator):
         called: Any  # each of these has a body
         for called in node.find_all((nodes.Macro, nodes.CallBlock, nodes.Block)):
             charge = nodes.Call(
-                nodes.EnvironmentAttribute("charged"), [nodes.Const(_size(called.body))], [], None, None
+                nodes.EnvironmentAttribute("charged"), [nodes.Const(_count_nodes(called.body))], [], None, None
             )
             called.body.insert(0, nodes.ExprStmt(charge).set_lineno(called.lineno))
         super().visit_Template(node, frame)
@@ -241,13 +241,13 @@ class _Generator(CodeGenerator):
             self.fail("recursive loops are not taken in chat templates", node.lineno)
         characters = sum(len(data.data) for each in node.body for data in each.find_all(nodes.TemplateData))
         counted = nodes.EnvironmentAttribute("counted", lineno=node.lineno)
-        size = _size([*node.body, node.target, *([node.test] if node.test else [])])
+        size = _count_nodes([*node.body, node.target, *([node.test] if node.test else [])])
         turn = nodes.Const(1 + characters // CHARACTERS_AN_OPERATION + size // NODES_AN_OPERATION, lineno=node.lineno)
         node.iter = nodes.Call(counted, [node.iter, turn], [], None, None, lineno=node.lineno)
         super().visit_For(node, frame)
 
 
-def _size(parts: Sequence[nodes.Node]) -> int:
+def _count_nodes(parts: Sequence[nodes.Node]) -> int:
     """Count the nodes of parts of the syntax tree."""
     return sum(1 + sum(1 for _ in part.find_all(nodes.Node)) for part in parts)
 
@@ -260,7 +260,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def measured(self, value: Any) -> Any:
         """Count a value, check that it is small enough, and return it."""
         work = _work.get()
-        work.take(1 + _weight(value, work.largest) // CHARACTERS_AN_OPERATION)
+        work.take(1 + _measured_size(value, work.largest) // CHARACTERS_AN_OPERATION)
         return value
 
     def joined(self, parts: tuple[Any, ...]) -> str:
@@ -298,14 +298,14 @@ class _Environment(ImmutableSandboxedEnvironment):
         if any(owner is each for each in self.extensions.values()):  # called by an extension's syntax, with a block
             return super().call(context, function, *args, **kwargs)
         if not isinstance(function, Macro | BlockReference | Undefined):  # an Undefined raises an error with its name
-            args, kwargs = tuple(map(_held, args)), {name: _held(each) for name, each in kwargs.items()}
+            args, kwargs = tuple(map(_materialise, args)), {name: _materialise(each) for name, each in kwargs.items()}
             named = [each for name, each in kwargs.items() if name not in JINJAS_OWN]
             self._charge_call(function, owner, *args, *named)
         return super().call(context, function, *args, **kwargs)
 
-    def _charge_call(self, function: Any, owner: Any, *given: Any) -> None:
+    def _charge_call(self, function: Any, owner: Any, *arguments: Any) -> None:
         name = getattr(function, "__name__", type(function).__name__)
-        for each in given:
+        for each in arguments:
             self.measured(each)
         if isinstance(function, Joiner) or any(function is each for each in self.functions):
             return
@@ -315,7 +315,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise SecurityError(f"{prefix}{name} is none of the functions and methods that chat templates need")
         self.measured(owner)
         if kind is str:
-            _charge(name, owner, *given)
+            _charge(name, owner, *arguments)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         for each in (left, right):
@@ -345,14 +345,14 @@ def _environment() -> _Environment:
     )
     # with the context, so that Jinja computes no output at compile time already
     environment.finalize = pass_context(lambda context, value: environment.measured(value))
-    environment.globals = {**original.globals, "strftime_now": _short_time(original.globals["strftime_now"])}
+    environment.globals = {**original.globals, "strftime_now": _limit_format(original.globals["strftime_now"])}
     environment.functions = tuple(environment.globals[name] for name in FUNCTIONS)
     for kind, names, items, kept in (
         ("filter", FILTERS, original.filters, environment.filters),
         ("test", TESTS, original.tests, environment.tests),
     ):
         kept.clear()
-        kept.update({name: (_bounded if name in names else _refused)(kind, name, each) for name, each in items.items()})
+        kept.update({name: (_metered if name in names else _refused)(kind, name, each) for name, each in items.items()})
     return environment
 
 
@@ -365,12 +365,12 @@ def _refused(kind: str, name: str, function: Callable[..., Any]) -> Callable[...
     return refused
 
 
-def _bounded(kind: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _metered(kind: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a filter or a test so that its inputs and its output are measured."""
 
     @functools.wraps(function)  # copies Jinja's marks, such as whether the first argument is the environment
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tuple(map(_held, args)), {name: _held(each) for name, each in kwargs.items()}
+        args, kwargs = tuple(map(_materialise, args)), {name: _materialise(each) for name, each in kwargs.items()}
         measured = _environment().measured
         inputs = [each for each in args if not isinstance(each, Context | EvalContext | Environment)]
         inputs += kwargs.values()
@@ -387,7 +387,7 @@ def _bounded(kind: str, name: str, function: Callable[..., Any]) -> Callable[...
     return bounded
 
 
-def _short_time(function: Callable[[str], str]) -> Callable[[str], str]:
+def _limit_format(function: Callable[[str], str]) -> Callable[[str], str]:
     """Limit the function strftime_now to short formats: a width in a format may be any number."""
 
     @functools.wraps(function)
@@ -399,21 +399,21 @@ def _short_time(function: Callable[[str], str]) -> Callable[[str], str]:
     return short_time
 
 
-def _charge(name: str, *given: Any) -> None:
+def _charge(name: str, *operands: Any) -> None:
     """Count the time and output of a filter or a text's method beyond the size of its inputs, of which the first is the
     value that it is applied to. Raises SecurityError: the output may be much larger than a chat."""
-    value, *options = given or ("",)
+    value, *options = operands or ("",)
     if name in PUT_IN:
         text = str(value)
         if any(WIDE[name].search(match[1] or "") for match in PUT_IN[name].finditer(text)):
             raise SecurityError(f"widths as in {text[:80]!r} are not taken in chat templates")
         work, widths = _work.get(), sum(map(int, re.findall(r"\d+", text)))
-        _charge_product(name, len(text) + widths, ITEM + sum(_weight(each, work.largest) for each in options))
+        _charge_product(name, len(text) + widths, ITEM + sum(_measured_size(each, work.largest) for each in options))
     elif name == "replace":
         _charge_product(name, value, 1 + sum(len(str(each)) for each in options))
     elif name == "tojson":
-        width = sum(map(_width, options))
-        _charge_product(name, value, max(1, _depth(value) * width // ITEM))
+        width = sum(map(_indent_width, options))
+        _charge_product(name, value, max(1, _nesting_depth(value) * width // ITEM))
     elif name in GROWING:
         _charge_product(name, value, *options)
     elif name in SEARCHING and isinstance(value, str) and options:
@@ -428,9 +428,9 @@ def _charge(name: str, *given: Any) -> None:
         _work.get().take(len(value) * path // NODES_AN_OPERATION)
 
 
-def _charge_product(name: str, *given: Any) -> None:
+def _charge_product(name: str, *factors: Any) -> None:
     work = _work.get()
-    sizes = [abs(each) if isinstance(each, int) else _weight(each, work.largest) - ITEM for each in given]
+    sizes = [abs(each) if isinstance(each, int) else _measured_size(each, work.largest) - ITEM for each in factors]
     if (product := math.prod(max(1, size) for size in sizes)) > 10 * work.largest:
         raise SecurityError(f"{name} may make {product} characters or items")
     work.take(product // CHARACTERS_AN_OPERATION)
@@ -441,25 +441,25 @@ def _charge_search(text: Any, part: Any) -> None:
         _work.get().take(len(text) * min(len(part), COMPARED_A_PLACE) // CHARACTERS_AN_OPERATION)
 
 
-def _width(option: Any) -> int:
+def _indent_width(option: Any) -> int:
     """Return how many characters an option of tojson may put before or after each item."""
     if isinstance(option, str):
         return len(option)
     if isinstance(option, list | tuple):
-        return sum(map(_width, option))
+        return sum(map(_indent_width, option))
     return abs(option) if isinstance(option, int) else 0
 
 
-def _depth(value: Any) -> int:
+def _nesting_depth(value: Any) -> int:
     """Return the nesting depth of lists and dictionaries."""
     depth, level = 0, [value]
     while level:
         depth += 1
-        level = [inner for each in level if isinstance(each, dict | list | tuple) for inner in _inside(each)]
+        level = [inner for each in level if isinstance(each, dict | list | tuple) for inner in _elements(each)]
     return depth
 
 
-def _held(value: Any) -> Any:
+def _materialise(value: Any) -> Any:
     """Return a value; an iterator, which can be read only once, as a list, whose size is known."""
     return list(islice(value, LARGEST + 1)) if isinstance(value, Iterator) else value
 
@@ -469,7 +469,7 @@ def _refuse_integer(value: Any) -> None:
         raise SecurityError("it computes with numbers of more than 64 bits")
 
 
-def _inside(value: Any) -> Iterable[Any]:
+def _elements(value: Any) -> Iterable[Any]:
     """Return the elements of a value."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
@@ -480,7 +480,7 @@ def _inside(value: Any) -> Iterable[Any]:
     return value if isinstance(value, (list, tuple, *HOLDING)) else ()
 
 
-def _weight(value: Any, largest: float) -> int:
+def _measured_size(value: Any, largest: float) -> int:
     """Return the characters of a value and its elements, each of which counts as ITEM more. Raises SecurityError: too
     many, or an integer of more than 64 bits."""
     weight, stack = 0, [value]
@@ -492,7 +492,7 @@ def _weight(value: Any, largest: float) -> int:
         elif isinstance(element, int):
             _refuse_integer(element)
         else:
-            stack += _inside(element)
+            stack += _elements(element)
         if weight + ITEM * len(stack) > largest:
             raise SecurityError(f"it makes more than {largest} characters of what is said")
     return weight

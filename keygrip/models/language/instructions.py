@@ -48,7 +48,7 @@ def words_of(sentence: str) -> list[str]:
 
 
 @lru_cache(maxsize=65536)
-def _rows(word: str, rows: int) -> tuple[int, int]:
+def _hash_to_rows(word: str, rows: int) -> tuple[int, int]:
     digest = hashlib.sha256(word.encode()).digest()
     first, second = (int.from_bytes(digest[at : at + 8], "big") % rows for at in (0, 8))
     return FIRST_WORD + first, FIRST_WORD + second
@@ -101,11 +101,13 @@ class WordTransformer(nn.Module):
         """Record the words of the training sentences."""
         for sentence in set(sentences):
             for word in words_of(sentence):
-                self.trained[list(_rows(word, self.rows))] = True
+                self.trained[list(_hash_to_rows(word, self.rows))] = True
 
     def unknown_words(self, sentence: str) -> list[str]:
         """Return the words of a sentence that no training sentence contained."""
-        return [word for word in words_of(sentence) if not bool(self.trained[list(_rows(word, self.rows))].all())]
+        return [
+            word for word in words_of(sentence) if not bool(self.trained[list(_hash_to_rows(word, self.rows))].all())
+        ]
 
     def tokens(self, sentences: Sequence[str]) -> Tensor:
         """Return int64 ``[B, L, 2]``: two rows of the table per word, the whole-sentence token first, 0 at padding.
@@ -127,7 +129,7 @@ class WordTransformer(nn.Module):
                     f"the instruction {sentence[:60]!r}... has {len(words)} words and signs, and "
                     f"instruction.length={self.length} leaves room for {self.length - 1}: raise it"
                 )
-            token_rows[index, 1 : 1 + len(words)] = torch.tensor([_rows(word, self.rows) for word in words])
+            token_rows[index, 1 : 1 + len(words)] = torch.tensor([_hash_to_rows(word, self.rows) for word in words])
         return token_rows
 
     def forward(self, tokens: Tensor) -> InstructionStates:

@@ -204,7 +204,9 @@ class QwenVL(nn.Module):
                 "out_hidden_size": width,
             },
         }
-        self.model: Any = _random(sizes, image_ids) if weights == "random" else _pretrained(weights, sizes, image_ids)
+        self.model: Any = (
+            _build_random(sizes, image_ids) if weights == "random" else _load_pretrained(weights, sizes, image_ids)
+        )
         self.model.visual.patch_embed.proj = PatchProjection.of(self.model.visual.patch_embed.proj)
         self.loaded_weights = weights
         self.precision: Precision = "float32"
@@ -275,7 +277,7 @@ class QwenVL(nn.Module):
         self.tokenizer = tokenizer
         self._prompts.clear()
 
-    def _around_images(self, instruction: str) -> tuple[list[int], list[int]]:
+    def _encode_around_images(self, instruction: str) -> tuple[list[int], list[int]]:
         """Return the token ids of a prompt before and after its images. All of the instruction is encoded as text."""
         if self.tokenizer is None:
             raise ValueError("The model has no tokenizer: train it, or load a checkpoint written by keygrip.train.")
@@ -303,7 +305,7 @@ class QwenVL(nn.Module):
         cached = self._prompts.get((instruction, views, extra))
         if cached is not None:
             return cached
-        ids, suffix = self._around_images(instruction)
+        ids, suffix = self._encode_around_images(instruction)
         ids += [EXTRA] * extra
         side = self.image_size // (self.vision.patch_size * MERGE)
         positions = [torch.arange(len(ids)).expand(3, -1)]
@@ -370,7 +372,7 @@ class QwenVL(nn.Module):
         with torch.no_grad() if frozen else contextlib.nullcontext():
             # Only the language model: the whole model would also store all hidden states of its vision tower.
             output = self.model.language_model(
-                inputs_embeds=self._embedded(ids, images, extra),
+                inputs_embeds=self._embed_inputs(ids, images, extra),
                 attention_mask=None if mask is None else mask.long(),
                 position_ids=positions,
                 output_hidden_states=True,
@@ -378,7 +380,7 @@ class QwenVL(nn.Module):
             )
         return Semantics(list(output.hidden_states[-last:]), mask, places)
 
-    def _embedded(self, ids: Tensor, images: Tensor, extra: Tensor | None) -> Tensor:
+    def _embed_inputs(self, ids: Tensor, images: Tensor, extra: Tensor | None) -> Tensor:
         """Embeddings ``[B, L, H]`` of token ids, those of id EXTRA given by ``extra`` ``[B, K, H]``, those of images by
         the vision tower."""
         embeddings = self.model.get_input_embeddings()(ids.clamp(min=0))
@@ -407,10 +409,10 @@ class QwenVL(nn.Module):
         return [*self.model.language_model.layers, *self.model.visual.blocks]
 
 
-def _config(sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
+def _build_config(sizes: dict[str, dict[str, Any]], image_ids: tuple[int, int, int]) -> Any:
     from transformers import Qwen2_5_VLConfig
 
-    image_token, vision_start, vision_end = own
+    image_token, vision_start, vision_end = image_ids
     config = Qwen2_5_VLConfig(
         **sizes,  # type: ignore[arg-type]  # transformers turns dictionaries into its own kinds of config
         image_token_id=image_token,
@@ -421,10 +423,10 @@ def _config(sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
     return with_fused_attention(config)
 
 
-def _random(sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
+def _build_random(sizes: dict[str, dict[str, Any]], image_ids: tuple[int, int, int]) -> Any:
     from transformers import Qwen2_5_VLModel
 
-    model = Qwen2_5_VLModel(_config(sizes, own))
+    model = Qwen2_5_VLModel(_build_config(sizes, image_ids))
     # transformers initialises all with a standard deviation of 0.02, which suits widths of thousands. The small
     # video-language model learned nothing from such weights; here the first 200 steps were the same with both.
     for module in model.modules():
@@ -435,15 +437,15 @@ def _random(sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
     return model
 
 
-def _pretrained(source: str, sizes: dict[str, dict[str, Any]], own: tuple[int, int, int]) -> Any:
+def _load_pretrained(source: str, sizes: dict[str, dict[str, Any]], image_ids: tuple[int, int, int]) -> Any:
     """Load the model with weights of a folder or the hub, of exactly the config's sizes."""
     from transformers import Qwen2_5_VLModel
 
     stored_config = read_config(source)
     if getattr(stored_config, "model_type", "") != "qwen2_5_vl":
         raise ValueError(f"vlm.weights={source} is a {getattr(stored_config, 'model_type', 'model')}, not a qwen2_5_vl")
-    config = _config(sizes, own)
-    stored_sizes, config_sizes = _sizes(stored_config, sizes), _sizes(config, sizes)
+    config = _build_config(sizes, image_ids)
+    stored_sizes, config_sizes = _compared_values(stored_config, sizes), _compared_values(config, sizes)
     differences = [
         f"{name} is {stored_sizes[name]}, config says {value}"
         for name, value in config_sizes.items()
@@ -456,7 +458,7 @@ def _pretrained(source: str, sizes: dict[str, dict[str, Any]], own: tuple[int, i
     return model
 
 
-def _sizes(config: Any, sizes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _compared_values(config: Any, sizes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the values that must agree between two configs, by name."""
     values: dict[str, Any] = {}
     for part, names in sizes.items():

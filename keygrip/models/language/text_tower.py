@@ -46,7 +46,7 @@ class PretrainedTextTower(nn.Module):
         self.source, self.width, self.length = source, width, length
         self._loaded: list[Any] = []  # a list: no submodule, so neither trained nor in the checkpoint
         self.register_buffer("_digest", torch.zeros(32, dtype=torch.uint8))  # of the tower used in training
-        self.register_load_state_dict_pre_hook(_refuse_other)
+        self.register_load_state_dict_pre_hook(_refuse_other_tower)
 
     def _parts(self) -> tuple[Any, Any, int]:
         """Return tokenizer, tower and the padding token's id, loaded at the first call.
@@ -131,7 +131,7 @@ class PretrainedTextTower(nn.Module):
         return InstructionStates(words, mask, F.layer_norm(output.pooler_output.float(), (self.width,)))
 
 
-def _refuse_other(tower: PretrainedTextTower, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _refuse_other_tower(tower: PretrainedTextTower, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Raise ValueError if the weights to load were trained with another tower. Older checkpoints have no hash: for
     them, this tower is assumed."""
     stored = state_dict.get(f"{prefix}_digest")

@@ -54,7 +54,7 @@ def check_config(file: Path, vocabulary: int | None = None) -> list[str]:
         ValueError: it is damaged, has a token that is longer, or an id that is larger, than any tokenizer needs, or
             names a file in a format that is not read.
     """
-    config = _json_of(file)
+    config = _read_json_object(file)
     other_files = config.get(OTHER_FILES) or []
     if not isinstance(other_files, list) or not all(isinstance(value, str) for value in other_files):
         raise ValueError(f"{file}: {OTHER_FILES} is no list of names; remove it, and tokenizer.json is read")
@@ -68,7 +68,7 @@ def check_config(file: Path, vocabulary: int | None = None) -> list[str]:
         name: value for name, value in config.items() if name.endswith("_token") or not isinstance(value, str)
     }
     token_entries = {name: value for name, value in token_entries.items() if name not in NO_TOKENS}
-    _refuse_texts([*_texts_of(token_entries)], str(file))
+    _refuse_texts([*_iterate_strings(token_entries)], str(file))
     added = config.get("added_tokens_decoder") or {}
     if not isinstance(added, dict):
         raise ValueError(f"{file}: added_tokens_decoder is no object of tokens: download it again")
@@ -82,8 +82,8 @@ def check_config(file: Path, vocabulary: int | None = None) -> list[str]:
 
 def check_tokens(file: Path, vocabulary: int | None = None) -> None:
     """Check special_tokens_map.json or added_tokens.json. Raises ValueError as `check_config`."""
-    content = _json_of(file)
-    _refuse_texts([*_texts_of(content)], str(file))
+    content = _read_json_object(file)
+    _refuse_texts([*_iterate_strings(content)], str(file))
     refuse_ids(((token, each) for token, each in content.items() if type(each) is int), str(file), vocabulary)
 
 
@@ -102,17 +102,17 @@ def check_vocabulary(file: Path, vocabulary: int | None = None) -> None:
     if long := next((line for line in lines if len(line) > 4 * LONGEST_TOKEN), None):
         raise ValueError(f"{file}: a line has {len(long)} bytes; no tokenizer has one of {4 * LONGEST_TOKEN}")
     if file.suffix != ".txt":
-        _refuse_divisions(map(len, lines), str(file))
+        _refuse_many_divisions(map(len, lines), str(file))
 
 
 def check_sentencepiece(content: bytes, where: str) -> None:
     """Check the file of a SentencePiece model; `where` is for messages. Raises ValueError as `check_vocabulary`."""
     texts: list[str] = []
     charsmaps = [b""]
-    for field_number, value in _fields(content, where):
+    for field_number, value in _protobuf_fields(content, where):
         if not isinstance(value, bytes):
             continue
-        subfields = list(_fields(value, where)) if field_number in (PIECES, TRAINER, *NORMALIZERS) else []
+        subfields = list(_protobuf_fields(value, where)) if field_number in (PIECES, TRAINER, *NORMALIZERS) else []
         text_fields = {PIECES: (PIECE,), TRAINER: SPECIAL}.get(field_number, ())
         texts += [
             each.decode(errors="replace")
@@ -153,7 +153,7 @@ def check_built(tokenizer: Any, where: str, vocabulary: int | None = None) -> No
         check_sentencepiece(pieces.serialized_model_proto(), where)
 
 
-def _json_of(file: Path) -> dict[str, Any]:
+def _read_json_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_small(file))
     except (ValueError, RecursionError) as error:
@@ -163,7 +163,7 @@ def _json_of(file: Path) -> dict[str, Any]:
     return content
 
 
-def _texts_of(content: Any) -> Iterator[str]:
+def _iterate_strings(content: Any) -> Iterator[str]:
     """Yield all strings in JSON content, keys too."""
     stack = [content]
     while stack:
@@ -177,27 +177,27 @@ def _texts_of(content: Any) -> Iterator[str]:
             yield value
 
 
-def _refuse_texts(texts: Sequence[str], where: str) -> None:
-    refuse_long(texts, where)
-    _refuse_divisions(map(len, texts), where)
+def _refuse_texts(texts: Sequence[str], origin: str) -> None:
+    refuse_long(texts, origin)
+    _refuse_many_divisions(map(len, texts), origin)
 
 
-def _refuse_divisions(lengths: Iterable[int], where: str) -> None:
+def _refuse_many_divisions(lengths: Iterable[int], origin: str) -> None:
     if (divisions := sum(length**2 for length in lengths)) > MOST_DIVISIONS:
         raise ValueError(
-            f"{where}: its tokens are so many and so long that they may be divided in {divisions} ways (characters of "
+            f"{origin}: its tokens are so many and so long that they may be divided in {divisions} ways (characters of "
             f"each squared); no tokenizer needs {MOST_DIVISIONS}"
         )
 
 
-def _fields(content: bytes, where: str) -> Iterator[tuple[int, int | bytes]]:
+def _protobuf_fields(content: bytes, origin: str) -> Iterator[tuple[int, int | bytes]]:
     """Yield number and value of the fields of a protobuf message; fields of fixed width as bytes.
 
     Raises:
         ValueError: the content is no such message.
     """
     place, end = 0, len(content)
-    damaged = f"{where} is damaged or no SentencePiece model: download it again, or leave it out"
+    damaged = f"{origin} is damaged or no SentencePiece model: download it again, or leave it out"
 
     def number() -> int:
         nonlocal place

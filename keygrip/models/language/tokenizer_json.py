@@ -72,7 +72,7 @@ def parse_tokenizer(text: str | bytes, where: str, vocabulary: int | None = None
 
 def check_content(content: Any, where: str, vocabulary: int | None = None) -> None:
     """Check the parsed content of tokenizer.json. Raises ValueError as `parse_tokenizer`."""
-    _refuse_ids_of(content, where, vocabulary)
+    _refuse_bad_ids(content, where, vocabulary)
     _refuse_lengths(content, where)
     _refuse_growth(content, where)
 
@@ -122,20 +122,20 @@ def refuse_long(texts: Iterable[Any], where: str) -> None:
         )
 
 
-def _refuse_ids_of(content: Any, where: str, vocabulary: int | None) -> None:
+def _refuse_bad_ids(content: Any, origin: str, vocabulary: int | None) -> None:
     parts = content if isinstance(content, dict) else {}
     model, added_tokens = parts.get("model"), parts.get("added_tokens") or []
     if not isinstance(model, dict) or not isinstance(added_tokens, list):
-        raise ValueError(f"{where} is damaged or no tokenizer (it has no model with a vocabulary)")
+        raise ValueError(f"{origin} is damaged or no tokenizer (it has no model with a vocabulary)")
     vocab = model.get("vocab")
     ids = list(vocab.items()) if isinstance(vocab, dict) else []  # in a list the index is the id
     ids += [(token.get("content"), token.get("id")) for token in added_tokens if isinstance(token, dict)]
     if isinstance(vocab, list) and vocab:
         ids.append((vocab[-1], len(vocab) - 1))
-    refuse_ids(ids, where, vocabulary)
+    refuse_ids(ids, origin, vocabulary)
 
 
-def _refuse_lengths(content: dict[str, Any], where: str) -> None:
+def _refuse_lengths(content: dict[str, Any], origin: str) -> None:
     """Raise ValueError if a token, or another text that is written for each piece of a text, is too long."""
     model = content["model"]
     vocab = model.get("vocab")
@@ -155,56 +155,62 @@ def _refuse_lengths(content: dict[str, Any], where: str) -> None:
             stack += item
         else:
             texts.append(item)
-    refuse_long(texts, where)
+    refuse_long(texts, origin)
     for name in AFFIXES:
         if isinstance(affix := model.get(name), str) and len(affix) > LONGEST_AFFIX:
-            raise ValueError(f"{where}: its {name} has {len(affix)} characters; no tokenizer needs {LONGEST_AFFIX}")
+            raise ValueError(f"{origin}: its {name} has {len(affix)} characters; no tokenizer needs {LONGEST_AFFIX}")
     if type(longest := model.get("max_input_chars_per_word")) is int and longest > LONGEST_WORD:
         raise ValueError(
-            f"{where}: max_input_chars_per_word={longest}: it looks up all parts of a word of so many characters, and "
+            f"{origin}: max_input_chars_per_word={longest}: it looks up all parts of a word of so many characters, and "
             f"no tokenizer needs {LONGEST_WORD}"
         )
 
 
-def _refuse_growth(content: dict[str, Any], where: str) -> None:
+def _refuse_growth(content: dict[str, Any], origin: str) -> None:
     parts_by_step = {
-        step: [p for name in names for p in _parts(content.get(name), where)] for step, names in STEPS.items()
+        step: [p for name in names for p in _flatten_parts(content.get(name), origin)] for step, names in STEPS.items()
     }
     if (count := sum(map(len, parts_by_step.values()))) > MOST_PARTS:
-        raise ValueError(f"{where} has a normalizer, decoder, ... of {count} parts; no tokenizer needs {MOST_PARTS}")
+        raise ValueError(f"{origin} has a normalizer, decoder, ... of {count} parts; no tokenizer needs {MOST_PARTS}")
     for step, parts in parts_by_step.items():
         # The first Unicode normal form expands only a few rare characters, if no part before it can have made them; for
         # a further normal form, the output of the parts in between is not known.
         first = next((index for index, part in enumerate(parts) if part.get("type") in FORMS), len(parts))
-        growth_before, growth_after = (math.prod(map(_growth, some)) for some in (parts[:first], parts[first + 1 :]))
+        growth_before, growth_after = (
+            math.prod(map(_largest_growth, some)) for some in (parts[:first], parts[first + 1 :])
+        )
         added_text = "".join(str(part.get(name, "")) for part in parts[:first] for name in ("content", "prepend"))
         form_growth = (
-            _growth(parts[first]) if first < len(parts) and (growth_before > 1 or not added_text.isascii()) else 1
+            _largest_growth(parts[first])
+            if first < len(parts) and (growth_before > 1 or not added_text.isascii())
+            else 1
         )
         growth = growth_before * form_growth * growth_after
         if growth > LARGEST_GROWTH:
             names = " and ".join(STEPS[step])
             raise ValueError(
-                f"{where}: in {step} its {names} may make {growth:.0f} characters or tokens of one, more than the "
+                f"{origin}: in {step} its {names} may make {growth:.0f} characters or tokens of one, more than the "
                 f"{LARGEST_GROWTH} that any tokenizer needs"
             )
 
 
-def _parts(node: Any, where: str) -> list[dict[str, Any]]:
+def _flatten_parts(node: Any, origin: str) -> list[dict[str, Any]]:
     """Return the parts of a normalizer, a decoder, ..., in order, including those of nested sequences."""
     parts: list[dict[str, Any]] = []
     stack = [] if node is None else [node]
     while stack:
         part = stack.pop()
         if not isinstance(part, dict):  # the library also accepts a list as the fields of a part
-            raise ValueError(f"{where} is damaged or no tokenizer ({str(part)[:40]!r} is no part of a normalizer, ...)")
+            raise ValueError(
+                f"{origin} is damaged or no tokenizer ({str(part)[:40]!r} is no part of a normalizer, ...)"
+            )
         for inner in (part[name] for name in NESTED if name in part):
             stack += reversed(inner) if isinstance(inner, list) else [inner]
         parts.append(part)
     return parts
 
 
-def _growth(part: dict[str, Any]) -> float:
+def _largest_growth(part: dict[str, Any]) -> float:
     """Return how many characters or tokens a part makes from one at most; the library refuses unknown parts."""
     growth = float(FIXED_GROWTH.get(str(part.get("type")), 1))
     content, pattern, prepended = part.get("content"), part.get("pattern"), part.get("prepend")
@@ -223,7 +229,7 @@ def _growth(part: dict[str, Any]) -> float:
         with suppress(ValueError):  # which the library refuses
             growth *= longest_of_charsmap(base64.b64decode(part["precompiled_charsmap"]))
     templates = [template for template in (part.get("single"), part.get("pair")) if isinstance(template, list)]
-    return growth * max([1, *(_tokens_of(template, part.get("special_tokens")) for template in templates)])
+    return growth * max([1, *(_count_template_tokens(template, part.get("special_tokens")) for template in templates)])
 
 
 def longest_of_charsmap(charsmap: bytes) -> int:
@@ -234,12 +240,16 @@ def longest_of_charsmap(charsmap: bytes) -> int:
     return max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")))
 
 
-def _tokens_of(template: list[Any], special: Any) -> int:
+def _count_template_tokens(template: list[Any], special_tokens: Any) -> int:
     """Return how many tokens a template of a post-processor makes from one, including those that it adds."""
     count = 0
     for piece in template:
         named = piece.get("SpecialToken") if isinstance(piece, dict) else None
-        token = special.get(str(named.get("id"))) if isinstance(named, dict) and isinstance(special, dict) else None
+        token = (
+            special_tokens.get(str(named.get("id")))
+            if isinstance(named, dict) and isinstance(special_tokens, dict)
+            else None
+        )
         ids = token.get("ids") if isinstance(token, dict) else None
         count += len(ids) if isinstance(ids, list) else 1
     return count

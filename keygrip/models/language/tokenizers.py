@@ -95,7 +95,7 @@ class ChatTokenizer:
         self._added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")
         # SentencePiece (Llama 2, Mistral) puts a space before the first word of each text that it encodes
-        self._adds_space = self._ids("\nx") != self._ids("\n") + self._ids("x")
+        self._adds_space = self._token_ids("\nx") != self._token_ids("\n") + self._token_ids("x")
 
     def encode(self, text: str, after: str = "") -> list[int]:
         """Return the ids of a text without adding any; special tokens in it are recognised, except in `as_words`.
@@ -111,11 +111,11 @@ class ChatTokenizer:
         for index, part in enumerate(text.split(SPELT)):
             if part:
                 spelt = index % 2 == 1
-                ids += self._continued(part, after, spelt) if after else self._ids(part, spelt)
+                ids += self._continued(part, after, spelt) if after else self._token_ids(part, spelt)
                 after = SPELT if spelt else part
         return ids
 
-    def _ids(self, text: str, spelt: bool = False) -> list[int]:
+    def _token_ids(self, text: str, spelt: bool = False) -> list[int]:
         options = {"split_special_tokens": True} if spelt else {}
         with tokenizer_errors("the tokenizer"):
             ids: list[int] = self._tokenizer(text, add_special_tokens=False, **options)["input_ids"]
@@ -123,10 +123,10 @@ class ChatTokenizer:
 
     def _continued(self, text: str, after: str, spelt: bool) -> list[int]:
         if not self._adds_space:
-            return self._ids(text, spelt)
+            return self._token_ids(text, spelt)
         special = None if spelt else next(filter(after.endswith, self._added), None)
         for prefix in (special,) if special else BEHIND:
-            prefix_ids, ids = self._ids(prefix), self._ids(prefix + text, spelt)
+            prefix_ids, ids = self._token_ids(prefix), self._token_ids(prefix + text, spelt)
             if prefix_ids and ids[: len(prefix_ids)] == prefix_ids:
                 return ids[len(prefix_ids) :]
         raise ValueError(f"the tokenizer has no ids of its own for a text that continues another: {text[:40]!r}")
@@ -203,7 +203,7 @@ class ChatTokenizer:
             fast = PreTrainedTokenizerFast(
                 tokenizer_object=backend, chat_template=state["chat_template"], **special_tokens
             )
-        return cls(fast, _stored_ids(state.get(STOP, "[]")))
+        return cls(fast, _parse_ids(state.get(STOP, "[]")))
 
 
 @model_part(from_checkpoint={"source": "the checkpoint"})
@@ -248,7 +248,7 @@ class TrainedTokenizer:
             FileNotFoundError: it does not exist and no texts are given, or no such run. ValueError: the run has none.
         """
         if self.init_from is not None:
-            return _tokenizer_of(self.init_from)
+            return _read_run_tokenizer(self.init_from)
         from transformers import PreTrainedTokenizerFast
 
         file = self.file_in(folder)
@@ -289,7 +289,7 @@ class TrainedTokenizer:
         return tokenizer.to_str(pretty=True)
 
 
-def _stored_ids(text: str) -> list[int]:
+def _parse_ids(text: str) -> list[int]:
     try:
         ids = json.loads(text)
     except (ValueError, RecursionError, TypeError) as error:
@@ -299,7 +299,7 @@ def _stored_ids(text: str) -> list[int]:
     return ids
 
 
-def _tokenizer_of(run: str) -> ChatTokenizer:
+def _read_run_tokenizer(run: str) -> ChatTokenizer:
     content = read_checkpoint(run)
     if TOKENIZER_STATE not in content:
         raise ValueError(f"language.tokenizer.init_from={run} is no run of a video-language model")

@@ -89,7 +89,7 @@ class Attention(nn.Module):
         """
         keys, values = (self._split(part) for part in self.key_value(context).chunk(2, dim=-1))
         if self.key_norm is not None:
-            keys = _normed(self.key_norm, keys)
+            keys = _apply_norm(self.key_norm, keys)
         return KeyValues(keys if angles is None else rotated(keys, angles), values)
 
     def forward(
@@ -172,7 +172,7 @@ class Attention(nn.Module):
     def _queries(self, x: Tensor, keys_values: KeyValues) -> Tensor:
         queries = self._split(self.query(x))
         if self.query_norm is not None:
-            queries = _normed(self.query_norm, queries)
+            queries = _apply_norm(self.query_norm, queries)
         return queries.to(keys_values.values.dtype)
 
 
@@ -214,7 +214,7 @@ def rotated(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+def _apply_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Apply the norm in the type of ``x``: autocast would convert to float32 and back."""
     with without_autocast(x):
         return F.layer_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), None, norm.eps)

@@ -162,5 +162,5 @@ def without_lora(config: Any) -> tuple[Any, LoRA | None]:
     return config, None
 
 
-def _first(found: Iterator[LoRA | None]) -> LoRA | None:
-    return next((lora for lora in found if lora is not None), None)
+def _first(loras: Iterator[LoRA | None]) -> LoRA | None:
+    return next((lora for lora in loras if lora is not None), None)

@@ -92,13 +92,13 @@ class DinoView:
             FileNotFoundError: its weights are missing, or a download is needed and not allowed.
         """
         if self._backbone is None:
-            local_options = self._on_this_machine() if not self.download else {}
+            local_options = self._cached_weights_options() if not self.download else {}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self._backbone = DinoBackbone(**self.options | local_options, trainable="frozen").eval().to(self.device)
         return self._backbone
 
-    def _on_this_machine(self) -> dict[str, str]:
+    def _cached_weights_options(self) -> dict[str, str]:
         """Options to add so that weights of the hub are read from the cache of an earlier download."""
         variant = VARIANTS[self.options["variant"]]
         source = find_weights(variant, *(self.options[name] for name in ("weights", "weights_path", "init_from")))
@@ -164,16 +164,17 @@ class DinoView:
             raise ValueError("the checkpoint holds no weights of its view")
         if state is not None:
             if self._backbone is None:
-                self._refuse_more_than(sum(value.numel() for value in state.values()))
+                self._refuse_larger_network(sum(value.numel() for value in state.values()))
                 self.options |= {"weights": "random", "init_from": None, "weights_path": None}
             self.backbone.load_state_dict(state)
 
-    def _refuse_more_than(self, stored: int) -> None:
+    def _refuse_larger_network(self, stored_count: int) -> None:
         """Raise ValueError if the options need more weights than are stored."""
         depth = self.options["depth"] or VARIANTS[self.options["variant"]].depth
-        if 8 * depth * self.width**2 > stored:  # a block of a vision transformer has 12 width^2 weights
+        if 8 * depth * self.width**2 > stored_count:  # a block of a vision transformer has 12 width^2 weights
             raise ValueError(
-                f"encoders.view: depth={depth} and width={self.width} are more than the {stored} numbers stored of it"
+                f"encoders.view: depth={depth} and width={self.width} are more than the {stored_count} numbers "
+                "stored of it"
             )
 
 

@@ -122,8 +122,8 @@ class FeatureStatistics(nn.Module):
             ValueError: sizes that no image has, or standard deviations that are not positive.
         """
         self.text_length = int(plain["text_length"])
-        self.latent_sizes = _sizes(plain["latent_sizes"], "latent_sizes")
-        self.patch_grids = _sizes(plain["patch_grids"], "patch_grids")
+        self.latent_sizes = _parse_sizes(plain["latent_sizes"], "latent_sizes")
+        self.patch_grids = _parse_sizes(plain["patch_grids"], "patch_grids")
         self.fingerprint, self.encoders = plain["fingerprint"], plain["encoders"]
         for kind in NORMALISED:
             std = weights.get(f"statistics.{kind}_std")
@@ -162,11 +162,11 @@ class FeatureStatistics(nn.Module):
         return (mean[:, None, None], std[:, None, None]) if name == "latent" else (mean, std)
 
 
-def _sizes(given: Any, name: str) -> list[tuple[int, int]]:
+def _parse_sizes(pairs: Any, name: str) -> list[tuple[int, int]]:
     """Stored (height, width) pairs. Raise ValueError if there are none, or if numbers are not sizes."""
-    sizes = [tuple(size) for size in given]
+    sizes = [tuple(size) for size in pairs]
     if not sizes or not all(
         len(size) == 2 and all(type(side) is int and 1 <= side <= LONGEST_SIDE for side in size) for size in sizes
     ):
-        raise ValueError(f"its {name} are {str(given)[:80]}: pairs of whole numbers from 1 to {LONGEST_SIDE}")
+        raise ValueError(f"its {name} are {str(pairs)[:80]}: pairs of whole numbers from 1 to {LONGEST_SIDE}")
     return [(height, width) for height, width in sizes]

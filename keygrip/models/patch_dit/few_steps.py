@@ -121,7 +121,7 @@ class FewSteps:
         if not isinstance(run, Mapping):
             return
         ways = [
-            {part.name: _plainly(settings.get(part.name, part.default)) for part in fields(Guidance)}
+            {part.name: _format_setting(settings.get(part.name, part.default)) for part in fields(Guidance)}
             for settings in (run, vars(self.teacher))
         ]
         other = [name for name in ways[0] if ways[0][name] != ways[1][name]]
@@ -240,10 +240,10 @@ class FewSteps:
         return [low + (high - low) * level for level in noise_levels(self.teacher_steps)]
 
 
-def _plainly(value: Any) -> str:
+def _format_setting(value: Any) -> str:
     """A sampling setting in the form of the command line; equal settings (2 and 2.0, list and tuple) become equal."""
     if value is None:
         return "null"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{','.join(_plainly(each) for each in value)}]"
+        return f"[{','.join(_format_setting(each) for each in value)}]"
     return f"{value:g}" if isinstance(value, int | float) else plain(value)

@@ -180,7 +180,7 @@ class Guidance:
             push = term.scale * (positive - negative)
             rescale = self._rescale(term.name)
             if rescale:
-                push = _rescaled(negative + push, positive, x, level, rescale) - negative
+                push = _match_std(negative + push, positive, x, level, rescale) - negative
             guided = guided + push
         return guided
 
@@ -200,12 +200,12 @@ def everything_given(conditions: Conditions) -> str:
     return "text" if conditions.has_text else "dino" if conditions.has_dino else "none"
 
 
-def _rescaled(guided: Tensor, plain: Tensor, x: Tensor, level: float, share: float) -> Tensor:
-    """The guided velocity whose predicted clean latent has the plain one's standard deviation, blended by ``share``."""
+def _match_std(guided: Tensor, conditional: Tensor, x: Tensor, level: float, share: float) -> Tensor:
+    """The guided velocity whose clean latent gets the conditional one's standard deviation, blended by ``share``."""
     if level == 0:
         return guided
     levels = torch.full((len(x),), level, device=x.device)
-    clean, reference = data_from_velocity(x, guided, levels), data_from_velocity(x, plain, levels)
+    clean, reference = data_from_velocity(x, guided, levels), data_from_velocity(x, conditional, levels)
     axes = tuple(range(1, x.ndim))
     factor = reference.std(dim=axes, keepdim=True) / clean.std(dim=axes, keepdim=True).clamp(min=1e-6)
     return (x - clean * (share * factor + 1 - share)) / level

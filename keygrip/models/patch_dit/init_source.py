@@ -140,10 +140,10 @@ def read_source(path: str | Path) -> InitSource:
     refuse_other_format(content, file)
     if isinstance(content.get(HEADER), Mapping):
         return _keygrip_source(str(path), read_checkpoint(file))  # raises an error: its hash is missing
-    key, weights = _by_name(content)
+    key, weights = _select_weights(content)
     if key:
         log.info("init_from=%s: its weights are those under %r, of %s", file, key, ", ".join(map(str, content)))
-    return InitSource(str(path), _of_network(weights))
+    return InitSource(str(path), _network_weights(weights))
 
 
 def normalise_as(source: InitSource, statistics: FeatureStatistics, asked: StatisticsOf) -> None:
@@ -177,20 +177,20 @@ def normalise_as(source: InitSource, statistics: FeatureStatistics, asked: Stati
         )
 
 
-def _by_name(content: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def _select_weights(content: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """The key of the weights in a foreign file, and the weights; "": they are at the top level. The EMA is preferred,
     since such models are sampled with it, if it contains all weights under the same names."""
-    sets = {key: value for key, value in content.items() if isinstance(value, Mapping) and _tensors(value)}
+    sets = {key: value for key, value in content.items() if isinstance(value, Mapping) and _tensor_names(value)}
     trained = next((key for key in ("state_dict", "model") if key in sets), "")
     for key in ("ema", "ema_state_dict", "model_ema"):
-        if key in sets and _tensors(sets.get(trained, {})) <= _tensors(sets[key]):
+        if key in sets and _tensor_names(sets.get(trained, {})) <= _tensor_names(sets[key]):
             return key, sets[key]
         if key in sets:
             log.warning("the EMA under %r is left out: it lacks weights of %r, or names them otherwise", key, trained)
     return (trained, sets[trained]) if trained else ("", content)
 
 
-def _tensors(weights: Mapping[str, Any]) -> set[str]:
+def _tensor_names(weights: Mapping[str, Any]) -> set[str]:
     """Names of tensors without the prefixes of wrappers."""
     names = {str(name) for name, value in weights.items() if isinstance(value, Tensor)}
     return {re.sub(r"^((module|_orig_mod|model|network)\.)+", "", name) for name in names}
@@ -202,7 +202,7 @@ def _keygrip_source(path: str, content: Mapping[str, Any]) -> InitSource:
     network = model.get("network")
     ours = isinstance(network, Mapping) and network.get("_target_") == f"{PatchDiT.__module__}.{PatchDiT.__qualname__}"
     if not ours:
-        return InitSource(path, _of_network(weights))
+        return InitSource(path, _network_weights(weights))
     statistics = {n.removeprefix(STATISTICS): value for n, value in weights.items() if n.startswith(STATISTICS)}
     if not bool(statistics.get("known", torch.tensor(False)).all()):
         statistics = {}
@@ -213,7 +213,7 @@ def _keygrip_source(path: str, content: Mapping[str, Any]) -> InitSource:
     guide = {n.removeprefix(GUIDE): value for n, value in weights.items() if n.startswith(GUIDE)}
     return InitSource(
         path,
-        _of_network(weights),
+        _network_weights(weights),
         guide=guide if bool(weights.get(GUIDE_TAKEN, torch.tensor(False))) else {},
         network=network,
         model=model,
@@ -223,7 +223,7 @@ def _keygrip_source(path: str, content: Mapping[str, Any]) -> InitSource:
     )
 
 
-def _of_network(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+def _network_weights(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of the network only, without a module's statistics and other parts."""
     inside = {name: value for name, value in weights.items() if name.startswith("network.")}
     return {name: value for name, value in (inside or weights).items() if isinstance(value, torch.Tensor)}

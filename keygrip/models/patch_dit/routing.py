@@ -50,16 +50,16 @@ class TokenRouting:
     @staticmethod
     def take(whole: Tensor, index: Tensor) -> Tensor:
         """Select tokens ``[B, K, D]`` from ``[B, N, D]``."""
-        return whole.flatten(0, 1)[_places(whole, index)]
+        return whole.flatten(0, 1)[_flat_indices(whole, index)]
 
     @staticmethod
     def put_back(whole: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
         """Put the tokens ``[B, K, D]`` back in their places in ``whole`` ``[B, N, D]``."""
         flat = whole.to(tokens.dtype).flatten(0, 1)
-        return flat.index_copy(0, _places(whole, index).flatten(), tokens.flatten(0, 1)).view(whole.shape)
+        return flat.index_copy(0, _flat_indices(whole, index).flatten(), tokens.flatten(0, 1)).view(whole.shape)
 
 
-def _places(whole: Tensor, index: Tensor) -> Tensor:
+def _flat_indices(whole: Tensor, index: Tensor) -> Tensor:
     """Indices ``[B, K]`` of tokens in the flattened ``whole`` ``[B, N, D]``. Tokens are moved as rows, since `gather`
     and `scatter` sort single values in deterministic mode on a GPU."""
     return torch.arange(len(whole), device=index.device)[:, None] * whole.shape[1] + index

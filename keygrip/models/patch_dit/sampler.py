@@ -38,11 +38,11 @@ NOT_FINITE = "what was drawn is not finite: give smaller scales of guidance, or 
 FLOOR = 1e-3  # with x-prediction: below the last level of any reasonable number of steps, so that it never applies
 
 
-def _interval(given: Any) -> tuple[float, float]:
+def _parse_interval(levels: Any) -> tuple[float, float]:
     try:
-        low, high = (float(level) for level in given)
+        low, high = (float(level) for level in levels)
     except (TypeError, ValueError):
-        raise ValueError(f"interval={given}: give two noise levels, [LOWEST,HIGHEST].") from None
+        raise ValueError(f"interval={levels}: give two noise levels, [LOWEST,HIGHEST].") from None
     return low, high
 
 
@@ -107,7 +107,7 @@ class Sampling(Guidance):
             raise ValueError(f"sampling has no {', '.join(unknown)}; it has {', '.join(parts)}")
         given = {name: value for name, value in changes.items() if value is not None}
         if "interval" in given:
-            given["interval"] = _interval(given["interval"])
+            given["interval"] = _parse_interval(given["interval"])
         if given.get("guidance") == "none":  # these settings of the model itself are then dropped
             given = {"full_scale": 0.0, "guide_scale": 0.0} | given
         sampling = self.replaced(**given)
@@ -155,7 +155,7 @@ class Velocities:
 
     def __call__(self, x: Tensor, level: float, branches: Sequence[str]) -> dict[str, Tensor]:
         """Velocities ``[B, C, h, w]`` of the named branches at x_s."""
-        one_batch = self._one_batch(x) if self.together is None else self.together
+        one_batch = self._prefers_one_batch(x) if self.together is None else self.together
         own_branches = tuple(name for name in branches if name != GUIDE)
         groups = [own_branches] if one_batch else [(name,) for name in own_branches]
         groups += [(GUIDE,)] if GUIDE in branches else []
@@ -169,7 +169,7 @@ class Velocities:
             velocities |= dict(zip(group, output.to(x.dtype).chunk(len(group)), strict=True))
         return velocities
 
-    def _one_batch(self, x: Tensor) -> bool:
+    def _prefers_one_batch(self, x: Tensor) -> bool:
         rows, columns = self.network.grid(x)
         return x.device.type != "cpu" or len(x) * rows * columns * self.network.width <= CPU_BATCH
 

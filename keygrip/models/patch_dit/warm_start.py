@@ -173,13 +173,13 @@ def take(
     own = {plain_name(name): parameter for name, parameter in network.named_parameters()}
     found = translated(weights, own, renames or {}, int(getattr(network, "patch_size", 1)))
     for name, value in found.items():  # for example a null embedding of shape [1, 1, D]
-        if name in own and value.shape != own[name].shape and _squeezed(value) == _squeezed(own[name]):
+        if name in own and value.shape != own[name].shape and _squeezed_shape(value) == _squeezed_shape(own[name]):
             found[name] = value.reshape(own[name].shape)
     if isinstance(network, PatchDiT):
         refuse_other_function(network, weights, found, source)
     loaded = [name for name in own if name in found and found[name].shape == own[name].shape]
     reshaped = [
-        f"{name} ({_shape(found[name])} -> {_shape(own[name])})"
+        f"{name} ({_format_shape(found[name])} -> {_format_shape(own[name])})"
         for name in own
         if name in found and found[name].shape != own[name].shape
     ]
@@ -290,9 +290,9 @@ def translated(
     renames = rename_rules(renames)
     entries: list[_Entry] = []
     idle = set(renames)
-    wrapper = _wrapper(weights)
+    wrapper = _common_prefix(weights)
     for name, value in weights.items():
-        plain = start = _own_name(name.removeprefix(wrapper), own)
+        plain = start = _strip_wrappers(name.removeprefix(wrapper), own)
         for pattern, replacement in renames.items():
             renamed = plain if plain in own else re.sub(pattern, replacement, plain)
             if wrapper and renamed == plain and plain not in own:  # the rule may be written for the file's own names
@@ -301,29 +301,29 @@ def translated(
                 renamed = full_name.removeprefix(wrapper)
             idle -= {pattern} if renamed != plain else set()
             plain = renamed
-        entries.append(_Entry(name, plain, value, by_rule=_in_block(plain) != _in_block(start)))
+        entries.append(_Entry(name, plain, value, by_rule=_name_within_block(plain) != _name_within_block(start)))
     if idle:
         raise ValueError(f"model.init_from_renames: {sorted(idle)[0]!r} changes no name of the file")
     of_source = has_source_names(weights) or has_source_names(entry.plain for entry in entries)
     tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     gates: list[str] = []
-    for entry in _joined(entries, own):
+    for entry in _join_keys_values(entries, own):
         name, plain, value = entry.name, entry.plain, entry.value
         if plain not in own:
             for pattern, replacement in USUAL.items():
                 plain = plain if plain in own else re.sub(pattern, replacement, plain)
             unsure = plain in own and not of_source and not entry.by_rule and value.shape == own[plain].shape
-            if unsure and _vectors(plain, value, own) == PARTS[0]:
+            if unsure and _count_modulation_vectors(plain, value, own) == PARTS[0]:
                 gates.append(name)
                 plain = name
-            value = _in_our_order(plain, value, own, patch_size) if plain in own else value
-        parts = _split(plain, value)
+            value = _reorder_rows(plain, value, own, patch_size) if plain in own else value
+        parts = _split_qkv(plain, value)
         fits = plain in own or any(part in own for part in parts)
-        new = parts if fits else {_own_name(name, own): value}
+        new = parts if fits else {_strip_wrappers(name, own): value}
         for part in new.keys() & tensors.keys():
             if not torch.equal(tensors[part], new[part]):
-                _refuse_two(origin[part], name, part)
+                _refuse_ambiguous(origin[part], name, part)
         tensors |= new
         origin |= dict.fromkeys(new, name)
     if gates:
@@ -334,7 +334,7 @@ def translated(
             "[[PATTERN,modulation.linear]] all shifts, then all scales",
             *(gates[0], len(gates) - 1),
         )
-    return _projected(tensors, own)
+    return _project_null_embeddings(tensors, own)
 
 
 def _refuse_unfit_numbers(weights: Mapping[str, Tensor], source: str) -> None:
@@ -347,37 +347,37 @@ def _refuse_unfit_numbers(weights: Mapping[str, Tensor], source: str) -> None:
             raise ValueError(f"init_from={source}: {name} holds NaN or infinite numbers: the file is damaged")
 
 
-def _in_our_order(name: str, value: Tensor, own: Mapping[str, Tensor], patch_size: int) -> Tensor:
+def _reorder_rows(name: str, value: Tensor, own_weights: Mapping[str, Tensor], patch_size: int) -> Tensor:
     """A parameter of another implementation, under our name, with its rows in our order."""
     cells = patch_size**2
     if name.startswith("latent_out.") and not value.shape[0] % cells:
         return value.unflatten(0, (cells, -1)).transpose(0, 1).flatten(0, 1)
-    count = _vectors(name, value, own)
+    count = _count_modulation_vectors(name, value, own_weights)
     return value.unflatten(0, (3, count // 3, -1)).transpose(0, 1).flatten(0, 2) if count in PARTS else value
 
 
-def _vectors(name: str, value: Tensor, own: Mapping[str, Tensor]) -> int:
+def _count_modulation_vectors(name: str, value: Tensor, own_weights: Mapping[str, Tensor]) -> int:
     """Number of vectors of the network's width in a block's modulation; 0: the parameter is not a modulation."""
     if not name.startswith("blocks.") or ".modulation.linear." not in name:
         return 0
-    count, remainder = divmod(value.shape[0], own[f"{name.rpartition('.')[0]}.weight"].shape[1])
+    count, remainder = divmod(value.shape[0], own_weights[f"{name.rpartition('.')[0]}.weight"].shape[1])
     return 0 if remainder else count
 
 
-def _projected(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _project_null_embeddings(weights: dict[str, Tensor], own_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Project null embeddings that are in the features' space, in the same way as features."""
     for null, projection in PROJECTED.items():
-        weight = found.get(f"{BUILDER}{projection}.weight")
-        value, bias = found.get(BUILDER + null), found.get(f"{BUILDER}{projection}.bias")
-        if value is None or weight is None or BUILDER + null not in own or weight.ndim != 2:
+        weight = weights.get(f"{BUILDER}{projection}.weight")
+        value, bias = weights.get(BUILDER + null), weights.get(f"{BUILDER}{projection}.bias")
+        if value is None or weight is None or BUILDER + null not in own_weights or weight.ndim != 2:
             continue
-        if value.numel() == weight.shape[1] and value.numel() != own[BUILDER + null].numel():
+        if value.numel() == weight.shape[1] and value.numel() != own_weights[BUILDER + null].numel():
             projected = weight.float() @ value.float().flatten()
-            found[BUILDER + null] = (projected if bias is None else projected + bias.float()).to(value)
-    return found
+            weights[BUILDER + null] = (projected if bias is None else projected + bias.float()).to(value)
+    return weights
 
 
-def _split(name: str, value: Tensor) -> dict[str, Tensor]:
+def _split_qkv(name: str, value: Tensor) -> dict[str, Tensor]:
     """Split a fused layer of queries, keys and values into the two layers of our attention."""
     stem, fused, part = name.rpartition(".qkv.")
     if not fused or value.shape[0] % 3:
@@ -397,26 +397,26 @@ class _Entry:
     by_rule: bool
 
 
-def _in_block(name: str) -> str:
+def _name_within_block(name: str) -> str:
     """A parameter's name within its block; the whole name if it is not in a block."""
     return re.sub(r"^(.*\.)?blocks\.\d+\.", "", name)
 
 
-def _refuse_two(first: str, second: str, ours: str) -> NoReturn:
+def _refuse_ambiguous(first: str, second: str, own_name: str) -> NoReturn:
     raise ValueError(
-        f"{first} and {second} of the file are both {ours} of the network, and differ: leave one set of weights (such "
-        "as the EMA) in the file"
+        f"{first} and {second} of the file are both {own_name} of the network, and differ: leave one set of weights "
+        "(such as the EMA) in the file"
     )
 
 
-def _joined(entries: Sequence[_Entry], own: Mapping[str, Tensor]) -> list[_Entry]:
+def _join_keys_values(entries: Sequence[_Entry], own_weights: Mapping[str, Tensor]) -> list[_Entry]:
     """Join separate layers of keys and values into one layer, ``kv``."""
     by_name: dict[str, _Entry] = {}
     for entry in entries:
-        if entry.plain not in own:
+        if entry.plain not in own_weights:
             first = by_name.setdefault(entry.plain, entry)
             if not torch.equal(first.value, entry.value):
-                _refuse_two(first.name, entry.name, entry.plain)
+                _refuse_ambiguous(first.name, entry.name, entry.plain)
     joined, used_names = list[_Entry](), set[str]()
     for name, entry in by_name.items():
         stem, _, part = name.rpartition(".")
@@ -429,13 +429,13 @@ def _joined(entries: Sequence[_Entry], own: Mapping[str, Tensor]) -> list[_Entry
     return [*(entry for entry in entries if entry.plain not in used_names), *joined]
 
 
-def _squeezed(value: Tensor) -> list[int]:
+def _squeezed_shape(value: Tensor) -> list[int]:
     """The lengths of its axes without those of 1; for kernels over patches [D, C, p, p] the last three are joined."""
     shape = [size for size in value.shape if size != 1]
     return [shape[0], shape[1] * shape[2] * shape[3]] if len(shape) == 4 else shape
 
 
-def _wrapper(weights: Mapping[str, Tensor]) -> str:
+def _common_prefix(weights: Mapping[str, Tensor]) -> str:
     """The prefix that wrappers added to all names; may be empty."""
     wrapper = ""
     while prefix := next((p for p in PREFIXES if weights and all(n.startswith(wrapper + p) for n in weights)), ""):
@@ -443,10 +443,10 @@ def _wrapper(weights: Mapping[str, Tensor]) -> str:
     return wrapper
 
 
-def _own_name(name: str, own: Mapping[str, Tensor]) -> str:
+def _strip_wrappers(name: str, own_weights: Mapping[str, Tensor]) -> str:
     """A name as in the network, without the prefixes of wrappers."""
     shorter = name
-    while shorter not in own:
+    while shorter not in own_weights:
         prefix = next((prefix for prefix in PREFIXES if shorter.startswith(prefix)), None)
         if prefix is None:
             return name.removeprefix("network.")
@@ -454,5 +454,5 @@ def _own_name(name: str, own: Mapping[str, Tensor]) -> str:
     return shorter
 
 
-def _shape(tensor: Tensor) -> str:
+def _format_shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"

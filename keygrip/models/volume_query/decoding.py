@@ -120,7 +120,9 @@ class Decoder:
         heights = _HeightScale(height_range, output.volume.height.shape[-1])(places.height)
         position = recover_3d(pixels, heights, intrinsics[:, None, None], world_to_camera[:, None, None], strict=strict)
         if self.name == "sample":
-            quaternions = [codec.decode(_draw(output.rotation[:, i], generator)) for i, codec in enumerate(codecs)]
+            quaternions = [
+                codec.decode(_sample_class(output.rotation[:, i], generator)) for i, codec in enumerate(codecs)
+            ]
         elif self.name == "argmax":
             quaternions = [codec.decode(output.rotation[:, i].argmax(-1)) for i, codec in enumerate(codecs)]
         else:
@@ -152,7 +154,7 @@ class Decoder:
         volume_f32 = volume.float()
         to_metres = _HeightScale(height_range, volume_f32.height.shape[-1])
         cameras = intrinsics[:, None, None], world_to_camera[:, None, None]
-        logits = _of_points(volume_f32, to_metres, *cameras, image_size)
+        logits = _mask_voxels_without_point(volume_f32, to_metres, *cameras, image_size)
         if self.name == "sample":
             cells, bins = sample_voxel(logits, generator)
         elif self.name == "viterbi":
@@ -166,7 +168,7 @@ class Decoder:
     def _gripper(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         bins = logits.shape[-1]
         if self.name == "sample":
-            return (_draw(logits, generator) + 0.5) / bins
+            return (_sample_class(logits, generator) + 0.5) / bins
         best = logits.argmax(-1, keepdim=True)
         if self.name == "argmax":
             return (best[..., 0] + 0.5) / bins
@@ -226,7 +228,7 @@ class _HeightScale:
         return low + position / self.bins * (high - low)
 
 
-def _of_points(
+def _mask_voxels_without_point(
     logits: VolumeLogits, to_metres: _HeightScale, intrinsics: Tensor, world_to_camera: Tensor, image_size: int
 ) -> VolumeLogits:
     """Mask the voxels that have no world point, and for each step all voxels on one side of the camera's height.
@@ -265,6 +267,6 @@ def _best_logit(logits: VolumeLogits) -> Tensor:
     return at_cells.gather(-1, bins[..., None])[..., 0]
 
 
-def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+def _sample_class(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     flat = logits.float().softmax(-1).reshape(-1, logits.shape[-1])
     return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])

@@ -51,16 +51,18 @@ def prediction_figure(
     heat, paths = axes["heat"], axes["paths"]
     for axis in (heat, paths):
         axis.imshow(pixels, extent=(0, side, side, 0))
-    _heatmap(heat, heatmaps, start, side)
-    scatter = _paths(paths, predicted, true, valid)
+    _draw_heatmap(heat, heatmaps, start, side)
+    scatter = _draw_paths(paths, predicted, true, valid)
     figure.colorbar(scatter, ax=[heat, paths], label="step", location="bottom", shrink=0.5, aspect=40)
     for axis in (heat, paths):
         axis.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
 
     cell_heights = volume.height_given_pixel(cells)[sample, arm].softmax(-1).float().cpu()  # [T, Z]
-    _strip(axes["height"], cell_heights, targets.heights[sample, arm].cpu(), "height (cm)", heights.cpu() * 100)
+    _draw_distribution(
+        axes["height"], cell_heights, targets.heights[sample, arm].cpu(), "height (cm)", heights.cpu() * 100
+    )
     opening = (torch.arange(gripper.shape[-1]) + 0.5) / gripper.shape[-1]
-    _strip(
+    _draw_distribution(
         axes["grip"],
         gripper[sample, arm].softmax(-1).float().cpu(),
         targets.gripper[sample, arm].cpu(),
@@ -68,7 +70,7 @@ def prediction_figure(
         opening,
     )
     classes = torch.arange(rotation.shape[-1]).float()
-    _strip(
+    _draw_distribution(
         axes["turn"],
         rotation[sample, arm].softmax(-1).float().cpu(),
         rotation_target[sample].cpu(),
@@ -79,7 +81,7 @@ def prediction_figure(
     return figure
 
 
-def _heatmap(axis, heatmaps: Tensor, start: Tensor, side: int) -> None:  # type: ignore[no-untyped-def]
+def _draw_heatmap(axis, heatmaps: Tensor, start: Tensor, side: int) -> None:  # type: ignore[no-untyped-def]
     """Draw pixel probabilities per step ``[T, P, P]`` over the image, and the start pixel ``[2]``."""
     # Maximum over steps at each pixel: a sum over steps would hide sharp heatmaps behind broad ones.
     strength = (heatmaps / heatmaps.amax((1, 2), keepdim=True)).amax(0).numpy()
@@ -90,7 +92,7 @@ def _heatmap(axis, heatmaps: Tensor, start: Tensor, side: int) -> None:  # type:
     axis.set_title("heatmap (+ gripper now)")
 
 
-def _paths(axis, predicted: Tensor, true: Tensor, valid: Tensor):  # type: ignore[no-untyped-def]
+def _draw_paths(axis, predicted: Tensor, true: Tensor, valid: Tensor):  # type: ignore[no-untyped-def]
     """Draw predicted pixels and those true pixels that are ``valid`` ``[T]``, both ``[T, 2]``.
 
     Return the points coloured by step, for a colour bar.
@@ -105,7 +107,7 @@ def _paths(axis, predicted: Tensor, true: Tensor, valid: Tensor):  # type: ignor
     return axis.scatter(predicted[:, 0], predicted[:, 1], c=times, cmap="viridis", marker="X", s=60, edgecolors="black")
 
 
-def _strip(axis, probability: Tensor, target: Tensor, label: str, values: Tensor) -> None:  # type: ignore[no-untyped-def]
+def _draw_distribution(axis, probability: Tensor, target: Tensor, label: str, values: Tensor) -> None:  # type: ignore[no-untyped-def]
     """Draw probabilities ``[T, C]`` as columns over time, and the target bins ``[T]`` as circles."""
     steps, _bins = probability.shape
     spread = float(values[1] - values[0]) / 2

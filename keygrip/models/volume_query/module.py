@@ -292,19 +292,19 @@ class VolumeQueryModule(System):
         network = self.network
         if not self.symmetry.several:
             codes = [self.codec(arm).encode(batch.quaternion[:, i]) for i, arm in enumerate(network.arms)]
-            rotation = _classification(output.rotation, torch.stack(codes, dim=1))
+            rotation = _step_cross_entropy(output.rotation, torch.stack(codes, dim=1))
         else:
             rotation = shared_cross_entropy(output.rotation, self._equivalent_classes(batch))
         per_step = {
             "volume": volume_cross_entropy(
                 output.volume.float(), targets.volume(self.target, network.pred_size, network.height_bins)
             ),
-            "gripper": _classification(output.gripper, targets.gripper),
+            "gripper": _step_cross_entropy(output.gripper, targets.gripper),
             "rotation": rotation,
         }
         return weighted_means(per_step, targets.valid, self.weights)
 
-    def _choices(self, batch: PolicyBatch) -> list[tuple[int, Tensor]]:
+    def _symmetry_masks(self, batch: PolicyBatch) -> list[tuple[int, Tensor]]:
         """Pairs of a number of equivalent grips and a bool ``[B, A, T]`` that marks the steps with that number of
         grips, only in plans that begin with an open gripper."""
         free = (batch.start_gripper >= CLOSED)[..., None].expand(batch.gripper.shape)
@@ -320,15 +320,15 @@ class VolumeQueryModule(System):
                 ],
                 dim=1,
             )
-            for order, free in self._choices(batch)
+            for order, free in self._symmetry_masks(batch)
         ]
         return torch.stack(classes).any(dim=0)
 
-    def _rotation_error(self, found: Tensor, batch: PolicyBatch) -> Tensor:
+    def _rotation_error(self, rotation: Tensor, batch: PolicyBatch) -> Tensor:
         """Angles ``[B, A, T]`` in radians between rotations and their targets, or the nearest equivalents of these."""
         if not self.symmetry.several:
-            return geodesic_angle(found, batch.quaternion)
-        angles = [nearest_angle(found, batch.quaternion, free, order) for order, free in self._choices(batch)]
+            return geodesic_angle(rotation, batch.quaternion)
+        angles = [nearest_angle(rotation, batch.quaternion, free, order) for order, free in self._symmetry_masks(batch)]
         return torch.stack(angles).amin(dim=0)
 
     def loss(self, batch: PolicyBatch) -> Tensor:
@@ -355,7 +355,7 @@ class VolumeQueryModule(System):
         losses = self.losses(output, batch, targets)
         errors |= self.decoded_errors(output, batch, targets)
         metrics = {name: _mean_where(value, targets.valid) for name, value in errors.items()}
-        counts = {name: _usable(value, targets.valid).sum() for name, value in errors.items()}
+        counts = {name: _finite_and_valid(value, targets.valid).sum() for name, value in errors.items()}
         counts |= dict.fromkeys(losses, targets.valid.sum())
         self.log_values("val", losses | metrics, len(batch), BAR, counts)
         if batch_idx == 0 and self.log_images_every_n_steps:
@@ -471,16 +471,16 @@ class VolumeQueryModule(System):
             self.show_image(f"{split}/prediction_{name}", image)
 
 
-def _classification(logits: Tensor, target: Tensor) -> Tensor:
+def _step_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy per step ``[B, A, T]`` of logits ``[B, A, T, C]``, in float32."""
     return F.cross_entropy(logits.float().flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
 
 
 def _mean_where(values: Tensor, valid: Tensor) -> Tensor:
     """Mean of ``values`` over ``valid`` entries that are finite; NaN where there is none."""
-    usable = _usable(values, valid)
+    usable = _finite_and_valid(values, valid)
     return values.masked_fill(~usable, 0.0).sum() / usable.sum()
 
 
-def _usable(values: Tensor, valid: Tensor) -> Tensor:
+def _finite_and_valid(values: Tensor, valid: Tensor) -> Tensor:
     return valid & torch.isfinite(values)

@@ -379,7 +379,7 @@ class VolumeQueryNetwork(nn.Module):
         self._check_inputs(image, state, instruction, views, sharp)
         states = None if self.instruction is None else self.instruction.encoder(instruction)
         feature_map, cls, further = self._image_features(image, views, states)
-        trunks = self._trunks(feature_map, cls, start_pixel, state, states)
+        trunks = self._run_trunks(feature_map, cls, start_pixel, state, states)
         # if the first image shows nothing, it makes no corrections
         usable = None if views is None else views.first.to(feature_map.dtype)[:, None, None]
         fixed = (feature_map, self.sin_z, self.sin_t, self.coupling_z, further)
@@ -451,7 +451,7 @@ class VolumeQueryNetwork(nn.Module):
         cls = features.cls.unflatten(0, images.shape[:2])[:, 0] * usable[:, None]
         return maps[:, 0] * usable[:, None, None, None], cls, (maps[:, 1:], views.where)
 
-    def _trunks(
+    def _run_trunks(
         self,
         feature_map: Tensor,
         cls: Tensor,
@@ -486,12 +486,12 @@ class VolumeQueryNetwork(nn.Module):
 
     @torch.no_grad()
     def _step_pixels(
-        self, volume: VolumeLogits, given: Tensor | Callable[[VolumeLogits], StepPlaces] | None
+        self, volume: VolumeLogits, step_pixels: Tensor | Callable[[VolumeLogits], StepPlaces] | None
     ) -> tuple[StepPlaces | None, Tensor]:
-        """Places decoded by `given`, if any, and the pixels ``[B, A, T, 2]`` where heads read; empty if they do not."""
+        """Places, if they are decoded, and the pixels ``[B, A, T, 2]`` where heads read; empty if they do not."""
         if not self.looks:
             return None, volume.pixel.new_empty(0)
-        if isinstance(given, Tensor):
-            return None, given
-        places = best_places(volume.float()) if given is None else given(volume)
-        return (None if given is None else places), places.grid * (self.image_size / self.pred_size)
+        if isinstance(step_pixels, Tensor):
+            return None, step_pixels
+        places = best_places(volume.float()) if step_pixels is None else step_pixels(volume)
+        return (None if step_pixels is None else places), places.grid * (self.image_size / self.pred_size)

@@ -85,12 +85,12 @@ class VolumeQueryPolicy:
         return Needs(
             arms=tuple(network.arms),
             cameras=views if network.world_views else (),
-            instruction=network.instruction_encoder is not None or self._turns_by_word,
+            instruction=network.instruction_encoder is not None or self._symmetry_by_word,
             camera=views[0] if views and not network.world_views else None,
         )
 
     @property
-    def _turns_by_word(self) -> bool:
+    def _symmetry_by_word(self) -> bool:
         return self.steady_turns and self.module.symmetry.by_word
 
     @property
@@ -174,7 +174,7 @@ class VolumeQueryPolicy:
             image = np.zeros_like(image)
         return self._geometry.view(image, *calibration_of(view, camera))
 
-    def _all_views(
+    def _first_and_further_views(
         self, observations: Sequence[Observation]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, FurtherViews]:
         """The first camera's image, intrinsics and pose, and the views of the other cameras."""
@@ -221,7 +221,7 @@ class VolumeQueryPolicy:
         module = self.module
         if not module.symmetry.several or not self.steady_turns:
             return planned
-        sentences = [instruction_of(observation) for observation in observations] if self._turns_by_word else ()
+        sentences = [instruction_of(observation) for observation in observations] if self._symmetry_by_word else ()
         for order, free in module.symmetry.choices(sentences, gripper >= CLOSED):
             planned = torch.stack(
                 [
@@ -237,7 +237,7 @@ class VolumeQueryPolicy:
         module, network, statistics = self.module, self.module.network, self.module.statistics
         device = module.device
         if network.world_views and len(module.views) > 1:
-            image, k, camera, further = self._all_views(observations)
+            image, k, camera, further = self._first_and_further_views(observations)
         else:
             first_views = [self._first_view(observation) for observation in observations]
             calibrations = [calibration_of(*view) for view in first_views]

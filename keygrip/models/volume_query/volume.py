@@ -116,7 +116,7 @@ class BilinearCoupling(VoxelScores):
         return cls(torch.stack([each.pixel_factor for each in scores], dim=1), scores[0].height_factor)
 
     def slice(self, z: int) -> Tensor:
-        return _coupled(self.pixel_factor, self.height_factor[:, z])
+        return _couple_at_height(self.pixel_factor, self.height_factor[:, z])
 
     def dense(self, bins: int) -> Tensor:
         with without_autocast(self.pixel_factor):
@@ -267,7 +267,7 @@ class _StreamedLogSumExp(torch.autograd.Function):
     def forward(ctx, pixel: Tensor, height: Tensor, pixel_factor: Tensor, height_factor: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         slices = []
         for z in range(height.shape[-1]):
-            slice_ = _coupled(pixel_factor, height_factor[:, z]).add_(pixel)
+            slice_ = _couple_at_height(pixel_factor, height_factor[:, z]).add_(pixel)
             slices.append(slice_.flatten(-2).logsumexp(-1))
         total = (torch.stack(slices, dim=-1) + height).logsumexp(-1)
         ctx.save_for_backward(pixel, height, pixel_factor, height_factor, total)
@@ -279,7 +279,7 @@ class _StreamedLogSumExp(torch.autograd.Function):
         grad_pixel, grad_height = torch.zeros_like(pixel), torch.zeros_like(height)
         grad_pixel_factor, grad_height_factor = torch.zeros_like(pixel_factor), torch.zeros_like(height_factor)
         for z in range(height.shape[-1]):
-            slice_ = _coupled(pixel_factor, height_factor[:, z]).add_(pixel)
+            slice_ = _couple_at_height(pixel_factor, height_factor[:, z]).add_(pixel)
             slice_ += (height[..., z] - total)[..., None, None]
             weighted = slice_.exp_() * grad_total[..., None, None]  # probability times incoming gradient
             grad_pixel += weighted
@@ -290,7 +290,7 @@ class _StreamedLogSumExp(torch.autograd.Function):
         return grad_pixel, grad_height, grad_pixel_factor, grad_height_factor
 
 
-def _coupled(pixel_factor: Tensor, height_factor: Tensor) -> Tensor:
+def _couple_at_height(pixel_factor: Tensor, height_factor: Tensor) -> Tensor:
     """Coupling of all pixels with one height, ``[*, R, H, W]`` and ``[R]`` -> ``[*, H, W]``."""
     with without_autocast(pixel_factor):
         return torch.einsum("...rhw,r->...hw", pixel_factor, height_factor)

@@ -109,7 +109,9 @@ class KnownProjections:
         batch, cameras = intrinsics.shape[:2]
         pairs = [
             [
-                self._pair(intrinsics[row, [0, view]], world_to_camera[row, [0, view]], heights, pred_size, image_size)
+                self._project_pair(
+                    intrinsics[row, [0, view]], world_to_camera[row, [0, view]], heights, pred_size, image_size
+                )
                 for view in range(1, cameras)
             ]
             for row in range(batch)
@@ -119,7 +121,7 @@ class KnownProjections:
         projection = VoxelProjection(grid, inside)
         return projection if usable is None else projection.of_usable(usable)
 
-    def _pair(
+    def _project_pair(
         self, intrinsics: Tensor, world_to_camera: Tensor, heights: Tensor, pred_size: int, image_size: int
     ) -> VoxelProjection:
         contents = (part.cpu().numpy().tobytes() for part in (intrinsics, world_to_camera, heights))

@@ -91,9 +91,9 @@ def calibrate(
     content["corrections"], report = {}, {}
     failures: dict[str, str] = {}  # why a camera gets no correction
     for camera in cameras or camera_names:
-        pairs = _pairs(demos, camera, frames_per_demo, model)
+        pairs = _pair_views_with_robot(demos, camera, frames_per_demo, model)
         if not pairs:
-            failures[camera] = _left_out(demos, camera, model)
+            failures[camera] = _explain_left_out(demos, camera, model)
             log.warning("camera %s is left as it is: %s", camera, failures[camera])
             continue
         camera_fit = fitted(pairs)
@@ -107,7 +107,9 @@ def calibrate(
         lag = round(camera_fit.lag)
         uncertainty = {key: value for key, value in summary(camera_fit).items() if key.startswith("sigma_")}
         uncertainty = {key.removeprefix("sigma_"): value for key, value in uncertainty.items()}
-        content["corrections"][camera] = entry(_matrix(camera_fit), camera_fit.focal, lag, uncertainty, track)
+        content["corrections"][camera] = entry(
+            _correction_matrix(camera_fit), camera_fit.focal, lag, uncertainty, track
+        )
     if not report:
         reasons = "; ".join(f"{camera}: {reason}" for camera, reason in failures.items())
         raise ValueError(f"no camera in {root} could be calibrated from its images ({reasons}): run step=doctor")
@@ -153,8 +155,8 @@ def move_models(content: dict[str, Any], source: Path, target: Path) -> dict[Pat
     return copies
 
 
-def _matrix(found: Fit) -> np.ndarray:
-    return moved(np.eye(4), found.change[:6])
+def _correction_matrix(camera_fit: Fit) -> np.ndarray:
+    return moved(np.eye(4), camera_fit.change[:6])
 
 
 def summary(found: Fit) -> dict[str, float]:
@@ -174,7 +176,9 @@ def summary(found: Fit) -> dict[str, float]:
     }
 
 
-def _pairs(demos: Sequence[Demo], camera: str, frames: int, model: RobotSurface | None) -> list[tuple[View, Placement]]:
+def _pair_views_with_robot(
+    demos: Sequence[Demo], camera: str, frames: int, model: RobotSurface | None
+) -> list[tuple[View, Placement]]:
     pairs = []
     for demo in demos:
         if camera not in demo.cameras or not stands(demo, camera) or len(demo) < LEAST_FRAMES:
@@ -186,7 +190,7 @@ def _pairs(demos: Sequence[Demo], camera: str, frames: int, model: RobotSurface 
     return pairs
 
 
-def _left_out(demos: Sequence[Demo], camera: str, model: RobotSurface | None) -> str:
+def _explain_left_out(demos: Sequence[Demo], camera: str, model: RobotSurface | None) -> str:
     """Return why a camera's images can be fitted in no demo, and what to do about it."""
     with_camera = [demo for demo in demos if camera in demo.cameras]
     static_demos = [demo for demo in with_camera if stands(demo, camera)]

@@ -72,10 +72,10 @@ def explained(
     pairs: Sequence[tuple[View, Placement]], found: Fit, free: Sequence[int], centre: np.ndarray | None = None
 ) -> bool:
     """Return whether a change of these numbers alone is as good as the full fit."""
-    return _as_good(family_fit(pairs, found, free, centre), found)
+    return _fits_as_well(family_fit(pairs, found, free, centre), found)
 
 
-def _as_good(alone: Fit, full: Fit) -> bool:
+def _fits_as_well(alone: Fit, full: Fit) -> bool:
     return alone.after > full.after - AS_GOOD and alone.cost < COST_RATIO * full.cost + 0.005
 
 
@@ -122,7 +122,7 @@ def pose_cause(seen: Compared, names: Sequence[str], changes: Mapping[str, np.nd
             "Store gripper-to-world poses, quaternions w, x, y, z",
             "pose_reading",
         )
-    scale = _peak(SCALES, [scores[str(s)] for s in SCALES], float(best), recorded_agreement)
+    scale = _parabola_peak(SCALES, [scores[str(s)] for s in SCALES], float(best), recorded_agreement)
     return Cause(
         f"positions scaled by {scale:.2f}",
         f"images and poses go together if positions are divided by {scale:.2f}",
@@ -131,7 +131,9 @@ def pose_cause(seen: Compared, names: Sequence[str], changes: Mapping[str, np.nd
     )
 
 
-def _base_cause(pairs: Sequence[tuple[View, Placement]], own: float, full: float) -> Cause | None:
+def _base_cause(
+    pairs: Sequence[tuple[View, Placement]], recorded_agreement: float, fitted_agreement: float
+) -> Cause | None:
     """Return the cause if joints and images agree on a gripper position other than the recorded one, or None."""
     base = pairs[0][1].base
     distance_cm = float(np.linalg.norm(base[:3, 3])) * 100
@@ -139,7 +141,7 @@ def _base_cause(pairs: Sequence[tuple[View, Placement]], own: float, full: float
     if distance_cm < 0.5 and angle_deg < 0.5:
         return None
     agreement_at_origin = agreement_of([(view, replace(robot, base=np.eye(4))) for view, robot in pairs])
-    if agreement_at_origin < own + BETTER / 2 or agreement_at_origin < full - BETTER:
+    if agreement_at_origin < recorded_agreement + BETTER / 2 or agreement_at_origin < fitted_agreement - BETTER:
         return None
     offset = f"{distance_cm:.1f} cm" + (f" and {angle_deg:.1f} degrees" if angle_deg > 1 else "")
     return Cause(
@@ -150,9 +152,9 @@ def _base_cause(pairs: Sequence[tuple[View, Placement]], own: float, full: float
     )
 
 
-def _peak(scales: Sequence[float], scores: Sequence[float], best: float, own: float) -> float:
+def _parabola_peak(scales: Sequence[float], scores: Sequence[float], best: float, unscaled_score: float) -> float:
     """Return the maximum of a parabola through the best scale and its neighbours."""
-    scores_by_scale = dict(zip(scales, scores, strict=True)) | {1.0: own}
+    scores_by_scale = dict(zip(scales, scores, strict=True)) | {1.0: unscaled_score}
     ordered = sorted(scores_by_scale)
     index = ordered.index(best)
     if index in (0, len(ordered) - 1):
@@ -169,7 +171,7 @@ def other_camera(seen: Compared, names: Sequence[str], found: Fit) -> str | None
     shared_cameras = sorted(set.intersection(*(set(view.demo.cameras) for view, _ in views)) - {seen.camera})
     scores = {}
     for camera in shared_cameras:
-        pairs = [(_through(view, camera), robot) for view, robot in views]
+        pairs = [(_with_calibration_of(view, camera), robot) for view, robot in views]
         if all(view is not None for view, _ in pairs):
             scores[camera] = agreement_of([(view, robot) for view, robot in pairs if view is not None])
     best = max(scores, key=lambda camera: scores[camera], default=None)
@@ -177,7 +179,7 @@ def other_camera(seen: Compared, names: Sequence[str], found: Fit) -> str | None
     return best if good else None
 
 
-def _through(view: View, camera: str) -> View | None:
+def _with_calibration_of(view: View, camera: str) -> View | None:
     """Return a view's images with the calibration of another camera of its demo; None: that camera moves, or its images
     have another size."""
     own_track, track = view.demo.cameras[view.camera], view.demo.cameras[camera]
@@ -208,7 +210,7 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> Cause:
     family = "all"
     for group in SIMPLEST_FIRST:
         fits = {name: family_fit(pairs, found, FAMILIES[name]) for name in group}
-        good = {name: alone for name, alone in fits.items() if _as_good(alone, found)}
+        good = {name: alone for name, alone in fits.items() if _fits_as_well(alone, found)}
         if good:  # a rotation, a shift and a crop look similar: choose the one that fits best
             family, found = min(good.items(), key=lambda entry: entry[1].cost)
             break

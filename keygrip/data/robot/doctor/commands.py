@@ -56,26 +56,32 @@ def check_commands(exam: Examination) -> None:
         if not tracks:
             continue
         by_joints = _by_joints(exam, arm, tracks)
-        direction_tracks = _comparable(exam, arm, tracks, "direction")
-        inverted = _inverted(exam, arm, direction_tracks, by_joints)
+        direction_tracks = _select_comparable(exam, arm, tracks, "direction")
+        inverted = _find_inverted(exam, arm, direction_tracks, by_joints)
         not_inverted = {name: reached for name, reached in direction_tracks.items() if name not in inverted}
-        delay_tracks = _comparable(exam, arm, not_inverted, "delay")
-        delays = {name: delay for name, reached in delay_tracks.items() if np.isfinite(delay := _delay(reached))}
-        checked_delays = {name: delays[name] for name in _comparable(exam, arm, delay_tracks, "lag") if name in delays}
+        delay_tracks = _select_comparable(exam, arm, not_inverted, "delay")
+        delays = {
+            name: delay for name, reached in delay_tracks.items() if np.isfinite(delay := _delay_after_command(reached))
+        }
+        checked_delays = {
+            name: delays[name] for name in _select_comparable(exam, arm, delay_tracks, "lag") if name in delays
+        }
         usual_delay = float(np.median(list(checked_delays.values()))) if checked_delays else 1.5
         exam.measures[f"arm/{arm}/command_delay_frames"] = round(usual_delay, 2) if checked_delays else None
         _check_lag(exam, arm, checked_delays, usual_delay, by_joints)
         shift = {name: round(delays.get(name, usual_delay)) for name in tracks}
-        _check_places(exam, arm, _comparable(exam, arm, not_inverted, "places"), shift, by_joints)
-        _check_turns(exam, arm, _comparable(exam, arm, not_inverted, "turns"), shift, by_joints)
+        _check_places(exam, arm, _select_comparable(exam, arm, not_inverted, "places"), shift, by_joints)
+        _check_turns(exam, arm, _select_comparable(exam, arm, not_inverted, "turns"), shift, by_joints)
         _check_openings(exam, arm, tracks, shift)
 
 
-def _comparable(exam: Examination, arm: str, told: dict[str, ArmTrajectory], what: str) -> dict[str, ArmTrajectory]:
-    """Return the demos in which `what` of the reached track is not known to be wrong."""
-    checks = [check for check, parts in LEFT_OUT.items() if what in parts]
+def _select_comparable(
+    exam: Examination, arm: str, tracks: dict[str, ArmTrajectory], part: str
+) -> dict[str, ArmTrajectory]:
+    """Return the demos in which `part` of the reached track is not known to be wrong."""
+    checks = [check for check, parts in LEFT_OUT.items() if part in parts]
     excluded = exam.named(*checks, arm=arm, severity="error")
-    return {name: reached for name, reached in told.items() if name not in excluded}
+    return {name: reached for name, reached in tracks.items() if name not in excluded}
 
 
 def _by_joints(exam: Examination, arm: str, names: Collection[str]) -> dict[str, np.ndarray]:
@@ -89,14 +95,16 @@ def _by_joints(exam: Examination, arm: str, names: Collection[str]) -> dict[str,
     }
 
 
-def _check_lag(exam: Examination, arm: str, delays: dict[str, float], usual: float, by_joints: Collection[str]) -> None:
+def _check_lag(
+    exam: Examination, arm: str, delays: dict[str, float], usual_delay: float, by_joints: Collection[str]
+) -> None:
     """Report delays (frames) of the reached track after the commanded one that no controller or no other demo has."""
     rates = {demo.name: demo.fps for demo in exam.with_arm(arm)}
     bounds = {name: SLOWEST_S * rates[name] + 1 for name in delays}
     odd_delays = {
         name: delay
         for name, delay in delays.items()
-        if not EARLIEST_FRAMES <= delay <= bounds[name] or abs(delay - usual) > ODD_FRAMES + 0.03 * rates[name]
+        if not EARLIEST_FRAMES <= delay <= bounds[name] or abs(delay - usual_delay) > ODD_FRAMES + 0.03 * rates[name]
     }
     for group in (odd_delays.keys() & by_joints, odd_delays.keys() - by_joints):
         names = [name for name in odd_delays if name in group]
@@ -104,7 +112,7 @@ def _check_lag(exam: Examination, arm: str, delays: dict[str, float], usual: flo
             continue
         name = max(names, key=lambda name: abs(odd_delays[name] - 1.6))
         delay = odd_delays[name]
-        expected_delay = usual if EARLIEST_FRAMES <= usual <= bounds[name] else 1.6
+        expected_delay = usual_delay if EARLIEST_FRAMES <= usual_delay <= bounds[name] else 1.6
         frames = round(delay - expected_delay) or (1 if delay > expected_delay else -1)
         timing = ("early", "late") if frames > 0 else ("late", "early")
         correction = ("later", "earlier") if frames > 0 else ("earlier", "later")
@@ -133,24 +141,29 @@ def _report(
     check: str,
     arm: str,
     names: Collection[str],
-    shown: Collection[str],
-    what: str,
+    shown_by_joints: Collection[str],
+    message: str,
     *,
     commanded: tuple[str, str],
     either: tuple[str, str],
 ) -> None:
     """Add a finding that two tracks differ. Its cause and advice are `commanded` for demos whose reached track is
-    confirmed by joints (`shown`), and `either` for the others."""
-    confirmed = [name for name in names if name in shown]
-    for demos, (cause, advice) in ((confirmed, commanded), ([name for name in names if name not in shown], either)):
+    confirmed by joints (`shown_by_joints`), and `either` for the others."""
+    confirmed = [name for name in names if name in shown_by_joints]
+    for demos, (cause, advice) in (
+        (confirmed, commanded),
+        ([name for name in names if name not in shown_by_joints], either),
+    ):
         if demos:
-            exam.add(check, "error", what, advice, cause=cause, demos=demos, arm=arm)
+            exam.add(check, "error", message, advice, cause=cause, demos=demos, arm=arm)
 
 
-def _inverted(exam: Examination, arm: str, told: dict[str, ArmTrajectory], by_joints: Collection[str]) -> list[str]:
+def _find_inverted(
+    exam: Examination, arm: str, tracks: dict[str, ArmTrajectory], by_joints: Collection[str]
+) -> list[str]:
     """Return the names of demos in which one of the two tracks is not gripper-to-world, and report them."""
     inverted = []
-    for name, reached in told.items():
+    for name, reached in tracks.items():
         assert reached.commanded is not None
         inverse_rotation = Rotation.from_quat(reached.commanded.quaternion, scalar_first=True).inv()
         distance = track_distance(reached.position, reached.commanded.position)
@@ -171,7 +184,7 @@ def _inverted(exam: Examination, arm: str, told: dict[str, ArmTrajectory], by_jo
     return inverted
 
 
-def _delay(reached: ArmTrajectory) -> float:
+def _delay_after_command(reached: ArmTrajectory) -> float:
     assert reached.commanded is not None
     return best_delay(reached.commanded.position, reached.position, 12)
 
@@ -179,12 +192,12 @@ def _delay(reached: ArmTrajectory) -> float:
 def _check_places(
     exam: Examination,
     arm: str,
-    told: dict[str, ArmTrajectory],
+    tracks: dict[str, ArmTrajectory],
     shift: dict[str, int],
     by_joints: dict[str, np.ndarray],
 ) -> None:
     offsets, scales, pairs = {}, {}, {}
-    for name, reached in told.items():
+    for name, reached in tracks.items():
         assert reached.commanded is not None
         command, position = paired(reached.position, reached.commanded.position, shift[name])
         pairs[name] = command, position
@@ -203,7 +216,7 @@ def _check_places(
     if odd_scales:
         _report_scale(exam, arm, odd_scales, scale, by_joints)
     else:
-        _report_offsets(exam, arm, told, shift, odd_offsets, by_joints)
+        _report_offsets(exam, arm, tracks, shift, odd_offsets, by_joints)
 
 
 def _report_scale(
@@ -242,7 +255,7 @@ def _report_scale(
 def _report_offsets(
     exam: Examination,
     arm: str,
-    told: dict[str, ArmTrajectory],
+    tracks: dict[str, ArmTrajectory],
     shift: dict[str, int],
     offsets: dict[str, np.ndarray],
     by_joints: dict[str, np.ndarray],
@@ -252,10 +265,10 @@ def _report_offsets(
     wrong_commanded, wrong_reached = [], []
     for name in offsets:
         if name in by_joints:
-            commanded = told[name].commanded
+            commanded = tracks[name].commanded
             assert commanded is not None
             command, position = paired(by_joints[name], commanded.position, shift[name])
-            if np.linalg.norm(np.median(told[name].position - by_joints[name], axis=0)) < OFFSET_M / 2:
+            if np.linalg.norm(np.median(tracks[name].position - by_joints[name], axis=0)) < OFFSET_M / 2:
                 wrong_commanded.append(name)
             elif np.linalg.norm(np.median(command - position, axis=0)) < OFFSET_M / 2:
                 wrong_reached.append(name)
@@ -294,7 +307,7 @@ def _scale_about_origin(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float
 
 
 def _check_turns(
-    exam: Examination, arm: str, told: dict[str, ArmTrajectory], shift: dict[str, int], by_joints: Collection[str]
+    exam: Examination, arm: str, tracks: dict[str, ArmTrajectory], shift: dict[str, int], by_joints: Collection[str]
 ) -> None:
     readings = {
         "stored x, y, z, w": lambda q: np.roll(q, 1, axis=1),
@@ -303,7 +316,7 @@ def _check_turns(
     }
     angles: dict[str, float] = {}
     causes: dict[str, list[str]] = {}
-    for name, reached in told.items():
+    for name, reached in tracks.items():
         assert reached.commanded is not None
         commanded_quaternion, reached_quaternion = paired(reached.quaternion, reached.commanded.quaternion, shift[name])
         to = Rotation.from_quat(reached_quaternion, scalar_first=True)
@@ -350,9 +363,9 @@ def _check_turns(
         )
 
 
-def _check_openings(exam: Examination, arm: str, told: dict[str, ArmTrajectory], shift: dict[str, int]) -> None:
+def _check_openings(exam: Examination, arm: str, tracks: dict[str, ArmTrajectory], shift: dict[str, int]) -> None:
     inverted, ratios = [], {}
-    for name, reached in told.items():
+    for name, reached in tracks.items():
         assert reached.commanded is not None
         command, opening = paired(reached.gripper, reached.commanded.gripper, shift[name])
         if np.ptp(command) > 1e-3 and np.ptp(opening) > 1e-3:
@@ -368,7 +381,7 @@ def _check_openings(exam: Examination, arm: str, told: dict[str, ArmTrajectory],
         "command_gripper",
         arm,
         inverted,
-        [name for name in inverted if begins(told[name]) < 0],  # as in openings with the right polarity
+        [name for name in inverted if begins(tracks[name]) < 0],  # as in openings with the right polarity
         "the commanded gripper closes where the reached one opens",
         commanded=("commanded gripper inverted", advice),
         either=(

@@ -25,7 +25,11 @@ def check_exchanged_arms(exam: Examination) -> None:
         _report(
             exam,
             "exchanged_commands",
-            [demo.name for demo in commanded_demos if _crossed(_command_distance(demo), first, second, INVERTED_M)],
+            [
+                demo.name
+                for demo in commanded_demos
+                if _are_exchanged(_command_distance(demo), first, second, INVERTED_M)
+            ],
             f"the commanded track of {first} goes with the reached track of {second}, and that of {second} with "
             f"{first}'s",
             f"commanded tracks of {first} and {second} exchanged",
@@ -33,7 +37,7 @@ def check_exchanged_arms(exam: Examination) -> None:
         exchanged = [
             demo.name
             for demo in demos
-            if len(demos) > 2 and _crossed(_start_distance(demo, demos), first, second, APART_M)
+            if len(demos) > 2 and _are_exchanged(_start_distance(demo, demos), first, second, APART_M)
         ]
         if len(exchanged) < len(demos) / 2:  # else it is not known which ones are exchanged
             _report(
@@ -45,10 +49,10 @@ def check_exchanged_arms(exam: Examination) -> None:
             )
 
 
-def _crossed(distance: Callable[[str, str], float], first: str, second: str, least: float) -> bool:
+def _are_exchanged(distance: Callable[[str, str], float], first: str, second: str, least_distance: float) -> bool:
     """Return whether both arms are far from themselves and near each other; `distance` (m) is of two arms by name."""
     return all(
-        distance(arm, arm) > least and distance(arm, other) < INVERTED_GAIN * distance(arm, arm)
+        distance(arm, arm) > least_distance and distance(arm, other) < INVERTED_GAIN * distance(arm, arm)
         for arm, other in ((first, second), (second, first))
     )
 
@@ -75,12 +79,12 @@ def _start_distance(demo: Demo, demos: list[Demo]) -> Callable[[str, str], float
     return distance
 
 
-def _report(exam: Examination, check: str, names: list[str], what: str, cause: str) -> None:
+def _report(exam: Examination, check: str, names: list[str], message: str, cause: str) -> None:
     if names:
         exam.add(
             check,
             "error",
-            what,
+            message,
             "Give each arm its own track under its own name in all demos",
             cause=cause,
             demos=names,

@@ -29,7 +29,7 @@ FLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def _tried(view: View, robot: Placement) -> dict[str, float]:
+def _agreement_by_flip(view: View, robot: Placement) -> dict[str, float]:
     """Return the agreement of a view's images with the robot after each rotation or mirroring; "": unchanged."""
     square = view.size[0] == view.size[1]
     expected, observed = silhouette(view, robot, np.zeros(NUMBERS)), halved(view.foreground)
@@ -49,7 +49,7 @@ def check_flips(exam: Examination, seen: Seen) -> set[str]:
         score = seen.scores[name]
         if score > POOR and score > 0.6 * usual_score:
             continue
-        scores_by_flip = _tried(view, robot)
+        scores_by_flip = _agreement_by_flip(view, robot)
         scores_by_flip.pop("")
         best = max(scores_by_flip, key=lambda flip: scores_by_flip[flip])
         if (
@@ -64,7 +64,7 @@ def check_flips(exam: Examination, seen: Seen) -> set[str]:
             continue  # if all demos agree poorly, a few flips agree by chance
         flipped |= set(demos)
         score = float(np.mean([seen.scores[name] for name in demos]))
-        _add(exam, seen, flip, demos, "the robot in the images moves as the poses say", score)
+        _add_flip_finding(exam, seen, flip, demos, "the robot in the images moves as the poses say", score)
     return flipped
 
 
@@ -81,7 +81,7 @@ def check_own_motion(
     flip_scores = []
     for name, (view, robot) in seen.pairs.items():
         denser_view = make_view(view.demo, seen.camera, OWN_FRAMES, small_images.get((name, seen.camera)))
-        flip_scores.append(_tried(denser_view, robot))
+        flip_scores.append(_agreement_by_flip(denser_view, robot))
     # images may differ in shape
     common = [flip for flip in flip_scores[0] if all(flip in scores for scores in flip_scores)]
     mean_scores = {flip: float(np.mean([scores[flip] for scores in flip_scores])) for flip in common}
@@ -94,16 +94,18 @@ def check_own_motion(
         flip or "as recorded": round(value, 3) for flip, value in mean_scores.items()
     }
     if clear_gain and wins >= OWN_SHARE * len(flip_scores):
-        _add(
+        _add_flip_finding(
             exam, seen, best, list(seen.pairs), "what moves in the images goes along with the gripper", mean_scores[""]
         )
 
 
-def _add(exam: Examination, seen: Seen, flip: str, demos: list[str], what: str, own: float) -> None:
+def _add_flip_finding(
+    exam: Examination, seen: Seen, flip: str, demos: list[str], message: str, recorded_agreement: float
+) -> None:
     exam.add(
         "flipped_images",
         "error",
-        f"{what} only if the images are undone as {flip} (agreement {own:.2f} as they are)",
+        f"{message} only if the images are undone as {flip} (agreement {recorded_agreement:.2f} as they are)",
         "Undo this before writing the images, or describe it in camera poses and intrinsics",
         cause=f"images {flip}",
         camera=seen.camera,

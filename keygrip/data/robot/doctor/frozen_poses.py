@@ -54,26 +54,26 @@ def check_frozen_poses(exam: Examination) -> None:
         for demo in exam.with_arm(arm):
             track, least = demo.arms[arm], shortest(demo)
             for span in spans(np.hstack([track.position, track.quaternion]), least):
-                if found := _went_on(demo, track, span):
+                if found := _find_motion_evidence(demo, track, span):
                     severity, reason = found
                     poses[severity][demo.name] = span, reason
                     break
             for first, last in [] if track.joints is None else spans(track.joints, least):
-                distance = _way(track.position[first : last + 1])
-                if demo.name not in joints and distance > max(WENT_M, LEAST_SHARE * _way(track.position)):
+                distance = _motion_extent(track.position[first : last + 1])
+                if demo.name not in joints and distance > max(WENT_M, LEAST_SHARE * _motion_extent(track.position)):
                     joints[demo.name] = (first, last), f"while the gripper's position moves by {distance * 100:.0f} cm"
         for severity, demos in poses.items():
             _report(exam, "poses", arm, demos, severity)
         _report(exam, "joints", arm, joints, "warning")
 
 
-def _went_on(demo: Demo, track: ArmTrajectory, span: Span) -> tuple[Severity, str] | None:
+def _find_motion_evidence(demo: Demo, track: ArmTrajectory, span: Span) -> tuple[Severity, str] | None:
     """Return severity and text of the evidence that an arm moved while its poses did not change; None: no evidence."""
     first, last = span
-    step = _jump(demo, track, last)
+    step = _step_after(demo, track, last)
     if track.commanded is not None:
         commands = track.commanded.position[first : max(first, last - int(np.ceil(ANSWER_S * demo.fps))) + 1]
-        if (distance := _way(commands)) > max(TOLD_M, LEAST_SHARE * _way(track.commanded.position)):
+        if (distance := _motion_extent(commands)) > max(TOLD_M, LEAST_SHARE * _motion_extent(track.commanded.position)):
             return "error" if step else "warning", f"while the commands move by {distance * 100:.0f} cm"
     if track.joints is not None and not in_degrees(track):
         joint_motion = float(np.ptp(track.joints[first : last + 1], axis=0).max())
@@ -82,18 +82,19 @@ def _went_on(demo: Demo, track: ArmTrajectory, span: Span) -> tuple[Severity, st
     return ("error", f"and the arm is {step * 100:.0f} cm elsewhere right after") if step else None
 
 
-def _jump(demo: Demo, track: ArmTrajectory, last: int) -> float:
-    """Return the step (m) after a span that ends with frame `last`; 0: it is not larger than others, or time jumps."""
+def _step_after(demo: Demo, track: ArmTrajectory, last_frame: int) -> float:
+    """Return the step (m) after a span that ends with frame `last_frame`; 0: it is not larger than others, or
+    time jumps."""
     seconds = np.diff(demo.timestamps)
-    if last + 1 >= len(demo) or seconds[last] > GAP * np.median(seconds):
+    if last_frame + 1 >= len(demo) or seconds[last_frame] > GAP * np.median(seconds):
         return 0.0
     steps = np.linalg.norm(np.diff(track.position, axis=0), axis=1)
-    other_steps = np.delete(steps, last)
+    other_steps = np.delete(steps, last_frame)
     usual_step = float(np.quantile(other_steps[other_steps > 0], 0.95)) if (other_steps > 0).any() else 0.0
-    return float(steps[last]) if steps[last] > max(JUMP_M, JUMP_RATIO * usual_step) else 0.0
+    return float(steps[last_frame]) if steps[last_frame] > max(JUMP_M, JUMP_RATIO * usual_step) else 0.0
 
 
-def _way(positions: np.ndarray) -> float:
+def _motion_extent(positions: np.ndarray) -> float:
     return float(np.linalg.norm(np.ptp(positions, axis=0))) if len(positions) else 0.0
 
 
@@ -115,7 +116,7 @@ def check_poses_of_moving_images(exam: Examination) -> None:
             for part in (track.position, track.quaternion, np.reshape(track.gripper, (-1, 1)))
         ]
         for span in spans(np.hstack(columns), shortest(demo)):
-            if not _active(exam, demo, span, usual_activity):
+            if not _images_show_motion(exam, demo, span, usual_activity):
                 continue
             inside = span[0] > 0 and span[1] < len(demo) - 1
             severity: Severity = "error" if inside or span[1] - span[0] + 1 > len(demo) / 2 else "warning"
@@ -143,13 +144,15 @@ def _usual_activity(exam: Examination, camera: str) -> tuple[float, float] | Non
     )
 
 
-def _active(exam: Examination, demo: Demo, span: Span, usual: dict[str, tuple[float, float] | None]) -> bool:
+def _images_show_motion(
+    exam: Examination, demo: Demo, span: Span, usual_activity: dict[str, tuple[float, float] | None]
+) -> bool:
     """Return whether all cameras whose images show arm motion show motion in a span."""
     motion_by_camera: list[bool] = []
     for camera in demo.cameras:
         index, changed = exam.activity[demo.name, camera]
         in_span = (index[:-1] >= span[0]) & (index[1:] <= span[1])
-        resting_share, moving_share = usual[camera] or (0.0, ACTIVE_SHARE / ACTIVE)
+        resting_share, moving_share = usual_activity[camera] or (0.0, ACTIVE_SHARE / ACTIVE)
         if not in_span.any() or moving_share < max(LEAST_REFERENCE, CLEAR * resting_share):
             continue
         motion_by_camera.append(
@@ -159,18 +162,18 @@ def _active(exam: Examination, demo: Demo, span: Span, usual: dict[str, tuple[fl
 
 
 def _report(
-    exam: Examination, what: str, arm: str, found: dict[str, tuple[Span, str]], severity: Severity = "error"
+    exam: Examination, kind: str, arm: str, spans_by_demo: dict[str, tuple[Span, str]], severity: Severity = "error"
 ) -> None:
-    if not found:
+    if not spans_by_demo:
         return
-    name, ((first, last), reason) = next(iter(found.items()))
+    name, ((first, last), reason) = next(iter(spans_by_demo.items()))
     exam.add(
-        f"frozen_{what}",
+        f"frozen_{kind}",
         severity,
-        f"recorded {what} stand exactly still at frames {first} to {last} of {name}, {reason}",
-        f"The recorder's {what} hung: cut the demos there or leave them out, and look for what held the recorder up",
-        cause=f"{what} frozen in frames {first} to {last}",
-        demos=found,
+        f"recorded {kind} stand exactly still at frames {first} to {last} of {name}, {reason}",
+        f"The recorder's {kind} hung: cut the demos there or leave them out, and look for what held the recorder up",
+        cause=f"{kind} frozen in frames {first} to {last}",
+        demos=spans_by_demo,
         arm=arm,
         frames=range(first, last + 1),
     )

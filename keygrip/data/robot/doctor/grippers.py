@@ -28,7 +28,7 @@ def check_gripper(exam: Examination) -> None:
         _check_polarity(exam, arm, demos)
 
 
-def _check_still(exam: Examination, arm: str, demos: list[Demo], most: float) -> None:
+def _check_still(exam: Examination, arm: str, demos: list[Demo], largest_range: float) -> None:
     """Report openings that change in no demo."""
     means = [float(demo.arms[arm].gripper.mean()) for demo in demos]
     if max(min(mean, 1 - mean) for mean in means) < 0.02:
@@ -38,7 +38,7 @@ def _check_still(exam: Examination, arm: str, demos: list[Demo], most: float) ->
     exam.add(
         "gripper_still",
         "warning",
-        f"the gripper's opening never changes by more than {most:.2f}",
+        f"the gripper's opening never changes by more than {largest_range:.2f}",
         "Fine for a task without grasping; else check which signal is recorded as the opening",
         cause="another signal recorded as the opening, or a task without grasping",
         demos=[demo.name for demo in demos],
@@ -58,8 +58,8 @@ def _check_dead(exam: Examination, arm: str, demos: list[Demo], ranges: dict[str
         still_demos = [demo for demo in group if ranges[demo.name] < STILL]
         if len(moving_demos) < LEAST_OTHERS or len(moving_demos) < USUAL_SHARE * len(group):
             continue
-        usual_distance = float(np.median([_way(demo, arm) for demo in moving_demos]))
-        still_demos = [demo for demo in still_demos if _way(demo, arm) > USUAL_WAY * usual_distance]
+        usual_distance = float(np.median([_motion_extent(demo, arm) for demo in moving_demos]))
+        still_demos = [demo for demo in still_demos if _motion_extent(demo, arm) > USUAL_WAY * usual_distance]
         dead += [demo.name for demo in still_demos]
         total += len(group) if still_demos else 0
     if dead:
@@ -74,7 +74,7 @@ def _check_dead(exam: Examination, arm: str, demos: list[Demo], ranges: dict[str
         )
 
 
-def _way(demo: Demo, arm: str) -> float:
+def _motion_extent(demo: Demo, arm: str) -> float:
     return float(np.linalg.norm(np.ptp(demo.arms[arm].position, axis=0)))
 
 

@@ -37,32 +37,32 @@ def html_report(exam: Examination, sheets: Mapping[str, Image.Image]) -> str:
         f"<style>{STYLE}</style><h1>Doctor's report on {escape(str(measures.get('root', '')))}</h1>",
         f"<p>{measures.get('examined', 0)} of {measures.get('demos', 0)} demos examined, "
         f"{measures.get('readable', 0)} readable, format {escape(str(measures.get('format', '')))}.</p>",
-        _findings(exam.findings, exam.notes),
+        _findings_html(exam.findings, exam.notes),
     ]
     if exam.overlays:
         parts.append(
             "<h2>Robot over images</h2><p>Outline of the robot at the recorded poses: red with the recorded camera, "
             "green with the fitted one. Only green: both agree; only red: no fit was found.</p>"
         )
-        parts += [_figure(image, caption) for caption, image in exam.overlays]
+        parts += [_figure_html(image, caption) for caption, image in exam.overlays]
     for key, value in measures.items():
         if key.endswith("/agreement") and isinstance(value, dict):
             pair = key.removesuffix("/agreement").replace("camera/", "Camera ", 1).replace("/arm/", ", arm ")
             parts.append(f"<h2>{escape(pair)}</h2>")
-            parts.append(_bars("agreement of images and poses by demo (1 is perfect)", value))
+            parts.append(_bar_chart("agreement of images and poses by demo (1 is perfect)", value))
             fit = measures.get(key.removesuffix("agreement") + "fit")
             curve = measures.get(key.removesuffix("agreement") + "agreement_by_lag")
             if isinstance(curve, dict):
-                parts.append(_line("agreement if images were so many frames later", curve))
+                parts.append(_line_chart("agreement if images were so many frames later", curve))
             if isinstance(fit, dict):
                 rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in fit.items())
                 parts.append(f"<table><tr><th>fit of the camera</th><th></th></tr>{rows}</table>")
     for camera, sheet in sheets.items():
-        parts.append(f"<h2>Contact sheet of camera {escape(camera)}</h2>{_image(sheet)}")
+        parts.append(f"<h2>Contact sheet of camera {escape(camera)}</h2>{_image_html(sheet)}")
     return "\n".join(parts)
 
 
-def _findings(findings: Sequence[Finding], notes: Sequence[Finding]) -> str:
+def _findings_html(findings: Sequence[Finding], notes: Sequence[Finding]) -> str:
     title = "<h2>Findings</h2>"
     if all(finding.check in NO_FAULTS for finding in findings):
         scope = " in what was compared" if findings or notes else ""
@@ -82,17 +82,17 @@ def _findings(findings: Sequence[Finding], notes: Sequence[Finding]) -> str:
     return f"{title}<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
-def _image(image: Image.Image) -> str:
+def _image_html(image: Image.Image) -> str:
     file = io.BytesIO()
     image.convert("RGB").save(file, "JPEG", quality=QUALITY)
     return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}'>"
 
 
-def _figure(image: np.ndarray, caption: str) -> str:
-    return f"<figure>{_image(Image.fromarray(image))}<figcaption>{escape(caption)}</figcaption></figure>"
+def _figure_html(image: np.ndarray, caption: str) -> str:
+    return f"<figure>{_image_html(Image.fromarray(image))}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _bars(title: str, values: Mapping[str, float]) -> str:
+def _bar_chart(title: str, values: Mapping[str, float]) -> str:
     rows = []
     for index, (name, value) in enumerate(values.items()):
         top, length = index * (BAR + 4) + 4, max(0.0, float(value)) * PLOT_WIDTH
@@ -108,7 +108,7 @@ def _bars(title: str, values: Mapping[str, float]) -> str:
     )
 
 
-def _line(title: str, values: Mapping[str, float]) -> str:
+def _line_chart(title: str, values: Mapping[str, float]) -> str:
     x = np.array([float(key) for key in values])
     y = np.array([float(value) for value in values.values()])
     low, high = min(0.0, float(y.min())), max(float(y.max()), 0.1)

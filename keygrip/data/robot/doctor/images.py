@@ -252,13 +252,13 @@ def _vote(demo: Demo, camera: str, stream: Stream) -> int:
         return 0
     top, left = max(0, round(y - radius)), max(0, round(x - radius))
     patch = stream.images[0, top : round(y + radius) + 1, left : round(x + radius) + 1].reshape(-1, 3).astype(float)
-    stated, swapped = _near(patch, HUES[word]), _near(patch[:, ::-1], HUES[word])
+    stated, swapped = _count_pixels_of_hue(patch, HUES[word]), _count_pixels_of_hue(patch[:, ::-1], HUES[word])
     if max(stated, swapped) < max(4, 0.04 * len(patch)):
         return 0
     return 1 if stated > 3 * swapped else -1 if swapped > 3 * stated else 0
 
 
-def _near(pixels: np.ndarray, hue: float) -> int:
+def _count_pixels_of_hue(pixels: np.ndarray, hue: float) -> int:
     """Return the number of saturated pixels among `pixels` [M, 3] that have a hue (degrees)."""
     high, low = pixels.max(axis=1), pixels.min(axis=1)
     chroma = np.maximum(high - low, 1e-6)

@@ -92,7 +92,7 @@ def check_images_and_poses(
             else:
                 not_compared.add(camera, reason, [demo.name])
         exam.measures[f"camera/{camera}/standing_demos"] = len(static_demos)
-        if _explained(exam, camera):
+        if _is_explained(exam, camera):
             not_compared.add(camera, EXPLAINED, [demo.name for demo in static_demos])
             continue
         for arms in sorted({tuple(sorted(demo.arms)) for demo in static_demos}):
@@ -108,19 +108,21 @@ def check_images_and_poses(
                 if float((view.foreground > 0.5).sum(axis=(1, 2)).mean()) < LEAST_MOTION:
                     not_compared.add(camera, STILL, [demo.name])
                     continue
-                robot = place_all(replace(demo, arms={arm: _usable(exam, arm, demo) for arm in arms}), model)
+                robot = place_all(
+                    replace(demo, arms={arm: _without_reported_faults(exam, arm, demo) for arm in arms}), model
+                )
                 if robot is None:
                     not_compared.add(camera, lacking(demo, model), [demo.name])
                 else:
                     compared[demo.name] = (view, robot)
             exam.measures[f"camera/{camera}/arm/{arm_names}/compared_demos"] = len(compared)
-            if compared and not _compare(exam, Seen(camera, arm_names, compared, model), small_images or {}):
+            if compared and not _compare_camera(exam, Seen(camera, arm_names, compared, model), small_images or {}):
                 for demo_name, (view, _) in compared.items():
                     not_compared.add(camera, lacking(view.demo, model), [demo_name])
     return not_compared
 
 
-def _explained(exam: Examination, camera: str) -> bool:
+def _is_explained(exam: Examination, camera: str) -> bool:
     """Return whether a finding explains any disagreement of a camera's images with the poses: inverted poses, wrong
     intrinsics, or a camera pose in another convention."""
     return exam.found("pose_direction", "intrinsics") or any(
@@ -129,7 +131,7 @@ def _explained(exam: Examination, camera: str) -> bool:
     )
 
 
-def _usable(exam: Examination, arm: str, demo: Demo) -> ArmTrajectory:
+def _without_reported_faults(exam: Examination, arm: str, demo: Demo) -> ArmTrajectory:
     """Return a track without reported faults, which could appear as a moved camera: joints in degrees or frozen joints
     are removed (the poses then give the robot's place), and an inverted opening is corrected."""
     track = demo.arms[arm]
@@ -139,7 +141,7 @@ def _usable(exam: Examination, arm: str, demo: Demo) -> ArmTrajectory:
     return replace(track, gripper=1 - track.gripper) if inverted else track
 
 
-def _compare(exam: Examination, seen: Seen, small_images: dict[tuple[str, str], dict[int, np.ndarray]]) -> bool:
+def _compare_camera(exam: Examination, seen: Seen, small_images: dict[tuple[str, str], dict[int, np.ndarray]]) -> bool:
     """Compare one camera with its arms. Return False if the arm's links are not known, so that little was compared."""
     seen.scores = {name: agreement_of([pair]) for name, pair in seen.pairs.items()}
     key = f"camera/{seen.camera}/arm/{seen.arm}"
@@ -191,7 +193,7 @@ def _check_readings(exam: Examination, seen: Seen) -> bool:
     return True
 
 
-def _good(seen: Seen) -> list[str]:
+def _select_for_fit(seen: Seen) -> list[str]:
     """Return the demos for the joint fit: those whose agreement is not far below that of the others."""
     usual = float(np.median([seen.scores[name] for name in seen.pairs]))
     names = [name for name in seen.pairs if seen.scores[name] >= 0.6 * usual] or list(seen.pairs)
@@ -200,7 +202,7 @@ def _good(seen: Seen) -> list[str]:
 
 def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
     """Fit one change to the camera in all demos; None if single demos cannot be checked after it or the fit fails."""
-    names = _good(seen)
+    names = _select_for_fit(seen)
     pairs = [seen.pairs[name] for name in names]
     camera_fit = fit(pairs)
     if camera_fit.after < POOR or camera_fit.degrees > 3 or abs(camera_fit.lag) > 2:
@@ -264,7 +266,7 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
     usual_agreement = float(np.median(list(agreements.values())))
     for name, pair in seen.pairs.items():
         # if images and poses do not match at all, no small step helps: that is no reason to skip a demo
-        if agreements[name] >= 0.6 * usual_agreement and not _improvable(pair, seen.change, agreements[name]):
+        if agreements[name] >= 0.6 * usual_agreement and not _can_improve(pair, seen.change, agreements[name]):
             continue
         fits[name] = fit(
             [pair],
@@ -291,14 +293,14 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
         if (
             poor
             and agreements[name] < 0.6 * usual_agreement
-            and (other := _other_demo(seen, name, agreements[name])) is not None
+            and (other := _find_matching_demo(seen, name, agreements[name])) is not None
         ):
             names_by_demo.setdefault(other, []).append(name)
         elif gain > DEMO_GAIN and abs(lag) > DEMO_LAG and _lag_explains(seen, name, demo_fit):
             reports[name] = partial(_add_lag, exam, seen, name, lag)
         elif gain > DEMO_GAIN and (turn > max(DEMO_TURN_DEG, 3 * sigma) or shift > DEMO_SHIFT_M):
             camera = other_camera(seen, [name], demo_fit)
-            reports[name] = partial(_add_moved, exam, seen, name, demo_fit)
+            reports[name] = partial(_add_moved_camera, exam, seen, name, demo_fit)
             if camera is not None:
                 reports[name] = partial(_add_other_camera, exam, seen, [name], camera)
         elif agreements[name] < 0.3 * usual_agreement and agreements[name] < 0.15:
@@ -336,18 +338,18 @@ def lag_start(pair: tuple[View, Placement], change: np.ndarray) -> np.ndarray:
     return max((at(lag) for lag in (0, *LAGS)), key=lambda other: agreement_of([pair], other))
 
 
-def _improvable(pair: tuple[View, Placement], change: np.ndarray, own: float) -> bool:
+def _can_improve(pair: tuple[View, Placement], change: np.ndarray, recorded_agreement: float) -> bool:
     """Return whether a small rotation of the camera or a small lag raises the agreement: at the optimum, none does."""
     for index, step in STEPS:
         for sign in (1, -1):
             other = change.copy()
             other[index] += sign * step
-            if agreement_of([pair], other) > own + STEP_GAIN:
+            if agreement_of([pair], other) > recorded_agreement + STEP_GAIN:
                 return True
     return False
 
 
-def _other_demo(seen: Seen, name: str, own: float) -> str | None:
+def _find_matching_demo(seen: Seen, name: str, own_agreement: float) -> str | None:
     """Return the demo whose poses match this demo's images best, if clearly better than its own poses, or None."""
     view = seen.pairs[name][0]
     agreements = {
@@ -356,20 +358,20 @@ def _other_demo(seen: Seen, name: str, own: float) -> str | None:
     if not agreements:
         return None
     best = max(agreements, key=lambda other: agreements[other])
-    return best if agreements[best] > own + 0.1 and agreements[best] > 0.3 else None
+    return best if agreements[best] > own_agreement + 0.1 and agreements[best] > 0.3 else None
 
 
-def _lag_explains(seen: Seen, name: str, found: Fit) -> bool:
-    return explained([seen.pairs[name]], found, FAMILIES["lag"], seen.change)
+def _lag_explains(seen: Seen, name: str, demo_fit: Fit) -> bool:
+    return explained([seen.pairs[name]], demo_fit, FAMILIES["lag"], seen.change)
 
 
-def _add_registration(exam: Examination, seen: Seen, names: list[str], said: Cause) -> None:
+def _add_registration(exam: Examination, seen: Seen, names: list[str], cause: Cause) -> None:
     exam.add(
-        said.check,
+        cause.check,
         "error",
-        said.what,
-        said.advice,
-        cause=said.cause,
+        cause.what,
+        cause.advice,
+        cause=cause.cause,
         camera=seen.camera,
         arm=seen.arm,
         demos=names,
@@ -403,14 +405,14 @@ def _add_lag(exam: Examination, seen: Seen, name: str, lag: float) -> None:
     )
 
 
-def _add_moved(exam: Examination, seen: Seen, name: str, found: Fit) -> None:
-    change = found.change - seen.change
+def _add_moved_camera(exam: Examination, seen: Seen, name: str, demo_fit: Fit) -> None:
+    change = demo_fit.change - seen.change
     turn, shift = np.degrees(np.linalg.norm(change[:3])), float(np.linalg.norm(change[3:6]))
     exam.add(
         "moved_camera",
         "error",
         f"in this demo the images fit the poses with the camera turned by {turn:.1f} degrees and shifted by "
-        f"{shift * 100:.1f} cm (agreement {found.before:.2f}, {found.after:.2f} after the fit)",
+        f"{shift * 100:.1f} cm (agreement {demo_fit.before:.2f}, {demo_fit.after:.2f} after the fit)",
         "The camera was moved: calibrate again for this demo (prepare step=calibrate) or leave it out",
         cause=f"camera moved by {turn:.1f} degrees and {shift * 100:.1f} cm in this demo",
         camera=seen.camera,

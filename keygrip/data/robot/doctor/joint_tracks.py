@@ -34,7 +34,11 @@ def check_joint_tracks(exam: Examination) -> None:
             base_rotation = rotations.mean()
             rotated = base_rotation.apply(joint_position)
             delay = best_delay(rotated, track.position, 8)
-            if np.isfinite(delay) and abs(delay) > DELAY_FRAMES and _explains(delay, rotated, track.position):
+            if (
+                np.isfinite(delay)
+                and abs(delay) > DELAY_FRAMES
+                and _delay_explains_difference(delay, rotated, track.position)
+            ):
                 delays[demo.name] = delay
                 continue
             aligned = _rotation_between(joint_position, track.position)
@@ -52,14 +56,14 @@ def check_joint_tracks(exam: Examination) -> None:
         _report_scales(exam, arm, scales)
         _report_delays(exam, arm, delays)
         if len(bases) >= 3:
-            _report_odd(exam, arm, bases)
+            _report_odd_offsets(exam, arm, bases)
 
 
-def _explains(delay: float, own: np.ndarray, recorded: np.ndarray) -> bool:
+def _delay_explains_difference(delay: float, computed: np.ndarray, recorded: np.ndarray) -> bool:
     """Return whether tracks [N, 3] agree up to an offset after one is shifted by `delay` frames. If rotations are in
     another convention or joints have another zero position, no shift achieves that."""
-    frames = np.arange(len(own))
-    shifted = np.stack([np.interp(frames - delay, frames, axis) for axis in own.T], axis=1)
+    frames = np.arange(len(computed))
+    shifted = np.stack([np.interp(frames - delay, frames, axis) for axis in computed.T], axis=1)
     residual = recorded - shifted
     return float(np.median(np.linalg.norm(residual - np.median(residual, axis=0), axis=1))) < SPREAD_M
 
@@ -100,7 +104,7 @@ def _report_delays(exam: Examination, arm: str, delays: dict[str, float]) -> Non
     )
 
 
-def _report_odd(exam: Examination, arm: str, bases: dict[str, np.ndarray]) -> None:
+def _report_odd_offsets(exam: Examination, arm: str, bases: dict[str, np.ndarray]) -> None:
     usual_base = np.median(np.stack(list(bases.values())), axis=0)
     odd_offsets = {name: base - usual_base for name, base in bases.items() if np.linalg.norm(base - usual_base) > ODD_M}
     if not odd_offsets or len(odd_offsets) > len(bases) / 2:

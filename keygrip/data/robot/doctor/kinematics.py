@@ -68,7 +68,7 @@ class Apart(NamedTuple):
         return min(self.in_world, self.in_tool) <= KINEMATICS_SPREAD_M and self.scatter <= SCATTER_DEG
 
 
-def _apart(demos: Sequence[Compared]) -> Apart:
+def _measure_differences(demos: Sequence[Compared]) -> Apart:
     base, scatter = _mean_turn(np.concatenate([demo.turns(demo.rotation) for demo in demos]))
     residual = np.concatenate([demo.position - demo.own_position @ base.T for demo in demos])
     tool_residual = (np.concatenate([demo.rotation for demo in demos]).transpose(0, 2, 1) @ residual[..., None])[..., 0]
@@ -99,7 +99,7 @@ def check_kinematics(exam: Examination) -> None:
         if not demos:
             exam.measures[f"arm/{arm}/site_offset_m"] = None
             continue
-        differences = _apart(demos)
+        differences = _measure_differences(demos)
         scatter = differences.scatter
         _, swapped_scatter = _mean_turn(np.concatenate([demo.turns(demo.misread) for demo in demos]))
         if scatter > SCATTER_DEG and swapped_scatter < 0.5 * scatter:
@@ -141,8 +141,10 @@ def check_kinematics(exam: Examination) -> None:
         offset = differences.offset
         exam.measures[f"arm/{arm}/site_offset_m"] = [round(float(value), 4) for value in offset]
         if not differences.together:
-            odd = [demo for demo in demos if not _apart([demo]).together] or demos  # all, if their bases differ
-            worst = _apart(odd)
+            odd = [
+                demo for demo in demos if not _measure_differences([demo]).together
+            ] or demos  # all, if their bases differ
+            worst = _measure_differences(odd)
             exam.add(
                 "kinematics",
                 "warning",

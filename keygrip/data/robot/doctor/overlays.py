@@ -44,10 +44,10 @@ def add_overlays(
         frame = len(view.index) // 2
         caption = f"{names[index]}, camera {camera}, arm {arm}, frame {int(view.index[frame])}"
         exam.overlays.append((caption, overlay(view, robot, change, frame)))
-    exam.measures[f"camera/{camera}/arm/{arm}/agreement_by_lag"] = _by_lag([pairs[n] for n in names[:SHOWN]])
+    exam.measures[f"camera/{camera}/arm/{arm}/agreement_by_lag"] = _agreement_by_lag([pairs[n] for n in names[:SHOWN]])
 
 
-def _by_lag(pairs: Sequence[tuple[View, Placement]]) -> dict[str, float]:
+def _agreement_by_lag(pairs: Sequence[tuple[View, Placement]]) -> dict[str, float]:
     agreements = {}
     for lag in LAGS:
         change = np.zeros(NUMBERS)

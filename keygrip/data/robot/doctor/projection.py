@@ -36,7 +36,7 @@ def check_projection(exam: Examination) -> None:
             )
         if not demos:
             continue
-        carrier = _mounted_on(demos, camera)
+        carrier = _find_carrying_arm(demos, camera)
         exam.measures[f"camera/{camera}/mounted_on"] = carrier
         track = demos[0].cameras[camera]
         centre = track.intrinsics[0, :2, 2] / [track.width, track.height]
@@ -58,7 +58,7 @@ def check_projection(exam: Examination) -> None:
             _check_view(exam, camera, arm, [demo for demo in demos if arm in demo.arms])
 
 
-def _mounted_on(demos: Sequence[Demo], camera: str) -> str | None:
+def _find_carrying_arm(demos: Sequence[Demo], camera: str) -> str | None:
     """Return the arm on which a camera is mounted: a moving camera is rigid on that arm's gripper. None: no arm."""
     for demo in demos:
         pose = np.linalg.inv(np.asarray(demo.cameras[camera].world_to_camera))
@@ -72,7 +72,7 @@ def _mounted_on(demos: Sequence[Demo], camera: str) -> str | None:
     return None
 
 
-def _inside(track: CameraTrack, position: np.ndarray, world_to_camera: np.ndarray) -> np.ndarray:
+def _are_in_image(track: CameraTrack, position: np.ndarray, world_to_camera: np.ndarray) -> np.ndarray:
     """Return bool [N]: which positions [N, 3] are in the image."""
     pixels, _ = project(tensor(position), tensor(track.intrinsics), tensor(world_to_camera))
     return inside_image(pixels, track.width, track.height).numpy()
@@ -99,7 +99,7 @@ def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> 
     tracks = [demo.cameras[camera] for demo in demos]
     positions = [demo.arms[arm].position for demo in demos]
     inside = [
-        _inside(track, position, track.world_to_camera) for track, position in zip(tracks, positions, strict=True)
+        _are_in_image(track, position, track.world_to_camera) for track, position in zip(tracks, positions, strict=True)
     ]
     share = float(np.concatenate(inside).mean())
     exam.measures[f"camera/{camera}/arm/{arm}/on_screen"] = share
@@ -108,7 +108,7 @@ def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> 
         advice = "Look at the contact sheet, aim the camera at the workspace or leave these demos out"
         for words, remedy, change in _ALTERNATIVES:
             converted = [
-                _inside(track, position, change(np.asarray(track.world_to_camera)))
+                _are_in_image(track, position, change(np.asarray(track.world_to_camera)))
                 for track, position in zip(tracks, positions, strict=True)
             ]
             if np.concatenate(converted).mean() > max(ON_SCREEN_SHARE, share + 0.3):

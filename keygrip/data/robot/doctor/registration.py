@@ -108,7 +108,7 @@ def uncovered_background(images: np.ndarray, covered: np.ndarray) -> tuple[np.nd
     return np.take_along_axis(values, middle_index[None, ..., None], axis=0)[0], counts >= 3
 
 
-def _cover(view: View, placement: Placement, change: np.ndarray, margin: int) -> np.ndarray:
+def _grown_silhouette(view: View, placement: Placement, change: np.ndarray, margin: int) -> np.ndarray:
     mask = silhouette(view, placement, change, half=False, every=EVERY)
     for _ in range(margin):
         mask = _shifted(mask, np.logical_or)
@@ -118,7 +118,7 @@ def _cover(view: View, placement: Placement, change: np.ndarray, margin: int) ->
 def evidence(view: View, placement: Placement, change: np.ndarray, margin: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the foreground [F, h, w] against a background without the robot (at its estimated place), 0.5 where the
     background is never visible; and the difference of the images from it, [F, h, w, 3], 0 where it is not known."""
-    background, uncovered = uncovered_background(view.images, _cover(view, placement, change, margin))
+    background, uncovered = uncovered_background(view.images, _grown_silhouette(view, placement, change, margin))
     certainty = foreground(view.images, np.where(uncovered[..., None], background, 0))
     certainty[:, ~uncovered] = 0.5
     return certainty, np.where(uncovered[..., None], view.images - background, 0).astype(np.float32)

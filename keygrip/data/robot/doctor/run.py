@@ -95,7 +95,9 @@ def no_fault_in(exam: Examination, root: str, compare_images: bool) -> str:
     return f"no fault found in what was compared of {root}; images were not compared with poses: {locations}"
 
 
-def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Demo], list[DemoError], list[DemoError]]:
+def _read_demos(
+    references: Sequence[DemoReference], progress: bool
+) -> tuple[list[Demo], list[DemoError], list[DemoError]]:
     """Return the demos, the errors of demos that cannot be read, and the errors of demos that can be read only without
     their uncalibrated cameras."""
     demos: list[Demo] = []
@@ -103,7 +105,7 @@ def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Dem
     camera_errors: list[DemoError] = []
     for reference in Progress(references, desc="reading demos", unit="demo", shown=progress):
         try:
-            demo, camera_error = _whole_or_calibrated(reference)
+            demo, camera_error = _read_whole_or_calibrated(reference)
             for arm in demo.arms:
                 yam_model(demo, arm)  # raises here: in the checks, one invalid demo would stop them for all demos
         except DemoError as error:
@@ -114,7 +116,7 @@ def _read(references: Sequence[DemoReference], progress: bool) -> tuple[list[Dem
     return demos, broken, camera_errors
 
 
-def _whole_or_calibrated(reference: DemoReference) -> tuple[Demo, DemoError | None]:
+def _read_whole_or_calibrated(reference: DemoReference) -> tuple[Demo, DemoError | None]:
     """Return a demo with all cameras or, if that fails, with calibrated ones and the error. Raises DemoError: both
     fail."""
     try:
@@ -177,7 +179,7 @@ def doctor(
     output = Path(output)
     references = find_demos(root, format, calibration)
     indices = evenly(len(references), max_demos or len(references))
-    demos, broken, camera_errors = _read([references[index] for index in indices], progress)
+    demos, broken, camera_errors = _read_demos([references[index] for index in indices], progress)
     exam = Examination(demos, frames_per_demo, height_bins, pred_size)
     exam.measures |= {"root": str(root), "format": references[0].format, "demos": len(references)}
     exam.measures |= {"examined": len(indices), "readable": len(demos)}

@@ -22,14 +22,14 @@ EVERY = 12  # every n-th surface point is used
 LONG_PRIOR = np.array([0.3, 0.3, 0.3, 0.1, 0.1, 0.1, 0.2, 6.0])
 
 
-def _boxes(changed: np.ndarray) -> np.ndarray:
+def _average_blocks(changed: np.ndarray) -> np.ndarray:
     frames, height, width = changed.shape
     rows, columns = height // SHRINK, width // SHRINK
     cropped = changed[:, : rows * SHRINK, : columns * SHRINK]
     return np.asarray(cropped.reshape(frames, rows, SHRINK, columns, SHRINK).mean(axis=(2, 4)))
 
 
-def _thinned(view: View) -> View:
+def _every_other_frame(view: View) -> View:
     """Return a view with every other frame."""
     return replace(view, index=view.index[::2], images=view.images[::2], foreground=view.foreground[::2])
 
@@ -37,8 +37,8 @@ def _thinned(view: View) -> View:
 def starts(pairs: Sequence[tuple[View, Placement]], best: int) -> list[tuple[float, np.ndarray]]:
     """Return the best (score, change [8]) of a search over pan, tilt, roll, focal length and lag, best first."""
     candidates: list[tuple[float, np.ndarray]] = []
-    pairs = [(_thinned(view), robot) for view, robot in pairs]
-    foregrounds = [_boxes(view.foreground) for view, _ in pairs]
+    pairs = [(_every_other_frame(view), robot) for view, robot in pairs]
+    foregrounds = [_average_blocks(view.foreground) for view, _ in pairs]
     height, width = foregrounds[0].shape[1:]
     top, left = height // 2, width // 2  # margin: points outside the image may move into it
     canvas = (height + 2 * top, width + 2 * left)

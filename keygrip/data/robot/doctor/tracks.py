@@ -102,7 +102,7 @@ def check_outlier_poses(exam: Examination) -> None:
             outliers: dict[str, list[int]] = {}
             for demo in exam.with_arm(arm):
                 poses = demo.arms[arm] if track == "reached" else demo.arms[arm].commanded
-                if poses is not None and len(frames := _outliers(poses)):
+                if poses is not None and len(frames := _outlier_frames(poses)):
                     outliers[demo.name] = [int(frame) for frame in frames]
             if outliers:
                 name, first_frames = next(iter(outliers.items()))
@@ -119,7 +119,7 @@ def check_outlier_poses(exam: Examination) -> None:
                 )
 
 
-def _outliers(poses: ArmTrajectory) -> np.ndarray:
+def _outlier_frames(poses: ArmTrajectory) -> np.ndarray:
     """Return frames whose position or rotation is far from both neighbours, which agree with each other."""
     outliers = set(pose_outliers(poses).tolist())
     path = poses.position

@@ -173,7 +173,7 @@ def place(demo: Demo, arm: str, model: RobotSurface | None = None, poses: np.nda
         joints = joints[:, : model.joints]
         return Placement(model, joints, opening, base_of(model, joints, tool), "joints")
     if yam is not None and model is not None:
-        solved = _inverse(tool, arm_chain(*yam))
+        solved = _solve_joints(tool, arm_chain(*yam))
         if solved is not None:
             return Placement(model, solved, opening, np.eye(4), "inverse kinematics")
     return Placement(gripper_blob(), tool[:, :3].reshape(len(tool), 12), opening, np.eye(4), "poses")
@@ -188,7 +188,7 @@ def place_all(demo: Demo, model: RobotSurface | None = None) -> Placement | None
     return replace(first, others=tuple(others))
 
 
-def _inverse(tool: np.ndarray, chain: ArmChain) -> np.ndarray | None:
+def _solve_joints(tool: np.ndarray, chain: ArmChain) -> np.ndarray | None:
     """Return joints [N, 6] of a YAM whose base is the world; None if it cannot reach more than a tenth of the poses."""
     guess, missed = np.array([0.0, 1.0, 1.0, -0.6, 0.0, 0.0]), 0
     joints: list[np.ndarray] = []

@@ -52,7 +52,7 @@ def numbers(
     feature = entry["feature"]
     if feature not in table:
         raise ValueError(f"{path}: {where} names the feature {feature!r}; the data set has {', '.join(table)}")
-    values = _values(table[feature], feature, where, path)
+    values = _stack_column(table[feature], feature, where, path)
     if "names" in entry:
         feature_names = flat_names(info["features"][feature].get("names"))
         names = [entry["names"]] if isinstance(entry["names"], str) else entry["names"]
@@ -69,15 +69,15 @@ def numbers(
     return values[:, index]
 
 
-def _values(column: list[Any], feature: str, where: str, path: Path) -> np.ndarray:
+def _stack_column(column: list[Any], feature: str, location: str, path: Path) -> np.ndarray:
     """Return a column as [N, n], whatever its feature's shape."""
     sizes = [0 if row is None else np.size(row) for row in column]
     usual_size = max(sizes, default=0)
     if short_rows := [frame for frame, size in enumerate(sizes) if size != usual_size]:
         defect = "is empty" if sizes[short_rows[0]] == 0 else f"has {sizes[short_rows[0]]} numbers"
         raise ValueError(
-            f"{feature} {defect} at frame {short_rows[0]} of the episode, where others have {usual_size} ({where} in "
-            f"{path} reads it): leave the episode out, or name another feature"
+            f"{feature} {defect} at frame {short_rows[0]} of the episode, where others have {usual_size} ({location} "
+            f"in {path} reads it): leave the episode out, or name another feature"
         )
     return np.asarray(column, dtype=np.float64).reshape(len(column), -1)
 

@@ -41,9 +41,9 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     info = read_json(root / "meta" / "info.json")
     with guard(root / "meta" / "info.json"):
         chunk = int(info.get("chunks_size") or CHUNK)
-        tasks = {int(row["task_index"]): words(row["task"]) for row in _rows(root / "meta" / "tasks.jsonl")}
+        tasks = {int(row["task_index"]): words(row["task"]) for row in _read_json_lines(root / "meta" / "tasks.jsonl")}
     episodes: list[dict[str, Any]] = []
-    for row in _rows(root / "meta" / "episodes.jsonl"):
+    for row in _read_json_lines(root / "meta" / "episodes.jsonl"):
         with guard(root / "meta" / "episodes.jsonl"):
             episode_index = int(row["episode_index"])
             task_entries = row.get("tasks") or []
@@ -56,7 +56,7 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     return lerobot_v3.references(root, info, episodes, calibration, "lerobot_v2")
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file with one JSON object per line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the data set is incomplete")

@@ -141,31 +141,34 @@ def references(
         name = f"episode_{int(row['episode_index']):06d}"
         if name in readers:
             readers[name] = partial(
-                _broken, name, "the episode is listed twice in meta: which one is meant is not known"
+                _raise_broken, name, "the episode is listed twice in meta: which one is meant is not known"
             )
         else:
             readers[name] = partial(read, root, info, row, parsed_calibration)
     reason = "info.json counts it and meta does not list it: the data set is incomplete, copy it again"
-    readers |= {name: partial(_broken, name, reason) for name in _unlisted(info.get("total_episodes"), readers, root)}
+    readers |= {
+        name: partial(_raise_broken, name, reason)
+        for name in _name_unlisted_episodes(info.get("total_episodes"), readers, root)
+    }
     return [
         DemoReference(name, root, format, readers[name]) for name in sorted(readers, key=lambda name: (len(name), name))
     ]
 
 
-def _unlisted(total: Any, found: Collection[str], root: Path) -> list[str]:
+def _name_unlisted_episodes(total: Any, listed: Collection[str], root: Path) -> list[str]:
     """Return names for the episodes that info.json counts in addition to those found: the first free numbers.
 
     Raises:
         ValueError: there are more of them than any data set has.
     """
-    missing = total - len(found) if type(total) is int else 0
+    missing = total - len(listed) if type(total) is int else 0
     if missing > MOST_MISSING:
-        raise ValueError(f"{root}/meta/info.json counts {total} episodes, and {len(found)} are listed")
+        raise ValueError(f"{root}/meta/info.json counts {total} episodes, and {len(listed)} are listed")
     names = (f"episode_{number:06d}" for number in itertools.count())
-    return list(itertools.islice((name for name in names if name not in found), max(0, missing)))
+    return list(itertools.islice((name for name in names if name not in listed), max(0, missing)))
 
 
-def _broken(name: str, reason: str) -> Demo:
+def _raise_broken(name: str, reason: str) -> Demo:
     raise DemoError(name, reason)
 
 
@@ -210,7 +213,7 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
     if location is None:
         location = {"chunk_index": int(episode["data/chunk_index"]), "file_index": int(episode["data/file_index"])}
     file = _path(root, info, "data_path", location)
-    table, rows = _rows(file, episode_index, name)
+    table, rows = _read_rows(file, episode_index, name)
     frames = len(rows)
     if frames != int(episode["length"]):
         raise DemoError(name, f"{file.name} holds {frames} rows of the episode, meta/episodes says {episode['length']}")
@@ -232,12 +235,12 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
             continue
         if camera in cameras:
             raise DemoError(name, f"{IMAGES}{camera} and {camera} would both be camera {camera}: rename one")
-        height, width = _size(feature)
+        height, width = _image_size(feature)
         camera_calibration = calibration.cameras.get(camera) if camera not in recorded_cameras else None
         rotate = 0 if camera_calibration is None else camera_calibration.rotate
         is_listed = camera_calibration is not None or camera in recorded_cameras
         try:
-            source = _frames(root, info, episode, key, feature, file, rows, rate, rotate, name)
+            source = _frame_source(root, info, episode, key, feature, file, rows, rate, rotate, name)
         except (DemoError, LookupError):
             if is_listed:
                 raise
@@ -247,7 +250,7 @@ def read(root: Path, info: dict[str, Any], episode: dict[str, Any], calibration:
             cameras[camera] = CameraTrack.without_calibration(width, height, source, frames, reason)
             continue
         if camera_calibration is None:
-            intrinsics, poses = _recorded(table, info, camera, recorded_cameras[camera], calibration)
+            intrinsics, poses = _recorded_camera(table, info, camera, recorded_cameras[camera], calibration)
         else:
             if rotate in (90, 270):
                 height, width = width, height
@@ -307,7 +310,7 @@ def _is_depth(feature: dict[str, Any]) -> bool:
     return isinstance(described, dict) and any(described.get(key) is True for key in DEPTH_MARKS)
 
 
-def _recorded(
+def _recorded_camera(
     table: dict[str, Any], info: dict[str, Any], camera: str, entry: Any, calibration: Calibration
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return intrinsics [N, 3, 3] in the corner convention and world_to_camera [N, 4, 4] from the data set itself."""
@@ -341,7 +344,7 @@ def _path(root: Path, info: dict[str, Any], template: str, values: dict[str, Any
     return inside(root, re.sub(r"\{(\w+)(?::0?(\d{1,2})d)?\}", filled, info[template]))
 
 
-def _rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]]:
+def _read_rows(file: Path, number: int, name: str) -> tuple[dict[str, Any], list[int]]:
     """Return the columns without images for the episode's rows, in the order of `frame_index`, and the numbers of these
     rows in the file."""
     import pyarrow.compute as compute
@@ -368,7 +371,7 @@ def _without_images(file: Path, identity: str) -> Any:
     return read_table(file, columns).combine_chunks()
 
 
-def _size(feature: dict[str, Any]) -> tuple[int, int]:
+def _image_size(feature: dict[str, Any]) -> tuple[int, int]:
     """Return (height, width) of an image feature, whose shape is height, width, channels or channels first."""
     shape = [int(side) for side in feature["shape"]]
     names = flat_names(feature.get("names"))
@@ -376,7 +379,7 @@ def _size(feature: dict[str, Any]) -> tuple[int, int]:
     return (shape[1], shape[2]) if channels_first or (not names and shape[0] in (1, 3)) else (shape[0], shape[1])
 
 
-def _frames(
+def _frame_source(
     root: Path,
     info: dict[str, Any],
     episode: dict[str, Any],

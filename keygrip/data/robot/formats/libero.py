@@ -87,7 +87,7 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
         except HOSTILE as error:
             if is_of_the_machine(error):
                 raise
-            references.append(DemoReference(stem, path, "libero", partial(_unreadable, stem, reason_of(error))))
+            references.append(DemoReference(stem, path, "libero", partial(_raise_unreadable, stem, reason_of(error))))
             continue
         references += [
             DemoReference(
@@ -98,7 +98,7 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     return references
 
 
-def _unreadable(name: str, reason: str) -> Demo:
+def _raise_unreadable(name: str, reason: str) -> Demo:
     raise DemoError(name, f"the HDF5 file cannot be read: {reason}")
 
 
@@ -118,12 +118,12 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
         joints = own_array(observations, "joint_states") if "joint_states" in observations else None
         actions = own_array(demo, "actions") if "actions" in demo else None
         regenerated = "env_args" not in data.attrs
-        upside_down = _text(data.attrs.get("macros_image_convention", "opengl")) != "opencv"
+        upside_down = _decode_text(data.attrs.get("macros_image_convention", "opengl")) != "opencv"
         sizes = {
             camera: own_dataset(observations, name).shape for camera, name in CAMERAS.items() if name in observations
         }
-        model = _text(demo.attrs.get("model_file", ""))
-        instruction, rate, task = _task(data, path)
+        model = _decode_text(demo.attrs.get("model_file", ""))
+        instruction, rate, task = _read_task(data, path)
     frames = len(position)
     if actions is not None and not regenerated:
         actions = np.concatenate([actions[1:], actions[-1:]])
@@ -139,7 +139,7 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
     )
     cameras: dict[str, CameraTrack] = {}
     for camera, (_, height, width, _) in sizes.items():
-        camera_parameters = _camera(
+        camera_parameters = _read_camera(
             camera, width, height, frames, model, calibration, {"right": transform(position, matrices)}, name
         )
         images = HDF5Frames(path, f"data/{key}/obs/{CAMERAS[camera]}", frames, upside_down)
@@ -170,45 +170,45 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
     )
 
 
-def _check_lengths(demo: Any, observed: Any, name: str) -> None:
+def _check_lengths(demo: Any, observations: Any, name: str) -> None:
     """Raise DemoError if the demo's data sets differ in their number of rows. No data set is read for this, because a
     few bytes in a file can describe a large one."""
-    frames = len(own_dataset(observed, "ee_pos"))
+    frames = len(own_dataset(observations, "ee_pos"))
     for part in ("ee_ori", "gripper_states", "joint_states", *CAMERAS.values()):
-        if part in observed and (count := len(own_dataset(observed, part))) != frames:
+        if part in observations and (count := len(own_dataset(observations, part))) != frames:
             unit = "images" if part in CAMERAS.values() else "rows"
             raise DemoError(name, f"{part} holds {count} {unit}, the demo {frames} poses")
     if "actions" in demo and (count := len(own_dataset(demo, "actions"))) != frames:
         raise DemoError(name, f"actions holds {count} rows, the demo {frames} poses")
 
 
-def _text(value: Any) -> str:
+def _decode_text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
-    content = parse_json(_text(value), where)
+def _parse_object(value: Any, origin: str) -> dict[str, Any]:
+    content = parse_json(_decode_text(value), origin)
     if not isinstance(content, dict):
-        raise ValueError(f"{where} holds no object")
+        raise ValueError(f"{origin} holds no object")
     return content
 
 
-def _task(data: Any, path: Path) -> tuple[str, float, str]:
+def _read_task(data: Any, path: Path) -> tuple[str, float, str]:
     """Return instruction, control rate and task name from the attributes of `data`, otherwise from the file's name."""
     task = path.stem.removesuffix("_demo")
     instruction, rate = SCENE.sub("", task).replace("_", " "), CONTROL_HZ
     if "problem_info" in data.attrs:
-        stated_instruction = _object(data.attrs["problem_info"], f"{path.name}: problem_info").get(
+        stated_instruction = _parse_object(data.attrs["problem_info"], f"{path.name}: problem_info").get(
             "language_instruction"
         )
         instruction = words(stated_instruction) or instruction
     if "env_args" in data.attrs:
-        settings = _object(data.attrs["env_args"], f"{path.name}: env_args").get("env_kwargs") or {}
+        settings = _parse_object(data.attrs["env_args"], f"{path.name}: env_args").get("env_kwargs") or {}
         rate = float(settings.get("control_freq") or rate)
     return instruction.strip('"'), rate, task
 
 
-def _camera(
+def _read_camera(
     camera: str,
     width: int,
     height: int,
@@ -230,10 +230,10 @@ def _camera(
         return CameraTrack.broadcast(intrinsics, frames), entry.poses(gripper_poses, frames)
     if camera != "agentview" or not model:
         return None
-    return _from_model(model, camera, width, height, frames, name)
+    return _camera_from_model(model, camera, width, height, frames, name)
 
 
-def _from_model(
+def _camera_from_model(
     model: str, camera: str, width: int, height: int, frames: int, name: str
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Read a camera of the MuJoCo model that is fixed to the world: position, wxyz quaternion, vertical field of view.

@@ -50,44 +50,44 @@ class _Array:
     """Replaces `numpy.ndarray` in a pickle, where it is only an argument: a call of it could request any size."""
 
 
-def _empty(kind: type, shape: object, code: object) -> np.ndarray:
+def _make_empty_array(kind: type, shape: object, code: object) -> np.ndarray:
     """numpy's `_reconstruct`: an empty array; the pickle then sets its size, type and values from its own bytes."""
     return np.ndarray((0,), "b")
 
 
-def _latin1(text: str, encoding: str) -> bytes:
+def _encode_latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"the pickle asks for the codec {encoding}")
     return text.encode("latin1")
 
 
-def _scalar(kind: np.dtype[Any], content: bytes) -> Any:
+def _read_scalar(kind: np.dtype[Any], content: bytes) -> Any:
     return np.frombuffer(content, kind)[0]
 
 
-def _from_buffer(buffer: Any, kind: np.dtype[Any], shape: Any, order: Any = "C") -> np.ndarray:
+def _array_from_buffer(buffer: Any, kind: np.dtype[Any], shape: Any, order: Any = "C") -> np.ndarray:
     return np.frombuffer(buffer, kind).reshape(shape, order=order)
 
 
-def _bytes(content: bytes) -> bytearray:
+def _make_bytearray(content: bytes) -> bytearray:
     if not isinstance(content, bytes):
         raise pickle.UnpicklingError("the pickle asks for a bytearray that is not made of its bytes")
     return bytearray(content)
 
 
 _CORES = ("numpy.core", "numpy._core")
-_SAFE: dict[tuple[str, str], Any] = {
+_ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _latin1,  # how pickle protocol 2 stores an array's bytes
-    ("builtins", "bytearray"): _bytes,
+    ("_codecs", "encode"): _encode_latin1,  # how pickle protocol 2 stores an array's bytes
+    ("builtins", "bytearray"): _make_bytearray,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("builtins", "complex"): complex,
     ("collections", "OrderedDict"): collections.OrderedDict,
-    **{(f"{core}.multiarray", "_reconstruct"): _empty for core in _CORES},
-    **{(f"{core}.multiarray", "scalar"): _scalar for core in _CORES},
-    **{(f"{core}.numeric", "_frombuffer"): _from_buffer for core in _CORES},
+    **{(f"{core}.multiarray", "_reconstruct"): _make_empty_array for core in _CORES},
+    **{(f"{core}.multiarray", "scalar"): _read_scalar for core in _CORES},
+    **{(f"{core}.numeric", "_frombuffer"): _array_from_buffer for core in _CORES},
 }
 
 
@@ -96,11 +96,11 @@ class RestrictedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the allowed object of a name. Raise pickle.UnpicklingError if it is not allowed."""
-        if (module, name) not in _SAFE:
+        if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(
                 f"the pickle asks for {module}.{name}; only numpy arrays and builtin containers are loaded"
             )
-        return _SAFE[module, name]
+        return _ALLOWED[module, name]
 
 
 def safe_load(path: Path) -> Any:
@@ -163,8 +163,8 @@ def read(episode: Path, name: str, calibration: Path | None = None) -> Demo:
         DemoError: the conversion was cut off, frames are missing, or a two-armed recording lacks the transform between
             the bases.
     """
-    metadata = _metadata(episode, name)
-    rows = _lowdim(episode, name)
+    metadata = _read_metadata(episode, name)
+    rows = _read_rows(episode, name)
     frames = len(rows)
     try:
         values = np.stack([np.asarray(row["actual_poses"], dtype=np.float64) for row in rows])
@@ -182,19 +182,21 @@ def read(episode: Path, name: str, calibration: Path | None = None) -> Demo:
     bases = {arm: to_left if arm == "right" and len(arms) == 2 else np.eye(4) for arm in arms}
 
     trajectories = {}
-    commands = _stacked(rows, "action", values.shape)
-    joints = _stacked(rows, "joints", (frames, 7 * len(arms)))
+    commands = _stack_values(rows, "action", values.shape)
+    joints = _stack_values(rows, "joints", (frames, 7 * len(arms)))
     for index, arm in enumerate(arms):
         columns = slice(13 * index, 13 * index + 13)
-        commanded = None if commands is None else _poses(commands[:, columns], bases[arm], f"action of arm {arm}")
-        trajectories[arm] = _poses(
+        commanded = (
+            None if commands is None else _trajectory_in_world(commands[:, columns], bases[arm], f"action of arm {arm}")
+        )
+        trajectories[arm] = _trajectory_in_world(
             values[:, columns],
             bases[arm],
             f"actual_poses of arm {arm}",
             joints=None if joints is None else joints[:, 7 * index : 7 * index + 6],
             commanded=commanded,
         )
-    cameras = {camera: _camera(episode, name, camera, rows) for camera in sorted(rows[0]["intrinsics"])}
+    cameras = {camera: _read_camera(episode, name, camera, rows) for camera in sorted(rows[0]["intrinsics"])}
     if not cameras:
         raise DemoError(name, "the lowdim files name no camera")
     rate = float(metadata.get("framerate") or 30)
@@ -210,14 +212,14 @@ def read(episode: Path, name: str, calibration: Path | None = None) -> Demo:
         task=str(language.get("task") or episode.parent.name),
         instruction=prompt,
         fps=rate,
-        timestamps=_times(episode, name, list(cameras), frames, rate),
+        timestamps=_read_times(episode, name, list(cameras), frames, rate),
         arms=trajectories,
         cameras=cameras,
         source={"format": "raiden", "notes": notes},
     )
 
 
-def _metadata(episode: Path, name: str) -> dict[str, Any]:
+def _read_metadata(episode: Path, name: str) -> dict[str, Any]:
     path = episode / "metadata.json"
     if not path.is_file():
         raise DemoError(
@@ -226,7 +228,7 @@ def _metadata(episode: Path, name: str) -> dict[str, Any]:
     return read_object(path, name)
 
 
-def _lowdim(episode: Path, name: str) -> list[dict[str, Any]]:
+def _read_rows(episode: Path, name: str) -> list[dict[str, Any]]:
     paths = sorted((episode / "lowdim").glob(ROWS))
     if not (episode / "rgb").is_dir():
         raise DemoError(name, "it has no images (rgb/): the conversion was cut off; run `rd convert` again")
@@ -241,7 +243,7 @@ def _lowdim(episode: Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _stacked(rows: list[dict[str, Any]], key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+def _stack_values(rows: list[dict[str, Any]], key: str, shape: tuple[int, ...]) -> np.ndarray | None:
     if not all(key in row for row in rows):
         return None
     values = np.stack([np.asarray(row[key], dtype=np.float64) for row in rows])
@@ -250,19 +252,19 @@ def _stacked(rows: list[dict[str, Any]], key: str, shape: tuple[int, ...]) -> np
     return values
 
 
-def _poses(
+def _trajectory_in_world(
     values: np.ndarray,
     world_from_base: np.ndarray,
-    what: str,
+    label: str,
     joints: np.ndarray | None = None,
     commanded: ArmTrajectory | None = None,
 ) -> ArmTrajectory:
     """[N, 13] in the arm's base -> a trajectory in the world."""
-    poses = world_from_base @ transform(values[:, :3], rotations(values[:, 3:12].reshape(-1, 3, 3), what))
+    poses = world_from_base @ transform(values[:, :3], rotations(values[:, 3:12].reshape(-1, 3, 3), label))
     return ArmTrajectory(
         position=poses[:, :3, 3],
         quaternion=quaternions(poses[:, :3, :3]),
-        gripper=opening(values[:, 12], f"gripper in {what}"),
+        gripper=opening(values[:, 12], f"gripper in {label}"),
         joints=joints,
         commanded=commanded,
     )
@@ -321,7 +323,7 @@ def _wrist_spread(rows: list[dict[str, Any]], values: np.ndarray, to_left: np.nd
     return float(np.ptp((invert(gripper) @ extrinsics)[:, :3, 3], axis=0).max())
 
 
-def _camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -> CameraTrack:
+def _read_camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -> CameraTrack:
     folder = episode / "rgb" / camera
     suffixes = [suffix for suffix in (".jpg", ".png", ".jpeg") if (folder / f"{0:010d}{suffix}").is_file()]
     if not suffixes:
@@ -355,7 +357,7 @@ def _camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -
     return CameraTrack(width, height, intrinsics, world_to_camera, frames, depth, uncalibrated)
 
 
-def _times(episode: Path, name: str, cameras: list[str], frames: int, rate: float) -> np.ndarray:
+def _read_times(episode: Path, name: str, cameras: list[str], frames: int, rate: float) -> np.ndarray:
     """Return int64 ns of the first camera that is not on a wrist (the converter's reference), else of the first one."""
     for camera in sorted(cameras, key=lambda key: ("wrist" in key, key)):
         path = episode / "rgb" / camera / "timestamps.npy"

@@ -74,7 +74,7 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
     models: dict[str, list[str]] = {}
     for source in arm_names:
         base = calibration.arm(source, only=len(arm_names) == 1)
-        poses, trajectory = _arm(episode, name, source, base)
+        poses, trajectory = _read_arm(episode, name, source, base)
         arm = "right" if len(arm_names) == 1 else source
         arms[arm], models[arm] = trajectory, [base.arm, base.gripper]
         gripper_poses[source] = poses
@@ -101,13 +101,13 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
                 reason = f"{calibration.path} has no entry for it"
                 video = VideoFrames(episode / f"{role}-images-{key}.mp4")
                 try:
-                    source, width, height = _track(video, entry, stamps, times)
+                    source, width, height = _nearest_frames(video, entry, stamps, times)
                 except OSError:
                     continue  # ignored for a camera that the calibration file does not list
                 cameras[camera] = CameraTrack.without_calibration(width, height, source, len(times), reason)
                 continue
             video = VideoFrames(episode / f"{role}-images-{key}.mp4", rotate=calibration.cameras[camera].rotate)
-            cameras[camera] = _camera(video, camera, entry, stamps, times, calibration, gripper_poses)
+            cameras[camera] = _calibrated_camera(video, camera, entry, stamps, times, calibration, gripper_poses)
     if times is None:
         raise DemoError(name, "metadata.json names no camera")
     return Demo(
@@ -129,7 +129,7 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
     )
 
 
-def _array(episode: Path, name: str, stem: str, width: int) -> np.ndarray:
+def _read_array(episode: Path, name: str, stem: str, width: int) -> np.ndarray:
     path = episode / f"{stem}.npy"
     if not path.is_file():
         raise DemoError(name, f"{path.name} is missing")
@@ -142,22 +142,22 @@ def _array(episode: Path, name: str, stem: str, width: int) -> np.ndarray:
     return values
 
 
-def _arm(episode: Path, name: str, source: str, base: ArmCalibration) -> tuple[np.ndarray, ArmTrajectory]:
+def _read_arm(episode: Path, name: str, source: str, base: ArmCalibration) -> tuple[np.ndarray, ArmTrajectory]:
     """Return world_from_gripper [N, 4, 4] and the trajectory."""
-    joints = _array(episode, name, f"{source}-joint_pos", 6)
-    gripper = _array(episode, name, f"{source}-gripper_pos", 1)
-    poses = _forward(joints, base)
+    joints = _read_array(episode, name, f"{source}-joint_pos", 6)
+    gripper = _read_array(episode, name, f"{source}-gripper_pos", 1)
+    poses = _poses_from_joints(joints, base)
     commanded = None
     if (episode / f"action-{source}-joint.npy").is_file():
-        targets = _array(episode, name, f"action-{source}-joint", 6)
-        gripper_targets = _array(episode, name, f"action-{source}-gripper", 1)
+        targets = _read_array(episode, name, f"action-{source}-joint", 6)
+        gripper_targets = _read_array(episode, name, f"action-{source}-gripper", 1)
         if len(targets) != len(joints) or len(gripper_targets) != len(joints):
             raise DemoError(name, f"arm {source!r} has {len(joints)} states and {len(targets)} commands")
-        commanded = _trajectory(_forward(targets, base), gripper_targets, f"action-{source}-gripper", None)
+        commanded = _trajectory(_poses_from_joints(targets, base), gripper_targets, f"action-{source}-gripper", None)
     return poses, _trajectory(poses, gripper, f"{source}-gripper_pos", joints, commanded)
 
 
-def _forward(joints: np.ndarray, base: ArmCalibration) -> np.ndarray:
+def _poses_from_joints(joints: np.ndarray, base: ArmCalibration) -> np.ndarray:
     position, quaternion = forward_kinematics(joints, base.arm, base.gripper)
     return base.world_from_base @ transform(position, Rotation.from_quat(quaternion, scalar_first=True).as_matrix())
 
@@ -165,22 +165,22 @@ def _forward(joints: np.ndarray, base: ArmCalibration) -> np.ndarray:
 def _trajectory(
     poses: np.ndarray,
     gripper: np.ndarray,
-    what: str,
+    label: str,
     joints: np.ndarray | None,
     commanded: ArmTrajectory | None = None,
 ) -> ArmTrajectory:
     if len(gripper) != len(poses):
-        raise ValueError(f"{what} has {len(gripper)} rows, the joints {len(poses)}")
+        raise ValueError(f"{label} has {len(gripper)} rows, the joints {len(poses)}")
     return ArmTrajectory(
         position=poses[:, :3, 3],
         quaternion=quaternions(poses[:, :3, :3]),
-        gripper=opening(gripper, what),
+        gripper=opening(gripper, label),
         joints=joints,
         commanded=commanded,
     )
 
 
-def _camera(
+def _calibrated_camera(
     video: VideoFrames,
     camera: str,
     entry: dict[str, Any],
@@ -189,7 +189,7 @@ def _camera(
     calibration: Calibration,
     gripper_poses: dict[str, np.ndarray],
 ) -> CameraTrack:
-    frames, width, height = _track(video, entry, stamps, times)
+    frames, width, height = _nearest_frames(video, entry, stamps, times)
     calibrated = calibration.camera(camera)
     return CameraTrack(
         width,
@@ -200,7 +200,7 @@ def _camera(
     )
 
 
-def _track(
+def _nearest_frames(
     video: VideoFrames, entry: dict[str, Any], stamps: np.ndarray, times: np.ndarray
 ) -> tuple[FrameSource, int, int]:
     """Return frames of which frame i is the image nearest in time to tick i (if a camera has another number of frames,

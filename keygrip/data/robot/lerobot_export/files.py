@@ -87,7 +87,7 @@ class VideoFiles:
             self._writer, self._frames = VideoWriter(self._path, self.size[1], self.size[0], self.fps), 0
         first, counter, sampled = self._frames, ImageCounter(), set(sampled_frames(len(demo)))
         for index in range(len(demo)):
-            image = _image(demo, camera, index)
+            image = _read_image(demo, camera, index)
             if image.shape != (*self.size, 3):
                 raise DemoError(demo.name, f"camera {camera!r}: frame {index} is {image.shape}, not {self.size}")
             self._writer.write(image)
@@ -108,6 +108,6 @@ class VideoFiles:
         self._writer = self._path = None
 
 
-def _image(demo: Demo, camera: str, index: int) -> np.ndarray:
+def _read_image(demo: Demo, camera: str, index: int) -> np.ndarray:
     with demo_guard(demo.name, f"camera {camera!r}, frame {index}: "):
         return np.ascontiguousarray(demo.cameras[camera].frames.read(index))

@@ -95,23 +95,25 @@ class Layout:
             f"{IMAGES}{name}": {"dtype": "video", "shape": [*size, 3], "names": ["height", "width", "channels"]}
             for name, size in self.sizes.items()
         }
-        entries |= {key: _feature("float32", names) for key in ("observation.state", "action")}
+        entries |= {key: _describe_feature("float32", names) for key in ("observation.state", "action")}
         for arm, count in self.joints.items():
-            entries[f"pose.{arm}"] = _feature("float64", list(POSE))
+            entries[f"pose.{arm}"] = _describe_feature("float64", list(POSE))
             if self.commanded:
-                entries[f"commanded.{arm}"] = _feature("float64", list(POSE))
+                entries[f"commanded.{arm}"] = _describe_feature("float64", list(POSE))
             if count:
-                entries[f"joints.{arm}"] = _feature("float64", [f"joint_{number}" for number in range(1, count + 1)])
+                entries[f"joints.{arm}"] = _describe_feature(
+                    "float64", [f"joint_{number}" for number in range(1, count + 1)]
+                )
             if self.controllers[arm]:
                 input_names = [f"input_{number}" for number in range(1, self.controllers[arm] + 1)]
-                entries[f"controller.{arm}"] = _feature("float64", input_names)
+                entries[f"controller.{arm}"] = _describe_feature("float64", input_names)
         for camera in self.calibrated:
-            entries[f"calibration.{camera}.intrinsics"] = _feature("float64", _entries("k", 3))
-            entries[f"calibration.{camera}.world_to_camera"] = _feature("float64", _entries("t", 4))
-        entries["time_s"] = _feature("float64", None)
-        entries["timestamp"] = _feature("float32", None)
+            entries[f"calibration.{camera}.intrinsics"] = _describe_feature("float64", _matrix_entry_names("k", 3))
+            entries[f"calibration.{camera}.world_to_camera"] = _describe_feature("float64", _matrix_entry_names("t", 4))
+        entries["time_s"] = _describe_feature("float64", None)
+        entries["timestamp"] = _describe_feature("float32", None)
         integer_features = ("intervention", "frame_index", "episode_index", "index", "task_index")
-        return entries | {key: _feature("int64", None) for key in integer_features}
+        return entries | {key: _describe_feature("int64", None) for key in integer_features}
 
     def sidecar(self) -> dict[str, Any]:
         """Return the content of `calibration.yaml`, which assigns the features for our reader."""
@@ -158,11 +160,11 @@ class Layout:
         }
 
 
-def _feature(dtype: str, names: list[str] | None) -> dict[str, Any]:
+def _describe_feature(dtype: str, names: list[str] | None) -> dict[str, Any]:
     return {"dtype": dtype, "shape": [len(names) if names else 1], "names": names}
 
 
-def _entries(letter: str, size: int) -> list[str]:
+def _matrix_entry_names(letter: str, size: int) -> list[str]:
     return [f"{letter}{row}{column}" for row in range(size) for column in range(size)]
 
 
@@ -172,16 +174,16 @@ def numbers_of(demo: Demo, layout: Layout) -> dict[str, np.ndarray]:
     states, actions = [], []
     values: dict[str, np.ndarray] = {}
     for name, arm in demo.arms.items():
-        reached = _poses(arm)
+        reached = _pose_rows(arm)
         values[f"pose.{name}"] = reached
         if layout.commanded:
             assert arm.commanded is not None
-            values[f"commanded.{name}"] = _poses(arm.commanded)
+            values[f"commanded.{name}"] = _pose_rows(arm.commanded)
         if arm.joints is not None:
             values[f"joints.{name}"] = np.asarray(arm.joints, dtype=np.float64)
         if arm.controller is not None:
             values[f"controller.{name}"] = np.asarray(arm.controller, dtype=np.float64)
-        state = _continuous(reached)
+        state = _with_continuous_quaternions(reached)
         target = values[f"commanded.{name}"] if layout.commanded else np.concatenate([reached[1:], reached[-1:]])
         # each target's quaternion gets the sign of the state in the same row
         sign = np.where((target[:, 3:7] * state[:, 3:7]).sum(axis=1) < 0, -1.0, 1.0)
@@ -203,12 +205,12 @@ def numbers_of(demo: Demo, layout: Layout) -> dict[str, np.ndarray]:
     return values
 
 
-def _poses(arm: ArmTrajectory) -> np.ndarray:
+def _pose_rows(arm: ArmTrajectory) -> np.ndarray:
     """Return [N, 8]: position, quaternion w x y z, gripper."""
     return np.concatenate([arm.position, arm.quaternion, arm.gripper[:, None]], axis=1).astype(np.float64)
 
 
-def _continuous(poses: np.ndarray) -> np.ndarray:
+def _with_continuous_quaternions(poses: np.ndarray) -> np.ndarray:
     """Return the same poses [N, 8], with w >= 0 in the first quaternion and without sign flips between frames."""
     poses = poses.copy()
     quaternions = poses[:, 3:7]

@@ -24,7 +24,9 @@ Statistics = dict[str, np.ndarray]
 
 def of_numbers(values: np.ndarray) -> Statistics:
     """Return statistics over the frames of [N, F]: each [F]; `count` is [1]."""
-    columns = [_of_counted(column, np.ones(len(column))) for column in np.asarray(values, dtype=np.float64).T]
+    columns = [
+        _statistics_of_counted(column, np.ones(len(column))) for column in np.asarray(values, dtype=np.float64).T
+    ]
     return {key: np.array([column[key] for column in columns]) for key in columns[0]} | {
         "count": np.array([len(values)])
     }
@@ -55,12 +57,12 @@ class ImageCounter:
 
     def statistics(self) -> Statistics:
         """Return the statistics, each [3, 1, 1], in 0 to 1; `count` is [1], frames."""
-        channels = [_of_counted(np.arange(256.0), counts) for counts in self._counts]
+        channels = [_statistics_of_counted(np.arange(256.0), counts) for counts in self._counts]
         result = {key: np.array([channel[key] for channel in channels]).reshape(3, 1, 1) / 255 for key in channels[0]}
         return result | {"count": np.array([self.frames])}
 
 
-def _of_counted(values: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+def _statistics_of_counted(values: np.ndarray, counts: np.ndarray) -> dict[str, float]:
     """Return statistics of `values` that occur `counts` times, both [N]."""
     values, counts = values[counts > 0], counts[counts > 0]
     low, high, total = float(values.min()), float(values.max()), float(counts.sum())
