@@ -50,9 +50,9 @@ class CpuPrecision(Timed):
         with threads(1):
             times = {width: self._measure(width, quick) for width in self.widths}
             attention = [
-                *(self._attention(positions, "", quick) for positions in self.positions),
-                *(self._attention(positions, "_wide", quick) for positions in self.wide_positions),
-                *(self._attention(positions, "_uncausal", quick) for positions in self.uncausal_positions),
+                *(self._time_attention(positions, "", quick) for positions in self.positions),
+                *(self._time_attention(positions, "_wide", quick) for positions in self.wide_positions),
+                *(self._time_attention(positions, "_uncausal", quick) for positions in self.uncausal_positions),
             ]
         ratios = [bf16 / float32 for bf16, float32 in times.values()]
         figures = {
@@ -65,7 +65,7 @@ class CpuPrecision(Timed):
             figures |= medians
         return figures
 
-    def _attention(self, positions: int, kind: str, quick: bool) -> dict[str, float]:
+    def _time_attention(self, positions: int, kind: str, quick: bool) -> dict[str, float]:
         """Return the median milliseconds of each way; `kind` is "_wide", "_uncausal" or ""."""
         rows, width = max(1, min(self.rows, self.batch_positions // positions)), 64 if kind == "_wide" else 32
         operands = [torch.randn(rows, 4, positions, width, requires_grad=True) for _ in range(3)]

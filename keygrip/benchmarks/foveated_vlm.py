@@ -301,7 +301,7 @@ class VLMMemory:
         weights, optimizer and EMA."""
         figures: dict[str, float] = {}
         for name, overrides in [*self.recipes.items()][: 1 if quick else None]:
-            module, data, text, accumulated = _recipe(overrides)
+            module, data, text, accumulated = _module_and_settings(overrides)
             budget = Budget(data["budget"]["frames"], data["budget"]["positions"])
             worst = 0.0
             for frames in self.quick_frames if quick else self.frames:
@@ -337,7 +337,7 @@ def fullest(budget: Budget, most: int, frames: int, visual: int, text: int) -> t
     return min(videos, budget.positions // (visual + text)), text
 
 
-def _recipe(overrides: Sequence[str]) -> tuple[FoveatedVLMModule, Mapping[str, Any], int, bool]:
+def _module_and_settings(overrides: Sequence[str]) -> tuple[FoveatedVLMModule, Mapping[str, Any], int, bool]:
     """Return the module with random weights, its data settings, the largest number of tokens of a text, and whether
     gradients are accumulated."""
     config = compose("train", [*overrides, *RANDOM_WEIGHTS])

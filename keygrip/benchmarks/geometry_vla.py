@@ -208,7 +208,7 @@ class VLAPlanMemory:
             batch = _shapes(module, config, 1)
             noise = torch.zeros(1, module.network.head.horizon, module.actions.size)
 
-            memory = count_forward(module.network, partial(_plan, module, batch, noise))
+            memory = count_forward(module.network, partial(_sample_plan, module, batch, noise))
             figures |= {
                 f"{precision}_weights_gib": round(memory.weights / GIB, 2),
                 f"{precision}_plan_gib": round(memory.step / GIB, 2),
@@ -217,7 +217,7 @@ class VLAPlanMemory:
         return figures
 
 
-def _plan(
+def _sample_plan(
     module: GeometryVLAModule, batch: MultiViewPolicyBatch, noise: Tensor, change: Callable[[Tensor], Tensor]
 ) -> Tensor:
     changed_batch = batch.map(change)
@@ -246,7 +246,7 @@ def _without_memory(
     if encoder is not None:
         module.network.geometry = encoder  # the network was built for tokens of its width and a scale token
     module.statistics, module.actions = PolicyStatistics(), instantiate(config.model.actions, _convert_="all")
-    _take_statistics(module, config)
+    _set_random_statistics(module, config)
     return module
 
 
@@ -315,11 +315,11 @@ def untrained(config: DictConfig) -> GeometryVLAModule:
     """Return the module of a training config with random weights and with statistics of random poses above a table;
     raises the errors of `random_module`."""
     module = random_module(config, GeometryVLAModule)
-    _take_statistics(module, config)
+    _set_random_statistics(module, config)
     return module.eval()
 
 
-def _take_statistics(module: GeometryVLAModule, config: DictConfig) -> None:
+def _set_random_statistics(module: GeometryVLAModule, config: DictConfig) -> None:
     data, count = config.data, 64
     generator = torch.Generator().manual_seed(0)
 

@@ -52,10 +52,10 @@ class Inference(Timed):
             policy = module.to(device).policy()
             with threads(count):
                 figures |= self._measure(policy, observation, device, prefix, quick)
-        figures |= self._exported(module.to("cpu"), quick)
+        figures |= self._time_exported(module.to("cpu"), quick)
         return figures | {"threads": all_threads}
 
-    def _exported(self, module: VolumeQueryModule, quick: bool) -> dict[str, float]:
+    def _time_exported(self, module: VolumeQueryModule, quick: bool) -> dict[str, float]:
         """Time the graph that `keygrip export` writes: run eagerly, as a torch.export program, and in onnxruntime."""
         graph = module.export_graph()
         inputs = tuple(graph.inputs.values())

@@ -122,8 +122,8 @@ class SamplingStep:
         self.kept = self._velocities()
         self.kept(self.x, 1.0, THREE)  # the first step computes what the later steps reuse
 
-    def _velocities(self, **how: Any) -> Velocities:
-        return Velocities(self.network, self.conditions, len(self.x), 1.0, **how)
+    def _velocities(self, **options: Any) -> Velocities:
+        return Velocities(self.network, self.conditions, len(self.x), 1.0, **options)
 
     def plain(self, branches: Sequence[str], level: float = 0.6) -> Tensor:
         """Compute every branch in a separate pass, including branches that the formula does not need. The tokens of the

@@ -63,7 +63,7 @@ class ServerLoad:
         server_end.close()
         players: list[tuple[Any, Connection]] = []
         try:
-            url = _heard(stop, START_S)
+            url = _receive_message(stop, START_S)
             observations = _observations(self.overrides, self.observations)
             half = self.clients // 2
             roles: list[tuple[str, tuple[Any, ...]]] = [
@@ -79,22 +79,24 @@ class ServerLoad:
                 end.close()
                 players.append((player, parent_end))
             for _, connection in players:
-                _heard(connection, START_S)
+                _receive_message(connection, START_S)
             began = time.perf_counter()
             for _, connection in players:
                 connection.send(None)
-            answers = [each_answers for _, connection in players[:2] for each_answers in _heard(connection, DONE_S)]
+            answers = [
+                each_answers for _, connection in players[:2] for each_answers in _receive_message(connection, DONE_S)
+            ]
             wall_s = time.perf_counter() - began
             for _, connection in players[2:]:
                 connection.send(None)  # stops it
-            (health, late), *attacked = [_heard(connection, START_S) for _, connection in players[2:]]
+            (health, late), *attacked = [_receive_message(connection, START_S) for _, connection in players[2:]]
         finally:
             stop.close()
             for process in (server, *(player for player, _ in players)):
                 process.join(30)
                 if process.is_alive():
                     process.kill()
-        return self._judged(answers, observations) | {
+        return self._compare_plans(answers, observations) | {
             "requests_per_s": round(self.clients * requests_per_client / wall_s, 2),
             "health_p50_ms": milliseconds(np.array(health)),
             "health_p99_ms": milliseconds(np.array(health), 99),
@@ -107,13 +109,15 @@ class ServerLoad:
             "batch": self.batch,
         }
 
-    def _judged(self, answers: list[server_clients.Answers], seen: list[dict[str, Any]]) -> dict[str, float]:
+    def _compare_plans(
+        self, answers: list[server_clients.Answers], observations: list[dict[str, Any]]
+    ) -> dict[str, float]:
         """Compare the plans of all clients with the plans of the policy in this process."""
         policy, different, not_finite, largest = _policy(self.overrides), 0, 0, 0.0
         for seed, plans in enumerate(answers):
             session = seeded(policy, seed)
             for request, received in enumerate(plans):
-                plan = session.plan(seen[(seed + request) % len(seen)])
+                plan = session.plan(observations[(seed + request) % len(observations)])
                 expected = np.concatenate([plan.position[0], plan.quaternion[0], plan.gripper[0][:, None]], axis=-1)
                 different += not np.array_equal(received, expected)
                 not_finite += not np.isfinite(received).all()
@@ -151,7 +155,7 @@ def _policy(overrides: Sequence[str]) -> Policy:
     return policy
 
 
-def _heard(connection: Connection, seconds: float) -> Any:
+def _receive_message(connection: Connection, seconds: float) -> Any:
     """Return the next message of a process. Raises TimeoutError: no message within that time; ChildProcessError: the
     process died; RuntimeError: a client failed, with its error."""
     try:

@@ -186,7 +186,7 @@ class BudgetPadding:
         planned = [
             replace(part, length=tokens, positions=part.bucket + tokens)
             if exact
-            else self._estimated(part, cut, spread)
+            else self._with_upper_estimate(part, cut, spread)
             for part, tokens in zip(components, real, strict=True)
         ]
         mixture = Mixture(planned, batch_size, budget=budget)
@@ -206,7 +206,7 @@ class BudgetPadding:
             "same_neighbours_share": round(same_neighbours(planned_batches, mixture.batches_of(1)), 4),
         }
 
-    def _estimated(self, part: Component, cut: int, spread: float) -> Component:
+    def _with_upper_estimate(self, part: Component, cut: int, spread: float) -> Component:
         """Return the component with an upper estimate of positions that holds for nearly all samples."""
         nearly_all = np.exp(spread * NormalDist().inv_cdf(NEARLY_ALL))
         return replace(
@@ -215,10 +215,10 @@ class BudgetPadding:
             positions=part.bucket + np.minimum(part.length * nearly_all, cut),
         )
 
-    def _kept(self, batch: np.ndarray, taken: np.ndarray, budget: Budget) -> np.ndarray:
+    def _kept(self, batch: np.ndarray, positions: np.ndarray, budget: Budget) -> np.ndarray:
         """Limit a batch to the budget like `keygrip.data.video_text.batching.WithinBudget`, with one row per sample."""
-        order = batch[np.argsort(taken[batch], kind="stable")]
-        fits = np.arange(1, len(order) + 1) * taken[order] <= budget.positions
+        order = batch[np.argsort(positions[batch], kind="stable")]
+        fits = np.arange(1, len(order) + 1) * positions[order] <= budget.positions
         return order[: max(1, int(fits.sum()))]
 
 

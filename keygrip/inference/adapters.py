@@ -85,15 +85,15 @@ def load_lora(network: nn.Module, folder: Path, inputs: str | None = None) -> li
             raise FileNotFoundError(
                 f"lora={folder}: there is no {name}; give a folder as `keygrip export format=lora` makes"
             )
-    config = _config(folder / CONFIG)
-    metadata = _metadata(folder / WEIGHTS)
+    config = _read_config(folder / CONFIG)
+    metadata = _read_metadata(folder / WEIGHTS)
     trained_on = metadata.get(INPUTS)
     if None not in (inputs, trained_on) and inputs != trained_on:
         raise ValueError(
             f"lora={folder} was trained on features that were normalised otherwise than this checkpoint's "
             f"({trained_on}, not {inputs}): train it with model.init_from_statistics=source, or draw from its own run"
         )
-    pairs = _pairs(folder / WEIGHTS)
+    pairs = _read_pairs(folder / WEIGHTS)
     scale = config["lora_alpha"] / config["r"]
     changes = []
     layers = {
@@ -135,7 +135,7 @@ def base_digest(network: nn.Module) -> str:
     )
 
 
-def _config(file: Path) -> dict[str, Any]:
+def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = read_json(file)
     except BadSample as error:
@@ -159,7 +159,7 @@ def _config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _metadata(file: Path) -> dict[str, str]:
+def _read_metadata(file: Path) -> dict[str, str]:
     try:
         with safe_open(file, "pt") as opened:
             return opened.metadata() or {}
@@ -167,7 +167,7 @@ def _metadata(file: Path) -> dict[str, str]:
         raise ValueError(f"{file} is not a safetensors file: {error}") from error
 
 
-def _pairs(file: Path) -> dict[str, dict[str, Tensor]]:
+def _read_pairs(file: Path) -> dict[str, dict[str, Tensor]]:
     try:
         tensors = load_file(file)
     except SafetensorError as error:

@@ -115,9 +115,9 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
         module.image_options["max_frames"] = cfg.max_frames
     started = time.perf_counter()
     if cfg.conversations is None:
-        result = _asked(module, paths, questions, mode, cfg)
+        result = _answer_questions(module, paths, questions, mode, cfg)
     else:
-        result = _continued(module, talks, broken, mode, cfg)
+        result = _answer_conversations(module, talks, broken, mode, cfg)
     return result | {"mode": mode, "wall_s": round(time.perf_counter() - started, 3)}
 
 
@@ -158,8 +158,8 @@ def _videos_and_questions(cfg: DictConfig) -> tuple[list[Any], list[str]]:
 # ---- conversations ---------------------------------------------------------------------------------------------------
 
 
-def _continued(
-    module: FoveatedVLMModule, talks: Sequence[list[Any]], broken: dict[int, str], mode: str, cfg: DictConfig
+def _answer_conversations(
+    module: FoveatedVLMModule, conversations: Sequence[list[Any]], broken: dict[int, str], mode: str, cfg: DictConfig
 ) -> dict[str, Any]:
     chat = VideoChat(module)
     generation_settings = (cfg.max_new_tokens, cfg.temperature, cfg.seed, mode)
@@ -167,18 +167,18 @@ def _continued(
     left_out: dict[int, str] = {}
     texts: list[Any] = []
     if cfg.stream:
-        for index, talk in enumerate(talks):
+        for index, talk in enumerate(conversations):
             try:
-                texts.append(_shown(f"[{index + 1}]", chat.stream(talk, *generation_settings, **truncation)))
+                texts.append(_write_pieces(f"[{index + 1}]", chat.stream(talk, *generation_settings, **truncation)))
             except (ValueError, OSError) as error:
                 texts.append("")
                 left_out[index] = str(error)
     else:
         texts = chat.generate(
-            talks, *generation_settings, cfg.batch_frames, left_out, samples=cfg.samples, **truncation
+            conversations, *generation_settings, cfg.batch_frames, left_out, samples=cfg.samples, **truncation
         )
     left_out |= broken  # a line that could not be parsed: its reason replaces that of its empty conversation
-    if len(left_out) == len(talks):
+    if len(left_out) == len(conversations):
         raise ValueError(f"{cfg.conversations}: no conversation can be read; the first: {left_out[0]}")
     for index, reason in left_out.items():
         log.warning("conversation %d is left out: %s", index + 1, reason)
@@ -191,7 +191,7 @@ def _continued(
 # ---- questions about videos ------------------------------------------------------------------------------------------
 
 
-def _asked(
+def _answer_questions(
     module: FoveatedVLMModule, paths: Sequence[Any], questions: Sequence[str], mode: str, cfg: DictConfig
 ) -> dict[str, Any]:
     answers: list[dict[str, Any]] = []
@@ -201,11 +201,11 @@ def _asked(
     frames = 0
     for videos in _batches(module, paths, cfg.batch_frames, unreadable):
         frames += sum(len(video.frames) for video in videos)
-        fitting = _fitting(module, videos, questions, cfg.max_new_tokens, unanswered)
+        fitting = _fitting_requests(module, videos, questions, cfg.max_new_tokens, unanswered)
         rows = [replace(each, sample=sample) for each in fitting for sample in range(cfg.samples or 1)]
         texts: list[str] = []
         if cfg.stream:
-            texts = [_streamed(module, each, mode, cfg) for each in rows]
+            texts = [_stream_answer(module, each, mode, cfg) for each in rows]
         else:
             for batch, generated in _together(module, rows, mode, cfg):
                 texts += generated.texts
@@ -269,7 +269,7 @@ def _batches(
         yield waiting
 
 
-def _fitting(
+def _fitting_requests(
     module: FoveatedVLMModule,
     videos: Sequence[Video],
     questions: Sequence[str],
@@ -291,13 +291,13 @@ def _fitting(
 
 
 def _together(
-    module: FoveatedVLMModule, asked: Sequence[Asked], mode: str, cfg: DictConfig
+    module: FoveatedVLMModule, requests: Sequence[Asked], mode: str, cfg: DictConfig
 ) -> Iterator[tuple[list[Asked], Answers]]:
     """Answer the questions about a batch of videos. Each video is encoded once."""
-    if not asked:
+    if not requests:
         return
     network = module.network
-    videos = list({id(each.video): each.video for each in asked}.values())
+    videos = list({id(each.video): each.video for each in requests}.values())
     places = {id(video): place for place, video in enumerate(videos)}
     counts = [len(video.frames) for video in videos]
     padded = np.zeros((len(videos), max(counts), *videos[0].frames.shape[1:]), np.uint8)
@@ -305,7 +305,7 @@ def _together(
         padded[row, : len(video.frames)] = video.frames
     frames = module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2])
     kv = encoded(network, frames, counts)
-    for part in _parts(asked, cfg.batch_frames):
+    for part in _split_into_parts(requests, cfg.batch_frames):
         rows = [places[id(each.video)] for each in part]
         first, last = rows[0], rows[-1] + 1
         start, stop = sum(counts[:first]), sum(counts[:last])
@@ -326,12 +326,12 @@ def _together(
         yield part, answers
 
 
-def _parts(asked: Sequence[Asked], batch_frames: int) -> Iterator[list[Asked]]:
+def _split_into_parts(requests: Sequence[Asked], batch_frames: int) -> Iterator[list[Asked]]:
     """Yield rows that are answered together: at most `batch_frames` frames, padding included, and `BATCH_ROWS` rows.
     Each row holds its video's tokens in the language model, so the number of questions about one video is limited
     too."""
     waiting: list[Asked] = []
-    for each in asked:
+    for each in requests:
         longest = max(len(other.video.frames) for other in (*waiting, each))
         if waiting and (longest * (len(waiting) + 1) > batch_frames or len(waiting) == BATCH_ROWS):
             yield waiting
@@ -342,7 +342,7 @@ def _parts(asked: Sequence[Asked], batch_frames: int) -> Iterator[list[Asked]]:
 
 
 def _attention_strips(
-    module: FoveatedVLMModule, asked: Sequence[Asked], answers: Answers
+    module: FoveatedVLMModule, requests: Sequence[Asked], answers: Answers
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Return title, frames and query attention of each question about frames. Raises ValueError without queries."""
     network = module.network
@@ -356,21 +356,21 @@ def _attention_strips(
     streams = answers.rows.streams.of_row.tolist()
     return [
         (f"{each.question}   {text}", each.video.frames, maps[streams[row]][: len(each.video.frames)])
-        for row, (each, text) in enumerate(zip(asked, answers.texts, strict=True))
+        for row, (each, text) in enumerate(zip(requests, answers.texts, strict=True))
         if len(each.video.frames)
     ]
 
 
-def _streamed(module: FoveatedVLMModule, asked: Asked, mode: str, cfg: DictConfig) -> str:
+def _stream_answer(module: FoveatedVLMModule, request: Asked, mode: str, cfg: DictConfig) -> str:
     """Return an answer and write it to standard error while it is generated."""
-    stream = module.stream(asked.question, mode, asked.video.seconds, cfg.max_new_tokens)
-    for frame, second in zip(asked.video.frames, asked.video.seconds, strict=True):
+    stream = module.stream(request.question, mode, request.video.seconds, cfg.max_new_tokens)
+    for frame, second in zip(request.video.frames, request.video.seconds, strict=True):
         stream.push(frame, second)
     pieces = stream.stream(cfg.max_new_tokens, cfg.temperature, cfg.seed, top_k=cfg.top_k, top_p=cfg.top_p)
-    return _shown(asked.question, pieces)
+    return _write_pieces(request.question, pieces)
 
 
-def _shown(title: str, pieces: Iterator[str]) -> str:
+def _write_pieces(title: str, pieces: Iterator[str]) -> str:
     """Join the pieces of an answer and write them to standard error as they arrive."""
     sys.stderr.write(f"{title} ")
     text = ""

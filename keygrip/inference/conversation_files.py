@@ -58,11 +58,11 @@ def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str
                 talk = next(filter(None, map(content.get, TURNS)), None) if isinstance(content, dict) else content
                 if not isinstance(talk, list) or not talk:
                     raise ValueError(f"it is no list of messages, nor an object with {' or '.join(TURNS)}")
-                if _is_list_of_them(talk):
+                if _is_conversation_list(talk):
                     raise ValueError(f"it is a list of conversations: {SEVERAL}")
-                talk = [_in_folder(_as_message(each), Path(path).parent) for each in talk]
+                talk = [_resolve_message_paths(_as_message(each), Path(path).parent) for each in talk]
                 if isinstance(content, dict):
-                    talk = _with_files(content, talk, Path(path).parent)
+                    talk = _insert_files(content, talk, Path(path).parent)
         except BadSample as error:
             broken[len(talks)] = str(error)
             talk = []
@@ -82,7 +82,7 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _is_list_of_them(content: Any) -> bool:
+def _is_conversation_list(content: Any) -> bool:
     """Return whether JSON is a list of conversations, in any of the usual forms, and not the messages of one."""
     if not isinstance(content, list) or not content:
         return False
@@ -93,12 +93,12 @@ def _is_list_of_them(content: Any) -> bool:
 def _how_to_split(text: str) -> str:
     """Explain how to convert JSON over several lines (one object, several objects, a list) to JSON Lines."""
     try:
-        return SEVERAL if _is_list_of_them(parse_json(text, "JSON")) else f"{ONE_PER_LINE} (jq -c . FILE makes it)"
+        return SEVERAL if _is_conversation_list(parse_json(text, "JSON")) else f"{ONE_PER_LINE} (jq -c . FILE makes it)"
     except BadSample:  # perhaps several objects, one after the other
         return f"{ONE_PER_LINE} (jq -c . FILE makes such lines of JSON)"
 
 
-def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> list[Any]:
+def _insert_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> list[Any]:
     """Insert the files and the system message of an object into its messages. Raises ValueError if the number of
     placeholders and the number of files differ, or if another key names files."""
     unknown = media_key({key: value for key, value in content.items() if key not in (*NAMING, *TURNS)})
@@ -110,31 +110,37 @@ def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> li
         for name in [entry] if isinstance(entry, str) else entry if isinstance(entry, list) else [entry]:
             if not isinstance(name, str):
                 raise ValueError(f"its `{key}` names a file by {str(name)[:80]!r}, which is no text")
-            files[kind].append(_beside(folder, name))
+            files[kind].append(_resolve_path(folder, name))
     if isinstance(content.get("system"), str) and all(isinstance(message, Mapping) for message in talk):
         roles = [(str(message.get("role")), "") for message in talk]
         if len(with_system(roles, content["system"])) > len(talk):
             talk = [{"role": "system", "content": content["system"]}, *talk]
     if not (files["image"] or files["video"]):
         return talk
-    user_texts = [message["content"] for message in talk if _asks(message) and isinstance(message["content"], str)]
+    user_texts = [
+        message["content"] for message in talk if _is_user_message(message) and isinstance(message["content"], str)
+    ]
     placeholders = Placeholders.of(user_texts, [kind for kind, names in files.items() if names])
     split = iter(placeholders.split(user_texts))
     messages: list[Any] = []
     places: list[Item] = []
     for message in talk:
-        if not _asks(message):
+        if not _is_user_message(message):
             messages.append(message)
             continue
         content = message["content"]
-        items = _items(next(split)) if isinstance(content, str) else [(_copied(item), None) for item in content]
+        items = (
+            _items_from_parts(next(split))
+            if isinstance(content, str)
+            else [(_copy_item(item), None) for item in content]
+        )
         messages.append({**message, "content": [item for item, _ in items]})
         places += [
             (item, number)
             for item, number in items
             if isinstance(item, dict) and item.get("type") in ("image", "video") and not any(map(item.get, SHOWN))
         ]
-    first = next((message["content"] for message in messages if _asks(message)), None)
+    first = next((message["content"] for message in messages if _is_user_message(message)), None)
     if not places and first is not None:
         if files["image"] and files["video"]:
             raise ValueError("it has images and videos, and its messages no places for them: their order is not known")
@@ -144,7 +150,7 @@ def _with_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> li
             for _ in (names[:1] if _are_frames(kind, names) else names)
         ]
         first[:0] = [item for item, _ in places]
-    _fill(places, files)
+    _assign_files(places, files)
     return messages
 
 
@@ -159,27 +165,27 @@ def _as_message(entry: Any) -> Any:
     return {"role": role, "content": entry.get("value")}
 
 
-def _in_folder(message: Any, folder: Path) -> Any:
+def _resolve_message_paths(message: Any, folder: Path) -> Any:
     """Return a message with the paths in its items relative to the current folder."""
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
         return message
-    return {**message, "content": [_found(item, folder) for item in message["content"]]}
+    return {**message, "content": [_resolve_item_paths(item, folder) for item in message["content"]]}
 
 
-def _found(item: Any, folder: Path) -> Any:
+def _resolve_item_paths(item: Any, folder: Path) -> Any:
     if not isinstance(item, Mapping) or item.get("type") not in ("image", "video"):
         return item
     named = {key: item[key] for key in SHOWN if key in item}
-    return {**item, **{key: _paths_beside(folder, value) for key, value in named.items()}}
+    return {**item, **{key: _resolve_paths(folder, value) for key, value in named.items()}}
 
 
-def _paths_beside(folder: Path, value: Any) -> Any:
+def _resolve_paths(folder: Path, value: Any) -> Any:
     if isinstance(value, list):
-        return [_paths_beside(folder, each) for each in value]
-    return _beside(folder, value) if isinstance(value, str) else value
+        return [_resolve_paths(folder, each) for each in value]
+    return _resolve_path(folder, value) if isinstance(value, str) else value
 
 
-def _beside(folder: Path, name: str) -> str:
+def _resolve_path(folder: Path, name: str) -> str:
     """Return the path relative to the file's folder, or unchanged if nothing exists there."""
     with contextlib.suppress(OSError):  # the name may be too long
         if name and (folder / name).exists():
@@ -187,7 +193,7 @@ def _beside(folder: Path, name: str) -> str:
     return name
 
 
-def _asks(message: Any) -> bool:
+def _is_user_message(message: Any) -> bool:
     return (
         isinstance(message, Mapping)
         and message.get("role") == "user"
@@ -195,11 +201,11 @@ def _asks(message: Any) -> bool:
     )
 
 
-def _copied(item: Any) -> Any:
+def _copy_item(item: Any) -> Any:
     return dict(item) if isinstance(item, Mapping) else item
 
 
-def _items(parts: list[tuple[str, str]]) -> list[Item]:
+def _items_from_parts(parts: list[tuple[str, str]]) -> list[Item]:
     """Return the items of a text split by `Placeholders.split`. White space at its ends is removed as in training,
     where it is removed together with the placeholders."""
     items: list[Item] = [
@@ -219,7 +225,7 @@ def _are_frames(kind: str, names: list[str]) -> bool:
     return kind == "video" and len(names) > 1 and all(name.lower().endswith(SUFFIXES) for name in names)
 
 
-def _fill(places: list[Item], files: dict[str, list[str]]) -> None:
+def _assign_files(places: list[Item], files: dict[str, list[str]]) -> None:
     """Assign files to placeholders: numbered placeholders by number, the others in order. <image> is a placeholder for
     a video if the object lists no image."""
     for place, _ in places:

@@ -141,9 +141,9 @@ def _for_policy(cfg: DictConfig, policy: Any) -> DictConfig:
     return fitted
 
 
-def _first(named: DictConfig | ListConfig, names: Sequence[str]) -> Any:
+def _first(settings: DictConfig | ListConfig, names: Sequence[str]) -> Any:
     """Return the same entries, with the given names first."""
-    entries: Any = OmegaConf.to_container(named, resolve=False)
+    entries: Any = OmegaConf.to_container(settings, resolve=False)
     order = [*names, *(name for name in entries if name not in names)]
     return {name: entries[name] for name in order} if isinstance(entries, dict) else order
 

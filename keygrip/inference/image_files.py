@@ -70,7 +70,7 @@ def write_grids(folder: Path, files: ImageFiles, shown: Callable[[int], Sequence
     """
     for grid_index, name in enumerate(files.grids):
         rows = files.rows[grid_index * GRID_ROWS : (grid_index + 1) * GRID_ROWS]
-        _write(folder / name, image_grid([_row(folder, files, title, indices, shown) for title, indices in rows]))
+        _write(folder / name, image_grid([_grid_row(folder, files, title, indices, shown) for title, indices in rows]))
 
 
 def move_files(scratch: Path, folder: Path, files: ImageFiles) -> None:
@@ -95,7 +95,7 @@ def refuse_folder(folder: Path) -> None:
         raise ValueError(f"run_dir={folder}: {existing} is {'not writable' if existing.is_dir() else 'no folder'}")
 
 
-def _row(
+def _grid_row(
     folder: Path, files: ImageFiles, title: str, numbers: Sequence[int], shown: Callable[[int], Sequence[Tensor]]
 ) -> tuple[str, Tensor]:
     samples = []

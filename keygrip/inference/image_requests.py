@@ -61,7 +61,7 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
     if cfg.seed not in SEEDS:
         raise ValueError(f"seed={cfg.seed} is out of range: give a number from {SEEDS[0]} to {SEEDS[-1]}")
     images = [] if cfg.image is None else texts_of("image", cfg.image)
-    rows = _of_command_line(cfg, images) if cfg.prompts is None else _of_file(cfg, images)
+    rows = _rows_from_command_line(cfg, images) if cfg.prompts is None else _rows_from_file(cfg, images)
     if len(rows) * cfg.samples > MOST_REQUESTS:
         raise ValueError(
             f"{cfg.samples} samples of {len(rows)} requests each: at most {MOST_REQUESTS} images by one command"
@@ -71,7 +71,7 @@ def requested(cfg: DictConfig) -> list[SampleRequest]:
     ]
 
 
-def _of_file(cfg: DictConfig, images: list[str]) -> list[Row]:
+def _rows_from_file(cfg: DictConfig, images: list[str]) -> list[Row]:
     """Read the rows of a file of prompts. If the file has no images, those of the command line are used."""
     if cfg.prompt is not None:
         raise ValueError("prompt and prompts both say what to draw: give one of them")
@@ -92,7 +92,7 @@ def _of_file(cfg: DictConfig, images: list[str]) -> list[Row]:
     ]
 
 
-def _of_command_line(cfg: DictConfig, images: list[str]) -> list[Row]:
+def _rows_from_command_line(cfg: DictConfig, images: list[str]) -> list[Row]:
     """Combine prompts and images: as many of each, or one that is used for all values of the other."""
     prompts = prompts_of(cfg.prompt)
     if prompts == [None] and not images:
@@ -150,27 +150,27 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
                 raise ValueError("it holds no prompt")
             if len(rows) > MOST_REQUESTS:
                 raise ValueError(f"it holds {len(rows)} rows, more than {MOST_REQUESTS}")
-            return [_row(row, f"line {number}", path.parent) for number, row in rows]
+            return [_checked_row(row, f"line {number}", path.parent) for number, row in rows]
     except BadSample as error:
         raise ValueError(str(error)) from error
 
 
-def _row(row: Any, where: str, folder: Path) -> dict[str, Any]:
+def _checked_row(row: Any, location: str, folder: Path) -> dict[str, Any]:
     if not isinstance(row, Mapping) or set(row) - set(COLUMNS):
-        raise ValueError(f"{where}: a row has {', '.join(COLUMNS)} and nothing else")
+        raise ValueError(f"{location}: a row has {', '.join(COLUMNS)} and nothing else")
     for name in ("prompt", "image"):
         if not isinstance(row.get(name), str | None):
-            raise ValueError(f"{where}: its {name} is not text")
+            raise ValueError(f"{location}: its {name} is not text")
     texts = {name: (row.get(name) or "").strip() or None for name in ("prompt", "image")}
     seed = row.get("seed")
     seed = seed.strip() if isinstance(seed, str) else seed
     if seed in (None, ""):
         seed = None
     elif isinstance(seed, bool) or not re.fullmatch("-?[0-9]+", str(seed)):
-        raise ValueError(f"{where}: its seed {seed!r} is not a whole number")
+        raise ValueError(f"{location}: its seed {seed!r} is not a whole number")
     elif len(str(seed)) > len(str(SEEDS[0])) or int(seed) not in SEEDS:
-        raise ValueError(f"{where}: its seed {str(seed)[:40]} is out of range: from {SEEDS[0]} to {SEEDS[-1]}")
+        raise ValueError(f"{location}: its seed {str(seed)[:40]} is out of range: from {SEEDS[0]} to {SEEDS[-1]}")
     if texts["prompt"] is None and texts["image"] is None:
-        raise ValueError(f"{where}: it has neither prompt nor image")
+        raise ValueError(f"{location}: it has neither prompt nor image")
     image = None if texts["image"] is None else str(folder / texts["image"])
     return {"prompt": texts["prompt"], "image": image, "seed": None if seed is None else int(seed)}

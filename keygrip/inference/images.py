@@ -103,7 +103,7 @@ def sample(cfg: DictConfig) -> dict[str, Any]:
     warn_of_untrained(module, conditions)
     buckets = buckets_of(cfg.size, module, requests, steering)
     files = files_of(requests, buckets)
-    target = Path(cfg.run_dir) if cfg.run_dir else _samples_of(file)
+    target = Path(cfg.run_dir) if cfg.run_dir else _samples_folder(file)
     files.refuse_names(target)
 
     def shown(number: int) -> list[Tensor]:
@@ -200,7 +200,9 @@ def bucket_of(size: Any, module: PatchDiTModule) -> Bucket:
     if size is None:
         return trained[0]
     try:
-        sides = [_whole(side) for side in (str(size).lower().split("x") if isinstance(size, str | int) else size)]
+        sides = [
+            _whole_pixels(side) for side in (str(size).lower().split("x") if isinstance(size, str | int) else size)
+        ]
         bucket = Bucket(*(sides * 2 if len(sides) == 1 else sides))
     except (TypeError, ValueError):
         raise ValueError(f"size={size}: give a number (square), WIDTHxHEIGHT or [WIDTH,HEIGHT], in pixels") from None
@@ -215,7 +217,7 @@ def bucket_of(size: Any, module: PatchDiTModule) -> Bucket:
     return bucket
 
 
-def _whole(side: Any) -> int:
+def _whole_pixels(side: Any) -> int:
     if isinstance(side, float) and not side.is_integer():
         raise ValueError(f"{side} is no number of pixels")
     return int(side)
@@ -256,10 +258,10 @@ def draw(
             }
             references = [[opened[image] for image in request.images] for request in batch]
             prompts = [] if batch[0].prompt is None else [str(request.prompt) for request in batch]
-            masks = _masks_of(references, steering.image_masks)
+            masks = _open_masks(references, steering.image_masks)
             mask_names = [f"image_mask={file}" for file in steering.image_masks]
             conditions = conditions_of(module, prompts, references, masks, mask_names, bucket)
-            edit, pixels_and_mask = _edit(module, bucket, len(batch), steering)
+            edit, pixels_and_mask = _prepare_edit(module, bucket, len(batch), steering)
             size = bucket.height // stride, bucket.width // stride
             with automatic_autocast(module.device):
                 seeds = [request.seed for request in batch]
@@ -272,7 +274,7 @@ def draw(
             yield from zip(indices, samples, strict=True)
 
 
-def _edit(
+def _prepare_edit(
     module: PatchDiTModule, bucket: Bucket, count: int, steering: Steering
 ) -> tuple[Edit | None, tuple[Tensor, Tensor] | None]:
     """Return the latents to start from, and with redraw also the pixels [3, H, W] and the mask [1, H, W]."""
@@ -283,7 +285,7 @@ def _edit(
     return edit_of(module, start, mask, steering.strength, count), None if mask is None else (start.shown, mask)
 
 
-def _masks_of(references: Sequence[Sequence[Reference]], files: Sequence[str]) -> list[list[Tensor]]:
+def _open_masks(references: Sequence[Sequence[Reference]], files: Sequence[str]) -> list[list[Tensor]]:
     """Return for each file its mask in every request. It covers the request's image; images may differ."""
     masks = []
     for index, file in enumerate(files):
@@ -293,7 +295,7 @@ def _masks_of(references: Sequence[Sequence[Reference]], files: Sequence[str]) -
     return masks
 
 
-def _samples_of(checkpoint: Path) -> Path:
+def _samples_folder(checkpoint: Path) -> Path:
     """Return the folder of a run that holds a folder of samples for each command."""
     run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     return run_folder / "samples"

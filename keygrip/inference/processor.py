@@ -106,7 +106,7 @@ class KeygripProcessor(ProcessorMixin):
         location = {name: options[name] for name in WHERE if name in options}
         _refuse_audio_tokenizer(source, location)
         loader = super()  # super() without arguments does not work inside the lambda
-        vocabulary = _vocabulary(pretrained_model_name_or_path)
+        vocabulary = _read_vocabulary_size(pretrained_model_name_or_path)
         processor: Self = checked_tokenizer(
             lambda: from_pretrained(loader, source, **options), source, vocabulary, **location
         )
@@ -149,7 +149,7 @@ class KeygripProcessor(ProcessorMixin):
                 "'user', 'content': [{'type': 'video', 'video': 'a.mp4'}, {'type': 'text', 'text': 'What happens?'}]}])"
             )
         _check_tensors(return_tensors)
-        _refuse_others(others, "processor(conversations)", ("return_tensors",))
+        _refuse_unsupported(others, "processor(conversations)", ("return_tensors",))
         refuse_message(conversations)
         several = bool(conversations) and not isinstance(conversations[0], Mapping)
         talks: Any = conversations if several else [conversations]
@@ -207,7 +207,7 @@ class KeygripProcessor(ProcessorMixin):
         _check_tensors(return_tensors)
         supported = ("tokenize", "add_generation_prompt", "return_dict", "return_tensors")
         inner = others.pop("processor_kwargs", None) or {}  # transformers' name for those of `__call__`
-        _refuse_others({**others, **inner}, "apply_chat_template", supported)
+        _refuse_unsupported({**others, **inner}, "apply_chat_template", supported)
         if not tokenize:
             refuse_message(conversation)
             several = bool(conversation) and not isinstance(conversation[0], Mapping)
@@ -216,7 +216,8 @@ class KeygripProcessor(ProcessorMixin):
                 marked(talk, answering=add_generation_prompt)
             tokenizer = ChatTokenizer(self.tokenizer)
             texts = [
-                tokenizer.render_messages(_plain(self._with_system(talk)), add_generation_prompt) for talk in talks
+                tokenizer.render_messages(_without_image_objects(self._with_system(talk)), add_generation_prompt)
+                for talk in talks
             ]
             return texts if several else texts[0]
         if not add_generation_prompt:
@@ -232,7 +233,7 @@ class KeygripProcessor(ProcessorMixin):
         return [{"role": "system", "content": self.system}, *talk]
 
 
-def _plain(talk: Sequence[Message]) -> list[dict[str, Any]]:
+def _without_image_objects(talk: Sequence[Message]) -> list[dict[str, Any]]:
     """Return a checked conversation without image objects: a foreign template could call methods that write files."""
 
     def shown(item: Mapping[str, Any]) -> dict[str, str]:
@@ -245,7 +246,7 @@ def _plain(talk: Sequence[Message]) -> list[dict[str, Any]]:
     ]
 
 
-def _vocabulary(folder: str | os.PathLike[str]) -> int | None:
+def _read_vocabulary_size(folder: str | os.PathLike[str]) -> int | None:
     """Return the vocabulary size of the model that the folder's config.json describes; None: it has none."""
     file = Path(folder) / CONFIG
     try:
@@ -256,11 +257,11 @@ def _vocabulary(folder: str | os.PathLike[str]) -> int | None:
     return size if type(size) is int else None
 
 
-def _refuse_audio_tokenizer(source: str, where: Mapping[str, Any]) -> None:
+def _refuse_audio_tokenizer(source: str, location: Mapping[str, Any]) -> None:
     """Raise ValueError if an audio tokenizer is named. transformers would load it, with a class and from a location
     chosen by the folder, without asking whether code may be executed."""
-    naming_file = file_of(source, "audio_tokenizer_config.json", **where)
-    if (file := file_of(source, "processor_config.json", **where)) is not None:
+    naming_file = file_of(source, "audio_tokenizer_config.json", **location)
+    if (file := file_of(source, "processor_config.json", **location)) is not None:
         try:
             content = read_json(file)
         except BadSample as error:
@@ -291,16 +292,16 @@ REASONS = {
 }
 
 
-def _refuse_others(others: Mapping[str, Any], what: str, named: Sequence[str]) -> None:
+def _refuse_unsupported(arguments: Mapping[str, Any], call: str, named: Sequence[str]) -> None:
     """Raise ValueError if an argument of transformers' processors requests something that is not done here."""
-    for name, value in others.items():
+    for name, value in arguments.items():
         # 1 equals True, but transformers does not accept it as padding
         if value is None or any(type(value) is type(done) and value == done for done in DONE.get(name, ())):
             continue
         accepted = [f"{key}={done[0]!r}" for key, done in DONE.items()]
         reason = f" ({REASONS[name]})" if name in REASONS else ""
         raise ValueError(
-            f"{what}: {name}={str(value)[:60]} is not taken{reason}; there are {', '.join(named)}, and what is done "
+            f"{call}: {name}={str(value)[:60]} is not taken{reason}; there are {', '.join(named)}, and what is done "
             f"anyway: {', '.join(accepted)}"
         )
 

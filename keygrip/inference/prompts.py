@@ -128,22 +128,22 @@ class PromptReader:
             padded[row, : len(video)] = video
         return padded, counts
 
-    def _frames(self, given: Any, kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
-        if isinstance(given, str | Path):
+    def _frames(self, content: Any, kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
+        if isinstance(content, str | Path):
             if kind == "video":
-                return read_timed_frames(given, self.image_size, self.fit, self.max_frames)
-            if (found := self._one_image(Path(given))) is None:
-                raise ValueError(f"{given} is a folder, a video or an animation, and no image: give it as a video")
+                return read_timed_frames(content, self.image_size, self.fit, self.max_frames)
+            if (found := self._read_one_image(Path(content))) is None:
+                raise ValueError(f"{content} is a folder, a video or an animation, and no image: give it as a video")
             return found, (0.0,)
-        if isinstance(given, Image.Image) and (count := frame_count(given)) > 1:
+        if isinstance(content, Image.Image) and (count := frame_count(content)) > 1:
             if kind == "image":
                 raise ValueError(f"an image of {count} frames: give it as a video")
             return animation_frames(
-                given, self.image_size, self.fit, lambda length: evenly(whole_seconds(length), self.max_frames)
+                content, self.image_size, self.fit, lambda length: evenly(whole_seconds(length), self.max_frames)
             )
-        if _are_paths(given):
-            return self._still_files(given, kind)
-        frames = _still_frames(given, kind)
+        if _is_path_list(content):
+            return self._still_files(content, kind)
+        frames = _still_frames(content, kind)
         if kind == "image" and len(frames) > 1:
             raise ValueError(f"an image of {len(frames)} frames: give them as a video")
         indices = evenly(len(frames), self.max_frames)
@@ -158,12 +158,12 @@ class PromptReader:
         indices = evenly(len(paths), self.max_frames)
         images = []
         for path in (paths[n] for n in indices):
-            if (frames := self._one_image(Path(path))) is None:
+            if (frames := self._read_one_image(Path(path))) is None:
                 raise ValueError(f"{path} is one of several frames, and no image: give a folder or a video alone")
             images.append(frames)
         return np.concatenate(images), tuple(map(float, indices))
 
-    def _one_image(self, path: Path) -> np.ndarray | None:
+    def _read_one_image(self, path: Path) -> np.ndarray | None:
         """Return [1, S, S, 3], or None for a folder or a file with several frames."""
         if path.is_file() and path.suffix.lower() in SUFFIXES:
             return None if is_animation(path) else read_image(path, self.image_size, self.fit)[None]
@@ -171,20 +171,20 @@ class PromptReader:
         return None if len(frames) > 1 or path.is_dir() else frames
 
 
-def _are_paths(given: Any) -> bool:
-    return isinstance(given, list | tuple) and bool(given) and all(isinstance(each, str | Path) for each in given)
+def _is_path_list(content: Any) -> bool:
+    return isinstance(content, list | tuple) and bool(content) and all(isinstance(each, str | Path) for each in content)
 
 
-def _still_frames(given: Any, kind: str) -> Sequence[Image.Image] | np.ndarray:
+def _still_frames(content: Any, kind: str) -> Sequence[Image.Image] | np.ndarray:
     """Return an item that is no path as PIL images or arrays uint8 [H, W, 3]. Raises ValueError for any other type."""
-    if isinstance(given, Image.Image):
-        return [given]
-    if isinstance(given, Sequence) and given and all(isinstance(each, Image.Image) for each in given):
-        if animated := next((each for each in given if frame_count(each) > 1), None):
+    if isinstance(content, Image.Image):
+        return [content]
+    if isinstance(content, Sequence) and content and all(isinstance(each, Image.Image) for each in content):
+        if animated := next((each for each in content if frame_count(each) > 1), None):
             raise ValueError(f"one of several images has {frame_count(animated)} frames itself: give it alone")
-        return given
+        return content
     try:
-        array = np.asarray(given)
+        array = np.asarray(content)
     except (TypeError, ValueError, RuntimeError) as error:  # a tensor with gradients, frames of different sizes
         raise ValueError(f"an item of type {kind} is no array: {error}") from error
     if array.dtype != np.uint8 or array.shape[-1:] != (3,) or array.ndim not in (3, 4) or not array.size:
@@ -213,7 +213,7 @@ def check(messages: Sequence[Message]) -> tuple[Turn, ...]:
     """
     turns, visuals = marked(messages)
     for _, content in visuals:
-        for path in content if _are_paths(content) else [content]:
+        for path in content if _is_path_list(content) else [content]:
             if isinstance(path, str | Path) and not Path(path).exists():
                 raise FileNotFoundError(f"there is no video, image or folder at {path}")
     return turns
@@ -234,7 +234,7 @@ def marked(messages: Sequence[Message], answering: bool = True) -> tuple[tuple[T
     visuals: list[tuple[str, Any]] = []
     for number, message in enumerate(messages, 1):
         try:
-            turns.append(_turn(message, visuals))
+            turns.append(_parse_turn(message, visuals))
         except ValueError as error:
             raise ValueError(f"message {number}: {error}") from error
     if not turns:
@@ -251,8 +251,8 @@ def marked(messages: Sequence[Message], answering: bool = True) -> tuple[tuple[T
     return tuple(turns), visuals
 
 
-def _turn(message: Any, shown: list[tuple[str, Any]]) -> Turn:
-    """Convert a message to a turn and append its visuals to `shown`. Raises ValueError if it has another form."""
+def _parse_turn(message: Any, visuals: list[tuple[str, Any]]) -> Turn:
+    """Convert a message to a turn and append its visuals to `visuals`. Raises ValueError if it has another form."""
     if not isinstance(message, Mapping):
         raise ValueError(f"a message is no object but {str(message)[:80]!r}")
     role, content = message.get("role"), message.get("content")
@@ -266,7 +266,7 @@ def _turn(message: Any, shown: list[tuple[str, Any]]) -> Turn:
         if kind == "text" and isinstance(item.get("text"), str):
             pieces.append(item["text"].replace(MARK, ""))
         elif kind in ("image", "video") and role == "user":
-            shown.append((kind, _visual(item, kind)))
+            visuals.append((kind, _visual_content(item, kind)))
             pieces.append(MARK)
         else:
             raise ValueError(
@@ -277,11 +277,11 @@ def _turn(message: Any, shown: list[tuple[str, Any]]) -> Turn:
     return Turn(role, text)
 
 
-def _visual(item: Mapping[str, Any], kind: str) -> Any:
+def _visual_content(item: Mapping[str, Any], kind: str) -> Any:
     """Return the path, PIL image, list of them or array of an item. Raises ValueError if it has none, is an address on
     the network, or selects frames itself."""
     content: Any = next((item[key] for key in (kind, "path", "url") if item.get(key) is not None), None)
-    paths = [path for path in (content if _are_paths(content) else [content]) if isinstance(path, str)]
+    paths = [path for path in (content if _is_path_list(content) else [content]) if isinstance(path, str)]
     if content is None or not all(map(str.strip, paths)):  # an empty path would be the current folder
         raise ValueError(f"an item of type {kind} has none: give it under {kind}, path or url")
     if address := next(filter(ADDRESS.match, paths), None):

@@ -75,7 +75,7 @@ def export_published(
             f"{language_model} has a context of {language_config.max_position_embeddings} positions, too few for "
             f"max_frames={max_frames} and a question"
         )
-    config = _configuration(language_config, sizes, encoder_sizes(state, weights), language_model, frame_options)
+    config = _compose_recipe(language_config, sizes, encoder_sizes(state, weights), language_model, frame_options)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     module = build_module(resolved)
     assert isinstance(module, FoveatedVLMModule)
@@ -95,25 +95,31 @@ def export_published(
     return {"folder": str(to), "weights": weights, "parameters": sum(each.numel() for each in module.parameters())}
 
 
-def _configuration(
-    found: Any, sizes: dict[str, Any], encoder: dict[str, int], language_model: str, how: dict[str, Any]
+def _compose_recipe(
+    language_config: Any,
+    sizes: dict[str, Any],
+    encoder: dict[str, int],
+    language_model: str,
+    frame_options: dict[str, Any],
 ) -> DictConfig:
     """Return the recipe of the published model's last stage, with the sizes of the given weights.
 
     Args:
-        found: transformers' configuration of the language model. sizes: its sizes, by their names in conf/language.
-            encoder: sizes of the encoder. how: how frames are prepared, see `frame_settings`.
+        language_config: transformers' configuration of the language model. sizes: its sizes, by their names in
+            conf/language. encoder: sizes of the encoder. frame_options: how frames are prepared, see `frame_settings`.
     """
     config = compose("train", OVERRIDES)
     model = config.language.model
     model.update(sizes)
-    model.context, model.weights = found.max_position_embeddings, "random"
-    model.rope_theta = float((getattr(found, "rope_parameters", None) or {}).get("rope_theta", model.rope_theta))
+    model.context, model.weights = language_config.max_position_embeddings, "random"
+    model.rope_theta = float(
+        (getattr(language_config, "rope_parameters", None) or {}).get("rope_theta", model.rope_theta)
+    )
     config.language.tokenizer.source = language_model
     config.model.network.visual_scale = VISUAL_SCALE
-    config.backbone.image_size = how["image_size"]
+    config.backbone.image_size = frame_options["image_size"]
     for name in ("fit", "max_frames", "image_frames"):
-        config.data[name] = how[name]
+        config.data[name] = frame_options[name]
     variants = [row for row in VARIANTS.values() if row.family == "dinov2" and not row.registers]
     variant = next((row for row in variants if row.width == encoder["width"]), variants[0])
     config.backbone.variant = variant.name

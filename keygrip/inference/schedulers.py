@@ -55,7 +55,7 @@ def set_levels(scheduler: Any, steps: int, shift: float, strength: float, device
         raise ValueError(f"{class_name} does not take the model's noise levels ({error}): {OWN_SCHEDULER}") from error
     expected = [*shifted(levels, own_shift).tolist(), 0.0]
     actual = scheduler.sigmas.tolist()
-    difference = _first_other(actual, expected)
+    difference = _first_difference(actual, expected)
     if difference and not own_options:
         raise ValueError(
             f"{class_name} would draw at other noise levels than the model's ({difference}): {OWN_SCHEDULER}"
@@ -66,7 +66,7 @@ def set_levels(scheduler: Any, steps: int, shift: float, strength: float, device
             f"{class_name} has options by which noise levels do not fall from {expected[0]:.3g} to 0: they go from "
             f"{actual[0]:.3g} to {actual[-1]:.3g}, and {difference}; {OWN_SCHEDULER}"
         )
-    predicted = scheduler.config.get("prediction_type") if _has(scheduler, "prediction_type") else None
+    predicted = scheduler.config.get("prediction_type") if _has_setting(scheduler, "prediction_type") else None
     if predicted not in (None, "flow_prediction"):
         raise ValueError(
             f"{class_name} has prediction_type={predicted!r}, and the model predicts the velocity of flow matching: "
@@ -85,20 +85,20 @@ def take_step(
 
 def _own_shift(scheduler: Any) -> Any:
     """Return the shift that a scheduler applies to the given levels; 1 if it has none."""
-    name = "flow_shift" if _has(scheduler, "flow_shift") else "shift"
+    name = "flow_shift" if _has_setting(scheduler, "flow_shift") else "shift"
     return getattr(scheduler, "shift", scheduler.config.get(name, 1.0))  # set_shift may change it
 
 
-def _has(scheduler: Any, setting: str) -> bool:
+def _has_setting(scheduler: Any, setting: str) -> bool:
     """Return whether the scheduler has this setting. Its configuration may contain settings of another scheduler."""
     return setting in inspect.signature(type(scheduler).__init__).parameters
 
 
-def _first_other(found: Sequence[float], wanted: Sequence[float]) -> str:
-    """Return a message with the first noise level that differs from the wanted one; empty if all agree."""
-    for number, (left, right) in enumerate(zip_longest(found, wanted), 1):
+def _first_difference(actual: Sequence[float], expected: Sequence[float]) -> str:
+    """Return a message with the first noise level that differs from the expected one; empty if all agree."""
+    for number, (left, right) in enumerate(zip_longest(actual, expected), 1):
         if left is None or right is None:
-            return f"{len(found)} levels in place of {len(wanted)}"
+            return f"{len(actual)} levels in place of {len(expected)}"
         if not abs(left - right) <= LEVEL_TOLERANCE:
-            return f"level {number} of {len(wanted)} is {left:.6g} in place of {right:.6g}"
+            return f"level {number} of {len(expected)} is {left:.6g} in place of {right:.6g}"
     return ""

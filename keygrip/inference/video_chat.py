@@ -63,7 +63,7 @@ class VideoChat:
 
     def __init__(self, module: FoveatedVLMModule, source: str | Path | None = None) -> None:
         self.module, self.source = module.eval(), source
-        self._given = _layout(module)
+        self._given = _row_settings(module)
         images = module.image_options
         self.reader = PromptReader(images["image_size"], images["fit"], images["max_frames"], image_frames_of(images))
 
@@ -99,7 +99,7 @@ class VideoChat:
             FileExistsError: The folder holds something. ValueError: The model's configuration is unknown or no longer
                 matches the weights or the collator, or weights are not finite or have several dtypes.
         """
-        if changed := [name for name, value in _layout(self.module).items() if value != self._given[name]]:
+        if changed := [name for name, value in _row_settings(self.module).items() if value != self._given[name]]:
             raise ValueError(
                 f"save_pretrained: collator.{changed[0]} was {self._given[changed[0]]!r} when the model was loaded and "
                 f"is {getattr(self.module.collator, changed[0])!r} now, which the configuration beside the weights "
@@ -144,7 +144,7 @@ class VideoChat:
             )
         refuse_unfit_weights(weights, stored, "the model")
         self.module.on_save_checkpoint(content)
-        origin = next((origin for state, origin in saved if _same(weights, state)), "changed after that step")
+        origin = next((origin for state, origin in saved if _equal_weights(weights, state)), "changed after that step")
         rounded = map(str, dtypes_of(self.module, weights) - dtypes_of(self.module, stored))
         return content, ", as ".join([origin, *(name.removeprefix("torch.") for name in rounded)])
 
@@ -238,7 +238,7 @@ class VideoChat:
                 continue
             grown = [*waiting, (index, prompt, text)]
             longest = max(tokens for _, _, tokens in grown)
-            if _repeats([each for _, each, _ in grown], longest, batch_frames) < count:
+            if _parallel_repeats([each for _, each, _ in grown], longest, batch_frames) < count:
                 answer_waiting()
             waiting.append((index, prompt, text))
         answer_waiting()
@@ -370,7 +370,7 @@ class VideoChat:
         frames = module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2])
         seconds = [() if prompt.seconds is None else prompt.seconds for prompt in prompts]  # (): frames are numbered
         texts = [module.collator.prompt(prompt.words, prompt.seconds) for prompt in prompts]
-        parallel_samples = max(1, _repeats(prompts, max(len(text.ids) for text in texts), batch_frames))
+        parallel_samples = max(1, _parallel_repeats(prompts, max(len(text.ids) for text in texts), batch_frames))
         # encoded once for all parts
         kv = encoded(module.network, frames, counts) if samples > parallel_samples else None
         answers: list[list[str]] = [[] for _ in prompts]
@@ -429,7 +429,7 @@ class VideoChat:
         return parts
 
 
-def _layout(module: FoveatedVLMModule) -> dict[str, Any]:
+def _row_settings(module: FoveatedVLMModule) -> dict[str, Any]:
     """Return the settings that determine a conversation's row and that are also in a run's configuration."""
     collator = module.collator
     return {"system": collator.system, "prompt_order": collator.prompt_order, "timestamps": collator.timestamps}
@@ -450,13 +450,13 @@ def checked_samples(samples: int | None, sampling: Sampling) -> int:
     return int(samples)
 
 
-def _repeats(prompts: Sequence[Prompt], longest: int, batch_frames: int) -> int:
+def _parallel_repeats(prompts: Sequence[Prompt], longest: int, batch_frames: int) -> int:
     """Return how often prompts can be answered together; 0: not even once. longest: tokens of the longest text."""
     frames, rows = padded_frames(prompts), len(prompts)
     by_frames = batch_frames // frames if frames else BATCH_ROWS
     return min(by_frames, BATCH_TEXT // max(1, longest * rows), BATCH_ROWS // rows)
 
 
-def _same(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
+def _equal_weights(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
     """Return whether the weights are the stored ones, possibly rounded to another dtype."""
     return all(torch.equal(value.cpu(), stored[name].to(value.dtype)) for name, value in weights.items())

@@ -117,10 +117,10 @@ class JointMotion:
         max_step_rad = self.limits.speed_rad_s * seconds
         held_back = float(np.abs(target - self.joints).max()) > max_step_rad
         if held_back:
-            shortened = self._cut_short(target, max_step_rad)
+            shortened = self._shorten(target, max_step_rad)
             if joints is not None and not self._is_straight(shortened, pose):
                 self._refuse_other_posture(target, shortened, pose)
-            target = self._straightened(shortened, pose, max_step_rad)
+            target = self._straighten(shortened, pose, max_step_rad)
             self._refuse_collision(target)  # a shortened path to a collision-free pose may end in a collision
         self._take(target, held_back)
         return target.copy()
@@ -138,20 +138,20 @@ class JointMotion:
                 f"the arm cannot reach {np.round(pose[:3], 3).tolist()} m: it ends {100 * solution.position_error:.1f} "
                 f"cm and {np.rad2deg(solution.angle_error):.0f} degrees beside it"
             )
-        joints = self._in_range(solution.joints)
+        joints = self._clip_to_range(solution.joints)
         self._refuse_collision(joints)
         return joints
 
-    def _in_range(self, joints: np.ndarray) -> np.ndarray:
+    def _clip_to_range(self, joints: np.ndarray) -> np.ndarray:
         low, high = self.ranges.T
         return np.clip(joints, np.minimum(low, self.joints), np.maximum(high, self.joints))
 
-    def _cut_short(self, joints: np.ndarray, most: float) -> np.ndarray:
-        """Return joints [J] on the way to the given ones, none of which rotates by more than `most` rad."""
+    def _shorten(self, joints: np.ndarray, max_step_rad: float) -> np.ndarray:
+        """Return joints [J] on the way to the given ones, none of which rotates by more than `max_step_rad` rad."""
         change = joints - self.joints
-        return self.joints + change * min(1.0, most / max(float(np.abs(change).max()), 1e-12))
+        return self.joints + change * min(1.0, max_step_rad / max(float(np.abs(change).max()), 1e-12))
 
-    def _straightened(self, joints: np.ndarray, pose: np.ndarray, most: float) -> np.ndarray:
+    def _straighten(self, joints: np.ndarray, pose: np.ndarray, max_step_rad: float) -> np.ndarray:
         """Return shortened joints [J] on the way to a pose. If the tool would leave its path, use the way to closer
         poses, because a closer pose gives a straighter path. Raises JointMotionError if the closest pose leaves the
         path too, or does not move the joints."""
@@ -164,7 +164,7 @@ class JointMotion:
             share = 0.5**halving
             rotation = Rotation.from_rotvec(share * turn).as_matrix() @ tool_rotation
             solution = solve(tool + share * offset, rotation, self.joints, self.chain, NEARER_ITERATIONS)
-            joints = self._cut_short(self._in_range(solution.joints), most)
+            joints = self._shorten(self._clip_to_range(solution.joints), max_step_rad)
         distance, angle = float(np.linalg.norm(offset)), float(np.linalg.norm(turn))
         arrived = distance <= limits.position_tolerance_m and angle <= limits.angle_tolerance_rad
         stuck = not arrived and np.allclose(joints, self.joints, rtol=0, atol=STILL_RAD)
@@ -188,12 +188,12 @@ class JointMotion:
         moved, remaining, straight = (float(np.linalg.norm(offset)) for offset in offsets)
         return moved, remaining, straight
 
-    def _refuse_other_posture(self, planned: np.ndarray, short: np.ndarray, pose: np.ndarray) -> None:
+    def _refuse_other_posture(self, planned: np.ndarray, shortened: np.ndarray, pose: np.ndarray) -> None:
         """Raise JointMotionError if planned joints differ from those that inverse kinematics finds for their pose from
-        the current joints. `short`: shortened joints on the way to them."""
+        the current joints. `shortened`: joints on the way to them."""
         solution = solve(pose[:3], matrix_from_quaternion(pose[3:7]), self.joints, self.chain)
         if np.abs(solution.joints - planned).max() > POSTURE_RAD:
-            moved, remaining, straight = self._way(short, pose)
+            moved, remaining, straight = self._way(shortened, pose)
             raise JointMotionError(
                 f"the planned joints are of another posture, too far to reach at joints.speed_rad_s="
                 f"{self.limits.speed_rad_s:g}: on the way the tool would move by {100 * moved:.1f} cm, to "
@@ -266,7 +266,7 @@ class ArmMotions:
         quaternion = (turn * Rotation.from_quat(pose[3:7], scalar_first=True)).as_quat(scalar_first=True)
         return np.concatenate([turn.apply(pose[:3] - base[:3, 3]), quaternion, pose[7:]])
 
-    def _refuse_meeting(self, before: Sequence[np.ndarray]) -> None:
+    def _refuse_meeting(self, previous_joints: Sequence[np.ndarray]) -> None:
         """Raise JointMotionError if links of two arms come too close to each other, unless the arms move apart."""
         clearance = self.motions[0].limits.arms_clearance_m
         if clearance is None:
@@ -274,7 +274,7 @@ class ArmMotions:
         joints = [motion.joints for motion in self.motions]
         for pair in combinations(range(len(joints)), 2):
             gaps = self._gaps(pair, joints)
-            index = intrusion(gaps, self._gaps(pair, before), clearance)
+            index = intrusion(gaps, self._gaps(pair, previous_joints), clearance)
             if index is not None:
                 first, second = (
                     f"{link} of arm {self.names[arm]}" for link, arm in zip(PAIRS_OF_TWO[index], pair, strict=True)

@@ -35,7 +35,7 @@ def robot_models() -> Path:
     return folder
 
 
-def _listed(folder: Path, pattern: str) -> str:
+def _list_folders(folder: Path, pattern: str) -> str:
     return ", ".join(sorted(p.name for p in folder.glob(pattern) if p.is_dir()))
 
 
@@ -43,7 +43,7 @@ def arm_file(arm: str = "yam") -> Path:
     """Return the path of an arm's XML. Raises ValueError, with the known arms, if it does not exist."""
     path = robot_models() / "arm" / arm / "v1" / f"{arm}.xml"
     if not path.is_file():
-        raise ValueError(f"unknown arm {arm!r}; known: {_listed(robot_models() / 'arm', '*')}")
+        raise ValueError(f"unknown arm {arm!r}; known: {_list_folders(robot_models() / 'arm', '*')}")
     return path
 
 
@@ -51,7 +51,7 @@ def gripper_file(gripper: str = "linear_4310") -> Path:
     """Return the path of a gripper's XML. Raises ValueError, with the known grippers, if it does not exist."""
     path = robot_models() / "gripper" / gripper / f"{gripper}.xml"
     if not path.is_file():
-        raise ValueError(f"unknown gripper {gripper!r}; known: {_listed(robot_models() / 'gripper', '*')}")
+        raise ValueError(f"unknown gripper {gripper!r}; known: {_list_folders(robot_models() / 'gripper', '*')}")
     return path
 
 

@@ -46,7 +46,7 @@ def surface_from_file(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"robot_model.path={path}: there is no such file")
-    model = _compiled(path)
+    model = _compile_model(path)
     fingers = dict(fingers or {})
     names = _joint_names(model)
     readable_types = {int(mujoco.mjtJoint.mjJNT_HINGE), int(mujoco.mjtJoint.mjJNT_SLIDE)}
@@ -75,7 +75,9 @@ def yam_surface(arm: str = "yam", gripper: str = "linear_4310", density: float =
     Raises:
         ValueError, FileNotFoundError: as in `arm_file`.
     """
-    spec, mounted = (_for_poses(mujoco.MjSpec.from_file(str(file))) for file in (arm_file(arm), gripper_file(gripper)))
+    spec, mounted = (
+        _configure_for_poses(mujoco.MjSpec.from_file(str(file))) for file in (arm_file(arm), gripper_file(gripper))
+    )
     spec.body("gripper").add_frame().attach_body(mounted.body("gripper"), "grip_", "")
     model = spec.compile()
     slides = [joint for joint in map(model.joint, range(model.njnt)) if joint.name.startswith("grip_")]
@@ -87,7 +89,7 @@ def _surface(
     name: str, model: mujoco.MjModel, tool: str | None, fingers: Mapping[str, Sequence[float]], density: float
 ) -> RobotSurface:
     """Return the surface of a compiled model that has the tool and the fingers; its links are the model's bodies."""
-    points, links = _drawn(model, density)
+    points, links = _visual_points(model, density)
     joint_names = _joint_names(model)
     arm = [index for index, each in enumerate(joint_names) if each not in fingers]
     sites = _names(model.site, model.nsite)
@@ -118,8 +120,8 @@ def _surface(
     return RobotSurface(name, points, links, placed, None if tool is None else tool_poses, len(arm))
 
 
-def _names(of: Callable[[int], Any], count: int) -> list[str]:
-    return [of(number).name for number in range(count)]
+def _names(element_at: Callable[[int], Any], count: int) -> list[str]:
+    return [element_at(number).name for number in range(count)]
 
 
 def _joint_names(model: mujoco.MjModel) -> list[str]:
@@ -141,7 +143,7 @@ def arm_model(
     return surface_from_file(path, tool, fingers)
 
 
-def _compiled(path: Path) -> mujoco.MjModel:
+def _compile_model(path: Path) -> mujoco.MjModel:
     """Compile the file to a MuJoCo model, with all bodies and all visual shapes."""
     with path.open("rb") as file:
         text = file.read(LARGEST_XML_BYTES + 1)
@@ -159,7 +161,7 @@ def _compiled(path: Path) -> mujoco.MjModel:
         else:  # MuJoCo reads MJCF only from files with the extension .xml
             spec = mujoco.MjSpec.from_string(text.decode())
             spec.modelfiledir = str(path.resolve().parent)
-        model = _for_poses(spec).compile()
+        model = _configure_for_poses(spec).compile()
     except ValueError as error:  # MuJoCo's own messages name the element and its line
         raise ValueError(f"{path} is not read by MuJoCo: {' '.join(str(error).split())}") from error
     if model.nbody > MOST_BODIES:
@@ -167,7 +169,7 @@ def _compiled(path: Path) -> mujoco.MjModel:
     return model
 
 
-def _for_poses(spec: mujoco.MjSpec) -> mujoco.MjSpec:
+def _configure_for_poses(spec: mujoco.MjSpec) -> mujoco.MjSpec:
     """Configure compiling without masses and closed meshes, which many files lack and poses do not need."""
     spec.compiler.fusestatic = False
     spec.compiler.boundmass, spec.compiler.boundinertia = 1e-3, 1e-6
@@ -194,7 +196,7 @@ def _urdf_for_mujoco(path: Path, root: ElementTree.Element) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _drawn(model: mujoco.MjModel, density: float) -> tuple[np.ndarray, np.ndarray]:
+def _visual_points(model: mujoco.MjModel, density: float) -> tuple[np.ndarray, np.ndarray]:
     """Return points [P, 3] in their bodies' frames, and the body [P] of each; the points of a body are contiguous."""
     points, links = [np.zeros((0, 3))], [np.zeros(0, int)]
     # Body 0 is the world: its shapes (table, floor) do not move and are not part of the arm.

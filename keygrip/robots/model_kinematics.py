@@ -67,18 +67,18 @@ class ToolKinematics:
 
     def __init__(self, text: bytes, name: str, tool: str, joints: Sequence[str]) -> None:
         self.name, self.tool, self.joints = name, tool, tuple(joints)
-        self._model = model = _compiled(text, name)
+        self._model = model = _compile_model(text, name)
         names = [model.joint(index).name or f"joint {index}" for index in range(model.njnt)]
         for joint in self.joints:
             if joint not in names:
-                raise ValueError(f"{name} has no joint {joint!r}" + _nearest(joint, names))
+                raise ValueError(f"{name} has no joint {joint!r}" + _suggest_name(joint, names))
         if len(set(self.joints)) != len(self.joints) or not self.joints:
             raise ValueError(f"{name}: the joints {', '.join(self.joints) or '(none)'} must be named, each once")
         self._order = [names.index(joint) for joint in self.joints]  # with hinges and slides, joint i is qpos[i]
         bodies = {model.body(index).name: index for index in range(1, model.nbody)}
         sites = {model.site(index).name: index for index in range(model.nsite)}
         if tool not in {*bodies, *sites} - {""}:
-            raise ValueError(f"{name} has no body, link or site {tool!r}" + _nearest(tool, [*bodies, *sites]))
+            raise ValueError(f"{name} has no body, link or site {tool!r}" + _suggest_name(tool, [*bodies, *sites]))
         self._site = sites.get(tool)
         self._body = bodies[tool] if self._site is None else int(model.site_bodyid[self._site])
         self._refuse_unnamed(names)
@@ -125,13 +125,13 @@ class ToolKinematics:
             body = int(self._model.body_parentid[body])
 
 
-def _nearest(wanted: str, known: Sequence[str]) -> str:
-    listed = sorted(filter(None, known))
-    near = difflib.get_close_matches(wanted, listed, n=1)
+def _suggest_name(name: str, known_names: Sequence[str]) -> str:
+    listed = sorted(filter(None, known_names))
+    near = difflib.get_close_matches(name, listed, n=1)
     return (f"; did you mean {near[0]!r}?" if near else ".") + f" It has {', '.join(listed) or 'none'}"
 
 
-def _compiled(text: bytes, name: str) -> mujoco.MjModel:
+def _compile_model(text: bytes, name: str) -> mujoco.MjModel:
     """Compile the bodies, joints and sites of a file to a MuJoCo model."""
     try:
         root = parse_xml(text)
@@ -167,15 +167,15 @@ def _compiled(text: bytes, name: str) -> mujoco.MjModel:
     return model
 
 
-def _strip(element: ElementTree.Element, kept: dict[str, tuple[str, ...]]) -> None:
-    """Remove every element and attribute that is not kept. Raises ValueError if a number is NaN."""
-    for attribute in set(element.attrib) - set(kept[element.tag]):
+def _strip(element: ElementTree.Element, kept_attributes: dict[str, tuple[str, ...]]) -> None:
+    """Remove every element and attribute that is not in `kept_attributes`. Raises ValueError if a number is NaN."""
+    for attribute in set(element.attrib) - set(kept_attributes[element.tag]):
         del element.attrib[attribute]
     for attribute in set(element.attrib) & _NUMBERS:
         if "nan" in element.attrib[attribute].lower().split():  # MuJoCo accepts it, and writes a file with a warning
             raise ValueError(f"{attribute} of an element <{element.tag}> holds NaN")
     for child in list(element):
-        if child.tag in kept:
-            _strip(child, kept)
+        if child.tag in kept_attributes:
+            _strip(child, kept_attributes)
         else:
             element.remove(child)

@@ -213,17 +213,17 @@ def plans_of(jobs: Sequence[_Job]) -> list[Plan | BaseException]:
     return [outcomes[job] for job in jobs]
 
 
-def _settle(answer: asyncio.Future[Any], result: Any) -> None:
+def _settle(future: asyncio.Future[Any], result: Any) -> None:
     """Set a future's result, or its exception if `result` is an error. A finished or cancelled future is unchanged."""
-    if answer.done():
+    if future.done():
         return
     if isinstance(result, asyncio.CancelledError):
-        answer.cancel()
+        future.cancel()
     elif isinstance(result, BaseException):
-        answer.set_exception(result)
-        answer.exception()  # mark it as retrieved, because the client may have gone
+        future.set_exception(result)
+        future.exception()  # mark it as retrieved, because the client may have gone
     else:
-        answer.set_result(result)
+        future.set_result(result)
 
 
 async def _in_daemon_thread(call: Callable[[], Any]) -> Any:

@@ -132,10 +132,10 @@ class RecedingHorizon:
     def _waypoint(self, plan: Plan, step: int) -> np.ndarray:
         """Return the waypoint ``[A, W]`` of one step, with ensembling if enabled."""
         if self.ensemble and len(self._history) > 1:
-            return placed(self._ensembled(plan, step), self.arms)
+            return placed(self._ensemble_waypoint(plan, step), self.arms)
         return waypoints_of(plan)[:, step]
 
-    def _ensembled(self, plan: Plan, step: int) -> np.ndarray:
+    def _ensemble_waypoint(self, plan: Plan, step: int) -> np.ndarray:
         moment = self._time + (step + 1) * plan.step_seconds
         poses, weights = [], []
         for age, (start, old) in enumerate(reversed(self._history)):

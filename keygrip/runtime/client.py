@@ -137,7 +137,7 @@ class RemotePolicy:
         if status == 404 and self._session is not None:  # expired between episodes: a new session is equivalent
             status, answer = self._ask("POST", "/reset", body, None, "application/json")
         if status != 200:
-            raise ServerError(status, _sentence(answer))
+            raise ServerError(status, _error_message(answer))
         try:
             self._session = str(json.loads(answer)["session"])
         except NO_JSON as error:
@@ -155,7 +155,7 @@ class RemotePolicy:
         with contextlib.suppress(*NO_JSON):
             content = dict(json.loads(body))
         if status not in (200, 503) or "needs" not in content:  # 503 with the usual content: the policy is stuck
-            raise ServerError(status, _sentence(body))
+            raise ServerError(status, _error_message(body))
         return content
 
     def plan(self, observation: Observation) -> Plan:
@@ -187,7 +187,7 @@ class RemotePolicy:
         while True:
             status, answer = self._ask("POST", "/plan", body, self._session)
             if status == 404 and renews:
-                log.warning("%s no longer has this session (%s): a new one is opened", self.url, _sentence(answer))
+                log.warning("%s no longer has this session (%s): a new one is opened", self.url, _error_message(answer))
                 self.reset(self._seed)
                 renews = False
                 continue
@@ -197,8 +197,8 @@ class RemotePolicy:
         if status == 200:
             return decode_plan(answer)
         if status in (400, 413, 422):
-            raise ValueError(_sentence(answer))
-        raise ServerError(status, _sentence(answer))
+            raise ValueError(_error_message(answer))
+        raise ServerError(status, _error_message(answer))
 
     def _ask(
         self, method: str, path: str, body: bytes | None = None, session: str | None = None, kind: str = CONTENT_TYPE
@@ -235,7 +235,7 @@ def _remedy(error: Exception) -> str:
     return "start one with python -m keygrip.serve checkpoint=..."
 
 
-def _sentence(body: bytes) -> str:
+def _error_message(body: bytes) -> str:
     """Return the server's error message, or the text of a proxy in between."""
     with contextlib.suppress(*NO_JSON):
         return str(json.loads(body)["error"])

@@ -78,7 +78,7 @@ class RunReport:
             "late_ticks": self.late_ticks,
             "plans": self.plans,
             "joint_plans": self.joint_plans,
-            **self._clamped(),
+            **self._clamping_report(),
             "plan_latency_p50_ms": round(float(np.median(latencies)), 1),
             "plan_latency_max_ms": round(float(latencies.max()), 1),
             "holds": sum(state is State.HOLDING for _, state, _ in self.events),
@@ -86,7 +86,7 @@ class RunReport:
             "events": [f"{moment:.2f} s {state.value}: {reason}" for moment, state, reason in self.events],
         }
 
-    def _clamped(self) -> dict[str, Any]:
+    def _clamping_report(self) -> dict[str, Any]:
         if not self.held_back:
             return {}
         most = round(max(self.held_back), 5)
@@ -176,12 +176,12 @@ class ControlLoop:
             except TakeoverLostError as error:
                 fault = str(error)
         if correction is None:  # with a person's command no plan is needed
-            fault = fault or self._stuck(now)
+            fault = fault or self._stuck_fault(now)
         target: np.ndarray | None = None
         if fault is not None:
             self.execution.drop()
         elif correction is not None:
-            target = self._correct(correction)
+            target = self._apply_correction(correction)
         else:
             target = self._follow(observation, now, images)
         state = self.watchdog.update(now, fault or self._plan_fault)
@@ -223,7 +223,7 @@ class ControlLoop:
             self._lost = False
         return observation, None
 
-    def _stuck(self, now: float) -> str | None:
+    def _stuck_fault(self, now: float) -> str | None:
         """Return the fault of a plan that takes too long."""
         busy = self.execution.planner.busy_since
         if busy is not None and now - busy > self.watchdog.settings.stuck_seconds:
@@ -250,7 +250,7 @@ class ControlLoop:
         self.execution.drop()
         return None
 
-    def _correct(self, correction: Correction) -> np.ndarray:
+    def _apply_correction(self, correction: Correction) -> np.ndarray:
         self.execution.drop()
         self._plan_fault = None
         return moved_by(self._command, correction, 1.0 / self.robot.control_hz)
@@ -280,15 +280,15 @@ class ControlLoop:
         else:
             command = np.stack([motion.step(pose, period) for motion, pose in zip(self._motions, target, strict=True)])
         try:
-            self._command = self._sent(command, joints)
+            self._command = self._command_robot(command, joints)
         except JointMotionError as error:
             self._refused(f"unsafe command: {error}")
             if previous_motions and target is not None:
                 self._brake(previous_motions)
         except RobotLostError as error:
-            self._lose(error)
+            self._handle_lost_robot(error)
 
-    def _sent(self, command: np.ndarray, joints: np.ndarray | None) -> np.ndarray:
+    def _command_robot(self, command: np.ndarray, joints: np.ndarray | None) -> np.ndarray:
         """Send poses [A, 8], with joints [A, J] if a plan has them. Return the commanded tool poses: those of the
         planned joints, and behind the command if the joint speed limit held them back."""
         robot = self._jointed
@@ -298,7 +298,7 @@ class ControlLoop:
         robot.command(command, joints)
         reached = robot.poses_at(robot.commanded_joints)
         bounds: ArmMotions | None = getattr(robot, "joint_motion", None)
-        arms_behind = _beside(reached, command) if bounds is None else bounds.held_back
+        arms_behind = _differs_from_command(reached, command) if bounds is None else bounds.held_back
         command = held_back(command, reached, arms_behind, self._motions, 1.0 / self.robot.control_hz)
         return command if joints is None else np.concatenate([reached, command[:, 7:]], axis=1)
 
@@ -308,22 +308,22 @@ class ControlLoop:
         self._motions = motions
         period = 1.0 / self.robot.control_hz
         try:
-            self._command = self._sent(np.stack([motion.hold(period) for motion in motions]), None)
+            self._command = self._command_robot(np.stack([motion.hold(period) for motion in motions]), None)
         except JointMotionError:
-            self._stand()
+            self._reset_motions()
         except RobotLostError as error:
-            self._lose(error)
+            self._handle_lost_robot(error)
 
-    def _lose(self, error: RobotLostError) -> None:
+    def _handle_lost_robot(self, error: RobotLostError) -> None:
         self._lost = True
         self._refused(f"lost the robot: {error}")
 
     def _refused(self, fault: str) -> None:
         self._plan_fault = fault
         self.execution.drop()
-        self._stand()
+        self._reset_motions()
 
-    def _stand(self) -> None:
+    def _reset_motions(self) -> None:
         """Reset the limited motion to the last command, which the arm still follows."""
         for motion, pose in zip(self._motions, self._command, strict=False):
             motion.reset(pose)
@@ -344,8 +344,8 @@ class ControlLoop:
         refuse_unsafe(remaining, self._motions, self.robot.control_hz)
 
 
-def _beside(reached: np.ndarray, command: np.ndarray) -> np.ndarray:
+def _differs_from_command(reached_poses: np.ndarray, command: np.ndarray) -> np.ndarray:
     """Return [A] whether tools at [A, 7] differ from the command [A, 8]."""
-    actual, commanded = (Rotation.from_quat(poses[:, 3:7], scalar_first=True) for poses in (reached, command))
-    distance = np.linalg.norm(reached[:, :3] - command[:, :3], axis=1)
+    actual, commanded = (Rotation.from_quat(poses[:, 3:7], scalar_first=True) for poses in (reached_poses, command))
+    distance = np.linalg.norm(reached_poses[:, :3] - command[:, :3], axis=1)
     return np.asarray((distance > BESIDE_M) | ((actual.inv() * commanded).magnitude() > BESIDE_RAD))

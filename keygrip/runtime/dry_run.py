@@ -119,7 +119,7 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, executio
     else:
         refused = refused or "the plan is no path of finite poses"
         sampled_poses = np.stack([start, start])
-    commands, wrong = _commands(sampled_poses, motions, arms, period)
+    commands, wrong = _limited_commands(sampled_poses, motions, arms, period)
     later: str | None = None
     if wrong is not None:
         failed_s, reason = wrong
@@ -130,15 +130,15 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, executio
     return Rehearsal(observation, plan, refused, later, times, targets, commands, milliseconds, names)
 
 
-def _commands(
-    way: np.ndarray, motions: list[LimitedMotion], arms: JointRobot | None, period: float
+def _limited_commands(
+    path_poses: np.ndarray, motions: list[LimitedMotion], arms: JointRobot | None, period: float
 ) -> tuple[np.ndarray, tuple[float, str] | None]:
     """Return the commands [K, A, 8] along a path [K, A, W] within the limits, and when (seconds) and why the joints
     would refuse one. After that, the commands ignore the joints."""
     trial: ArmMotions | None = copy.deepcopy(getattr(arms, "joint_motion", None))
-    commands: list[np.ndarray] = [way[0, :, :POSE]]
+    commands: list[np.ndarray] = [path_poses[0, :, :POSE]]
     refused: tuple[float, str] | None = None
-    for tick, target in enumerate(way[1:], start=1):
+    for tick, target in enumerate(path_poses[1:], start=1):
         command, joints = target[:, :POSE], target[:, POSE:] if target.shape[1] > POSE else None
         if motions:
             command = np.stack([motion.step(pose, period) for motion, pose in zip(motions, command, strict=True)])

@@ -94,12 +94,12 @@ def _has_ended(driver: Driver) -> bool:
     return not chain_runs or (server is not None and not server.is_alive())
 
 
-def _checked_ends(given: Any, arms: Mapping[str, Any]) -> dict[str, list[float]]:
+def _checked_gripper_limits(gripper_limits: Any, arms: Mapping[str, Any]) -> dict[str, list[float]]:
     """Return the gripper limits [closed, open] of the given arms. Raises ValueError if they are invalid."""
-    if given is not None and not isinstance(given, Mapping):
-        raise ValueError(f"robot.gripper_limits is {{ARM: [closed, open]}}, got {given!r}")
+    if gripper_limits is not None and not isinstance(gripper_limits, Mapping):
+        raise ValueError(f"robot.gripper_limits is {{ARM: [closed, open]}}, got {gripper_limits!r}")
     ends = {}
-    for name, pair in (given or {}).items():
+    for name, pair in (gripper_limits or {}).items():
         if name not in arms:
             raise ValueError(f"robot.gripper_limits.{name} is of no arm: robot.arms names {', '.join(arms)}")
         try:
@@ -143,7 +143,7 @@ class YamArms:
             raise ValueError("robot.arms names no arm: e.g. robot.arms.right=can0")
         if not (np.isfinite(control_hz) and control_hz > 0):
             raise ValueError(f"robot.control_hz must be finite and above 0, got {control_hz}")
-        ends = _checked_ends(gripper_limits, arms)
+        ends = _checked_gripper_limits(gripper_limits, arms)
         if ends and sim:
             raise ValueError("robot.gripper_limits is of real grippers, and robot.sim=true has none: leave one out")
         self.control_hz, self.instruction, self.sim = float(control_hz), instruction, sim

@@ -207,9 +207,9 @@ class LimitedMotion:
             turn_velocity = offset * (speed / angle)
         self._accelerate_turn(turn_velocity, seconds)
 
-    def _accelerate_turn(self, wanted: np.ndarray, seconds: float) -> None:
+    def _accelerate_turn(self, wanted_velocity: np.ndarray, seconds: float) -> None:
         """Rotate for one period at an angular velocity [3] rad/s, or as close to it as the acceleration permits."""
-        change = wanted - self.turn_velocity
+        change = wanted_velocity - self.turn_velocity
         max_change = self.limits.turn_acceleration_rad_s2 * seconds
         self.turn_velocity = self.turn_velocity + change * min(
             1.0, max_change / max(float(np.linalg.norm(change)), 1e-300)

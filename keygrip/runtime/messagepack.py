@@ -172,20 +172,20 @@ def _write(value: Any, parts: list[bytes]) -> None:
         parts.append(struct.pack(">Bd", 0xCB, value))
     elif isinstance(value, str):
         text = value.encode()
-        parts += [_head(len(text), None, (0xD9, 0xDA, 0xDB)), text]
+        parts += [_encode_head(len(text), None, (0xD9, 0xDA, 0xDB)), text]
     elif isinstance(value, bytes):
-        parts += [_head(len(value), None, (0xC4, 0xC5, 0xC6)), value]
+        parts += [_encode_head(len(value), None, (0xC4, 0xC5, 0xC6)), value]
     elif isinstance(value, np.ndarray):
         _write_array(value, parts)
     elif isinstance(value, Mapping):
-        parts.append(_head(len(value), 0x80, (None, 0xDE, 0xDF)))
+        parts.append(_encode_head(len(value), 0x80, (None, 0xDE, 0xDF)))
         for key, entry in value.items():
             if not isinstance(key, str | bytes):
                 raise TypeError(f"a key of a message is a string, not {type(key).__name__}")
             _write(key, parts)
             _write(entry, parts)
     elif isinstance(value, Sequence):
-        parts.append(_head(len(value), 0x90, (None, 0xDC, 0xDD)))
+        parts.append(_encode_head(len(value), 0x90, (None, 0xDC, 0xDD)))
         for entry in value:
             _write(entry, parts)
     else:
@@ -215,10 +215,10 @@ def _integer(value: int) -> bytes:
     raise OverflowError(f"a message cannot hold the integer {value}")
 
 
-def _head(length: int, short: int | None, kinds: tuple[int | None, int, int]) -> bytes:
-    """Encode type and length: in one byte if the type has a `short` form, else with a length of 1, 2 or 4 bytes."""
-    if short is not None and length < 16:
-        return bytes([short | length])
+def _encode_head(length: int, short_form: int | None, kinds: tuple[int | None, int, int]) -> bytes:
+    """Encode type and length: in one byte if the type has a `short_form`, else with a length of 1, 2 or 4 bytes."""
+    if short_form is not None and length < 16:
+        return bytes([short_form | length])
     for kind, form, largest in zip(kinds, "BHI", (0xFF, 0xFFFF, 0xFFFFFFFF), strict=True):
         if kind is not None and length <= largest:
             return struct.pack(f">B{form}", kind, length)

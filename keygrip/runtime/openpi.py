@@ -55,13 +55,13 @@ def decode_message(body: bytes, needs: Needs) -> dict[str, Any] | int:
         return seed
     entries = entries_of(needs)
     arrays, elsewhere = {}, under_way_entries(needs)
-    for name, value in _flat(message, ""):
+    for name, value in _flatten(message, ""):
         if name in elsewhere:
             raise WireError(f"{name!r} is of a plan under way, which this protocol does not carry: use POST /plan")
         name = "instruction" if name == "prompt" else name
         if name in arrays:
             raise WireError(f"the observation has {name!r} twice")
-        arrays[name] = _array(name, value, entries[name].kind if name in entries else "")
+        arrays[name] = _convert_array(name, value, entries[name].kind if name in entries else "")
     return checked_observation(arrays, needs)
 
 
@@ -91,14 +91,14 @@ def encode_reset(seed: int) -> bytes:
     return pack({"reset": seed})
 
 
-def _flat(message: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+def _flatten(message: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
     entries: list[tuple[str, Any]] = []
     for name, value in message.items():
-        entries += _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+        entries += _flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
     return entries
 
 
-def _array(name: str, value: Any, kind: str) -> np.ndarray:
+def _convert_array(name: str, value: Any, kind: str) -> np.ndarray:
     """Convert a value of a message to the array that the HTTP protocol would contain."""
     if kind == "float" and isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()  # numpy.int64(1) is treated as the number 1

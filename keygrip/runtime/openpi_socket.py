@@ -44,7 +44,7 @@ async def converse(service: PolicyService, request: web.Request) -> web.StreamRe
 async def _answer_all(service: PolicyService, socket: web.WebSocketResponse, policy: Policy) -> None:
     replaced = service.planner.replaced
     while True:
-        message = await _next(service, socket)
+        message = await _receive_message(service, socket)
         if message is None or message.type is not WSMsgType.BINARY:
             if message is not None and message.type is WSMsgType.TEXT:
                 await socket.close(code=WSCloseCode.UNSUPPORTED_DATA, message=b"messages are binary (MessagePack)")
@@ -72,7 +72,7 @@ async def _answer_all(service: PolicyService, socket: web.WebSocketResponse, pol
         await _send(service, socket, answer)
 
 
-async def _next(service: PolicyService, socket: web.WebSocketResponse) -> WSMessage | None:
+async def _receive_message(service: PolicyService, socket: web.WebSocketResponse) -> WSMessage | None:
     """Return the next message. Return None and close the socket after too long a wait or when the server ends."""
     waits = [asyncio.ensure_future(socket.receive()), asyncio.ensure_future(service.ending.wait())]
     try:

@@ -79,7 +79,7 @@ class Bounds:
         ]
         if refused:
             raise ImplausibleError(
-                f"{_image(refused[0])} shows nothing: its brightness varies by less than bounds.image_levels="
+                f"{_name_image(refused[0])} shows nothing: its brightness varies by less than bounds.image_levels="
                 f"{self.image_levels:g} of 255; is the lens covered, the light off, or the camera not running?"
             )
         for name, camera_name, view in zip(names, camera_names, views, strict=True):
@@ -89,7 +89,7 @@ class Bounds:
             centre = np.asarray(view["intrinsics"], float)[:2, 2]
             if not np.abs(centre / (width, height) - 0.5).max() <= self.centre_share:  # also true for NaN
                 raise ImplausibleError(
-                    f"{_image(camera_name)} has {width} x {height} pixels and its intrinsics put the centre at "
+                    f"{_name_image(camera_name)} has {width} x {height} pixels and its intrinsics put the centre at "
                     f"({centre[0]:.4g}, {centre[1]:.4g}), farther from the middle than bounds.centre_share="
                     f"{self.centre_share:g} of a side: are they of another resolution?"
                 )
@@ -113,12 +113,12 @@ class Bounds:
     def _refuse_far(self, name: str, positions: np.ndarray, workspace: np.ndarray | None) -> None:
         if workspace is None:
             return
-        outside, index = _outside(positions, workspace)
+        outside, index = _distance_outside(positions, workspace)
         if outside > self.start_m:
             raise ImplausibleError(
-                f"{name} {_said(positions[index])} lies {outside:.3g} m outside the box of the training data, "
-                f"{_said(workspace[0])} to {_said(workspace[1])} m, more than bounds.start_m={self.start_m:g}: is it "
-                "in metres, in the world frame of the training data?"
+                f"{name} {_format_position(positions[index])} lies {outside:.3g} m outside the box of the training "
+                f"data, {_format_position(workspace[0])} to {_format_position(workspace[1])} m, more than "
+                f"bounds.start_m={self.start_m:g}: is it in metres, in the world frame of the training data?"
             )
 
     def refuse_plan(self, plan: Plan, observation: Observation, workspace: np.ndarray | None) -> None:
@@ -168,11 +168,11 @@ class Bounds:
         if workspace is None:
             return
         positions = np.asarray(plan.position).reshape(-1, 3)
-        outside, index = _outside(positions, workspace)
+        outside, index = _distance_outside(positions, workspace)
         if outside > self.plan_m:
             raise ImplausibleError(
-                f"the policy's plan reaches {_said(positions[index])}, {outside:.3g} m outside the box of the "
-                f"training data, more than bounds.plan_m={self.plan_m:g}; it is not sent"
+                f"the policy's plan reaches {_format_position(positions[index])}, {outside:.3g} m outside the box of "
+                f"the training data, more than bounds.plan_m={self.plan_m:g}; it is not sent"
             )
 
 
@@ -212,16 +212,16 @@ def masks_views(policy: Policy) -> bool:
     return bool(getattr(policy, "masks_views", False))
 
 
-def _image(camera: str) -> str:
+def _name_image(camera: str) -> str:
     return f"the image of camera {camera!r}" if camera else "'image'"
 
 
-def _outside(positions: np.ndarray, workspace: np.ndarray) -> tuple[float, int]:
+def _distance_outside(positions: np.ndarray, workspace: np.ndarray) -> tuple[float, int]:
     """Return the largest distance of positions [N, 3] outside a box [2, 3] along one axis, metres, and its index."""
     beyond = np.maximum(workspace[0] - positions, positions - workspace[1]).max(axis=1)
     index = int(np.argmax(beyond))
     return float(beyond[index]), index
 
 
-def _said(position: np.ndarray) -> str:
+def _format_position(position: np.ndarray) -> str:
     return f"({', '.join(f'{value:.3g}' for value in position)})"

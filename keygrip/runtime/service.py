@@ -103,7 +103,7 @@ class PolicyService:
         self._make = make
         self.planner = BatchPlanner(
             policy,
-            None if make is None else self._remake,
+            None if make is None else self._make_policy_again,
             batch=limits.batch or 1,
             plan_s=limits.plan_s,
             stuck_s=limits.stuck_s,
@@ -187,10 +187,10 @@ class PolicyService:
             **self.about,
             "state": "ready" if trouble is None else trouble,
             "needs": asdict(self.needs),
-            "observation": _described(entries_of(self.needs)),
+            "observation": _describe_entries(entries_of(self.needs)),
             "stochastic": self.stochastic,
             "continues": self.continues,
-            **({"under_way": _described(under_way_entries(self.needs))} if self.continues else {}),
+            **({"under_way": _describe_entries(under_way_entries(self.needs))} if self.continues else {}),
             "limits": asdict(self.limits),
             "bounds": {**asdict(self.bounds), "training_box_m": workspace},
             "answers": self.metrics.statuses(),
@@ -210,12 +210,12 @@ class PolicyService:
             }
         )
 
-    def _remake(self) -> Policy:
+    def _make_policy_again(self) -> Policy:
         assert self._make is not None
         policy = self._make()
         self.sessions.clear()  # their policies use the network that is stuck
         return policy
 
 
-def _described(entries: Mapping[str, Entry]) -> dict[str, Any]:
+def _describe_entries(entries: Mapping[str, Entry]) -> dict[str, Any]:
     return {name: entry.describe() for name, entry in entries.items()}

@@ -245,15 +245,15 @@ class GamepadTakeover(Device):
             self.lost(f"lost the gamepad with which a person drove the arm ({error})")
         whole = len(self._rest) // self.EVENT.size * self.EVENT.size
         for _, value, kind, number in self.EVENT.iter_unpack(self._rest[:whole]):
-            self._event(value, kind & ~self.INITIAL, number, bool(kind & self.INITIAL), float(command[0, 7]))
+            self._handle_event(value, kind & ~self.INITIAL, number, bool(kind & self.INITIAL), float(command[0, 7]))
         self._rest = self._rest[whole:]
         if not self.active:
             return None
-        across, along, turn, up = (self._axis(number) for number in self.axes)
+        across, along, turn, up = (self._axis_value(number) for number in self.axes)
         velocity = self.speed_m_s * np.array([-along, -across, -up])
         return Correction(velocity, np.array([0.0, 0.0, -turn * self.turn_rad_s]), self.opening)
 
-    def _event(self, value: int, kind: int, number: int, initial: bool, opening: float) -> None:
+    def _handle_event(self, value: int, kind: int, number: int, initial: bool, opening: float) -> None:
         if kind == self.AXIS:
             self._axes[number] = value / 32767
             if abs(self._axes[number]) <= self.dead_band:
@@ -264,7 +264,7 @@ class GamepadTakeover(Device):
             elif number == 1 and self.active:
                 self.switch_gripper(opening)
 
-    def _axis(self, number: int) -> float:
+    def _axis_value(self, number: int) -> float:
         value = self._axes.get(number, 0.0)
         return value if number in self._rested and abs(value) > self.dead_band else 0.0
 

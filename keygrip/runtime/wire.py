@@ -151,7 +151,7 @@ def decode_request(body: bytes, needs: Needs, continues: bool = False) -> tuple[
         WireError: The request is not in the format; an array is missing, unknown, of wrong type or shape, or invalid;
             or a current plan is sent to a policy that does not continue it.
     """
-    names, plan_entries = _names(body), under_way_entries(needs)
+    names, plan_entries = _header_names(body), under_way_entries(needs)
     plan_names = [name for name in names if name in plan_entries]
     if plan_names and not continues:
         raise WireError(f"{plan_names[0]!r} is of a plan under way, which this policy does not continue: leave it out")
@@ -162,16 +162,16 @@ def decode_request(body: bytes, needs: Needs, continues: bool = False) -> tuple[
     )
     if not plan_names:
         return observation, None
-    time_s, under_way = _checked_under_way(arrays, plan_entries)
+    time_s, under_way = _check_under_way(arrays, plan_entries)
     return observation | {"time_s": time_s}, under_way
 
 
-def _checked_under_way(arrays: Mapping[str, np.ndarray], entries: Mapping[str, Entry]) -> tuple[float, UnderWay]:
+def _check_under_way(arrays: Mapping[str, np.ndarray], entries: Mapping[str, Entry]) -> tuple[float, UnderWay]:
     """Return the observation's time and the current plan. Raises WireError as `decode_request`."""
     absent = [name for name, entry in entries.items() if name not in arrays and not entry.optional]
     if absent:
         raise WireError(f"a plan under way lacks {absent[0]!r}: {entries[absent[0]].describe()}")
-    checked = {name: _checked(name, arrays[name], entry) for name, entry in entries.items() if name in arrays}
+    checked = {name: _check_array(name, arrays[name], entry) for name, entry in entries.items() if name in arrays}
     plan_arrays = {name.removeprefix(UNDER_WAY): value for name, value in checked.items() if name.startswith(UNDER_WAY)}
     steps = plan_arrays["gripper"].shape[1]
     if not 1 <= steps <= LONGEST_PLAN:
@@ -206,18 +206,18 @@ def checked_observation(arrays: Mapping[str, np.ndarray], needs: Needs) -> dict[
             continue
         if name not in arrays:
             raise WireError(f"the observation lacks {name!r}: {entry.describe()}")
-        value = _checked(name, arrays[name], entry)
+        value = _check_array(name, arrays[name], entry)
         *path, last = name.split("/")
         if path:  # cameras/<camera>/<what>
             observation.setdefault("cameras", {}).setdefault("/".join(path[1:]), {})[last] = value
         else:
             observation[last] = value
     if needs.instruction:
-        observation["instruction"] = _sentence(observation["instruction"])
+        observation["instruction"] = _decode_instruction(observation["instruction"])
     return observation
 
 
-def _names(body: bytes) -> list[str]:
+def _header_names(body: bytes) -> list[str]:
     """Return the names in a message's header, which must be small, because each name costs time and memory later.
 
     Raises:
@@ -291,7 +291,7 @@ def _load(body: bytes) -> dict[str, np.ndarray]:
         raise WireError(f"the body is not in the safetensors format: {error}") from error
 
 
-def _checked(name: str, value: np.ndarray, entry: Entry) -> np.ndarray:
+def _check_array(name: str, value: np.ndarray, entry: Entry) -> np.ndarray:
     """Return the array with all its dimensions, floats as float64."""
     kinds = ("float32", "float64") if entry.kind == "float" else (entry.kind,)
     if value.dtype.name not in kinds:
@@ -311,13 +311,13 @@ def _checked(name: str, value: np.ndarray, entry: Entry) -> np.ndarray:
         if not np.isfinite(value).all():
             raise WireError(f"{name!r} holds numbers that are not finite")
     with np.errstate(all="ignore"):  # huge numbers are reported, without numpy warnings
-        problem = _nonsense(name.rpartition("/")[2], value)
+        problem = _find_problem(name.rpartition("/")[2], value)
     if problem:
         raise WireError(f"{name!r} {problem}")
     return value
 
 
-def _nonsense(kind: str, value: np.ndarray) -> str | None:
+def _find_problem(kind: str, value: np.ndarray) -> str | None:
     """Return what is wrong with an array of the right type and shape, or None."""
     if kind == "image" and not SMALLEST_SIDE <= min(value.shape[:2]) <= max(value.shape[:2]) <= LARGEST_SIDE:
         return f"has sides of {value.shape[0]} and {value.shape[1]} pixels, outside {SMALLEST_SIDE} to {LARGEST_SIDE}"
@@ -335,7 +335,7 @@ def _nonsense(kind: str, value: np.ndarray) -> str | None:
     return implausible(kind, value)
 
 
-def _sentence(value: np.ndarray) -> str:
+def _decode_instruction(value: np.ndarray) -> str:
     try:
         text = value.tobytes().decode()
     except UnicodeDecodeError as error:

@@ -50,14 +50,14 @@ def commit_of(package: Path) -> str | None:
     """
     git = ["git", "-C", str(package)]
     try:
-        revision = _output([*git, "rev-parse", "HEAD"])
-        changed = _output([*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":/!benchmarks"])
+        revision = _command_output([*git, "rev-parse", "HEAD"])
+        changed = _command_output([*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":/!benchmarks"])
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{revision}+changes" if changed else revision
 
 
-def _output(command: Sequence[str]) -> str:
+def _command_output(command: Sequence[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
 

@@ -43,8 +43,8 @@ def volume_query(overrides: Sequence[str]) -> tuple[LightningModule, MakeBatch]:
     def make(count: int) -> PolicyBatch:
         generator = torch.Generator().manual_seed(0)
         image = torch.randn(count, 3, size, size, generator=generator)
-        intrinsics, world_to_camera = _camera(size, count)
-        targets = _targets(generator, count, len(config.data.arms), config.data.horizon)
+        intrinsics, world_to_camera = _camera_matrices(size, count)
+        targets = _random_targets(generator, count, len(config.data.arms), config.data.horizon)
         return PolicyBatch(**targets, image=image, intrinsics=intrinsics, world_to_camera=world_to_camera)
 
     return module, make
@@ -64,11 +64,11 @@ def geometry_vla(overrides: Sequence[str]) -> tuple[LightningModule, MakeBatch]:
 
     def make(count: int) -> MultiViewPolicyBatch:
         generator = torch.Generator().manual_seed(0)
-        intrinsics, world_to_camera = _camera(size, count)
+        intrinsics, world_to_camera = _camera_matrices(size, count)
         depth = torch.rand(count, len(views), size, size, generator=generator) + 0.5
         return MultiViewPolicyBatch(
-            **_targets(generator, count, len(config.data.arms), config.data.horizon),
-            images=_bytes(generator, count, len(views), 3, size, size),
+            **_random_targets(generator, count, len(config.data.arms), config.data.horizon),
+            images=_random_bytes(generator, count, len(views), 3, size, size),
             view_intrinsics=intrinsics[:, None].expand(-1, len(views), -1, -1).contiguous(),
             view_world_to_camera=world_to_camera[:, None].expand(-1, len(views), -1, -1).contiguous(),
             depth=depth if config.data.depth else None,
@@ -92,7 +92,7 @@ def foveated_vlm(overrides: Sequence[str], frames: int, text_tokens: int) -> tup
         answer = (torch.arange(text_tokens) >= prompt).expand(count, -1).contiguous()
         everything = torch.ones(count, text_tokens, dtype=torch.bool)
         return VideoTextBatch(
-            frames=_bytes(generator, count, frames, 3, size, size),
+            frames=_random_bytes(generator, count, frames, 3, size, size),
             frame_mask=torch.ones(count, frames, dtype=torch.bool),
             video_index=torch.arange(count),
             input_ids=torch.randint(3, min(300, vocabulary), (count, text_tokens), generator=generator),
@@ -159,7 +159,7 @@ def _built(config: DictConfig) -> LightningModule:
     return build_module(resolved)
 
 
-def _camera(size: int, count: int) -> tuple[Tensor, Tensor]:
+def _camera_matrices(size: int, count: int) -> tuple[Tensor, Tensor]:
     camera = looking_down(size)
     intrinsics, world_to_camera = (
         torch.as_tensor(camera[name], dtype=torch.float32).expand(count, -1, -1).contiguous()
@@ -168,11 +168,11 @@ def _camera(size: int, count: int) -> tuple[Tensor, Tensor]:
     return intrinsics, world_to_camera
 
 
-def _bytes(generator: torch.Generator, *shape: int) -> Tensor:
+def _random_bytes(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def _targets(generator: torch.Generator, count: int, arms: int, steps: int) -> dict[str, Any]:
+def _random_targets(generator: torch.Generator, count: int, arms: int, steps: int) -> dict[str, Any]:
     """Return the fields that the batches of all policies share: poses within reach, in view of `looking_down`."""
 
     def near(*shape: int) -> Tensor:

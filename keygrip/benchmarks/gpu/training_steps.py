@@ -64,10 +64,10 @@ def matmul_tflops(size: int, repetitions: int = 10) -> float:
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     seconds = []
     for _ in range(repetitions):
-        _wait()
+        _synchronize()
         started = time.perf_counter()
         matrix @ matrix
-        _wait()
+        _synchronize()
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / float(np.median(seconds[repetitions // 2 :])) / 1e12
 
@@ -124,15 +124,15 @@ class TrainingSteps:
         figures["matmul_tflops"] = round(matmul_tflops(256 if toy else 8192), 1)
         for variant in list(self.variants)[: 1 if toy else None]:
             try:
-                self._variant(variant, toy, figures, started)
+                self._measure_variant(variant, toy, figures, started)
             except Exception as error:  # the other variants continue
                 log.debug("variant %s failed", variant, exc_info=True)
                 failed.append(f"{variant}: {type(error).__name__}: {error}")
-            _free()
+            _free_memory()
         if failed:
             raise RuntimeError("; ".join(failed))
 
-    def _variant(self, variant: str, toy: bool, figures: Figures, started: float) -> None:
+    def _measure_variant(self, variant: str, toy: bool, figures: Figures, started: float) -> None:
         overrides = list(self.toy_overrides) if toy else [*self.overrides, *self.variants[variant]]
         config = compose("train", overrides)
         module, make_batch = self._module(overrides, variant, toy)
@@ -154,16 +154,16 @@ class TrainingSteps:
             if samples_per_s < WORTH * speed or time.perf_counter() - started > self.limit_s:
                 break
             speed, batch = max(samples_per_s, speed), 2 * batch
-            _free(module)
+            _free_memory(module)
         measure_compiled = self.compiled and self.toy_compiled if toy else self.compiled
         if measure_compiled and (toy or time.perf_counter() - started < self.limit_s):
-            _free(module)
+            _free_memory(module)
             recipe = compose("train", ["compile=inductor"]).compile
             compilation = instantiate({**recipe, "backend": "aot_eager"} if toy else recipe)
             compilation.check(not toy and torch.cuda.is_available())
             compilation.apply(module)
             began = time.perf_counter()
-            measured = self._steps(config, module, make_batch(best), toy, counted=False)
+            measured = self._steps(config, module, make_batch(best), toy, count_operations=False)
             figures[f"{variant}_compiled_first_steps_s"] = round(time.perf_counter() - began, 1)
             self._note(figures, f"{variant}_compiled", {**measured, "tflop": flop}, best)
 
@@ -180,7 +180,7 @@ class TrainingSteps:
         )
 
     def _steps(
-        self, config: DictConfig, module: LightningModule, batch: Any, toy: bool, counted: bool = True
+        self, config: DictConfig, module: LightningModule, batch: Any, toy: bool, count_operations: bool = True
     ) -> dict[str, float]:
         """Return median seconds of a step, peak bytes, and the operations of a step, in 10^12."""
         on_gpu = torch.cuda.is_available()
@@ -206,7 +206,7 @@ class TrainingSteps:
                 max_epochs=1,
                 limit_val_batches=0,
                 gradient_clip_val=config.optimizer.get("clip_norm"),
-                callbacks=[times, *([compute] if counted else []), _ema(config)],
+                callbacks=[times, *([compute] if count_operations else []), _ema_callback(config)],
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
@@ -245,25 +245,25 @@ class StepTimes(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        _wait()
+        _synchronize()
         now = time.perf_counter()
         if batch_idx >= self.warm_up:
             self.seconds.append(now - self._before)
         self._before = now
 
 
-def _ema(config: DictConfig) -> Callback:
+def _ema_callback(config: DictConfig) -> Callback:
     recipes = [part for part in config.callbacks.values() if part is not None and "training.ema" in part._target_]
     callback: Callback = instantiate(recipes[0]) if recipes else lightning.pytorch.Callback()
     return callback
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def _free(module: LightningModule | None = None) -> None:
+def _free_memory(module: LightningModule | None = None) -> None:
     """Free the memory of gradients and of unreferenced tensors."""
     if module is not None:
         module.zero_grad(set_to_none=True)

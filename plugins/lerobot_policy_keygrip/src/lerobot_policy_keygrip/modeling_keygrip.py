@@ -53,7 +53,7 @@ class KeygripPolicy(PreTrainedPolicy):
         self.needs: Needs = self.policy.needs
         arms = len(self.needs.arms)
         self.layouts = config.arms or [
-            ArmLayout([8 * a, 8 * a + 1, 8 * a + 2], 8 * a + 7, _turn(a)) for a in range(arms)
+            ArmLayout([8 * a, 8 * a + 1, 8 * a + 2], 8 * a + 7, _quaternion_columns(a)) for a in range(arms)
         ]
         if len(self.layouts) != arms:
             raise ValueError(
@@ -190,7 +190,7 @@ class KeygripPolicy(PreTrainedPolicy):
     def _observations(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Return keygrip's observation of each environment."""
         states = batch["observation.state"].detach().cpu().numpy().astype(np.float64)
-        views = {name: _view(batch, name, camera) for name, camera in self.config.cameras.items()}
+        views = {name: _camera_view(batch, name, camera) for name, camera in self.config.cameras.items()}
         observations = []
         for index, state in enumerate(states):
             poses = [_pose(layout, state) for layout in self.layouts]
@@ -277,11 +277,11 @@ def _load(config: KeygripConfig) -> Any:
     )
 
 
-def _turn(arm: int) -> list[int]:
+def _quaternion_columns(arm: int) -> list[int]:
     return [8 * arm + 3, 8 * arm + 4, 8 * arm + 5, 8 * arm + 6]
 
 
-def _view(batch: dict[str, Any], feature: str, camera: CameraCalibration) -> tuple[str, dict[str, Any]]:
+def _camera_view(batch: dict[str, Any], feature: str, camera: CameraCalibration) -> tuple[str, dict[str, Any]]:
     """Return keygrip's name of a camera, and its images [B, H, W, 3] uint8 with intrinsics for their size and
     world_to_camera."""
     if feature not in batch:
