@@ -49,7 +49,7 @@ def split_folders(root: Path | str) -> list[str]:
     """
     if is_remote(root):
         raise ValueError(f"{root} is a URL: manifests are made and shards validated where the files lie")
-    unsplit, *splits = (_sets_in(place) for place in (Path(root), *(Path(root) / split for split in SPLITS)))
+    unsplit, *splits = (_find_shard_sets(place) for place in (Path(root), *(Path(root) / split for split in SPLITS)))
     divided = [folder for split in splits for folder in split]
     if unsplit and divided:
         raise ValueError(
@@ -61,7 +61,7 @@ def split_folders(root: Path | str) -> list[str]:
     return unsplit or divided
 
 
-def _sets_in(place: Path) -> list[str]:
+def _find_shard_sets(root: Path) -> list[str]:
     """Return the shard sets of a split: its folder, or the buckets in it.
 
     Raises:
@@ -69,19 +69,19 @@ def _sets_in(place: Path) -> list[str]:
     """
     folders = [
         folder
-        for folder in (place, *sorted(place.glob("bucket_*")))
+        for folder in (root, *sorted(root.glob("bucket_*")))
         if folder.is_dir() and (tar_files(folder) or compressed_shards(folder))
     ]
-    buckets = [folder for folder in folders if folder != place]
+    buckets = [folder for folder in folders if folder != root]
     for folder in buckets:
         if not BUCKET_NAME.match(folder.name) or Bucket.from_name(folder.name).name != folder.name:
             raise ValueError(
-                f"{folder} holds shards that training would not read as part of {place}: buckets of images are called "
+                f"{folder} holds shards that training would not read as part of {root}: buckets of images are called "
                 "bucket_<width>x<height>, in pixels; rename the folder, or name it as a root of its own"
             )
     if len(folders) > len(buckets) > 0:
         raise ValueError(
-            f"{place} has shards and so has {buckets[0]}, and training would read the ones or the others: bring all of "
+            f"{root} has shards and so has {buckets[0]}, and training would read the ones or the others: bring all of "
             "them into one folder, or move it away and name it as a root of its own"
         )
     return [str(folder) for folder in folders]

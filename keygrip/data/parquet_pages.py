@@ -80,7 +80,7 @@ def pages(file: BinaryIO, leaf: pyarrow.parquet.ColumnChunkMetaData) -> Iterator
     end = position + max(leaf.total_compressed_size, 0) + MARGIN
     while value_count < leaf.num_values:
         file.seek(position)
-        header = _structure(file)
+        header = _read_structure(file)
         kind, size, stored = (header.get(field_id, -1) for field_id in (1, 2, 3))
         header_id, needed = HEADERS.get(kind, (0, ()))  # pages of other kinds have no values, and Arrow skips them
         fields = header.get(header_id, {})
@@ -121,13 +121,15 @@ def text_bound(
         if texts.lengths is None:
             return page.values * texts.longest
         try:
-            return _sum_of_named(bytes(_values(file, page, codec(), column)), texts.lengths, page.values)
+            return _sum_dictionary_text_bytes(
+                bytes(_read_page_values(file, page, codec(), column)), texts.lengths, page.values
+            )
         except (ValueError, OSError, IndexError):
             return page.values * texts.longest
     if page.encoding != DELTA_BYTE_ARRAY:
         return 0
     try:  # a text may share a prefix with the previous text, so each text may be as long as the page
-        return _sum_of_deltas(_values(file, page, codec(), column), page.values)
+        return _sum_delta_packed(_read_page_values(file, page, codec(), column), page.values)
     except (ValueError, OSError, IndexError):
         return page.values * page.size
 
@@ -138,7 +140,7 @@ def texts_of(file: BinaryIO, page: Page, codec: Callable[[], int]) -> Texts:
     if page.values > MOST_ENTRIES:
         return Texts(page.size)
     try:
-        content = _unpacked(file, page.start, page.stored, page.size, codec())
+        content = _decompress_page(file, page.start, page.stored, page.size, codec())
     except (ValueError, OSError, IndexError):
         return Texts(page.size)
     read_uint32 = struct.Struct("<I").unpack_from
@@ -156,7 +158,7 @@ def texts_of(file: BinaryIO, page: Page, codec: Callable[[], int]) -> Texts:
 # ---- content ---------------------------------------------------------------------------------------------------------
 
 
-def _unpacked(file: BinaryIO, start: int, stored: int, size: int, codec: int) -> memoryview:
+def _decompress_page(file: BinaryIO, start: int, stored: int, size: int, codec: int) -> memoryview:
     import pyarrow
 
     file.seek(start)
@@ -168,15 +170,15 @@ def _unpacked(file: BinaryIO, start: int, stored: int, size: int, codec: int) ->
     return memoryview(pyarrow.Codec(name).decompress(content, size)).cast("B") if name else memoryview(content)
 
 
-def _values(file: BinaryIO, page: Page, codec: int, column: pyarrow.parquet.ColumnSchema) -> memoryview:
+def _read_page_values(file: BinaryIO, page: Page, codec: int, column: pyarrow.parquet.ColumnSchema) -> memoryview:
     """Return a data page's content without the repetition and definition levels at its beginning."""
     if page.kind == DATA_V2:  # levels are not compressed
         levels = page.fields[5] + page.fields[6]
         if levels > min(page.stored, page.size):
             raise ValueError("the levels are larger than their page")
         codec = 0 if page.fields.get(7) is False else codec
-        return _unpacked(file, page.start + levels, page.stored - levels, page.size - levels, codec)
-    content = _unpacked(file, page.start, page.stored, page.size, codec)
+        return _decompress_page(file, page.start + levels, page.stored - levels, page.size - levels, codec)
+    content = _decompress_page(file, page.start, page.stored, page.size, codec)
     offset = 0
     for most, encoding in ((column.max_repetition_level, 4), (column.max_definition_level, 3)):
         if most > 0:
@@ -186,19 +188,19 @@ def _values(file: BinaryIO, page: Page, codec: int, column: pyarrow.parquet.Colu
     return content[offset:]
 
 
-def _sum_of_named(content: bytes, lengths: np.ndarray, most: int) -> int:
+def _sum_dictionary_text_bytes(content: bytes, lengths: np.ndarray, max_texts: int) -> int:
     """Sum the bytes of the texts that a page refers to by dictionary index (in the format's hybrid of runs and packed
     bits), plus STEP_BYTES per run. If values are null, the padding of the last group of eight indices counts too.
 
     Args:
-        lengths: of the dictionary's texts [N] int64. most: largest number of texts.
+        lengths: of the dictionary's texts [N] int64. max_texts: largest number of texts.
 
     Raises:
         ValueError or IndexError: the indices are not encoded as writers do it, or are not in the dictionary.
     """
     if not content:  # all values are null
         return 0
-    width, offset, remaining, total, runs = content[0], 1, most, 0, 0
+    width, offset, remaining, total, runs = content[0], 1, max_texts, 0, 0
     if width > 32:
         raise ValueError("numbers have at most 32 bits")
     number_bytes = (width + 7) // 8
@@ -206,7 +208,7 @@ def _sum_of_named(content: bytes, lengths: np.ndarray, most: int) -> int:
     repeated_indices: list[int] = []  # the repeated index of each run; `counts` has the number of repetitions
     counts: list[int] = []
     while remaining > 0 and offset < len(content):
-        run, offset = (content[offset], offset + 1) if content[offset] < 128 else _varint(content, offset)
+        run, offset = (content[offset], offset + 1) if content[offset] < 128 else _parse_varint(content, offset)
         runs += 1
         if not 1 < run < 1 << 32 or runs > MOST_RUNS:
             raise ValueError("a run is empty or too long, or there are too many")
@@ -227,14 +229,14 @@ def _sum_of_named(content: bytes, lengths: np.ndarray, most: int) -> int:
                 packed += chunk + bytes(-len(chunk) % width)
                 remaining -= 8 * -(-len(chunk) // width)
                 if remaining <= 0 or len(packed) >= width * BATCH // 8:
-                    indices = _unpacked_bits(bytes(packed), width)
+                    indices = _unpack_bits(bytes(packed), width)
                     total += int(lengths[indices[: len(indices) + min(remaining, 0)]].sum())
                     packed.clear()
-    total += int(lengths[_unpacked_bits(bytes(packed), width)].sum()) + STEP_BYTES * runs
+    total += int(lengths[_unpack_bits(bytes(packed), width)].sum()) + STEP_BYTES * runs
     return total + int((lengths[np.array(repeated_indices, np.int64)] * np.array(counts, np.int64)).sum())
 
 
-def _unpacked_bits(packed: bytes, width: int) -> np.ndarray:
+def _unpack_bits(packed: bytes, width: int) -> np.ndarray:
     """Unpack integers of `width` bits, at most 32, from N bytes, the lowest bit first: [8 * N // width] int64."""
     if not width:
         return np.zeros(0, np.int64)
@@ -244,24 +246,24 @@ def _unpacked_bits(packed: bytes, width: int) -> np.ndarray:
     return np.packbits(wide, axis=1, bitorder="little").view("<u4")[:, 0].astype(np.int64)
 
 
-def _sum_of_deltas(content: memoryview, most: int) -> int:
+def _sum_delta_packed(content: memoryview, max_integers: int) -> int:
     """Sum non-negative 32-bit integers in the encoding DELTA_BINARY_PACKED at the beginning of a page.
 
     Args:
-        most: the largest number of integers.
+        max_integers: the largest number of integers.
 
     Raises:
         ValueError or IndexError: they are not encoded as writers do it.
     """
-    block, offset = _varint(content, 0)
-    miniblocks, offset = _varint(content, offset)
-    count, offset = _varint(content, offset)
-    last, offset = _zigzag(content, offset)
+    block, offset = _parse_varint(content, 0)
+    miniblocks, offset = _parse_varint(content, offset)
+    count, offset = _parse_varint(content, offset)
+    last, offset = _parse_signed_varint(content, offset)
     length = block // miniblocks if miniblocks else 0
     # Arrow also requires that blocks have a multiple of 128 values, and their miniblocks a multiple of 32
     if not 0 < block <= LARGEST_BLOCK or length * miniblocks != block or block % 128 or length % 32:
         raise ValueError("blocks are not as writers make them")
-    if count > most or not 0 <= last < 1 << 31:
+    if count > max_integers or not 0 <= last < 1 << 31:
         raise ValueError("there are too many lengths, or one is out of range")
     stored = np.frombuffer(content, np.uint8)
     total, remaining = last if count else 0, count - 1
@@ -270,7 +272,7 @@ def _sum_of_deltas(content: memoryview, most: int) -> int:
         widths: list[int] = []
         min_deltas: list[int] = []
         while len(starts) * length < min(remaining, BATCH):
-            min_delta, offset = _zigzag(content, offset)
+            min_delta, offset = _parse_signed_varint(content, offset)
             if abs(min_delta) > 1 << 32:
                 raise ValueError("a length is out of range")
             needed = min(miniblocks, -(-remaining // length) - len(starts))  # the last block may have fewer
@@ -282,7 +284,7 @@ def _sum_of_deltas(content: memoryview, most: int) -> int:
             min_deltas += [min_delta] * needed
             if len(widths) < len(min_deltas) or offset > len(content):
                 raise ValueError("the page ends within a block")
-        deltas = _deltas(stored, np.array(starts), np.array(widths), length) + np.array(min_deltas)[:, None]
+        deltas = _decode_miniblocks(stored, np.array(starts), np.array(widths), length) + np.array(min_deltas)[:, None]
         values = last + np.cumsum(deltas.reshape(-1)[:remaining])
         # Arrow's 32-bit integers overflow beyond this range: such values do not come from a correct writer
         if values.min() < 0 or values.max() >= 1 << 31:
@@ -291,7 +293,7 @@ def _sum_of_deltas(content: memoryview, most: int) -> int:
     return total
 
 
-def _deltas(stored: np.ndarray, starts: np.ndarray, widths: np.ndarray, length: int) -> np.ndarray:
+def _decode_miniblocks(page_bytes: np.ndarray, starts: np.ndarray, widths: np.ndarray, length: int) -> np.ndarray:
     """Decode the parts of blocks: [P, length] int64, from the bytes of a page and each part's offset and width [P].
 
     Raises:
@@ -303,40 +305,40 @@ def _deltas(stored: np.ndarray, starts: np.ndarray, widths: np.ndarray, length: 
     for width in np.unique(widths[widths > 0]).tolist():
         indices = np.flatnonzero(widths == width)
         byte_indices = starts[indices, None] + np.arange(width * length // 8)
-        deltas[indices] = _unpacked_bits(stored[byte_indices].tobytes(), width).reshape(len(indices), length)
+        deltas[indices] = _unpack_bits(page_bytes[byte_indices].tobytes(), width).reshape(len(indices), length)
     return deltas
 
 
 # ---- Thrift ----------------------------------------------------------------------------------------------------------
 
 
-def _structure(file: BinaryIO, depth: int = 0, left: Iterator[int] | None = None) -> dict[int, Any]:
+def _read_structure(file: BinaryIO, depth: int = 0, remaining_fields: Iterator[int] | None = None) -> dict[int, Any]:
     """Read the fields of a structure by number. The values are 32-bit integers, booleans and nested structures; fields
     of other types have the value None.
 
     Args:
-        left: yields one item for each field that the header may still have.
+        remaining_fields: yields one item for each field that the header may still have.
 
     Raises:
         ValueError: no page header of Parquet has such a structure.
     """
     fields: dict[int, Any] = {}
-    left = iter(range(MOST_FIELDS)) if left is None else left
+    remaining_fields = iter(range(MOST_FIELDS)) if remaining_fields is None else remaining_fields
     field_id = 0
-    while (start := _byte(file)) != STOP:
+    while (start := _read_byte(file)) != STOP:
         kind = start & 15
-        previous_id, field_id = field_id, field_id + (start >> 4) if start >> 4 else _signed(_read_varint(file))
+        previous_id, field_id = field_id, field_id + (start >> 4) if start >> 4 else _decode_zigzag(_read_varint(file))
         # Writers write fields in order. Arrow accepts any order, uses the last field with an id, and of the id its
         # lowest 16 bits.
-        if not previous_id < field_id <= MOST_FIELDS or next(left, None) is None:
+        if not previous_id < field_id <= MOST_FIELDS or next(remaining_fields, None) is None:
             raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
         value: Any = None
         if kind in (TRUE, FALSE):
             value = kind == TRUE
         elif kind == BYTE:
-            _byte(file)
+            _read_byte(file)
         elif kind in (I16, I32, I64):
-            value = _signed(_read_varint(file))
+            value = _decode_zigzag(_read_varint(file))
             value = value if kind == I32 else None
         elif kind in (DOUBLE, BINARY):
             length = 8 if kind == DOUBLE else _read_varint(file)
@@ -344,7 +346,7 @@ def _structure(file: BinaryIO, depth: int = 0, left: Iterator[int] | None = None
                 raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
             file.seek(length, 1)
         elif kind == STRUCT and depth < 4:
-            value = _structure(file, depth + 1, left)
+            value = _read_structure(file, depth + 1, remaining_fields)
         else:
             raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
         if isinstance(value, int) and not -(1 << 31) <= value < 1 << 31:
@@ -364,13 +366,13 @@ def codecs(footer: bytes) -> list[list[int]]:
         raise ValueError("the footer is too large")
     wanted: dict[int, Any] = {ROW_GROUPS: {COLUMNS: {COLUMN: {CODEC: {}}}}}
     try:
-        groups = _skimmed(io.BytesIO(footer), STRUCT, wanted)[ROW_GROUPS]
+        groups = _read_selected_fields(io.BytesIO(footer), STRUCT, wanted)[ROW_GROUPS]
         return [[int(column[COLUMN][CODEC]) for column in group[COLUMNS]] for group in groups]
     except (LookupError, TypeError) as error:
         raise ValueError("the footer lacks the codec of a column") from error
 
 
-def _skimmed(file: BinaryIO, kind: int, wanted: dict[int, Any] | None, depth: int = 0) -> Any:
+def _read_selected_fields(file: BinaryIO, kind: int, wanted: dict[int, Any] | None, depth: int = 0) -> Any:
     """Read an integer, a list or a structure, and skip the fields that are not in `wanted`.
 
     Args:
@@ -380,23 +382,26 @@ def _skimmed(file: BinaryIO, kind: int, wanted: dict[int, Any] | None, depth: in
         ValueError: no Parquet footer has such a value.
     """
     if kind == LIST and depth < 16:
-        start = _byte(file)
+        start = _read_byte(file)
         count = start >> 4 if start >> 4 < 15 else _read_varint(file)
-        values = (_skimmed(file, start & 15, wanted, depth + 1) for _ in range(count))
+        values = (_read_selected_fields(file, start & 15, wanted, depth + 1) for _ in range(count))
         return collections.deque(values, None if wanted is not None else 0)
     if kind == STRUCT and depth < 16:
         fields, field_id = {}, 0
-        while (start := _byte(file)) != STOP:
-            previous_id, field_id = field_id, field_id + (start >> 4) if start >> 4 else _signed(_read_varint(file))
+        while (start := _read_byte(file)) != STOP:
+            previous_id, field_id = (
+                field_id,
+                field_id + (start >> 4) if start >> 4 else _decode_zigzag(_read_varint(file)),
+            )
             if not previous_id < field_id <= MOST_FIELDS:
                 raise ValueError("the footer has fields that no writer makes")
             inner = None if wanted is None else wanted.get(field_id)
-            value = None if start & 15 in (TRUE, FALSE) else _skimmed(file, start & 15, inner, depth + 1)
+            value = None if start & 15 in (TRUE, FALSE) else _read_selected_fields(file, start & 15, inner, depth + 1)
             if inner is not None:
                 fields[field_id] = value
         return fields
     if kind in (I16, I32, I64):
-        return _signed(_read_varint(file))
+        return _decode_zigzag(_read_varint(file))
     if kind not in (TRUE, FALSE, BYTE, DOUBLE, BINARY):
         raise ValueError("the footer has fields that no writer makes")
     length = 8 if kind == DOUBLE else _read_varint(file) if kind == BINARY else 1
@@ -404,7 +409,7 @@ def _skimmed(file: BinaryIO, kind: int, wanted: dict[int, Any] | None, depth: in
     return None
 
 
-def _byte(file: BinaryIO) -> int:
+def _read_byte(file: BinaryIO) -> int:
     found = file.read(1)
     if not found:
         raise ValueError("the file ends before the values that its footer counts")
@@ -414,7 +419,7 @@ def _byte(file: BinaryIO) -> int:
 def _read_varint(file: BinaryIO) -> int:
     value = shift = 0
     while True:
-        byte = _byte(file)
+        byte = _read_byte(file)
         value |= (byte & 127) << shift
         if byte < 128:
             return value
@@ -423,21 +428,21 @@ def _read_varint(file: BinaryIO) -> int:
             raise ValueError(f"the header of a page before byte {file.tell()} is damaged")
 
 
-def _varint(content: memoryview | bytes, at: int) -> tuple[int, int]:
+def _parse_varint(content: memoryview | bytes, offset: int) -> tuple[int, int]:
     """Read an integer of at most 64 bits; return it and the offset of the next one."""
     value = 0
     for shift in range(0, 64, 7):
-        byte, at = content[at], at + 1
+        byte, offset = content[offset], offset + 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
+            return value, offset
     raise ValueError("a number has more than 64 bits")
 
 
-def _signed(value: int) -> int:
+def _decode_zigzag(value: int) -> int:
     return (value >> 1) ^ -(value & 1)
 
 
-def _zigzag(content: memoryview, at: int) -> tuple[int, int]:
-    value, at = _varint(content, at)
-    return _signed(value), at
+def _parse_signed_varint(content: memoryview, offset: int) -> tuple[int, int]:
+    value, offset = _parse_varint(content, offset)
+    return _decode_zigzag(value), offset

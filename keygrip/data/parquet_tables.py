@@ -83,12 +83,12 @@ def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
 
     regular_file(path)
     with guard(path):
-        metadata, texts = _examined(*_footer(path))
+        metadata, texts = _parse_footer(*_read_footer(path))
         with parquet.ParquetFile(path, metadata=metadata, read_dictionary=[*texts]) as file:
             yield file
 
 
-def _footer(path: Path) -> tuple[bytes, int]:
+def _read_footer(path: Path) -> tuple[bytes, int]:
     """Return a file's bytes from its footer on, and the file's size. Raise ValueError if it has no footer."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
@@ -102,7 +102,7 @@ def _footer(path: Path) -> tuple[bytes, int]:
 
 
 @functools.lru_cache(FOOTERS_KEPT)
-def _examined(footer: bytes, size: int) -> tuple[pyarrow.parquet.FileMetaData, tuple[str, ...]]:
+def _parse_footer(footer: bytes, size: int) -> tuple[pyarrow.parquet.FileMetaData, tuple[str, ...]]:
     """Return the metadata in a file's footer, and the columns whose texts are read as dictionaries.
 
     Raises:
@@ -128,7 +128,7 @@ def _examined(footer: bytes, size: int) -> tuple[pyarrow.parquet.FileMetaData, t
 
 @functools.lru_cache(FOOTERS_KEPT)
 def _codecs(footer: bytes) -> list[list[int]]:
-    """Return the `codecs` of a footer from `_footer`; an empty list, which is cached too, if the footer is damaged."""
+    """Return the `codecs` of a footer from `_read_footer`; if the footer is damaged, an empty list, cached too."""
     try:
         return codecs(footer[:-8])
     except ValueError:
@@ -163,7 +163,7 @@ def refuse_large(
     import pyarrow
 
     schema = file.metadata.schema
-    leaves = [leaf for field in file.schema_arrow for leaf in _leaves(field.type)]
+    leaves = [leaf for field in file.schema_arrow for leaf in _leaf_types(field.type)]
     if len(leaves) != len(schema):
         raise ValueError("the schema of Arrow's that it holds has other columns than Parquet's")
     with path.open("rb") as content:
@@ -172,11 +172,11 @@ def refuse_large(
             allowance.take(VALUE_BYTES * max(group.num_rows, 0))
             for column_index, (kind, value_bytes) in enumerate(leaves):
                 chunk, column = group.column(column_index), schema.column(column_index)
-                if columns is not None and not _is_in(chunk.path_in_schema, columns):
+                if columns is not None and not _belongs_to_any(chunk.path_in_schema, columns):
                     continue
                 allowance.take(max(chunk.total_compressed_size, 0))  # Arrow reads the whole column chunk at once
                 one_by_one = chunk.physical_type == "BYTE_ARRAY" and not pyarrow.types.is_dictionary(kind)
-                codec = functools.partial(_codec, path, group_index, column_index)
+                codec = functools.partial(_find_codec, path, group_index, column_index)
                 texts = None
                 for page in pages(content, chunk):
                     value = value_bytes + max(column.length, 0)
@@ -187,12 +187,12 @@ def refuse_large(
                     allowance.take(text_bound(content, page, codec, column, texts))
 
 
-def _codec(path: Path, group: int, column: int) -> int:
+def _find_codec(path: Path, group: int, column: int) -> int:
     """Return the number of a column's codec; few columns need it. Raise IndexError if the footer lacks it."""
-    return _codecs(_footer(path)[0])[group][column]
+    return _codecs(_read_footer(path)[0])[group][column]
 
 
-def _leaves(kind: Any, value_bytes: int = VALUE_BYTES) -> Iterator[tuple[Any, int]]:
+def _leaf_types(kind: Any, value_bytes: int = VALUE_BYTES) -> Iterator[tuple[Any, int]]:
     """Yield the leaf types of an Arrow type, which Parquet stores as columns, in order, with the bytes that each value
     needs as Python objects, without its text. In the worst case each value has its own dicts and inner lists."""
     import pyarrow
@@ -204,10 +204,10 @@ def _leaves(kind: Any, value_bytes: int = VALUE_BYTES) -> Iterator[tuple[Any, in
     for index in range(kind.num_fields):
         inner = kind.field(index).type
         around = DICT_BYTES if pyarrow.types.is_struct(kind) else LIST_BYTES if inner.num_fields else 0
-        yield from _leaves(inner, value_bytes + around)
+        yield from _leaf_types(inner, value_bytes + around)
 
 
-def _is_in(leaf: str, columns: Collection[str]) -> bool:
+def _belongs_to_any(leaf: str, columns: Collection[str]) -> bool:
     """Whether a leaf such as `images.list.element.bytes` belongs to one of the columns. Column names may have dots."""
     parts = leaf.split(".")
     return any(".".join(parts[:length]) in columns for length in range(1, len(parts) + 1))
@@ -233,7 +233,9 @@ def read_table(path: Path, columns: Collection[str] | None = None, allowance: Al
             for batch in file.iter_batches(BATCH_ROWS, [group], None if columns is None else [*columns]):
                 allowance.take(text_bytes(batch))
                 batches.append(without_dictionaries(batch))
-        return pyarrow.Table.from_batches(batches, pyarrow.schema([_plain_field(field) for field in schema]))
+        return pyarrow.Table.from_batches(
+            batches, pyarrow.schema([_field_without_dictionary(field) for field in schema])
+        )
 
 
 def text_bytes(batch: pyarrow.RecordBatch) -> int:
@@ -242,28 +244,28 @@ def text_bytes(batch: pyarrow.RecordBatch) -> int:
     Raises:
         ValueError: a column has a type that is not supported here.
     """
-    return sum(_text_bytes(column) for column in batch.columns)
+    return sum(_array_text_bytes(column) for column in batch.columns)
 
 
-def _text_bytes(values: Any) -> int:
+def _array_text_bytes(values: Any) -> int:
     import pyarrow
     import pyarrow.compute as compute
 
     kind, types = values.type, pyarrow.types
     if isinstance(kind, pyarrow.BaseExtensionType):
-        return _text_bytes(values.storage)
+        return _array_text_bytes(values.storage)
     if types.is_dictionary(kind):
         if not _is_text(kind.value_type):
             return len(values) * VALUE_BYTES
         lengths = compute.cast(compute.binary_length(values.dictionary), pyarrow.int64())
         return int(compute.sum(lengths.take(values.indices)).as_py() or 0)
     if types.is_map(kind):
-        return _text_bytes(values.keys) + _text_bytes(values.items)
+        return _array_text_bytes(values.keys) + _array_text_bytes(values.items)
     if types.is_struct(kind):
-        return sum(_text_bytes(field) for field in values.flatten())
+        return sum(_array_text_bytes(field) for field in values.flatten())
     lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
     if any(test(kind) for test in lists):
-        return _text_bytes(values.flatten())
+        return _array_text_bytes(values.flatten())
     if _is_text(kind) or types.is_fixed_size_binary(kind) or types.is_string_view(kind) or types.is_binary_view(kind):
         return int(values.nbytes)
     if not any(test(kind) for test in (types.is_primitive, types.is_decimal, types.is_null)):
@@ -285,7 +287,7 @@ def without_dictionaries(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
     list views and in extension types stay: Arrow does not expand them."""
     import pyarrow
 
-    fields = [_plain_field(field) for field in batch.schema]
+    fields = [_field_without_dictionary(field) for field in batch.schema]
     columns = [
         column if column.type == field.type else column.cast(field.type)
         for column, field in zip(batch.columns, fields, strict=True)
@@ -293,25 +295,25 @@ def without_dictionaries(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
     return pyarrow.RecordBatch.from_arrays(columns, schema=pyarrow.schema(fields))
 
 
-def _plain_field(field: pyarrow.Field) -> pyarrow.Field:
-    return field.with_type(_plain(field.type))
+def _field_without_dictionary(field: pyarrow.Field) -> pyarrow.Field:
+    return field.with_type(_type_without_dictionary(field.type))
 
 
-def _plain(kind: Any) -> Any:
+def _type_without_dictionary(kind: Any) -> Any:
     """Return the type with values in place of dictionaries, at any depth."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(kind):
         return kind.value_type
     if pyarrow.types.is_struct(kind):
-        return pyarrow.struct([_plain_field(field) for field in kind])
+        return pyarrow.struct([_field_without_dictionary(field) for field in kind])
     if pyarrow.types.is_map(kind):
-        return pyarrow.map_(_plain_field(kind.key_field), _plain_field(kind.item_field))
+        return pyarrow.map_(_field_without_dictionary(kind.key_field), _field_without_dictionary(kind.item_field))
     if pyarrow.types.is_fixed_size_list(kind):
-        return pyarrow.list_(_plain_field(kind.value_field), kind.list_size)
+        return pyarrow.list_(_field_without_dictionary(kind.value_field), kind.list_size)
     if pyarrow.types.is_large_list(kind):
-        return pyarrow.large_list(_plain_field(kind.value_field))
-    return pyarrow.list_(_plain_field(kind.value_field)) if pyarrow.types.is_list(kind) else kind
+        return pyarrow.large_list(_field_without_dictionary(kind.value_field))
+    return pyarrow.list_(_field_without_dictionary(kind.value_field)) if pyarrow.types.is_list(kind) else kind
 
 
 def rows_of(path: Path, group: int, columns: Collection[str], batch_rows: int) -> Iterator[dict[str, Any]]:

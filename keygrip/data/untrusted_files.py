@@ -59,10 +59,10 @@ def read_bytes(path: Path | str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
 
 def read_text(path: Path | str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """Read UTF-8 text from a regular file, with or without a byte order mark. Raise BadSample if it cannot be read."""
-    return _decoded(read_bytes(path, max_bytes), path)
+    return _decode_utf8(read_bytes(path, max_bytes), path)
 
 
-def _decoded(content: bytes, where: object) -> str:
+def _decode_utf8(content: bytes, where: object) -> str:
     """Decode UTF-8 text, with or without a byte order mark. Raise BadSample if it is not UTF-8."""
     try:
         return content.decode("utf-8-sig")
@@ -90,11 +90,15 @@ def parse_json(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BY
         BadSample: the content is not such JSON; `where` is for the message.
     """
     _refuse_large(content, where, max_bytes)
-    text = _decoded(content, where) if isinstance(content, bytes) else content
+    text = _decode_utf8(content, where) if isinstance(content, bytes) else content
     with guard(where):
-        pairs = _unique if unique_keys else None
+        pairs = _refuse_repeated_keys if unique_keys else None
         value = json.loads(
-            text, parse_float=_finite, parse_int=_integer, parse_constant=_not_a_number, object_pairs_hook=pairs
+            text,
+            parse_float=_parse_finite_float,
+            parse_int=_parse_bounded_integer,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=pairs,
         )
         if text.count("[") + text.count("{") > MAX_DEPTH or "\\u" in text:
             _check_nesting(value)
@@ -126,7 +130,7 @@ def parse_loosely(content: bytes | str, where: object, max_bytes: int = MAX_TEXT
     """
     _refuse_large(content, where, max_bytes)
     with guard(where):
-        text = _decoded(content, where) if isinstance(content, bytes) else content
+        text = _decode_utf8(content, where) if isinstance(content, bytes) else content
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
 
 
@@ -159,25 +163,25 @@ def _refuse_large(content: bytes | str, where: object, max_bytes: int) -> None:
         raise BadSample(where, f"its JSON has {len(content)} bytes, more than the {max_bytes} that it may have")
 
 
-def _finite(text: str) -> float:
+def _parse_finite_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"the number {text[:40]} is out of range")
     return number
 
 
-def _integer(text: str) -> int:
+def _parse_bounded_integer(text: str) -> int:
     number = int(text) if len(text) < 32 else MAX_INTEGER
     if abs(number) >= MAX_INTEGER:
         raise ValueError(f"the number {text[:40]} is out of range")
     return number
 
 
-def _not_a_number(text: str) -> float:
+def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number in JSON")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
@@ -202,7 +206,7 @@ def _check_nesting(value: Any) -> None:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def _supported_formats() -> tuple[str, ...]:
     """Return the formats of `IMAGE_FORMATS` that the installed Pillow can open."""
     Image.init()
     return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
@@ -227,7 +231,7 @@ def open_image(source: Path | str | bytes, where: object = None, max_pixels: int
         file = source
     with guard(location):
         try:
-            image = Image.open(file, formats=_formats())
+            image = Image.open(file, formats=_supported_formats())
         except Image.DecompressionBombError as error:
             raise ValueError(f"it has more than the {max_pixels} pixels that an image may have") from error
         with image:

@@ -99,13 +99,13 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
             futures = [pool.submit(examine_shard, *job) for job in jobs]
             reports = [f.result() for f in Progress(futures, desc=f"validate {root}", unit="shard")]
     problems = [problem for report in reports for problem in report.problems]
-    problems += _repeated(reports)
+    problems += _find_repeated_samples(reports)
     report_shared(reports)
     buckets = image_counts(root, reports)
     for name, counts in buckets.items():
         if not counts["complete"]:
             problems.append(f"{name}: none of its {counts['images']} images has all parts ({dict(counts)})")
-    problems += _listed_problems(root)
+    problems += _find_manifest_problems(root)
     problems += [problem for report in reports for problem in report.known]
     problems_file = _write_problems(Path(root) / PROBLEMS_FILE, problems)
     for problem in problems[:NAMED_AT_MOST]:
@@ -134,7 +134,7 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
     )
 
 
-def _repeated(reports: Sequence[ShardReport]) -> list[str]:
+def _find_repeated_samples(reports: Sequence[ShardReport]) -> list[str]:
     """Return a problem for each key and each content that an earlier sample of the set already has."""
     problems = []
     keys: dict[str, str] = {}
@@ -152,7 +152,7 @@ def _repeated(reports: Sequence[ShardReport]) -> list[str]:
     return problems
 
 
-def _listed_problems(root: Path | str) -> list[str]:
+def _find_manifest_problems(root: Path | str) -> list[str]:
     """Return what the manifests left out, and where they and `images.json` differ from the existing files."""
     problems = []
     if (Path(root) / INFO).is_file() and read_info(str(root)).get("splits") != buckets_there(Path(root)):

@@ -57,18 +57,20 @@ class _VideoIndex:
     unit_s: float
 
 
-def _local(path: str | Path) -> str:
+def _absolute_path(path: str | Path) -> str:
     """Return an absolute path: FFmpeg would interpret the text before a colon in a relative path as a protocol."""
     return str(Path(path).absolute())
 
 
-def _container_of(source: bytes | str | Path) -> tuple[Any, Any]:
+def _open_source(source: bytes | str | Path) -> tuple[Any, Any]:
     """Open the container and its video stream. One thread decodes: loader workers run in parallel. Raise OSError if the
     file cannot be opened, is none of `CONTAINERS`, or has no video stream or too large frames."""
     if not isinstance(source, bytes):
         regular_file(source)
     try:
-        container = av.open(io.BytesIO(source) if isinstance(source, bytes) else _local(source), "r", options=SAFELY)
+        container = av.open(
+            io.BytesIO(source) if isinstance(source, bytes) else _absolute_path(source), "r", options=SAFELY
+        )
     except (av.FFmpegError, OSError) as error:
         if is_of_the_machine(error):
             raise
@@ -89,9 +91,9 @@ def _container_of(source: bytes | str | Path) -> tuple[Any, Any]:
 
 
 def _open_container(path: Path) -> tuple[Any, Any]:
-    """Open a container as `_container_of` does; OSError also names the file."""
+    """Open a container as `_open_source` does; OSError also names the file."""
     with guard(path, lambda where, what: OSError(f"{where}: {what}")):
-        return _container_of(path)
+        return _open_source(path)
 
 
 def _make_index(path: Path) -> _VideoIndex:
@@ -131,7 +133,7 @@ class _OpenVideo:
         self.decoder = None
         self.container.close()
 
-    def _frames_from(self, key: int) -> Any:
+    def _seek_and_decode(self, key: int) -> Any:
         """Return the decoded frames from key frame number `key` (-1: the start of the file) on; None if the seek landed
         after that key frame."""
         if key >= 0:
@@ -178,7 +180,7 @@ class _OpenVideo:
                     return stored_frame(frame)
             for key in (*range(nearest, max(-1, nearest - 3), -1), -1):
                 self.stream.codec_context.flush_buffers()
-                self.decoder = self._frames_from(key)
+                self.decoder = self._seek_and_decode(key)
                 frame = self._advance(target) if self.decoder is not None else None
                 if frame is not None:
                     if frame.is_corrupt:
@@ -270,8 +272,8 @@ def frames_between(path: Path, start: int, stop: int) -> Iterator[np.ndarray]:
 
 def duration_s(source: bytes | str | Path) -> float:
     """Return a video's duration in seconds, from a file or its content. Raise ValueError if it cannot be read."""
-    with guard("the video cannot be decoded"), _opened(source) as (container, stream):
-        return _length(source, container, stream)
+    with guard("the video cannot be decoded"), _open_for_block(source) as (container, stream):
+        return _stream_length_s(source, container, stream)
 
 
 def frames_at(
@@ -293,24 +295,24 @@ def frames_at(
         ValueError: the video cannot be decoded, or ends before the last time.
     """
     try:
-        return _frames_at(source, times, convert, seek=True)
+        return _decode_frames_at(source, times, convert, seek=True)
     except _CannotSeek:
-        return _frames_at(source, times, convert, seek=False)
+        return _decode_frames_at(source, times, convert, seek=False)
 
 
 class _CannotSeek(Exception):
     """The file has no index of its key frames, or a wrong one."""
 
 
-def _frames_at(
+def _decode_frames_at(
     source: bytes | str | Path,
     times: Callable[[float], Sequence[float] | np.ndarray],
     convert: Callable[[Image.Image], Converted],
     seek: bool,
 ) -> list[Converted]:
     images: list[Converted] = []
-    with guard("the video cannot be decoded"), _opened(source) as (container, stream):
-        duration = _length(source, container, stream)
+    with guard("the video cannot be decoded"), _open_for_block(source) as (container, stream):
+        duration = _stream_length_s(source, container, stream)
         targets = times(duration)
         start: float | None = None
         current: Any = None
@@ -351,32 +353,32 @@ def _frames_at(
     return images
 
 
-def _from_key_frame(container: Any, stream: Any, time: float, now: float) -> tuple[Iterator[Any], float]:
-    """Seek to the last key frame at or before `time`; return the frames from there on, and the key frame's time. `now`
-    is the time of the frame decoded last.
+def _from_key_frame(container: Any, stream: Any, target: float, current: float) -> tuple[Iterator[Any], float]:
+    """Seek to the last key frame at or before `target`; return the frames from there on, and the key frame's time.
+    `current` is the time of the frame decoded last.
 
     Raises:
-        _CannotSeek: the frames begin after `time`, or long before `now`.
+        _CannotSeek: the frames begin after `target`, or long before `current`.
     """
     try:
-        container.seek(int(time / stream.time_base), stream=stream)
+        container.seek(int(target / stream.time_base), stream=stream)
         frames = container.decode(stream)
         first = next(frames, None)
     except (av.FFmpegError, OverflowError) as error:
         raise _CannotSeek from error
-    if first is None or first.time is None or not now - FURTHEST_BACK_S < first.time <= time + TIME_TOLERANCE_S:
+    if first is None or first.time is None or not current - FURTHEST_BACK_S < first.time <= target + TIME_TOLERANCE_S:
         raise _CannotSeek
     return itertools.chain([first], frames), float(first.time)
 
 
 @contextlib.contextmanager
-def _opened(source: bytes | str | Path) -> Iterator[tuple[Any, Any]]:
-    container, stream = _container_of(source)
+def _open_for_block(source: bytes | str | Path) -> Iterator[tuple[Any, Any]]:
+    container, stream = _open_source(source)
     with container:
         yield container, stream
 
 
-def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
+def _stream_length_s(source: bytes | str | Path, container: Any, stream: Any) -> float:
     """Return a video stream's length in seconds from its header, or from its packets if longer or not in the header.
 
     The length in an mp4 header is in decoding order: with B-frames and uneven times it may end long before the last
@@ -389,14 +391,14 @@ def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
     """
     # for Matroska, libav may report the length of the whole file as that of the stream
     if stream.duration is None or stream.time_base is None or "matroska" in container.format.name:
-        return _length_of_packets(source)
+        return _packets_length_s(source)
     late = max(0, stream.start_time or 0) if container.format.name == "asf" else 0
     declared = float((stream.duration - late) * stream.time_base)
     if container.format.name == "avi" and stream.frames and stream.average_rate:
         declared = max(declared, float(stream.frames / stream.average_rate))
         if untimed_order(container, stream):
             return declared
-    with _opened(source) as (reopened, images):
+    with _open_for_block(source) as (reopened, images):
         first = images.start_time or 0
         try:
             reopened.seek(first + images.duration, stream=images)  # to the last key frame
@@ -410,11 +412,11 @@ def _length(source: bytes | str | Path, container: Any, stream: Any) -> float:
         return max(declared, float((last + duration - first) * images.time_base))
 
 
-def _length_of_packets(source: bytes | str | Path) -> float:
+def _packets_length_s(source: bytes | str | Path) -> float:
     """Return a video stream's length in seconds from its packets, for containers that state only their own length."""
     intervals: list[tuple[int, int]] = []
     end_s, untimed = 0.0, False  # end time of the packets of all streams; whether some packets have no time
-    with _opened(source) as (container, images):
+    with _open_for_block(source) as (container, images):
         for packet in container.demux():
             if packet.pts is None or packet.is_discard:
                 untimed |= packet.pts is None and packet.size > 0
@@ -440,7 +442,7 @@ def _length_of_packets(source: bytes | str | Path) -> float:
 
 def read_video(path: str | Path, every: int = 1) -> np.ndarray:
     """Read every n-th frame of a video, [N, H, W, 3] uint8. Raise ValueError if it cannot be decoded."""
-    with guard("the video cannot be decoded"), _opened(path) as (container, stream):
+    with guard("the video cannot be decoded"), _open_for_block(path) as (container, stream):
         decoded = enumerate(container.decode(stream))
         return np.stack([stored_frame(frame) for i, frame in decoded if i % every == 0])
 

@@ -46,7 +46,7 @@ def upright_frame(frame: Any, pixel_shape: Fraction | None) -> Image.Image:
             rotates by another angle or skews.
     """
     _refuse_large(frame)
-    shown_by = _shown_by(frame.side_data.get("DISPLAYMATRIX"))
+    shown_by = _display_transpose(frame.side_data.get("DISPLAYMATRIX"))
     image: Image.Image = frame.to_image()
     if pixel_shape and pixel_shape != 1:  # one side is enlarged, none is reduced: no pixel is lost
         width, height = image.width * max(pixel_shape, Fraction(1)), image.height / min(pixel_shape, Fraction(1))
@@ -70,7 +70,7 @@ def _refuse_large(frame: Any) -> None:
         raise ValueError(f"a frame has more than the {MAX_PIXELS} pixels that an image may have")
 
 
-def _shown_by(display_matrix: Any) -> Image.Transpose | None:
+def _display_transpose(display_matrix: Any) -> Image.Transpose | None:
     """Return how a frame must be rotated and mirrored. A frame whose matrix has a zero width or height is shown as
     stored, as FFmpeg does.
 

@@ -102,26 +102,26 @@ class GymnasiumEnvironment:
                 f"camera {name!r} of {self.task.id}" if name else f"the observation of {self.task.id}", view
             )
 
-    def _check_view(self, where: str, view: Mapping[str, Any]) -> None:
+    def _check_view(self, view_name: str, view: Mapping[str, Any]) -> None:
         absent = [part for part in CAMERA if part not in view]
         if absent:
-            raise ValueError(f"{where} lacks {', '.join(absent)}: wrap it as docs/environments.md shows")
+            raise ValueError(f"{view_name} lacks {', '.join(absent)}: wrap it as docs/environments.md shows")
         if view["image"] is None:
-            raise ValueError(f"the image of {where} is None: make the environment with render_mode='rgb_array'")
+            raise ValueError(f"the image of {view_name} is None: make the environment with render_mode='rgb_array'")
         image = np.asarray(view["image"])
         if image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"images of {where} have shape {image.shape}: give H x W x 3")
+            raise ValueError(f"images of {view_name} have shape {image.shape}: give H x W x 3")
         if (shorter := min(image.shape[:2])) != self.image_size:
             raise ValueError(
-                f"images of {where} are {image.shape[0]} x {image.shape[1]}: give env.image_size={shorter}, their "
-                "shorter edge (image_size where they are recorded), or render other images"
+                f"images of {view_name} are {image.shape[0]} x {image.shape[1]}: give env.image_size={shorter}, "
+                "their shorter edge (image_size where they are recorded), or render other images"
             )
         if image.dtype != np.uint8:
-            raise ValueError(f"images of {where} are {image.dtype}: give uint8 RGB")
+            raise ValueError(f"images of {view_name} are {image.dtype}: give uint8 RGB")
         for part, shape in (("intrinsics", (3, 3)), ("world_to_camera", (4, 4))):
             actual = np.asarray(view[part]).shape
             if actual != shape:
-                raise ValueError(f"{part} of {where} has shape {actual}: it is {shape[0]} x {shape[1]}")
+                raise ValueError(f"{part} of {view_name} has shape {actual}: it is {shape[0]} x {shape[1]}")
 
     def advance(self, action: np.ndarray) -> None:
         """Do one step of the environment."""

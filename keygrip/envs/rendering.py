@@ -115,12 +115,12 @@ class CameraViews:
     _renderer: CameraRenderer | None = None
 
     def _set_cameras(
-        self, cameras: Sequence[str], known: Collection[str], image_size: int, shadows: bool, render_images: bool
+        self, cameras: Sequence[str], available: Collection[str], image_size: int, shadows: bool, render_images: bool
     ) -> None:
         """Raise ValueError if a camera is unknown, or the image size is outside [16, 1280]."""
-        unknown = [name for name in cameras if name not in known]
+        unknown = [name for name in cameras if name not in available]
         if unknown:
-            raise ValueError(f"unknown cameras {unknown}; choose from {', '.join(known)}")
+            raise ValueError(f"unknown cameras {unknown}; choose from {', '.join(available)}")
         if not 16 <= image_size <= 1280:
             raise ValueError(f"image_size={image_size} is outside [16, 1280] pixels")
         self.cameras, self.image_size = tuple(cameras), image_size

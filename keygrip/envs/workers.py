@@ -95,7 +95,7 @@ class _Worker:
             for _ in range(2):
                 received = 0
                 try:
-                    for report in self._reports(jobs[index]):
+                    for report in self._run_job(jobs[index]):
                         received += 1
                         reports.put((index, report))
                     break
@@ -116,7 +116,7 @@ class _Worker:
             self._closed = True
         self._stop()
 
-    def _reports(self, job: Report) -> Iterator[Report]:
+    def _run_job(self, job: Report) -> Iterator[Report]:
         """Yield the process's reports about a job, up to its end.
 
         Raises:

@@ -275,7 +275,7 @@ class _Bucket:
     truth: Truth
 
 
-def _load(data: ImageShards, encoders: Encoders, split: str, colours: list[str]) -> list[_Bucket]:
+def _load_buckets(data: ImageShards, encoders: Encoders, split: str, colours: list[str]) -> list[_Bucket]:
     """Load all images of a split with their truth, by size. Adds the colours found to `colours`, in order."""
     images: dict[tuple[int, int], list[Tensor]] = {}
     records: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -296,8 +296,8 @@ def train_classifier(
 ) -> TrainedClassifier:
     """Train a classifier on the training split and test it on the validation split. A pure function of both."""
     colours: list[str] = []
-    buckets = _load(data, encoders, "train", colours)
-    held_out = _held_out(data, encoders, colours)
+    buckets = _load_buckets(data, encoders, "train", colours)
+    held_out = _load_held_out(data, encoders, colours)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         classifier = AttributeClassifier(colours, options.width)
@@ -319,18 +319,18 @@ def train_classifier(
             loss.backward()
             nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
             optimizer.step()
-    return TrainedClassifier(classifier.eval(), _error(classifier, held_out), fingerprint)
+    return TrainedClassifier(classifier.eval(), _measure_error(classifier, held_out), fingerprint)
 
 
 def tested_again(trained: TrainedClassifier, data: ImageShards, encoders: Encoders) -> TrainedClassifier:
     """Measure a classifier's error on the current validation split. Raises ValueError if it shows other colours."""
-    held_out = _held_out(data, encoders, trained.network.colours)
-    return replace(trained, error=_error(trained.network, held_out))
+    held_out = _load_held_out(data, encoders, trained.network.colours)
+    return replace(trained, error=_measure_error(trained.network, held_out))
 
 
-def _held_out(data: ImageShards, encoders: Encoders, colours: Sequence[str]) -> list[_Bucket]:
+def _load_held_out(data: ImageShards, encoders: Encoders, colours: Sequence[str]) -> list[_Bucket]:
     all_colours = [*colours]
-    held_out = _load(data, encoders, "val", all_colours)
+    held_out = _load_buckets(data, encoders, "val", all_colours)
     if len(all_colours) > len(colours):
         raise ValueError(
             f"the validation images show the colours {all_colours[len(colours) :]}, which no training image shows"
@@ -338,7 +338,7 @@ def _held_out(data: ImageShards, encoders: Encoders, colours: Sequence[str]) -> 
     return held_out
 
 
-def _error(classifier: AttributeClassifier, held_out: Sequence[_Bucket]) -> ClassifierError:
+def _measure_error(classifier: AttributeClassifier, held_out: Sequence[_Bucket]) -> ClassifierError:
     error = measure_classifier(classifier, [(bucket.images, bucket.truth) for bucket in held_out])
     log.info(
         "classifier: on %d held-out images it misses cubes by %.2f px, names %.1f %% of the colours rightly and finds "

@@ -69,7 +69,7 @@ class EvaluateClosedLoop(Callback):
         env = environment_settings(config["data"], self.env, trust)
         make = partial(ClosedLoop, **{"trust": trust, "external": external, **self.settings})
         self.closed_loop = env.closed_loop(make)
-        self.closed_loop.check(_needs(pl_module, self.closed_loop.policy))
+        self.closed_loop.check(_policy_needs(pl_module, self.closed_loop.policy))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -106,7 +106,7 @@ class EvaluateClosedLoop(Callback):
         show_in_loggers(trainer, figures, results, output)
 
 
-def _needs(module: Any, changes: Mapping[str, Any]) -> Needs | None:
+def _policy_needs(module: Any, changes: Mapping[str, Any]) -> Needs | None:
     """Return the inputs that the module's policy needs. The module and its training modes are unchanged. Changes to the
     policy's settings are checked by name only, because some of them convert weights in place.
 

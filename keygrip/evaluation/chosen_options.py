@@ -71,73 +71,77 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     text = THOUGHT.sub("", unicodedata.normalize("NFKC", answer))
     text = next((each for tag in TAGGED for each in reversed(tag.findall(text)) if each.strip()), text)
     announced = GOES_ON.split(text, maxsplit=1)[0]  # a text that only describes something is no answer yet
-    if announced != text and (found := _read(announced, known, announced_only=True)) is not None:
+    if announced != text and (found := _read_option(announced, known, announced_only=True)) is not None:
         return found
-    return _read(text, known)
+    return _read_option(text, known)
 
 
-def _read(said: str, known: Options, announced_only: bool = False) -> int | None:
+def _read_option(answer: str, options: Options, announced_only: bool = False) -> int | None:
     """Return the option of a text. `announced_only`: options named only by words or capitals do not count."""
-    whole = known.whole(said)
+    whole = options.whole(answer)
     if whole is not None:
         return whole
-    said = unwrapped(said).strip()
-    if not said:
+    answer = unwrapped(answer).strip()
+    if not answer:
         return None
-    if not any(ABSTAINS.search(option) for option in known.literal):
-        said = ABSTAINS.sub(" ", said)
-    if len(known.literal[0]) > 1:  # "A: B" may be an option "B" with its letter
-        said = ANSWERS_IT.sub("\nAnswer:", said).strip()
-    said = without_either_way(ASKS.sub(" ", BESIDE_CJK.sub(" ", said)), known)
-    through, ends_at = _gone_through(said, known)
+    if not any(ABSTAINS.search(option) for option in options.literal):
+        answer = ABSTAINS.sub(" ", answer)
+    if len(options.literal[0]) > 1:  # "A: B" may be an option "B" with its letter
+        answer = ANSWERS_IT.sub("\nAnswer:", answer).strip()
+    answer = without_either_way(ASKS.sub(" ", BESIDE_CJK.sub(" ", answer)), options)
+    through, ends_at = _read_discussion(answer, options)
     if through:
         return ends_at
-    said = _without_repetition(said, known)
-    if _one_per_line(said, known):
+    answer = _remove_repeated_options(answer, options)
+    if _has_letter_per_line(answer, options):
         return None
-    said = _without_denied(said, known)
-    said = _without_answer_mark(said, known)
-    words = _in_a_row(said)
-    text = apart(words, known)
-    first_line = _alone(said.partition("\n")[0], known)
+    answer = _remove_denied_option(answer, options)
+    answer = _remove_answer_mark(answer, options)
+    words = _join_lines(answer)
+    text = apart(words, options)
+    first_line = _parse_lone_letter(answer.partition("\n")[0], options)
     if first_line is not None:
         return first_line
-    listed = _listed(text, known)
+    listed = _parse_letter_list(text, options)
     if listed is not None:
         return listed.pop() if len(listed) == 1 else None
-    for find in (_alone, _leading, _said) if announced_only else (_alone, _leading, _said, _bracketed):
-        found = find(text, known)
+    for find in (
+        (_parse_lone_letter, _find_leading_letter, _find_stated_letter)
+        if announced_only
+        else (_parse_lone_letter, _find_leading_letter, _find_stated_letter, _find_bracketed_letter)
+    ):
+        found = find(text, options)
         if found is not None:
             return found
     if announced_only:
         return None
-    agreed = said if any(map(AGREES.search, known.literal)) else AGREES.sub(" ", said)
-    named = by_words(_in_a_row(QUALIFIES.sub(r"\1", agreed)), known)
-    alone, labelling = _capitals(text, known)
+    agreed = answer if any(map(AGREES.search, options.literal)) else AGREES.sub(" ", answer)
+    named = by_words(_join_lines(QUALIFIES.sub(r"\1", agreed)), options)
+    alone, labelling = _find_capitals(text, options)
     if len(alone) == 1:
         return alone.pop() if named is None or named in alone else None
     if named is None and not alone and len(labelling) == 1:
         return labelling.pop()
-    return numbered(words, known) if named is None else named
+    return numbered(words, options) if named is None else named
 
 
-def _without_answer_mark(said: str, known: Options) -> str:
+def _remove_answer_mark(answer: str, options: Options) -> str:
     """Remove an "A:" at the beginning if it means "Answer:", because only another option follows it, by letter or in
     words ("A: B", "A: C. green", "A: It is green.")."""
-    mark = re.match(r"\W*A:\s*(?=[(\[]?\w)", said)
+    mark = re.match(r"\W*A:\s*(?=[(\[]?\w)", answer)
     if mark is None:
-        return said
-    rest = said[mark.end() :]
+        return answer
+    rest = answer[mark.end() :]
     line = rest.partition("\n")[0].strip()
-    last, called = known.last, r"(?:(?i:option|choice|letter)\s+)?"
+    last, called = options.last, r"(?:(?i:option|choice|letter)\s+)?"
     letter = re.match(rf"{called}[(\[]?(?:([B-{last}])(?:[)\].:]|$)|[b-{last.lower()}][)\].]*$)", line)
-    if letter is not None and not (letter[1] and re.match(_another(last), line[letter.end(1) :])):
+    if letter is not None and not (letter[1] and re.match(_another_letter_pattern(last), line[letter.end(1) :])):
         return rest
     reasons = re.match(REASON, line, re.IGNORECASE) or re.search(r"[.;!?]\W*\w", line)
-    return said if reasons or by_words(line, known) in (None, 0) else rest
+    return answer if reasons or by_words(line, options) in (None, 0) else rest
 
 
-def _in_a_row(text: str) -> str:
+def _join_lines(text: str) -> str:
     """Join the lines of a text, with a semicolon after each line that ends in a verdict, so that patterns of
     corrections and denials do not match across it."""
     lines = [" ".join(line.split()) for line in text.split("\n") if line.strip()]
@@ -145,15 +149,15 @@ def _in_a_row(text: str) -> str:
     return " ".join(closed + lines[-1:])
 
 
-def _without_repetition(text: str, known: Options) -> str:
+def _remove_repeated_options(text: str, options: Options) -> str:
     """Remove a repetition of the question's options: two or more of them from A on, lettered and in order. The last one
     may be cut off at the end of the text."""
     lines = [line.strip() for line in re.sub(r"[^\w\n]+", " ", text).split("\n") if line.strip()]
-    if len(lines) > 1 and "".join(lines) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(lines)] and known.literal[0] != "b":
+    if len(lines) > 1 and "".join(lines) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(lines)] and options.literal[0] != "b":
         return ""
     begin = 0
     while first := re.compile(r"(?<!\w)\(?A[.):]", re.IGNORECASE).search(text, begin):
-        end = _repeated_to(text, first.start(), known)
+        end = _find_repetition_end(text, first.start(), options)
         if end is None:
             begin = first.end()
         else:
@@ -161,10 +165,10 @@ def _without_repetition(text: str, known: Options) -> str:
     return text.strip()
 
 
-def _repeated_to(text: str, start: int, known: Options) -> int | None:
+def _find_repetition_end(text: str, start: int, options: Options) -> int | None:
     """Return the end of a repetition of options that begins at `start`; None if it has fewer than two."""
     end, complete = start, 0
-    for index, option in enumerate(known.literal):
+    for index, option in enumerate(options.literal):
         letter = chr(ord("A") + index)
         label = re.compile(rf"\W*(?<!\w)\(?{letter}(?:[.):]\s*|\s*$)", re.IGNORECASE).match(text, end)
         if label is None:
@@ -178,86 +182,87 @@ def _repeated_to(text: str, start: int, known: Options) -> int | None:
     return end if complete > 1 else None
 
 
-def _gone_through(said: str, known: Options) -> tuple[bool, int | None]:
+def _read_discussion(answer: str, options: Options) -> tuple[bool, int | None]:
     """Return whether a text discusses options one by one from A on, and its conclusion: a letter announced after them,
     the only option with a tick or called right, or the only option left over."""
-    weighed = weighed_options(said, known)
+    weighed = weighed_options(answer, options)
     if not weighed:
         return False, None
     # The text after the list is the answer, whatever the list says.
     listed_to = next((one.end for one, each in pairwise(weighed) if each.option != one.option + 1), weighed[-1].end)
-    behind = said[listed_to:]
-    arrived = _arrived(behind, known, (CORRECTS, SAYS, CONCLUDES, MENTIONS))
+    behind = answer[listed_to:]
+    arrived = _find_conclusion(behind, options, (CORRECTS, SAYS, CONCLUDES, MENTIONS))
     earlier_lines, _, last_line = behind.strip().rpartition("\n")
     if arrived is None and re.search(r"\w", earlier_lines):  # otherwise the list continues
-        arrived = _alone(last_line, known)
-        arrived = known.lettered(last_line) if arrived is None else arrived
+        arrived = _parse_lone_letter(last_line, options)
+        arrived = options.lettered(last_line) if arrived is None else arrived
     speaks = says_something(weighed)
     if arrived is None and speaks:
-        arrived = called_right(weighed, known)
+        arrived = called_right(weighed, options)
     if arrived is None:
-        arrived = _arrived(_without_verdicts(said, weighed), known, (CORRECTS, SAYS, CONCLUDES))
+        arrived = _find_conclusion(_remove_verdicts(answer, weighed), options, (CORRECTS, SAYS, CONCLUDES))
     if arrived is None and speaks:
-        arrived = left_over(weighed, known)
+        arrived = left_over(weighed, options)
     return arrived is not None or speaks, arrived
 
 
-def _without_verdicts(said: str, weighed: Sequence[Weighed]) -> str:
+def _remove_verdicts(answer: str, weighed: Sequence[Weighed]) -> str:
     """Remove the "no" at the end of each option's line, because it corrects nothing ("- No. B. blue")."""
     for each in reversed(weighed):
-        if re.match(SET_OFF, said[each.end :]):
-            said = f"{said[: each.end]}; {re.sub(rf'^{SAID_NO}', '', said[each.end :])}"
-    return said
+        if re.match(SET_OFF, answer[each.end :]):
+            answer = f"{answer[: each.end]}; {re.sub(rf'^{SAID_NO}', '', answer[each.end :])}"
+    return answer
 
 
-def _arrived(said: str, known: Options, announcements: Sequence[str]) -> int | None:
+def _find_conclusion(answer: str, options: Options, announcements: Sequence[str]) -> int | None:
     """Return the option that a text announces or calls right."""
-    text = apart(_in_a_row(said), known)
-    announced = _announced(announcements, text, known)
-    return _stated(text, known.last) if announced is None else announced
+    text = apart(_join_lines(answer), options)
+    announced = _find_announced_letter(announcements, text, options)
+    return _find_letter_called_right(text, options.last) if announced is None else announced
 
 
-def _another(last: str) -> str:
+def _another_letter_pattern(last_letter: str) -> str:
     """Return a pattern of a further letter ("B or C", "(B), (C)", "B, maybe C"); then no letter is the answer."""
     return (
         r"[)\]}.:]?\s*(?:[,;/&]|[,;]?\s*\b(?:or|and)\b)\s*(?:(?:maybe|possibly|perhaps|also|even)\s+)?"
-        rf"(?:(?:the\s+)?(?i:option|opt\.?|choice|letter)\s+)?[(\[{{]*[A-{last}]"
+        rf"(?:(?:the\s+)?(?i:option|opt\.?|choice|letter)\s+)?[(\[{{]*[A-{last_letter}]"
         r"(?:[)\]}]|\b(?!\s+[a-z])|\b(?=\s+(?:or|and)\b))"
     )
 
 
-def _listed(text: str, known: Options) -> set[int] | None:
+def _parse_letter_list(text: str, options: Options) -> set[int] | None:
     """Return the letters of a text that consists of two or more letters only; None for any other text."""
-    last, separator = known.last, r"(?:[)\]}.:]*(?:\s*[,;/&]\s*|\s+(?:and|or)\s+|\s+)|[)\]}]+)[(\[{]*"
+    last, separator = options.last, r"(?:[)\]}.:]*(?:\s*[,;/&]\s*|\s+(?:and|or)\s+|\s+)|[)\]}]+)[(\[{]*"
     if not re.fullmatch(rf"[\W_]*[A-{last}](?:{separator}[A-{last}])+[\W_]*", text):
         return None
     letters = re.findall(rf"[A-{last}]", text)
-    if len(letters) == 2 and known.literal[number_of(letters[0])] == letters[1].lower():
+    if len(letters) == 2 and options.literal[number_of(letters[0])] == letters[1].lower():
         return {number_of(letters[0])}  # "B. A", for an option that is the letter A
     return {number_of(letter) for letter in letters}
 
 
-def _alone(text: str, known: Options) -> int | None:
+def _parse_lone_letter(text: str, options: Options) -> int | None:
     """Return the option of a text that is only a letter, with any punctuation, possibly repeated ("C.C.C.")."""
-    match = re.fullmatch(rf"[\W_]*([A-{known.last}a-{known.last.lower()}])(?:[\W_]+\1)*[\W_]*", text)
+    match = re.fullmatch(rf"[\W_]*([A-{options.last}a-{options.last.lower()}])(?:[\W_]+\1)*[\W_]*", text)
     return number_of(match.group(1)) if match else None
 
 
-def _leading(text: str, known: Options) -> int | None:
+def _find_leading_letter(text: str, options: Options) -> int | None:
     """Return the option of a letter at the beginning, separated from the text or followed by that option's words. If
     the text discusses several options ("A: wrong. B: right. The answer is B."), return the letter of its conclusion."""
-    last, plain = known.last, known.plain
+    last, plain = options.last, options.plain
     match = re.match(
-        rf"[(\[{{]?\s*([A-{last}a-{last.lower()}])(?!{_another(last)})\s*(?:[)\]}}.:]|[,;]|\s[-–—]\s|-\s)", text
+        rf"[(\[{{]?\s*([A-{last}a-{last.lower()}])(?!{_another_letter_pattern(last)})\s*(?:[)\]}}.:]|[,;]|\s[-–—]\s|-\s)",
+        text,
     )
     if match:
         index, remainder = number_of(match.group(1)), text[match.end() :]
-        if _names_another(normal_text(remainder), index, known):
+        if _names_another_option(normal_text(remainder), index, options):
             return None
         if plain[index] and plain_text(normal_text(remainder)).startswith(plain[index]):
             return index
-        arrived = _announced((SAYS, CONCLUDES), remainder, known)
-        arrived = _stated(remainder, last) if arrived is None else arrived
+        arrived = _find_announced_letter((SAYS, CONCLUDES), remainder, options)
+        arrived = _find_letter_called_right(remainder, last) if arrived is None else arrived
         return index if arrived is None else arrived
     before_another = rf"(?:rather\s+than|instead\s+of|not|over)\s+(?:option\s+)?[(\[]?[A-{last}]\b"
     reasoned = re.match(
@@ -272,76 +277,77 @@ def _leading(text: str, known: Options) -> int | None:
     return number_of(match.group(1) or match.group(2)) if match else None
 
 
-def _one_per_line(text: str, known: Options) -> bool:
+def _has_letter_per_line(text: str, options: Options) -> bool:
     """Return whether each line is a letter, or a letter with its option's words, and the letters differ. Text after an
     empty line is not considered."""
     letters = set()
     for line in map(str.strip, text.split("\n")):
-        letter = re.match(rf"[(\[]?([A-{known.last}])(?:[.):\]]+\s*(.*)|)$", line)
+        letter = re.match(rf"[(\[]?([A-{options.last}])(?:[.):\]]+\s*(.*)|)$", line)
         words = literal_text(letter.group(2) or "") if letter else ""
-        if letter is None or words not in ("", known.literal[number_of(letter.group(1))]):
+        if letter is None or words not in ("", options.literal[number_of(letter.group(1))]):
             return False
         letters.add(letter.group(1))
     return len(letters) > 1
 
 
-def _without_denied(said: str, known: Options) -> str:
+def _remove_denied_option(answer: str, options: Options) -> str:
     """Remove the option at the beginning of a text if the text rejects it ("A. red: wrong.", "A. red. This is wrong.",
     "A: No B: Yes")."""
-    label = re.match(rf"\W*(?P<letter>[A-{known.last}])\s*(?:[)\]}}.:,;]|\s[-–—]\s|-\s)", said, re.IGNORECASE)
+    label = re.match(rf"\W*(?P<letter>[A-{options.last}])\s*(?:[)\]}}.:,;]|\s[-–—]\s|-\s)", answer, re.IGNORECASE)
     if label is None:
-        return said
+        return answer
     index = number_of(label["letter"])
-    words = re.compile(rf"\s*{own_words(index, known)}(?!\w)", re.IGNORECASE).match(said, label.end())
-    remainder = said[label.end() if words is None else words.end() :]
+    words = re.compile(rf"\s*{own_words(index, options)}(?!\w)", re.IGNORECASE).match(answer, label.end())
+    remainder = answer[label.end() if words is None else words.end() :]
     # a full stop may belong to the option ("A. A man runs. is not shown")
     verb = rf"(?:[\s:,;.(–—-]*\b(?:is|was|would\s+be|seems|looks)\s+|{BEFORE_SAID})"
     # "B. blue, not red" denies another option
     denial = (
-        rf"(?!\W*not\s+(?:the\s+)?(?:{_others(index, known)})){verb}(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
+        rf"(?!\W*not\s+(?:the\s+)?(?:{_other_options_pattern(index, options)}))"
+        rf"{verb}(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
     )
-    bare_denial = rf"\s*(?:no|wrong|incorrect|false)\W+(?-i:[A-{known.last}])(?:[.):]|\s[-–—]\s)"
+    bare_denial = rf"\s*(?:no|wrong|incorrect|false)\W+(?-i:[A-{options.last}])(?:[.):]|\s[-–—]\s)"
     denied = re.match(rf"(?:{bare_denial if words is None else denial}|{SAID_OF_THAT_WRONG})", remainder, re.IGNORECASE)
-    return said if denied is None else remainder
+    return answer if denied is None else remainder
 
 
-def _others(number: int, known: Options) -> str:
-    return "|".join(own_words(other, known) for other in range(len(known.literal)) if other != number)
+def _other_options_pattern(number: int, options: Options) -> str:
+    return "|".join(own_words(other, options) for other in range(len(options.literal)) if other != number)
 
 
-def _names_another(text: str, number: int, known: Options) -> bool:
+def _names_another_option(text: str, number: int, options: Options) -> bool:
     """Return whether a letter is followed by its option's words and then another lettered option ("B. blue / C.
     green")."""
-    option_words = own_words(number, known)
+    option_words = own_words(number, options)
     separator = r"[\s.]*(?:[,;/&]|(?i:\bor\b|\band\b))\s*"
-    label = re.match(rf"\s*(?i:{option_words})(?!\w){separator}[(\[]?([A-{known.last}])[.):]\s*", text)
-    return label is not None and text[label.end() :].lower().startswith(known.literal[number_of(label.group(1))])
+    label = re.match(rf"\s*(?i:{option_words})(?!\w){separator}[(\[]?([A-{options.last}])[.):]\s*", text)
+    return label is not None and text[label.end() :].lower().startswith(options.literal[number_of(label.group(1))])
 
 
-def _said(text: str, known: Options) -> int | None:
+def _find_stated_letter(text: str, options: Options) -> int | None:
     """Return the option of a letter after words that announce an answer, or before words that call it the answer."""
-    found = _announced((CORRECTS, SAYS, CONCLUDES, MENTIONS, I_SAY), text, known)
-    found = _stated(text, known.last) if found is None else found
-    return _shown(text, known.last) if found is None else found
+    found = _find_announced_letter((CORRECTS, SAYS, CONCLUDES, MENTIONS, I_SAY), text, options)
+    found = _find_letter_called_right(text, options.last) if found is None else found
+    return _find_letter_called_fitting(text, options.last) if found is None else found
 
 
-def _announced(announcements: Sequence[str], text: str, known: Options) -> int | None:
+def _find_announced_letter(announcements: Sequence[str], text: str, options: Options) -> int | None:
     """Return the last letter after the first announcement that has one, without denied letters and letters of a list. A
     hypothetical letter counts only if there is no other."""
-    last, supposed = known.last, None
+    last, supposed = options.last, None
     upper, lower = rf"([A-{last}])\b", rf"([a-{last.lower()}])(?:\s*(?:[)\]}}.,;:]|$)|(?={RIGHT}))"
-    not_listed = rf"(?!{_another(last)})"
+    not_listed = rf"(?!{_another_letter_pattern(last)})"
     for says in announcements:
         announced: list[tuple[int, int]] = []
         for letter in (upper + not_listed, lower):
             for match in re.finditer(rf"(?i:{says}){letter}", text):
-                preceding, behind = before_place(text, match.start()), _behind(text, match.end(1), known)
+                preceding, behind = before_place(text, match.start()), _text_after(text, match.end(1), options)
                 if re.search(r"\bor\s*$", preceding) or NOT.search(preceding) or re.match(WRONG, behind):
                     continue
                 if re.match(r"\s*\?", behind):  # a question
                     continue
                 if says == CORRECTS and (
-                    _is_an_options(match.group().split()[0], known) or _is_verdict(match.group(), behind)
+                    _is_word_of_option(match.group().split()[0], options) or _is_verdict(match.group(), behind)
                 ):
                     continue
                 if SUPPOSES.search(before_place(text, match.start(1))) and not re.match(
@@ -349,15 +355,15 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
                 ):
                     supposed = number_of(match.group(1)) if supposed is None else supposed
                     continue
-                if _names_another(normal_text(behind.lstrip(".):] ")), number_of(match.group(1)), known):
+                if _names_another_option(normal_text(behind.lstrip(".):] ")), number_of(match.group(1)), options):
                     continue
                 announced_text = match.group(1) + behind
-                signed = _begins_literally(announced_text, known)
+                signed = _match_initial_signs(announced_text, options)
                 if signed is not None:  # "The answer is C++"
                     announced.append((match.start(1), signed))
                     continue
                 if re.match(r"\s+[a-z]", behind) and not re.match(rf"\s+{REASON}|{RIGHT}", behind):
-                    option_named = _begins_with(announced_text, known.plain)
+                    option_named = _match_initial_words(announced_text, options.plain)
                     if option_named is not None:  # "The answer is C major"
                         announced.append((match.start(1), option_named))
                     if option_named is not None or says != SAYS or match.group(1) in "AI":
@@ -368,47 +374,48 @@ def _announced(announcements: Sequence[str], text: str, known: Options) -> int |
     return supposed
 
 
-def _behind(text: str, place: int, known: Options) -> str:
+def _text_after(text: str, position: int, options: Options) -> str:
     """Return the text after a place, limited to a length in which two options fit."""
-    return text[place : place + 300 + 2 * max(map(len, known.literal))]
+    return text[position : position + 300 + 2 * max(map(len, options.literal))]
 
 
-def _is_verdict(correction: str, behind: str) -> bool:
+def _is_verdict(correction: str, following: str) -> bool:
     """Return whether a "no" before a letter is a verdict on the previous option ("C: no. D: no."), no correction."""
     return (
-        re.match(r"no\s*[.:,–—-]", correction, re.IGNORECASE) is not None and re.match(SAID_OF_IT, behind) is not None
+        re.match(r"no\s*[.:,–—-]", correction, re.IGNORECASE) is not None
+        and re.match(SAID_OF_IT, following) is not None
     )
 
 
-def _is_an_options(word: str, known: Options) -> bool:
+def _is_word_of_option(word: str, options: Options) -> bool:
     """Return whether a word occurs in an option."""
     own = re.compile(rf"(?<!\w){re.escape(word.strip(',.:;').lower())}(?!\w)")
-    return any(own.search(option) for option in known.literal)
+    return any(own.search(option) for option in options.literal)
 
 
-def _begins_with(text: str, plain: Sequence[str]) -> int | None:
+def _match_initial_words(text: str, plain_options: Sequence[str]) -> int | None:
     """Return the option of several words with which a text begins."""
     own = f"{plain_text(normal_text(text))} "
-    begun = [number for number, option in enumerate(plain) if " " in option and own.startswith(f"{option} ")]
-    return max(begun, key=lambda number: len(plain[number]), default=None)
+    begun = [number for number, option in enumerate(plain_options) if " " in option and own.startswith(f"{option} ")]
+    return max(begun, key=lambda number: len(plain_options[number]), default=None)
 
 
-def _begins_literally(text: str, known: Options) -> int | None:
+def _match_initial_signs(text: str, options: Options) -> int | None:
     """Return the option with which a text begins, for letters with signs (C#, A+) or several letters (b, e, a)."""
     lowered = normal_text(text).lower()
     matching = [
         number
-        for number, option in enumerate(known.literal)
+        for number, option in enumerate(options.literal)
         if re.fullmatch(r"[a-z](?:[^\w\s]+|(?:[\W_]+[a-z])+)", option)
         and re.match(rf"{re.escape(option)}(?![^\s.,;:!?)])", lowered)
     ]
-    return max(matching, key=lambda number: len(known.literal[number]), default=None)
+    return max(matching, key=lambda number: len(options.literal[number]), default=None)
 
 
-def _stated(text: str, last: str) -> int | None:
+def _find_letter_called_right(text: str, last_letter: str) -> int | None:
     """Return the first letter called the answer; a letter that only "seems" to be it is used if there is no other."""
     seeming: int | None = None
-    for match in re.finditer(rf"(?:^|\s)[(\[]?([A-{last}])[)\]]?({RIGHT})", text):
+    for match in re.finditer(rf"(?:^|\s)[(\[]?([A-{last_letter}])[)\]]?({RIGHT})", text):
         before = before_place(text, match.start(1))
         if NOT.search(before) or OPEN.search(before):
             continue
@@ -418,9 +425,9 @@ def _stated(text: str, last: str) -> int | None:
     return seeming
 
 
-def _shown(text: str, last: str) -> int | None:
+def _find_letter_called_fitting(text: str, last_letter: str) -> int | None:
     """Return the option of which a text says that it fits ("Option C matches the video"), if it is only one."""
-    option = rf"(?i:\b(?:option|choice|answer|only(?:\s+option)?)\s+)[(\[]?([A-{last}])[)\]]?(?i:{SHOWN})"
+    option = rf"(?i:\b(?:option|choice|answer|only(?:\s+option)?)\s+)[(\[]?([A-{last_letter}])[)\]]?(?i:{SHOWN})"
     options_shown = {
         number_of(match.group(1))
         for match in re.finditer(option, text)
@@ -429,19 +436,19 @@ def _shown(text: str, last: str) -> int | None:
     return options_shown.pop() if len(options_shown) == 1 else None
 
 
-def _bracketed(text: str, known: Options) -> int | None:
+def _find_bracketed_letter(text: str, options: Options) -> int | None:
     """Return the letter in brackets, if it is only one."""
-    found = {number_of(letter) for letter in re.findall(rf"[(\[]([A-{known.last}])[)\]]", text)}
+    found = {number_of(letter) for letter in re.findall(rf"[(\[]([A-{options.last}])[)\]]", text)}
     return found.pop() if len(found) == 1 else None
 
 
-def _capitals(text: str, known: Options) -> tuple[set[int], set[int]]:
+def _find_capitals(text: str, options: Options) -> tuple[set[int], set[int]]:
     """Return the capitals that are not words of a sentence: those that stand alone, and those after a word that they
     may label ("clip A")."""
     standalone, labelling = set[int](), set[int]()
-    if re.search(rf"\b[A-{known.last}]\b{_another(known.last)}", text):
+    if re.search(rf"\b[A-{options.last}]\b{_another_letter_pattern(options.last)}", text):
         return standalone, labelling
-    for match in re.finditer(rf"\b([A-{known.last}])\b(?!['’])", text):
+    for match in re.finditer(rf"\b([A-{options.last}])\b(?!['’])", text):
         preceding = before_place(text, match.start())
         if NOT.search(preceding) or re.match(WRONG, text[match.end() :]):
             continue
@@ -450,8 +457,8 @@ def _capitals(text: str, known: Options) -> tuple[set[int], set[int]]:
     return standalone, labelling
 
 
-def _is_letter(letter: str, behind: str) -> bool:
+def _is_letter(letter: str, following: str) -> bool:
     """Return whether a capital before this text is not a word of a sentence."""
-    return not re.match(r"\s+[a-z]|-[a-z]", behind) or (
-        letter not in "AI" and re.match(rf"\s+{REASON}", behind) is not None
+    return not re.match(r"\s+[a-z]|-[a-z]", following) or (
+        letter not in "AI" and re.match(rf"\s+{REASON}", following) is not None
     )

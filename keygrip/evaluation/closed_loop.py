@@ -63,9 +63,9 @@ class ConditionResult:
         yaw = [episode.yaw_error_deg for episode in self.episodes if episode.yaw_error_deg is not None]
         kinds: dict[str, Any] = {}
         if len({episode.colour for episode in self.episodes}) > 1:
-            kinds["by_colour"] = _by_kind(self.episodes, lambda episode: episode.colour)
+            kinds["by_colour"] = _rates_by_kind(self.episodes, lambda episode: episode.colour)
         if len({episode.height_cm for episode in self.episodes}) > 1:
-            kinds["by_height"] = _by_kind(self.episodes, lambda episode: _height_range(episode.height_cm))
+            kinds["by_height"] = _rates_by_kind(self.episodes, lambda episode: _height_range(episode.height_cm))
         if joint_plans := sum(episode.joint_plans for episode in self.episodes):
             kinds["joint_plans"] = joint_plans / sum(episode.plans for episode in self.episodes)
         return success_rates(self.episodes) | {
@@ -101,7 +101,9 @@ def clamped(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
     }
 
 
-def _by_kind(episodes: Sequence[EpisodeResult], kind: Callable[[EpisodeResult], str]) -> dict[str, dict[str, Any]]:
+def _rates_by_kind(
+    episodes: Sequence[EpisodeResult], kind: Callable[[EpisodeResult], str]
+) -> dict[str, dict[str, Any]]:
     """Return the rates of each kind of episode, by its name."""
     groups: dict[str, list[EpisodeResult]] = {}
     for episode in episodes:
@@ -223,7 +225,7 @@ class ClosedLoop:
         processes = min(self.processes or usable_cores(), len(jobs))
         with _Results(self.grids, len(jobs), None if output is None else output / EPISODES_FILE) as results:
             if self.python is not None:
-                self._run_elsewhere(checkpoint, jobs, processes, results)
+                self._run_remotely(checkpoint, jobs, processes, results)
             elif processes == 1:
                 worker = _Worker(checkpoint, self)
                 for job in jobs:
@@ -269,7 +271,7 @@ class ClosedLoop:
                         process.terminate()
                 raise
 
-    def _run_elsewhere(self, checkpoint: Path, jobs: list[_Job], processes: int, results: _Results) -> None:
+    def _run_remotely(self, checkpoint: Path, jobs: list[_Job], processes: int, results: _Results) -> None:
         settings = self._remote_settings()
         episodes = [(changed(self.task, job.overrides), job.seed, job.video) for job in jobs]
         for number, result in run_remote(self.policy_in(checkpoint), settings, episodes, processes):

@@ -159,21 +159,21 @@ def environment_settings(
             cameras = _trained_cameras(data, recorded.task)
             return EnvironmentSettings(recorded.task, recorded.image_size, recorded.hz, cameras, recorded=recorded)
         env = option_of("env", recorded.environment)
-        return _settings(data, env, recorded.task, recorded)
+        return _resolve_settings(data, env, recorded.task, recorded)
     kind: Any = get_class(env["task"]["_target_"])
-    recorded_there = _recorded_there(data, trust, env["name"], kind)
+    recorded_there = _find_recording(data, trust, env["name"], kind)
     options = {name: value for name, value in env["task"].items() if name != "_target_"}
     if recorded_there is None or recorded_there.task is None:
-        return _settings(data, env, instantiate(dict(env["task"]), _convert_="all"), recorded_there)
-    return _settings(data, env, changed(recorded_there.task, options), recorded_there)
+        return _resolve_settings(data, env, instantiate(dict(env["task"]), _convert_="all"), recorded_there)
+    return _resolve_settings(data, env, changed(recorded_there.task, options), recorded_there)
 
 
-def _settings(
+def _resolve_settings(
     data: Mapping[str, Any], env: Mapping[str, Any], task: Any, recorded: Recorded | None
 ) -> EnvironmentSettings:
     """Use the setting of `env`, else that of the recording, else the default."""
     name = env["name"]
-    _warn_of_others(env, recorded)
+    _warn_of_changed_settings(env, recorded)
     image_size, hz, tasks = env["image_size"], env["hz"], env["tasks"]
     if image_size is None:
         image_size = DEFAULT_IMAGE_SIZE if recorded is None else recorded.image_size
@@ -202,7 +202,7 @@ def _refuse_changes(env: Mapping[str, Any]) -> None:
         raise ValueError(f"env.{name} has no effect with env=recorded: give {name}.OPTION=... in place of it")
 
 
-def _warn_of_others(env: Mapping[str, Any], recorded: Recorded | None) -> None:
+def _warn_of_changed_settings(env: Mapping[str, Any], recorded: Recorded | None) -> None:
     """Warn of settings that differ from the recording of the same environment."""
     if recorded is None:
         return
@@ -215,13 +215,13 @@ def _warn_of_others(env: Mapping[str, Any], recorded: Recorded | None) -> None:
             log.warning("env.tasks names %s, of which there are no demonstrations", ", ".join(unrecorded))
 
 
-def _recorded_there(data: Mapping[str, Any], trust: Sequence[str], name: str, kind: type) -> Recorded | None:
+def _find_recording(data: Mapping[str, Any], trust: Sequence[str], name: str, kind: type) -> Recorded | None:
     """Return the recording of the demonstrations, if it was in the environment of these tasks; else log the reason."""
     try:
         recorded = recorded_in(data, trust)
     except ValueError:
         root = data.get("root")
-        if isinstance(root, str) and not _folder_of(root).exists():
+        if isinstance(root, str) and not _data_folder(root).exists():
             log.warning(
                 "env=%s with its own defaults: the demonstrations are not in %s, which would say how they were "
                 "recorded (data.root=FOLDER names where they are)",
@@ -267,16 +267,16 @@ def recorded_in(data: Mapping[str, Any], trust: Sequence[str] = ()) -> Recorded:
         raise ValueError(
             f"the run was trained on several data sets: say where to evaluate it with {CHOICE}, or give simulate=false"
         )
-    return _of_folder(_folder_of(data["root"]))
+    return _read_recording(_data_folder(data["root"]))
 
 
-def _folder_of(root: str) -> Path:
+def _data_folder(root: str) -> Path:
     """Return the folder that a setting `data.root` names."""
     name = hub_name(root)
     return Path(root) if name is None else hub_folder(name)
 
 
-def _of_folder(root: Path) -> Recorded:
+def _read_recording(root: Path) -> Recorded:
     """Read the description of a recorded folder; its settings are untrusted data and are checked."""
     file, advice = root / RECORDING_FILE, f"give {CHOICE}, or simulate=false"
     if not root.exists():
@@ -290,17 +290,19 @@ def _of_folder(root: Path) -> Recorded:
         settings = read_json(file, LARGEST_RECORDING_FILE)["settings"]
         recorded_in, image_size = settings.get("environment"), int(settings["image_size"])
         if recorded_in == "gymnasium":
-            return Recorded("gymnasium", None, image_size, float(settings["hz"]), seeds=_seeds_there(root))
+            return Recorded("gymnasium", None, image_size, float(settings["hz"]), seeds=_list_recorded_seeds(root))
         if recorded_in == "metaworld":
             task = changed(
                 MetaWorldTask(), {"camera": settings["cameras"][0], "shadows": settings.get("shadows", False)}
             )
             upright_cameras = settings.get("turned_upright", [])
             old = tuple(camera for camera in lately_turned(settings["cameras"]) if camera not in upright_cameras)
-            return Recorded("metaworld", task, image_size, HZ, _tasks_there(root), _seeds_there(root), old)
+            return Recorded(
+                "metaworld", task, image_size, HZ, _list_recorded_tasks(root), _list_recorded_seeds(root), old
+            )
         stored = dict(settings["task"])
         cell = changed(HandoverTask() if stored.get("name") == "handover" else TaskOptions(), stored)
-        hz, seeds = float(settings["hz"]), _seeds_there(root)
+        hz, seeds = float(settings["hz"]), _list_recorded_seeds(root)
         return Recorded(ENVIRONMENTS[type(cell)], cell, image_size, hz, seeds=seeds)
     except BadSample as error:
         raise ValueError(f"{file} does not describe a recording ({error.what}): {advice}") from error
@@ -308,7 +310,7 @@ def _of_folder(root: Path) -> Recorded:
         raise ValueError(f"{file} does not describe a recording ({type(error).__name__}: {error}): {advice}") from error
 
 
-def _tasks_there(root: Path) -> tuple[str, ...]:
+def _list_recorded_tasks(root: Path) -> tuple[str, ...]:
     """Return the Meta-World tasks with demonstrations in a folder, in the benchmark's order.
 
     Raises:
@@ -321,7 +323,7 @@ def _tasks_there(root: Path) -> tuple[str, ...]:
     return tasks
 
 
-def _seeds_there(root: Path) -> frozenset[int]:
+def _list_recorded_seeds(root: Path) -> frozenset[int]:
     """Return the seeds of a folder's demonstrations, which are at the end of their names."""
     ends = (file.parent.name.rpartition("_")[2] for file in root.glob("[!.]*/metadata.json"))
     return frozenset(int(end) for end in ends if end.isdecimal() and len(end) < 20)

@@ -276,13 +276,13 @@ class Suite:
                 asked,
                 conditions=replace(conditions, patches=conditions.patches[:, order.to(conditions.patches.device)]),
             )
-        return self._changed(asked, numbers)
+        return self._change_captions(asked, numbers)
 
-    def _changed(self, asked: Asked, numbers: range) -> Asked | None:
+    def _change_captions(self, asked: Asked, indices: range) -> Asked | None:
         words = self.options.words
         all_changes = [
             change_caption(caption, record, number, self.colours, words)
-            for caption, record, number in zip(asked.captions, asked.records, numbers, strict=True)
+            for caption, record, number in zip(asked.captions, asked.records, indices, strict=True)
         ]
         changed_rows = [i for i, change in enumerate(all_changes) if change is not None]
         if not changed_rows:
@@ -318,10 +318,10 @@ class Suite:
         if self.clip is not None:
             figures["clip_similarity"] = self.clip(drawn, asked.captions)
         if self.classifier is not None:
-            figures |= self._classified(self.classifier.network.to(drawn.device)(drawn), asked, drawn)
+            figures |= self._measure_objects(self.classifier.network.to(drawn.device)(drawn), asked, drawn)
         return {name: values.float().cpu() for name, values in figures.items()}
 
-    def _classified(self, verdict: Verdict, asked: Asked, drawn: Tensor) -> dict[str, Tensor]:
+    def _measure_objects(self, verdict: Verdict, asked: Asked, drawn: Tensor) -> dict[str, Tensor]:
         evidence = [record["evidence"] for record in asked.records]
         truth = torch.tensor([[e["cube"], e["block"]] for e in evidence], device=drawn.device)
         distance = distance_px(verdict.places, truth, (drawn.shape[2], drawn.shape[3]))
@@ -404,11 +404,11 @@ class Suite:
         parts = (part for batch in batches for part in batch.split(64))
         return torch.cat([features(part.to(device).float() / 255).float().cpu() for part in parts])
 
-    def _references(self, batch: ImageTextBatch, real: Tensor, numbers: range) -> Iterator[tuple[str, Asked, Tensor]]:
+    def _references(self, batch: ImageTextBatch, real: Tensor, indices: range) -> Iterator[tuple[str, Asked, Tensor]]:
         """Yield real images in place of generated ones: another one of the set; each as reconstructed by the
         autoencoder, which no generated image can surpass; and each itself, which gives the classifier's own error and
         the distance between sets of real images."""
-        asked = self.ask("reconstruction", batch, real, numbers)
+        asked = self.ask("reconstruction", batch, real, indices)
         assert asked is not None
         if len(batch) > 1:
             yield UNRELATED, asked, real.roll(-1, dims=0)
@@ -417,16 +417,16 @@ class Suite:
         yield REAL, asked, real
 
     @staticmethod
-    def _add(values: dict[str, list[Tensor]], found: dict[str, Tensor]) -> None:
-        for name, numbers in found.items():
+    def _add(values: dict[str, list[Tensor]], measured: dict[str, Tensor]) -> None:
+        for name, numbers in measured.items():
             values[name].append(numbers)
 
     @staticmethod
-    def _row(case: str, asked: Asked, drawn: Tensor, numbers: range) -> SampleRow:
+    def _row(case: str, asked: Asked, drawn: Tensor, indices: range) -> SampleRow:
         title = case.replace("_", " ")
         if case == "dino_swap":
             title = f"{title}: own text, layout of the next image"
-        places = [number - numbers.start for number in asked.seeds]
+        places = [number - indices.start for number in asked.seeds]
         return SampleRow(title, places, drawn, asked.colours if case == "changed_words" else None)
 
     @property

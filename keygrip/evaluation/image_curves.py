@@ -34,11 +34,11 @@ class Curves:
         example_count = max(1, self.options.shown // 4)
         table = []
         for text, dino in Progress(pairs, desc="scales", unit="pair", leave=False):
-            figures, examples = self._drawn_so(
+            figures, examples = self._generate_case(
                 case, self.sampling.replaced(text_scale=text, dino_scale=dino), example_count
             )
             if figures:
-                table.append({"text_scale": text, "dino_scale": dino, **self._with_grain_off(case, figures)})
+                table.append({"text_scale": text, "dino_scale": dino, **self._add_grain_difference(case, figures)})
                 images[text].append(examples)
         dinos = ", ".join(f"{scale:g}" for scale in self.options.dino_scales)
         rows = [(f"text scale {t:g}; DINO scale {dinos}, {len(p[0])} each", torch.cat(p)) for t, p in images.items()]
@@ -48,9 +48,9 @@ class Curves:
         """Return the figures of images from text only for each text scale."""
         table = []
         for text in Progress(self.options.text_scales, desc="text scales", unit="scale", leave=False):
-            figures, _ = self._drawn_so("text_only", self.sampling.replaced(text_scale=float(text)))
+            figures, _ = self._generate_case("text_only", self.sampling.replaced(text_scale=float(text)))
             if figures:
-                table.append({"text_scale": float(text), **self._with_grain_off("text_only", figures)})
+                table.append({"text_scale": float(text), **self._add_grain_difference("text_only", figures)})
         return table
 
     def steps(self) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ class Curves:
         table = []
         pairs = [(case, steps) for case in STEPPED for steps in self.options.step_counts]
         for case, steps in Progress(pairs, desc="steps", unit="curve point", leave=False):
-            figures, _ = self._drawn_so(case, replace(self.sampling, steps=int(steps)))
+            figures, _ = self._generate_case(case, replace(self.sampling, steps=int(steps)))
             if figures:
                 table.append({"case": case, "steps": int(steps), **figures})
         return table
@@ -67,7 +67,7 @@ class Curves:
     def real(self, case: str) -> dict[str, float]:
         """Return the anchor of a case: the real images that it uses, compared with the same training images; empty if
         it applies to no image."""
-        grid = self._grid(case)
+        grid = self._list_conditions(case)
         seeds = tuple(seed for asked, _ in grid for seed in asked.seeds)
         if seeds and seeds not in self._anchors:
             features = torch.cat([self.suite.features.features(asked.target).float().cpu() for asked, _ in grid])
@@ -75,11 +75,11 @@ class Curves:
             self._anchors[seeds] = real_figures(features, grains, self.suite.reference)
         return self._anchors.get(seeds, {})
 
-    def _with_grain_off(self, case: str, found: dict[str, Any]) -> dict[str, Any]:
+    def _add_grain_difference(self, case: str, figures: dict[str, Any]) -> dict[str, Any]:
         """Add the difference between the grain and that of the same real images: higher is noise, lower is blur."""
-        return {**found, "grain_off": round(abs(found["grain"] - self.real(case)["grain"]), 5)}
+        return {**figures, "grain_off": round(abs(figures["grain"] - self.real(case)["grain"]), 5)}
 
-    def _grid(self, case: str) -> list[tuple[Asked, tuple[int, int]]]:
+    def _list_conditions(self, case: str) -> list[tuple[Asked, tuple[int, int]]]:
         """Return the conditions of a case for the images of the curves, with the latents' size of each batch."""
         if case not in self._grids:
             self._grids[case] = [
@@ -90,12 +90,12 @@ class Curves:
         return self._grids[case]
 
     @torch.no_grad()
-    def _drawn_so(self, case: str, sampling: Sampling, most: int = 0) -> tuple[dict[str, Any], Tensor]:
-        """Return the figures of a case generated with the given sampling, and up to `most` images of the first batch
-        with that many, or else of the largest batch; empty if the case applies to no image."""
+    def _generate_case(self, case: str, sampling: Sampling, max_examples: int = 0) -> tuple[dict[str, Any], Tensor]:
+        """Return the figures of a case generated with the given sampling, and up to `max_examples` images of the first
+        batch with that many, or else of the largest batch; empty if the case applies to no image."""
         suite, values = self.suite, defaultdict[str, list[Tensor]](list)
         parts, examples, spent, evaluations = [], torch.zeros(0), 0.0, 0
-        for asked, size in self._grid(case):
+        for asked, size in self._list_conditions(case):
             started = time.perf_counter()
             drawn = suite.draw(asked, size, sampling).cpu()
             spent += time.perf_counter() - started
@@ -104,8 +104,8 @@ class Curves:
                 values[name].append(figure_values)
             evaluations = suite.module.sampling_at(size, sampling).evaluations(asked.conditions)
             parts.append(suite.features.features(drawn).float().cpu())
-            if min(len(drawn), most) > len(examples):
-                examples = drawn[:most].cpu()
+            if min(len(drawn), max_examples) > len(examples):
+                examples = drawn[:max_examples].cpu()
         if not parts:
             return {}, examples
         features = torch.cat(parts)

@@ -53,7 +53,7 @@ class Distances:
         error = (drawn - real).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
         ssim = structural_similarity_index_measure(drawn, real, data_range=1.0, reduction="none")
         assert isinstance(ssim, Tensor)
-        distances = {"psnr_db": -10 * error.log10(), "ssim": ssim, "dino_distance": self._of_dino(drawn, real)}
+        distances = {"psnr_db": -10 * error.log10(), "ssim": ssim, "dino_distance": self._dino_distance(drawn, real)}
         if self.classifier is not None:
             classifier = self.classifier.network.to(drawn.device)
             distances["judge_distance"] = feature_distance(classifier(drawn).features, classifier(real).features)
@@ -62,7 +62,7 @@ class Distances:
             distances["lpips"] = torch.stack([network(d[None], r[None]) for d, r in zip(drawn, real, strict=True)])
         return distances
 
-    def _of_dino(self, drawn: Tensor, real: Tensor) -> Tensor:
+    def _dino_distance(self, drawn: Tensor, real: Tensor) -> Tensor:
         width, height = self.encoders.view_size(drawn.shape[3], drawn.shape[2])
         both = functional.interpolate(torch.cat([drawn, real]), (height, width), mode="bilinear", antialias=True)
         _, patches = self.encoders.view.encode(both.clamp(0, 1))

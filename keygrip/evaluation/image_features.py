@@ -80,10 +80,10 @@ class FeatureOptions:
         if self.kind != "trained":
             self._refuse_idle(["width", "steps", "batch_size", "lr", "training_images"], "of an encoder trained here")
 
-    def _refuse_idle(self, names: list[str], whose: str) -> None:
+    def _refuse_idle(self, names: list[str], owner: str) -> None:
         for name in names:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise ValueError(f"features.{name} is {whose} and has no effect with features.kind={self.kind}")
+                raise ValueError(f"features.{name} is {owner} and has no effect with features.kind={self.kind}")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def feature_encoder(data: ImageShards, encoders: Encoders, options: FeatureOptio
         FileNotFoundError, ValueError: The weights do not exist or belong to another network.
     """
     if options.kind == "trained":
-        return _trained(data, encoders, options)
+        return _load_or_train(data, encoders, options)
     network, name, sha256 = known_encoder(options.kind, Path(str(options.weights)), options.variant)
     return FeatureEncoder(network, name, sha256)
 
@@ -137,7 +137,7 @@ def feature_encoder(data: ImageShards, encoders: Encoders, options: FeatureOptio
 # ---- the encoder that is trained here --------------------------------------------------------------------------------
 
 
-def _trained(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> FeatureEncoder:
+def _load_or_train(data: ImageShards, encoders: Encoders, options: FeatureOptions) -> FeatureEncoder:
     identity = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
     names = ["width", "steps", "batch_size", "lr"]
     if len(data.samples("train")) > options.training_images:
@@ -194,7 +194,7 @@ def train_encoder(images: list[Tensor], options: FeatureOptions) -> SmallEncoder
                 group["lr"] = rate
             part = images[int(rng.choice(len(images), p=shares / shares.sum()))]
             batch = part[torch.from_numpy(rng.integers(0, len(part), options.batch_size))].float() / 255
-            views = torch.cat([_view(batch, rng), _view(batch, rng)])
+            views = torch.cat([_augment(batch, rng), _augment(batch, rng)])
             embeddings = functional.normalize(network.head(network(views)), dim=-1)
             similarities = embeddings @ embeddings.T / TEMPERATURE
             similarities = similarities.masked_fill(torch.eye(len(embeddings), dtype=torch.bool), -torch.inf)
@@ -205,7 +205,7 @@ def train_encoder(images: list[Tensor], options: FeatureOptions) -> SmallEncoder
     return network.eval()
 
 
-def _view(images: Tensor, rng: Any) -> Tensor:
+def _augment(images: Tensor, rng: Any) -> Tensor:
     """Return a view: one crop, mirroring and lightness per batch, so that its views differ only in the images."""
     height, width = images.shape[2:]
     share = math.sqrt(rng.uniform(0.5, 1.0))

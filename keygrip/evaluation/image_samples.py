@@ -49,10 +49,10 @@ class Samples:
             return
         window = windows[cells.index(most_filled)]
         self._filled = (width, most_filled)
-        self.rows = [_placed(row, window) for row in rows if any(column in window for column in row.places)]
+        self.rows = [_arrange_row(row, window) for row in rows if any(column in window for column in row.places)]
 
 
-def _placed(row: SampleRow, window: range) -> tuple[str, Tensor]:
+def _arrange_row(row: SampleRow, window: range) -> tuple[str, Tensor]:
     """Return title and images [N, 3, H, W] of the columns, white where the row has none."""
     images = torch.full((len(window), *row.images.shape[1:]), EMPTY)
     labels = ["-"] * len(window)

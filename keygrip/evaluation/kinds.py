@@ -173,7 +173,7 @@ class Evaluated:
                 have no such setting or part (a source that does not exist has nothing to change), or a value has
                 another type.
         """
-        stored = OmegaConf.create(_within_limits(plain(self.config.data), changes or {}))
+        stored = OmegaConf.create(_limit_resources(plain(self.config.data), changes or {}))
         _refuse_unknown_parts(stored, changes or {}, "data")
         try:
             merged = plain(OmegaConf.merge(stored, dict(changes or {})))
@@ -194,20 +194,20 @@ class Evaluated:
         return built
 
 
-def _within_limits(stored: Any, named: Mapping[str, Any]) -> Any:
-    """Limit stored data settings to the resources of `MOST_TAKEN`, except for settings in `named`."""
+def _limit_resources(stored: Any, explicit: Mapping[str, Any]) -> Any:
+    """Limit stored data settings to the resources of `MOST_TAKEN`, except for settings in `explicit`."""
     if not isinstance(stored, Mapping):
         return stored
     lowered = {}
     for name, limit in MOST_TAKEN.items():
         value = stored.get(name)
-        if name not in named and isinstance(value, int | float) and value > limit:
+        if name not in explicit and isinstance(value, int | float) and value > limit:
             lowered[name] = limit
             log.info("the run's data.%s=%s is lowered to %s: name it to have more", name, value, limit)
     return {**stored, **lowered}
 
 
-def _refuse_unknown_parts(stored: Any, changes: Mapping[str, Any], place: str) -> None:
+def _refuse_unknown_parts(stored: Any, changes: Mapping[str, Any], path: str) -> None:
     """Raise ValueError if `changes` set or remove a part that the stored mapping of parts does not have."""
     for name, value in changes.items():
         if value is not None and not isinstance(value, Mapping):
@@ -216,11 +216,11 @@ def _refuse_unknown_parts(stored: Any, changes: Mapping[str, Any], place: str) -
         of_parts = [node for node in parts.values() if isinstance(node, DictConfig) and "_target_" in node]
         known = name in parts if value is None else "_target_" in value  # a complete new part; null removes a part
         if value is not None and parts.get(name) is not None:
-            _refuse_unknown_parts(parts[name], value, f"{place}.{name}")
+            _refuse_unknown_parts(parts[name], value, f"{path}.{name}")
         elif of_parts and "_target_" not in parts and not known:
-            close = nearest(f"{place}.{name}", [f"{place}.{key}" for key in parts])
+            close = nearest(f"{path}.{name}", [f"{path}.{key}" for key in parts])
             hint = f"the nearest is {close!r}" if close else f"it has {', '.join(parts)}"
-            raise ValueError(f"the run's {place} has no {name!r}: {hint}")
+            raise ValueError(f"the run's {path} has no {name!r}: {hint}")
 
 
 def checked_kind(name: str | None, what: str) -> str:

@@ -35,18 +35,18 @@ def known_encoder(kind: str, place: Path, variant: str) -> tuple[Features, str, 
         FileNotFoundError, ValueError: The weights do not exist or belong to another network.
     """
     if kind == "clip":
-        features = _clip(place)
+        features = _load_clip(place)
         files = sorted(place.glob("*.safetensors"))
         return features, f"clip {place.name}", sha256_of(sha256_file(file).encode() for file in files)
     if not place.is_file():
         raise FileNotFoundError(f"features.weights={place}: there is no such file")
     if kind == "dinov3":
-        return _dinov3(place, variant), f"dinov3 {place.name}", sha256_file(place)
-    features, name = _inception(place)
+        return _load_dinov3(place, variant), f"dinov3 {place.name}", sha256_file(place)
+    features, name = _load_inception(place)
     return features, f"{name} {place.name}", sha256_file(place)
 
 
-def _dinov3(file: Path, variant: str) -> Features:
+def _load_dinov3(file: Path, variant: str) -> Features:
     view = DinoView(variant, 224, "pretrained", weights_path=str(file))
 
     def features(images: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def _dinov3(file: Path, variant: str) -> Features:
     return features
 
 
-def _clip(folder: Path) -> Features:
+def _load_clip(folder: Path) -> Features:
     """As CMMD is defined: the whole image resized bicubically to the model's size, the projected embedding."""
     from transformers import CLIPVisionModelWithProjection
 
@@ -111,13 +111,13 @@ def clip_pixels(images: Tensor, edge: int) -> Tensor:
 # ---- Inception -------------------------------------------------------------------------------------------------------
 
 
-def _inception(file: Path) -> tuple[Features, str]:
+def _load_inception(file: Path) -> tuple[Features, str]:
     """With the FID's weights (pt_inception-2015-12-05-6726825d.pth) the features are those on which the FID is defined,
     resized as in its PyTorch port. torchvision's weights are from another training."""
     try:
         weights = load_tensors(file)
         is_fid = weights["fc.weight"].shape[0] == FID_CLASSES
-        network = fid_inception() if is_fid else _torchvision_inception()
+        network = fid_inception() if is_fid else _build_torchvision_inception()
         network.load_state_dict(weights)
     except Exception as error:
         raise ValueError(
@@ -138,7 +138,7 @@ def _inception(file: Path) -> tuple[Features, str]:
     return features, "inception of the FID" if is_fid else "inception of torchvision (no FID)"
 
 
-def _torchvision_inception() -> Any:
+def _build_torchvision_inception() -> Any:
     from torchvision.models import inception_v3
 
     return inception_v3(weights=None, init_weights=False, aux_logits=True)
@@ -153,11 +153,11 @@ def fid_inception() -> Any:
     for name, block in network.named_children():
         if name.startswith("Mixed_") and hasattr(block, "branch_pool"):
             pool = nn.MaxPool2d(3, 1, 1) if name == "Mixed_7c" else nn.AvgPool2d(3, 1, 1, count_include_pad=False)
-            block.register_forward_hook(partial(_pooled_otherwise, pool))
+            block.register_forward_hook(partial(_repool_last_branch, pool))
     return network
 
 
-def _pooled_otherwise(pool: nn.Module, block: Any, given: tuple[Tensor], found: Tensor) -> Tensor:
+def _repool_last_branch(pool: nn.Module, block: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     """Return a block's output with its last branch recomputed after another pooling."""
-    branch: Tensor = block.branch_pool(pool(given[0]))
-    return torch.cat([found[:, : -branch.shape[1]], branch], dim=1)
+    branch: Tensor = block.branch_pool(pool(inputs[0]))
+    return torch.cat([output[:, : -branch.shape[1]], branch], dim=1)

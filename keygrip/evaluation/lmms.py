@@ -107,7 +107,7 @@ class KeygripModel(lmms):
             draw_counts[id(request)] += 1
             return self._answer(request, draw_counts[id(request)] - 1)
 
-        return self._each(requests, drawn, lambda _: FAILED)
+        return self._answer_each(requests, drawn, lambda _: FAILED)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Return the likelihood of each target's text, without the end of the turn: a value, and whether greedy
@@ -127,9 +127,9 @@ class KeygripModel(lmms):
         """
         # its evaluator converts a bare pair to a string (`unwrap_generation_output`, 0.7 to 0.7.3), which no task can
         # read
-        return [GenerationResult(pair) for pair in self._each(requests, self._likelihood, _no_likelihood)]
+        return [GenerationResult(pair) for pair in self._answer_each(requests, self._likelihood, _failed_likelihood)]
 
-    def _each(
+    def _answer_each(
         self, requests: Sequence[Any], answer: Callable[[Any], Given], failed: Callable[[Any], Given]
     ) -> list[Given]:
         """Return the answer to each request, or the replacement for a failed one."""
@@ -155,12 +155,12 @@ class KeygripModel(lmms):
         text, settings, see, index, task, split = request.args
         inputs, counts, seconds, kv = self._seen(see, task, split, index)
         network = self.module.network
-        prompt = self.module.collator.prompt((Turn("user", _question(text)),), seconds[0])
+        prompt = self.module.collator.prompt((Turn("user", _remove_image_marks(text)),), seconds[0])
         room_left = room(network, len(prompt.ids), counts[0])
         max_tokens = int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
-        sampling = _sampling(settings, seed)
-        for name, value in _without_effect(settings, sampling.temperature).items():
-            self._say_once(f"{task}: {name}={value} has no effect")
+        sampling = _parse_sampling(settings, seed)
+        for name, value in _find_ignored_settings(settings, sampling.temperature).items():
+            self._warn_once(f"{task}: {name}={value} has no effect")
         generated = generate(
             network,
             self.module.tokenizer,
@@ -175,13 +175,13 @@ class KeygripModel(lmms):
             seconds=seconds,
         )
         if len(generated.ids[0]) == room_left < max_tokens:
-            self._say_once(f"{task}: answers are cut off where the language model's context ends")
-        return _until(generated.texts[0], settings) or FAILED
+            self._warn_once(f"{task}: answers are cut off where the language model's context ends")
+        return _cut_at_stop(generated.texts[0], settings) or FAILED
 
-    def _say_once(self, words: str) -> None:
-        if words not in self._told:
-            self._told.add(words)
-            log.warning("%s", words)
+    def _warn_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            log.warning("%s", message)
 
     def _likelihood(self, request: Any) -> tuple[float, bool]:
         text, target, see, index, task, split = request.args
@@ -189,7 +189,7 @@ class KeygripModel(lmms):
         if not words:
             raise ValueError("its target is empty")
         inputs, counts, seconds, kv = self._seen(see, task, split, index)
-        turns = (Turn("user", _question(text)), Turn("assistant", words))
+        turns = (Turn("user", _remove_image_marks(text)), Turn("assistant", words))
         row = self.module.collator.prompt(turns, seconds[0])
         likelihoods = answer_likelihoods(
             self.module.network,
@@ -205,30 +205,30 @@ class KeygripModel(lmms):
         """Raise NotImplementedError: the rounds of such tasks depend on task-specific forms of answers."""
         raise NotImplementedError("keygrip answers tasks of one round: choose a task of type generate_until")
 
-    def _seen(self, see: Callable[[Any], Any], task: str, split: str, number: int) -> Seen:
+    def _seen(self, get_visuals: Callable[[Any], Any], task: str, split: str, index: int) -> Seen:
         """Return a document's video with its keys and values. Those of the last video are cached, because documents
         about one video follow each other, and likelihoods need it once per option."""
-        visuals = see(self.task_dict[task][split][number]) or []
+        visuals = get_visuals(self.task_dict[task][split][index]) or []
         name = tuple(map(str, visuals)) if all(isinstance(each, str | Path) for each in visuals) else None
         if name is None or self._last is None or self._last[0] != name:
-            inputs, counts, seconds = self._video(lambda _: visuals, task, split, number)
+            inputs, counts, seconds = self._video(lambda _: visuals, task, split, index)
             self._last = name, (inputs, counts, seconds, encoded(self.module.network, inputs, counts))
         return self._last[1]
 
     def _video(
-        self, see: Callable[[Any], Any], task: str, split: str, number: int
+        self, get_visuals: Callable[[Any], Any], task: str, split: str, index: int
     ) -> tuple[torch.Tensor, list[int], list[tuple[float, ...]]]:
         """Return a document's images and videos as one video, [1, F, 3, S, S], its number of frames, and their times
         (() if there are several, which have no common time)."""
         images = self.module.image_options
         visuals = [
             self._frames(item, images["image_size"], images["fit"])
-            for item in see(self.task_dict[task][split][number]) or []
+            for item in get_visuals(self.task_dict[task][split][index]) or []
         ]
         size = images["image_size"]
         if not visuals:
             visuals = [(np.zeros((0, size, size, 3), np.uint8), ())]
-        joined, times = _joined(visuals)
+        joined, times = _concatenate(visuals)
         keep = evenly(len(joined), self.max_frames)
         seconds = times and tuple(times[n] for n in keep)
         frames, seconds = image_repeated(joined[keep], seconds, min(image_frames_of(images), self.max_frames))
@@ -248,23 +248,23 @@ class KeygripModel(lmms):
                 raise ValueError("a part of a video needs its path, video_start and video_end")
             return read_timed_frames(source, size, fit, self.max_frames, (float(start), float(end)))
         if isinstance(item, Sequence):
-            return _joined([self._frames(part, size, fit) for part in item])
+            return _concatenate([self._frames(part, size, fit) for part in item])
         if hasattr(item, "convert"):  # a PIL image
             return shown_image(item, size, fit)[None], (0.0,)
         raise ValueError(f"a visual is a {type(item).__name__}; paths and images are known")
 
 
-def _joined(parts: Sequence[Timed]) -> Timed:
+def _concatenate(parts: Sequence[Timed]) -> Timed:
     """Concatenate frames; several parts have no common time."""
     return np.concatenate([frames for frames, _ in parts]), parts[0][1] if len(parts) == 1 else ()
 
 
-def _question(text: str) -> str:
+def _remove_image_marks(text: str) -> str:
     """Remove the marks of image positions, because the model has its own position for images."""
     return Placeholders().without(text).strip()
 
 
-def _sampling(settings: Mapping[str, Any], seed: int) -> Sampling:
+def _parse_sampling(settings: Mapping[str, Any], seed: int) -> Sampling:
     """Return a task's sampling settings: `top_p` 0 means the most probable token, `top_k` 0 or -1 means all tokens."""
     temperature = 0.0 if settings.get("do_sample") is False else float(settings.get("temperature") or 0.0)
     top_k, top_p = settings.get("top_k"), settings.get("top_p")
@@ -274,7 +274,7 @@ def _sampling(settings: Mapping[str, Any], seed: int) -> Sampling:
     return Sampling(temperature, seed, k, None if top_p is None else float(top_p))
 
 
-def _without_effect(settings: Mapping[str, Any], temperature: float) -> dict[str, Any]:
+def _find_ignored_settings(settings: Mapping[str, Any], temperature: float) -> dict[str, Any]:
     """Return the task's settings that would change the answers but have no effect here."""
     idle = {name: settings[name] for name in ("num_beams", "repetition_penalty") if settings.get(name) not in (None, 1)}
     if not temperature and settings.get("temperature"):
@@ -285,13 +285,13 @@ def _without_effect(settings: Mapping[str, Any], temperature: float) -> dict[str
     return idle
 
 
-def _until(text: str, settings: Mapping[str, Any]) -> str:
+def _cut_at_stop(text: str, settings: Mapping[str, Any]) -> str:
     until = settings.get("until") or []
     for stop in [until] if isinstance(until, str) else until:
         text = text.split(stop)[0] if stop else text
     return text.strip()
 
 
-def _no_likelihood(request: Any) -> tuple[float, bool]:
+def _failed_likelihood(request: Any) -> tuple[float, bool]:
     """Return the result of `loglikelihood` for a failed request: the worst log-likelihood, or the worst loss."""
     return (-math.inf if callable(request.args[1]) else math.inf), False

@@ -62,7 +62,7 @@ def evaluate_choices(
     seconds_of: dict[str, float] = defaultdict(float)  # times of the encoder, and of the likelihoods by mode
     unreadable = too_long = videos = frames_seen = row_frames = 0
     with Progress(total=len(questions), desc="multiple choice", unit="question") as bar:
-        for video_questions in _by_video(questions):
+        for video_questions in _group_by_video(questions):
             bar.update(len(video_questions))
             try:
                 frames, seconds = _frames(module, video_questions[0])
@@ -70,7 +70,7 @@ def evaluate_choices(
                 unreadable += len(video_questions)
                 log.warning("%d questions left out: %s", len(video_questions), error)
                 continue
-            group = _fitting(module, video_questions, seconds, max_new_tokens)
+            group = _filter_fitting(module, video_questions, seconds, max_new_tokens)
             too_long += len(video_questions) - len(group)
             if not group:
                 continue
@@ -87,7 +87,7 @@ def evaluate_choices(
             for mode in modes:
                 with timed(seconds_of, mode, inputs.device):
                     likeliest = _likeliest(module, group, video, mode)
-                answers = _said(module, group, video, mode, max_new_tokens)
+                answers = _generate_answers(module, group, video, mode, max_new_tokens)
                 for question, letter, text in zip(group, likeliest, answers, strict=True):
                     chosen = chosen_option(text, question.options)
                     hits = {"likelihood": letter == question.answer, "generation": chosen == question.answer}
@@ -97,7 +97,7 @@ def evaluate_choices(
                             scores[mode][f"accuracy_{name}/{part}"].append(float(hit))
                     scores[mode]["share_without_option"].append(float(chosen is None))
                     if record is not None:
-                        record.append(_recorded(question, mode, letter, chosen, text))
+                        record.append(_answer_record(question, mode, letter, chosen, text))
     evaluated_count = len(questions) - unreadable - too_long
     counted = {"questions": evaluated_count, "unreadable": unreadable, "too_long": too_long}
     if not evaluated_count:
@@ -133,7 +133,7 @@ def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterato
     seconds[name] += time.perf_counter() - started
 
 
-def _recorded(question: ChoiceQuestion, mode: str, likeliest: int, named: int | None, text: str) -> dict[str, Any]:
+def _answer_record(question: ChoiceQuestion, mode: str, likeliest: int, named: int | None, text: str) -> dict[str, Any]:
     letters = question.letters
     return {
         "task": question.task,
@@ -149,12 +149,12 @@ def _recorded(question: ChoiceQuestion, mode: str, likeliest: int, named: int | 
     }
 
 
-def _fitting(
-    module: FoveatedVLMModule, asked: Sequence[ChoiceQuestion], seconds: Sequence[float], max_new_tokens: int
+def _filter_fitting(
+    module: FoveatedVLMModule, questions: Sequence[ChoiceQuestion], seconds: Sequence[float], max_new_tokens: int
 ) -> list[ChoiceQuestion]:
     """Return the questions about a video that fit into the model's context, with its frames and an answer."""
     fitting, reason = [], ""
-    for question in asked:
+    for question in questions:
         text = len(module.collator.prompt((Turn("user", question.prompt),), seconds).ids)
         try:
             check_room(module.network, text, len(seconds), max_new_tokens)
@@ -163,11 +163,11 @@ def _fitting(
         else:
             fitting.append(question)
     if reason:
-        log.warning("%d questions about %s left out: %s", len(asked) - len(fitting), asked[0].video, reason)
+        log.warning("%d questions about %s left out: %s", len(questions) - len(fitting), questions[0].video, reason)
     return fitting
 
 
-def _by_video(questions: Sequence[ChoiceQuestion]) -> Iterator[list[ChoiceQuestion]]:
+def _group_by_video(questions: Sequence[ChoiceQuestion]) -> Iterator[list[ChoiceQuestion]]:
     """Group questions about the same seconds of the same video, in the order of the videos."""
     groups: dict[Any, list[ChoiceQuestion]] = {}
     for question in questions:
@@ -203,7 +203,7 @@ def _likeliest(module: FoveatedVLMModule, group: Sequence[ChoiceQuestion], video
     return [int(np.argmax(each)) for each in scores]
 
 
-def _said(
+def _generate_answers(
     module: FoveatedVLMModule, group: Sequence[ChoiceQuestion], video: Any, mode: str, max_new_tokens: int
 ) -> list[str]:
     """Return the generated answer to each question."""

@@ -36,7 +36,7 @@ def by_words(text: str, known: Options) -> int | None:
             widest = max(widest, this, key=lambda each: each[1])
         chosen: set[int] = set()
         denied_to: int | None = None  # end of the last denied option
-        wrong = _said_wrong(searched, longest) if "i" in known.plain else set()
+        wrong = _find_rejected(searched, longest) if "i" in known.plain else set()
         for start, end, index in longest:
             before = re.sub(r"\b(?:the|an?)\s+$", "", before_place(searched, start), flags=re.IGNORECASE)
             between = "" if denied_to is None else searched[denied_to:start]
@@ -50,18 +50,22 @@ def by_words(text: str, known: Options) -> int | None:
     return None
 
 
-def _said_wrong(text: str, found: Sequence[tuple[int, int, int]]) -> set[int]:
+def _find_rejected(text: str, matches: Sequence[tuple[int, int, int]]) -> set[int]:
     """Return the ends of the options that a text calls wrong ("I is wrong", "I and II are wrong"), because each of
     several numbered statements may be called right or wrong. Empty if no other option is named, because a question may
     ask which one is wrong."""
     wrong = set[int]()
-    for index, (_, end, _) in reversed(list(enumerate(found))):
-        of_next = index + 1 < len(found) and found[index + 1][1] in wrong
-        between = text[end : found[index + 1][0]] if of_next else ""
+    for index, (_, end, _) in reversed(list(enumerate(matches))):
+        of_next = index + 1 < len(matches) and matches[index + 1][1] in wrong
+        between = text[end : matches[index + 1][0]] if of_next else ""
         joined = re.fullmatch(r"[)\]]?\s+(?:and|or)\s+[(\[]?", between, re.IGNORECASE)
         if joined or re.compile(SAID_WRONG, re.IGNORECASE).match(text, end):
             wrong.add(end)
-    return wrong if {number for _, _, number in found} - {number for _, end, number in found if end in wrong} else set()
+    return (
+        wrong
+        if {number for _, _, number in matches} - {number for _, end, number in matches if end in wrong}
+        else set()
+    )
 
 
 def without_either_way(text: str, known: Options) -> str:

@@ -42,7 +42,9 @@ class Options:
                 if found is not None:
                     return options.index(found)
         for forms, options in ((exact, self.exact), (literal, self.literal)):
-            lettered = next((index for each in forms if (index := _lettered(each, options)) is not None), None)
+            lettered = next(
+                (index for each in forms if (index := _parse_lettered_option(each, options)) is not None), None
+            )
             if lettered is not None:
                 return lettered
         if single_letter is None and plain[0] and self.plain.count(plain[0]) == 1:
@@ -51,17 +53,19 @@ class Options:
 
     def lettered(self, text: str) -> int | None:
         """Return the option whose complete words follow its own letter in the text ("B. red", "(B) red", "B - red")."""
-        return _lettered(literal_text(text), self.literal)
+        return _parse_lettered_option(literal_text(text), self.literal)
 
 
-def _lettered(own: str, options: Sequence[str]) -> int | None:
-    letter = re.match(r"[\W_]*([A-Za-z])(?![A-Za-z])", own)
+def _parse_lettered_option(literal: str, options: Sequence[str]) -> int | None:
+    letter = re.match(r"[\W_]*([A-Za-z])(?![A-Za-z])", literal)
     if letter is None or number_of(letter.group(1)) >= len(options):
         return None
     index = number_of(letter.group(1))
     separator = r"\s*[)\]}.:,;]*\s*(?:[-–—]+\s+)?"
     return (
-        index if options[index] and re.fullmatch(separator + re.escape(options[index]), own[letter.end() :]) else None
+        index
+        if options[index] and re.fullmatch(separator + re.escape(options[index]), literal[letter.end() :])
+        else None
     )
 
 
@@ -111,15 +115,15 @@ def apart(text: str, known: Options) -> str:
     for option in known.literal:
         if re.search(r"\w\W+\w", option) and re.search(rf"\b[a-{known.last.lower()}]\b", option):
             pattern = re.compile(rf"(?<!\w){re.escape(option)}(?!\w)", re.IGNORECASE)
-            text = pattern.sub(_all_bold, text)
-    return COMPOUND.sub(_all_bold, text)
+            text = pattern.sub(_embolden_capitals, text)
+    return COMPOUND.sub(_embolden_capitals, text)
 
 
-def _all_bold(found: re.Match[str]) -> str:
-    return re.sub(r"\b[A-Z]\b", _bold, found.group())
+def _embolden_capitals(match: re.Match[str]) -> str:
+    return re.sub(r"\b[A-Z]\b", _embolden_letter, match.group())
 
 
-def _bold(letter: re.Match[str]) -> str:
+def _embolden_letter(letter: re.Match[str]) -> str:
     """Replace a capital by a mathematical symbol, which no answer contains after NFKC normalisation."""
     return chr(0x1D400 + number_of(letter.group()))
 

@@ -102,12 +102,12 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
         raise ValueError(f"{checkpoint} holds a {type(module).__name__}, which drives no robot: give simulate=false.")
     if not cfg.open_loop and "root" in (plain(cfg.data) or {}) and evaluated.config.data.get("root") is None:
         raise ValueError("data.root has no effect with open_loop=false: the run says itself how its data were recorded")
-    env = environment_settings(_data_there(evaluated.config.data, cfg.data), plain(cfg.env), evaluated.trust)
+    env = environment_settings(_relocate_data(evaluated.config.data, cfg.data), plain(cfg.env), evaluated.trust)
     changes = plain(cfg.task) or {}
     conditions: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     if not env.tasks:
-        conditions, left_out = _conditions(cfg, changed(env.task, changes))
+        conditions, left_out = _select_conditions(cfg, changed(env.task, changes))
     elif plain(cfg.suites) != DEFAULT_SUITES:
         raise ValueError(f"suites are for one task: the tasks of env={cfg.env.name} are its conditions")
     policy = plain(cfg.policy) or {}
@@ -117,7 +117,7 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
         conditions=conditions,
         episodes=cfg.episodes,
         first_seed=cfg.first_seed,
-        control=_control(plain(cfg.control) or {}),
+        control=_build_controller(plain(cfg.control) or {}),
         processes=cfg.processes,
         videos=cfg.videos,
         policy=policy,
@@ -127,7 +127,7 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
     return env.closed_loop(make, changes), left_out
 
 
-def _data_there(stored: Any, changes: Any) -> dict[str, Any]:
+def _relocate_data(stored: Any, changes: Any) -> dict[str, Any]:
     """Return the run's data settings, with the folder to which its demonstrations were moved."""
     data, root = dict(plain(stored)), (plain(changes) or {}).get("root")
     if root is None or data.get("root") is None:  # a run that recorded its own data contains how it did
@@ -143,7 +143,7 @@ def closed_loop(evaluated: Evaluated, settings: ClosedLoop) -> dict[str, Any]:
     return {"tasks": figures, "all": report["all"]} if settings.of_tasks else figures
 
 
-def _conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict[str, str]]:
+def _select_conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the conditions of the chosen suites for a task, and the conditions of the default suites that it does not
     support, with the reason.
 
@@ -160,7 +160,7 @@ def _conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict[str, s
         for name, grid in plain(cfg.conditions[suite]).items():
             if grid is None:
                 continue
-            entries = [_from_recorded(task, entry) for entry in grid]
+            entries = [_add_camera_moves(task, entry) for entry in grid]
             try:
                 for entry in entries:
                     changed(task, entry)
@@ -177,7 +177,7 @@ def _conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict[str, s
     return conditions, left_out
 
 
-def _from_recorded(task: Any, entry: dict[str, Any]) -> dict[str, Any]:
+def _add_camera_moves(task: Any, entry: dict[str, Any]) -> dict[str, Any]:
     """Return a condition's options, with the camera's moves added to the task's own values."""
     moves = {name: entry[name] for name in CAMERA_MOVES if isinstance(entry.get(name), int | float)}
     camera_values = {name: getattr(task, name, 0.0) + by for name, by in moves.items()}
@@ -186,7 +186,7 @@ def _from_recorded(task: Any, entry: dict[str, Any]) -> dict[str, Any]:
     return {**entry, **camera_values}
 
 
-def _control(options: dict[str, Any]) -> partial[RecedingHorizon]:
+def _build_controller(options: dict[str, Any]) -> partial[RecedingHorizon]:
     """Return the controller with some settings changed."""
     refuse_unknown(options, RecedingHorizon)
     return partial(RecedingHorizon, **options)

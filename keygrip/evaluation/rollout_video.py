@@ -66,7 +66,7 @@ def draw_plan(observation: Observation, plan: Plan | None) -> np.ndarray:
         pixels = homogeneous[:, :2] / homogeneous[:, 2:] * SCALE
         draw.line([tuple(p) for p in pixels], fill=(255, 255, 255), width=2)
         for step, (x, y) in enumerate(pixels[1:]):
-            colour = _palette(step / max(plan.position.shape[1] - 1, 1))
+            colour = _interpolate_palette(step / max(plan.position.shape[1] - 1, 1))
             box = (x - 4, y - 4, x + 4, y + 4)
             if plan.gripper[arm, step] < 0.5:
                 draw.ellipse(box, fill=colour, outline=(255, 255, 255))
@@ -88,7 +88,7 @@ def captioned(frame: np.ndarray, caption: str, *, top: bool = False) -> np.ndarr
     return np.asarray(image)
 
 
-def _palette(share: float) -> tuple[int, int, int]:
+def _interpolate_palette(share: float) -> tuple[int, int, int]:
     position = share * (len(PALETTE) - 1)
     low = min(int(position), len(PALETTE) - 2)
     mixed = np.array(PALETTE[low]) * (1 - position + low) + np.array(PALETTE[low + 1]) * (position - low)

@@ -26,11 +26,11 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[
     """Return the function that runs one episode; consecutive jobs of one task share its environment. If the settings
     have no server address, return the function that checks an environment."""
     if settings["url"] is None:
-        return partial(_check, settings)
+        return partial(_check_job, settings)
     policy = RemotePolicy(settings["url"], timeout_s=PLAN_TIMEOUT_S, patience_s=PLAN_TIMEOUT_S)
     control = partial(RecedingHorizon, **settings["control"])
     kind: Any = pkgutil.resolve_name(settings["task_class"])
-    cameras = _cameras(settings)
+    cameras = _parse_cameras(settings)
     opened: dict[str, Environment] = {}
 
     def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -47,16 +47,18 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[
     return work
 
 
-def _check(settings: dict[str, Any], job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _check_job(settings: dict[str, Any], job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Refuse an environment that does not provide what the policy needs; nothing else is reported."""
     task = pkgutil.resolve_name(settings["task_class"])(**job["task"])
     needs = None if job["needs"] is None else Needs(**job["needs"])
     follow = settings["control"].get("follow", "auto")
-    check_environment(task, settings["image_size"], settings["hz"], _cameras(settings), job["seed"], needs, follow)
+    check_environment(
+        task, settings["image_size"], settings["hz"], _parse_cameras(settings), job["seed"], needs, follow
+    )
     yield from ()
 
 
-def _cameras(settings: dict[str, Any]) -> tuple[str, ...] | None:
+def _parse_cameras(settings: dict[str, Any]) -> tuple[str, ...] | None:
     return None if settings["cameras"] is None else tuple(settings["cameras"])
 
 

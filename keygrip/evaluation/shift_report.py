@@ -127,12 +127,12 @@ def make_report(sweep_dir: str | Path) -> list[Cell]:
 def read_cells(folder: Path) -> list[Cell]:
     """Read the results of a sweep's jobs, in the order of the jobs and of their conditions."""
     rows = collect(folder)
-    folders = {_identity(overrides): path for path, overrides in _job_folders(folder)}
+    folders = {_override_set(overrides): path for path, overrides in _job_folders(folder)}
     columns = _columns([row["overrides"] for row in rows])
     measured: list[dict[str, Any]] = []
     condition_names: dict[str, list[str]] = defaultdict(list)  # conditions by shift, collected from all jobs
     for row in rows:
-        conditions = _conditions(folders.get(_identity(row["overrides"]))) if row["status"] == FINISHED else {}
+        conditions = _read_conditions(folders.get(_override_set(row["overrides"]))) if row["status"] == FINISHED else {}
         measured.append(conditions)
         shift = row["overrides"].get(SHIFT, "")
         condition_names[shift] += [name for name in conditions if name not in condition_names[shift]]
@@ -169,11 +169,11 @@ def long_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[Any]]]:
 
 def wide_table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """Return one line per condition and one column per model, for Markdown."""
-    models = _models(cells)
+    models = _list_models(cells)
     by_place = {(cell.shift, cell.condition, cell.model): cell.text() for cell in cells}
     lines = [
         [label, *(by_place.get((shift, condition, model), "") for model in models)]
-        for (shift, condition), label in _labels(cells).items()
+        for (shift, condition), label in _label_conditions(cells).items()
     ]
     return ["condition", *models], lines
 
@@ -186,7 +186,7 @@ def plot(cells: Sequence[Cell]) -> Figure:
     import numpy as np
     from matplotlib.figure import Figure
 
-    models, labels = _models(cells), _labels(cells)
+    models, labels = _list_models(cells), _label_conditions(cells)
     positions = {place: index for index, place in enumerate(labels)}
     width = 0.8 / len(models)
     figure = Figure(figsize=(max(6.0, 1.1 + 0.45 * len(labels) * max(2, len(models))), 4.2), layout="constrained")
@@ -225,11 +225,11 @@ def _job_folders(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
             yield path.parent, dict(o.lstrip("+~").partition("=")[::2] for o in result["overrides"])
 
 
-def _identity(overrides: dict[str, str]) -> frozenset[tuple[str, str]]:
+def _override_set(overrides: dict[str, str]) -> frozenset[tuple[str, str]]:
     return frozenset((name, value) for name, value in overrides.items() if name != "resume")
 
 
-def _conditions(job: Path | None) -> dict[str, Any]:
+def _read_conditions(job: Path | None) -> dict[str, Any]:
     """Return ``{condition: figures}`` of a job's closed-loop evaluation; empty if there was none.
 
     Raises:
@@ -254,11 +254,11 @@ def _columns(overrides: Sequence[dict[str, str]]) -> list[str]:
     ]
 
 
-def _models(cells: Sequence[Cell]) -> list[str]:
+def _list_models(cells: Sequence[Cell]) -> list[str]:
     return list(dict.fromkeys(cell.model for cell in cells))
 
 
-def _labels(cells: Sequence[Cell]) -> dict[tuple[str, str], str]:
+def _label_conditions(cells: Sequence[Cell]) -> dict[tuple[str, str], str]:
     """Return a label for each shift and condition; it includes the shift if the condition occurs under several."""
     places = dict.fromkeys((cell.shift, cell.condition) for cell in cells)
     count = Counter(condition for _, condition in places)

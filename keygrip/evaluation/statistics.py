@@ -78,7 +78,7 @@ def paired_difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence
         difference=float(by_episode.mean()),
         low=float(low),
         high=float(high),
-        p_value=_sign_flip(pairs.sum(axis=0).astype(int)),
+        p_value=_sign_flip_p_value(pairs.sum(axis=0).astype(int)),
         only_first=ahead,
         only_second=behind,
         pairs=pairs.size,
@@ -86,7 +86,7 @@ def paired_difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence
     )
 
 
-def _sign_flip(differences: np.ndarray) -> float:
+def _sign_flip_p_value(differences: np.ndarray) -> float:
     """Return the two-sided p-value of integer differences whose signs are equally likely. The distribution of their sum
     is computed by adding one difference after another."""
     sizes = np.abs(differences)

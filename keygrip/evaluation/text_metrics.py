@@ -53,32 +53,32 @@ def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str
 
         tokenizer = PTBTokenizer()
         generated, true = (
-            tokenizer.tokenize({index: [{"caption": _line(t)} for t in texts] for index, texts in table.items()})
+            tokenizer.tokenize({index: [{"caption": _join_lines(t)} for t in texts] for index, texts in table.items()})
             for table in (generated, true)
         )
     else:
         log.warning("METEOR and the Penn Treebank tokenizer need Java, which is not installed: going on without them")
         generated, true = (
-            {n: [" ".join(_words(t)) for t in texts] for n, texts in table.items()} for table in (generated, true)
+            {n: [" ".join(_split_words(t)) for t in texts] for n, texts in table.items()} for table in (generated, true)
         )
     scores, _ = Bleu(4).compute_score(true, generated, verbose=0)
     figures = {f"bleu_{order}": float(score) for order, score in enumerate(scores, 1)}
     if len(candidates) > 1:
         figures["cider"] = float(Cider().compute_score(true, generated)[0])
-    if java and (meteor := _meteor(true, generated)) is not None:
+    if java and (meteor := _compute_meteor(true, generated)) is not None:
         figures["meteor"] = meteor
     return figures
 
 
-def _meteor(true: dict[int, list[str]], said: dict[int, list[str]]) -> float | None:
+def _compute_meteor(true: dict[int, list[str]], generated: dict[int, list[str]]) -> float | None:
     """Compute METEOR with its Java program, which never answers to some inputs; it is left out after a time limit."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     scorer = Meteor()
-    watchdog = threading.Timer(METEOR_S + 0.1 * len(said), scorer.meteor_p.kill)
+    watchdog = threading.Timer(METEOR_S + 0.1 * len(generated), scorer.meteor_p.kill)
     watchdog.start()
     try:
-        filled = {index: [texts[0] or NOTHING_SAID] for index, texts in said.items()}
+        filled = {index: [texts[0] or NOTHING_SAID] for index, texts in generated.items()}
         return float(scorer.compute_score(true, filled)[0])
     except (ValueError, OSError) as error:
         log.warning(
@@ -91,12 +91,12 @@ def _meteor(true: dict[int, list[str]], said: dict[int, list[str]]) -> float | N
         watchdog.cancel()
 
 
-def _line(text: str) -> str:
+def _join_lines(text: str) -> str:
     """Remove line breaks, and never return empty text, because the Java programs read line by line."""
     return " ".join(text.split()) or "."
 
 
-def _words(text: str) -> list[str]:
+def _split_words(text: str) -> list[str]:
     return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
 
 

@@ -37,7 +37,7 @@ ENCODER = "encoder"  # name of its time, next to the times of the modes
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _ScoredRows:
     """The rows of a batch whose generated text is scored: captions and VQA questions.
 
     Attributes:
@@ -107,7 +107,7 @@ def evaluate_modes(
         clock = seconds if frames else defaultdict[str, float](float)  # text only has no frames for its time
         lengths = _octaves(batch, image_frames)
         videos.update(f"videos_of_{length}" for length in lengths)
-        asked = _asked(module, batch, max_new_tokens)
+        asked = _select_scored(module, batch, max_new_tokens)
         too_long += asked.too_long
         unanswered += asked.unanswered
         with timed(clock, ENCODER, module.device):
@@ -118,14 +118,14 @@ def evaluate_modes(
                 output = module.network(inputs, rows, of_network, refinement, kv)
                 scored = module.score(output, batch)
                 scores[mode].add(scored, batch.kind)
-                by_length[mode].add(scored, _kinds_and_lengths(batch, lengths))
+                by_length[mode].add(scored, _label_kinds_and_lengths(batch, lengths))
             if output.passes is not None:
                 for kind, share in attention_on_targets(module.network, output, rows, batch):
                     attention[mode][kind].append(share)
                 for kind, share in attention_on_targets(module.network, output, rows, batch, "all"):
                     attention[mode][f"{kind}_all_blocks"].append(share)
             if mode in modes:
-                generated[mode] += _generated(module, batch, asked, inputs, kv, mode, max_new_tokens)
+                generated[mode] += _generate_answers(module, batch, asked, inputs, kv, mode, max_new_tokens)
     if not scores:
         raise ValueError("nothing to evaluate: the data have no samples")
     if unanswered:
@@ -152,7 +152,7 @@ def evaluate_modes(
             figures[mode] |= by_length[mode].questions()
         if frames_seen:
             figures[mode]["ms_per_frame"] = 1000 * (seconds[ENCODER] + seconds[mode]) / frames_seen
-        figures[mode] |= _of_answers(generated[mode])
+        figures[mode] |= _score_answers(generated[mode])
         figures[mode] |= {f"attention_{kind}": float(np.mean(share)) for kind, share in attention[mode].items()}
     return {
         "tokens_per_frame": module.network.tokens_per_frame,
@@ -160,8 +160,8 @@ def evaluate_modes(
         "too_long": len(too_long),
         "unanswered": len(unanswered),
         "left_out_rows": left_out,
-        **{mode: _rounded(values) for mode, values in figures.items()},
-        **_rounded(comparisons(figures)),
+        **{mode: _round_values(values) for mode, values in figures.items()},
+        **_round_values(comparisons(figures)),
     }
 
 
@@ -178,82 +178,84 @@ def _octaves(batch: VideoTextBatch, image_frames: int) -> list[int]:
     return [1 << (count - 1).bit_length() if count else 0 for count in counts]
 
 
-def _kinds_and_lengths(batch: VideoTextBatch, lengths: Sequence[int]) -> list[str]:
+def _label_kinds_and_lengths(batch: VideoTextBatch, lengths: Sequence[int]) -> list[str]:
     """Return the kind of each row and the octave of its video, as one label."""
     return [f"{kind}_of_{lengths[at]}" for kind, at in zip(batch.kind, batch.video_index.tolist(), strict=True)]
 
 
-def _asked(module: FoveatedVLMModule, batch: VideoTextBatch, max_new_tokens: int) -> _Asked:
+def _select_scored(module: FoveatedVLMModule, batch: VideoTextBatch, max_new_tokens: int) -> _ScoredRows:
     """Select captions and VQA questions that fit into the language model's context with their frames and an answer."""
     scored = [row for row, text in enumerate(batch.texts) if batch.kind[row] == "caption" or "answers" in text.evidence]
     answered = [row for row in scored if batch.texts[row].turns[-1].role == "assistant"]
-    unanswered = [_place(batch, row) for row in scored if row not in answered]
+    unanswered = [_describe_row(batch, row) for row in scored if row not in answered]
     counts, videos = batch.frame_mask.sum(1).tolist(), batch.video_index.tolist()
     rows, prompts, too_long = [], [], []
     for row in answered:
         prompt = module.collator.prompt(batch.texts[row].turns[:-1], batch.seconds_of(row))
         frames = counts[videos[row]]
         if room(module.network, len(prompt.ids), frames) < max_new_tokens:
-            too_long.append(f"{_place(batch, row)}, with {frames} frames")
+            too_long.append(f"{_describe_row(batch, row)}, with {frames} frames")
             continue
         rows.append(row)
         prompts.append(prompt)
-    return _Asked(rows, prompts, too_long, unanswered)
+    return _ScoredRows(rows, prompts, too_long, unanswered)
 
 
-def _place(batch: VideoTextBatch, row: int) -> str:
+def _describe_row(batch: VideoTextBatch, row: int) -> str:
     return f"{batch.key[row]} in {batch.source[row]}"
 
 
-def _generated(
+def _generate_answers(
     module: FoveatedVLMModule,
     batch: VideoTextBatch,
-    asked: _Asked,
+    scored_rows: _ScoredRows,
     frames: Tensor,
     kv: Sequence[BlockKV] | None,
     mode: str,
     max_new_tokens: int,
 ) -> list[tuple[str, str, dict[str, Any], str]]:
-    """Return (kind, true answer, evidence, generated) of the rows in `asked`; `frames` and `kv` are the batch's."""
-    if not asked.rows:
+    """Return (kind, true answer, evidence, generated) of `scored_rows`; `frames` and `kv` are the batch's."""
+    if not scored_rows.rows:
         return []
     counts, videos = batch.frame_mask.sum(1).tolist(), batch.video_index.tolist()
-    video_indices = sorted({videos[row] for row in asked.rows})
+    video_indices = sorted({videos[row] for row in scored_rows.rows})
     answers = generate(
         module.network,
         module.tokenizer,
         frames[video_indices],
         [counts[video] for video in video_indices],
-        asked.prompts,
-        [video_indices.index(videos[row]) for row in asked.rows],
+        scored_rows.prompts,
+        [video_indices.index(videos[row]) for row in scored_rows.rows],
         mode,
         max_new_tokens,
-        kv=_of_videos(kv, counts, video_indices),
+        kv=_select_videos(kv, counts, video_indices),
         seconds=[batch.seconds[video] for video in video_indices] if batch.seconds else None,
     )
     return [
         (batch.kind[row], batch.texts[row].turns[-1].text, batch.texts[row].evidence, text)
-        for row, text in zip(asked.rows, answers.texts, strict=True)
+        for row, text in zip(scored_rows.rows, answers.texts, strict=True)
     ]
 
 
-def _of_videos(kv: Sequence[BlockKV] | None, counts: Sequence[int], kept: Sequence[int]) -> Sequence[BlockKV] | None:
+def _select_videos(
+    kv: Sequence[BlockKV] | None, counts: Sequence[int], selected: Sequence[int]
+) -> Sequence[BlockKV] | None:
     """Select keys and values of some of the videos from those of the concatenated frames of all videos."""
-    if kv is None or len(kept) == len(counts):
+    if kv is None or len(selected) == len(counts):
         return kv
     starts = [0, *itertools.accumulate(counts)]
-    frames = [frame for video in kept for frame in range(starts[video], starts[video + 1])]
+    frames = [frame for video in selected for frame in range(starts[video], starts[video + 1])]
     indices = torch.tensor(frames, dtype=torch.int64, device=kv[0].key.device)
     return [BlockKV(block.key[indices], block.value[indices]) for block in kv]
 
 
-def _of_answers(said: Sequence[tuple[str, str, dict[str, Any], str]]) -> dict[str, float]:
-    captions = [(true, text) for kind, true, _, text in said if kind == "caption"]
+def _score_answers(answers: Sequence[tuple[str, str, dict[str, Any], str]]) -> dict[str, float]:
+    captions = [(true, text) for kind, true, _, text in answers if kind == "caption"]
     figures: dict[str, float] = {}
     if captions:
         figures |= caption_metrics([text for _, text in captions], [[true] for true, _ in captions])
     agreed: dict[str, list[float]] = defaultdict(list)
-    for _, _, evidence, text in said:
+    for _, _, evidence, text in answers:
         if "answers" in evidence:
             agreed["vqa_accuracy"].append(vqa_accuracy(text, evidence["answers"]))
             if isinstance(collection := evidence.get("collection"), str):
@@ -261,7 +263,7 @@ def _of_answers(said: Sequence[tuple[str, str, dict[str, Any], str]]) -> dict[st
     return figures | {name: sum(values) / len(values) for name, values in agreed.items()}
 
 
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+def _round_values(values: dict[str, Any]) -> dict[str, Any]:
     return {name: round(float(value), 5) for name, value in values.items()}
 
 

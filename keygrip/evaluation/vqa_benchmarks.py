@@ -170,10 +170,10 @@ def read_benchmark(name: str, root: str | Path) -> Benchmark:
     return Benchmark(questions, len(missing_videos), len(unscored), len(open_ended))
 
 
-def _video_mme(root: Path) -> Iterator[Entry]:
+def _read_video_mme(root: Path) -> Iterator[Entry]:
     """Read Parquet files with `videoID`, `question`, `options` (["A. ...", ...]), `answer` ("A"), `duration`, and
     perhaps `domain`, `sub_category`, `task_type`. Entries that another file also has are left out."""
-    files = [file for file in files_in(root, ".parquet", below=True) if _asks(file)]
+    files = [file for file in files_in(root, ".parquet", below=True) if _holds_questions(file)]
     if not files:
         raise FileNotFoundError(f"{root} holds no parquet file with the questions of Video-MME")
     videos, first_files, repeated = Videos(root), dict[Any, Path](), Counter[Path]()
@@ -181,8 +181,8 @@ def _video_mme(root: Path) -> Iterator[Entry]:
         with guard(file):
             entries = read_table(file).to_pylist()
         for entry in entries:
-            with _named(file, entry):
-                options = _without_letters(_options(entry["options"]))
+            with _name_entry(file, entry):
+                options = _remove_letters(_parse_options(entry["options"]))
                 video = videos.find(entry["videoID"], "data")
                 if first_files.setdefault((entry["videoID"], entry["question"].strip(), options), file) != file:
                     repeated[file] += 1
@@ -193,14 +193,14 @@ def _video_mme(root: Path) -> Iterator[Entry]:
                 letter = re.match(r"\W*([A-Za-z])\b", str(entry["answer"] or ""))
                 answer = ord(letter.group(1).upper()) - ord("A") if letter else None
                 if answer is None or answer >= len(options) or len(options) < 2:
-                    yield _unscored(file, entry, options)
+                    yield _describe_unscored(file, entry, options)
                     continue
                 groups = tuple(f"{name}/{entry[name]}" for name in VIDEO_MME_GROUPS if entry.get(name))
-                yield _question(video, entry["question"], options, answer, entry["duration"], groups=groups)
-    _say_repeated(repeated)
+                yield _build_question(video, entry["question"], options, answer, entry["duration"], groups=groups)
+    _warn_of_repeated(repeated)
 
 
-def _asks(file: Path) -> bool:
+def _holds_questions(file: Path) -> bool:
     """Return whether a parquet file holds Video-MME questions. Raises ValueError if columns are missing."""
     columns = [*column_types(file)]
     missing_columns = [name for name in VIDEO_MME_COLUMNS if name not in columns]
@@ -212,7 +212,7 @@ def _asks(file: Path) -> bool:
     return True
 
 
-def _without_letters(options: tuple[str, ...]) -> tuple[str, ...]:
+def _remove_letters(options: tuple[str, ...]) -> tuple[str, ...]:
     """Remove the letters from options if all have their own letter ("A. red", "B. blue")."""
     labels = [re.match(rf"\s*\(?{chr(ord('A') + index)}[.):]\s*", option) for index, option in enumerate(options)]
     lettered = None not in labels
@@ -222,7 +222,7 @@ def _without_letters(options: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
-def _candidates(root: Path) -> Iterator[Entry]:
+def _read_candidates(root: Path) -> Iterator[Entry]:
     """Read JSON lists, a task per file, of `video`, `question`, `candidates` and `answer` (the words of one candidate),
     and perhaps `start` and `end`. Entries that another file also has are left out: besides the folder with a list per
     task, which is read first, some copies have a list of all tasks, or a list without answers, which is read last."""
@@ -244,9 +244,9 @@ def _candidates(root: Path) -> Iterator[Entry]:
                 yield OpenEnded(f"{file}: {str(entry['question'])[:60]!r}")
     entries.sort(key=lambda entry: "answer" not in entry[1])
     for file, entry in entries:
-        with _named(file, entry):
-            options = _options(entry["candidates"])
-            name, clip = str(entry["video"]), _clip(entry)
+        with _name_entry(file, entry):
+            options = _parse_options(entry["candidates"])
+            name, clip = str(entry["video"]), _parse_clip(entry)
             question_key = (Path(name).name, clip, entry["question"].strip(), options)
             try:
                 video = _find_candidates_video(videos, file, entry)
@@ -256,7 +256,7 @@ def _candidates(root: Path) -> Iterator[Entry]:
                     raise
                 repeated[file] += 1  # in the list of all tasks, two videos of the same name cannot be distinguished
                 continue
-            if video is not None and clip is not None and _is_cut(video, clip):
+            if video is not None and clip is not None and _holds_only_clip(video, clip):
                 clip = None
             if first_files.setdefault((video or name, clip, entry["question"].strip(), options), file) != file:
                 repeated[file] += 1
@@ -265,26 +265,26 @@ def _candidates(root: Path) -> Iterator[Entry]:
             if video is None:
                 yield name
                 continue
-            answer = _place(entry.get("answer"), options)
+            answer = _find_answer(entry.get("answer"), options)
             if answer is None or len(options) < 2:
-                yield _unscored(file, entry, options)
+                yield _describe_unscored(file, entry, options)
                 continue
             task = str(entry.get("question_type") or file.stem)
-            yield _question(video, entry["question"], options, answer, task, clip)
-    _say_repeated(repeated)
+            yield _build_question(video, entry["question"], options, answer, task, clip)
+    _warn_of_repeated(repeated)
 
 
 def _find_candidates_video(videos: Videos, file: Path, entry: Mapping[str, Any]) -> Path | None:
     """Return the video of an entry, or the file with only the clip that the entry is about, if only that exists."""
     name, folder = str(entry["video"]), MVBENCH_FOLDERS.get(file.stem, file.stem)
     video = videos.find(name, folder)
-    if video is None and _clip(entry) is not None:
+    if video is None and _parse_clip(entry) is not None:
         stem = name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in VIDEOS else name
         video = videos.find(f"{stem}_{entry['start']}_{entry['end']}.mp4", folder)
     return video
 
 
-def _unscored(file: Path, entry: Mapping[str, Any], options: tuple[str, ...]) -> Unscored:
+def _describe_unscored(file: Path, entry: Mapping[str, Any], options: tuple[str, ...]) -> Unscored:
     text = repr(entry["answer"])[:60] if entry.get("answer") is not None else "not said"
     return Unscored(
         f"{file}: of the entry {str(entry['question'])[:60]!r} the answer is {text}, and not one of its {len(options)} "
@@ -294,12 +294,12 @@ def _unscored(file: Path, entry: Mapping[str, Any], options: tuple[str, ...]) ->
     )
 
 
-def _say_repeated(repeated: Counter[Path]) -> None:
+def _warn_of_repeated(repeated: Counter[Path]) -> None:
     for file, count in repeated.items():
         log.warning("%s: %d questions are left out, which another file has", file, count)
 
 
-def _place(answer: Any, options: tuple[str, ...]) -> int | None:
+def _find_answer(answer: Any, options: tuple[str, ...]) -> int | None:
     """Return the option that equals an answer. Of equal options the last is used, as in MVBench's own script. If none
     is exactly equal, use the option that differs only in case, white space or full stops. None: none, or several."""
     if answer is None:
@@ -315,27 +315,27 @@ def _place(answer: Any, options: tuple[str, ...]) -> int | None:
     return equal[0] if len(equal) == 1 else None
 
 
-def _options(given: Any) -> tuple[str, ...]:
+def _parse_options(candidates: Any) -> tuple[str, ...]:
     """Convert candidates to texts. Raises ValueError if they are not a list of texts and numbers."""
-    if not isinstance(given, list) or not all(isinstance(option, str | int | float) for option in given):
-        raise ValueError(f"its candidates {str(given)[:80]} are no list of texts")
-    return tuple(str(option) for option in given)
+    if not isinstance(candidates, list) or not all(isinstance(option, str | int | float) for option in candidates):
+        raise ValueError(f"its candidates {str(candidates)[:80]} are no list of texts")
+    return tuple(str(option) for option in candidates)
 
 
-def _mvbench(root: Path) -> Iterator[Entry]:
-    """As `_candidates`; MVBench's script samples the frames of whole videos like those of clips."""
-    for entry in _candidates(root):
+def _read_mvbench(root: Path) -> Iterator[Entry]:
+    """As `_read_candidates`; MVBench's script samples the frames of whole videos like those of clips."""
+    for entry in _read_candidates(root):
         yield replace(entry, middles=True) if isinstance(entry, ChoiceQuestion) else entry
 
 
 READERS: dict[str, Callable[[Path], Iterator[Entry]]] = {
-    "video_mme": _video_mme,
-    "mlvu": _candidates,
-    "mvbench": _mvbench,
+    "video_mme": _read_video_mme,
+    "mlvu": _read_candidates,
+    "mvbench": _read_mvbench,
 }
 
 
-def _clip(entry: Mapping[str, Any]) -> tuple[float, float] | None:
+def _parse_clip(entry: Mapping[str, Any]) -> tuple[float, float] | None:
     """Return `start` and `end` of an entry, seconds. Some of MVBench's are reversed or a single moment; its script then
     shows the frames between them. Raises ValueError if one is missing or not a number."""
     start, end = entry.get("start"), entry.get("end")
@@ -347,7 +347,7 @@ def _clip(entry: Mapping[str, Any]) -> tuple[float, float] | None:
     return first, last
 
 
-def _is_cut(video: Path, clip: tuple[float, float]) -> bool:
+def _holds_only_clip(video: Path, clip: tuple[float, float]) -> bool:
     """Return whether a file holds only the clip: MVBench's copies for lmms-eval are named NAME_START_END.mp4."""
     try:
         start, end = (float(part) for part in video.stem.rsplit("_", 2)[-2:])
@@ -356,7 +356,7 @@ def _is_cut(video: Path, clip: tuple[float, float]) -> bool:
     return math.isclose(start, clip[0], abs_tol=1e-6) and math.isclose(end, clip[1], abs_tol=1e-6)
 
 
-def _question(
+def _build_question(
     video: Path,
     question: str,
     options: tuple[str, ...],
@@ -372,7 +372,7 @@ def _question(
     return ChoiceQuestion(video, question.strip(), options, answer, task, clip, groups)
 
 
-class _named:
+class _name_entry:
     """Add the file and the question to the error of an entry that does not have the set's form."""
 
     def __init__(self, file: Path, entry: Mapping[str, Any]) -> None:
@@ -387,7 +387,7 @@ class _named:
             raise ValueError(f"{self.file}: the entry {asked!r} is not of the known form ({error})") from error
 
 
-def _same(one: Path, other: Path) -> bool:
+def _is_same_file(one: Path, other: Path) -> bool:
     """Return whether two paths are one file, or files with the same content."""
     return one == other or (one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False))
 
@@ -429,10 +429,11 @@ class Videos:
             matches = [
                 path
                 for path in self._by_name.get(file_name, [])
-                if (self._ends(path, relative) or self._ends(path, stem)) and not self._of_another(path, folder)
+                if (self._ends(path, relative) or self._ends(path, stem))
+                and not self._lies_in_another_folder(path, folder)
             ]
             for selected in ([path for path in matches if self._lies_in(path, folder)], matches):
-                if selected and all(_same(selected[0], other) for other in selected[1:]):
+                if selected and all(_is_same_file(selected[0], other) for other in selected[1:]):
                     return selected[0]
             if matches:
                 raise ValueError(
@@ -440,15 +441,15 @@ class Videos:
                 )
         return None
 
-    def _ends(self, path: Path, wanted: Path) -> bool:
+    def _ends(self, path: Path, ending: Path) -> bool:
         """Return whether a path, with or without its extension, ends with another path."""
         stem = path.with_suffix("") if path.suffix.lower() in VIDEOS else path
-        return any(f"/{each.as_posix()}".endswith(f"/{wanted.as_posix()}") for each in (path, stem))
+        return any(f"/{each.as_posix()}".endswith(f"/{ending.as_posix()}") for each in (path, stem))
 
     def _lies_in(self, path: Path, folder: str) -> bool:
         return f"/{folder}/" in f"/{path.relative_to(self.root).as_posix()}"
 
-    def _of_another(self, path: Path, folder: str) -> bool:
+    def _lies_in_another_folder(self, path: Path, folder: str) -> bool:
         """Return whether a video is in one of MVBench's folders, but not in the one of the question."""
         known = set(MVBENCH_FOLDERS.values())
         if folder not in known or self._lies_in(path, folder):

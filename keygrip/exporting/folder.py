@@ -58,7 +58,7 @@ TRAINING_ONLY = frozenset(
 )
 
 
-def _of_data(value: Any) -> bool:
+def _is_data_position(value: Any) -> bool:
     """Return whether a part of a checkpoint is a data module's position, with the names of all its training data."""
     return isinstance(value, Mapping) and "batches_done" in value
 
@@ -92,8 +92,8 @@ def write_export(
     tensors: dict[str, Tensor] = {}
     exported = {key: value for key, value in content.items() if key not in TRAINING_ONLY}
     exported.pop("ema", None)  # its parameters are the exported weights
-    exported = {key: value for key, value in exported.items() if not _of_data(value)}
-    stored = _plain({key: value for key, value in exported.items() if key != "state_dict"}, "", tensors)
+    exported = {key: value for key, value in exported.items() if not _is_data_position(value)}
+    stored = _to_json({key: value for key, value in exported.items() if key != "state_dict"}, "", tensors)
     with atomic_folder(folder) as target:
         save_tensors(weights, target / WEIGHTS)
         hashes = {WEIGHTS: sha256_file(target / WEIGHTS)}
@@ -101,7 +101,7 @@ def write_export(
             save_tensors(tensors, target / PROCESSOR)
             hashes[PROCESSOR] = sha256_file(target / PROCESSOR)
         keygrip_fields = {"schema": SCHEMA, "sha256": hashes | {CONFIG: _digest(stored)}, "checkpoint": stored}
-        dtype_field = {"dtype": _dtype_of(weights)} if facts else {}
+        dtype_field = {"dtype": _most_common_dtype(weights)} if facts else {}
         write_json(target / CONFIG, {**(facts or {}), **dtype_field, **keygrip_fields})
         for name, value in (files or {}).items():
             if isinstance(value, str):
@@ -113,7 +113,7 @@ def write_export(
     return Path(folder)
 
 
-def _dtype_of(weights: Mapping[str, Tensor]) -> str | None:
+def _most_common_dtype(weights: Mapping[str, Tensor]) -> str | None:
     """Return the most common floating-point dtype of a state dictionary; rotary periods are always float32."""
     counts: Counter[torch.dtype] = Counter()
     for value in weights.values():
@@ -168,7 +168,7 @@ def read_export(folder: str | Path) -> dict[str, Any]:
             parts[name] = load_file(root / name)
         except SafetensorError as error:
             raise ValueError(f"{root / name} is not a safetensors file: {error}") from error
-    content = _restored(config.get("checkpoint"), parts[PROCESSOR], 0)
+    content = _from_json(config.get("checkpoint"), parts[PROCESSOR], 0)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no checkpoint")
     if hashes[CONFIG] != _digest(config["checkpoint"]):
@@ -222,7 +222,7 @@ def model_card(
         lines += ["```bash", *(command.replace("{name}", name) for command in commands), "```", ""]
     episodes = closed_loop or {}
     conditions = {**(episodes.get("conditions") or {}), "all": episodes.get("all") or {}}
-    figures = _figures(result.get("metrics") or {}, conditions)
+    figures = _format_metrics(result.get("metrics") or {}, conditions)
     if figures:
         lines += ["| figure of the run | value |", "| --- | --- |"]
         lines += [f"| {key} | {value} |" for key, value in sorted(figures.items())]
@@ -236,7 +236,7 @@ def model_card(
     return "\n".join(lines)
 
 
-def _figures(metrics: Mapping[str, Any], conditions: Mapping[str, Any]) -> dict[str, str]:
+def _format_metrics(metrics: Mapping[str, Any], conditions: Mapping[str, Any]) -> dict[str, str]:
     """Format a run's finite metrics; success rates have the number of episodes, or are left out if it is unknown."""
     figures = {}
     for key, value in metrics.items():
@@ -258,7 +258,7 @@ def _digest(stored: Any) -> str:
     return sha256_bytes(json.dumps(stored, sort_keys=True).encode())
 
 
-def _plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _to_json(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Convert a value to JSON; tensors are moved to ``tensors`` under their path."""
     if isinstance(value, Tensor):
         name = path.lstrip("/")
@@ -268,17 +268,17 @@ def _plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         wrong = [key for key in value if not isinstance(key, str)]
         if wrong or TENSOR in value or TUPLE in value:
             raise ValueError(f"{path or 'the checkpoint'} has keys that JSON cannot hold: {wrong or [TENSOR]}")
-        return {key: _plain(child, f"{path}/{key}", tensors) for key, child in value.items()}
+        return {key: _to_json(child, f"{path}/{key}", tensors) for key, child in value.items()}
     if isinstance(value, tuple):
-        return {TUPLE: [_plain(child, f"{path}/{index}", tensors) for index, child in enumerate(value)]}
+        return {TUPLE: [_to_json(child, f"{path}/{index}", tensors) for index, child in enumerate(value)]}
     if isinstance(value, list):
-        return [_plain(child, f"{path}/{index}", tensors) for index, child in enumerate(value)]
+        return [_to_json(child, f"{path}/{index}", tensors) for index, child in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"{path} is a {type(value).__name__}, which an export cannot hold: it stores plain data")
 
 
-def _restored(value: Any, tensors: Mapping[str, Tensor], depth: int) -> Any:
+def _from_json(value: Any, tensors: Mapping[str, Tensor], depth: int) -> Any:
     if depth > DEEPEST:
         raise ValueError(f"{CONFIG} is nested more than {DEEPEST} levels deep: it is not an export")
     if isinstance(value, dict):
@@ -287,8 +287,8 @@ def _restored(value: Any, tensors: Mapping[str, Tensor], depth: int) -> Any:
                 raise ValueError(f"{CONFIG} names the tensor {value[TENSOR]!r}, which {PROCESSOR} does not hold")
             return tensors[value[TENSOR]]
         if set(value) == {TUPLE} and isinstance(value[TUPLE], list):
-            return tuple(_restored(child, tensors, depth + 1) for child in value[TUPLE])
-        return {key: _restored(child, tensors, depth + 1) for key, child in value.items()}
+            return tuple(_from_json(child, tensors, depth + 1) for child in value[TUPLE])
+        return {key: _from_json(child, tensors, depth + 1) for key, child in value.items()}
     if isinstance(value, list):
-        return [_restored(child, tensors, depth + 1) for child in value]
+        return [_from_json(child, tensors, depth + 1) for child in value]
     return value

@@ -54,8 +54,8 @@ def write_torch_export(graph: ExportGraph, file: Path) -> float:
     program = export_program(graph)
     differences = []
     for inputs in fresh_inputs(graph):
-        differences.append(_difference(graph, inputs, program.module()(*inputs.values())))
-    difference = _checked(max(differences), "torch.export")
+        differences.append(_measure_difference(graph, inputs, program.module()(*inputs.values())))
+    difference = _check_tolerance(max(differences), "torch.export")
     with atomic_write(file) as target:
         torch.export.save(program, target)
     return difference
@@ -74,7 +74,7 @@ def write_onnx(graph: ExportGraph, file: Path) -> float:
         raise ImportError(
             f"ONNX needs a package that is not installed ({error.name}): pip install 'keygrip[onnx]'"
         ) from error
-    with _quiet():
+    with _suppress_output():
         program = torch.onnx.export(
             export_program(graph), dynamo=True, input_names=list(graph.inputs), output_names=list(graph.outputs)
         )
@@ -85,8 +85,8 @@ def write_onnx(graph: ExportGraph, file: Path) -> float:
     differences = []
     for inputs in fresh_inputs(graph):
         outputs = session.run(None, {name: inputs[name].numpy() for name in names})
-        differences.append(_difference(graph, inputs, [torch.from_numpy(value) for value in outputs]))
-    difference = _checked(max(differences), "onnxruntime")
+        differences.append(_measure_difference(graph, inputs, [torch.from_numpy(value) for value in outputs]))
+    difference = _check_tolerance(max(differences), "onnxruntime")
     with atomic_write(file) as target:
         target.write(content)
     return difference
@@ -105,7 +105,7 @@ def fresh_inputs(graph: ExportGraph, batches: Sequence[int] = (1, 3)) -> Iterato
 
 
 @torch.no_grad()
-def _difference(graph: ExportGraph, inputs: dict[str, Tensor], outputs: Any) -> float:
+def _measure_difference(graph: ExportGraph, inputs: dict[str, Tensor], outputs: Any) -> float:
     expected = graph.network(*inputs.values())
     if len(outputs) != len(expected):
         raise ValueError(f"the exported graph has {len(outputs)} outputs, the network {len(expected)}")
@@ -113,7 +113,7 @@ def _difference(graph: ExportGraph, inputs: dict[str, Tensor], outputs: Any) -> 
     return max(differences)
 
 
-def _checked(difference: float, runtime: str) -> float:
+def _check_tolerance(difference: float, runtime: str) -> float:
     if not difference <= TOLERANCE:
         raise ValueError(
             f"{runtime} differs from the network by {difference:.2g}, more than {TOLERANCE:g}: nothing was written"
@@ -122,7 +122,7 @@ def _checked(difference: float, runtime: str) -> float:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _suppress_output() -> Iterator[None]:
     """Suppress the progress of torch's exporter on standard output, which carries the command's JSON."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

@@ -114,7 +114,7 @@ def record(
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / LOCK_FILE):  # a second recorder of this folder waits and then finds the demos
-        return _record(settings, root, demos, seed, processes, progress)
+        return _record_demos(settings, root, demos, seed, processes, progress)
 
 
 def record_step(
@@ -151,7 +151,7 @@ def record_step(
     }
 
 
-def _record(
+def _record_demos(
     settings: RecordSettings, root: Path, demos: int, seed: int, processes: int, progress: bool
 ) -> RecordSummary:
     task, stored = settings.task, settings.as_dict()
@@ -197,7 +197,7 @@ def record_episode(cell: YamCell | HandoverCell, settings: RecordSettings, root:
             trace.add(cell.object_position, cell.tool_pose[0], cell.progress.held)
             images = {c: cell.frame(c) for c in settings.cameras}
             views = {c: CameraPose(cell.lenses[c].intrinsics, cell.world_to_camera(c)) for c in settings.cameras}
-            depth = {c: _millimetres(cell.depth(c), cell.far) for c in settings.cameras} if settings.depth else None
+            depth = {c: _to_millimetres(cell.depth(c), cell.far) for c in settings.cameras} if settings.depth else None
             position, quaternion = cell.tool_pose
             reached = _arm_pose(position, reached_sign(quaternion), cell.gripper_opening, cell.joints)
             cell.advance(action)
@@ -216,13 +216,13 @@ def record_episode(cell: YamCell | HandoverCell, settings: RecordSettings, root:
             "seed": seed,
             "success": success,
             "yaw_error_rad": cell.progress.yaw_error,
-            "objects": [_plain(p) for p in cell.layout.placed],
+            "objects": [_object_record(p) for p in cell.layout.placed],
             "goal": {"colour": cell.layout.goal_colour, "position_m": [float(v) for v in cell.layout.goal]},
         }
     return success
 
 
-def _plain(thing: Placed) -> dict[str, Any]:
+def _object_record(thing: Placed) -> dict[str, Any]:
     return {
         "name": thing.name,
         "shape": thing.shape,
@@ -238,7 +238,7 @@ def _arm_pose(position: np.ndarray, quaternion: np.ndarray, gripper: float, join
     return ArmPose(position, quaternion, float(np.clip(gripper, 0.0, 1.0)), joints)
 
 
-def _millimetres(depth: np.ndarray, far: float) -> np.ndarray:
+def _to_millimetres(depth: np.ndarray, far: float) -> np.ndarray:
     """Convert to uint16 millimetres; 0 (no reading, as in depth cameras) at the far plane, which is the sky, and beyond
     the range of 16 bits."""
     return np.where(depth < min(0.99 * far, 65.0), np.round(depth * 1000), 0).astype(np.uint16)

@@ -57,7 +57,7 @@ def record_step(
             "shadows": shadows,
             "depth": depth or None,
         }
-        _refuse([name for name, value in unsupported.items() if value is not None], environment)
+        _refuse_settings([name for name, value in unsupported.items() if value is not None], environment)
         _refuse_task(task, environment, "env.task.id")
         return gymnasium.record_step(
             env_task, root, demos, seed, image_size, rate, processes, cameras, video=video, python=python
@@ -69,10 +69,10 @@ def record_step(
         if task == TaskOptions(name="pick_place"):  # the default task of the settings
             task = HandoverTask()
         if not isinstance(task, HandoverTask):
-            _refuse(["task"], environment)
+            _refuse_settings(["task"], environment)
     if environment in ("yam", "yam_handover"):
         unsupported = {"tasks": tasks, "recoveries": recoveries, "shadows": shadows, "env.python": python}
-        _refuse([name for name, value in unsupported.items() if value is not None], environment)
+        _refuse_settings([name for name, value in unsupported.items() if value is not None], environment)
         return demonstrations.record_step(
             task, root, demos, seed, image_size, rate, processes, cameras, depth=depth, video=video
         )
@@ -81,7 +81,7 @@ def record_step(
             f"env={environment} has no scripted expert to record: choose env=yam, yam_handover, metaworld or gymnasium"
         )
     if depth:
-        _refuse(["depth"], environment)
+        _refuse_settings(["depth"], environment)
     _refuse_task(task, environment, "tasks")
     return metaworld.record_step(
         tasks or "mt10",
@@ -99,11 +99,11 @@ def record_step(
     )
 
 
-def _refuse_task(task: TaskOptions | HandoverTask, environment: str, instead: str) -> None:
+def _refuse_task(task: TaskOptions | HandoverTask, environment: str, replacement: str) -> None:
     if task != TaskOptions(name="pick_place"):  # the default of the settings
-        raise ValueError(f"task is no setting of the recordings of env={environment}: give {instead}")
+        raise ValueError(f"task is no setting of the recordings of env={environment}: give {replacement}")
 
 
-def _refuse(names: list[str], environment: str) -> None:
+def _refuse_settings(names: list[str], environment: str) -> None:
     if names:
         raise ValueError(f"{names[0]} is no setting of the recordings of env={environment}")

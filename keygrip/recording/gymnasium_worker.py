@@ -55,13 +55,13 @@ def record_episode(environment: GymnasiumEnvironment, folder: Path, seed: int, v
                     "(left, right) are 2 x 8"
                 )
             arms = ARMS[len(poses)]
-            views = _views(observation, environment.cameras)
+            views = _select_views(observation, environment.cameras)
             writer.add(
                 round(len(writer) * 1e9 / environment.hz),
                 {name: np.asarray(view["image"]) for name, view in views.items()},
                 {name: CameraPose(view["intrinsics"], view["world_to_camera"]) for name, view in views.items()},
-                _poses(arms, observation["position"], observation["quaternion"], observation["gripper"]),
-                _poses(arms, poses[:, :3], poses[:, 3:7], poses[:, 7]),
+                _poses_by_arm(arms, observation["position"], observation["quaternion"], observation["gripper"]),
+                _poses_by_arm(arms, poses[:, :3], poses[:, 3:7], poses[:, 7]),
             )
             environment.advance(action)
             success, over, _ = environment.outcome()
@@ -72,7 +72,7 @@ def record_episode(environment: GymnasiumEnvironment, folder: Path, seed: int, v
     return success
 
 
-def _views(observation: Mapping[str, Any], cameras: tuple[str, ...] | None) -> dict[str, Mapping[str, Any]]:
+def _select_views(observation: Mapping[str, Any], cameras: tuple[str, ...] | None) -> dict[str, Mapping[str, Any]]:
     """Return the recorded cameras, by name."""
     views = observation.get("cameras")
     if not views:
@@ -80,7 +80,7 @@ def _views(observation: Mapping[str, Any], cameras: tuple[str, ...] | None) -> d
     return {name: views[name] for name in cameras or views}
 
 
-def _poses(arms: tuple[str, ...], position: Any, quaternion: Any, gripper: Any) -> dict[str, ArmPose]:
+def _poses_by_arm(arms: tuple[str, ...], position: Any, quaternion: Any, gripper: Any) -> dict[str, ArmPose]:
     """Convert [A, 3], [A, 4] and [A] to poses by arm; with one arm the A axis may be omitted."""
     count = len(arms)
     if np.size(gripper) != count:

@@ -60,7 +60,7 @@ def record_step(
             are more failures than successes.
     """
     names = task_names(tasks)
-    every = _control_steps(hz)
+    every = _control_steps_per_frame(hz)
     unknown = [camera for camera in cameras if camera not in CAMERAS]
     if unknown or not cameras:
         raise ValueError(f"Meta-World has no camera {unknown[0] if unknown else ''!r}; it has {', '.join(CAMERAS)}")
@@ -119,7 +119,7 @@ def record_step(
     }
 
 
-def _control_steps(hz: float) -> int:
+def _control_steps_per_frame(hz: float) -> int:
     """Return the control periods per stored frame. Raises ValueError if it is not a whole number."""
     every = round(HZ / hz)
     if every < 1 or abs(every * hz - HZ) > 1e-9:
@@ -127,8 +127,8 @@ def _control_steps(hz: float) -> int:
     return every
 
 
-def _refuse_failing(task: str, kept: int, failed: int) -> None:
+def _refuse_failing(task: str, succeeded: int, failed: int) -> None:
     """Raise ValueError if of at least 20 episodes fewer than a tenth succeeded."""
-    tried = kept + failed
-    if tried >= 20 and kept < 0.1 * tried:
+    tried = succeeded + failed
+    if tried >= 20 and succeeded < 0.1 * tried:
         raise ValueError(f"the scripted policy failed in {failed} of {tried} episodes of {task}")

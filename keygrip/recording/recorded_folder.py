@@ -53,21 +53,21 @@ def store(root: Path, settings: dict[str, Any], failed: Any) -> None:
     write_json(root / SETTINGS_FILE, {"settings": json_values(settings), "failed_seeds": failed})
 
 
-def _refuse_other_settings(root: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _refuse_other_settings(root: Path, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
     """Raise ValueError, with the settings that differ, if a recording was made with other settings."""
-    there, now = dict(_by_name(there)), dict(_by_name(now))
-    keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+    stored, requested = dict(_flatten_settings(stored)), dict(_flatten_settings(requested))
+    keys = [key for key in {**stored, **requested} if stored.get(key) != requested.get(key)]
     if keys:
-        difference = ", ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys)
+        difference = ", ".join(f"{key}: {stored.get(key)!r} there, {requested.get(key)!r} now" for key in keys)
         raise ValueError(
             f"{root} holds a recording with other settings ({difference}); use another folder or remove it"
         )
 
 
-def _by_name(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield settings; those of a mapping have dotted names (task.region)."""
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
-            yield from _by_name(value, f"{prefix}{name}.")
+            yield from _flatten_settings(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

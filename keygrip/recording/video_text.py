@@ -153,7 +153,7 @@ class DemoMaker:
             raise BadSample(path, "it holds no object of JSON")
         text_camera = text.get("camera") or camera  # texts of other sources contain no camera
         if text_camera != camera:
-            _say_left_out(camera, text_camera)
+            _warn_of_omitted_questions(camera, text_camera)
         with guard(path):
             conversations = conversations_of(text, () if text_camera == camera else OF_ONE_CAMERA)
         if not any(c.kind == "caption" for c in conversations) and demo.instruction:
@@ -168,7 +168,7 @@ def _first_camera(demo: Demo) -> str:
 
 
 @cache  # once per process
-def _say_left_out(camera: str, described: str) -> None:
+def _warn_of_omitted_questions(camera: str, described: str) -> None:
     log.warning(
         "videos of camera %s: questions about the scene (%s) are left out, since the recording's text describes what "
         "its camera %s shows",

@@ -292,8 +292,8 @@ class Augmentation:
         factor = min(factor, width / side_x, height / side_y)
         crop_x, crop_y = factor * side_x, factor * side_y
         cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
-        centre_x = _inside(width / 2 + shift_x * side_x, (cos * crop_x + sin * crop_y) / 2, width)
-        centre_y = _inside(height / 2 + shift_y * side_y, (sin * crop_x + cos * crop_y) / 2, height)
+        centre_x = _clamp_centre(width / 2 + shift_x * side_x, (cos * crop_x + sin * crop_y) / 2, width)
+        centre_y = _clamp_centre(height / 2 + shift_y * side_y, (sin * crop_x + cos * crop_y) / 2, height)
         left, right = centre_x - crop_x / 2, centre_x + crop_x / 2
         top, bottom = centre_y - crop_y / 2, centre_y + crop_y / 2
         if angle == 0.0:  # exactly: Pillow refuses an edge that rounding puts 1e-14 outside
@@ -397,6 +397,6 @@ def _cut_view(
     return View(cut(image, box, size), new_intrinsics, new_pose, metres, detail)
 
 
-def _inside(centre: float, half: float, length: float) -> float:
+def _clamp_centre(centre: float, half: float, length: float) -> float:
     """`centre` moved so that [centre - half, centre + half] lies in [0, length]; length / 2 if it does not fit."""
     return length / 2 if 2 * half > length else min(max(centre, half), length - half)

@@ -190,10 +190,10 @@ def read_calibration(path: Path) -> Calibration:
     """
     content = read_mapping(path)
     with guard(path):
-        return _checked(path, content)
+        return _parse_calibration(path, content)
 
 
-def _checked(path: Path, content: dict[str, Any]) -> Calibration:
+def _parse_calibration(path: Path, content: dict[str, Any]) -> Calibration:
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{path}: schema is {content.get('schema')!r}, {SCHEMA!r} is needed")
     refuse_unknown_keys(
@@ -211,11 +211,11 @@ def _checked(path: Path, content: dict[str, Any]) -> Calibration:
         )
     shift = 0.5 if pixel == "centre" else 0.0
     cameras = {
-        str(name): _camera(path, str(name), entry, shift)
+        str(name): _parse_camera(path, str(name), entry, shift)
         for name, entry in (content.get("cameras") or {}).items()
         if entry is not None
     }
-    arms = {str(name): _arm(path, str(name), entry or {}) for name, entry in (content.get("arms") or {}).items()}
+    arms = {str(name): _parse_arm(path, str(name), entry or {}) for name, entry in (content.get("arms") or {}).items()}
     left_out = tuple(str(name) for name, entry in (content.get("cameras") or {}).items() if entry is None)
     return Calibration(path, cameras, arms, dict(content.get("lerobot") or {}), shift, left_out)
 
@@ -227,14 +227,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     else:
         text = read_text(path, MAX_CALIBRATION_BYTES)
         with guard(path):
-            content = _of_yaml(text)
-            _refuse_too_many(content)
+            content = _parse_yaml(text)
+            _refuse_expanded_aliases(content)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no mapping")
     return content
 
 
-def _of_yaml(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
     """Parse YAML into plain values. Merge keys are refused: they copy values, so a few lines can fill the memory."""
     import yaml  # not installed in the environment of the Meta-World workers
 
@@ -252,7 +252,7 @@ def _of_yaml(text: str) -> Any:
         raise ValueError(f"it is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _refuse_too_many(content: Any) -> None:
+def _refuse_expanded_aliases(content: Any) -> None:
     """Raise ValueError if YAML aliases, which are short, expand to more values than a file may hold."""
     remaining, open_values = MAX_CALIBRATION_BYTES, [content]
     while open_values:
@@ -278,17 +278,17 @@ def refuse_unknown_keys(path: Path, where: str, entry: dict[str, Any], known: Co
             )
 
 
-def _matrix(path: Path, where: str, value: Any, shape: tuple[int, int]) -> np.ndarray:
+def _parse_matrix(path: Path, label: str, value: Any, shape: tuple[int, int]) -> np.ndarray:
     try:
         matrix = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {where} is not a matrix of numbers") from error
+        raise ValueError(f"{path}: {label} is not a matrix of numbers") from error
     if matrix.shape != shape:
-        raise ValueError(f"{path}: {where} must be {shape[0]} x {shape[1]}, it is {list(matrix.shape)}")
+        raise ValueError(f"{path}: {label} must be {shape[0]} x {shape[1]}, it is {list(matrix.shape)}")
     return matrix
 
 
-def _camera(path: Path, name: str, entry: dict[str, Any], shift: float) -> CameraCalibration:
+def _parse_camera(path: Path, name: str, entry: dict[str, Any], pixel_shift: float) -> CameraCalibration:
     label = f"cameras.{name}"
     refuse_unknown_keys(path, label, entry, _CAMERA_KEYS)
     for key in ("width", "height", "intrinsics"):
@@ -300,7 +300,7 @@ def _camera(path: Path, name: str, entry: dict[str, Any], shift: float) -> Camer
         if len(values) != 4:
             raise ValueError(f"{path}: {label}.intrinsics needs fx, fy, cx and cy")
         values = [[values["fx"], 0, values["cx"]], [0, values["fy"], values["cy"]], [0, 0, 1]]
-    intrinsics = _matrix(path, f"{label}.intrinsics", values, (3, 3))
+    intrinsics = _parse_matrix(path, f"{label}.intrinsics", values, (3, 3))
     if not np.isfinite(intrinsics).all() or (intrinsics.diagonal()[:2] <= 0).any() or list(intrinsics[2]) != [0, 0, 1]:
         raise ValueError(
             f"{path}: {label}.intrinsics must be finite, with focal lengths above 0 and 0 0 1 as the last row; it is "
@@ -309,7 +309,7 @@ def _camera(path: Path, name: str, entry: dict[str, Any], shift: float) -> Camer
     for side in ("width", "height"):
         if isinstance(entry[side], bool) or not isinstance(entry[side], int) or entry[side] < 1:
             raise ValueError(f"{path}: {label}.{side} is a number of pixels, at least 1, not {entry[side]!r}")
-    intrinsics[:2, 2] += shift
+    intrinsics[:2, 2] += pixel_shift
     pose_keys = [key for key in ("world_to_camera", "camera_to_world", "camera_to_gripper") if key in entry]
     if len(pose_keys) != 1 or ("camera_to_gripper" in entry) != ("mounted_on" in entry):
         raise ValueError(
@@ -317,7 +317,7 @@ def _camera(path: Path, name: str, entry: dict[str, Any], shift: float) -> Camer
             f"has {', '.join(pose_keys) or 'none'}"
         )
     pose = rigid(
-        _matrix(path, f"{label}.{pose_keys[0]}", entry[pose_keys[0]], (4, 4)), f"{path}: {label}.{pose_keys[0]}"
+        _parse_matrix(path, f"{label}.{pose_keys[0]}", entry[pose_keys[0]], (4, 4)), f"{path}: {label}.{pose_keys[0]}"
     )
     rotate = entry.get("rotate", 0)
     if rotate not in (0, 90, 180, 270):
@@ -335,34 +335,34 @@ def _camera(path: Path, name: str, entry: dict[str, Any], shift: float) -> Camer
     )
 
 
-def _arm(path: Path, name: str, entry: dict[str, Any]) -> ArmCalibration:
+def _parse_arm(path: Path, name: str, entry: dict[str, Any]) -> ArmCalibration:
     refuse_unknown_keys(path, f"arms.{name}", entry, _ARM_KEYS)
     defaults = ArmCalibration()
     base = defaults.world_from_base
     if "world_from_base" in entry:
         where = f"arms.{name}.world_from_base"
-        base = rigid(_matrix(path, where, entry["world_from_base"], (4, 4)), f"{path}: {where}")
+        base = rigid(_parse_matrix(path, where, entry["world_from_base"], (4, 4)), f"{path}: {where}")
     if entry.keys() & {"model", "tool", "joints"}:
-        return _of_model(base, path, f"arms.{name}", entry)
+        return _parse_arm_with_model(base, path, f"arms.{name}", entry)
     models = str(entry.get("arm", defaults.arm)), str(entry.get("gripper", defaults.gripper))
     return ArmCalibration(base, *models, named=bool({"arm", "gripper"} & entry.keys()))
 
 
-def _of_model(base: np.ndarray, path: Path, where: str, entry: dict[str, Any]) -> ArmCalibration:
+def _parse_arm_with_model(world_from_base: np.ndarray, path: Path, label: str, entry: dict[str, Any]) -> ArmCalibration:
     """Return the calibration of an arm with a model file."""
     absent = [key for key in ("model", "tool", "joints") if key not in entry]
     if absent or entry.keys() & {"arm", "gripper"}:
         raise ValueError(
-            f"{path}: {where} needs model, tool and joints together, and no arm or gripper, which are of YAMs"
+            f"{path}: {label} needs model, tool and joints together, and no arm or gripper, which are of YAMs"
             + (f"; {', '.join(absent)} is missing" if absent else "")
         )
     file, tool, joints = Path(str(entry["model"])), entry["tool"], entry["joints"]
     if file.is_absolute() or ".." in file.parts or "\0" in str(file):
         raise ValueError(
-            f"{path}: {where}.model is {str(file)[:200]!r}: the file must lie beside the calibration file or "
+            f"{path}: {label}.model is {str(file)[:200]!r}: the file must lie beside the calibration file or "
             "below, and its path be relative to it; copy it there"
         )
     valid_joints = isinstance(joints, list) and all(isinstance(name, str) for name in joints)
     if not isinstance(tool, str) or not valid_joints or not joints:
-        raise ValueError(f"{path}: {where}.tool is a name, {where}.joints a list of names")
-    return ArmCalibration(base, "", "", model=path.parent / file, tool=tool, joints=tuple(joints))
+        raise ValueError(f"{path}: {label}.tool is a name, {label}.joints a list of names")
+    return ArmCalibration(world_from_base, "", "", model=path.parent / file, tool=tool, joints=tuple(joints))

@@ -134,7 +134,7 @@ def calibrate_camera(
         matrix, distortion = intrinsics - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]), np.zeros(5)
         solved = [cv2.solvePnP(o, p, matrix, distortion)[1:] for o, p in zip(objects, pixels, strict=True)]
         turns, shifts = [turn for turn, _ in solved], [shift for _, shift in solved]
-        error = _reprojection(cv2, objects, pixels, turns, shifts, matrix, distortion)
+        error = _reprojection_error_px(cv2, objects, pixels, turns, shifts, matrix, distortion)
     if error > LARGEST_ERROR_PX:
         raise ValueError(f"the board's corners lie {error:.1f} px off on average: check the board and the images")
     board_in_camera = transform(
@@ -189,9 +189,9 @@ def camera_place(poses: np.ndarray, board: np.ndarray, mounted: bool) -> tuple[n
     """
     # in the frame of the gripper that holds the board, a fixed camera is the moving one
     arm = poses if mounted else invert(poses)
-    pose, used, spread_m, spread_deg = _consistent_place(arm, board)
+    pose, used, spread_m, spread_deg = _fit_without_outliers(arm, board)
     if spread_m > LARGEST_SPREAD_M or spread_deg > LARGEST_SPREAD_DEG:
-        other_spread_m = _consistent_place(invert(arm), board)[2]
+        other_spread_m = _fit_without_outliers(invert(arm), board)[2]
         raise ValueError(
             f"the board's place, which is one, is spread over {1e3 * spread_m:.0f} mm and {spread_deg:.0f} degrees: "
             "the poses do not fit the images. "
@@ -242,7 +242,7 @@ def hand_eye(arm: np.ndarray, board: np.ndarray) -> np.ndarray:
     return pose
 
 
-def _consistent_place(arm: np.ndarray, board: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
+def _fit_without_outliers(arm: np.ndarray, board: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
     used = np.arange(len(arm))
     while True:
         pose = hand_eye(arm[used], board[used])
@@ -257,16 +257,16 @@ def _consistent_place(arm: np.ndarray, board: np.ndarray) -> tuple[np.ndarray, n
         )
         worst = int(beyond.argmax())
         if beyond[worst] <= 1 or len(used) <= LEAST_FRAMES:
-            return pose, used, middle, _widest_turn(boards) / 2
+            return pose, used, middle, _max_rotation_deg(boards) / 2
         used = np.delete(used, worst)  # one at a time: each removal changes the pose that the others are compared with
 
 
-def _widest_turn(poses: np.ndarray) -> float:
+def _max_rotation_deg(poses: np.ndarray) -> float:
     cosine = (np.einsum("nij,ij->n", poses[:, :3, :3], poses[0, :3, :3]) - 1) / 2
     return float(np.degrees(np.arccos(np.clip(cosine, -1, 1)).max()))
 
 
-def _reprojection(
+def _reprojection_error_px(
     cv2: ModuleType,
     objects: Sequence[np.ndarray],
     pixels: Sequence[np.ndarray],
@@ -315,11 +315,11 @@ def charuco(
     if not demos:
         raise ValueError(f"no demo in {root} has camera {camera!r} and arm {arm!r}")
     track = demos[0].cameras[camera]
-    if keep_intrinsics and _stands_in(track):
+    if keep_intrinsics and _has_placeholder_intrinsics(track):
         raise ValueError(
             f"keep_intrinsics=true: {demos[0].name} has no intrinsics of camera {camera!r} to keep; leave it out"
         )
-    images, poses = _images(demos, camera, arm, max_images)
+    images, poses = _read_images_and_poses(demos, camera, arm, max_images)
     intrinsics = np.asarray(track.intrinsics[0]) if keep_intrinsics else None
     result = calibrate_camera(images, poses, board, mounted, intrinsics)
     pose_entry = (
@@ -362,16 +362,18 @@ def charuco(
     }
 
 
-def _stands_in(track: CameraTrack) -> bool:
+def _has_placeholder_intrinsics(track: CameraTrack) -> bool:
     """Return whether the intrinsics are placeholders, those of a camera without calibration."""
     unknown = CameraTrack.without_calibration(track.width, track.height, track.frames, 1, "")
     return bool(track.uncalibrated) and np.array_equal(track.intrinsics[0], unknown.intrinsics[0])
 
 
-def _images(demos: Sequence[Demo], camera: str, arm: str, most: int) -> tuple[list[np.ndarray], np.ndarray]:
+def _read_images_and_poses(
+    demos: Sequence[Demo], camera: str, arm: str, max_images: int
+) -> tuple[list[np.ndarray], np.ndarray]:
     pairs = [(demo, index) for demo in demos for index in range(len(demo))]
     images, poses = [], []
-    for pair_index in evenly(len(pairs), most):
+    for pair_index in evenly(len(pairs), max_images):
         demo, index = pairs[pair_index]
         images.append(demo.cameras[camera].frames.read(index))
         track = demo.arms[arm]

@@ -30,7 +30,7 @@ FULL_SHARE = 0.85  # share of the range of percent or bytes that openings in thi
 OVERSHOOT = 0.2  # openings whose ends differ from 0 and 1 by at most this are probably in the right unit
 
 
-def _unit_of_positions(far: np.ndarray) -> tuple[str, str]:
+def _explain_far_positions(far: np.ndarray) -> tuple[str, str]:
     """Return the likely cause of positions that are too far off, and the remedy. far: [N] m, by frame."""
     if np.median(far) <= FARTHEST_M[1]:
         return "positions with wrong readings", "Cut the demo there or record it again"
@@ -52,7 +52,7 @@ def _unit_of_positions(far: np.ndarray) -> tuple[str, str]:
     return f"positions in {' or '.join(farthest)}", f"Convert positions to metres ({', or '.join(ways)})"
 
 
-def _cause_of_openings(low: float, high: float) -> tuple[str, str]:
+def _explain_openings(low: float, high: float) -> tuple[str, str]:
     """Return the likely cause of openings that run from `low` to `high`, and the remedy."""
     if low >= -OVERSHOOT and abs(high - 1) <= OVERSHOOT:
         return "gripper opening beyond its ends", "It overshoots: clip it, or calibrate what it reads closed and open"
@@ -63,31 +63,31 @@ def _cause_of_openings(low: float, high: float) -> tuple[str, str]:
     return "gripper opening in another unit", f"{BY_ITS_RANGE[0].upper()}{BY_ITS_RANGE[1:]}"
 
 
-def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: int) -> None:
+def _check_poses(name: str, arm: str, kind: str, poses: ArmTrajectory, frames: int) -> None:
     shapes = {"position": (frames, 3), "quaternion": (frames, 4), "gripper opening": (frames,)}
     values = {"position": poses.position, "quaternion": poses.quaternion, "gripper opening": poses.gripper}
     for part, value in values.items():
         if value.shape != shapes[part]:
             raise DemoError(
                 name,
-                f"{what} {part} of arm {arm!r} has shape {value.shape}, {shapes[part]} is needed (the demo has "
+                f"{kind} {part} of arm {arm!r} has shape {value.shape}, {shapes[part]} is needed (the demo has "
                 f"{frames} time stamps)",
             )
         bad = ~np.isfinite(value)
         if bad.any():
             raise DemoError(
                 name,
-                f"{what} {part} of arm {arm!r} is NaN or infinite, first at frame {int(np.argwhere(bad)[0][0])} of "
+                f"{kind} {part} of arm {arm!r} is NaN or infinite, first at frame {int(np.argwhere(bad)[0][0])} of "
                 f"{frames}",
             )
     far = np.abs(poses.position).max(axis=-1)
     if far.max() > LARGEST_POSITION_M:
-        cause, remedy = _unit_of_positions(far)
+        cause, remedy = _explain_far_positions(far)
         raise DemoError(
             name,
-            f"{what} position of arm {arm!r} is {far.max():.4g} m from the origin at frame {int(far.argmax())}, more "
+            f"{kind} position of arm {arm!r} is {far.max():.4g} m from the origin at frame {int(far.argmax())}, more "
             f"than the {LARGEST_POSITION_M:g} m of any arm on a table. {remedy}",
-            f"{what} {cause}",
+            f"{kind} {cause}",
             remedy,
         )
     norm = np.linalg.norm(poses.quaternion, axis=-1)
@@ -95,27 +95,27 @@ def _check_poses(name: str, arm: str, what: str, poses: ArmTrajectory, frames: i
     if abs(norm[worst] - 1) > QUATERNION_TOLERANCE:
         raise DemoError(
             name,
-            f"{what} quaternion of arm {arm!r} has norm {norm[worst]:.4f} at frame {worst}; unit quaternions in the "
+            f"{kind} quaternion of arm {arm!r} has norm {norm[worst]:.4f} at frame {worst}; unit quaternions in the "
             "order w, x, y, z are needed",
         )
     low, high = float(poses.gripper.min()), float(poses.gripper.max())
     if low < -GRIPPER_TOLERANCE or high > 1 + GRIPPER_TOLERANCE:
-        cause, remedy = _cause_of_openings(low, high)
+        cause, remedy = _explain_openings(low, high)
         raise DemoError(
             name,
-            f"{what} gripper opening of arm {arm!r} runs from {low:.4g} to {high:.4g}; 0 (closed) to 1 (open) is "
+            f"{kind} gripper opening of arm {arm!r} runs from {low:.4g} to {high:.4g}; 0 (closed) to 1 (open) is "
             f"needed. {remedy}",
-            f"{what} {cause}",
+            f"{kind} {cause}",
             remedy,
         )
     if poses.joints is not None:
         if poses.joints.ndim != 2 or len(poses.joints) != frames:
             raise DemoError(
                 name,
-                f"{what} joint positions of arm {arm!r} have shape {poses.joints.shape}, ({frames}, joints) is needed",
+                f"{kind} joint positions of arm {arm!r} have shape {poses.joints.shape}, ({frames}, joints) is needed",
             )
         if not np.isfinite(poses.joints).all():
-            raise DemoError(name, f"{what} joint positions of arm {arm!r} hold NaN or infinite values")
+            raise DemoError(name, f"{kind} joint positions of arm {arm!r} hold NaN or infinite values")
     if poses.controller is not None and (
         poses.controller.ndim != 2 or len(poses.controller) != frames or not np.isfinite(poses.controller).all()
     ):

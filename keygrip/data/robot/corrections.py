@@ -122,15 +122,15 @@ def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> 
             track,
             intrinsics=intrinsics,
             world_to_camera=correction.change @ np.asarray(track.world_to_camera[frame_slice]),
-            frames=_moved(track.frames, first + correction.lag, last - first),
-            depth=None if track.depth is None else _moved(track.depth, first + correction.lag, last - first),
+            frames=_shift_frames(track.frames, first + correction.lag, last - first),
+            depth=None if track.depth is None else _shift_frames(track.depth, first + correction.lag, last - first),
         )
     if (first, last) == (0, len(demo)):
         return replace(demo, cameras=cameras)
     return replace(
         demo,
         timestamps=demo.timestamps[frame_slice],
-        arms={name: _cut(arm, frame_slice) for name, arm in demo.arms.items()},
+        arms={name: _slice_arm(arm, frame_slice) for name, arm in demo.arms.items()},
         cameras=cameras,
         intervention=None if demo.intervention is None else demo.intervention[frame_slice],
     )
@@ -175,28 +175,28 @@ def corrected_calibration(calibration: Calibration, read: Collection[str]) -> Ca
     return replace(calibration, cameras=cameras)
 
 
-def _moved(frames: FrameSource, start: int, count: int) -> FrameSource:
+def _shift_frames(frames: FrameSource, start: int, count: int) -> FrameSource:
     return frames if start == 0 and count == len(frames) else OffsetFrames(frames, start, count)
 
 
-def _cut(arm: ArmTrajectory, kept: slice) -> ArmTrajectory:
+def _slice_arm(arm: ArmTrajectory, frame_slice: slice) -> ArmTrajectory:
     return ArmTrajectory(
-        position=arm.position[kept],
-        quaternion=arm.quaternion[kept],
-        gripper=arm.gripper[kept],
-        joints=None if arm.joints is None else arm.joints[kept],
-        commanded=None if arm.commanded is None else _cut(arm.commanded, kept),
-        controller=None if arm.controller is None else arm.controller[kept],
+        position=arm.position[frame_slice],
+        quaternion=arm.quaternion[frame_slice],
+        gripper=arm.gripper[frame_slice],
+        joints=None if arm.joints is None else arm.joints[frame_slice],
+        commanded=None if arm.commanded is None else _slice_arm(arm.commanded, frame_slice),
+        controller=None if arm.controller is None else arm.controller[frame_slice],
     )
 
 
-def _read(reader: Callable[[], Demo], corrections: dict[str, Correction], path: Path) -> Demo:
+def _read_corrected(reader: Callable[[], Demo], corrections: dict[str, Correction], path: Path) -> Demo:
     return corrected(reader(), corrections, path)
 
 
 def with_corrections(reader: Callable[[], Demo], corrections: dict[str, Correction], path: Path) -> Callable[[], Demo]:
     """Return a reader that corrects the demos of `reader`; picklable if `reader` is."""
-    return partial(_read, reader, corrections, path)
+    return partial(_read_corrected, reader, corrections, path)
 
 
 def entry(

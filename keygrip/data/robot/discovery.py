@@ -47,8 +47,8 @@ def find_demos(root: Path | str, format: str = "auto", calibration: Path | str |
         )
     if format not in ("auto", *FORMATS):
         raise ValueError(f"unknown data format {format!r}; known are {', '.join(FORMATS)} and auto")
-    with _broken_folder_is_named(root):
-        return _find(root, format, calibration)
+    with _report_broken_folder(root):
+        return _find_references(root, format, calibration)
 
 
 def refuse_no_folder(root: Path) -> None:
@@ -60,7 +60,7 @@ def refuse_no_folder(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _broken_folder_is_named(root: Path) -> Iterator[None]:
+def _report_broken_folder(root: Path) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, ValueError):
@@ -71,7 +71,7 @@ def _broken_folder_is_named(root: Path) -> Iterator[None]:
         raise BadSample(root, reason_of(error)) from error
 
 
-def _find(root: Path, format: str, calibration: Path | str | None) -> list[DemoReference]:
+def _find_references(root: Path, format: str, calibration: Path | str | None) -> list[DemoReference]:
     if format == "auto" and native.detect(root):
         # a native demo decides the format; anything else found there is then reported as a broken demo
         format = "native"

@@ -28,20 +28,20 @@ def demo_fingerprint(demo: Demo) -> str:
 def numbers(demo: Demo) -> Iterator[tuple[str, np.ndarray | None]]:
     """Yield a demo's poses and calibration by name, [N, ...] each; None for values that were not recorded."""
     for name in sorted(demo.arms):
-        yield from _poses(name, demo.arms[name])
+        yield from _named_pose_arrays(name, demo.arms[name])
     for name in sorted(demo.cameras):
         camera = demo.cameras[name]
         yield f"{name}/intrinsics", camera.intrinsics
         yield f"{name}/world_to_camera", camera.world_to_camera
 
 
-def _poses(name: str, arm: ArmTrajectory) -> Iterator[tuple[str, np.ndarray | None]]:
+def _named_pose_arrays(name: str, arm: ArmTrajectory) -> Iterator[tuple[str, np.ndarray | None]]:
     for part in ("position", "quaternion", "gripper", "joints"):
         yield f"{name}/{part}", getattr(arm, part)
     if arm.controller is not None:
         yield f"{name}/controller", arm.controller
     if arm.commanded is not None:
-        yield from _poses(f"{name}/commanded", arm.commanded)
+        yield from _named_pose_arrays(f"{name}/commanded", arm.commanded)
 
 
 def fingerprints(demos: Sequence[Demo]) -> dict[str, str]:

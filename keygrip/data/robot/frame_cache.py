@@ -144,7 +144,7 @@ class FrameCache:
             except OSError as error:
                 # in use, owned by another user, or removed by another starting process: no problem for this cache
                 if error.errno in NO_LOCKS:
-                    _say_not_removed(folder)
+                    _warn_not_removed(folder)
 
     def __getstate__(self) -> dict[str, object]:
         dropped = ("_open_in", "_pixels", "_marks", "_pixels_file", "_marks_file", "_compared")
@@ -218,8 +218,8 @@ class FrameCache:
         if image.shape != (shape.height, shape.width, 3):
             raise ValueError(f"frame {frame} has shape {image.shape}, {(shape.height, shape.width, 3)} was promised")
         try:
-            _write(self._pixels_file, image.reshape(-1).data, first)
-            _write(self._marks_file, _mark(image.reshape(-1)).to_bytes(4, "little"), 4 * slot)
+            _write_all_at(self._pixels_file, image.reshape(-1).data, first)
+            _write_all_at(self._marks_file, _mark(image.reshape(-1)).to_bytes(4, "little"), 4 * slot)
         except OSError as error:
             log.warning("the frame cache stops growing (%s); frames are decoded every time", error)
             self.limit_bytes = 0
@@ -227,7 +227,7 @@ class FrameCache:
 
 
 @functools.cache
-def _say_not_removed(folder: Path) -> None:
+def _warn_not_removed(folder: Path) -> None:
     """Log a warning once per folder, not once per cache and camera."""
     log.warning("old frame caches in %s are not removed: they cannot be locked", folder)
 
@@ -237,7 +237,7 @@ def _mark(pixels: np.ndarray) -> int:
     return zlib.adler32(pixels.data) or 1
 
 
-def _write(descriptor: int, content: bytes | memoryview, offset: int) -> None:
+def _write_all_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:
     view = memoryview(content)
     while view:
         written = os.pwrite(descriptor, view, offset)

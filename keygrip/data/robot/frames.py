@@ -27,11 +27,11 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _rotated(image: np.ndarray, rotate: int) -> np.ndarray:
+def _rotate_image(image: np.ndarray, rotate: int) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(image, -rotate // 90)) if rotate else image
 
 
-def _checked_rotation(rotate: int) -> int:
+def _check_rotation(rotate: int) -> int:
     if rotate not in (0, 90, 180, 270):
         raise ValueError(f"rotate must be 0, 90, 180 or 270 degrees (clockwise), not {rotate}")
     return rotate
@@ -92,7 +92,7 @@ class NumberedFiles:
     rotate: int = 0
 
     def __post_init__(self) -> None:
-        _checked_rotation(self.rotate)
+        _check_rotation(self.rotate)
 
     def __len__(self) -> int:
         return self.frames
@@ -113,7 +113,7 @@ class JpegFrames(NumberedFiles):
 
     def read(self, index: int) -> np.ndarray:
         with open_image(self.path(index)) as image:
-            return _rotated(rgb_pixels(image), self.rotate)
+            return _rotate_image(rgb_pixels(image), self.rotate)
 
     def encoded(self, index: int) -> bytes | None:
         """Return the file's bytes if they can be copied unchanged (JPEG, not rotated), otherwise None."""
@@ -131,7 +131,7 @@ class DepthFrames(NumberedFiles):
             depth = np.asarray(image)
         if depth.ndim != 2:
             raise ValueError(f"{path}: depth must have one channel, it has shape {depth.shape}")
-        return _rotated(depth.astype(np.uint16), self.rotate)
+        return _rotate_image(depth.astype(np.uint16), self.rotate)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class VideoFrames:
     whole: bool = False
 
     def __post_init__(self) -> None:
-        _checked_rotation(self.rotate)
+        _check_rotation(self.rotate)
 
     def __len__(self) -> int:
         return self.frames if self.frames is not None else self.frames_in_file() - self.start
@@ -208,7 +208,7 @@ class VideoFrames:
         checked_index(index, len(self), self.path)
         if self.start + index >= self.frames_in_file():
             self.verify()
-        return _rotated(read_frame(self.path, self.start + index), self.rotate)
+        return _rotate_image(read_frame(self.path, self.start + index), self.rotate)
 
     def identity(self) -> str:
         return f"{file_identity(self.path)}:{self.start}:{self.frames}:{self.rotate}"

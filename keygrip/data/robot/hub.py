@@ -55,10 +55,10 @@ def refuse_missing(name: str, make_missing: bool = True) -> None:
             "not downloaded unasked. Fetch it with data.make_missing=true, or evaluate with open_loop=false"
         )
     if (reason := unreachable()) is not None:
-        raise FileNotFoundError(_not_to_be_had(name, reason))
+        raise FileNotFoundError(_unavailable_message(name, reason))
 
 
-def _not_to_be_had(name: str, reason: str) -> str:
+def _unavailable_message(name: str, reason: str) -> str:
     return (
         f"the data set {name} cannot be had from the hub ({reason}): where there is a network, run `hf download {name} "
         "--repo-type dataset --local-dir FOLDER`, and give data.root=FOLDER"
@@ -85,7 +85,7 @@ def download(name: str, make_missing: bool = True) -> Path:
             snapshot_download(repo_id=name, repo_type="dataset", local_dir=target)
         except Exception as error:  # network, response of the hub, missing package: one error for all
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            raise FileNotFoundError(_not_to_be_had(name, reason)) from error
+            raise FileNotFoundError(_unavailable_message(name, reason)) from error
         write_text(target / COMPLETE, name + "\n")
 
     make_once(folder, lambda target: (target / COMPLETE).is_file(), make)

@@ -85,16 +85,16 @@ def import_demos(
     notes: dict[str, None] = {}
     with locked(destination / LOCK_FILE):  # another import would remove what this one is writing
         # existing demos first: nothing is written if one of them is refused
-        order = sorted(references, key=lambda reference: not _is_there(destination / reference.name))
+        order = sorted(references, key=lambda reference: not _is_imported(destination / reference.name))
         for reference in Progress(order, desc=f"importing {references[0].format}", unit="demo", shown=progress):
             folder = destination / reference.name
             try:
-                if _is_there(folder):
-                    _refuse_another(reference, folder)
+                if _is_imported(folder):
+                    _refuse_other_recording(reference, folder)
                     _refuse_changed(reference, folder, cameras, video)
                     skipped += 1
                     continue
-                notes.update(dict.fromkeys(_import(reference, folder, cameras, video, jpeg_quality)))
+                notes.update(dict.fromkeys(_import_demo(reference, folder, cameras, video, jpeg_quality)))
             except DemoError as error:
                 broken.append((error.name, error.reason))
                 continue
@@ -110,16 +110,16 @@ def import_demos(
     return ImportSummary(written, skipped, broken, list(notes))
 
 
-def _is_there(folder: Path) -> bool:
+def _is_imported(folder: Path) -> bool:
     return (folder / "metadata.json").is_file()
 
 
-def _refuse_another(reference: DemoReference, folder: Path) -> None:
+def _refuse_other_recording(reference: DemoReference, folder: Path) -> None:
     """Raise ValueError if a native folder holds another recording of the same name."""
-    origin = _origin(folder)
+    origin = _read_import_origin(folder)
     if origin is None or origin.resolve() == reference.path.resolve():
         return
-    if reference.format == "native" and _origin(reference.path) == origin:  # a copy keeps its origin
+    if reference.format == "native" and _read_import_origin(reference.path) == origin:  # a copy keeps its origin
         return
     raise ValueError(
         f"{folder} was imported from {origin}, and {reference.path} has a demo of the same name: import it into "
@@ -137,7 +137,7 @@ def _refuse_changed(reference: DemoReference, folder: Path, cameras: Sequence[st
         imported = imported_reference.read(images=False, uncalibrated=True)
     except DemoError as error:
         raise DemoError(reference.name, f"{folder} is damaged ({error.reason}): remove it") from error
-    if changed := _difference(imported, current, cameras, video):
+    if changed := _describe_difference(imported, current, cameras, video):
         raise ValueError(
             f"{folder} was imported before, and now {changed}. What is there must be what would be written now "
             "(its numbers, calibration, cameras, instruction and `video` are compared): import into another "
@@ -145,16 +145,16 @@ def _refuse_changed(reference: DemoReference, folder: Path, cameras: Sequence[st
         )
 
 
-def _difference(held: Demo, now: Demo, cameras: Sequence[str] | None, video: bool) -> str:
+def _describe_difference(imported: Demo, current: Demo, cameras: Sequence[str] | None, video: bool) -> str:
     """Describe the first difference between an imported demo and its source; empty if there is none."""
-    camera_names = sorted(now.cameras if cameras is None else cameras)
-    if sorted(held.cameras) != camera_names:
-        return f"its cameras are {', '.join(camera_names)}; there they are {', '.join(sorted(held.cameras))}"
-    if any(isinstance(track.frames, VideoFrames) != video for track in held.cameras.values()):
+    camera_names = sorted(current.cameras if cameras is None else cameras)
+    if sorted(imported.cameras) != camera_names:
+        return f"its cameras are {', '.join(camera_names)}; there they are {', '.join(sorted(imported.cameras))}"
+    if any(isinstance(track.frames, VideoFrames) != video for track in imported.cameras.values()):
         return f"video={str(video).lower()} is asked for; there it is {str(not video).lower()}"
-    if held.instruction != now.instruction:
-        return f"its instruction is {now.instruction!r}; there it is {held.instruction!r}"
-    old_arrays, new_arrays = _stored(held, camera_names), _stored(now, camera_names)
+    if imported.instruction != current.instruction:
+        return f"its instruction is {current.instruction!r}; there it is {imported.instruction!r}"
+    old_arrays, new_arrays = _stored_arrays(imported, camera_names), _stored_arrays(current, camera_names)
     for name in sorted(old_arrays.keys() | new_arrays.keys()):
         old, new = old_arrays.get(name), new_arrays.get(name)
         if old is None or new is None:
@@ -165,7 +165,7 @@ def _difference(held: Demo, now: Demo, cameras: Sequence[str] | None, video: boo
     return ""
 
 
-def _stored(demo: Demo, cameras: Sequence[str]) -> dict[str, np.ndarray | None]:
+def _stored_arrays(demo: Demo, cameras: Sequence[str]) -> dict[str, np.ndarray | None]:
     """Return the values of a demo that a native folder holds: for cameras those of the calibrated ones among `cameras`,
     for commands only the poses."""
     calibrated = {name: track for name, track in demo.cameras.items() if name in cameras and not track.uncalibrated}
@@ -179,7 +179,7 @@ def _stored(demo: Demo, cameras: Sequence[str]) -> dict[str, np.ndarray | None]:
     }
 
 
-def _origin(folder: Path) -> Path | None:
+def _read_import_origin(folder: Path) -> Path | None:
     """Return the path from which a native demo was imported; None if its metadata do not contain it."""
     try:
         origin = read_json(folder / "metadata.json")["source"]["imported_from"]
@@ -188,7 +188,7 @@ def _origin(folder: Path) -> Path | None:
     return Path(origin) if isinstance(origin, str) else None
 
 
-def _import(
+def _import_demo(
     reference: DemoReference, folder: Path, cameras: Sequence[str] | None, video: bool, jpeg_quality: int
 ) -> list[str]:
     demo = reference.read(cameras=cameras, uncalibrated=True)

@@ -167,9 +167,9 @@ def verify(
     Returns:
         One verdict per recording, in their order. Errors of the machine (no file descriptors left) pass unchanged.
     """
-    identities = [_identity(demo, cameras, depth) for demo in demos]
+    identities = [_recording_identity(demo, cameras, depth) for demo in demos]
     with _writable_lock(cache_dir):
-        verdicts = _known(cache_dir / VERIFIED)
+        verdicts = _load_valid_verdicts(cache_dir / VERIFIED)
         fresh = [index for index, identity in enumerate(identities) if identity not in verdicts]
         if fresh:
             workers = min(threads or usable_cores(), THREADS)
@@ -195,8 +195,8 @@ def verify(
     return [verdicts[identity] for identity in identities]
 
 
-def _keep(known: Mapping[str, Verdict], cache_dir: Path) -> None:
-    entries = {identity: asdict(verdict) for identity, verdict in list(known.items())[-KEPT_ENTRIES:]}
+def _keep(verdicts: Mapping[str, Verdict], cache_dir: Path) -> None:
+    entries = {identity: asdict(verdict) for identity, verdict in list(verdicts.items())[-KEPT_ENTRIES:]}
     try:
         write_json(cache_dir / VERIFIED, entries, indent=None)
     except OSError as error:
@@ -218,7 +218,7 @@ def _writable_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _known(path: Path) -> dict[str, Verdict]:
+def _load_valid_verdicts(path: Path) -> dict[str, Verdict]:
     """Return results of earlier checks that are still valid; none if the file is missing or damaged.
 
     A problem is valid only for the processes of the same start: a restored file has its old size and time, and a disk
@@ -235,13 +235,15 @@ def _known(path: Path) -> dict[str, Verdict]:
     return {}
 
 
-def _identity(demo: Demo, cameras: Sequence[str], depth: bool) -> str:
+def _recording_identity(demo: Demo, cameras: Sequence[str], depth: bool) -> str:
     """Return a hash that changes with a recording's poses and with the names, sizes or times of its files."""
     digest = hashlib.sha256(f"{demo_fingerprint(demo)}\n{list(cameras)}\n{depth}\n".encode())
     if _is_native(demo):
         lines = sorted(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in _files(demo.path))
     else:
-        lines = [source.identity() for _, track in _tracks(demo, cameras) for source in _sources(track, depth)]
+        lines = [
+            source.identity() for _, track in _camera_tracks(demo, cameras) for source in _frame_sources(track, depth)
+        ]
     digest.update("\n".join(lines).encode())
     return digest.hexdigest()
 
@@ -272,8 +274,8 @@ def _checked_content(demo: Demo, cameras: Sequence[str], depth: bool, views: dic
             compare_with_manifest(demo.path, {name: entry for name, entry in recorded.items() if name in files})
         _check_pixels(demo, chosen, depth, take)
 
-    further = _tracks(demo, cameras[1:])
-    view_files = {name: _own_files(demo.path, track) if native else set() for name, track in further}
+    further = _camera_tracks(demo, cameras[1:])
+    view_files = {name: _camera_files(demo.path, track) if native else set() for name, track in further}
     check(cameras[:1], (recorded or {}).keys() - {file for files in view_files.values() for file in files})
     for name, files in view_files.items():
         try:
@@ -289,10 +291,10 @@ def _checked_content(demo: Demo, cameras: Sequence[str], depth: bool, views: dic
     return (sha256_bytes(json.dumps([content_hash, sorted(views)]).encode()) if views else content_hash)[:32]
 
 
-def _own_files(folder: Path, track: CameraTrack) -> set[str]:
+def _camera_files(folder: Path, track: CameraTrack) -> set[str]:
     """Return the files of a camera's images and depth, as paths relative to the recording's folder."""
     paths: set[Path] = set()
-    for source in _sources(track, depth=True):
+    for source in _frame_sources(track, depth=True):
         if isinstance(source, NumberedFiles):
             paths.update(source.path(index) for index in range(len(source)))
         elif isinstance(source, VideoFrames):
@@ -319,11 +321,11 @@ def _files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
                     yield f"{prefix}{entry.name}", entry.stat()
 
 
-def _tracks(demo: Demo, cameras: Sequence[str]) -> list[tuple[str, CameraTrack]]:
+def _camera_tracks(demo: Demo, cameras: Sequence[str]) -> list[tuple[str, CameraTrack]]:
     return [(name, demo.cameras[name]) for name in cameras if name in demo.cameras]
 
 
-def _sources(track: CameraTrack, depth: bool) -> list[FrameSource]:
+def _frame_sources(track: CameraTrack, depth: bool) -> list[FrameSource]:
     return [track.frames, *([track.depth] if depth and track.depth is not None else [])]
 
 
@@ -341,15 +343,15 @@ def _check_pixels(
     Raises:
         DemoError: a frame cannot be used; the message names the camera and the first such frame.
     """
-    for name, track in _tracks(demo, cameras):
-        for source in _sources(track, depth):
+    for name, track in _camera_tracks(demo, cameras):
+        for source in _frame_sources(track, depth):
             kind = "frame"
             shape: tuple[int, ...] = (track.height, track.width, 3)
             if source is track.depth:
                 kind, shape = "depth frame", (track.height, track.width)
             frame = 0
             try:
-                for frame_shape in _shapes(source, take):
+                for frame_shape in _decode_frame_shapes(source, take):
                     if frame_shape != shape:
                         raise ValueError(f"it has shape {frame_shape}, the recording says {shape}")
                     frame += 1
@@ -361,13 +363,13 @@ def _check_pixels(
                 ) from error
 
 
-def _shapes(source: FrameSource, take: Callable[[Any], None]) -> Iterator[tuple[int, ...]]:
+def _decode_frame_shapes(source: FrameSource, take: Callable[[Any], None]) -> Iterator[tuple[int, ...]]:
     """Yield the shape of each frame after decoding it; `take` is called with what was read."""
     if isinstance(source, JpegFrames):
         for index in range(len(source)):
             content = read_bytes(source.path(index))
             take(content)
-            yield _decoded_shape(content, source.path(index).name, turned=source.rotate in (90, 270))
+            yield _decode_image_shape(content, source.path(index).name, turned=source.rotate in (90, 270))
     elif isinstance(source, VideoFrames):
         source.verify()
         for image in frames_between(source.path, source.start, source.start + len(source)):
@@ -382,10 +384,10 @@ def _shapes(source: FrameSource, take: Callable[[Any], None]) -> Iterator[tuple[
             yield frame.shape
 
 
-def _decoded_shape(content: bytes, where: str, turned: bool) -> tuple[int, int, int]:
+def _decode_image_shape(content: bytes, file_name: str, turned: bool) -> tuple[int, int, int]:
     """Return [H, W, 3] of an image file after decoding all of its data. A JPEG is decoded at an eighth of its size,
     which reads every byte in a fraction of the time."""
-    with open_image(content, where) as image:
+    with open_image(content, file_name) as image:
         width, height = image.size
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
         image.load()

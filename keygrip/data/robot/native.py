@@ -64,17 +64,17 @@ def detect(root: Path) -> bool:
     return any(map(_looks_native, demo_folders(root, _is_demo)))
 
 
-def _archive(name: str, path: Path, wanted: Iterable[str]) -> Mapping[str, np.ndarray]:
+def _read_arrays(name: str, path: Path, keys: Iterable[str]) -> Mapping[str, np.ndarray]:
     """Return those of the wanted arrays that a file contains; other arrays are not read."""
     if not path.is_file():
         raise DemoError(name, f"{path.name} is missing")
     try:
-        return read_npz(path, set(wanted), path.name)
+        return read_npz(path, set(keys), path.name)
     except BadSample as error:
         raise DemoError(name, f"{path.name} cannot be read ({error.what})") from error
 
 
-def _part(name: str, archive: Mapping[str, np.ndarray], key: str, file: str) -> np.ndarray:
+def _require_array(name: str, archive: Mapping[str, np.ndarray], key: str, file: str) -> np.ndarray:
     if key not in archive:
         raise DemoError(name, f"{file} has no {key!r}; it holds {', '.join(sorted(archive)) or 'nothing'}")
     return archive[key]
@@ -83,7 +83,7 @@ def _part(name: str, archive: Mapping[str, np.ndarray], key: str, file: str) -> 
 def _read_arm(name: str, archive: Mapping[str, np.ndarray], arm: str) -> ArmTrajectory:
     def poses(prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         keys = [f"{arm}/{prefix}{part}" for part in POSES]
-        arrays = [np.asarray(_part(name, archive, key, "trajectory.npz"), dtype=np.float64) for key in keys]
+        arrays = [np.asarray(_require_array(name, archive, key, "trajectory.npz"), dtype=np.float64) for key in keys]
         return arrays[0], arrays[1], arrays[2]
 
     commanded = None
@@ -98,14 +98,14 @@ def _read_arm(name: str, archive: Mapping[str, np.ndarray], arm: str) -> ArmTraj
     )
 
 
-def _intervention(name: str, archive: Mapping[str, np.ndarray], frames: int) -> np.ndarray | None:
+def _check_intervention(name: str, archive: Mapping[str, np.ndarray], frames: int) -> np.ndarray | None:
     flags = archive.get("intervention")
     if flags is not None and (flags.shape != (frames,) or flags.dtype != bool):
         raise DemoError(name, f"intervention is {flags.dtype} {flags.shape}, bool ({frames},) is needed")
     return flags
 
 
-def _inside(name: str, folder: Path, relative: str) -> Path:
+def _resolve_inside(name: str, folder: Path, relative: str) -> Path:
     try:
         return inside(folder, relative)
     except BadSample as error:
@@ -124,7 +124,7 @@ def _count_files(name: str, folder: Path, pattern: str, frames: int, camera: str
 
 
 def _frame_source(name: str, folder: Path, pattern: str, frames: int, camera: str, depth: bool) -> FrameSource:
-    path = _inside(name, folder, pattern)
+    path = _resolve_inside(name, folder, pattern)
     if "%" in path.name:
         if not PATTERN.fullmatch(path.name):
             raise DemoError(name, f"camera {camera!r}: {path.name!r} is not a pattern with one frame number")
@@ -184,10 +184,10 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
     if not isinstance(arms, list) or not isinstance(entries, dict):
         raise DemoError(name, "metadata.json: arms must be a list of names, cameras an object of entries by name")
     keys = [f"{arm}/{part}" for arm in arms for part in ARM_ARRAYS]
-    trajectory = _archive(name, folder / "trajectory.npz", ["timestamps_ns", "intervention", *keys])
+    trajectory = _read_arrays(name, folder / "trajectory.npz", ["timestamps_ns", "intervention", *keys])
     keys = [f"{camera}/{part}" for camera in entries for part in ("intrinsics", "world_to_camera")]
-    poses = _archive(name, folder / "cameras.npz", keys)
-    timestamps = _part(name, trajectory, "timestamps_ns", "trajectory.npz")
+    poses = _read_arrays(name, folder / "cameras.npz", keys)
+    timestamps = _require_array(name, trajectory, "timestamps_ns", "trajectory.npz")
     if timestamps.shape != (frames,) or not np.issubdtype(timestamps.dtype, np.integer):
         raise DemoError(
             name,
@@ -207,7 +207,7 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
             cameras[camera] = CameraTrack.without_calibration(width, height, images, frames, str(reason), depths)
             continue
         intrinsics, world_to_camera = (
-            CameraTrack.broadcast(_part(name, poses, f"{camera}/{part}", "cameras.npz"), frames)
+            CameraTrack.broadcast(_require_array(name, poses, f"{camera}/{part}", "cameras.npz"), frames)
             for part in ("intrinsics", "world_to_camera")
         )
         cameras[camera] = CameraTrack(width, height, intrinsics, world_to_camera, images, depths)
@@ -224,5 +224,5 @@ def read_native(folder: Path | str, name: str | None = None) -> Demo:
         cameras=cameras,
         source=dict(metadata.get("source") or {}),
         text=text,
-        intervention=_intervention(name, trajectory, frames),
+        intervention=_check_intervention(name, trajectory, frames),
     )

@@ -176,7 +176,7 @@ class DemoWriter:
         for camera, image in images.items():
             self._add_image(camera, index, image)
         for camera, values in depth.items():
-            path = self._new_file("depth", camera, f"{index:06d}.png")
+            path = self._register_file("depth", camera, f"{index:06d}.png")
             Image.fromarray(np.ascontiguousarray(values, dtype=np.uint16)).save(path, compress_level=1)
         self._timestamps.append(int(timestamp_ns))
         self._interventions.append(bool(intervention))
@@ -202,35 +202,35 @@ class DemoWriter:
             raise ValueError(f"camera {camera!r}: frame {index} is {size}, the first one was {self._sizes[camera]}")
         if isinstance(image, np.ndarray) and self.video:
             if camera not in self._videos:
-                self._videos[camera] = VideoWriter(self._new_file("rgb", f"{camera}.mp4"), *size, self.fps)
+                self._videos[camera] = VideoWriter(self._register_file("rgb", f"{camera}.mp4"), *size, self.fps)
             self._videos[camera].write(np.ascontiguousarray(image))
             return
-        path = self._new_file("rgb", camera, f"{index:06d}.jpg")
+        path = self._register_file("rgb", camera, f"{index:06d}.jpg")
         if isinstance(image, bytes):
             path.write_bytes(image)
         else:
             # 4:4:4: chroma at full resolution, because the policy localises thin coloured edges
             Image.fromarray(image).save(path, quality=self.jpeg_quality, subsampling=0)
 
-    def _new_file(self, *names: str) -> Path:
+    def _register_file(self, *names: str) -> Path:
         path = self._temporary.joinpath(*names)
         within = path.parents[: len(names) - 1]  # not the hidden folder itself: recreating it would hide lost files
         try:
             for folder in reversed(within):
                 folder.mkdir(exist_ok=True)
         except FileNotFoundError as error:
-            raise self._removed() from error
+            raise self._folder_removed_error() from error
         self._files.append(path)
         return path
 
-    def _removed(self) -> FileNotFoundError:
+    def _folder_removed_error(self) -> FileNotFoundError:
         return FileNotFoundError(f"{self._temporary} was removed while {self.folder} was written: record it again")
 
     def _finish(self) -> None:
         if len(self._timestamps) < 2:
             raise ValueError(f"demo {self.folder.name} has {len(self._timestamps)} frames; at least 2 are needed")
         if not all(path.is_file() for path in self._files):
-            raise self._removed()
+            raise self._folder_removed_error()
         trajectory: dict[str, np.ndarray] = {"timestamps_ns": np.asarray(self._timestamps, dtype=np.int64)}
         if any(self._interventions):
             trajectory["intervention"] = np.asarray(self._interventions, dtype=bool)
@@ -313,15 +313,15 @@ def write_demo(
                     name: CameraPose(track.intrinsics[index], track.world_to_camera[index])
                     for name, track in tracks.items()
                 },
-                {name: _pose(arm, index) for name, arm in demo.arms.items()},
-                {name: _pose(arm.commanded, index) for name, arm in demo.arms.items() if arm.commanded is not None},
+                {name: _pose_at(arm, index) for name, arm in demo.arms.items()},
+                {name: _pose_at(arm.commanded, index) for name, arm in demo.arms.items() if arm.commanded is not None},
                 {name: track.depth.read(index) for name, track in tracks.items() if track.depth is not None},
                 intervention=demo.intervention is not None and bool(demo.intervention[index]),
             )
     return Path(folder)
 
 
-def _pose(arm: ArmTrajectory, index: int) -> ArmPose:
+def _pose_at(arm: ArmTrajectory, index: int) -> ArmPose:
     return ArmPose(
         arm.position[index],
         arm.quaternion[index],

@@ -81,7 +81,7 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
             break
         looked_at += 1
         try:
-            read.demos.append(_read(reference, options))
+            read.demos.append(_read_with_requirements(reference, options))
         except DemoError as error:
             read.broken.append(error)
     notes = dict.fromkeys(str(note) for demo in read.demos for note in demo.source.get("notes", []))
@@ -91,7 +91,7 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
     read.broken += [DemoError(name, reason) for name, reason in rates.items()]
     read.demos = [demo for demo in read.demos if demo.name not in rates]
     if options.verify:
-        _verify(read, options, cache_dir)
+        _drop_damaged(read, options, cache_dir)
     for broken in read.broken:
         log.warning("left out: %s", broken)
     if read.broken:
@@ -109,7 +109,7 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
     return read
 
 
-def _read(reference: DemoReference, options: ReadingOptions) -> Demo:
+def _read_with_requirements(reference: DemoReference, options: ReadingOptions) -> Demo:
     demo = reference.read(cameras=options.cameras, uncalibrated=options.uncalibrated)
     needed = options.cameras[:1] if options.masks_views else options.cameras
     missing = [camera for camera in needed if camera not in demo.cameras]
@@ -123,7 +123,7 @@ def _read(reference: DemoReference, options: ReadingOptions) -> Demo:
     return demo
 
 
-def _verify(read: ReadDemos, options: ReadingOptions, cache_dir: Path) -> None:
+def _drop_damaged(read: ReadDemos, options: ReadingOptions, cache_dir: Path) -> None:
     """Leave out the demonstrations whose files or frames are damaged. If the model masks views, damage to the files of
     a camera other than the first removes only that camera."""
     verdicts = verify(read.demos, options.cameras, options.depth, cache_dir)

@@ -46,7 +46,7 @@ class DemoReference:
         try:
             demo = self.reader()
             if uncalibrated is not True:
-                demo = _calibrated(demo, uncalibrated or ())
+                demo = _drop_uncalibrated(demo, uncalibrated or ())
             check_demo(demo, images=images, cameras=cameras)
         except DemoError as error:
             if error.name == self.name:
@@ -61,10 +61,11 @@ class DemoReference:
         return replace(demo, arms={name: tidied(arm) for name, arm in demo.arms.items()})
 
 
-def _calibrated(demo: Demo, kept: Collection[str]) -> Demo:
-    """Return the demo without cameras whose pose is not known, except `kept`. Raise DemoError if none is left."""
+def _drop_uncalibrated(demo: Demo, exempt_cameras: Collection[str]) -> Demo:
+    """Return the demo without cameras whose pose is not known, except `exempt_cameras`. Raise DemoError if
+    none is left."""
     unknown = {name: track.uncalibrated for name, track in demo.cameras.items() if track.uncalibrated}
-    without = {name: reason for name, reason in unknown.items() if name not in kept}
+    without = {name: reason for name, reason in unknown.items() if name not in exempt_cameras}
     if not without:
         return demo
     if len(without) == len(demo.cameras):

@@ -62,7 +62,7 @@ def data_roots(
         ValueError: there is no root, two have the same name, the number of calibration files or strides is not that of
             the roots, `camera_names` names a root that does not exist, or two cameras would have the same name.
     """
-    roots = _folders(root, calibration)
+    roots = _make_data_roots(root, calibration)
     strides = checked_strides(frame_stride, len(roots))
     names = {name: dict(mapping) for name, mapping in (camera_names or {}).items()}
     folder_names = [data_root.folder.name for data_root in roots]
@@ -77,13 +77,13 @@ def data_roots(
     ]
 
 
-def _folders(
+def _make_data_roots(
     root: str | Path | Sequence[str | Path], calibration: str | Path | Sequence[str | Path | None] | None
 ) -> list[DataRoot]:
     if isinstance(root, str | Path):
         if not (calibration is None or isinstance(calibration, str | Path)):
             raise ValueError("data.calibration is a list, and data.root is one folder")
-        return [_data_root(root, "", calibration)]
+        return [_make_data_root(root, "", calibration)]
     several = list(root)
     if not several:
         raise ValueError("data.root is an empty list: name folders of demonstrations")
@@ -92,7 +92,7 @@ def _folders(
         raise ValueError(
             f"data.calibration names {len(files)} files for {len(several)} roots; null where one needs none"
         )
-    roots = [_data_root(part, Path(str(part)).name, file) for part, file in zip(several, files, strict=True)]
+    roots = [_make_data_root(part, Path(str(part)).name, file) for part, file in zip(several, files, strict=True)]
     labels = [part.label for part in roots]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ValueError(
@@ -101,7 +101,7 @@ def _folders(
     return roots if len(roots) > 1 else [replace(roots[0], label="")]
 
 
-def _data_root(root: str | Path, label: str, calibration: str | Path | None) -> DataRoot:
+def _make_data_root(root: str | Path, label: str, calibration: str | Path | None) -> DataRoot:
     name = hub.hub_name(root)
     return DataRoot(Path(root) if name is None else hub.folder_of(name), label, calibration, name)
 
@@ -143,11 +143,11 @@ def read_roots(roots: Sequence[DataRoot], format: str, options: ReadingOptions, 
         references = find_demos(root.folder, format, root.calibration)
         if root.camera_names:
             references = [
-                replace(reference, reader=partial(_renamed, reference.reader, root.camera_names))
+                replace(reference, reader=partial(_read_with_renamed_cameras, reference.reader, root.camera_names))
                 for reference in references
             ]
         read = read_demos(root.folder, references, options, cache_dir)
-        _refuse_unmet(root, read.demos)
+        _refuse_absent_cameras(root, read.demos)
         prefix = f"{root.label}/" if root.label else ""
         everything.demos += [replace(demo, name=prefix + demo.name) for demo in read.demos] if prefix else read.demos
         everything.broken += [DemoError(prefix + error.name, error.reason) for error in read.broken]
@@ -158,7 +158,7 @@ def read_roots(roots: Sequence[DataRoot], format: str, options: ReadingOptions, 
     return everything
 
 
-def _renamed(reader: Callable[[], Demo], names: Mapping[str, str]) -> Demo:
+def _read_with_renamed_cameras(reader: Callable[[], Demo], names: Mapping[str, str]) -> Demo:
     """Read a demo and rename its cameras. Raise DemoError if two would have the same name."""
     demo = reader()
     cameras = {names.get(name, name): track for name, track in demo.cameras.items()}
@@ -169,7 +169,7 @@ def _renamed(reader: Callable[[], Demo], names: Mapping[str, str]) -> Demo:
     return replace(demo, cameras=cameras)
 
 
-def _refuse_unmet(root: DataRoot, demos: Sequence[Demo]) -> None:
+def _refuse_absent_cameras(root: DataRoot, demos: Sequence[Demo]) -> None:
     """Raise ValueError if a camera to rename exists in no demo."""
     there = {name for demo in demos for name in (*demo.cameras, *demo.source.get("uncalibrated", {}))}
     for theirs, ours in root.camera_names.items():

@@ -40,12 +40,12 @@ def targets_of(
         gripper_targets: "reached" or "commanded" for the gripper's opening only; None: as `targets`.
     """
     future = np.asarray(frame)[..., None] + steps
-    poses, rows = _goals(arm, future, targets)
-    openings, opening_rows = _goals(arm, future, gripper_targets or targets)
+    poses, rows = _target_rows(arm, future, targets)
+    openings, opening_rows = _target_rows(arm, future, gripper_targets or targets)
     return poses.position[rows], poses.quaternion[rows], openings.gripper[opening_rows], future > len(arm) - 1
 
 
-def _goals(arm: ArmTrajectory, future: np.ndarray, targets: str) -> tuple[ArmTrajectory, np.ndarray]:
+def _target_rows(arm: ArmTrajectory, future: np.ndarray, targets: str) -> tuple[ArmTrajectory, np.ndarray]:
     """Return a trajectory and its rows, int [...], that hold the targets for the frames `future`."""
     if targets == "commanded":
         assert arm.commanded is not None
@@ -133,20 +133,22 @@ def poses_of(
         last = len(demo) - 1
     if "joints" in extra:
         joints = [arm.joints for arm in trajectories if arm.joints is not None]
-        further["start_joints"] = _float(np.stack([values[frame] for values in joints], axis))
-        further["joints"] = _float(np.stack([values[np.minimum(future, last)] for values in joints], axis))
+        further["start_joints"] = _float_tensor(np.stack([values[frame] for values in joints], axis))
+        further["joints"] = _float_tensor(np.stack([values[np.minimum(future, last)] for values in joints], axis))
     if "controller" in extra:
         controls = [arm.controller for arm in trajectories if arm.controller is not None]
-        further["controller"] = _float(np.stack([values[np.minimum(future - 1, last)] for values in controls], axis))
+        further["controller"] = _float_tensor(
+            np.stack([values[np.minimum(future - 1, last)] for values in controls], axis)
+        )
     return further | {
-        "start_position": _float(np.stack([arm.position[frame] for arm in trajectories], axis)),
-        "start_quaternion": _float(np.stack([arm.quaternion[frame] for arm in trajectories], axis)),
-        "start_gripper": _float(np.stack([arm.gripper[frame] for arm in trajectories], axis)),
-        "position": _float(position),
-        "quaternion": _float(quaternion),
-        "gripper": _float(gripper),
+        "start_position": _float_tensor(np.stack([arm.position[frame] for arm in trajectories], axis)),
+        "start_quaternion": _float_tensor(np.stack([arm.quaternion[frame] for arm in trajectories], axis)),
+        "start_gripper": _float_tensor(np.stack([arm.gripper[frame] for arm in trajectories], axis)),
+        "position": _float_tensor(position),
+        "quaternion": _float_tensor(quaternion),
+        "gripper": _float_tensor(gripper),
         "action_is_pad": torch.from_numpy(is_pad),
-        "keyframe": _float(np.stack([position[..., 0, :] for position in keyframes], axis)),
+        "keyframe": _float_tensor(np.stack([position[..., 0, :] for position in keyframes], axis)),
     }
 
 
@@ -338,8 +340,8 @@ class MultiViewSamples(DemoSamples):
         return MultiViewPolicyBatch(
             images=torch.from_numpy(np.stack([view.image.transpose(2, 0, 1) for view in views])),
             detail=None if detail is None else channels_first(detail),
-            view_intrinsics=_float(np.stack([view.intrinsics for view in views])),
-            view_world_to_camera=_float(np.stack([view.world_to_camera for view in views])),
+            view_intrinsics=_float_tensor(np.stack([view.intrinsics for view in views])),
+            view_world_to_camera=_float_tensor(np.stack([view.world_to_camera for view in views])),
             depth=torch.from_numpy(np.stack(depth)) if depth else None,
             view_mask=torch.tensor(present),
             cameras=self.cameras,
@@ -395,5 +397,5 @@ def collate(samples: list[PolicyTargets]) -> PolicyTargets:
     return type(samples[0]).collate(samples)
 
 
-def _float(values: np.ndarray) -> torch.Tensor:
+def _float_tensor(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32))

@@ -104,11 +104,11 @@ def compute_statistics(
     quaternions: dict[str, np.ndarray] = {}
     digest = hashlib.sha256(f"{options.targets}:{options.arms}".encode())
     for arm in options.arms:
-        quaternions[arm] = np.concatenate([goal.quaternion for goal in _goals(train, arm, options)])
+        quaternions[arm] = np.concatenate([goal.quaternion for goal in _target_trajectories(train, arm, options)])
         digest.update(np.ascontiguousarray(quaternions[arm]).tobytes())
-    positions = _positions(train, options)
+    positions = _reached_and_target_positions(train, options)
     digest.update(np.ascontiguousarray(positions).tobytes())
-    low, high = _range_of(positions)
+    low, high = _position_range(positions)
     calibrated = tuple(name for name in cameras if all(_is_calibrated(demo, name) for demo in demos))
     by_robot = {name: [demo for demo in train if demo.robot == name] for name in options.embodiments}
     return DemoStatistics(
@@ -125,34 +125,42 @@ def compute_statistics(
         fingerprint=digest.hexdigest()[:16],
         cache_dir=cache_dir,
         cameras=tuple(cameras),
-        chunks=_chunks(train, train_indices, options),
+        chunks=_collect_training_targets(train, train_indices, options),
         instructions=tuple(sorted({demo.instruction for demo in train})),
         calibrated=calibrated,
         robot_ranges={
-            name: _range_of(_positions(robot_demos, options)) for name, robot_demos in by_robot.items() if robot_demos
+            name: _position_range(_reached_and_target_positions(robot_demos, options))
+            for name, robot_demos in by_robot.items()
+            if robot_demos
         },
-        apart=_apart(train, calibrated, (np.array(low) + np.array(high)) / 2),
+        apart=_camera_separations(train, calibrated, (np.array(low) + np.array(high)) / 2),
     )
 
 
-def _goals(demos: Sequence[Demo], arm: str, options: SampleOptions) -> list[ArmTrajectory]:
+def _target_trajectories(demos: Sequence[Demo], arm: str, options: SampleOptions) -> list[ArmTrajectory]:
     goals = [demo.arms[arm].commanded if options.targets == "commanded" else demo.arms[arm] for demo in demos]
     return [goal for goal in goals if goal is not None]
 
 
-def _positions(demos: Sequence[Demo], options: SampleOptions) -> np.ndarray:
+def _reached_and_target_positions(demos: Sequence[Demo], options: SampleOptions) -> np.ndarray:
     """Return all reached positions and all target positions, [P, 3] metres."""
-    tracks = [track for arm in options.arms for track in (*(d.arms[arm] for d in demos), *_goals(demos, arm, options))]
+    tracks = [
+        track
+        for arm in options.arms
+        for track in (*(d.arms[arm] for d in demos), *_target_trajectories(demos, arm, options))
+    ]
     return np.concatenate([track.position for track in tracks])
 
 
-def _range_of(positions: np.ndarray) -> Range:
+def _position_range(positions: np.ndarray) -> Range:
     low, high = positions.min(axis=0).tolist(), positions.max(axis=0).tolist()
     return (low[0], low[1], low[2]), (high[0], high[1], high[2])
 
 
-def _apart(demos: Sequence[Demo], cameras: Sequence[str], middle: np.ndarray) -> dict[tuple[str, str], Apart]:
-    """Return the distance of each pair of cameras; `middle` [3]: middle of the workspace, metres."""
+def _camera_separations(
+    demos: Sequence[Demo], cameras: Sequence[str], workspace_centre: np.ndarray
+) -> dict[tuple[str, str], Apart]:
+    """Return the distance of each pair of cameras; `workspace_centre` [3]: middle of the workspace, metres."""
     centres: dict[str, np.ndarray] = {}
     for name in cameras:
         poses = [demo.cameras[name].world_to_camera[:: max(1, len(demo) // FRAMES_OF_A_DEMO)] for demo in demos]
@@ -160,7 +168,7 @@ def _apart(demos: Sequence[Demo], cameras: Sequence[str], middle: np.ndarray) ->
     separations = {}
     for pair in itertools.combinations(cameras, 2):
         first, second = (centres[name] for name in pair)
-        rays = [centre - middle for centre in (first, second)]
+        rays = [centre - workspace_centre for centre in (first, second)]
         rays = [ray / np.maximum(np.linalg.norm(ray, axis=1, keepdims=True), 1e-9) for ray in rays]
         # from the chord, because the cosine of a small angle loses the angle to rounding
         angles = 2 * np.arcsin(np.clip(np.linalg.norm(rays[0] - rays[1], axis=1) / 2, 0, 1))
@@ -173,7 +181,9 @@ def _is_calibrated(demo: Demo, camera: str) -> bool:
     return camera in demo.cameras and not demo.cameras[camera].uncalibrated
 
 
-def _chunks(train: Sequence[Demo], train_indices: Sequence[int], options: SampleOptions) -> PolicyTargets:
+def _collect_training_targets(
+    train: Sequence[Demo], train_indices: Sequence[int], options: SampleOptions
+) -> PolicyTargets:
     """Return targets of training frames, without images: of all frames that are samples, or of evenly chosen ones.
     Frames are chosen separately for each robot with its own statistics, so that a rare robot is not left out."""
     frames_per_demo = [kept_frames(demo, options.arms, options.drop_idle_s) for demo in train]

@@ -78,12 +78,14 @@ def pack_batches(
             pool = group[start : start + POOL * most]
             order.append(pool[np.argsort(length[pool], kind="stable")])
     arranged = np.concatenate(order) if order else np.zeros(0, np.int64)
-    cuts = _cuts(frames[arranged], positions[arranged], sizes.rows[samples][arranged], budget, most)
+    cuts = _find_batch_ends(frames[arranged], positions[arranged], sizes.rows[samples][arranged], budget, most)
     batches = np.split(samples[arranged], cuts)
     return [batches[n] for n in rng.permutation(len(batches))]
 
 
-def _cuts(frames: np.ndarray, positions: np.ndarray, rows: np.ndarray, budget: Budget, most: int) -> list[int]:
+def _find_batch_ends(
+    frames: np.ndarray, positions: np.ndarray, rows: np.ndarray, budget: Budget, max_samples: int
+) -> list[int]:
     """Return where batches end if each batch takes the next samples in order as long as the budget allows."""
     cuts, count, frame_count, row_count, longest = [], 0, 0, 0, 0.0
     for index, (new_frames, new_length, new_rows) in enumerate(
@@ -91,7 +93,7 @@ def _cuts(frames: np.ndarray, positions: np.ndarray, rows: np.ndarray, budget: B
     ):
         longest_now = max(longest, new_length)
         full = (
-            count == most
+            count == max_samples
             or frame_count + new_frames > budget.frames
             or (row_count + new_rows) * longest_now > budget.positions
         )

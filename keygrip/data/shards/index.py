@@ -117,7 +117,11 @@ class ShardIndex:
                 reasons = (arrays[key].tolist() for key in ("bad_keys", "bad_reasons") if key in arrays)
                 bad = dict(zip(*reasons, strict=True))
                 index = cls(
-                    **own_arrays, columns=columns, size=int(arrays["size"]), bad=bad, textless=_textless(arrays, bad)
+                    **own_arrays,
+                    columns=columns,
+                    size=int(arrays["size"]),
+                    bad=bad,
+                    textless=_parse_textless(arrays, bad),
                 )
                 index._check()
                 return index
@@ -168,7 +172,7 @@ class ShardIndex:
         )
 
 
-def _textless(arrays: Mapping[str, np.ndarray], bad: Mapping[str, str]) -> dict[str, tuple[str, ...]] | None:
+def _parse_textless(arrays: Mapping[str, np.ndarray], bad: Mapping[str, str]) -> dict[str, tuple[str, ...]] | None:
     """Read `ShardIndex.textless` from the arrays of an index file. Raise ValueError or KeyError if they are damaged."""
     if "textless_names" not in arrays:  # no sample is bad, or an earlier version made the index
         return None if bad else {}
@@ -260,7 +264,7 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                     content[name] = raw.read(length)
                 crcs[key] = [zlib.crc32(part) for part in content.values()]
                 with guard(key):
-                    rows[key] = _checked(describe(content))
+                    rows[key] = _check_row(describe(content))
             except BadSample as error:
                 bad[key] = error.what
     complete_parts = [[(*part, crc) for part, crc in zip(gathered_parts[key], crcs[key], strict=True)] for key in rows]
@@ -303,8 +307,8 @@ def members_of(path: Path) -> TarMembers:
     return members
 
 
-def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[bytes]) -> None:
-    """Add the members from the headers to `found`.
+def _add_members(members: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[bytes]) -> None:
+    """Add the members from the headers to `members`.
 
     Raises:
         ShardError: the tar is cut off, or continues after its end, or has more global headers than any tool writes.
@@ -317,8 +321,8 @@ def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[by
         _refuse_global_headers(path, tar)
         key, part = split_name(unicodedata.normalize("NFC", member.name))  # macOS stores letters and accents separately
         hidden = not key.rpartition("/")[2]
-        key, length = _written(key)
-        name = f"{key}.{_written(part)[0][:LONGEST_PART]}"
+        key, length = _escape_key(key)
+        name = f"{key}.{_escape_key(part)[0][:LONGEST_PART]}"
         if member.size < 0 or member.offset_data < end:  # tarfile itself would loop forever
             raise ShardError(f"{path} is not a whole tar file: the size of {name} is wrong")
         # a sparse file states its size including holes, a hard link that of its target: the tar does not contain these
@@ -327,44 +331,44 @@ def _add_members(found: TarMembers, path: Path, tar: tarfile.TarFile, raw: IO[by
             if member.issparse() or not member.isfile()
             else member.offset_data + (member.size + 511) // 512 * 512
         )
-        if end > found.size:
-            found.parts.pop(key, None)
+        if end > members.size:
+            members.parts.pop(key, None)
             raise ShardError(f"{path} is cut off in {name}")
         if member.isdir() or hidden:
             continue
         if not is_utf8(member.name):
-            found.bad[key] = "its name is not UTF-8: pack its files under another one"
+            members.bad[key] = "its name is not UTF-8: pack its files under another one"
         elif length > LONGEST_KEY:
-            found.bad[key] = f"its key has {length} characters, more than the {LONGEST_KEY} that a key may have"
+            members.bad[key] = f"its key has {length} characters, more than the {LONGEST_KEY} that a key may have"
         elif len(part) > LONGEST_PART:
-            found.bad[key] = (
+            members.bad[key] = (
                 f"its part {part[:40]!r}... has {len(part)} characters, more than the {LONGEST_PART} of one"
             )
         elif not member.isfile():
-            found.bad[key] = f"its part {part!r} is a link or a device, not a file"
+            members.bad[key] = f"its part {part!r} is a link or a device, not a file"
         elif member.issparse():
-            found.bad[key] = f"its part {part!r} is stored as a sparse file: pack it without --sparse"
-        parts = found.parts.setdefault(key, [])
+            members.bad[key] = f"its part {part!r} is stored as a sparse file: pack it without --sparse"
+        parts = members.parts.setdefault(key, [])
         if len(parts) >= MOST_PARTS:
-            found.bad.setdefault(
+            members.bad.setdefault(
                 key,
                 f"it has more than the {MOST_PARTS} parts that a sample may have. Where these are several samples, a "
                 "key ends at the first dot of a name: write another character for the others",
             )
             continue
-        if key not in found.bad and (key, part) in seen:
-            found.bad[key] = f"it has the part {part!r} twice: the key stands for two samples"
+        if key not in members.bad and (key, part) in seen:
+            members.bad[key] = f"it has the part {part!r} twice: the key stands for two samples"
         seen.add((key, part))
         parts.append((part, member.offset_data, member.size))
     raw.seek(end)
     closing = raw.read(END_OF_TAR)
     if len(closing) < END_OF_TAR or any(closing):
-        raise ShardError(f"{path} is cut off: the end mark after its {len(found.parts)} samples is missing")
+        raise ShardError(f"{path} is cut off: the end mark after its {len(members.parts)} samples is missing")
     while trailing := raw.read(1 << 20):
         if any(trailing):
             raise ShardError(
-                f"{path} goes on after the end mark behind its {len(found.parts)} samples: tar files joined by cat are "
-                "read to the first mark alone; unpack it with `tar -xif` and pack it again"
+                f"{path} goes on after the end mark behind its {len(members.parts)} samples: tar files joined by cat "
+                "are read to the first mark alone; unpack it with `tar -xif` and pack it again"
             )
 
 
@@ -384,14 +388,14 @@ def _is_compressed(path: Path) -> bool:
         return file.read(8).startswith(COMPRESSED_BEGIN)
 
 
-def _written(key: str) -> tuple[str, int]:
+def _escape_key(key: str) -> tuple[str, int]:
     """Return a key in a form that can be written (escapes for bytes that are not UTF-8, shortened if it is too long),
     and its original number of characters."""
     text = key.encode("utf-8", "backslashreplace").decode()
     return (text if len(text) <= LONGEST_KEY else sample_key(text)), len(text)
 
 
-def _checked(row: Row) -> Row:
+def _check_row(row: Row) -> Row:
     """Return the row. Raise ValueError if an index column cannot store one of its numbers or texts."""
     for name, value in row.items():
         if isinstance(value, str) and len(value) > LONGEST_TEXT:

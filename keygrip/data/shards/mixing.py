@@ -158,10 +158,10 @@ class Mixture:
         """Return the number of samples in an epoch; with a curriculum, the total of its stages."""
         return sum(self.curriculum.totals(epoch)) if self.curriculum else self.samples
 
-    def _drawn(self, number: int, share: float, epoch: int) -> int:
+    def _drawn(self, component_index: int, share: float, epoch: int) -> int:
         """Return how many samples of a component were used before an epoch; the mean over all random offsets is exactly
         its share of all samples."""
-        offset = np.random.default_rng([self.seed, number, 1]).random()
+        offset = np.random.default_rng([self.seed, component_index, 1]).random()
         if self.curriculum and self.budget is not None:  # epochs have different numbers of samples
             return math.floor(share * sum(self._total(past) for past in range(epoch)) + offset)
         return math.floor(share * self.samples * epoch + offset)
@@ -169,17 +169,19 @@ class Mixture:
     def _samples_per_batch(self, stage: Stage) -> float:
         """Return the mean number of samples in a batch of a stage within the budget. A short stage is measured on fewer
         samples, since fewer samples contain fewer similar ones."""
-        ratio = self._filling(stage, self.samples)
+        ratio = self._measure_samples_per_batch(stage, self.samples)
         lasts = stage.batches(self.batches_per_step)
         stage_samples = math.inf if lasts is None else lasts * ratio
-        return ratio if stage_samples >= self.samples else self._filling(stage, math.ceil(stage_samples))
+        return (
+            ratio if stage_samples >= self.samples else self._measure_samples_per_batch(stage, math.ceil(stage_samples))
+        )
 
-    def _filling(self, stage: Stage, samples: int) -> float:
+    def _measure_samples_per_batch(self, stage: Stage, samples: int) -> float:
         """Return the ratio of `samples` samples of a stage, including mixed-in ones, to the batches that they fill."""
         assert self.budget is not None
         counts = [0 if part.share is None else round(part.share * samples) for part in self.components]
         counts = np.add(counts, stage.counts(self.names, samples - sum(counts))).tolist()
-        parts = [self._endless(n, len(part), 0, counts[n]) for n, part in enumerate(self.components)]
+        parts = [self._take_permuted(n, len(part), 0, counts[n]) for n, part in enumerate(self.components)]
         pool = np.concatenate([start + part for start, part in zip(self.starts[:-1], parts, strict=True)])
         rng = np.random.default_rng([self.seed, 4])
         filled = len(pack_batches(rng.permutation(pool), self.sizes, self.budget, self.batch_size, rng))
@@ -208,7 +210,7 @@ class Mixture:
         pools = []
         for counts in self._staged_counts(epoch):
             parts = [
-                self.starts[index] + self._endless(index, len(part), taken_counts[index], count)
+                self.starts[index] + self._take_permuted(index, len(part), taken_counts[index], count)
                 for index, (part, count) in enumerate(zip(self.components, counts, strict=True))
             ]
             pools.append(rng.permutation(np.concatenate(parts)))
@@ -220,20 +222,20 @@ class Mixture:
         for index, part in enumerate(self.components):
             if part.share is not None:
                 first = self._drawn(index, part.share, epoch)
-                parts.append(self.starts[index] + self._endless(index, len(part), first, counts[index]))
+                parts.append(self.starts[index] + self._take_permuted(index, len(part), first, counts[index]))
         return np.concatenate(parts)
 
-    def _endless(self, number: int, size: int, first: int, count: int) -> np.ndarray:
+    def _take_permuted(self, component_index: int, size: int, first: int, count: int) -> np.ndarray:
         """Return elements `first` to `first + count` - 1 of a component's endless sequence of permutations."""
         if not count:
             return np.zeros(0, dtype=np.int64)
         rounds = range(first // size, (first + count - 1) // size + 1)
-        orders = [np.random.default_rng([self.seed, number, r, 3]).permutation(size) for r in rounds]
+        orders = [np.random.default_rng([self.seed, component_index, r, 3]).permutation(size) for r in rounds]
         return np.concatenate(orders)[first - rounds[0] * size :][:count]
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the epoch's samples, batch after batch: int64 [batches * batch_size]."""
-        pools, extra, rng = self._pools(epoch)
+        pools, extra, rng = self._make_pools(epoch)
         remainder, batches = np.zeros(0, dtype=np.int64), []
         for part, additional in zip(pools, extra, strict=True):
             pool = np.concatenate([remainder, part, additional])
@@ -243,7 +245,7 @@ class Mixture:
         assert not len(remainder)
         return np.concatenate(batches)
 
-    def _pools(self, epoch: int) -> tuple[list[np.ndarray], list[np.ndarray], np.random.Generator]:
+    def _make_pools(self, epoch: int) -> tuple[list[np.ndarray], list[np.ndarray], np.random.Generator]:
         """Return the epoch's lead samples in consecutive pools (stages or windows), the mixed-in samples of each pool,
         and the random generator for the next steps."""
         rng = np.random.default_rng([self.seed, epoch, 2])
@@ -252,7 +254,7 @@ class Mixture:
             pools = self._staged_samples(epoch, rng)
         else:
             lead = self._lead_samples(epoch, rng)
-            pools = self._in_windows(lead, rng) if self.window_shards else [lead]
+            pools = self._group_by_window(lead, rng) if self.window_shards else [lead]
         # Mixed-in samples are spread evenly over the pools; samples that do not fill a batch move to the next pool.
         ends = np.cumsum([len(pool) for pool in pools])
         extra = np.split(rng.permutation(mixed_in), np.round(ends[:-1] / ends[-1] * len(mixed_in)).astype(int))
@@ -261,7 +263,7 @@ class Mixture:
     def _filled(self, epoch: int) -> list[list[np.ndarray]]:
         """Return the epoch's batches, packed within the budget, by pool."""
         assert self.budget is not None
-        pools, extra, rng = self._pools(epoch)
+        pools, extra, rng = self._make_pools(epoch)
         batches = []
         for part, additional in zip(pools, extra, strict=True):
             pool = rng.permutation(np.concatenate([part, additional]))
@@ -304,7 +306,7 @@ class Mixture:
             position_count += positions_of(lengths.tolist(), packed)
         return float(1 - token_count / position_count) if position_count else 0.0
 
-    def _in_windows(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    def _group_by_window(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """Group the samples by window of shards."""
         assert self.window_shards is not None
         component = np.searchsorted(self.starts, order, side="right") - 1
@@ -409,20 +411,20 @@ class BucketedSampler(GlobalBatchSampler):
         return self.count
 
     def order(self, epoch: int) -> np.ndarray:
-        chosen, rng = self._chosen()
+        chosen, rng = self._select_samples()
         return bucketed(chosen, self.bucket[chosen], self.length[chosen], self.batch_size, rng)
 
     def parts_of(self, epoch: int, first: int = 0) -> Iterator[Sequence[np.ndarray]]:
         return super().parts_of(epoch, first) if self.budget is None else iter(self._planned()[first:])
 
-    def _chosen(self) -> tuple[np.ndarray, np.random.Generator]:
+    def _select_samples(self) -> tuple[np.ndarray, np.random.Generator]:
         rng = np.random.default_rng(0)
         return rng.permutation(len(self.bucket))[: self.samples], rng
 
     def _planned(self) -> list[list[np.ndarray]]:
         """Return batches in which every rank fills its own share of the budget; no sample occurs twice."""
         assert self.budget is not None
-        chosen, rng = self._chosen()
+        chosen, rng = self._select_samples()
         frames, positions = (max(1, total // self.ranks) for total in (self.budget.frames, self.budget.positions))
         rank_budget = replace(self.budget, frames=frames, positions=positions)
         most = max(1, self.most // self.ranks)

@@ -23,11 +23,11 @@ def bins_of(lengths: Sequence[float]) -> tuple[list[list[int]], float]:
         room *= 2
     if longest < BIN:
         rooms.append(BIN)
-    packings = [_filled(lengths, room) for room in rooms]
+    packings = [_fill_bins(lengths, room) for room in rooms]
     return min(packings, key=lambda each: len(each[0]) * each[1])  # among equal ones the shortest bins
 
 
-def _filled(lengths: Sequence[float], room: float) -> tuple[list[list[int]], float]:
+def _fill_bins(lengths: Sequence[float], capacity: float) -> tuple[list[list[int]], float]:
     """Put each row, the longest first, into the first bin with room; return the bins and the fullest bin's length."""
     bins: list[list[int]] = []
     free_space: list[float] = []
@@ -35,10 +35,10 @@ def _filled(lengths: Sequence[float], room: float) -> tuple[list[list[int]], flo
         bin_index = next((n for n, free in enumerate(free_space) if free >= lengths[row]), len(bins))
         if bin_index == len(bins):
             bins.append([])
-            free_space.append(room)
+            free_space.append(capacity)
         bins[bin_index].append(row)
         free_space[bin_index] -= lengths[row]
-    return bins, room - min(free_space, default=room)
+    return bins, capacity - min(free_space, default=capacity)
 
 
 def ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -61,7 +61,7 @@ class ShardSet:
         if not quiet:
             _warn_of_left_out(self.root, manifest)
         self._left_out: list[dict[str, str]] = []
-        self._indices = [self._without_left_out(shard, manifest["bad_samples"]) for shard in self.shards]
+        self._indices = [self._read_used_index(shard, manifest["bad_samples"]) for shard in self.shards]
         self._check_sizes()
         counts = [len(index) for index in self._indices]
         self._starts = np.cumsum([0, *counts])
@@ -106,7 +106,7 @@ class ShardSet:
             raise ShardError(f"{path} does not belong to the manifest beside it: make both with step=manifest")
         return ShardIndex.from_bytes(content, str(path))
 
-    def _without_left_out(self, shard: Mapping[str, Any], bad: Mapping[str, Mapping[str, str]]) -> ShardIndex:
+    def _read_used_index(self, shard: Mapping[str, Any], bad: Mapping[str, Mapping[str, str]]) -> ShardIndex:
         """Return the index of a shard without the samples that only the manifest leaves out: those that are divided
         between tars, which the index of a single tar cannot show."""
         index = self._read_index(shard)

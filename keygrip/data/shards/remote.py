@@ -41,7 +41,7 @@ def cache_of(
     return ShardCache(str(url), set_folder, int(cache_gb * 1e9), spares_copies)
 
 
-def _says_absent(error: Exception) -> bool:
+def _means_file_is_missing(error: Exception) -> bool:
     """Whether a transport error means that a file does not exist. fsspec raises FileNotFoundError for every HTTP error,
     with the actual reason as its cause."""
     if not isinstance(error, FileNotFoundError):
@@ -143,7 +143,7 @@ class ShardCache:
                 except DiskFullError:
                     raise
                 except Exception as error:  # whatever the transport raises
-                    if _says_absent(error):
+                    if _means_file_is_missing(error):
                         raise FileNotFoundError(
                             f"{self.url}/{name} is not there: check the address, or write the set's files anew where "
                             "it lies (python -m keygrip.prepare step=manifest)"

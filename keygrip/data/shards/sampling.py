@@ -157,7 +157,7 @@ class ResumableLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Any:
-        return map(_batch_or_raise, _shared_memory_is_named(super().__iter__()))
+        return map(_batch_or_raise, _explain_shared_memory_errors(super().__iter__()))
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -166,7 +166,7 @@ class ResumableLoader(DataLoader[Any]):
         """Nothing to restore here: see the class."""
 
 
-def _shared_memory_is_named(batches: Any) -> Iterator[Any]:
+def _explain_shared_memory_errors(batches: Any) -> Iterator[Any]:
     """Pass batches on; replace torch's errors about too little shared memory by an error with the remedy.
 
     Raises:
@@ -206,11 +206,11 @@ def start_worker(worker: int) -> None:
         signal.signal(signal_number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_trainer, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with_trainer, args=(os.getppid(),), daemon=True).start()
 
 
-def _obey_trainer(trainer: int) -> None:
-    """End this process when the process `trainer` sends SIGTERM."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+def _end_with_trainer(trainer_pid: int) -> None:
+    """End this process when the process `trainer_pid` sends SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer_pid:
         pass
     os._exit(0)

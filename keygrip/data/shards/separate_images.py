@@ -62,7 +62,7 @@ def gathered(
             del alone[stem]
             with_media.add(stem)
             with_media.difference_update(keys)
-    return members, _refused(alone, sorted(with_media - texts), with_media & texts, parts)
+    return members, _find_refused_texts(alone, sorted(with_media - texts), with_media & texts, parts)
 
 
 def textless(parts: Mapping[str, Sequence[Member]]) -> dict[str, tuple[str, ...]]:
@@ -91,10 +91,10 @@ class TextlessImages:
         """Add the images and videos without text of the tar named `tar`: their names by key."""
         for key, names in images.items():
             self._own.setdefault(key, []).append((names, tar))
-            if (stem := _without_number(key)) != key:
+            if (stem := _strip_number(key)) != key:
                 self._numbered.setdefault(stem, []).append((key, tar))
             name = _last(key)[1]
-            for base_name in dict.fromkeys((name, _without_number(name))):
+            for base_name in dict.fromkeys((name, _strip_number(name))):
                 entries = self._named.setdefault(base_name, [])
                 if not entries or entries[-1][1] != tar:
                     entries.append((key, tar))
@@ -115,12 +115,12 @@ class TextlessImages:
             media = [name for name in members if MEDIA.search(name)]
             frame_numbers = {int(digits) for name in media if (digits := name.partition(".")[0]).isdecimal()}
             own_images = self._own.get(key, ())
-            places = set(map(_place, media)) if own_images else set()
+            places = set(map(_image_position, media)) if own_images else set()
             images = [
                 (f"{key}.{name}", archive)
                 for names, archive in own_images
                 for name in names
-                if _place(name) not in places
+                if _image_position(name) not in places
             ]
             if frame_numbers or not media:  # otherwise the sample is one image or video, and KEY_1 is not part of it
                 images += [
@@ -139,39 +139,45 @@ class TextlessImages:
         return reasons
 
 
-def _refused(
-    alone: Collection[str], images: Sequence[str], whole: Collection[str], parts: Mapping[str, Sequence[Member]]
+def _find_refused_texts(
+    lone_texts: Collection[str],
+    images: Sequence[str],
+    complete_keys: Collection[str],
+    parts: Mapping[str, Sequence[Member]],
 ) -> dict[str, str]:
     """Return the texts that are refused: by key, the reason.
 
     Args:
-        alone: keys of texts without an image or a video. images: keys of images and videos without text. whole: keys
-            with both. parts: the members of all keys.
+        lone_texts: keys of texts without an image or a video. images: keys of images and videos without text.
+        complete_keys: keys with both. parts: the members of all keys.
     """
     image_keys = {image.lower(): image for image in reversed(images)}
-    text_keys = {text.lower() for text in alone}
-    begins = chain(_begins(text_keys, image_keys), ((text, image) for image, text in _begins(image_keys, text_keys)))
+    text_keys = {text.lower() for text in lone_texts}
+    begins = chain(
+        _match_key_prefixes(text_keys, image_keys),
+        ((text, image) for image, text in _match_key_prefixes(image_keys, text_keys)),
+    )
     tied: dict[Tie, str] = {}
     explained = set()
     for text, image in begins:
         tied.setdefault(("key", text), image_keys[image])
         explained.add(image)
-    text_ties = {tie for text in alone for tie in _ties_of_text(text)}
+    text_ties = {tie for text in lone_texts for tie in _ties_of_text(text)}
     unexplained: dict[str, str] = {}
     for image in images:
         image_ties = [tie for tie in _ties_of_image(image) if tie in text_ties]
         for tie in image_ties:
             tied.setdefault(tie, image)
         if not image_ties and image.lower() not in explained:
-            unexplained[_without_number(image)] = image
+            unexplained[_strip_number(image)] = image
     # Images in a folder that are related to no text by their names: if they are at most as many as complete samples,
     # they are samples that lost their texts. If they are more, images and texts are in an unknown layout, such as a
     # folder for each sample or many questions about each image.
     left_in = Counter(_last(image)[0] for image in unexplained)
-    whole_in = Counter(_last(key)[0] for key in whole)
+    whole_in = Counter(_last(key)[0] for key in complete_keys)
     layouts = {folder: image for image in unexplained.values() if left_in[folder := _last(image)[0]] > whole_in[folder]}
     reasons = {}
-    for text in alone:
+    for text in lone_texts:
         ties = (("key", text.lower()), *_ties_of_text(text))
         near = next((tied[tie] for tie in ties if tie in tied), None) or layouts.get(_last(text)[0])
         if near is not None:
@@ -182,14 +188,14 @@ def _refused(
     return reasons
 
 
-def _begins(beginnings: Iterable[str], keys: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _match_key_prefixes(prefixes: Iterable[str], keys: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield pairs of a beginning and a key that continues after it with a character that is no letter and no digit.
 
     In sorted order, keys with the same beginning are adjacent. So only the beginnings that match the current key are
     stored, and not all possible beginnings of every key: a long key has hundreds.
     """
     open_ones: list[str] = []
-    for key, goes_on in sorted({*((each, False) for each in beginnings), *((each, True) for each in keys)}):
+    for key, goes_on in sorted({*((each, False) for each in prefixes), *((each, True) for each in keys)}):
         while open_ones and not key.startswith(open_ones[-1]):
             open_ones.pop()
         if goes_on:
@@ -202,7 +208,7 @@ def _ties_of_image(key: str) -> Iterator[Tie]:
     """Yield the names by which an image can be related to a text, in addition to equal beginnings of their keys: the
     image's name or folder may be the name of a text, and the image's name may be the folder of a text."""
     folder, name = _last(key)
-    yield from (("name", each) for each in dict.fromkeys((name, _without_number(name), *([folder] if folder else []))))
+    yield from (("name", each) for each in dict.fromkeys((name, _strip_number(name), *([folder] if folder else []))))
     yield ("folder", name)
 
 
@@ -224,7 +230,7 @@ def _is_image(members: Sequence[Member]) -> bool:
     return [name.lower() in IMAGES for name, _, _ in members] == [True]
 
 
-def _place(name: str) -> int | str:
+def _image_position(name: str) -> int | str:
     """Return the position of an image in its sample, from its name (without a number: the first); for a video, the
     name itself."""
     number, _, ending = name.lower().rpartition(".")
@@ -239,6 +245,6 @@ def _last(key: str) -> tuple[str, str]:
     return folder.rpartition("/")[2], name
 
 
-def _without_number(key: str) -> str:
+def _strip_number(key: str) -> str:
     match = NUMBERED.fullmatch(key)
     return match[1] if match else key

@@ -117,7 +117,7 @@ def write_shards(
     all_settings = {**settings, "items": len(items), "items_per_shard": items_per_shard}
     if (root / SETTINGS_FILE).is_file():  # refused before waiting for another process
         check_settings(root, all_settings)
-    with _alone(root):
+    with _lock_set(root):
         check_settings(root, all_settings)
         remove_stale(root)
         jobs, result = [], Written(str(root))
@@ -156,7 +156,7 @@ def write_shards(
 
 
 @contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
+def _lock_set(root: Path) -> Iterator[None]:
     """Lock a set for this process; wait for another process that writes it, and log this."""
     lock = root / ".write_shards.lock"
     with contextlib.ExitStack() as stack:
@@ -183,23 +183,23 @@ def _read_log(shard: Path) -> dict[str, Any]:
 def fingerprint(items: Sequence[Any]) -> str:
     """Return a hash of the items' values. Files that they name are hashed by name and size, so that a set and its files
     can be moved."""
-    return sha256_bytes(json.dumps([_values(item) for item in items]).encode())
+    return sha256_bytes(json.dumps([_fingerprint_values(item) for item in items]).encode())
 
 
-def _values(item: Any) -> Any:
+def _fingerprint_values(item: Any) -> Any:
     if isinstance(item, Path):
         try:
             return [item.name, item.stat().st_size]
         except OSError:
             return [item.name, None]
     if is_dataclass(item) and not isinstance(item, type):
-        return {each.name: _values(getattr(item, each.name)) for each in fields(item)}
+        return {each.name: _fingerprint_values(getattr(item, each.name)) for each in fields(item)}
     if isinstance(item, Mapping):
-        return {str(key): _values(value) for key, value in item.items()}
+        return {str(key): _fingerprint_values(value) for key, value in item.items()}
     if isinstance(item, (list, tuple)):
-        return [_values(value) for value in item]
+        return [_fingerprint_values(value) for value in item]
     if isinstance(item, functools.partial):
-        return [_values(item.func), _values(item.args), _values(item.keywords)]
+        return [_fingerprint_values(item.func), _fingerprint_values(item.args), _fingerprint_values(item.keywords)]
     if item is None or isinstance(item, (bool, int, float, str)):
         return item
     return getattr(item, "__qualname__", type(item).__qualname__)  # a repr may contain a memory address
@@ -259,27 +259,27 @@ def _write_one(job: Job, make: Maker) -> tuple[int, int]:
     reasons: list[str] = []
     with ShardWriter(path) as writer:
         for item in items:
-            for sample in _made(make, item):
+            for sample in _make_samples(make, item):
                 if isinstance(sample, Broken):
                     reasons.append(sample.reason)
                     continue
                 try:
                     writer.add(sample.key, sample.parts, sample.row)
                 except ValueError as error:
-                    reasons.append(f"{_short(item)}: {error}")
+                    reasons.append(f"{_abbreviate(item)}: {error}")
         count = len(writer)
     # written after the tar and its index: a shard that was interrupted earlier has no log, and is written again
     write_json(failures_path(path), {"items": made_of, "failed": reasons})
     return len(items), count
 
 
-def _made(make: Maker, item: Any) -> Iterator[MadeSample | Broken]:
+def _make_samples(make: Maker, item: Any) -> Iterator[MadeSample | Broken]:
     """Yield the samples of an item; an error that ends the item is yielded last, as `Broken`."""
     try:
-        with guard(_short(item)):
+        with guard(_abbreviate(item)):
             samples = iter(make(item))
         while True:
-            with guard(_short(item)):
+            with guard(_abbreviate(item)):
                 sample = next(samples, None)
             if sample is None:
                 return
@@ -288,7 +288,7 @@ def _made(make: Maker, item: Any) -> Iterator[MadeSample | Broken]:
         yield Broken(str(error))
 
 
-def _short(item: Any) -> str:
+def _abbreviate(item: Any) -> str:
     text = str(item)
     return text if len(text) <= 200 else text[:200] + "..."
 

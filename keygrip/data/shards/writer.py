@@ -148,7 +148,7 @@ def write_manifest(
     renewed: dict[Path, bytes] = {}  # indices that replace existing ones
     for path in Progress(paths, desc=f"index {root}", unit="shard", shown=progress):
         try:
-            index, content = _indexed(path, describe, again)
+            index, content = _load_or_make_index(path, describe, again)
         except ShardError as error:
             broken[path.name] = str(error)
             continue
@@ -204,7 +204,7 @@ def write_manifest(
     return manifest
 
 
-def _indexed(path: Path, describe: Describe, again: bool) -> tuple[ShardIndex, bytes]:
+def _load_or_make_index(path: Path, describe: Describe, again: bool) -> tuple[ShardIndex, bytes]:
     """Return the index of a shard and the content of its file; create it if there is none or with `again`.
 
     Raises:
@@ -241,12 +241,12 @@ def _leave_out_divided(
     for shard in shards:
         path = index_path(root / shard["name"])
         index = ShardIndex.from_bytes(renewed.get(path) or path.read_bytes(), str(path))
-        if reasons := textless.divided(_samples(index), shard["name"]):
+        if reasons := textless.divided(_member_names_by_key(index), shard["name"]):
             shard["samples"] -= len(reasons)
             bad[shard["name"]] = bad.get(shard["name"], {}) | reasons
 
 
-def _samples(index: ShardIndex) -> dict[str, list[str]]:
+def _member_names_by_key(index: ShardIndex) -> dict[str, list[str]]:
     """Return the members' names of each sample in an index, by key."""
     names = np.split(index.part_names, index.first_part[1:-1])
     return {key: each.tolist() for key, each in zip(index.keys.tolist(), names[: len(index)], strict=True)}

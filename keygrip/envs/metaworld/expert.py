@@ -87,18 +87,18 @@ class Expert:
     def prepare(self) -> None:
         """Move the arm to the start of the demonstration; this is not recorded."""
         environment = self.environment
-        self._go(environment.position + self._rng.uniform(*START_NOISE_M), 1.0, START_STEPS)
+        self._move_to(environment.position + self._rng.uniform(*START_NOISE_M), 1.0, START_STEPS)
         if not self.recovery:
             return
         for _ in range(int(self._rng.integers(10, 110))):
-            self._act()
+            self._make_step()
             if environment.outcome()[0]:
                 break  # too late for a disturbance: the demonstration shows how to stay
         target = environment.position + self._rng.uniform(*DISTURBANCE_M)
-        self._go(target, float(self._rng.random() < 0.7), DISTURBANCE_STEPS)
+        self._move_to(target, float(self._rng.random() < 0.7), DISTURBANCE_STEPS)
         self._grasp = _Grasp(self._grasp.grasps)  # a held object is grasped again
 
-    def _go(self, position: np.ndarray, opening: float, steps: int) -> None:
+    def _move_to(self, position: np.ndarray, opening: float, steps: int) -> None:
         for _ in range(steps):
             self.environment.advance(np.concatenate([position, DOWN, [opening]]))
 
@@ -115,7 +115,7 @@ class Expert:
         action[3] = np.clip(action[3] - open_by, -1, 1)
         return action
 
-    def _act(self) -> None:
+    def _make_step(self) -> None:
         change, self.opening = self._grasp.step(self._wanted())
         lead = self.environment.commanded_position - self.environment.position
         new_lead = lead + change * self.environment.env.action_scale
@@ -137,7 +137,7 @@ class Expert:
             elif step >= self.step_limit:
                 return
             yield step
-            self._act()
+            self._make_step()
             positions.append(self.environment.commanded_position.copy())
             self.succeeded = self.succeeded or self.environment.outcome()[0]
 

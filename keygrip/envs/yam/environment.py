@@ -78,7 +78,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         self._set_cameras(cameras or (task.camera,), tasks.CAMERAS, image_size, task.shadows, render_images)
         self.render_mode = "rgb_array" if render_images else None
         self.lenses: dict[str, Lens] = {c: scene.lens_of(c, image_size, image_size) for c in self.cameras}
-        self._build()
+        self._build_model()
         self._substeps = substeps_of(hz, self.model.opt.timestep)
         shapes: dict[str, tuple[int, ...]] = {"position": (3,), "quaternion": (4,), "gripper": (), "joints": (6,)}
         entries: dict[str, spaces.Space[Any]] = {
@@ -102,7 +102,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
-    def _build(self) -> None:
+    def _build_model(self) -> None:
         model = self.model = scene.build_spec(self.task).compile()
         self.data = mujoco.MjData(model)
         self._arm_qpos = np.array([model.joint(n).qposadr[0] for n in scene.ARM_JOINT_NAMES])
@@ -128,7 +128,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         else:
             model.body_pos[index], model.body_quat[index] = position, quaternion
 
-    def _take_shape(self, thing: Placed) -> None:
+    def _enable_shape(self, thing: Placed) -> None:
         """Enable one shape, visible and with contacts, of a distractor that can be a cube, a ball or a cylinder."""
         if not (self.task.varied_shapes and thing.name != "object"):
             return
@@ -151,7 +151,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         data.qpos[self._finger_qpos] = self._finger_range
         data.ctrl[:6], data.ctrl[6] = layout.start_joints, self._finger_range
         for thing in layout.placed:
-            self._take_shape(thing)
+            self._enable_shape(thing)
             self._place(thing.name, thing.position + [0, 0, 0.001], thing.yaw)
             self._paint(thing.name, self.task.palette[thing.colour], thing.digit)
             if self.task.pedestal_m:
@@ -350,19 +350,19 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         if held and raised > LIFTED:
             progress.lifted, progress.let_go = True, False
         progress.held = held
-        self._judge_others()
+        self._check_others_unmoved()
         progress.update(1 / self.hz, height, position_error, self._goal_met(held, raised, touched, speed))
 
-    def _judge_others(self) -> None:
+    def _check_others_unmoved(self) -> None:
         """Check whether an object that the instruction does not name is moved instead."""
         self.progress.other_in_bowl = False
         for body, rest_height in zip(self._others, self._other_rests, strict=True):
             touched = touching(self.model, self.data, body)
             gripped = all(finger in touched for finger in self._finger_bodies)
             self.progress.other_lifted |= gripped and float(self.data.xpos[body][2]) - rest_height > LIFTED
-            self.progress.other_in_bowl |= self._goal_body in touched and self._in_bowl(self.data.xpos[body])
+            self.progress.other_in_bowl |= self._goal_body in touched and self._is_in_bowl(self.data.xpos[body])
 
-    def _in_bowl(self, position: np.ndarray) -> bool:
+    def _is_in_bowl(self, position: np.ndarray) -> bool:
         assert self.layout is not None
         inside = np.hypot(*(position[:2] - self.layout.goal[:2])) < tasks.BOWL_RADIUS
         return bool(inside and position[2] < tasks.BOWL_HEIGHT + self.task.half_extents[2])
@@ -377,7 +377,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         rests = released and speed < STILL_SPEED and touched == {self._goal_body}
         position = self.object_position
         if self.task.name in tasks.IN_BOWL:
-            return rests and self._in_bowl(position) and not self.progress.other_in_bowl
+            return rests and self._is_in_bowl(position) and not self.progress.other_in_bowl
         if self.task.name == "peg":
             return rests and abs(position[2] - tasks.SLOT_FLOOR - self.task.half_extents[2]) < 0.006
         top = self.data.xpos[self._goal_body][2] + tasks.BLOCK_SIZE / 2 + self.task.half_extents[2]

@@ -48,7 +48,7 @@ def grasp_height(options: TaskOptions) -> float:
     return max(LOWEST_TOOL, 0.7 * float(options.half_extents[2]))
 
 
-def _clear_height(layout: EpisodeLayout, options: TaskOptions) -> float:
+def _travel_height(layout: EpisodeLayout, options: TaskOptions) -> float:
     """Return the height at which the finger tips travel above all objects on pedestals; 0 without pedestals, because
     then all travelling heights of the expert are above all objects."""
     if not options.pedestal_m:
@@ -56,7 +56,9 @@ def _clear_height(layout: EpisodeLayout, options: TaskOptions) -> float:
     return max(thing.pedestal for thing in layout.placed) + options.object_size_m + CLEARANCE
 
 
-def _approach(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator, pace: float) -> list[Waypoint]:
+def _plan_approach(
+    layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator, pace: float
+) -> list[Waypoint]:
     """Move to the object, down, close."""
     x, y = layout.object.position[:2]
     bearing = float(np.arctan2(y, x))
@@ -65,7 +67,7 @@ def _approach(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Genera
     yaw += float(rng.normal(0, 0.04))
     x, y = float(x + rng.normal(0, 0.0025)), float(y + rng.normal(0, 0.0025))
     low, path = grasp_height(options) + layout.object.pedestal, []
-    clearance = _clear_height(layout, options)
+    clearance = _travel_height(layout, options)
     if rng.random() < 0.6:  # approach beside the object, then correct
         offset = rng.normal(0, 0.02, 2)
         above = (float(x + offset[0]), float(y + offset[1]), max(clearance, float(rng.uniform(0.075, 0.13))))
@@ -79,7 +81,9 @@ def _approach(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Genera
     return path
 
 
-def _carry(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator, grip: Waypoint) -> list[Waypoint]:
+def _plan_carry(
+    layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator, grip: Waypoint
+) -> list[Waypoint]:
     """From the closed gripper to above the goal, down, open, up."""
     pace = float(rng.uniform(0.85, 1.2))
     x, y, _ = grip.position
@@ -99,7 +103,7 @@ def _carry(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Generator
     goal_x, goal_y = goal_x + float(rng.normal(0, scatter)), goal_y + float(rng.normal(0, scatter))
     high = float(rng.uniform(0.105, 0.13))
     if options.pedestal_m:
-        high = max(high, _clear_height(layout, options) + low)  # the object hangs below the finger tips
+        high = max(high, _travel_height(layout, options) + low)  # the object hangs below the finger tips
     across = np.array([goal_y - y, x - goal_x]) / max(np.hypot(goal_x - x, goal_y - y), 1e-6)
     middle = np.array([(x + goal_x) / 2, (y + goal_y) / 2]) + across * rng.normal(0, 0.015)
     reach = float(np.hypot(*middle))
@@ -139,7 +143,7 @@ def waypoints(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Genera
             Waypoint(ball, yaw, OPEN, 0.8 * pace),
             Waypoint(ball, yaw, OPEN, 0.6),
         ]
-    path = _approach(layout, options, rng, pace)
+    path = _plan_approach(layout, options, rng, pace)
     if options.name == "pick":
         x, y, _ = path[-1].position
         high = float(rng.uniform(0.125, 0.14))
@@ -148,7 +152,7 @@ def waypoints(layout: EpisodeLayout, options: TaskOptions, rng: np.random.Genera
         path += [Waypoint((x, y, high), path[-1].yaw, CLOSED, 0.9 * pace)]
         path += [Waypoint((x, y, high), path[-1].yaw, CLOSED, 0.4)]
         return path
-    return path + _carry(layout, options, rng, path[-1])
+    return path + _plan_carry(layout, options, rng, path[-1])
 
 
 def expert_actions(layout: EpisodeLayout, options: TaskOptions, seed: int, hz: float = 10.0) -> np.ndarray:

@@ -106,19 +106,19 @@ def sample_handover(task: HandoverTask, seed: int) -> HandoverLayout:
             for phase in handover_phases(layout, np.random.default_rng(0))
             for arm in ARMS
         }
-        if all(_reachable(arm, np.array(position), yaw) for arm, position, yaw in sorted(poses)):
+        if all(_is_reachable(arm, np.array(position), yaw) for arm, position, yaw in sorted(poses)):
             starts = stream(seed, "start")
-            joints = np.stack([_start(starts, task.random_start, arm) for arm in ARMS])
+            joints = np.stack([_sample_start_joints(starts, task.random_start, arm) for arm in ARMS])
             return HandoverLayout(bar, yaw, joints, height)
     raise ValueError("no bar within reach of both arms was found")
 
 
-def _reachable(arm: str, position: np.ndarray, yaw: float) -> bool:
+def _is_reachable(arm: str, position: np.ndarray, yaw: float) -> bool:
     found = solve(position - BASES[ARMS.index(arm)], pointing_down(yaw), HOME)
     return bool(found.position_error < REACHED_M and found.angle_error < REACHED_RAD)
 
 
-def _start(rng: np.random.Generator, random_start: bool, arm: str) -> np.ndarray:
+def _sample_start_joints(rng: np.random.Generator, random_start: bool, arm: str) -> np.ndarray:
     near_home = HOME + rng.normal(0, 0.05, 6)
     if not random_start:
         return near_home

@@ -131,7 +131,7 @@ def _coarse_mesh(path: Path, cell: float) -> tuple[np.ndarray, np.ndarray]:
     return vertices, np.unique(rolled, axis=0)
 
 
-def _load(path: Path) -> mujoco.MjSpec:
+def _load_part(path: Path) -> mujoco.MjSpec:
     """Load a robot part with coarse meshes and plain colours, without collisions."""
     spec = mujoco.MjSpec.from_file(str(path))
     folder = path.parent / (spec.meshdir or "")
@@ -166,7 +166,7 @@ def add_robot(
     base: tuple[float, float, float] = (0.0, 0.0, 0.0),
 ) -> None:
     """Add an arm with motors and finger pads, its base at a point of the world with the world's orientation."""
-    arm_spec, gripper_spec = _load(arm_file(arm)), _load(gripper_file(gripper))
+    arm_spec, gripper_spec = _load_part(arm_file(arm)), _load_part(gripper_file(gripper))
     arm_spec.body("gripper").add_frame().attach_body(gripper_spec.body("gripper"), "grip_", "")
     spec.worldbody.add_frame(pos=list(base)).attach_body(arm_spec.body("base"), names.prefix, "")
     for i, name in enumerate(names.joints):
@@ -218,7 +218,7 @@ def _add_finger_pads(spec: mujoco.MjSpec, names: RobotNames) -> None:
             )
 
 
-def _noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -> np.ndarray:
+def _smooth_noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -> np.ndarray:
     """Return [size, size] smooth noise in 0..1 with about `cells` bumps down and across."""
     coarse = rng.random((cells[0] + 1, cells[1] + 1))
     y, x = np.linspace(0, cells[0] - 1e-6, size), np.linspace(0, cells[1] - 1e-6, size)
@@ -233,7 +233,7 @@ def _noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -> np.nd
 def _table_textures() -> list[np.ndarray]:
     """Return grey textures [S, S] in 0..1 that are multiplied with the table's colour: wood, checks, speckle."""
     size, rng = 256, np.random.default_rng(7)
-    rings = _noise(rng, size, (3, 24)) + 0.4 * _noise(rng, size, (6, 90))
+    rings = _smooth_noise(rng, size, (3, 24)) + 0.4 * _smooth_noise(rng, size, (6, 90))
     wood = 0.78 + 0.22 * (0.5 + 0.5 * np.sin(14 * rings))
     squares = (np.indices((size, size)) // 32).sum(axis=0) % 2
     speckle = 0.7 + 0.3 * rng.random((size // 2, size // 2)).repeat(2, axis=0).repeat(2, axis=1)

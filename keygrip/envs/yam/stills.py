@@ -133,10 +133,10 @@ class StillCell(YamCell):
             layout,
             object=replace(layout.object, colour=BLOCK_COLOUR),
             distractors=(cube,),
-            appearance=self._look(layout.appearance, seed),
+            appearance=self._adjust_appearance(layout.appearance, seed),
         )
 
-    def _look(self, look: Appearance, seed: int) -> Appearance:
+    def _adjust_appearance(self, look: Appearance, seed: int) -> Appearance:
         """Return an appearance with one hue each for table and floor, and with a light that overexposes no face,
         because a clipped colour would have another luminance than the others."""
         rng = stream(seed, "picture look")
@@ -144,7 +144,7 @@ class StillCell(YamCell):
             look = replace(look, table=0)
         if self.options.randomise_table:
             table, floor = rng.uniform(0.68, 0.95), rng.uniform(0.15, 0.5)  # objects are darker than the table
-            look = replace(look, table_rgb=_tinted(TABLE_TINT, table), floor_rgb=_tinted(FLOOR_TINT, floor))
+            look = replace(look, table_rgb=_scale_tint(TABLE_TINT, table), floor_rgb=_scale_tint(FLOOR_TINT, floor))
         if self.options.randomise_light:
             look = replace(look, ambient=float(rng.uniform(0.25, 0.4)), diffuse=float(rng.uniform(0.15, 0.3)))
         return look
@@ -160,18 +160,18 @@ class StillCell(YamCell):
         for attempt in range(ATTEMPTS):
             self.seed, self.layout = int(seed), self.layout_of(seed, attempt)
             self._arrange(self.layout)
-            centres = {name: self._pixel(lens, name) for name in (CUBE, BLOCK)}
+            centres = {name: self._project_body(lens, name) for name in (CUBE, BLOCK)}
             if all(0.06 < x / size[0] < 0.94 and 0.06 < y / size[1] < 0.94 for x, y in centres.values()):
                 pixels, visible_share = self._take(lens)
                 if visible_share >= SEEN_SHARE:
-                    colour = _name(self.layout.distractors[0].colour)
+                    colour = _colour_name(self.layout.distractors[0].colour)
                     caption = describe(colour, centres[CUBE][0] / size[0], centres[BLOCK][0] / size[0], seed)
                     return Still(pixels, caption, colour, centres[CUBE], centres[BLOCK], self.seed)
         raise ValueError(
             f"seed {seed}: no arrangement shows both objects; is fovy_deg={self.options.fovy_deg} too small?"
         )
 
-    def _pixel(self, lens: Lens, body: str) -> tuple[float, float]:
+    def _project_body(self, lens: Lens, body: str) -> tuple[float, float]:
         transform = self.world_to_camera("over")
         u, v, depth = lens.intrinsics @ (transform[:3, :3] @ self.body_position(body) + transform[:3, 3])
         return float(u / depth), float(v / depth)
@@ -200,12 +200,12 @@ class StillCell(YamCell):
         super().close()
 
 
-def _tinted(tint: tuple[float, float, float], brightness: float) -> tuple[float, float, float]:
+def _scale_tint(tint: tuple[float, float, float], brightness: float) -> tuple[float, float, float]:
     red, green, blue = (float(brightness * part) for part in tint)
     return red, green, blue
 
 
-def _name(palette: str) -> str:
+def _colour_name(palette: str) -> str:
     return next(name for name, key in CUBE_COLOURS.items() if key == palette)
 
 

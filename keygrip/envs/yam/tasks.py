@@ -265,7 +265,7 @@ def in_region(position: np.ndarray, region: str) -> bool:
     return bool(inside and halves[region])
 
 
-def _free_spot(
+def _sample_free_spot(
     rng: np.random.Generator, region: str, taken: list[tuple[np.ndarray, float]], keep_out: float
 ) -> np.ndarray | None:
     """Return a random point of the region, at least `keep_out + radius` from each (point, radius) taken, or None."""
@@ -276,7 +276,7 @@ def _free_spot(
     return None
 
 
-def _start_joints(rng: np.random.Generator, random_start: bool) -> np.ndarray:
+def _sample_start_joints(rng: np.random.Generator, random_start: bool) -> np.ndarray:
     near_home = HOME + rng.normal(0, 0.05, 6)
     if not random_start or rng.random() < 0.3:
         return near_home
@@ -289,7 +289,7 @@ def _start_joints(rng: np.random.Generator, random_start: bool) -> np.ndarray:
     return near_home
 
 
-def _appearance(rng: np.random.Generator, options: TaskOptions) -> Appearance:
+def _sample_appearance(rng: np.random.Generator, options: TaskOptions) -> Appearance:
     table, table_rgb, floor_rgb = 0, (0.76, 0.66, 0.52), (0.42, 0.44, 0.48)
     ambient, diffuse, direction = 0.35, 0.45, (0.15, 0.35, -1.0)
     if options.randomise_table:
@@ -304,19 +304,19 @@ def _appearance(rng: np.random.Generator, options: TaskOptions) -> Appearance:
     return Appearance(table, table_rgb, floor_rgb, ambient, diffuse, direction)
 
 
-def _camera(options: TaskOptions, seed: int, which: str = "") -> CameraPose:
-    """Return the rotation of the task's camera; with `which`, of another camera, which has independent jitter."""
-    azimuth, elevation = (0.0, 0.0) if which else (options.camera_azimuth_deg, options.camera_elevation_deg)
+def _sample_camera_pose(options: TaskOptions, seed: int, name: str = "") -> CameraPose:
+    """Return the rotation of the task's camera; with `name`, of another camera, which has independent jitter."""
+    azimuth, elevation = (0.0, 0.0) if name else (options.camera_azimuth_deg, options.camera_elevation_deg)
     if options.camera_jitter_deg:
         # With a fixed set of views, the view's index seeds its pose, so view 7 is the same in every run.
         view = int(stream(seed, "view").integers(0, options.camera_views)) if options.camera_views else None
-        rng = stream(seed, "camera" + which) if view is None else stream(view, "fixed view" + which)
+        rng = stream(seed, "camera" + name) if view is None else stream(view, "fixed view" + name)
         angle, radius = rng.uniform(0, 2 * np.pi), options.camera_jitter_deg * np.sqrt(rng.uniform())
         azimuth, elevation = azimuth + radius * np.cos(angle), elevation + radius * np.sin(angle)
     return CameraPose(float(azimuth), float(elevation))
 
 
-def _instruction(options: TaskOptions, colour: str, goal_colour: str, phrase: int = 0) -> str:
+def _format_instruction(options: TaskOptions, colour: str, goal_colour: str, phrase: int = 0) -> str:
     thing = f"the {colour} {options.shape}"
     return {
         "reach": f"touch the {goal_colour} ball",
@@ -334,18 +334,20 @@ def sample_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
     Raises:
         ValueError: No arrangement without overlap was found (too many distractors for the region).
     """
-    layout = _named_layout(options, seed) if options.name == "named_place" else _plain_layout(options, seed)
-    layout = _on_pedestals(layout, options, seed)
+    layout = (
+        _sample_named_layout(options, seed) if options.name == "named_place" else _sample_plain_layout(options, seed)
+    )
+    layout = _raise_on_pedestals(layout, options, seed)
     rng = stream(seed, "screen")
     if rng.uniform() < options.hidden_share:
         layout = replace(layout, hidden_from=str(rng.choice(OUTER_CAMERAS)))
     if not options.jitter_every_camera:
         return layout
-    other_cameras = {name: _camera(options, seed, name) for name in OUTER_CAMERAS if name != options.camera}
+    other_cameras = {name: _sample_camera_pose(options, seed, name) for name in OUTER_CAMERAS if name != options.camera}
     return replace(layout, other_cameras=other_cameras)
 
 
-def _on_pedestals(layout: EpisodeLayout, options: TaskOptions, seed: int) -> EpisodeLayout:
+def _raise_on_pedestals(layout: EpisodeLayout, options: TaskOptions, seed: int) -> EpisodeLayout:
     """Return the layout with each loose object raised by its own height."""
     if not options.pedestal_m:
         return layout
@@ -358,22 +360,22 @@ def _on_pedestals(layout: EpisodeLayout, options: TaskOptions, seed: int) -> Epi
     return replace(layout, object=raised[0], distractors=tuple(raised[1:]))
 
 
-def _named_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
+def _sample_named_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
     """Cubes that differ only in colour, position and height; which of them is named is sampled independently.
 
-    With the rules of `_plain_layout` the object could be identified by its position, because its distance from the
-    others is larger than the distances between them.
+    With the rules of `_sample_plain_layout` the object could be identified by its position, because its distance from
+    the others is larger than the distances between them.
     """
     rng = stream(seed, "objects")
     count = options.distractors + 1
     for _ in range(400):
-        bowl = _free_spot(rng, "all", [], 0.0)
+        bowl = _sample_free_spot(rng, "all", [], 0.0)
         assert bowl is not None
         areas = [(bowl, BOWL_RADIUS - 0.03)]
         spots: list[np.ndarray] = []
         while len(spots) < count:
             region = options.region if not spots else "all"
-            spot = _free_spot(rng, region, areas, TOOL_CLEARANCE)
+            spot = _sample_free_spot(rng, region, areas, TOOL_CLEARANCE)
             if spot is None:
                 break
             spots.append(spot)
@@ -407,21 +409,21 @@ def _named_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
         goal_colour=goal_colour,
         goal_yaw=float(rng.uniform(-np.pi / 4, np.pi / 4)),
         distractors=tuple(cubes[1:]),
-        start_joints=_start_joints(stream(seed, "start"), options.random_start),
-        camera=_camera(options, seed),
-        appearance=_appearance(stream(seed, "appearance"), options),
-        instruction=_instruction(options, cubes[0].colour, goal_colour, phrase),
+        start_joints=_sample_start_joints(stream(seed, "start"), options.random_start),
+        camera=_sample_camera_pose(options, seed),
+        appearance=_sample_appearance(stream(seed, "appearance"), options),
+        instruction=_format_instruction(options, cubes[0].colour, goal_colour, phrase),
     )
 
 
-def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
+def _sample_plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
     rng = stream(seed, "objects")
     half = options.half_extents
     reach_of_object = float(np.hypot(half[0], half[1]))
     object_region, goal_region = ("all", options.region) if options.name == "reach" else (options.region, "all")
     for _ in range(200):
         areas: list[tuple[np.ndarray, float]] = []
-        spot = _free_spot(rng, object_region, areas, 0.0)
+        spot = _sample_free_spot(rng, object_region, areas, 0.0)
         yaw = float(rng.uniform(-np.pi, np.pi))
         if spot is None:
             continue
@@ -429,14 +431,14 @@ def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
         goal_radius = BOWL_RADIUS if options.name in IN_BOWL else SLOT_RADIUS if options.name == "peg" else 0.03
         goal_yaw = float(rng.uniform(-np.pi / 4, np.pi / 4))
         goal_height = float(rng.uniform(0.04, 0.13))
-        goal_spot = _free_spot(rng, goal_region, areas, TOOL_CLEARANCE + goal_radius - 0.03)
+        goal_spot = _sample_free_spot(rng, goal_region, areas, TOOL_CLEARANCE + goal_radius - 0.03)
         if options.name != "pick":
             if goal_spot is None:
                 continue
             areas.append((goal_spot, goal_radius - 0.03))
         spots = []
         for _ in range(options.distractors):
-            free = _free_spot(rng, "all", areas, TOOL_CLEARANCE)
+            free = _sample_free_spot(rng, "all", areas, TOOL_CLEARANCE)
             if free is None:
                 break
             spots.append((free, float(rng.uniform(-np.pi, np.pi))))
@@ -473,8 +475,8 @@ def _plain_layout(options: TaskOptions, seed: int) -> EpisodeLayout:
         goal_colour=goal_colour,
         goal_yaw=goal_yaw + float(np.arctan2(goal[1], goal[0])),
         distractors=tuple(distractors),
-        start_joints=_start_joints(stream(seed, "start"), options.random_start),
-        camera=_camera(options, seed),
-        appearance=_appearance(stream(seed, "appearance"), options),
-        instruction=_instruction(options, colour, goal_colour),
+        start_joints=_sample_start_joints(stream(seed, "start"), options.random_start),
+        camera=_sample_camera_pose(options, seed),
+        appearance=_sample_appearance(stream(seed, "appearance"), options),
+        instruction=_format_instruction(options, colour, goal_colour),
     )

@@ -99,30 +99,30 @@ def events_of(trace: EpisodeTrace) -> Events:
 def describe(trace: EpisodeTrace) -> dict[str, list[dict[str, Any]]]:
     """Return captions and questions of an episode: a pure function of the trace (wording is sampled from the seed)."""
     rng = stream(trace.seed, "text")
-    return {"captions": _captions(trace, rng), "questions": _questions(trace, rng)}
+    return {"captions": _write_captions(trace, rng), "questions": _write_questions(trace, rng)}
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
-def _thing(trace: EpisodeTrace) -> str:
+def _object_phrase(trace: EpisodeTrace) -> str:
     return f"the {trace.layout.object.colour} {trace.layout.object.shape}"
 
 
-def _goal_word(trace: EpisodeTrace) -> str | None:
+def _goal_noun(trace: EpisodeTrace) -> str | None:
     words = {"pick_place": "bowl", "named_place": "bowl", "stack": "block", "peg": "slot", "reach": "ball"}
     return words.get(trace.task.name)
 
 
-def _goal(trace: EpisodeTrace) -> str:
-    return f"the {trace.layout.goal_colour} {_goal_word(trace)}"
+def _goal_phrase(trace: EpisodeTrace) -> str:
+    return f"the {trace.layout.goal_colour} {_goal_noun(trace)}"
 
 
-def _article(words: str) -> str:
+def _add_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _listed(words: list[str]) -> str:
+def _join_phrases(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
@@ -130,54 +130,54 @@ def _choose(rng: np.random.Generator, options: list[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def _sentence(words: str) -> str:
+def _format_sentence(words: str) -> str:
     return words[0].upper() + words[1:] + "."
 
 
-def _side(sight: Sight, one: str, other: str) -> str | None:
-    """Return whether `one` is left or right of `other` in the image; None if too close or hidden."""
-    if not (sight.shows(one) and sight.shows(other)):
+def _relative_side(sight: Sight, name: str, reference: str) -> str | None:
+    """Return whether `name` is left or right of `reference` in the image; None if too close or hidden."""
+    if not (sight.shows(name) and sight.shows(reference)):
         return None
-    gap = (sight.centres[one][0] - sight.centres[other][0]) / sight.width
+    gap = (sight.centres[name][0] - sight.centres[reference][0]) / sight.width
     if abs(gap) < SIDE_MARGIN:
         return None
     return "left" if gap < 0 else "right"
 
 
-def _place_at_end(trace: EpisodeTrace) -> str | None:
+def _describe_end_place(trace: EpisodeTrace) -> str | None:
     """Describe where the moved object is in the last frame."""
     if trace.held[-1] and trace.object_positions[-1][2] > trace.object_positions[0][2] + LIFTED:
         return "in the gripper"
     if trace.success and trace.task.name in IN_BOWL:
-        return f"in {_goal(trace)}"
+        return f"in {_goal_phrase(trace)}"
     if trace.success and trace.task.name == "stack":
-        return f"on {_goal(trace)}"
+        return f"on {_goal_phrase(trace)}"
     if trace.success and trace.task.name == "peg":
-        return f"in {_goal(trace)}"
+        return f"in {_goal_phrase(trace)}"
     return "on the table" if trace.task.name == "reach" else None
 
 
 # ---- captions --------------------------------------------------------------------------------------------------------
 
 
-def _captions(trace: EpisodeTrace, rng: np.random.Generator) -> list[dict[str, Any]]:
-    events, thing, name = events_of(trace), _thing(trace), trace.task.name
+def _write_captions(trace: EpisodeTrace, rng: np.random.Generator) -> list[dict[str, Any]]:
+    events, thing, name = events_of(trace), _object_phrase(trace), trace.task.name
     end = trace.moment(events.end)
     arm = _choose(rng, ["a robot arm", "the arm", "a gripper"])
-    into_bowl = f"{arm} picks up {thing}, carries it to {_goal(trace)} and drops it in"
+    into_bowl = f"{arm} picks up {thing}, carries it to {_goal_phrase(trace)} and drops it in"
     story = {
-        "reach": f"{arm} reaches out and touches {_goal(trace)}",
+        "reach": f"{arm} reaches out and touches {_goal_phrase(trace)}",
         "pick": f"{arm} grips {thing} and lifts it off the table",
         "pick_place": into_bowl,
         "named_place": into_bowl,
-        "stack": f"{arm} picks up {thing} and sets it down on top of {_goal(trace)}",
-        "peg": f"{arm} picks up {thing} and puts it into {_goal(trace)}",
+        "stack": f"{arm} picks up {thing} and sets it down on top of {_goal_phrase(trace)}",
+        "peg": f"{arm} picks up {thing} and puts it into {_goal_phrase(trace)}",
     }[name]
-    sentences = [_sentence(story)]
-    idle = [_article(f"{d.colour} {d.shape}") for d in trace.layout.distractors]
+    sentences = [_format_sentence(story)]
+    idle = [_add_article(f"{d.colour} {d.shape}") for d in trace.layout.distractors]
     if idle:
         stays = "stays" if len(idle) == 1 else "stay"
-        sentences.append(_sentence(f"{_listed(idle)} {stays} on the table"))
+        sentences.append(_format_sentence(f"{_join_phrases(idle)} {stays} on the table"))
     evidence = {"success": trace.success, "grip_frame": events.grip, "release_frame": events.release}
     captions: list[dict[str, Any]] = []
 
@@ -190,39 +190,45 @@ def _captions(trace: EpisodeTrace, rng: np.random.Generator) -> list[dict[str, A
         gripped, lifted = trace.moment(events.grip), trace.moment(events.lift)
         height = round(float(max(p[2] for p in trace.object_positions)), 3)
         approach_text = f"the gripper moves to {thing} and closes on it"
-        tell(_sentence(approach_text), "event", 0.0, gripped, {"held_from_s": gripped})
+        tell(_format_sentence(approach_text), "event", 0.0, gripped, {"held_from_s": gripped})
         why = {"held_from_s": gripped, "raised_from_s": lifted, "highest_m": height}
         if events.release is None:
-            tell(_sentence(f"the arm lifts {thing} and holds it"), "event", gripped, end, why)
+            tell(_format_sentence(f"the arm lifts {thing} and holds it"), "event", gripped, end, why)
         else:
             released = trace.moment(events.release)
-            tell(_sentence(f"the arm lifts {thing} and carries it to {_goal(trace)}"), "event", gripped, released, why)
+            tell(
+                _format_sentence(f"the arm lifts {thing} and carries it to {_goal_phrase(trace)}"),
+                "event",
+                gripped,
+                released,
+                why,
+            )
             release_text = f"the gripper lets go of {thing} and moves away"
-            tell(_sentence(release_text), "event", released, end, {"held_until_s": released})
+            tell(_format_sentence(release_text), "event", released, end, {"held_until_s": released})
     for sight, moment in ((trace.first, 0.0), (trace.last, end)):
         if sight is not None:
-            tell(_scene_sentence(trace, sight), "frame", moment, moment, {"visible_pixels": dict(sight.visible)})
+            tell(_describe_scene(trace, sight), "frame", moment, moment, {"visible_pixels": dict(sight.visible)})
     return captions
 
 
-def _scene_sentence(trace: EpisodeTrace, sight: Sight) -> str:
+def _describe_scene(trace: EpisodeTrace, sight: Sight) -> str:
     """Describe one image: visible objects from left to right."""
     words = {p.name: f"{p.colour} {p.shape}" for p in trace.layout.placed}
-    if _goal_word(trace):
-        words["goal"] = f"{trace.layout.goal_colour} {_goal_word(trace)}"
+    if _goal_noun(trace):
+        words["goal"] = f"{trace.layout.goal_colour} {_goal_noun(trace)}"
     visible = sorted((n for n in words if sight.shows(n)), key=lambda n: sight.centres[n][0])
     if not visible:
         return "A robot arm over an empty table."
-    text = f"A table with {_listed([_article(words[n]) for n in visible])}, from left to right"
+    text = f"A table with {_join_phrases([_add_article(words[n]) for n in visible])}, from left to right"
     if len(visible) == 1:
-        text = f"A table with {_article(words[visible[0]])}"
+        text = f"A table with {_add_article(words[visible[0]])}"
     return f"{text}, and a robot arm."
 
 
 # ---- questions -------------------------------------------------------------------------------------------------------
 
 
-def _questions(trace: EpisodeTrace, rng: np.random.Generator) -> list[dict[str, Any]]:
+def _write_questions(trace: EpisodeTrace, rng: np.random.Generator) -> list[dict[str, Any]]:
     questions: list[dict[str, Any]] = []
 
     def ask(question: str, answer: str, kind: str, evidence: dict[str, Any]) -> None:
@@ -258,32 +264,32 @@ def _ask_about_scene(trace: EpisodeTrace, ask: Ask) -> None:
         if p.digit is not None:
             question = f"Which digit is printed on the {p.colour} cube?"
             ask(question, str(p.digit), "digit", {"object": p.name, "digit": p.digit})
-    if _goal_word(trace) and any(s.shows("goal") for s in sights):
-        question = f"What colour is the {_goal_word(trace)}{' on the post' if trace.task.name == 'reach' else ''}?"
+    if _goal_noun(trace) and any(s.shows("goal") for s in sights):
+        question = f"What colour is the {_goal_noun(trace)}{' on the post' if trace.task.name == 'reach' else ''}?"
         ask(question, layout.goal_colour, "goal_colour", {"goal_colour": layout.goal_colour})
 
 
 def _ask_about_sides(trace: EpisodeTrace, sight: Sight, ask: Ask) -> None:
     layout = trace.layout
-    thing = _thing(trace)
-    if _goal_word(trace) and (side := _side(sight, "object", "goal")):
-        question = f"At the start, is {thing} left or right of {_goal(trace)}?"
+    thing = _object_phrase(trace)
+    if _goal_noun(trace) and (side := _relative_side(sight, "object", "goal")):
+        question = f"At the start, is {thing} left or right of {_goal_phrase(trace)}?"
         pixels = {n: [round(v, 1) for v in sight.centres[n]] for n in ("object", "goal")}
         ask(question, side, "side_of_goal", {"pixels": pixels})
     for d in layout.distractors:
-        if side := _side(sight, d.name, "object"):
+        if side := _relative_side(sight, d.name, "object"):
             question = f"At the start, is the {d.colour} {d.shape} left or right of {thing}?"
             pixels = {n: [round(v, 1) for v in sight.centres[n]] for n in (d.name, "object")}
             ask(question, side, "side_of_object", {"pixels": pixels})
-    if _goal_word(trace) in ("bowl", "block") and len(layout.placed) > 1:
+    if _goal_noun(trace) in ("bowl", "block") and len(layout.placed) > 1:
         gaps = sorted((float(np.hypot(*(p.position[:2] - layout.goal[:2]))), p.colour) for p in layout.placed)
         if gaps[1][0] - gaps[0][0] > NEAREST_MARGIN and all(sight.shows(p.name) for p in layout.placed):
-            question = f"At the start, what colour is the object nearest to {_goal(trace)}?"
+            question = f"At the start, what colour is the object nearest to {_goal_phrase(trace)}?"
             ask(question, gaps[0][1], "nearest", {"distance_m": {c: round(g, 3) for g, c in gaps}})
 
 
 def _ask_about_motion(trace: EpisodeTrace, events: Events, rng: np.random.Generator, ask: Ask) -> None:
-    layout, thing = trace.layout, _thing(trace)
+    layout, thing = trace.layout, _object_phrase(trace)
     assert events.grip is not None
     assert events.lift is not None
     travel = round(float(np.linalg.norm(trace.object_positions[-1] - trace.object_positions[0])), 3)
@@ -298,7 +304,7 @@ def _ask_about_motion(trace: EpisodeTrace, events: Events, rng: np.random.Genera
         for d in layout.distractors[:1]:
             ask(f"Is the {d.colour} {d.shape} moved?", "no", "moved", evidence)
             ask(f"Is {thing} moved?", "yes", "moved", evidence)
-    if place := _place_at_end(trace):
+    if place := _describe_end_place(trace):
         final = [round(float(v), 3) for v in trace.object_positions[-1]]
         ask(f"Where is {thing} at the end?", place, "final_place", {"position_m": final, "success": trace.success})
     last_held = events.release if events.release is not None else events.end + 1

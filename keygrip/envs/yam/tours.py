@@ -153,7 +153,7 @@ class TourCell(YamCell):
         self._arrange(self.layout)
         self.commanded_joints = self.layout.start_joints.copy()
         placed, count = self.layout.placed, options.length(self.seed, rng)
-        pointed = _walk(rng, len(placed), count)
+        pointed = _sample_cube_order(rng, len(placed), count)
         digits = rng.integers(0, options.digits, (count, len(placed)))
         if not options.changing:
             digits[:] = digits[:1]
@@ -171,11 +171,11 @@ class TourCell(YamCell):
             digits=digits,
             pixels=np.array([[s.centres[p.name] for p in placed] for s in sights]),
             visible=np.array([[s.visible[p.name] for p in placed] for s in sights]),
-            uncovered=self._uncovered(),
+            uncovered=self._count_uncovered_pixels(),
             seed=self.seed,
         )
 
-    def _uncovered(self) -> np.ndarray:
+    def _count_uncovered_pixels(self) -> np.ndarray:
         """Return [K] pixels of each cube that would be visible without the arm."""
         assert self.layout is not None
         names = [thing.name for thing in self.layout.placed]
@@ -198,7 +198,7 @@ class TourCell(YamCell):
         mujoco.mj_forward(self.model, self.data)
 
 
-def _walk(rng: np.random.Generator, cubes: int, count: int) -> np.ndarray:
+def _sample_cube_order(rng: np.random.Generator, cubes: int, count: int) -> np.ndarray:
     """Return [count] cubes; if there are several, never the same one twice in a row."""
     order = [int(rng.integers(cubes))]
     if cubes == 1:
