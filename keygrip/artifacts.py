@@ -113,15 +113,15 @@ def json_text(
     try:
         return json.dumps(content, indent=indent, ensure_ascii=ascii_only, default=default, allow_nan=False)
     except ValueError:  # also for content that contains itself, for which the next line raises again
-        standard = _finite(json.loads(json.dumps(content, default=default)))
+        standard = _replace_non_finite(json.loads(json.dumps(content, default=default)))
         return json.dumps(standard, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
+        return {name: _replace_non_finite(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_finite(part) for part in value]
+        return [_replace_non_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -160,7 +160,7 @@ def read_record(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > LARGEST_RECORD:
             raise ValueError(f"it has more than {LARGEST_RECORD} bytes")
-        content = json.loads(file.read_bytes(), parse_int=_integer)
+        content = json.loads(file.read_bytes(), parse_int=_parse_integer)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -170,7 +170,7 @@ def read_record(file: Path) -> dict[str, Any]:
     return content
 
 
-def _integer(digits: str) -> int:
+def _parse_integer(digits: str) -> int:
     if len(digits) > LONGEST_INTEGER:
         raise ValueError(f"the number {digits[:20]}... is out of range")
     return int(digits)
@@ -380,13 +380,13 @@ def temporary_beside(target: Path) -> Path:
     if now - _looked.get(key, -math.inf) > STALE_AFTER_S:  # rarely, because a folder may have thousands of files
         _looked[key] = now
         _remove_stale(target.parent)
-    return target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}{WRITING}")
+    return target.with_name(f".{target.name}.{_host_name()}-{os.getpid()}-{secrets.token_hex(4)}{WRITING}")
 
 
 _looked: dict[tuple[int, Path], float] = {}
 
 
-def _host() -> str:
+def _host_name() -> str:
     return re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())
 
 
@@ -396,8 +396,8 @@ def _remove_stale(folder: Path) -> None:
     A live process in another container or on another machine with the same host name is not visible here. Its temporary
     files can only be recognised by their age.
     """
-    pattern = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}{re.escape(WRITING)}(\.\w+)?")
-    for path in folder.glob(f".*.{_host()}-*{WRITING}*"):
+    pattern = re.compile(rf"\..+\.{re.escape(_host_name())}-(\d+)-[0-9a-f]{{8}}{re.escape(WRITING)}(\.\w+)?")
+    for path in folder.glob(f".*.{_host_name()}-*{WRITING}*"):
         match = pattern.fullmatch(path.name)
         if match and not _is_alive(int(match[1])):
             with contextlib.suppress(OSError):

@@ -60,7 +60,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: no such case, suite or part; a GPU suite on a machine without a GPU.
     """
-    _refuse_idle(cfg)
+    _refuse_unused_settings(cfg)
     if cfg.suite is not None:
         return _run_suite(cfg)
     import torch
@@ -71,7 +71,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     use_tf32(cfg.tf32, torch.cuda.is_available())
     # Otherwise torch's profiler, which counts memory, warns about missing GPUs.
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-    names = list(cfg.cases) if cfg.case == ALL else [_known("case", cfg.case, list(cfg.cases))]
+    names = list(cfg.cases) if cfg.case == ALL else [_check_choice("case", cfg.case, list(cfg.cases))]
     figures = {}
     for name in names:
         log.info("measuring %s", name)
@@ -81,11 +81,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     result = {"case": cfg.case, **(figures if cfg.case == ALL else figures[cfg.case])}
     result |= {"quick": cfg.quick, "machine": machine()} | ({"tf32": True} if cfg.tf32 else {})
     if cfg.output or cfg.record:
-        _write(Path(cfg.output or Path("benchmarks") / f"{cfg.case}.json"), result)
+        _write_result(Path(cfg.output or Path("benchmarks") / f"{cfg.case}.json"), result)
     return result
 
 
-def _refuse_idle(cfg: DictConfig) -> None:
+def _refuse_unused_settings(cfg: DictConfig) -> None:
     """Raise ValueError if a setting of a suite is given for a case, or the other way round, where it has no effect."""
     idle = {"case": ALL, "quick": False, "record": False}
     if cfg.suite is None:
@@ -105,12 +105,12 @@ def _run_suite(cfg: DictConfig) -> dict[str, Any]:
     from keygrip.benchmarks.gpu import suite as suites
     from keygrip.training.metadata import machine
 
-    _known("suite", cfg.suite, ["gpu"])
+    _check_choice("suite", cfg.suite, ["gpu"])
     if cfg.tf32:
         raise ValueError("tf32=true is for a case: the parts of a suite measure TF32 beside float32 themselves")
     suites.refuse_without_gpu(cfg.toy)
     chosen = [cfg.part] if isinstance(cfg.part, str) else list(cfg.part)
-    names = list(cfg.gpu) if chosen == [ALL] else [_known("part", str(name), list(cfg.gpu)) for name in chosen]
+    names = list(cfg.gpu) if chosen == [ALL] else [_check_choice("part", str(name), list(cfg.gpu)) for name in chosen]
     commit = cfg.commit or suites.commit_of(Path(__file__).parent)
     suite = suites.Suite(Path(cfg.output or "benchmarks/gpu"), commit, cfg.toy, tuple(sys.argv[1:]))
     if os.environ.get(PART_PROCESS) == cfg.part:
@@ -131,7 +131,7 @@ def _run_suite(cfg: DictConfig) -> dict[str, Any]:
     return result | ({"not_begun": left} if (left := [name for name in names if name not in records]) else {})
 
 
-def _known(kind: str, name: str, names: list[str]) -> str:
+def _check_choice(kind: str, name: str, names: list[str]) -> str:
     if name in names:
         return name
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
@@ -140,7 +140,7 @@ def _known(kind: str, name: str, names: list[str]) -> str:
     raise ValueError(f"there is no {kind} {name!r}: {hint}{kind}s are {', '.join(names)}{everything}")
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
+def _write_result(path: Path, result: dict[str, Any]) -> None:
     """Write the result with its date and the command that reproduces it, completely or not at all."""
     command = shlex.join(["python", "-m", "keygrip.bench", *sys.argv[1:]])
     date = datetime.now(UTC).strftime("%Y-%m-%d")

@@ -56,7 +56,7 @@ def main() -> None:
     elif name == "--version":
         sys.stdout.write(f"keygrip {__version__}\n")
     elif name in ("-sc", "--shell-completion"):
-        _complete(arguments)
+        _print_completions(arguments)
     elif name in COMMANDS:
         _run(name, arguments)
     else:
@@ -72,14 +72,14 @@ def _run(name: str, arguments: list[str]) -> None:
     runpy.run_module(f"keygrip.{name}", run_name="__main__", alter_sys=True)
 
 
-def _complete(asked: list[str]) -> None:
+def _print_completions(arguments: list[str]) -> None:
     """Print the completion script for bash, or the completions of the line ``COMP_LINE``: the commands, or after a
     command Hydra's completions. For anything else exit with code 2."""
-    if asked == ["install=bash"]:
+    if arguments == ["install=bash"]:
         sys.stdout.write(COMPLETION)
         return
-    if asked != ["query=bash"]:
-        sys.stderr.write(f"keygrip: -sc {' '.join(asked)}: {COMPLETES}\n")
+    if arguments != ["query=bash"]:
+        sys.stderr.write(f"keygrip: -sc {' '.join(arguments)}: {COMPLETES}\n")
         sys.exit(2)
     line = os.environ.get("COMP_LINE", "")
     typed = re.match(r"\s*\S+\s+(\S+)\s+(.*)", line, re.DOTALL)

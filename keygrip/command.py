@@ -65,7 +65,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     import hydra
 
     allow_many_files()
-    run = _importable(run)
+    run = _importable_function(run)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors unchanged; the code below decides what is shown
     debug = _debug_requested(sys.argv[1:])
     failed: list[BaseException] = []
@@ -91,7 +91,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         return
     code, received = 0, set[int]()
     try:
-        with _signals_raise(received):
+        with _raise_on_signals(received):
             run_folder.register_resolvers()
             register_options(overrides_of(sys.argv[1:]))
             if {"--help", "-h"} & set(sys.argv[1:]):
@@ -111,9 +111,9 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         if debug and not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
         line, code = describe_error(error, config_name, sys.argv[1:])
-        _say(line)
+        _print_to_stderr(line)
     for line in sweeps.close_sweeps():
-        _say(line)
+        _print_to_stderr(line)
         code = code or USER_ERROR
     if code:
         if is_first_process():
@@ -197,13 +197,13 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         package = root.name.partition(".")[0]
         if package != root.name and package in sys.modules:
             return f"{prefix}the package {package!r} is installed and has no module {root.name!r}", USER_ERROR
-        return f"{prefix}the package {package!r} is not installed: {_installation(package)}", USER_ERROR
+        return f"{prefix}the package {package!r} is not installed: {_describe_installation(package)}", USER_ERROR
     lost = re.match(r"Error loading '([^']+)':\s*ModuleNotFoundError\(\"No module named '([\w]+)'", str(root))
     if lost:  # Hydra's message for a class of a package that is not installed
-        return f"{lost[1]}: the package {lost[2]!r} is not installed: {_installation(lost[2])}", USER_ERROR
+        return f"{lost[1]}: the package {lost[2]!r} is not installed: {_describe_installation(lost[2])}", USER_ERROR
     if type(root).__name__ == "UncompletedJobError":
         further = ": when they have ended, the same command with resume=true makes the table"
-        message = f"{_without_result(str(root))}; others may still run{further if config_name == 'train' else ''}"
+        message = f"{_describe_dead_job(str(root))}; others may still run{further if config_name == 'train' else ''}"
         return message, USER_ERROR
     if type(root).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
@@ -223,7 +223,7 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
     return f"unexpected {type(root).__name__}: {one_line(root)} (debug=true shows where)", USER_ERROR
 
 
-def _foreseen(error: BaseException) -> bool:
+def _needs_no_stack_trace(error: BaseException) -> bool:
     """Return whether an error needs no stack trace: a user error or a signal."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -234,7 +234,7 @@ def _foreseen(error: BaseException) -> bool:
     return isinstance(root, HydraException | OmegaConfBaseException | USERS) or type(root).__name__ == MISCONFIGURED
 
 
-def _without_result(message: str) -> str:
+def _describe_dead_job(message: str) -> str:
     """Return submitit's message about a job that died, without the job's output."""
     found = re.match(r"Job (\S+) .*with path (.+)\n.*state: (\w+)", message)
     if found is None:
@@ -243,7 +243,7 @@ def _without_result(message: str) -> str:
     return f"job {found[1]} of the cluster ended without a result (state {found[3]}): see {log}"
 
 
-def _installation(package: str) -> str:
+def _describe_installation(package: str) -> str:
     """Describe how to install a missing package: with an extra of keygrip that contains and version-bounds it."""
     try:
         needed = metadata.requires("keygrip") or []
@@ -268,7 +268,7 @@ def _debug_requested(overrides: Sequence[str]) -> bool:
     return any(override.lstrip("+").lower() == "debug=true" for override in overrides)
 
 
-def _say(line: str) -> None:
+def _print_to_stderr(line: str) -> None:
     with contextlib.suppress(OSError):  # the terminal is closed; the exit code still reports the outcome
         sys.stderr.write(f"keygrip: {line}\n")
 
@@ -289,7 +289,7 @@ def _record_failure(error: BaseException, config_name: str) -> None:
         if folder.resolve() == Path(hydra_cfg.runtime.cwd).resolve():
             return  # the command has no run folder, and the user's folder stays unchanged
         if run_folder.has_not_begun(folder):
-            if _foreseen(error):
+            if _needs_no_stack_trace(error):
                 return
             run_folder.begin(folder)
         overrides = list(hydra_cfg.overrides.task)
@@ -300,7 +300,7 @@ def _record_failure(error: BaseException, config_name: str) -> None:
 
 
 @contextlib.contextmanager
-def _signals_raise(received: set[int]) -> Iterator[None]:
+def _raise_on_signals(received: set[int]) -> Iterator[None]:
     """Convert SIGTERM, and SIGHUP of a closed terminal, to exceptions, so that temporary files and child processes are
     cleaned up, and arms stopped, before the process ends. A second signal does not interrupt this cleanup, because a
     shell forwards its SIGHUP, which then arrives twice, and systemd sends SIGTERM and SIGHUP. Ctrl-C does interrupt it.
@@ -332,7 +332,7 @@ def _signals_raise(received: set[int]) -> Iterator[None]:
             signal.signal(number, former)
 
 
-def _importable(run: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+def _importable_function(run: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """Return ``run`` of the importable module if it is from ``__main__``, so that it can be sent to another process."""
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)

@@ -119,13 +119,13 @@ def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
                 f"{override}: a group is chosen, not emptied: its options are {', '.join(group_options(group))}; a "
                 f"part of it is left out with {group}.NAME=null"
             )
-    overrides = texts_quoted(overrides, [*_TEXTS_OF_HYDRA, *_texts(config_name)])
+    overrides = texts_quoted(overrides, [*_TEXTS_OF_HYDRA, *_text_settings(config_name)])
     complete = _COMPLETIONS.get(config_name)
     flags_start = next((index for index, each in enumerate(overrides) if each.startswith("-")), len(overrides))
     return [*overrides[:flags_start], *(complete(overrides) if complete else []), *overrides[flags_start:]]
 
 
-def _texts(config_name: str) -> set[str]:
+def _text_settings(config_name: str) -> set[str]:
     """Return the root settings with text values, such as folders; `keygrip prepare` has only those of its steps."""
     root = "train" if config_name == "demo" else config_name
     of_root = [schema for name, schema in _SCHEMAS.items() if re.fullmatch(rf"{root}(_.+)?_schema", name)]
@@ -185,12 +185,12 @@ def register_options(overrides: Sequence[str] = ()) -> None:
         SettingError: an added folder has an option with the name of one of keygrip's, so that one of the two would be
             ignored, or an option without settings.
     """
-    shipped = _register_own()
+    shipped = _register_shipped_configs()
     for folder in config_folders(overrides)[1:]:
         if folder.resolve() == config_folder():
             continue
         files = [file for group in _groups() for part in ("", "*/") for file in folder.glob(f"{group}/{part}{OPTIONS}")]
-        loaded = {file: _sections(folder, file) for file in files}
+        loaded = {file: _read_options(folder, file) for file in files}
         sections = {option for options in loaded.values() for option in options}
         twice = sorted(shipped & sections | {option for option in shipped if (folder / f"{option}.yaml").is_file()})
         if twice:
@@ -200,19 +200,19 @@ def register_options(overrides: Sequence[str] = ()) -> None:
                 "yours another name"
             )
         for file, options in loaded.items():
-            _store(file, options)
+            _store_options(file, options)
 
 
 @cache
-def _register_own() -> frozenset[str]:
+def _register_shipped_configs() -> frozenset[str]:
     """Register the sections of ``conf/``; return the names of all its configs: ``optimizer/adamw``, ``train``."""
     OmegaConf.register_new_resolver("mandatory", _refuse_without_value, replace=True)
     folder = config_folder()
     names = set[str]()
     for file in sorted(folder.rglob("*.yaml")):
         if file.name == OPTIONS:
-            options = _sections(folder, file)
-            _store(file, options)
+            options = _read_options(folder, file)
+            _store_options(file, options)
             names.update(options)
         else:
             names.add(file.relative_to(folder).with_suffix("").as_posix())
@@ -220,7 +220,7 @@ def _register_own() -> frozenset[str]:
     return frozenset(names)
 
 
-def _sections(folder: Path, file: Path) -> dict[str, Any]:
+def _read_options(folder: Path, file: Path) -> dict[str, Any]:
     """Return a file's options by group and name, ``optimizer/adamw``. Reading files dominates the registration time."""
     group, options = file.parent.relative_to(folder).as_posix(), OmegaConf.load(file)
     if not isinstance(options, DictConfig) or not all(OmegaConf.is_dict(options[name]) for name in options):
@@ -230,7 +230,7 @@ def _sections(folder: Path, file: Path) -> dict[str, Any]:
     return {f"{group}/{name!s}": node for name, node in options.items()}
 
 
-def _store(file: Path, options: Mapping[str, Any]) -> None:
+def _store_options(file: Path, options: Mapping[str, Any]) -> None:
     package = re.match(r"# @package (\S+)", file.read_text(encoding="utf-8"))
     for option, node in options.items():
         group, _, name = option.rpartition("/")
@@ -390,11 +390,11 @@ def references_in(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, ...]
 def models_with(group: str) -> list[str]:
     """Return the options of the group ``model`` whose defaults lists add this group or root setting."""
     folder = config_folder()
-    return [path.stem for path in sorted((folder / "model").glob("*.yaml")) if group in _brought(path)]
+    return [path.stem for path in sorted((folder / "model").glob("*.yaml")) if group in _names_added_by(path)]
 
 
 @cache
-def _brought(path: Path) -> frozenset[str]:
+def _names_added_by(path: Path) -> frozenset[str]:
     """Return the groups and root settings that a config file with the package ``_global_`` adds, including those of its
     bases and groups."""
     content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -404,13 +404,13 @@ def _brought(path: Path) -> frozenset[str]:
     names = {str(key) for key in content if is_global} - {"defaults"}
     for entry in content.get("defaults", []):
         if isinstance(entry, str) and entry != "_self_":
-            names |= _brought(path.parent / f"{entry}.yaml")
+            names |= _names_added_by(path.parent / f"{entry}.yaml")
         for key, choice in entry.items() if isinstance(entry, dict) else ():
             group = str(key).lstrip("/").partition("@")[0]
             if str(key).startswith("/"):
                 names.add(group)
                 file = config_folder() / group / f"{choice}.yaml"
-                names |= _brought(file) if file.is_file() else frozenset()
+                names |= _names_added_by(file) if file.is_file() else frozenset()
     return frozenset(names)
 
 

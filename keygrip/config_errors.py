@@ -131,18 +131,18 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
     if cause is not None and one_line(cause) not in text:
         text = f"{text.rstrip('.')}: {one_line(cause)}"
     if type(error).__name__ == "OverrideParseException":
-        return _unreadable(str(getattr(error, "override", "the override")), text)
+        return _describe_parse_error(str(getattr(error, "override", "the override")), text)
     ambiguous = re.search(r"Ambiguous value for argument '(.*?)' ?1\. ", text)
     if ambiguous:
         key, _, value = ambiguous.group(1).partition("=")
         return (
             f"{key}={value} holds a comma: as a list write {shlex.quote(f'{key}=[{value}]')}, as one text "
-            f"{_in_quotes(key, value)}, for a sweep add -m"
+            f"{_quote_override(key, value)}, for a sweep add -m"
         )
     return text
 
 
-def _unreadable(override: str, reason: str) -> str:
+def _describe_parse_error(override: str, reason: str) -> str:
     """Describe why Hydra cannot parse an override, and a form that it can parse."""
     key, equals, value = override.partition("=")
     reason = re.sub(r" ?See https\S+ for details", "", reason)
@@ -165,12 +165,12 @@ def _unreadable(override: str, reason: str) -> str:
         detail = "" if unread else f"{reason}; "
         return (
             f"cannot read {override}: {detail}a value with such signs stands in quotes, inside the shell's own: "
-            f"{_in_quotes(key, value)}"
+            f"{_quote_override(key, value)}"
         )
     return f"cannot read {override}: {reason}"
 
 
-def _in_quotes(key: str, value: str) -> str:
+def _quote_override(key: str, value: str) -> str:
     """Return an override as it is typed in a shell, with its value as a single string."""
     override = f"{key}={quoted(value)}"
     return shlex.quote(override) if re.search(r'["$`!\\]', value) else f'"{override}"'

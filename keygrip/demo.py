@@ -35,7 +35,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     started = time.perf_counter()
     _refuse_without_report(cfg)
-    cfg = _continued(cfg)
+    cfg = _resume_if_interrupted(cfg)
     continued = bool(cfg.resume)
     folder = Path(cfg.run_dir)
     metrics = train(cfg)
@@ -74,7 +74,7 @@ def _refuse_without_report(cfg: DictConfig) -> None:
         )
 
 
-def _continued(cfg: DictConfig) -> DictConfig:
+def _resume_if_interrupted(cfg: DictConfig) -> DictConfig:
     """Resume an interrupted demo; start a new one if there is none or if it is finished."""
     folder = Path(cfg.run_dir)
     _put_finished_aside(folder)

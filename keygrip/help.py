@@ -78,27 +78,29 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
     """
     plain_overrides = overrides_of(overrides)
     lines = [f"keygrip {command} [group=option ...] [setting=value ...]", ""]
-    for line in _head(config_folder() / f"{command}.yaml"):
-        lines += _wrapped("  ", line)
+    for line in _head_comment(config_folder() / f"{command}.yaml"):
+        lines += _wrap_lines("  ", line)
     if command == "prepare" and not any(override.startswith("step=") for override in plain_overrides):
         lines += ["", "Steps (`keygrip prepare step=NAME --help` lists the settings of one):"]
         steps = group_options("step", plain_overrides)
         width = max(map(len, steps)) + 1
         for name in steps:
-            lines += _wrapped(f"  step={name:<{width}}", " ".join(_step_head(name, config_folders(plain_overrides))))
-        return "\n".join([*lines, *_examples(command)])
+            lines += _wrap_lines(
+                f"  step={name:<{width}}", " ".join(_step_head_comment(name, config_folders(plain_overrides)))
+            )
+        return "\n".join([*lines, *_example_lines(command)])
     config, choices = compose_with_choices(command, plain_overrides)
     groups = [(group, choice) for group, choice in choices.items() if not group.startswith("hydra")]
-    comments = _comments_of("", command)
+    comments = _option_comments("", command)
     for group, choice in groups:
         if choice is not None:
             for folder in config_folders(plain_overrides):
-                comments |= _comments_of(group, choice, folder)
+                comments |= _option_comments(group, choice, folder)
     shown_groups = [(group, choice) for group, choice in groups if group != "evaluate"]
     if shown_groups:
         lines += ["", "Groups, with the option chosen here and all there are:"]
         for group, choice in shown_groups:
-            options = f"  {group}={choice or 'null'}  ({_options(group, choices, plain_overrides)})"
+            options = f"  {group}={choice or 'null'}  ({_format_options(group, choices, plain_overrides)})"
             lines += textwrap.wrap(options, WIDTH, subsequent_indent=" " * 6)
     lines += ["", "Settings:"]
     for path, value in _leaves(OmegaConf.to_container(config, resolve=False), ()):
@@ -109,18 +111,18 @@ def help_text(command: str, overrides: Sequence[str]) -> str:
             continue  # an alias: the setting that it refers to is listed
         for end in range(len(path) - 1, 1, -1):  # the comment of a parent describes several values together
             comment = comment or comments.get(path[:end], "")
-        setting = f"{key}={_text(value)}"
+        setting = f"{key}={_format_value(value)}"
         if comment and len(setting) > LONGEST_SETTING:
             setting = f"{setting[: LONGEST_SETTING - 3]}..."
-        lines += _wrapped(f"  {setting:<34}  # ", comment) if comment else [f"  {setting}"]
-    return "\n".join([*lines, *_examples(command)])
+        lines += _wrap_lines(f"  {setting:<34}  # ", comment) if comment else [f"  {setting}"]
+    return "\n".join([*lines, *_example_lines(command)])
 
 
-def _examples(command: str) -> list[str]:
+def _example_lines(command: str) -> list[str]:
     return ["", "Examples:", *(f"  keygrip {command} {example}".rstrip() for example in EXAMPLES[command])]
 
 
-def _options(group: str, choices: dict[str, str | None], overrides: Sequence[str]) -> str:
+def _format_options(group: str, choices: dict[str, str | None], overrides: Sequence[str]) -> str:
     options = group_options(group.partition("@")[0], overrides)
     if group == "ablation":  # ablations of other models have no effect here
         model, models = choices.get("model") or "", group_options("model", overrides)
@@ -142,22 +144,22 @@ def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
         yield path, node
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, list):
-        return f"[{','.join(_text(each) for each in value)}]"
+        return f"[{','.join(_format_value(each) for each in value)}]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_text(each)}" for key, each in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_format_value(each)}" for key, each in value.items()) + "}"
     return {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else str(value)
 
 
-def _wrapped(start: str, text: str) -> list[str]:
+def _wrap_lines(start: str, text: str) -> list[str]:
     """Wrap a text after a prefix; further lines are indented to the first word, in a comment with a # of their own."""
     further = start.rpartition("# ")[1].rjust(len(start))
     lines = textwrap.wrap(text, WIDTH - len(start), break_long_words=False, break_on_hyphens=False) or [""]
     return [f"{start}{lines[0]}", *(further + line for line in lines[1:])]
 
 
-def _head(path: Path) -> list[str]:
+def _head_comment(path: Path) -> list[str]:
     """Return the comment at the beginning of a config file."""
     comment_lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -168,11 +170,11 @@ def _head(path: Path) -> list[str]:
     return comment_lines
 
 
-def _step_head(name: str, folders: Sequence[Path]) -> list[str]:
+def _step_head_comment(name: str, folders: Sequence[Path]) -> list[str]:
     """Return the comment at the beginning of a step's file, or above its section of an options file."""
     for folder in folders:
         if (folder / "step" / f"{name}.yaml").is_file():
-            return _head(folder / "step" / f"{name}.yaml")
+            return _head_comment(folder / "step" / f"{name}.yaml")
     files = (folder / "step" / OPTIONS for folder in folders)
     texts = [file.read_text(encoding="utf-8").splitlines() for file in files if file.is_file()]
     lines = next((lines for lines in texts if f"{name}:" in lines), [f"{name}:"])
@@ -183,7 +185,7 @@ def _step_head(name: str, folders: Sequence[Path]) -> list[str]:
     return [line.removeprefix("#").strip() for line in lines[start:end]]
 
 
-def _comments_of(group: str, option: str, configs: Path | None = None) -> dict[tuple[str, ...], str]:
+def _option_comments(group: str, option: str, configs: Path | None = None) -> dict[tuple[str, ...], str]:
     """Return the comments of an option of a group and of its base options, by path in the composed config.
 
     Args:
@@ -207,14 +209,14 @@ def _comments_of(group: str, option: str, configs: Path | None = None) -> dict[t
     comments: dict[tuple[str, ...], str] = {}
     for base in defaults:
         if isinstance(base, str) and base != "_self_":
-            comments |= _comments_of(group, base, configs)
-    own_comments = _comments(file)
+            comments |= _option_comments(group, base, configs)
+    own_comments = _read_comments(file)
     if section:
         own_comments = {path[1:]: comment for path, comment in own_comments.items() if path[0] == section}
     return comments | {(*prefix, *path): comment for path, comment in own_comments.items()}
 
 
-def _comments(path: Path) -> dict[tuple[str, ...], str]:
+def _read_comments(path: Path) -> dict[tuple[str, ...], str]:
     """Return the comment next to each key of a YAML file (or on the lines directly above it), by path of the key."""
     comments: dict[tuple[str, ...], str] = {}
     stack: list[tuple[int, str]] = []

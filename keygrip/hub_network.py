@@ -17,7 +17,7 @@ def unreachable() -> str | None:
     The result is cached for a minute."""
     global _last
     if _last is None or time.monotonic() - _last[0] > REMEMBERED_S:
-        _last = time.monotonic(), _asked()
+        _last = time.monotonic(), _request_hub()
     return _last[1]
 
 
@@ -49,7 +49,7 @@ def kept_without_network(name: str, file: str) -> Path | None:
     return Path(found)
 
 
-def _asked() -> str | None:
+def _request_hub() -> str | None:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 

@@ -40,10 +40,10 @@ def quoted(text: str) -> str:
 def texts_quoted(overrides: Sequence[str], texts: Container[str]) -> list[str]:
     """Return the overrides with number-like values of the settings `texts` quoted, so that they stay strings:
     ``run_dir=2025_01_02`` names a folder, not 20250102."""
-    return [_quoted_number(each) if each.lstrip("+").partition("=")[0] in texts else each for each in overrides]
+    return [_quote_number(each) if each.lstrip("+").partition("=")[0] in texts else each for each in overrides]
 
 
-def _quoted_number(override: str) -> str:
+def _quote_number(override: str) -> str:
     key, _, value = override.partition("=")
     if re.search(r"[\"'\[({]", value):
         return override  # the user has quoted the strings

@@ -124,7 +124,7 @@ def tls_context(cert: str | None, key: str | None) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(cert, key, password=_no_password)
+        context.load_cert_chain(cert, key, password=_refuse_encrypted_key)
     except (ssl.SSLError, ValueError) as error:
         raise ValueError(
             f"tls.cert={cert} and tls.key={key} are not a certificate and its unencrypted private key in PEM format "
@@ -133,7 +133,7 @@ def tls_context(cert: str | None, key: str | None) -> ssl.SSLContext | None:
     return context
 
 
-def _no_password() -> str:
+def _refuse_encrypted_key() -> str:
     raise ValueError("the key is encrypted")
 
 

@@ -52,9 +52,9 @@ def refuse_ill_typed(config: Any, place: str = "", passed_on: Mapping[str, str] 
         return
     place = (passed_on or {}).get(place, place)
     if isinstance(config.get("_target_"), str):
-        _check(config, place, passed_on or {})
+        _check_node(config, place, passed_on or {})
     for name, child in config.items():
-        refuse_ill_typed(child, _below(place, str(name)), passed_on)
+        refuse_ill_typed(child, _dotted_path(place, str(name)), passed_on)
 
 
 def wanted(value: Any, hint: Any) -> str | None:
@@ -67,15 +67,15 @@ def wanted(value: Any, hint: Any) -> str | None:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         problems = [wanted(value, each) for each in inner]
-        return None if None in problems else _any_of(list(dict.fromkeys(each for each in problems if each)))
-    for check in (_wanted_scalar, _wanted_container):
+        return None if None in problems else _join_alternatives(list(dict.fromkeys(each for each in problems if each)))
+    for check in (_expected_scalar, _expected_container):
         is_checked, problem = check(value, hint, origin, inner)
         if is_checked:
             return problem
     return None
 
 
-def _any_of(kinds: Sequence[str]) -> str:
+def _join_alternatives(kinds: Sequence[str]) -> str:
     """Describe alternatives in words. Those that contain a comma come last, to avoid ambiguity."""
     short = " or ".join(kind for kind in kinds if "," not in kind)
     return ", or ".join([short] * bool(short) + [kind for kind in kinds if "," in kind])
@@ -110,11 +110,11 @@ def _names_of_fields(target: type) -> dict[str, dict[str, Any]]:
     }
 
 
-def _below(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name
+def _dotted_path(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name
 
 
-def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) -> None:
+def _check_node(node: Mapping[str, Any], path: str, passed_on: Mapping[str, str]) -> None:
     from hydra.utils import get_object
 
     try:
@@ -132,7 +132,11 @@ def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) ->
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         for key in settings:
             if key not in parameters:
-                raise SettingError(_unknown(_below(place, key), [_below(place, name) for name in parameters]))
+                raise SettingError(
+                    _describe_unknown_setting(
+                        _dotted_path(path, key), [_dotted_path(path, name) for name in parameters]
+                    )
+                )
     if str(getattr(target, "__module__", "")).partition(".")[0] in FOREIGN:
         return
     for key, value in settings.items():
@@ -144,7 +148,7 @@ def _check(node: Mapping[str, Any], place: str, passed_on: Mapping[str, str]) ->
             problem = "at least 1"
         if problem is not None:
             shown_value = "null" if value is None else repr(value)
-            full = _below(place, key)
+            full = _dotted_path(path, key)
             if isinstance(value, str) and NUMBER_AS_TEXT.fullmatch(value) and re.search(r"number|true", problem):
                 problem += "; this is text: leave out its quotes, or write ${oc.decode:${oc.env:NAME}} for a variable"
             name = passed_on.get(full, full)
@@ -158,16 +162,16 @@ def _holds_number(value: Any) -> bool:
     return any(type(each) in (int, float) for each in (value if isinstance(value, list | tuple) else [value]))
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
+def _describe_unknown_setting(key: str, names: Sequence[str]) -> str:
     new = new_name(key)
     if new is not None:
         return f"the setting {key!r} is now {new!r}"
-    close = nearest(key, known)
-    hint = f"the nearest is {close!r}" if close else f"there are {', '.join(known) or 'none'}"
+    close = nearest(key, names)
+    hint = f"the nearest is {close!r}" if close else f"there are {', '.join(names) or 'none'}"
     return f"there is no setting {key!r}: {hint}"
 
 
-def _wanted_scalar(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...]) -> tuple[bool, str | None]:
+def _expected_scalar(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...]) -> tuple[bool, str | None]:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is None or hint is type(None):
         return True, None if value is None else "null"
@@ -184,7 +188,7 @@ def _wanted_scalar(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...]) -
     return False, None
 
 
-def _wanted_container(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...]) -> tuple[bool, str | None]:
+def _expected_container(value: Any, hint: Any, origin: Any, inner: tuple[Any, ...]) -> tuple[bool, str | None]:
     kind = origin or hint
     if not isinstance(kind, type) or kind in (object, type):
         return False, None

@@ -59,7 +59,7 @@ def at_most_stored(config: Any, stored: Mapping[str, Any], external: bool) -> It
 
     handle = torch.nn.modules.module.register_module_parameter_registration_hook(count)
     try:
-        with _Checked(check):
+        with _CheckedCalls(check):
             yield
     finally:
         handle.remove()
@@ -87,7 +87,7 @@ def settings_of(config: Any, sizes: tuple[int, ...]) -> str:
     return ", ".join(text for _, text in sorted(matches)[:3]) or "its configuration"
 
 
-class _Checked(TorchFunctionMode):
+class _CheckedCalls(TorchFunctionMode):
     """Call `check` with the shape of every tensor before PyTorch creates it."""
 
     def __init__(self, check: Callable[[tuple[int, ...]], None]) -> None:
@@ -97,14 +97,14 @@ class _Checked(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") not in ("__get__", "__set__"):  # attributes
-            outputs = _without_memory(func, args, kwargs)
+            outputs = _run_on_meta_device(func, args, kwargs)
             for each in outputs if isinstance(outputs, list | tuple) else [outputs]:
                 if isinstance(each, Tensor):
                     self.check(tuple(each.shape))
         return func(*args, **kwargs)
 
 
-def _without_memory(func: Any, args: Any, kwargs: Any) -> Any:
+def _run_on_meta_device(func: Any, args: Any, kwargs: Any) -> Any:
     """Return a function's result on the meta device; None if it has none there, or if it depends on values."""
     tensors: list[Tensor] = []
 

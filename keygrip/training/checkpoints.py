@@ -91,7 +91,7 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
     """
     path = Path(path)
     if step is not None:
-        return _of_step(path, step)
+        return _checkpoint_of_step(path, step)
     if path.is_file() or is_export(path):
         return path
     for candidate in (path / CHECKPOINT, path / CHECKPOINT.name):
@@ -106,7 +106,7 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
     raise FileNotFoundError(f"no checkpoint at {path}: give a checkpoint file or a run folder")
 
 
-def _of_step(path: Path, step: int) -> Path:
+def _checkpoint_of_step(path: Path, step: int) -> Path:
     by_step = kept_by_step(path / CHECKPOINT.parent)
     if step not in by_step:
         hint = (
@@ -248,7 +248,7 @@ def load_module(
         raise ValueError(
             f"{file} holds a {type(module).__name__}, not a {expected.__name__}: give a checkpoint of that model"
         )
-    _give_back(module, checkpoint, file)
+    _restore_module_state(module, checkpoint, file)
     state, weights_kind = weights_of(checkpoint, use_ema)
     refuse_unfit_weights(state, module.state_dict(), str(file))
     try:
@@ -284,7 +284,7 @@ def dtypes_of(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> set
     return {state[name].dtype for name, weight in module.named_parameters() if weight.is_floating_point()}
 
 
-def _give_back(module: LightningModule, checkpoint: dict[str, Any], file: Path) -> None:
+def _restore_module_state(module: LightningModule, checkpoint: dict[str, Any], file: Path) -> None:
     """Let a module restore what it stored in addition to its weights. The data may come from other people.
 
     Raises:

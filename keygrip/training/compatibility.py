@@ -150,19 +150,19 @@ def data_sets_of(wanted: type) -> list[str]:
     """Return the names in the group ``data`` whose batches have a type."""
     names = []
     for path in sorted((config_folder() / "data").glob("*.yaml")):
-        data_batch = batch_type(_read(path))
+        data_batch = batch_type(_read_merged_config(path))
         if not path.stem.startswith("_") and data_batch is not None and issubclass(data_batch, wanted):
             names.append(path.stem)
     return names
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_merged_config(path: Path) -> dict[str, Any]:
     """Read the top level of a config and of its base configs in the same group."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     merged: dict[str, Any] = {}
     for base in content.pop("defaults", []):
         if isinstance(base, str) and base != "_self_":
-            merged |= _read(path.parent / f"{base}.yaml")
+            merged |= _read_merged_config(path.parent / f"{base}.yaml")
     return merged | content
 
 

@@ -82,23 +82,25 @@ class Compilation:
             compile_functions = getattr(submodule, "compile_functions", None)
             if compile_functions is not None:
                 trained = any(parameter.requires_grad for parameter in submodule.parameters())
-                compile_functions(functools.partial(self._function, mode=mode, trained=trained))
+                compile_functions(functools.partial(self._compile_function, mode=mode, trained=trained))
         for part in parts:
             part.compile(backend=self.backend, mode=mode, dynamic=self.dynamic)
             if any(parameter.requires_grad for parameter in part.parameters()):
                 compiled = part._compiled_call_impl
                 assert compiled is not None
-                part._compiled_call_impl = functools.partial(_while_training, part._call_impl, compiled)
+                part._compiled_call_impl = functools.partial(_call_compiled_in_training, part._call_impl, compiled)
         log.info("%d blocks are compiled in the first steps (%s)", len(parts), self.backend)
         return len(parts)
 
-    def _function(self, run: Callable[..., Any], mode: str | None, trained: bool) -> Callable[..., Any]:
+    def _compile_function(self, run: Callable[..., Any], mode: str | None, trained: bool) -> Callable[..., Any]:
         compiled: Callable[..., Any] = torch.compile(run, backend=self.backend, mode=mode, dynamic=self.dynamic)
-        return functools.partial(_while_training, run, compiled) if trained else compiled
+        return functools.partial(_call_compiled_in_training, run, compiled) if trained else compiled
 
 
-def _while_training(plain: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
+def _call_compiled_in_training(
+    uncompiled: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return (compiled if torch.is_grad_enabled() else uncompiled)(*args, **kwargs)
 
 
 def missing_compiler(on_gpu: bool) -> str:

@@ -43,9 +43,11 @@ class EMA(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded:
-            self._take_loaded(pl_module)
+            self._use_loaded_average(pl_module)
         else:
-            self._ema = {name: local(p.detach()).float().clone() for name, p in _trainable(pl_module).items()}
+            self._ema = {
+                name: local(p.detach()).float().clone() for name, p in _trainable_parameters(pl_module).items()
+            }
         self._last_step = trainer.global_step
 
     @torch.no_grad()
@@ -56,13 +58,13 @@ class EMA(Callback):
         self._last_step = step
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [local(p.detach()).float() for p in _trainable(pl_module).values()]
+        weights = [local(p.detach()).float() for p in _trainable_parameters(pl_module).values()]
         torch._foreach_lerp_(list(self._ema.values()), weights, 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded:  # no step was left to train
-            self._take_loaded(pl_module)
-        self._put_in(pl_module)
+            self._use_loaded_average(pl_module)
+        self._swap_in_average(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.take_out(pl_module)
@@ -70,7 +72,7 @@ class EMA(Callback):
     @contextmanager
     def applied(self, module: LightningModule) -> Iterator[None]:
         """Replace the module's weights by the EMA during the block."""
-        self._put_in(module)
+        self._swap_in_average(module)
         try:
             yield
         finally:
@@ -81,7 +83,7 @@ class EMA(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert self._own is None, "saved during validation, when the weights are not the run's own"
-        whole = self._gathered(trainer, pl_module) if is_sharded(pl_module) else dict(self._ema)
+        whole = self._gather_average(trainer, pl_module) if is_sharded(pl_module) else dict(self._ema)
         checkpoint[EMA_STATE] = {"updates": self.updates, "decay": self.decay, "parameters": whole}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -93,8 +95,8 @@ class EMA(Callback):
         self.updates = saved["updates"]
         self._loaded = saved["parameters"]
 
-    def _take_loaded(self, module: LightningModule) -> None:
-        parameters = _trainable(module)
+    def _use_loaded_average(self, module: LightningModule) -> None:
+        parameters = _trainable_parameters(module)
         if self._loaded.keys() != parameters.keys():
             changed = sorted(self._loaded.keys() ^ parameters.keys())
             raise ValueError(
@@ -103,18 +105,18 @@ class EMA(Callback):
         self._ema = {name: local_like(self._loaded[name], p) for name, p in parameters.items()}
         self._loaded = {}
 
-    def _gathered(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+    def _gather_average(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
         """Return the complete EMA on the first process; the others take part in gathering it."""
-        self._put_in(module)
+        self._swap_in_average(module)
         state = trainer.strategy.lightning_module_state_dict()
         self.take_out(module)
         return {name: state[name] for name in self._ema if name in state}
 
     @torch.no_grad()
-    def _put_in(self, module: LightningModule) -> None:
+    def _swap_in_average(self, module: LightningModule) -> None:
         if not self._ema or self._own is not None:
             return  # the sanity check before the first step
-        parameters = _trainable(module)
+        parameters = _trainable_parameters(module)
         self._own = {name: local(p.detach()).clone() for name, p in parameters.items()}
         for name, parameter in parameters.items():
             local(parameter).copy_(self._ema[name])
@@ -124,11 +126,11 @@ class EMA(Callback):
         """Restore the original weights if the EMA replaces them: after a validation, or when it is interrupted."""
         if self._own is None:
             return
-        for name, parameter in _trainable(module).items():
+        for name, parameter in _trainable_parameters(module).items():
             local(parameter).copy_(self._own[name])
         self._own = None
 
 
-def _trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def _trainable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     reshard(module)
     return {name: p for name, p in module.named_parameters() if p.requires_grad}

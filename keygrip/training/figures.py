@@ -32,7 +32,7 @@ def drawable(text: str) -> str:
     scripts. Matplotlib draws an empty box for each, with a warning. Use the result with ``parse_math=False``, because a
     dollar sign would start a formula.
     """
-    known = _characters()
+    known = _font_characters()
     return "".join(c if ord(c) in known else _escape(c) for c in printable(text))
 
 
@@ -41,7 +41,7 @@ def _escape(character: str) -> str:
 
 
 @functools.cache
-def _characters() -> frozenset[int]:
+def _font_characters() -> frozenset[int]:
     """Return the code points of matplotlib's font."""
     from matplotlib import font_manager
 

@@ -71,12 +71,13 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     resolved = with_run_folders(plain)
     built = OmegaConf.create(resolved)  # with run folders instead of pretraining stages
     refuse_missing_packages(built.logger)
-    configured_callbacks = _parts(built.callbacks)  # before generating data and training stages, which may take hours
+    # before generating data and training stages, which may take hours
+    configured_callbacks = _instantiate_callbacks(built.callbacks)
     strategy = instantiate(cfg.strategy)
     refuse_divided(cfg.optimizer, strategy.kind)
     # Before anything slow, so that a missing GPU is reported at once. A dry run may be for another machine.
     arguments = {} if cfg.dry_run else strategy.trainer_arguments()
-    refuse_uneven_batch(cfg.data, _processes(strategy, cfg.dry_run))
+    refuse_uneven_batch(cfg.data, _count_processes(strategy, cfg.dry_run))
     compilation = None if cfg.compile is None else instantiate(cfg.compile)
     if compilation is not None and not cfg.dry_run:  # a dry run compiles nothing
         compilation.check(strategy.on_gpu)
@@ -84,7 +85,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     if resume is None:
         refuse_missing_weights(plain)
     origin = run_metadata()
-    _seed(cfg)
+    _seed_generators(cfg)
 
     # Before the stages, which may take hours, unless the data are encoded with the weights of a stage.
     datamodule = _build_data(built) if plain["data"] == resolved["data"] else None
@@ -93,7 +94,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
         datamodule = _build_data(built)
     module = _build_module(cfg, resolved, resumed=resume is not None)
     run_folder.begin(folder)
-    trained = _trained_before(folder, resumed_step) if resume else {}
+    trained = _read_trained_metrics(folder, resumed_step) if resume else {}
     # no step is left that would be followed by the interrupted validation
     validation_is_left = bool(resume) and resumed_step == cfg.max_steps and not trained and not no_validation(cfg)
     metadata_file = _write_start(folder, cfg, command, overrides, origin, trained, resumed=resume is not None)
@@ -119,9 +120,9 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
             callbacks.append(ValidateBySteps(cfg.val_every_n_steps, monitor))
         if not loggers:  # LearningRateMonitor requires a logger
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-        trainer = _trainer(cfg, folder, arguments, callbacks, loggers, resumed=resume is not None)
-        _advise(cfg)
-        _announce(cfg, module, resume, resumed_step)
+        trainer = _build_trainer(cfg, folder, arguments, callbacks, loggers, resumed=resume is not None)
+        _warn_of_default_backbone(cfg)
+        _log_start(cfg, module, resume, resumed_step)
         trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
         if validation_is_left and strategy.kind == "fsdp":  # the shards are no longer available for it
             log.warning("no step is left, and the last validation was cut off: there will be no figures of it")
@@ -136,9 +137,9 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     finally:
         finish(loggers, failed=not ended)
 
-    metrics = trained_metrics.before | _headline(trainer, module)
+    metrics = trained_metrics.before | _select_headline_metrics(trainer, module)
     if trainer.is_global_zero:
-        _finish(folder, trainer, metrics, time.monotonic() - started)
+        _write_final_result(folder, trainer, metrics, time.monotonic() - started)
     return metrics
 
 
@@ -158,7 +159,7 @@ def _checked_settings(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, An
     return plain
 
 
-def _processes(strategy: Strategy, dry_run: bool) -> int:
+def _count_processes(strategy: Strategy, dry_run: bool) -> int:
     """Return the number of processes, of this run or assumed by a dry run. Raises MissingGPUError if it depends on the
     number of GPUs and this machine has none."""
     try:
@@ -169,7 +170,7 @@ def _processes(strategy: Strategy, dry_run: bool) -> int:
         raise MissingGPUError(f"{error}; or let dry_run=true count for N GPUs, with strategy.devices=N") from error
 
 
-def _seed(cfg: DictConfig) -> None:
+def _seed_generators(cfg: DictConfig) -> None:
     """Seed all random generators, and make torch's kernels deterministic if requested."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.deterministic:  # read at the first matrix product on a GPU; without it torch warns at each product
@@ -222,7 +223,7 @@ def _set_statistics(
         log.info("  %-28s %.4g", name, value)
 
 
-def _trainer(
+def _build_trainer(
     cfg: DictConfig,
     folder: Path,
     arguments: dict[str, Any],
@@ -262,7 +263,7 @@ def _trainer(
     )
 
 
-def _parts(group: DictConfig | None) -> list[Any]:
+def _instantiate_callbacks(group: DictConfig | None) -> list[Any]:
     return [instantiate(part, _convert_="all") for part in (group or {}).values() if part is not None]
 
 
@@ -292,11 +293,11 @@ class TrainedMetrics(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            found = {"steps": trainer.global_step, "metrics": _headline(trainer, pl_module)}
+            found = {"steps": trainer.global_step, "metrics": _select_headline_metrics(trainer, pl_module)}
             write_result(self.folder, read_result(self.folder) | found)
 
 
-def _trained_before(folder: Path, step: int) -> dict[str, Any]:
+def _read_trained_metrics(folder: Path, step: int) -> dict[str, Any]:
     """Return what `TrainedMetrics` recorded for a training that ended at this step; empty if there is none."""
     before = read_result(folder)
     return {name: before[name] for name in ("steps", "metrics")} if before.get("steps") == step else {}
@@ -314,7 +315,7 @@ def _write_start(
     """Write settings, metadata and the initial result, on the first process; return the path of the metadata.
 
     Args:
-        trained: see `_trained_before`.
+        trained: see `_read_trained_metrics`.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         return None
@@ -329,7 +330,7 @@ def _write_start(
     return metadata
 
 
-def _advise(cfg: DictConfig) -> None:
+def _warn_of_default_backbone(cfg: DictConfig) -> None:
     """Log a warning if the small default backbone, made for simulated demonstrations, is used with other data."""
     own_data = cfg.data.get("root") is not None
     backbone = cfg.get("backbone")
@@ -346,7 +347,7 @@ def _advise(cfg: DictConfig) -> None:
         )
 
 
-def _announce(cfg: DictConfig, module: LightningModule, resume: Path | None, step: int) -> None:
+def _log_start(cfg: DictConfig, module: LightningModule, resume: Path | None, step: int) -> None:
     count = parameters_m(module)["all"]
     log.info("%s: %.2f M parameters, %.2f M of them trained", type(module).__name__, count["all"], count["trained"])
     ends = [f"{cfg.max_steps} steps"] if cfg.max_steps > 0 else []
@@ -362,7 +363,7 @@ def _announce(cfg: DictConfig, module: LightningModule, resume: Path | None, ste
         say_no_validation(never, OmegaConf.select(cfg, "callbacks.checkpoint.monitor"))
 
 
-def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
+def _select_headline_metrics(trainer: Trainer, module: LightningModule) -> dict[str, float]:
     """Return the module's ``headline_metrics`` (names) if it has them, else all metrics; also results of the evaluation
     after training, speed and compute."""
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -375,7 +376,7 @@ def _headline(trainer: Trainer, module: LightningModule) -> dict[str, float]:
     return metrics
 
 
-def _finish(folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: float) -> None:
+def _write_final_result(folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: float) -> None:
     start, checkpoint = read_result(folder), folder / run_folder.CHECKPOINT
     result = {
         "status": FINISHED,

@@ -49,7 +49,7 @@ def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
         key = override.lstrip("+").partition("=")[0]
         if "=" not in override or override.startswith("~") or "/" in key or "@" in key:
             continue
-        reason = _idle(cfg, tuple(key.split(".")), references)
+        reason = _reason_unused(cfg, tuple(key.split(".")), references)
         if reason is None:
             continue
         if key.partition(".")[0] not in BUILT and _in_sweep():  # e.g. of an encoder that some jobs lack
@@ -65,9 +65,9 @@ def _refuse_idle_shift(cfg: DictConfig, overrides: Sequence[str], references: li
     data."""
     for shift in overrides:
         group, _, name = shift.partition("=")
-        settings = _option(f"shift/{name}.yaml") if group == "shift" else None
+        settings = _read_option(f"shift/{name}.yaml") if group == "shift" else None
         for path, _ in leaves_of(OmegaConf.to_container(settings), ()) if settings else ():
-            reason = _idle(cfg, path, references)
+            reason = _reason_unused(cfg, path, references)
             if reason is not None:
                 raise SettingError(
                     f"{shift} sets {'.'.join(path)}, which nothing in this run reads: {reason}; leave one of them out"
@@ -88,7 +88,7 @@ def unread(options: Mapping[str, Any]) -> set[Path]:
     if not conditions:
         return set()
     node = OmegaConf.create(dict(options))
-    return {name for name in conditions if _unmet(conditions, name, node) is not None}
+    return {name for name in conditions if _unmet_condition(conditions, name, node) is not None}
 
 
 def refuse_idle_ablation(overrides: Sequence[str]) -> None:
@@ -102,32 +102,32 @@ def refuse_idle_ablation(overrides: Sequence[str]) -> None:
     """
     for ablation in overrides:
         group, _, name = ablation.partition("=")
-        if group != "ablation" or not _sets_something(name):
+        if group != "ablation" or not _has_settings(name):
             continue
-        with_it = _composed(overrides)
+        with_it = _compose_config(overrides)
         try:
-            without = _composed([each for each in overrides if each != ablation])
+            without = _compose_config([each for each in overrides if each != ablation])
         except ConfigCompositionException:  # another override changes a setting that the ablation adds
             continue
-        if with_it == without and not _replaced(overrides, ablation, with_it):
+        if with_it == without and not _effect_is_overridden(overrides, ablation, with_it):
             raise SettingError(
                 f"{ablation} changes nothing here: what it sets is so already, or leaves out what is not there; leave "
                 "it out"
             )
 
 
-def _replaced(overrides: Sequence[str], ablation: str, with_it: Any) -> bool:
+def _effect_is_overridden(overrides: Sequence[str], ablation: str, with_it: Any) -> bool:
     """Return whether the ablation has an effect by itself which other overrides replace."""
     choices = [each for each in overrides if "." not in each.partition("=")[0]]
-    alone = _composed(choices)
-    return bool(alone != _composed([each for each in choices if each != ablation]) and alone != with_it)
+    alone = _compose_config(choices)
+    return bool(alone != _compose_config([each for each in choices if each != ablation]) and alone != with_it)
 
 
-def _sets_something(ablation: str) -> bool:
-    return _option(f"ablation/{ablation}.yaml") != {}
+def _has_settings(ablation: str) -> bool:
+    return _read_option(f"ablation/{ablation}.yaml") != {}
 
 
-def _option(path: str) -> Any:
+def _read_option(path: str) -> Any:
     """Return the settings of an option of a group; None if the option is not one of keygrip's."""
     register_options()
     try:
@@ -136,7 +136,7 @@ def _option(path: str) -> Any:
         return None
 
 
-def _composed(overrides: Sequence[str]) -> Any:
+def _compose_config(overrides: Sequence[str]) -> Any:
     """Compose the configuration of a run, with the running Hydra, which may have further config folders, or with a new
     one. Nulls are removed, because the null of a part that does not exist has no effect."""
     running = GlobalHydra.instance().is_initialized()
@@ -156,13 +156,13 @@ def _references(cfg: DictConfig) -> list[tuple[Path, Path]]:
     return [(place, target) for place, value in leaves for target in references_in(place, value)]
 
 
-def _idle(cfg: DictConfig, path: Path, references: list[tuple[Path, Path]]) -> str | None:
+def _reason_unused(cfg: DictConfig, path: Path, references: list[tuple[Path, Path]]) -> str | None:
     """Return why a setting is not used, at its own path and through interpolations; None if it is used."""
     reasons = []
     waiting, seen = [path], {path}
     while waiting:
         node_path = waiting.pop()
-        reason = _condition_against(cfg, node_path)
+        reason = _first_unmet_condition(cfg, node_path)
         holder_paths = []  # paths whose interpolations refer to the setting or to a parent of it
         handed_on = False
         for holder, target in references:
@@ -182,26 +182,28 @@ def _idle(cfg: DictConfig, path: Path, references: list[tuple[Path, Path]]) -> s
     return reasons[0] if reasons else None
 
 
-def _condition_against(cfg: DictConfig, path: Path) -> str | None:
+def _first_unmet_condition(cfg: DictConfig, path: Path) -> str | None:
     """Return the first unmet condition for the use of a setting: its own, or that of a part that contains it."""
     for depth in range(1, len(path)):
         node = OmegaConf.select(cfg, ".".join(path[:depth]))
         conditions = _conditions_of(node.get("_target_") if isinstance(node, DictConfig) else None)
         for name in conditions:
             if path[depth : depth + len(name)] == name:
-                unmet = _unmet(conditions, name, node)
+                unmet = _unmet_condition(conditions, name, node)
                 if unmet is not None:
                     return f"{'.'.join((*path[:depth], *name))} is read where {unmet}"
     return None
 
 
-def _unmet(conditions: Mapping[Path, ReadWhere], name: Path, options: Any) -> ReadWhere | None:
+def _unmet_condition(conditions: Mapping[Path, ReadWhere], name: Path, options: Any) -> ReadWhere | None:
     """Return the unmet condition for the use of a setting: its own, or that of a setting on which it depends."""
     condition = conditions[name]
     if not condition.holds(options):
         return condition
     required_paths = [tuple(other.split(".")) for other in condition.settings]
-    unmet_conditions = [_unmet(conditions, other, options) if other in conditions else None for other in required_paths]
+    unmet_conditions = [
+        _unmet_condition(conditions, other, options) if other in conditions else None for other in required_paths
+    ]
     return None if None in unmet_conditions else unmet_conditions[0]
 
 

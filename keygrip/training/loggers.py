@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 WANDB_ID = "wandb_run_id.txt"
 
 
-def _parts(group: DictConfig | None) -> list[DictConfig]:
+def _logger_settings(group: DictConfig | None) -> list[DictConfig]:
     """Return the settings of each logger, without loggers removed with `logger.NAME=null`."""
     return [part for part in (group or {}).values() if part is not None]
 
@@ -38,7 +38,7 @@ def refuse_missing_packages(group: DictConfig | None) -> None:
     Raises:
         ValueError: W&B is requested and not installed.
     """
-    if any(part._target_.endswith("WandbLogger") for part in _parts(group)) and not _installed("wandb"):
+    if any(part._target_.endswith("WandbLogger") for part in _logger_settings(group)) and not _installed("wandb"):
         raise ValueError(
             "logger=wandb needs the package wandb: pip install 'keygrip[wandb]', or choose logger=tensorboard"
         )
@@ -54,7 +54,7 @@ def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> 
     from hydra.utils import instantiate
 
     loggers = []
-    for part in _parts(group):
+    for part in _logger_settings(group):
         extra: dict[str, Any] = {}
         if part._target_.endswith("WandbLogger"):
             extra = {"id": wandb_id(folder), "resume": "allow"}
@@ -144,7 +144,7 @@ def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def takes_images(loggers: Iterable[Any]) -> bool:
     """Return whether any logger accepts images; if none does, no images need to be rendered."""
-    return any(hasattr(logger, "log_image") or hasattr(_writer(logger), "add_image") for logger in loggers)
+    return any(hasattr(logger, "log_image") or hasattr(_logger_experiment(logger), "add_image") for logger in loggers)
 
 
 def log_image(loggers: Iterable[Any], key: str, image: np.ndarray, step: int) -> None:
@@ -156,8 +156,8 @@ def log_image(loggers: Iterable[Any], key: str, image: np.ndarray, step: int) ->
     for logger in loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(key, [image], step=step)
-        elif hasattr(_writer(logger), "add_image"):
-            _writer(logger).add_image(key, image, step, dataformats="HWC")
+        elif hasattr(_logger_experiment(logger), "add_image"):
+            _logger_experiment(logger).add_image(key, image, step, dataformats="HWC")
 
 
 def log_text(loggers: Iterable[Any], key: str, text: str, step: int) -> None:
@@ -165,8 +165,8 @@ def log_text(loggers: Iterable[Any], key: str, text: str, step: int) -> None:
     for logger in loggers:
         if hasattr(logger, "log_text"):
             logger.log_text(key, columns=["text"], data=[[text]], step=step)
-        elif hasattr(_writer(logger), "add_text"):
-            _writer(logger).add_text(key, text, step)
+        elif hasattr(_logger_experiment(logger), "add_text"):
+            _logger_experiment(logger).add_text(key, text, step)
 
 
 def finish(loggers: Iterable[Any], failed: bool) -> None:
@@ -182,7 +182,7 @@ def finish(loggers: Iterable[Any], failed: bool) -> None:
             run.finish(exit_code=int(failed))
 
 
-def _writer(logger: Any) -> Any:
+def _logger_experiment(logger: Any) -> Any:
     return getattr(logger, "experiment", None)
 
 

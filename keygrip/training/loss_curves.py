@@ -74,11 +74,11 @@ class Curves:
 def read_curves(folder: Path) -> Curves | None:
     """Read the values of `PANELS` and the compute from a run's TensorBoard log, else its CSV; None without a loss."""
     wanted = {*PANELS, STEP_TFLOP}
-    found = _from_tensorboard(folder / "tensorboard", wanted) or _from_csv(folder / "csv" / "metrics.csv", wanted)
+    found = _read_tensorboard(folder / "tensorboard", wanted) or _read_csv(folder / "csv" / "metrics.csv", wanted)
     return found if found is not None and any(name in found.values for name in LOSSES) else None
 
 
-def _from_tensorboard(folder: Path, wanted: set[str]) -> Curves | None:
+def _read_tensorboard(folder: Path, names: set[str]) -> Curves | None:
     if not any(folder.glob("events.*")):
         return None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -86,7 +86,7 @@ def _from_tensorboard(folder: Path, wanted: set[str]) -> Curves | None:
     logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it logs "No path found after" for every folder
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
     board.Reload()
-    events = {name: board.Scalars(name) for name in board.Tags()["scalars"] if name in wanted}
+    events = {name: board.Scalars(name) for name in board.Tags()["scalars"] if name in names}
     begin = min((event.wall_time for scalars in events.values() for event in scalars), default=0.0)
     return Curves(
         {name: np.array([event.step for event in scalars]) for name, scalars in events.items()},
@@ -95,13 +95,13 @@ def _from_tensorboard(folder: Path, wanted: set[str]) -> Curves | None:
     )
 
 
-def _from_csv(file: Path, wanted: set[str]) -> Curves | None:
+def _read_csv(file: Path, metrics: set[str]) -> Curves | None:
     if not file.is_file():
         return None
     points: dict[str, dict[int, float]] = {}
     with file.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
-            for name in wanted & row.keys():
+            for name in metrics & row.keys():
                 if row[name] and row["step"]:
                     points.setdefault(name, {})[int(row["step"])] = float(row[name])
     ordered = {name: sorted(curve.items()) for name, curve in points.items()}
@@ -150,7 +150,7 @@ def draw(jobs: Sequence[Job]) -> Figure | None:
                 continue
             x = job.curves.tflop(name) if counted else job.curves.minutes(name, job.wall_s)
             if x is not None:
-                _curve(axis, x, job.curves.values[name], style, name.startswith("train"), len(jobs) <= SHOWN_NOISE)
+                _draw_curve(axis, x, job.curves.values[name], style, name.startswith("train"), len(jobs) <= SHOWN_NOISE)
         axis.set_title(PANELS[name], fontsize=10)
         axis.set_xlabel("training compute (TFLOP)" if counted else "wall time (minutes)")
         axis.set_xscale("log")
@@ -164,7 +164,7 @@ def draw(jobs: Sequence[Job]) -> Figure | None:
             axis.spines[side].set_visible(False)
         for scale in (axis.xaxis, axis.yaxis):
             _plain_ticks(scale)
-    handles = [_handle(job.label, style) for job, style in zip(jobs, styles, strict=True)]
+    handles = [_legend_handle(job.label, style) for job, style in zip(jobs, styles, strict=True)]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False, handlelength=3.2)
     return figure
 
@@ -189,7 +189,7 @@ def _styles(jobs: Sequence[Job]) -> list[dict[str, str]]:
     return [{"color": colour, "linestyle": dash} for _, (colour, dash) in zip(jobs, style_cycle, strict=False)]
 
 
-def _curve(axis: Axes, x: np.ndarray, y: np.ndarray, style: Mapping[str, str], noisy: bool, raw: bool) -> None:
+def _draw_curve(axis: Axes, x: np.ndarray, y: np.ndarray, style: Mapping[str, str], noisy: bool, raw: bool) -> None:
     colour, dash = style.get("color", COLOURS[0]), style.get("linestyle", DASHES[0])
     finite = np.isfinite(y) & (x > 0)
     x, y = x[finite], y[finite]
@@ -220,7 +220,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _handle(label: str, style: Mapping[str, str]) -> object:
+def _legend_handle(label: str, style: Mapping[str, str]) -> object:
     from matplotlib.lines import Line2D
 
     look = {"color": COLOURS[0], "marker": "o"} | dict(style)

@@ -141,7 +141,7 @@ class SmallIsComputed(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
         if all(not isinstance(tensor, FakeTensor) and tensor.numel() <= SMALL for tensor in tensors):
-            if tensors or _numel(func(*args, **kwargs)) <= SMALL:
+            if tensors or _count_elements(func(*args, **kwargs)) <= SMALL:
                 with unset_fake_temporarily():
                     return func(*args, **kwargs)
         elif func is torch.ops.aten.index.Tensor and isinstance(args[0], FakeTensor):
@@ -162,7 +162,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _numel(result: Any) -> int:
+def _count_elements(result: Any) -> int:
     return sum(tensor.numel() for tensor in _tensors(result))
 
 
@@ -193,7 +193,7 @@ def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool, accumulated
             averaged weights. accumulated: whether gradients of another batch already exist, as from the second batch of
             a step on (`accumulate_grad_batches`).
     """
-    with _counted(module) as (live, change):
+    with _count_live_bytes(module) as (live, change):
         if accumulated:
             for parameter in module.parameters():  # fake tensors
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -205,14 +205,14 @@ def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool, accumulated
 
 def count_forward(module: nn.Module, forward: Step) -> StepMemory:
     """As `count_step`, without gradients: `forward` returns any tensor, and `step` counts activations only."""
-    with _counted(module) as (live, change), torch.no_grad():
+    with _count_live_bytes(module) as (live, change), torch.no_grad():
         forward(change)
     weights = {name: size for name, size in held(module, False).items() if name in ("weights", "undivided")}
     return StepMemory(optimizer=0, ema=0, step=live.peak, measured=False, **weights)
 
 
 @contextlib.contextmanager
-def _counted(module: nn.Module) -> Iterator[tuple[LiveBytes, Callable[[Tensor], Tensor]]]:
+def _count_live_bytes(module: nn.Module) -> Iterator[tuple[LiveBytes, Callable[[Tensor], Tensor]]]:
     """Replace the tensors of a module, and of its outside modules, by tensors without content, so that the block
     computes nothing. Yield the counter, and a function that does the same for a real tensor unless it is small."""
     all_modules = nn.ModuleList([module, *outside_modules(module)])
@@ -224,7 +224,7 @@ def _counted(module: nn.Module) -> Iterator[tuple[LiveBytes, Callable[[Tensor], 
         }
         buffers = {name: small[name] if name in small else _shape_of(b) for name, b in all_modules.named_buffers()}
         with (
-            _swapped(all_modules, stand_ins, buffers),
+            _swap_tensors(all_modules, stand_ins, buffers),
             torch.random.fork_rng([]),
             SmallIsComputed(),
             LiveBytes() as live,
@@ -247,7 +247,7 @@ def _shape_of(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _swapped(module: nn.Module, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> Any:
+def _swap_tensors(module: nn.Module, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> Any:
     """Replace the parameters and buffers of a module during the block, shared ones everywhere."""
     stand_ins: dict[int, Tensor] = {id(p): parameters[name] for name, p in module.named_parameters()}
     stand_ins |= {id(b): buffers[name] for name, b in module.named_buffers()}

@@ -154,13 +154,16 @@ class RangeChecks:
             elif name not in self.ill:
                 self.ill.add(name)
                 display_name = name if "/" in name else f"health/{name}"
-                line = f"step {step}: {display_name} is {value:.3g}, healthy is {_words(healthy)}: {healthy.meaning}"
+                line = (
+                    f"step {step}: {display_name} is {value:.3g}, "
+                    f"healthy is {_format_range(healthy)}: {healthy.meaning}"
+                )
                 log.warning("%s", line)
                 messages.append(line)
         return messages
 
 
-def _words(known: Range) -> str:
-    if math.isinf(known.high):
-        return f"above {known.low:g}"
-    return f"{known.low:g} to {known.high:g}" if known.low else f"below {known.high:g}"
+def _format_range(bounds: Range) -> str:
+    if math.isinf(bounds.high):
+        return f"above {bounds.low:g}"
+    return f"{bounds.low:g} to {bounds.high:g}" if bounds.low else f"below {bounds.high:g}"

@@ -67,7 +67,7 @@ class MuonAndAdamW(AdamW):
             raise ValueError(self.not_divided)
         groups = self._groups(module)
         betas = (self.betas[0], self.betas[1])
-        optimizer = MuonWithAdamW(groups, self.lr, self.momentum, betas, float32=self._in_float32(groups))
+        optimizer = MuonWithAdamW(groups, self.lr, self.momentum, betas, float32=self._iterates_in_float32(groups))
         rates = ScheduledRates(optimizer, Schedule(self, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
@@ -76,7 +76,7 @@ class MuonAndAdamW(AdamW):
         self._groups(module)
 
     def _groups(self, module: nn.Module) -> list[dict[str, Any]]:
-        hidden = self._hidden(module)
+        hidden = self._ids_of_hidden_parameters(module)
         groups = [group for each in self.parameter_groups(module) for group in self._split(each, hidden)]
         if not any(group["kind"] == MATRICES for group in groups):
             raise ValueError(
@@ -87,11 +87,11 @@ class MuonAndAdamW(AdamW):
 
     def moments(self, module: nn.Module) -> int:
         """As `AdamW.moments`, but with one value per parameter of Muon's matrices."""
-        hidden = self._hidden(module)
+        hidden = self._ids_of_hidden_parameters(module)
         matrices = sum(p.numel() for p in module.parameters() if p.requires_grad and id(p) in hidden)
         return super().moments(module) - matrices
 
-    def _in_float32(self, groups: list[dict[str, Any]]) -> bool:
+    def _iterates_in_float32(self, groups: list[dict[str, Any]]) -> bool:
         if self.iteration != "auto":
             return self.iteration == "float32"
         devices = {p.device.type for group in groups if group["kind"] == MATRICES for p in group["params"]}
@@ -100,7 +100,7 @@ class MuonAndAdamW(AdamW):
             log.info("Muon's iteration in float32: this %s is no faster in bfloat16", "/".join(sorted(devices)))
         return slower
 
-    def _hidden(self, module: nn.Module) -> set[int]:
+    def _ids_of_hidden_parameters(self, module: nn.Module) -> set[int]:
         """Return the ids of Muon's parameters."""
         return {
             id(parameter)

@@ -24,7 +24,7 @@ class AdamW:
     Args:
         lr: peak learning rate.
         betas: decay of the first and second moment.
-        weight_decay: for parameters with two or more dimensions, except embeddings and tokens (`_without_decay`).
+        weight_decay: for parameters with two or more dimensions, except embeddings and tokens (`_ids_without_decay`).
         warmup_steps: linear, from lr / warmup_steps; at most a tenth of the run.
         final_lr_share: the cosine ends at this share of ``lr``.
         schedule: ``cosine`` or ``constant``.
@@ -123,7 +123,7 @@ class AdamW:
         used: set[str] = set()
         multipliers = self._multipliers()
         layers_below = {} if self.layer_decay is None else _layers_below_the_end(module)
-        undecayed = _without_decay(module)
+        undecayed = _ids_without_decay(module)
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -227,11 +227,11 @@ def _frozen(module: nn.Module, prefix: str) -> bool:
     return bool(trainable_flags) and not any(trainable_flags)
 
 
-def _by_dotted_name(nested: Mapping[Any, Any], above: str = "") -> dict[str, Any]:
+def _by_dotted_name(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings, which the command line creates from a dotted name."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        name = f"{above}{key}"
+        name = f"{prefix}{key}"
         flat |= _by_dotted_name(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat
 
@@ -257,7 +257,7 @@ def _layers_below_the_end(module: nn.Module) -> dict[int, int]:
     return layers_below
 
 
-def _without_decay(module: nn.Module) -> set[int]:
+def _ids_without_decay(module: nn.Module) -> set[int]:
     """Return the ids of embeddings and learned tokens or positions, which have several dimensions but no weight decay,
     because they are not matrices of a product."""
     undecayed = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}

@@ -207,7 +207,7 @@ def build_stored(
     for path, node in list(_nodes(ready, where)):  # parents come first
         if "_target_" in node and not any(path[: len(above)] == above for above in plain):
             location = ".".join(path)
-            part = _prepare(node, location, ".".join(path[1:]), unused_external, offered or {})
+            part = _prepare_part(node, location, ".".join(path[1:]), unused_external, offered or {})
             _check_makers(part, node, location, trust)
             if node.get("_recursive_") is False:
                 plain += [(*path, setting) for setting in part.plain]
@@ -265,16 +265,16 @@ def _check_names(trust: Sequence[str]) -> None:
             raise ValueError(f"trust={package!r} is not the name of a package")
 
 
-def _nodes(config: Any, where: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Yield all dictionaries of a configuration with their paths, which start with `where`; check that it is plain."""
-    waiting: list[tuple[tuple[str, ...], Any]] = [((where,), config)]
+def _nodes(config: Any, root: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Yield all dictionaries of a configuration with their paths, which start with `root`; check that it is plain."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((root,), config)]
     node_count = 0
     while waiting:
         path, node = waiting.pop()
         location = ".".join(path)
         node_count += 1
         if len(path) > DEEPEST + 1 or node_count > MOST_NODES:
-            raise UntrustedPartError(f"{where}: the stored configuration is too deep or too large to be one")
+            raise UntrustedPartError(f"{root}: the stored configuration is too deep or too large to be one")
         if isinstance(node, dict):
             if not all(isinstance(key, str) for key in node):
                 raise UntrustedPartError(f"{location}: a stored configuration has keys that are not text")
@@ -291,27 +291,27 @@ def _nodes(config: Any, where: str) -> Iterator[tuple[tuple[str, ...], dict[str,
             raise UntrustedPartError(f"{location}: a {type(node).__name__} is no plain setting")
 
 
-def _check_node(node: dict[str, Any], place: str, trust: Sequence[str]) -> None:
+def _check_node(node: dict[str, Any], location: str, trust: Sequence[str]) -> None:
     for key, value in node.items():
         if key.startswith("_") and key != "_target_":
             kind = HYDRA_FLAGS.get(key)
             if kind is None or not isinstance(value, kind):
-                raise UntrustedPartError(f"{place}.{key}: this directive is not allowed in a stored configuration")
+                raise UntrustedPartError(f"{location}.{key}: this directive is not allowed in a stored configuration")
     if "_target_" not in node:
         return
     target = node["_target_"]
     if not isinstance(target, str) or not NAME.fullmatch(target):
-        raise UntrustedPartError(f"{place}._target_: {str(target)[:80]!r} is not the name of a class")
-    reason = _why_not(target, tuple(trust))
+        raise UntrustedPartError(f"{location}._target_: {str(target)[:80]!r} is not the name of a class")
+    reason = _reason_not_trusted(target, tuple(trust))
     if reason:
-        raise UntrustedPartError(f"{place}._target_: {target} is not built from a checkpoint: {reason}")
+        raise UntrustedPartError(f"{location}._target_: {target} is not built from a checkpoint: {reason}")
 
 
 @functools.lru_cache(maxsize=1024)
-def _why_not(target: str, trust: tuple[str, ...], function: bool = False) -> str | None:
+def _reason_not_trusted(target: str, trust: tuple[str, ...], function: bool = False) -> str | None:
     """Return why a class may not be built or a function may not be called, or None; reads source files without
     importing them."""
-    holds: Callable[[Path, str], bool] = _defines if function else _declares
+    holds: Callable[[Path, str], bool] = _defines_function if function else _declares_class
     lacking = (
         "defines no such function (give the module where its `def` stands)"
         if function
@@ -342,9 +342,9 @@ def _why_not(target: str, trust: tuple[str, ...], function: bool = False) -> str
         if file.is_file() and holds(file, name):
             return None
         if file.name == "__init__.py" and file.is_file():
-            home = _re_exported(file, name, module)
+            home = _origin_of_reexport(file, name, module)
             if home is not None and home != target and home.split(".")[0] == package:
-                return _why_not(home, trust, function)
+                return _reason_not_trusted(home, trust, function)
     return f"that module {lacking}"
 
 
@@ -357,20 +357,20 @@ def _statements(file: Path) -> list[ast.stmt]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _declares(file: Path, name: str) -> bool:
+def _declares_class(file: Path, name: str) -> bool:
     """Return whether a source file defines a class of this name, at its top level, with one of the decorators."""
     for statement in _statements(file):
         if isinstance(statement, ast.ClassDef) and statement.name == name:
-            return any(_decorator(each) in (MODEL, DATA) for each in statement.decorator_list)
+            return any(_decorator_name(each) in (MODEL, DATA) for each in statement.decorator_list)
     return False
 
 
-def _defines(file: Path, name: str) -> bool:
+def _defines_function(file: Path, name: str) -> bool:
     """Return whether a source file defines a function of this name, at its top level."""
     return any(isinstance(each, ast.FunctionDef) and each.name == name for each in _statements(file))
 
 
-def _re_exported(file: Path, name: str, package: str) -> str | None:
+def _origin_of_reexport(file: Path, name: str, package: str) -> str | None:
     """Return the origin of a name that a package's ``__init__.py`` imports: ``from package.module import Name``."""
     for statement in _statements(file):
         if isinstance(statement, ast.ImportFrom) and statement.level <= 1 and statement.module:
@@ -381,48 +381,50 @@ def _re_exported(file: Path, name: str, package: str) -> str | None:
     return None
 
 
-def _decorator(node: ast.expr) -> str:
+def _decorator_name(node: ast.expr) -> str:
     if isinstance(node, ast.Call):
         node = node.func
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-def _prepare(node: dict[str, Any], place: str, key: str, given: dict[str, Any], offered: Mapping[str, Any]) -> Part:
+def _prepare_part(
+    node: dict[str, Any], location: str, key: str, external_values: dict[str, Any], offered: Mapping[str, Any]
+) -> Part:
     """Import a declared class and set the settings for which the checkpoint's values are not trusted."""
     module, _, name = node["_target_"].rpartition(".")
     cls = getattr(importlib.import_module(module), name, None)
     part = vars(cls).get(MARK) if isinstance(cls, type) else None
     if not isinstance(part, Part) or part.owner is not cls:
-        raise UntrustedPartError(f"{place}._target_: {node['_target_']} is not a declared part")
+        raise UntrustedPartError(f"{location}._target_: {node['_target_']} is not a declared part")
     for setting, value in part.from_checkpoint.items():
         named = offered if part.kind == DATA else {}  # a model's weights always come from the checkpoint
         node[setting] = copy.deepcopy(named.get(f"{key}.{setting}".lstrip("."), value))
     for setting in (*part.external, *part.places):
         dotted = f"{key}.{setting}".lstrip(".")
-        if dotted in given:
-            node[setting] = given.pop(dotted)
+        if dotted in external_values:
+            node[setting] = external_values.pop(dotted)
         elif dotted in offered:
             node[setting] = offered[dotted]
         elif setting in part.places and "://" in str(node.get(setting)):
             raise UntrustedPartError(
-                f"{place}.{setting}: the checkpoint names an address ({str(node[setting])[:80]!r}), from which nothing "
-                f"is fetched on its word; name it, or a folder with a copy, yourself: {place}.{setting}=..."
+                f"{location}.{setting}: the checkpoint names an address ({str(node[setting])[:80]!r}), from which "
+                f"nothing is fetched on its word; name it, or a folder with a copy, yourself: {location}.{setting}=..."
             )
         elif setting in part.external and node.get(setting) is not None:
             raise UntrustedPartError(
-                f"{place}.{setting}: the checkpoint names files outside itself ({str(node[setting])[:80]!r}), which "
+                f"{location}.{setting}: the checkpoint names files outside itself ({str(node[setting])[:80]!r}), which "
                 f"are not read on its word; name them yourself: external={{{dotted}: PATH}}"
             )
     return part
 
 
-def _check_makers(part: Part, node: dict[str, Any], place: str, trust: Sequence[str]) -> None:
+def _check_makers(part: Part, node: dict[str, Any], location: str, trust: Sequence[str]) -> None:
     """Raise UntrustedPartError if an untrusted function named by the checkpoint would generate missing data."""
     for setting in part.makers if node.get("make_missing") else ():
         name = str(node.get(setting))
         named = NAME.fullmatch(name)
-        reason = _why_not(name, tuple(trust), function=True) if named else "it is not the name of a function"
+        reason = _reason_not_trusted(name, tuple(trust), function=True) if named else "it is not the name of a function"
         if reason:
             raise UntrustedPartError(
-                f"{place}.{setting}: {name[:80]!r} is not called on the checkpoint's word: {reason}"
+                f"{location}.{setting}: {name[:80]!r} is not called on the checkpoint's word: {reason}"
             )

@@ -62,7 +62,7 @@ class PretrainingStage:
     @property
     def is_finished(self) -> bool:
         """Whether the finished run exists."""
-        return self._finished(self.run_dir)
+        return self._is_finished(self.run_dir)
 
     def complete(self) -> Path:
         """Train the run if it is not finished, and return its folder. An interrupted run is resumed.
@@ -72,7 +72,7 @@ class PretrainingStage:
             ValueError: the run is missing, and this is one of several processes; or it was trained with settings that
                 differ from those of its overrides now.
         """
-        if not make_once(self.run_dir, self._finished, self._train, together_without=True):
+        if not make_once(self.run_dir, self._is_finished, self._train, together_without=True):
             self._refuse_other_settings()
         return self.run_dir
 
@@ -83,7 +83,7 @@ class PretrainingStage:
         if (run / CHECKPOINT).is_file():
             command.append("resume=true")
         log.info("%s: %s is not there, training it: keygrip.train %s", self.name, run, " ".join(self.overrides))
-        if _run(command) or not self._finished(run):
+        if _run(command) or not self._is_finished(run):
             raise RuntimeError(f"training {self.name} failed: keygrip.train {' '.join(self.overrides)}")
 
     def require(self) -> None:
@@ -112,7 +112,7 @@ class PretrainingStage:
         log.info("%s: %s", self.name, run)
 
     @staticmethod
-    def _finished(run: Path) -> bool:
+    def _is_finished(run: Path) -> bool:
         return read_result(run).get("status") == FINISHED and (run / CHECKPOINT).is_file()
 
 
@@ -165,25 +165,29 @@ def with_run_folders(config: Mapping[str, Any], wanted: dict[Path, PretrainingSt
             (`keygrip.training.idle_settings`) are not collected: training an unused encoder would take hours.
     """
     stages: dict[Path, PretrainingStage] = {} if wanted is None else wanted
-    return {name: _named(node, stages, () if name in BUILT else None, set()) for name, node in config.items()}
+    return {
+        name: _insert_run_folders(node, stages, () if name in BUILT else None, set()) for name, node in config.items()
+    }
 
 
-def _named(node: Any, wanted: dict[Path, PretrainingStage], place: Place | None, idle: set[Place]) -> Any:
+def _insert_run_folders(
+    node: Any, stages: dict[Path, PretrainingStage], section_path: Place | None, idle: set[Place]
+) -> Any:
     """Process one node for :func:`with_run_folders`.
 
     Args:
-        place: path in the section; None: this part is not built. idle: paths in the section that are not used.
+        section_path: path in the section; None: this part is not built. idle: paths in the section that are not used.
     """
     if isinstance(node, dict):
         if str(node.get("_target_", "")) == f"{PretrainingStage.__module__}.{PretrainingStage.__qualname__}":
             stage = PretrainingStage(**{key: value for key, value in node.items() if key != "_target_"})
-            if place is not None and not any(place[: len(other)] == other for other in idle):
-                wanted[stage.run_dir] = stage
+            if section_path is not None and not any(section_path[: len(other)] == other for other in idle):
+                stages[stage.run_dir] = stage
             return str(stage.run_dir)
-        if place is None:
-            return {key: _named(child, wanted, None, idle) for key, child in node.items()}
-        idle = idle | {place + path for path in unread(node)}
-        return {key: _named(child, wanted, (*place, key), idle) for key, child in node.items()}
+        if section_path is None:
+            return {key: _insert_run_folders(child, stages, None, idle) for key, child in node.items()}
+        idle = idle | {section_path + path for path in unread(node)}
+        return {key: _insert_run_folders(child, stages, (*section_path, key), idle) for key, child in node.items()}
     if isinstance(node, list):
-        return [_named(child, wanted, place, idle) for child in node]
+        return [_insert_run_folders(child, stages, section_path, idle) for child in node]
     return node

@@ -110,13 +110,17 @@ def differing_settings(before: dict[str, Any], now: dict[str, Any], finished: bo
         if "strategy.precision" in settings:
             accelerator, precision = settings.get("strategy.accelerator"), settings["strategy.precision"]
             settings["strategy.precision"] = named_precision(accelerator, precision)
-    may_differ = MAY_DIFFER if finished else (*LENGTH, *MAY_DIFFER, *_places(before, now), *_stages(before, now))
+    may_differ = (
+        MAY_DIFFER
+        if finished
+        else (*LENGTH, *MAY_DIFFER, *_places_that_may_differ(before, now), *_stages_that_may_differ(before, now))
+    )
     different = sorted(
         key
         for key in before.keys() | now.keys()
-        if before.get(key) != now.get(key) and not _within(key, may_differ)
+        if before.get(key) != now.get(key) and not _matches_any(key, may_differ)
         if key in before or not _is_default(key, now)
-        if not key.startswith("callbacks") or _within(key, MUST_AGREE)
+        if not key.startswith("callbacks") or _matches_any(key, MUST_AGREE)
     )
     description = ", ".join(f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in different[:4])
     return description + (f" and {len(different) - 4} more" if len(different) > 4 else "")
@@ -132,23 +136,23 @@ def _is_default(key: str, settings: dict[str, Any]) -> bool:
     return parameter is not None and parameter.default == settings[key]
 
 
-def _places(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
-    if False in (before.get("data.verify"), now.get("data.verify")) and not now.get("data.allow_changed"):
+def _places_that_may_differ(previous: dict[str, Any], current: dict[str, Any]) -> tuple[str, ...]:
+    if False in (previous.get("data.verify"), current.get("data.verify")) and not current.get("data.allow_changed"):
         return ()  # for demonstrations of robots only poses are compared then, not images
-    target = now.get("data._target_")
+    target = current.get("data._target_")
     return PLACES if target and getattr(get_class(target), "compares_contents", False) else ()
 
 
-def _stages(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
+def _stages_that_may_differ(previous: dict[str, Any], current: dict[str, Any]) -> tuple[str, ...]:
     """Return the setting of a curriculum if its stages, counted in batches by an earlier version, are as long as the
     current ones in optimizer steps. The order of samples is checked separately, by its fingerprint."""
-    per_step = now.get("accumulate_grad_batches") or 1
-    then, stages = before.get("data.curriculum"), now.get("data.curriculum")
+    per_step = current.get("accumulate_grad_batches") or 1
+    then, stages = previous.get("data.curriculum"), current.get("data.curriculum")
     if per_step == 1 or not (isinstance(then, list) and isinstance(stages, list)):
         return ()
     lasting = [each | ({"steps": each["steps"] * per_step} if each.get("steps") else {}) for each in stages]
     return ("data.curriculum",) if lasting == then else ()
 
 
-def _within(key: str, parts: tuple[str, ...]) -> bool:
+def _matches_any(key: str, parts: tuple[str, ...]) -> bool:
     return any(fnmatchcase(key, part) or key.startswith(f"{part}.") for part in parts)

@@ -99,13 +99,13 @@ def given_path(setting: str, path: str | Path) -> Path:
     return Path(path)
 
 
-def _refuse_dangling(path: Path, what: str) -> None:
+def _refuse_dangling(path: Path, description: str) -> None:
     """Raise ValueError if a path, or a folder above it, is a dangling symbolic link."""
     for parent in (path, *path.parents):
         if parent.is_symlink() and not parent.exists():
             raise ValueError(
-                f"{what}: {parent} is a symbolic link to {parent.readlink()}, which is not there: make that folder (is "
-                "its disk mounted?), or give another"
+                f"{description}: {parent} is a symbolic link to {parent.readlink()}, which is not there: make that "
+                "folder (is its disk mounted?), or give another"
             )
 
 
@@ -156,7 +156,7 @@ def whole_sweep(resume: bool | str | None) -> bool:
 def newest_sweep(group: Path) -> Path | None:
     """Return the sweep in ``group`` with the latest recorded start; None if there is none."""
     found = [path.parent for path in group.glob(f"*/{PLAN}")]
-    return max(found, key=lambda folder: (_recorded(folder / PLAN, "started"), folder.name), default=None)
+    return max(found, key=lambda folder: (_read_start_time(folder / PLAN, "started"), folder.name), default=None)
 
 
 @cache
@@ -259,7 +259,7 @@ def hold(folder: Path) -> Iterator[None]:
         try:
             stack.enter_context(locked(folder / LOCK, wait=False, together_without=True))
         except BlockingIOError as error:
-            raise RunFolderError(_still_going_on(folder)) from error
+            raise RunFolderError(_describe_running_run(folder)) from error
         _held.add(folder.resolve())
         stack.callback(_held.discard, folder.resolve())
         yield
@@ -275,7 +275,7 @@ def refuse_held(folder: Path) -> None:
         RunFolderError: the folder is locked.
     """
     if folder.resolve() not in _held and is_first_process() and is_held(folder):
-        raise RunFolderError(_still_going_on(folder))
+        raise RunFolderError(_describe_running_run(folder))
 
 
 def is_held(folder: Path) -> bool | None:
@@ -283,7 +283,7 @@ def is_held(folder: Path) -> bool | None:
     return is_locked(folder / LOCK) if (folder / LOCK).is_file() else False
 
 
-def _still_going_on(folder: Path) -> str:
+def _describe_running_run(folder: Path) -> str:
     return f"{folder} belongs to a run that is still going on: wait until it ends, or give another run_dir"
 
 
@@ -299,10 +299,10 @@ def newest(group: Path) -> Path:
             f"nothing to resume: no run with a checkpoint in {group}/; leave out resume=true, or give "
             "resume=<run folder>"
         )
-    return max(run_folders, key=lambda folder: (_recorded(folder / RESULT, "started_at"), folder.name))
+    return max(run_folders, key=lambda folder: (_read_start_time(folder / RESULT, "started_at"), folder.name))
 
 
-def _recorded(file: Path, key: str) -> float:
+def _read_start_time(file: Path, key: str) -> float:
     """Return the recorded start of a run or a sweep in seconds since the epoch; 0 if it is not recorded."""
     try:
         value = read_record(file).get(key)
@@ -332,7 +332,7 @@ def stamp(start: int = 0, overrides: tuple[str, ...] | None = None) -> str:
             raise ValueError(
                 "torchrun on several nodes without --rdzv-id: they cannot agree on a run folder; give run_dir=<folder>"
             )
-        return _parents_start()
+        return _parent_start_time()
     if {"SLURM_JOB_ID", "SLURM_PROCID"} <= environment.keys() and not in_a_shell_of_slurm():
         return f"job-{environment['SLURM_JOB_ID']}-{_digest(sys.argv[1:] if overrides is None else overrides)}"
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -342,7 +342,7 @@ def _digest(overrides: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:8]
 
 
-def _parents_start() -> str:
+def _parent_start_time() -> str:
     """Return the start time of the parent process, which is the same for all processes of a node."""
     import psutil
 

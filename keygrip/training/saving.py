@@ -133,7 +133,7 @@ class SaveLatest(Checkpoint):
         if trainer.global_step == 0:
             return
         try:
-            step, best = self._best_before()
+            step, best = self._read_best()
         except FileNotFoundError:  # there is no record, or the first process has just removed it
             return
         if step <= trainer.global_step:
@@ -155,7 +155,7 @@ class SaveLatest(Checkpoint):
         due |= step == trainer.max_steps or (last_batch and epoch == trainer.max_epochs) or trainer.should_stop
         if self.every_n_minutes is not None and (trainer.world_size == 1 or step % 10 == 0):
             late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
-            due = _any_process(trainer, late) or due
+            due = _is_true_on_any_process(trainer, late) or due
         if due:
             self.save(trainer)
 
@@ -178,7 +178,7 @@ class SaveLatest(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
 
-    def _best_before(self) -> tuple[int, float | None]:
+    def _read_best(self) -> tuple[int, float | None]:
         """Return step and value of the best state so far; the value is None if the record is for another metric.
 
         Raises:
@@ -259,14 +259,14 @@ class SaveOnInterrupt(Callback):
             self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
+        self._restore_handlers()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._received is not None:  # from here no process waits for another, so they need not agree
             self._stop(trainer, self._received)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
+        self._restore_handlers()
 
     def _note(self, number: int, frame: Any) -> None:
         if self._received is not None and number == signal.SIGINT:
@@ -276,7 +276,7 @@ class SaveOnInterrupt(Callback):
         log.warning("%s: finishing this step or validation batch, then saving", signal.Signals(number).name)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        number = _largest(trainer, self._received or 0)
+        number = _maximum_over_processes(trainer, self._received or 0)
         if number:
             self._stop(trainer, number)
 
@@ -292,7 +292,7 @@ class SaveOnInterrupt(Callback):
             queue_again()
         raise Interrupted(f"stopped by {signal.Signals(number).name} at step {trainer.global_step}: {outcome}", number)
 
-    def _restore(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
@@ -312,18 +312,18 @@ def _leave_validation(trainer: Trainer) -> None:
 
 def _refuse_non_finite(trainer: Trainer) -> None:
     broken = non_finite_parameters(trainer.lightning_module)
-    if _any_process(trainer, bool(broken)):
+    if _is_true_on_any_process(trainer, bool(broken)):
         raise ValueError(
             f"weights became NaN or infinite before step {trainer.global_step} ({', '.join(broken[:3])}; "
             f"{len(broken)} in all): the last checkpoint is kept as it is; lower optimizer.lr or optimizer.clip_norm"
         )
 
 
-def _any_process(trainer: Trainer, decision: bool) -> bool:
-    return _largest(trainer, int(decision)) > 0
+def _is_true_on_any_process(trainer: Trainer, decision: bool) -> bool:
+    return _maximum_over_processes(trainer, int(decision)) > 0
 
 
-def _largest(trainer: Trainer, number: int) -> int:
+def _maximum_over_processes(trainer: Trainer, number: int) -> int:
     """Return the maximum over all processes."""
     if trainer.world_size == 1:
         return number

@@ -95,7 +95,7 @@ class Strategy:
     @property
     def processes(self) -> int:
         """Number of processes over all nodes."""
-        return self._devices() * self._nodes()
+        return self._count_devices() * self._nodes()
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Return arguments for ``lightning.Trainer``.
@@ -108,7 +108,7 @@ class Strategy:
 
         refuse_task_named_as_a_shell()
         on_gpu = self.on_gpu
-        devices = self._devices()
+        devices = self._count_devices()
         gpus = torch.cuda.device_count()
         by_srun = tasks_of_srun() > 1 and "LOCAL_WORLD_SIZE" not in os.environ
         if by_srun:
@@ -158,13 +158,13 @@ class Strategy:
             raise ValueError(f"{started}, and strategy.kind=single is one: add strategy=ddp, or give srun --ntasks=1")
         if tasks % nodes or len(set(tasks_of_nodes_of_srun())) > 1:
             raise ValueError(f"{started}, which are not equally many on each: give --ntasks-per-node")
-        if (self._devices(), self._nodes()) != (tasks // nodes, nodes):
+        if (self._count_devices(), self._nodes()) != (tasks // nodes, nodes):
             raise ValueError(
-                f"{started}, and strategy has devices={self._devices()} of each of num_nodes={self._nodes()}: leave "
-                "both at auto"
+                f"{started}, and strategy has devices={self._count_devices()} of each of num_nodes={self._nodes()}: "
+                "leave both at auto"
             )
 
-    def _devices(self) -> int:
+    def _count_devices(self) -> int:
         if self.devices != "auto":
             return int(self.devices)
         if os.environ.get("LOCAL_WORLD_SIZE", "").isdigit():

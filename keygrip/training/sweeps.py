@@ -112,7 +112,7 @@ def found_before(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> tup
     if "resume" not in cfg or not (resume_setting(cfg.resume) or restarted_by_scheduler()):
         return False, False
     earlier = read_result(folder)
-    finished = earlier.get("status") == FINISHED and _same(earlier.get("overrides", []), overrides)
+    finished = earlier.get("status") == FINISHED and _same_overrides(earlier.get("overrides", []), overrides)
     return finished, (folder / CHECKPOINT).is_file()
 
 
@@ -167,7 +167,7 @@ class SweepSummary(Callback):
         _open_sweeps[folder] = is_new
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        _finish_or_say(Path(config.hydra.sweep.dir))
+        _finish_or_log_failure(Path(config.hydra.sweep.dir))
 
 
 def _refuse_other_sweep(folder: Path, resume: bool | None) -> None:
@@ -221,7 +221,7 @@ def finish_sweep(folder: Path) -> list[dict[str, Any]]:
         csv.writer(file).writerows([header, *lines])
     text = markdown(*table(rows, most=SHOWN))
     write_text(folder / "summary.md", text + "\n")
-    write_json(folder / "summary.json", _record(folder, rows))
+    write_json(folder / "summary.json", _make_record(folder, rows))
     _write_hparams(folder, rows)
     bad = [row for row in rows if row["status"] not in (FINISHED, DRY_RUN)]
     sys.stderr.write(f"\n{text}\n\n{len(rows) - len(bad)} of {len(rows)} jobs finished: {folder / 'summary.csv'}\n")
@@ -245,13 +245,13 @@ def close_sweeps() -> list[str]:
                     remove_if_empty(folder)
                 del _open_sweeps[folder]
     for folder in list(_open_sweeps):
-        _finish_or_say(folder)
+        _finish_or_log_failure(folder)
     lines = list(_failures)
     _failures.clear()
     return lines
 
 
-def _finish_or_say(folder: Path) -> None:
+def _finish_or_log_failure(folder: Path) -> None:
     with failure_said_at_end(f"the summary of the sweep in {folder} is not whole"):
         try:
             finish_sweep(folder)
@@ -278,7 +278,7 @@ def _command(config: DictConfig) -> str:
     return shlex.join(["python", "-m", f"keygrip.{config.hydra.job.name}", "-m", *arguments])
 
 
-def _record(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _make_record(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the record of a sweep, in the form stored under ``benchmarks/``."""
     from keygrip.training.metadata import git_revision, machine
 
@@ -299,7 +299,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     ``running`` if it still runs, as on a cluster, or if this cannot be determined, on a disk without file locks.
     """
     rows = []
-    for index, (overrides, job_folder) in enumerate(_jobs(folder)):
+    for index, (overrides, job_folder) in enumerate(_find_jobs(folder)):
         missing = {"status": "missing", "error": "no result was written"}
         result = missing if job_folder is None else read_result(job_folder)
         status = result.get("status", "missing")
@@ -318,9 +318,9 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _jobs(folder: Path) -> list[tuple[list[str], Path | None]]:
+def _find_jobs(folder: Path) -> list[tuple[list[str], Path | None]]:
     """Return the overrides of each planned job and the folder with its result; without a plan, of each result."""
-    jobs = _planned(folder)
+    jobs = _read_planned_overrides(folder)
     results = {path.parent: read_result(path.parent) for path in sorted(folder.glob(f"**/{RESULT}"))}
     # Results of evaluations, in the folder of their job, have no status.
     by_folder = {path: result.get("overrides", []) for path, result in results.items() if "status" in result}
@@ -330,14 +330,14 @@ def _jobs(folder: Path) -> list[tuple[list[str], Path | None]]:
     for by_name in (True, False):  # the folder's number distinguishes jobs with equal overrides (seed=0,0)
         for index, overrides in enumerate(jobs):
             for path in folders if index not in folder_of_job else ():
-                if _same(by_folder[path], overrides) and (path.name == str(index) or not by_name):
+                if _same_overrides(by_folder[path], overrides) and (path.name == str(index) or not by_name):
                     folder_of_job[index] = path
                     folders.remove(path)
                     break
     return [(overrides, folder_of_job.get(index)) for index, overrides in enumerate(jobs)]
 
 
-def _planned(folder: Path) -> list[list[str]]:
+def _read_planned_overrides(folder: Path) -> list[list[str]]:
     """Return the overrides of each job of a sweep's plan. Raises ValueError if the plan is damaged."""
     jobs = read_record(folder / PLAN).get("jobs")
     if not isinstance(jobs, list) or not all(
@@ -352,7 +352,7 @@ def table(rows: Sequence[dict[str, Any]], most: int | None = None) -> tuple[list
 
     ``most`` limits the number of metrics: success rates first, then headline metrics in the model's order.
     """
-    varied = _varied(rows)
+    varied = _varied_overrides(rows)
     metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     if most is not None:
         metrics = sorted(metrics, key=lambda name: not name.endswith("success_rate"))[:most]
@@ -360,14 +360,14 @@ def table(rows: Sequence[dict[str, Any]], most: int | None = None) -> tuple[list
     lines = [
         [row["job"], row["status"]]
         + [row["overrides"].get(name, "") for name in varied]
-        + [_figure(row["metrics"].get(name, "")) for name in metrics]
+        + [_round_figure(row["metrics"].get(name, "")) for name in metrics]
         + ["" if row["wall_s"] is None else row["wall_s"], row["error"]]
         for row in rows
     ]
     return header, lines
 
 
-def _varied(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _varied_overrides(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the names of the overrides that differ between jobs; all names if none differs."""
     names = list(dict.fromkeys(name for row in rows for name in row["overrides"]))
     return [name for name in names if len({row["overrides"].get(name) for row in rows}) > 1] or names
@@ -399,8 +399,8 @@ def _write_hparams(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _draw_losses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     from keygrip.training.loss_curves import Job, draw, read_curves
 
-    varied, jobs = _varied(rows), []
-    for row, (_, job_folder) in zip(rows, _jobs(folder), strict=True):
+    varied, jobs = _varied_overrides(rows), []
+    for row, (_, job_folder) in zip(rows, _find_jobs(folder), strict=True):
         curves = None if job_folder is None else read_curves(job_folder)
         if curves is not None:
             overrides = {name: row["overrides"].get(name, "") for name in varied}
@@ -445,11 +445,11 @@ def _refuse_several_devices(cfg: DictConfig, launcher: str) -> None:
         )
 
 
-def _same(left: Sequence[str], right: Sequence[str]) -> bool:
+def _same_overrides(left: Sequence[str], right: Sequence[str]) -> bool:
     """Return whether two jobs have the same overrides; ``resume`` is ignored."""
     kept = [sorted(o for o in overrides if not o.startswith("resume=")) for overrides in (left, right)]
     return kept[0] == kept[1]
 
 
-def _figure(value: Any) -> Any:
+def _round_figure(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value

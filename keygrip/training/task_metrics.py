@@ -23,7 +23,7 @@ class MeansByTask:
     def __init__(self, instructions: Sequence[str]) -> None:
         tasks = instructions if 2 <= len(instructions) <= MOST_TASKS else ()
         self.numbers = {instruction: index for index, instruction in enumerate(tasks)}
-        self.keys = _keys(list(tasks))
+        self.keys = _unique_short_names(list(tasks))
         self._sums: dict[str, Tensor] = {}
 
     def clear(self) -> None:
@@ -50,7 +50,7 @@ class MeansByTask:
 
     def means(self) -> dict[str, float]:
         """Return ``<task>/<name>`` for every task with values on any process."""
-        everywhere = self._over_all_processes()
+        everywhere = self._sum_over_processes()
         averages = {}
         for name, (totals, counts) in everywhere.items():
             for index, key in enumerate(self.keys):
@@ -58,7 +58,7 @@ class MeansByTask:
                     averages[f"{key}/{name}"] = float(totals[index] / counts[index])
         return averages
 
-    def _over_all_processes(self) -> dict[str, Tensor]:
+    def _sum_over_processes(self) -> dict[str, Tensor]:
         if not torch.distributed.is_initialized():
             return self._sums
         parts: list[dict[str, Tensor]] = [{} for _ in range(torch.distributed.get_world_size())]
@@ -67,7 +67,7 @@ class MeansByTask:
         return {name: torch.stack([part[name] for part in parts if name in part]).sum(0) for name in names}
 
 
-def _keys(sentences: Sequence[str]) -> list[str]:
+def _unique_short_names(sentences: Sequence[str]) -> list[str]:
     """Return unique short names for a logger."""
     keys: list[str] = []
     for instruction in sentences:

@@ -27,17 +27,17 @@ class TimeLimit(Timer):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        for rates in self._tell(trainer):
+        for rates in self._update_schedules(trainer):
             rates.apply()  # for a resumed run, whose time continues
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._tell(trainer)
+        self._update_schedules(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if completes_step(trainer):
             super().on_train_batch_end(trainer, *args, **kwargs)
 
-    def _tell(self, trainer: Trainer) -> list[ScheduledRates]:
+    def _update_schedules(self, trainer: Trainer) -> list[ScheduledRates]:
         """Pass the elapsed share of the time to the schedules of a run, and return the schedules."""
         elapsed, remaining = self.time_elapsed(), self.time_remaining()
         assert remaining is not None  # it has a duration

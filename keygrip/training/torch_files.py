@@ -76,7 +76,7 @@ def read_torch_file(file: str | Path, map_location: Any = "cpu", mapped: bool = 
         begins_as_archive = opened.read(len(ARCHIVE)) == ARCHIVE  # how torch recognises an archive
     is_archive = zipfile.is_zipfile(path)
     if begins_as_archive != is_archive:  # the content checked here must be the content that torch reads
-        raise TorchFileError(f"{path} {_what_is_wrong(EOFError(), False, path)}", is_archive)
+        raise TorchFileError(f"{path} {_describe_load_error(EOFError(), False, path)}", is_archive)
     if is_archive:
         _refuse_compressed(path)
     try:
@@ -84,7 +84,7 @@ def read_torch_file(file: str | Path, map_location: Any = "cpu", mapped: bool = 
         if unknown is None:
             content = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped and is_archive)
     except BROKEN as error:
-        raise TorchFileError(f"{path} {_what_is_wrong(error, is_archive, path)}", is_archive) from error
+        raise TorchFileError(f"{path} {_describe_load_error(error, is_archive, path)}", is_archive) from error
     if unknown is not None:
         raise TorchFileError(f"{path} names {unknown}: it holds more than tensors and plain values", is_archive)
     if size_of(content) > MOST_VALUES:
@@ -94,7 +94,7 @@ def read_torch_file(file: str | Path, map_location: Any = "cpu", mapped: bool = 
             is_archive,
         )
     for tensor in _tensors(content):
-        problem = _oddity(tensor)
+        problem = _describe_unstored_values(tensor)
         if problem:
             raise TorchFileError(f"{path} holds {problem}: keygrip writes no such file, it is not read", is_archive)
     return content
@@ -129,7 +129,7 @@ def _refuse_compressed(path: Path) -> None:
             packed = [member for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
     except (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, struct.error, OSError) as error:
         # torch has its own archive reader and may find content that was not checked here
-        raise TorchFileError(f"{path} {_what_is_wrong(error, True, path)}", is_archive=True) from error
+        raise TorchFileError(f"{path} {_describe_load_error(error, True, path)}", is_archive=True) from error
     if packed:
         raise TorchFileError(
             f"{path} holds compressed records ({packed[0].filename[:80]!r}, {packed[0].file_size} bytes unpacked), "
@@ -154,7 +154,7 @@ def _unknown_name(path: Path, is_archive: bool) -> str | None:
     return None
 
 
-def _what_is_wrong(error: Exception, is_archive: bool, path: Path) -> str:
+def _describe_load_error(error: Exception, is_archive: bool, path: Path) -> str:
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return "asks for more memory than this machine has"
     if is_archive:
@@ -175,7 +175,7 @@ def _tensors(content: Any) -> list[Tensor]:
     return tensors
 
 
-def _oddity(tensor: Tensor) -> str | None:
+def _describe_unstored_values(tensor: Tensor) -> str | None:
     """Return why the values of a tensor are not all stored in the file, or None."""
     size = tensor.numel() * tensor.element_size()
     if size > tensor.untyped_storage().nbytes() + EXPANDED_BYTES:

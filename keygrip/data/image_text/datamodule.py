@@ -128,7 +128,7 @@ class ImageShards(ResumableData):
                 folder = "/".join(part for part in (self.place.rstrip("/"), split, name) if part)
                 shards = ShardSet(folder, self.cache_dir, self.cache_gb, spares_copies=self.spares_copies)
                 usable = self._usable(shards, folder)
-                for part, chosen in self._divided(split, shards, usable):
+                for part, chosen in self._divide_samples(split, shards, usable):
                     if len(chosen):
                         opened[part].append(BucketPart(Bucket.from_name(name), shards, chosen))
         if not opened["train"]:
@@ -161,7 +161,7 @@ class ImageShards(ResumableData):
             )
         return usable
 
-    def _divided(self, split: str, shards: ShardSet, usable: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    def _divide_samples(self, split: str, shards: ShardSet, usable: np.ndarray) -> list[tuple[str, np.ndarray]]:
         if split:
             return [(split, np.flatnonzero(usable))]
         val = held_out(shards, self.val_fraction)

@@ -83,10 +83,10 @@ def upright(image: Image.Image) -> Image.Image:
     if kind == SIGNED and bits == 16:
         white = DEEPEST_SIGNED
     unsigned = image.mode == "I" and kind == UNSIGNED and bits == 32
-    return rgb(_turned(image), tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO, white, unsigned)
+    return rgb(_apply_orientation(image), tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO, white, unsigned)
 
 
-def _turned(image: Image.Image) -> Image.Image:
+def _apply_orientation(image: Image.Image) -> Image.Image:
     """Rotate and mirror an image according to its EXIF data. Damaged EXIF data are ignored and do not make the image a
     bad sample."""
     try:
@@ -130,18 +130,18 @@ def rgb(image: Image.Image, white_is_zero: bool = False, white: int = DEEPEST, u
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
         grey = Image.fromarray(_grey_bytes(image, white_is_zero, white, exponent, unsigned))
-        return (_without_profile(grey, profile) if profile else grey).convert("RGB")
+        return (_convert_to_srgb(grey, profile) if profile else grey).convert("RGB")
     transparent = _may_be_transparent(image)
     if transparent and profile and image.mode in ("L", "LA"):  # a grey profile does not apply to RGBA
         alpha = image.convert("RGBA").getchannel("A")
-        image = _without_profile(image.convert("L"), profile).convert("RGB")
+        image = _convert_to_srgb(image.convert("L"), profile).convert("RGB")
         image.putalpha(alpha)
         profile = None
     if transparent or image.mode in ("P", "PA"):
         image = image.convert("RGBA" if transparent else "RGB")
-    image = _without_profile(image, profile) if profile else image
+    image = _convert_to_srgb(image, profile) if profile else image
     if exponent != 1:
-        image = _with_exponent(image if image.mode == "RGBA" else image.convert("RGB"), exponent)
+        image = _raise_to_exponent(image if image.mode == "RGBA" else image.convert("RGB"), exponent)
     if image.mode == "RGBA":
         background = Image.new("RGBA", image.size, (*MATTE, 255))
         return Image.alpha_composite(background, image).convert("RGB")
@@ -164,7 +164,7 @@ def _gamma_exponent(image: Image.Image) -> float:
     return 1.0 if abs(exponent - 1) <= NEARLY else exponent
 
 
-def _with_exponent(image: Image.Image, exponent: float) -> Image.Image:
+def _raise_to_exponent(image: Image.Image, exponent: float) -> Image.Image:
     """Raise each colour of an RGB or RGBA image, as a share of white, to a power; alpha is unchanged."""
     table = [round(255 * (value / 255) ** exponent) for value in range(256)]
     return image.point(table * 3 + list(range(256)) * (image.mode == "RGBA"))
@@ -193,7 +193,7 @@ def _grey_bytes(image: Image.Image, white_is_zero: bool, white: int, exponent: f
     return np.asarray((shares * 255).round().astype(np.uint8))
 
 
-def _without_profile(image: Image.Image, profile: bytes) -> Image.Image:
+def _convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """Convert the image to sRGB. A profile for another colour space than that of the pixels is ignored."""
     from PIL import ImageCms
 

@@ -40,8 +40,10 @@ def near_copies(thumbnails: Sequence[bytes], others: Sequence[bytes] | None = No
     pool = thumbnails if others is None else others
     if not thumbnails or not pool:
         return []
-    tree = cKDTree(_numbers(pool))
-    distances, neighbours = tree.query(_numbers(thumbnails), k=[1, 2], p=np.inf, distance_upper_bound=TOLERANCE + 0.5)
+    tree = cKDTree(_stack_thumbnails(pool))
+    distances, neighbours = tree.query(
+        _stack_thumbnails(thumbnails), k=[1, 2], p=np.inf, distance_upper_bound=TOLERANCE + 0.5
+    )
     pairs: list[tuple[int, int]] = []
     for index, column in np.argwhere(np.isfinite(distances)).tolist():
         neighbour = int(neighbours[index, column])
@@ -50,5 +52,5 @@ def near_copies(thumbnails: Sequence[bytes], others: Sequence[bytes] | None = No
     return pairs
 
 
-def _numbers(thumbnails: Sequence[bytes]) -> np.ndarray:
+def _stack_thumbnails(thumbnails: Sequence[bytes]) -> np.ndarray:
     return np.stack([np.frombuffer(thumbnail, np.uint8) for thumbnail in thumbnails]).astype(np.float32)

@@ -42,17 +42,17 @@ def animation_frames(
     current_page = image.tell()
     with guard("an animation that is given"):
         # the duration of a WebP frame is known only after it is loaded
-        durations = [float(frame.info.get("duration", 1000.0)) or UNTIMED_MS for frame in _loaded(image, count)]
+        durations = [float(frame.info.get("duration", 1000.0)) or UNTIMED_MS for frame in _load_frames(image, count)]
         ends = np.cumsum(durations) / 1000
         seconds = times(float(ends[-1]))
         indices = np.searchsorted(ends, np.array(seconds) + TIME_TOLERANCE_S, side="right").clip(max=count - 1).tolist()
-        frames = enumerate(_loaded(image, count))
+        frames = enumerate(_load_frames(image, count))
         page_images = {index: shown_image(frame, size, fit) for index, frame in frames if index in indices}
         image.seek(current_page)
     return np.stack([page_images[index] for index in indices]), tuple(map(float, seconds))
 
 
-def _loaded(image: Image.Image, count: int) -> Iterator[Image.Image]:
+def _load_frames(image: Image.Image, count: int) -> Iterator[Image.Image]:
     """Yield the image at each of its frames in turn: if a frame were skipped, its content would be missing later."""
     for number in range(count):
         image.seek(number)

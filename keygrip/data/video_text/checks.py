@@ -45,7 +45,7 @@ def check_clips(parts: Sequence[Part], questions: Questions) -> None:
     for clips in {id(part.clips): part.clips for part in parts if part.clips is not None}.values():
         if unknown := sorted(set(clips.lookback) - source_kinds):
             raise ValueError(f"clips.lookback names {unknown[0]!r}; the sources hold {', '.join(sorted(source_kinds))}")
-        tried, cut = _tried(clips, [part for part in parts if part.clips is clips], questions)
+        tried, cut = _count_cuttable(clips, [part for part in parts if part.clips is clips], questions)
         if not cut:
             raise ValueError(
                 f"data.clips: none of {tried} training videos of more than {clips.frames[0]} frames that were "
@@ -55,7 +55,7 @@ def check_clips(parts: Sequence[Part], questions: Questions) -> None:
         log.info("clips: %d of %d longer videos that were tried can be cut", cut, tried)
 
 
-def _tried(clips: SubClips, parts: Sequence[Part], questions: Questions) -> tuple[int, int]:
+def _count_cuttable(clips: SubClips, parts: Sequence[Part], questions: Questions) -> tuple[int, int]:
     """Return how many longer training videos were tested, and how many of them can be cut."""
     tried = cut = 0
     for part in parts:
@@ -105,16 +105,16 @@ def usable_parts(split: str, parts: Sequence[Part], questions: Questions, fittin
     return usable
 
 
-def _refuse_too_long(part: Part, kept: Part, questions: Questions) -> None:
+def _refuse_too_long(part: Part, usable: Part, questions: Questions) -> None:
     """Raise ValueError if no row of a source, or none of the tested samples, fits into the language model's context;
     log how many of the tested samples have no row that fits.
 
     Args:
-        part: the source's samples. kept: those that are not left out.
+        part: the source's samples. usable: those that are not left out.
     """
     if part.context is None:
         return
-    if not len(kept):
+    if not len(usable):
         frames = int(part.frames().min())
         raise ValueError(
             f"every sample of the source {part.name!r} (of {min(frames, part.context.max_frames)} frames or more, "
@@ -124,17 +124,17 @@ def _refuse_too_long(part: Part, kept: Part, questions: Questions) -> None:
     if part.clips is not None or not isinstance(part.lengths, TokenLengths | None):
         return  # clips are shorter; counted lengths need no test
     problems, tried = [], 0
-    tested_part = replace(kept, chosen=spread(kept.shards, kept.chosen))
+    tested_part = replace(usable, chosen=spread(usable.shards, usable.chosen))
     for sample, frames in zip(
         tested_part.chosen.tolist(), tested_part.frames(part.context.max_frames).tolist(), strict=True
     ):
         with contextlib.suppress(BadSample):  # counted when they are read
-            conversations, seconds = read_timed_conversations(kept.shards, sample, part.context.max_frames)
+            conversations, seconds = read_timed_conversations(usable.shards, sample, part.context.max_frames)
             requested = [each for each in conversations if is_asked(each.kind, part.kinds, questions)]
             row_problems = [part.context.problem(each, frames, seconds if frames else ()) for each in requested]
             tried += 1
             if row_problems and None not in row_problems:
-                problems.append(f"{kept.shards.where(sample)}: {row_problems[0]}")
+                problems.append(f"{usable.shards.where(sample)}: {row_problems[0]}")
     if not problems:
         return
     if len(problems) == tried:

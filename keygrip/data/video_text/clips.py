@@ -118,7 +118,7 @@ class SubClips:
 
     def cut(self, sample: VideoTextSample, start: int, stop: int) -> VideoTextSample | None:
         """Return frames `start` to `stop` (exclusive) with the questions about them; None if there are no questions."""
-        clip_conversations = [self._of_clip(each, start, stop) for each in sample.conversations]
+        clip_conversations = [self._convert_to_clip(each, start, stop) for each in sample.conversations]
         conversations = tuple(each for each in clip_conversations if each is not None)
         if not conversations:
             return None
@@ -131,7 +131,7 @@ class SubClips:
             seconds=tuple(float(n) for n in (range(stop - start) if self.rebased else range(start, stop))),
         )
 
-    def _of_clip(self, conversation: Conversation, start: int, stop: int) -> Conversation | None:
+    def _convert_to_clip(self, conversation: Conversation, start: int, stop: int) -> Conversation | None:
         frame = conversation.evidence.get("frame")
         if not isinstance(frame, int) or not start <= frame - self.lookback.get(conversation.kind, 0) <= frame < stop:
             return None
@@ -140,7 +140,7 @@ class SubClips:
             return None
         turns = conversation.turns
         if self.rebased:
-            if _says_other_times(turns):
+            if _contains_other_times(turns):
                 return None
             turns = tuple(
                 Turn(turn.role, SECOND.sub(lambda match: f"{match[1]}{int(match[2]) - start}", turn.text))
@@ -149,7 +149,7 @@ class SubClips:
         return replace(conversation, turns=turns, evidence={**conversation.evidence, "frame": frame - start})
 
 
-def _says_other_times(turns: Sequence[Turn]) -> bool:
+def _contains_other_times(turns: Sequence[Turn]) -> bool:
     """Whether a conversation contains a time in another form than "second 12"."""
     rest = [ONE_SECOND.sub(TAKEN_OUT, turn.text) for turn in turns]
     return any(map(OTHER_TIMES.search, rest)) or ASKED_TIME.search("\n".join(rest)) is not None

@@ -164,10 +164,10 @@ def text_length(conversations: Sequence[Conversation]) -> int:
 
 
 def _turns_length(turns: Sequence[Turn]) -> int:
-    return sum(_length(turn.text) for turn in turns)
+    return sum(_text_length(turn.text) for turn in turns)
 
 
-def _length(text: str) -> int:
+def _text_length(text: str) -> int:
     plain = len(text.encode("ascii", "ignore"))
     return plain + 4 * (len(text) - plain)
 
@@ -235,10 +235,10 @@ def parse_text(parts: Parts, names: Sequence[str] | None = None) -> dict[str, An
 def parse_conversations(content: Mapping[str, Any]) -> tuple[Conversation, ...]:
     """Parse the conversations of a sample's text. Raise BadSample if they are malformed."""
     with guard("its conversations"):
-        return tuple(_conversation(conversation) for conversation in content["conversations"])
+        return tuple(_parse_conversation(conversation) for conversation in content["conversations"])
 
 
-def _conversation(content: Mapping[str, Any]) -> Conversation:
+def _parse_conversation(content: Mapping[str, Any]) -> Conversation:
     turns, kind, evidence = content["turns"], content.get("kind", "text"), content.get("evidence") or {}
     for name, value in [("kind", kind)] + [(key, turn[key]) for turn in turns for key in ("role", "text")]:
         if not isinstance(value, str):
@@ -307,15 +307,15 @@ def describe_video_text(parts: Parts) -> dict[str, int | float | str]:
         raise ValueError(problem)
     video, images = media_of(parts)
     if video is None:
-        _check_count(content, images)
+        _check_frame_count(content, images)
         image_seconds(content.get("fps", 1.0), range(len(images)))
-    frames = len(images) if video is None else len(_seconds(duration_s(parts[video]), MOST_FRAMES))
+    frames = len(images) if video is None else len(_frame_times(duration_s(parts[video]), MOST_FRAMES))
     if video is not None and (wrong := places_problem(content.get(PLACES, 0), {1, frames})):
         raise ValueError(wrong)
     return {"frames": frames, **_text_columns(conversations)}
 
 
-def _check_count(content: Mapping[str, Any], images: Sequence[str]) -> None:
+def _check_frame_count(content: Mapping[str, Any], images: Sequence[str]) -> None:
     if content.get("frames", len(images)) != len(images):
         claim = f"{str(content['frames'])[:40]} that its json says (frames, {', '.join(COUNTS)})"
         raise ValueError(f"it has {len(images)} images of {claim}: pack them all beside it, or correct the number")
@@ -363,10 +363,10 @@ def whole_seconds(duration: float) -> int:
     return max(1, int(duration + TIME_TOLERANCE_S))
 
 
-def _seconds(duration: float, most: int) -> np.ndarray:
-    """Return the times of frames: one per second, or `most` evenly spaced times if there would be more."""
+def _frame_times(duration: float, max_frames: int) -> np.ndarray:
+    """Return the times of frames: one per second, or `max_frames` evenly spaced times if there would be more."""
     count = whole_seconds(duration)
-    return np.arange(count) if count <= most else np.linspace(0, duration - 1, most)
+    return np.arange(count) if count <= max_frames else np.linspace(0, duration - 1, max_frames)
 
 
 def decode_timed(content: bytes | str, size: int, fit: str, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -380,7 +380,7 @@ def decode_timed(content: bytes | str, size: int, fit: str, most: int) -> tuple[
 
     def chosen(length: float) -> np.ndarray:
         nonlocal times
-        times = _seconds(length, most)
+        times = _frame_times(length, most)
         return times
 
     frames = frames_at(content, chosen, lambda image: fit_image(image, size, fit))
@@ -411,7 +411,7 @@ def read_sample(
             indices = evenly(len(frames), max_frames)
             frames, seconds = frames[indices], seconds_of(times, indices)
         else:
-            _check_count(content, names)
+            _check_frame_count(content, names)
             indices = evenly(len(names), max_frames)
             images = [decode_image(parts[names[n]], size, fit) for n in indices]
             frames = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
@@ -441,10 +441,10 @@ def read_conversations(shards: ShardSet, sample: int) -> tuple[Conversation, ...
     """Read the conversations of a sample without its images. Raise BadSample if its text is broken."""
     parts = shards.read(sample, TEXT)
     with guard(shards.where(sample)):
-        return parse_conversations(parse_text(parts, _names(shards, sample)))
+        return parse_conversations(parse_text(parts, _part_names(shards, sample)))
 
 
-def _names(shards: ShardSet, sample: int) -> list[str]:
+def _part_names(shards: ShardSet, sample: int) -> list[str]:
     """Return the names of all parts of a sample, without reading the parts."""
     number, row = shards.locate(sample)
     index = shards.index(number)
@@ -460,13 +460,13 @@ def read_timed_conversations(
     Raises:
         BadSample: the sample's text is broken.
     """
-    names, count = _names(shards, sample), int(shards.columns["frames"][sample])
+    names, count = _part_names(shards, sample), int(shards.columns["frames"][sample])
     parts = shards.read(sample, TEXT)
     with guard(shards.where(sample)):
         content = parse_text(parts, names)
         conversations = parse_conversations(content)
         if any(name.lower() in VIDEO for name in names):
-            times = _seconds(count, max(MAX_FRAMES, max_frames))
+            times = _frame_times(count, max(MAX_FRAMES, max_frames))
             return conversations, seconds_of(times, evenly(len(times), max_frames))
         return conversations, image_seconds(content.get("fps", 1.0), evenly(count, max_frames))
 

@@ -211,7 +211,7 @@ class VideoTexts(ResumableData):
         opened = {each: usable_parts(each, parts, self.questions, fitting) for each, parts in opened.items()}
         if fitting:
             check_clips(opened["train"], self.questions)
-            self.mixture = self._mixture(opened["train"])
+            self.mixture = self._make_mixture(opened["train"])
         self.parts = opened
         self._report()
 
@@ -259,11 +259,11 @@ class VideoTexts(ResumableData):
         context = Context(self.longest_row, self.collator, self.max_frames)
         return context if context.may_be_exceeded(part.frames()) else None
 
-    def _mixture(self, parts: Sequence[Part]) -> Mixture:
+    def _make_mixture(self, parts: Sequence[Part]) -> Mixture:
         how = (self.batch_size, self.seed, self.window_shards, self.curriculum, self.budget, self.batches_per_step)
-        return Mixture(self._components(parts, self.questions), *how)
+        return Mixture(self._make_components(parts, self.questions), *how)
 
-    def _components(self, parts: Sequence[Part], questions: Questions) -> list[Component]:
+    def _make_components(self, parts: Sequence[Part], questions: Questions) -> list[Component]:
         if self.budget is None:
             return [part.component(self.max_frames, questions) for part in parts]
         return [part.within_budget(self.max_frames, questions) for part in parts]
@@ -473,7 +473,7 @@ class VideoTexts(ResumableData):
             sample_count = round(total * (share if share is not None else (1 - shares) * len(part) / lead))
             fixed = np.random.default_rng(0).permutation(len(part))[: max(1, sample_count)]
             parts[index] = replace(part, chosen=part.chosen[np.sort(fixed)])
-        components = self._components(parts, self.val_questions)
+        components = self._make_components(parts, self.val_questions)
         sampler = BucketedSampler(components, self.batch_size, *self.ranks, budget=self.budget)
         return self._loader(parts, sampler, self.val_questions, split=split)
 

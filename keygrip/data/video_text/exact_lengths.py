@@ -116,36 +116,36 @@ def counted(
     kind_names = None if kinds is None else sorted(kinds)
     identity = (FORMAT, shards.fingerprint, collator.lengths_depend_on(), kind_names, max_frames)
     file = folder / f"lengths-{sha256_bytes(repr(identity).encode())[:16]}.npz"
-    longest, rows, tokens = _stored(file, len(shards))
+    longest, rows, tokens = _read_counts(file, len(shards))
     if (longest[chosen] == NOT_COUNTED).any():  # a complete file is not locked: its folder may be read-only
         with locked(file.with_name(f".{file.name}.lock"), together_without=True):
-            longest, rows, tokens = _stored(file, len(shards))
+            longest, rows, tokens = _read_counts(file, len(shards))
             groups = [(np.flatnonzero(longest != NOT_COUNTED), tokens)]  # samples, and the lengths of their rows
             missing = np.sort(chosen[longest[chosen] == NOT_COUNTED])
             blocks = [missing[start : start + BLOCK] for start in range(0, len(missing), BLOCK)]
             source, unwritten = Counting(shards, collator, kinds, max_frames, blocks), 0
             bar = Progress(total=len(missing), desc=f"count tokens of {shards.root}", unit="sample")
-            for block, block_counts in zip(blocks, _loader(source, workers), strict=True):
+            for block, block_counts in zip(blocks, _counting_loader(source, workers), strict=True):
                 longest[block], rows[block], added = block_counts
                 groups.append((block, added))
                 bar.update(len(block))
                 unwritten += len(block)
                 if unwritten >= KEPT_EVERY:
-                    _write(file, longest, rows, _together(longest, rows, groups))
+                    _write_counts(file, longest, rows, _together(longest, rows, groups))
                     unwritten = 0
             bar.close()
             tokens = _together(longest, rows, groups)
             if unwritten:
-                _write(file, longest, rows, tokens)
+                _write_counts(file, longest, rows, tokens)
     digest = hashlib.sha256(longest[chosen].tobytes() + rows[chosen].tobytes()).hexdigest()[:16]
     return ExactLengths(digest, longest, rows, tokens, collator.tokens_per_frame, collator.max_tokens)
 
 
-def _together(longest: np.ndarray, rows: np.ndarray, known: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def _together(longest: np.ndarray, rows: np.ndarray, groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Join the row lengths of disjoint groups of samples, sample after sample (`places_of`): int32 [R]."""
     first, counts = places_of(longest, rows)
     joined = np.zeros(int(counts.sum()), np.int32)
-    for samples, tokens in known:
+    for samples, tokens in groups:
         joined[ranges(first[samples], counts[samples])] = tokens
     return joined
 
@@ -190,19 +190,19 @@ class Counting(Dataset[Counted]):
         return [each for each in tokens if each > 0]
 
 
-def _loader(source: Counting, workers: int) -> DataLoader[Counted]:
+def _counting_loader(source: Counting, workers: int) -> DataLoader[Counted]:
     ensure_enough_files(workers)
     # a separate generator: counting must not change the run's random numbers
     options: dict[str, Any] = {"worker_init_fn": start_worker, "generator": torch.Generator()}
-    options["collate_fn"] = _unchanged  # torch's types assume collate functions of lists
+    options["collate_fn"] = _return_unchanged  # torch's types assume collate functions of lists
     return DataLoader(source, batch_size=None, num_workers=workers, **options)
 
 
-def _unchanged(block: Counted) -> Counted:
+def _return_unchanged(block: Counted) -> Counted:
     return block
 
 
-def _stored(file: Path, samples: int) -> Counted:
+def _read_counts(file: Path, samples: int) -> Counted:
     """Read the counts of a set with N samples; NOT_COUNTED if there is no file. Raise ValueError if it is damaged."""
     if not file.is_file():
         return np.full(samples, NOT_COUNTED, np.int32), np.zeros(samples, np.int32), np.zeros(0, np.int32)
@@ -221,6 +221,6 @@ def _stored(file: Path, samples: int) -> Counted:
     return longest.copy(), rows.copy(), tokens
 
 
-def _write(file: Path, longest: np.ndarray, rows: np.ndarray, tokens: np.ndarray) -> None:
+def _write_counts(file: Path, longest: np.ndarray, rows: np.ndarray, tokens: np.ndarray) -> None:
     with atomic_write(file) as opened:
         np.savez_compressed(opened, longest=longest, rows=rows, tokens=tokens)

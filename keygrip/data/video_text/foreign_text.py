@@ -75,7 +75,7 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
         raise ValueError("its json is no object")
     name = next((name for name in TURNS if content.get(name)), None)
     if is_pair(content):
-        return _of_pair(content, packed)
+        return _convert_pair(content, packed)
     if name is not None:
         turns = content[name]
         if not isinstance(turns, list):
@@ -88,16 +88,16 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
         # a sample has media of one kind; if no key shows which kind, the placeholders in the text may
         kinds = kinds_named(content) or standing_kinds(prompts) or BARE
         places = Placeholders.of(prompts, kinds if packed or names_media else ())
-        count, images = places.count(prompts), _named_images(content)
+        count, images = places.count(prompts), _count_named_images(content)
         of_video = places.of_one_video(prompts)
         if images and (problem := places_problem(count, {images, 1} if of_video else {images})):
             raise ValueError(problem)
         role_texts = without_placeholders(role_texts, places)
-        converted = _answered(_of_turns(role_texts, "text", content), content) | {
+        converted = _add_answers(_convert_turns(role_texts, "text", content), content) | {
             SHOWN: names_media or count > 0,
             PLACES: count,
         }
-        return converted if of_video else _timed(converted, max(count, images), content)
+        return converted if of_video else _clear_time_of_images(converted, max(count, images), content)
     name = _caption(content)
     non_text_keys = [each for each in CAPTIONS if content.get(each) and not isinstance(content[each], str)]
     if name is None and non_text_keys:
@@ -110,12 +110,12 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
         raise ValueError(f"the {empty_keys[0]} of its json is empty ({json.dumps(content[empty_keys[0]])[:20]})")
     if name is None:
         known_keys = ", ".join((*TURNS, *CAPTIONS, " with ".join(PAIR)))
-        raise ValueError(f"its json holds none of {known_keys}; it holds {_listed(content)}")
+        raise ValueError(f"its json holds none of {known_keys}; it holds {_format_keys(content)}")
     captioned = caption_text(content[name], caption_request(content, request), content)
-    return _timed(captioned, _named_images(content), content)
+    return _clear_time_of_images(captioned, _count_named_images(content), content)
 
 
-def _of_pair(content: Mapping[str, Any], packed: bool) -> dict[str, Any]:
+def _convert_pair(content: Mapping[str, Any], packed: bool) -> dict[str, Any]:
     """Convert one question and its answer at the top level of a json to this project's own form. Raise ValueError if
     there is neither a question nor a frame, or a turn is not text."""
     count, user = frames_told(content).get("frames"), content["user"]
@@ -143,17 +143,17 @@ def caption_request(content: Any, otherwise: str) -> str:
     return REQUESTS.get(source, otherwise) if isinstance(source, str) else otherwise
 
 
-def _timed(own: dict[str, Any], images: int, content: Mapping[str, Any]) -> dict[str, Any]:
+def _clear_time_of_images(converted: dict[str, Any], images: int, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the text with fps=None if it is about several images: they have no common time, unless the json has a rate
     or names a video whose frames they are."""
-    return own if images < 2 or _names_video(content) else {"fps": None, **own}
+    return converted if images < 2 or _names_video(content) else {"fps": None, **converted}
 
 
 def caption_text(text: str, request: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Convert a caption to this project's own form. Raise ValueError if it is empty."""
     if not text.strip():
         raise ValueError("its caption is empty")
-    return _of_turns([("user", request), ("assistant", text.strip())], "caption", content or {}) | {SHOWN: True}
+    return _convert_turns([("user", request), ("assistant", text.strip())], "caption", content or {}) | {SHOWN: True}
 
 
 def media_key(content: Mapping[str, Any]) -> str | None:
@@ -180,7 +180,7 @@ def kinds_named(content: Mapping[str, Any]) -> set[str]:
     return kinds if all(name.lower().startswith(BARE) for name in names) else set()
 
 
-def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
     source = content.get("source")
     times = {"fps": content["fps"]} if "fps" in content else {}
     return (
@@ -193,20 +193,20 @@ def _of_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str, Any
     )
 
 
-def _answered(own: dict[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+def _add_answers(converted: dict[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
     """Add the annotators' answers in a sample's json to the evidence; their form is checked when the evidence is read.
     Raise ValueError if there are several questions: it is unknown which of them the answers belong to."""
     answers = content.get(ANSWERS)
     if answers is None or answers == []:
-        return own
-    (conversation,) = own["conversations"]
+        return converted
+    (conversation,) = converted["conversations"]
     questions = sum(turn["role"] == "assistant" for turn in conversation["turns"])
     if questions != 1:
         raise ValueError(
             f"its `{ANSWERS}` are of annotators to one question, and it has {questions}: leave them out, or make each "
             "question a sample"
         )
-    return own | {"conversations": [conversation | {"evidence": {ANSWERS: answers}}]}
+    return converted | {"conversations": [conversation | {"evidence": {ANSWERS: answers}}]}
 
 
 def turns_of(entry: Any) -> Iterator[tuple[str, str]]:
@@ -218,9 +218,9 @@ def turns_of(entry: Any) -> Iterator[tuple[str, str]]:
     else:
         role_contents = [(entry.get("from", entry.get("role")), entry.get("value", entry.get("content")))]
     for role, content in role_contents:
-        text = _joined(content) if isinstance(content, list) else content
+        text = _join_items(content) if isinstance(content, list) else content
         if not isinstance(role, str) or not isinstance(text, str):
-            raise ValueError(f"a turn has no role or no text; it has {_listed(entry)}")
+            raise ValueError(f"a turn has no role or no text; it has {_format_keys(entry)}")
         if role.lower() not in ROLES:
             raise ValueError(f"a turn is from {role[:40]!r}; known are {', '.join(ROLES)}")
         if ROLES[role.lower()] == "assistant" and isinstance(content, list) and not all(map(_is_text, content)):
@@ -280,7 +280,7 @@ def places_problem(places: int, shown: Collection[int]) -> str | None:
     )
 
 
-def _named_images(content: Mapping[str, Any]) -> int:
+def _count_named_images(content: Mapping[str, Any]) -> int:
     """Return how many images a json names; 0 if it also names a video, whose frames they may be."""
     if _names_video(content):
         return 0
@@ -296,7 +296,7 @@ def _is_text(item: Any) -> bool:
     return isinstance(item, Mapping) and item.get("type") == "text" and isinstance(item.get("text"), str)
 
 
-def _joined(items: list[Any]) -> str:
+def _join_items(items: list[Any]) -> str:
     """Return the text of a turn that is a list of items. Raise ValueError if an item is of an unknown type."""
     words = []
     for item in items:
@@ -310,5 +310,5 @@ def _joined(items: list[Any]) -> str:
     return "\n".join(words)
 
 
-def _listed(content: Mapping[str, Any]) -> str:
+def _format_keys(content: Mapping[str, Any]) -> str:
     return ", ".join(str(name)[:40] for name in [*content][:8]) or "nothing"

@@ -52,7 +52,7 @@ class Placeholders:
         kinds = tuple(kind for kind in BARE if not any(f"</{kind}>" in text.lower() for text in asked))
         standing = standing_kinds(asked)
         if len(kinds) > 1 and len(set(shown)) == 1:
-            known_kinds = standing | {_kind(mark) for mark in cls(())._places(asked)}
+            known_kinds = standing | {_medium_kind(mark) for mark in cls(())._places(asked)}
             return cls(
                 tuple(kind for kind in kinds if kind in shown or (kind in standing and not known_kinds & set(shown)))
             )
@@ -64,54 +64,54 @@ class Placeholders:
 
     def of_one_video(self, asked: Sequence[str]) -> bool:
         """Whether the turns have exactly one placeholder, for a video: the shown images may be its frames."""
-        return [_kind(mark) for mark in self._places(asked)] == ["video"]
+        return [_medium_kind(mark) for mark in self._places(asked)] == ["video"]
 
     def split(self, asked: Sequence[str]) -> list[list[tuple[str, str]]]:
         """Split each turn into ("", words) and ("image" | "video", mark) in order. If a mark's number occurred before,
         in any turn, the mark is not a new placeholder: it is replaced by white space, as in `without`.
         """
         seen: set[tuple[str, int]] = set()
-        return [self._split(self._said_once(text, seen)) for text in asked]
+        return [self._split(self._remove_repeats(text, seen)) for text in asked]
 
     def _split(self, text: str) -> list[tuple[str, str]]:
         parts: list[tuple[str, str]] = []
         end = 0
-        for match in _one(self.bare).finditer(text):
+        for match in _placeholder_pattern(self.bare).finditer(text):
             mark = match.group()
             parts.append(("", text[end : match.start()]))
             end = match.end()
             if not NO_PLACE.fullmatch(mark):
-                parts.append((_kind(mark), mark))
+                parts.append((_medium_kind(mark), mark))
         return [(kind, piece) for kind, piece in [*parts, ("", text[end:])] if kind or piece]
 
-    def _said_once(self, text: str, seen: set[tuple[str, int]]) -> str:
+    def _remove_repeats(self, text: str, seen: set[tuple[str, int]]) -> str:
         def repeated(match: re.Match[str]) -> str:
             number = number_of(match.group(1))
             if number is None:
                 return match.group()
-            place = (_kind(match.group(1)), number)
+            place = (_medium_kind(match.group(1)), number)
             if place not in seen:
                 seen.add(place)
                 return match.group()
-            return "" if match.start() == 0 or match.end() == len(text) else _left_of(match)
+            return "" if match.start() == 0 or match.end() == len(text) else _remaining_whitespace(match)
 
-        return _spaced(self.bare).sub(repeated, text)
+        return _spaced_placeholder_pattern(self.bare).sub(repeated, text)
 
-    def _places(self, asked: Sequence[str]) -> list[str]:
+    def _places(self, prompts: Sequence[str]) -> list[str]:
         """Return the mark of each placeholder."""
-        return [mark for parts in self.split(asked) for kind, mark in parts if kind]
+        return [mark for parts in self.split(prompts) for kind, mark in parts if kind]
 
     def without(self, text: str) -> str:
         """Remove the placeholders from a turn. Words on both sides stay separated, by a line break if there was one."""
         run = _run(self.bare)
         if not run.search(text):
             return text
-        return run.sub(_left_of, text).strip()
+        return run.sub(_remaining_whitespace, text).strip()
 
 
 def standing_kinds(asked: Sequence[str]) -> set[str]:
     """Return the kinds of bare marks that begin or end a line."""
-    return {_kind(match.group()) for text in asked for match in LINE_ENDS.finditer(text)}
+    return {_medium_kind(match.group()) for text in asked for match in LINE_ENDS.finditer(text)}
 
 
 def number_of(mark: str) -> int | None:
@@ -120,26 +120,26 @@ def number_of(mark: str) -> int | None:
     return int(numbered.group(1)) if numbered else None
 
 
-def _left_of(match: re.Match[str]) -> str:
+def _remaining_whitespace(match: re.Match[str]) -> str:
     return "\n" if "\n" in match.group() else " "
 
 
-def _kind(mark: str) -> str:
+def _medium_kind(mark: str) -> str:
     # <img> may contain the path of an image in a folder of videos
     return "video" if "video" in mark.lower() and not mark.lower().startswith("<img") else "image"
 
 
 @lru_cache
-def _one(bare: tuple[str, ...]) -> re.Pattern[str]:
+def _placeholder_pattern(bare: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join((MARKS, *(f"<{kind}>" for kind in bare))), re.IGNORECASE)
 
 
 @lru_cache
-def _spaced(bare: tuple[str, ...]) -> re.Pattern[str]:
+def _spaced_placeholder_pattern(bare: tuple[str, ...]) -> re.Pattern[str]:
     # the lookbehind matches white space only from its start: otherwise the time is quadratic in its length
-    return re.compile(rf"(?:(?<!\s)\s+)?({_one(bare).pattern})\s*", re.IGNORECASE)
+    return re.compile(rf"(?:(?<!\s)\s+)?({_placeholder_pattern(bare).pattern})\s*", re.IGNORECASE)
 
 
 @lru_cache
 def _run(bare: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(rf"(?:(?<!\s)\s+)?(?:(?:{_one(bare).pattern})\s*)+", re.IGNORECASE)
+    return re.compile(rf"(?:(?<!\s)\s+)?(?:(?:{_placeholder_pattern(bare).pattern})\s*)+", re.IGNORECASE)

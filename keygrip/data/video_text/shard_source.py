@@ -147,8 +147,10 @@ class ShardSource:
         Raises:
             FileNotFoundError: there are no shards. ValueError: the folder and a split's subfolder are both shard sets.
         """
-        if _is_set(place, cache_dir):
-            if not is_remote(place) and (other := next((s for s in SPLITS if _is_set(f"{place}/{s}", None)), None)):
+        if _is_shard_set(place, cache_dir):
+            if not is_remote(place) and (
+                other := next((s for s in SPLITS if _is_shard_set(f"{place}/{s}", None)), None)
+            ):
                 raise ValueError(
                     f"{place} is a shard set and so is its {other}/: bring all shards into train/, val/ and test/, or "
                     f"all out of these, delete {place}/{MANIFEST} and make it anew with `python -m keygrip.prepare "
@@ -156,15 +158,15 @@ class ShardSource:
                 )
             return place, True
         train, part = f"{place.rstrip('/')}/train", f"{place.rstrip('/')}/{split}"
-        if not _is_set(train, cache_dir):
+        if not _is_shard_set(train, cache_dir):
             raise FileNotFoundError(
                 f"{place} has neither {MANIFEST} nor train/{MANIFEST}: make it with `python -m keygrip.prepare "
                 f"step=manifest root={'FOLDER` where the set lies' if is_remote(place) else f'{place}`'}"
             )
         # for a set that is generated without val/, another source has the held-out samples
-        if self.root is not None and split != "test" and not _is_set(f"{place.rstrip('/')}/val", cache_dir):
+        if self.root is not None and split != "test" and not _is_shard_set(f"{place.rstrip('/')}/val", cache_dir):
             return train, True
-        return (part if _is_set(part, cache_dir) else None), False
+        return (part if _is_shard_set(part, cache_dir) else None), False
 
 
 def common_fit(sources: Mapping[str, ShardSource], given: str, cache_dir: str | Path | None = None) -> str:
@@ -191,7 +193,7 @@ def common_fit(sources: Mapping[str, ShardSource], given: str, cache_dir: str | 
     return next(iter(known_fits.values()), FITS[0])
 
 
-def _is_set(place: str, cache_dir: str | Path | None) -> bool:
+def _is_shard_set(place: str, cache_dir: str | Path | None) -> bool:
     if is_remote(place):
         return cache_of(place, cache_dir).fetch_optional(MANIFEST) is not None
     return (Path(place) / MANIFEST).is_file()

@@ -45,7 +45,7 @@ def read_timed_frames(
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(files_in(path, *SUFFIXES), key=_by_number)
+        files = sorted(files_in(path, *SUFFIXES), key=_number_sort_key)
         if not files:
             raise FileNotFoundError(f"{path} holds no images ({', '.join(SUFFIXES)})")
         if clip is not None:
@@ -54,7 +54,7 @@ def read_timed_frames(
             if folder_fps is not None:
                 indices = numbers_of_clip(len(files), clip, folder_fps, max_frames)
                 times = indices / folder_fps
-            return np.stack([read_image(files[index], size, fit) for index in indices]), _from_first(times)
+            return np.stack([read_image(files[index], size, fit) for index in indices]), _relative_to_first(times)
         keep = evenly(len(files), max_frames)
         return np.stack([read_image(files[index], size, fit) for index in keep]), tuple(map(float, keep))
     if not path.exists():
@@ -75,7 +75,7 @@ def read_timed_frames(
     try:
         if clip is not None:
             clip_frames = frames_at(str(path), chosen, lambda image: fit_image(image, size, fit))
-            return np.stack(clip_frames), _from_first(times)
+            return np.stack(clip_frames), _relative_to_first(times)
         frames, times = decode_timed(str(path), size, fit, max(MAX_FRAMES, max_frames))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -83,7 +83,7 @@ def read_timed_frames(
     return frames[keep], tuple(float(times[index]) for index in keep)
 
 
-def _from_first(times: np.ndarray) -> tuple[float, ...]:
+def _relative_to_first(times: np.ndarray) -> tuple[float, ...]:
     return tuple(float(time - times[0]) for time in times)
 
 
@@ -128,7 +128,7 @@ def read_animation(
             frames, times = animation_frames(opened, size, fit, chosen)
     except BadSample as error:
         raise ValueError(f"{file} cannot be decoded: {error.what}") from error
-    return frames, _from_first(np.array(times))
+    return frames, _relative_to_first(np.array(times))
 
 
 def is_animation(file: Path) -> bool:
@@ -148,7 +148,7 @@ def read_image(file: Path, size: int, fit: str) -> np.ndarray:
         raise ValueError(f"{file} cannot be decoded: {error.what}") from error
 
 
-def _by_number(file: Path) -> list[tuple[int, str]]:
+def _number_sort_key(file: Path) -> list[tuple[int, str]]:
     """Return a sort key that orders names by the numbers in them."""
     parts = re.split(r"([0-9]+)", file.name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

@@ -29,12 +29,12 @@ def find_captions(folder: Path) -> dict[str, tuple[str, ...]]:
     captions_by_name: dict[str, tuple[str, ...]] = {}
     lists = [path for path in folder.iterdir() if path.name.lower() in CAPTION_FILES]
     for path in sorted(lists, key=lambda path: (CAPTION_FILES.index(path.name.lower()), path.name)):
-        for name, captions in _rows_of(path):
+        for name, captions in _read_rows(path):
             captions_by_name[name] = tuple(dict.fromkeys((*captions_by_name.get(name, ()), *captions)))
     return captions_by_name
 
 
-def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+def _read_rows(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Return the file name and the captions of each row of a list. Raise ValueError as `find_captions` does."""
     try:
         text = read_text(path, MAX_LIST_BYTES)
@@ -43,11 +43,11 @@ def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
                 rows: list[tuple[int, Any]] = list(table_rows(text))
             else:
                 numbered = enumerate(text.split("\n"), 1)
-                rows = [(number, _json_of(line, f"line {number}")) for number, line in numbered if line.strip()]
+                rows = [(number, _parse_json(line, f"line {number}")) for number, line in numbered if line.strip()]
             next(name for _, row in rows for name in FILE_NAMES if name in row)
             next(name for _, row in rows for name in CAPTION_NAMES if name in row)
             file_columns = (
-                (_file_of(*each), [texts_of(each[1].get(name)) or () for name in CAPTION_NAMES]) for each in rows
+                (_file_name_in(*each), [texts_of(each[1].get(name)) or () for name in CAPTION_NAMES]) for each in rows
             )
             return [(name, tuple(text for texts in columns for text in texts)) for name, columns in file_columns]
     except (BadSample, StopIteration) as error:
@@ -58,11 +58,11 @@ def _rows_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
         ) from error
 
 
-def _json_of(text: str, where: object) -> Any:
-    return parse_fields(text, where, (*FILE_NAMES, *CAPTION_NAMES))
+def _parse_json(text: str, location: object) -> Any:
+    return parse_fields(text, location, (*FILE_NAMES, *CAPTION_NAMES))
 
 
-def _file_of(number: int, row: Any) -> str:
+def _file_name_in(number: int, row: Any) -> str:
     """Return the file name in the row at this line. Raise ValueError if there is none."""
     names = [row[name] for name in FILE_NAMES if isinstance(row, Mapping) and name in row]
     if not names:
@@ -103,7 +103,7 @@ def captions_beside(path: Path, wrapped: list[str], capitals: Mapping[Path, Path
             if len(lines) > 1:
                 wrapped.append(file.name)
             continue
-        content = _json_of(read_text(file), file)
+        content = _parse_json(read_text(file), file)
         if not isinstance(content, dict | list):
             raise BadSample(file, "it is neither an object nor a list of captions")
         fields = {"captions": content} if isinstance(content, list) else content

@@ -52,7 +52,7 @@ FAILED_FILE = "failed.jsonl"
 LOOK_AGAIN_S = 2.0
 
 
-def _only(batch: list[ReadyBatch]) -> ReadyBatch:
+def _only_sample(batch: list[ReadyBatch]) -> ReadyBatch:
     return batch[0]
 
 
@@ -228,7 +228,9 @@ def encode_folder(
         while any(not job.done for job in jobs):
             claims = Claims(jobs, batch_size, rank.rank * len(jobs) // rank.ranks)
             thread = ShardThread(claims, trim_text, keep_images)
-            count = _encode(claims, SourceImages(jobs, source, sizes), encoders, workers, thread, clock, bar, started)
+            count = _encode_claimed_jobs(
+                claims, SourceImages(jobs, source, sizes), encoders, workers, thread, clock, bar, started
+            )
             result.items += count
             if not count:  # other processes hold all remaining shards
                 if rank.rank > 0:
@@ -239,7 +241,7 @@ def encode_folder(
         log.warning("%d captions are longer than the text encoder takes, and were cut off", result.captions_cut)
     result.take_times(clock, time.perf_counter() - started)
     if rank.rank == 0:
-        _finish(root, jobs, items, identity, max_failed_share, progress, result)
+        _write_manifests(root, jobs, items, identity, max_failed_share, progress, result)
     log.info(
         "%d images in %.1f s, %.2f per second; %.1f %% of the time waiting for data, %.1f %% in the encoders",
         result.items,
@@ -257,7 +259,7 @@ def _check_stride(buckets: Sequence[Bucket], stride: int) -> None:
             raise ValueError(f"{bucket.name} does not divide by the latent's stride {stride}; raise bucket_step")
 
 
-def _encode(
+def _encode_claimed_jobs(
     claims: Claims,
     images: SourceImages,
     encoders: ImageEncoders,
@@ -272,7 +274,7 @@ def _encode(
         images,
         batch_sampler=claims,
         num_workers=workers,
-        collate_fn=_only,
+        collate_fn=_only_sample,
         worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
@@ -311,7 +313,7 @@ def _encode(
     return image_count
 
 
-def _finish(
+def _write_manifests(
     root: Path,
     jobs: Sequence[Job],
     items: Sequence[Item],

@@ -109,7 +109,7 @@ def list_items(
     paths, sidecars = _image_files(source)
     capitals = {path.with_suffix(path.suffix.lower()): path for path in sidecars if path.suffix != path.suffix.lower()}
     folders = sorted({path.parent for path in sidecars if path.name.lower() in CAPTION_FILES})
-    listed, used_keys = _listed_captions(source, paths, folders), set[str]()
+    listed, used_keys = _read_listed_captions(source, paths, folders), set[str]()
     wrapped: list[str] = []
     partly_empty: list[str] = []
 
@@ -198,7 +198,7 @@ def _image_files(source: Path) -> tuple[list[Path], list[Path]]:
     return paths, sidecars
 
 
-def _listed_captions(source: Path, paths: Sequence[Path], folders: Sequence[Path]) -> dict[str, tuple[str, ...]]:
+def _read_listed_captions(source: Path, paths: Sequence[Path], folders: Sequence[Path]) -> dict[str, tuple[str, ...]]:
     """Read the captions of these files from the lists in some folders, by file name. The log reports names that refer
     to none of the files or to a file outside the folder of the list. It also reports files for which the lists of
     several folders have different captions.
@@ -355,7 +355,7 @@ def extended(items: Sequence[Item], found: Sequence[Item], source: Path, unread:
         return list(found)
     generation = 1 + max(item.generation for item in items)
     last = last_entries(items)
-    current = _without_encoded(found, [item for path, item in last.items() if item.bucket and path not in unread])
+    current = _mark_encoded_copies(found, [item for path, item in last.items() if item.bucket and path not in unread])
     kept_items = []
     for item in items:
         new = current.get(item.path)
@@ -393,14 +393,14 @@ def extended(items: Sequence[Item], found: Sequence[Item], source: Path, unread:
     return [*kept_items, *repaired, *added]
 
 
-def _without_encoded(found: Sequence[Item], encoded: Sequence[Item]) -> dict[str, Item]:
+def _mark_encoded_copies(items: Sequence[Item], encoded: Sequence[Item]) -> dict[str, Item]:
     """Return the found items by path. Files whose content was already encoded from a file that is now missing (renamed
     files, and copies of removed originals) become duplicates: their samples exist."""
-    paths = {item.path for item in found}
+    paths = {item.path for item in items}
     gone = {item.sha256: item.path for item in encoded if item.sha256 and item.path not in paths}
     encoded_paths = {item.path for item in encoded}
     by_path = {}
-    for item in found:
+    for item in items:
         first = gone.get(item.sha256) if item.bucket and item.path not in encoded_paths else None
         if first is not None:
             reason = f"the same file as {first}, which is gone and was encoded: its sample stays"

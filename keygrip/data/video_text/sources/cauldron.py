@@ -50,7 +50,7 @@ class CauldronMaker:
             key = f"{group.name}-{index:08d}"
             try:
                 with guard(key):
-                    sample = self._sample(key, _collection(group, self.source), row)
+                    sample = self._sample(key, _collection_name(group, self.source), row)
             except BadSample as error:
                 yield Broken(str(error))
             else:
@@ -70,7 +70,7 @@ class CauldronMaker:
             raise ValueError("it has no text")
         turn_groups: list[tuple[Turn, ...]] = [tuple(itertools.chain(*pairs))] if collection in SEQUENTIAL else [*pairs]
         conversations = [
-            Conversation(turns, "image_instruction", _evidence(collection, turns)) for turns in turn_groups
+            Conversation(turns, "image_instruction", _make_evidence(collection, turns)) for turns in turn_groups
         ]
         fps = None if len(frames) > 1 else 1.0  # several images have no common time
         return MadeSample(key, *video_text_parts(frames, conversations, "cauldron", fps))
@@ -82,13 +82,13 @@ class CauldronMaker:
             return encode_jpeg(shown_image(image, self.image_size, self.fit))
 
 
-def _evidence(collection: str, turns: Sequence[Turn]) -> dict[str, Any]:
+def _make_evidence(collection: str, turns: Sequence[Turn]) -> dict[str, Any]:
     """Return the evidence; in collections that the VQA rule can score, it includes the reference answer."""
     answers = {"answers": [turns[-1].text]} if collection in VQA else {}
     return {"collection": collection, **answers}
 
 
-def _collection(group: RowGroup, source: Path) -> str:
+def _collection_name(group: RowGroup, source: Path) -> str:
     """Return the name of a collection: its folder below `source`, or `source` itself if the tables are there."""
     folders = group.path.relative_to(source).parent.parts
     return folders[0] if folders else source.absolute().name
@@ -119,11 +119,11 @@ def cauldron(
     source = Path(source)
     groups = row_groups(source, "train-*.parquet", ["images", "texts"], dataset)
     if collections is not None:
-        present = {_collection(group, source) for group in groups}
+        present = {_collection_name(group, source) for group in groups}
         for name in collections:
             if name not in present:
                 raise FileNotFoundError(f"no collection {name!r} in {source}; there are {', '.join(sorted(present))}")
-        groups = [group for group in groups if _collection(group, source) in collections]
+        groups = [group for group in groups if _collection_name(group, source) in collections]
     settings = {"data": "cauldron", "collections": collections, "conversations": "pairs", "decoding": DECODING}
     settings |= {"scored": SCORED}
     settings |= shard_frame_settings(image_size, fit, max_frames)

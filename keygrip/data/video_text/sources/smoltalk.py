@@ -78,7 +78,7 @@ def smoltalk(
     if not 1 <= stage <= STAGES:
         raise ValueError(f"stage={stage}: training has the stages 1 to {STAGES}")
     groups = row_groups(source, "train-*.parquet", ["messages"], "SmolTalk (HuggingFaceTB/smoltalk)")
-    groups = _once(groups, Path(source))
+    groups = _prefer_folder_all(groups, Path(source))
     settings = {"data": "smoltalk", "stage": stage, "max_characters": max_characters}
     maker = SmolTalkMaker(stage, max_characters)
     return write_shards(
@@ -93,7 +93,7 @@ def smoltalk(
     ).report()
 
 
-def _once(groups: list[RowGroup], source: Path) -> list[RowGroup]:
+def _prefer_folder_all(groups: list[RowGroup], source: Path) -> list[RowGroup]:
     """Return the row groups of the folder `all` if there is one, otherwise all row groups. No conversation then occurs
     twice, and none is in two stages or in two splits."""
     whole = [group for group in groups if WHOLE in group.path.relative_to(source).parent.parts]

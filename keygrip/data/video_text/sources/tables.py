@@ -29,12 +29,12 @@ class RowGroup:
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the number in the file and the values of each row. Raise ValueError if the table is damaged, or too
         large when decompressed."""
-        with _named(self.path):
+        with _table_errors_as_value_error(self.path):
             yield from enumerate(rows_of(self.path, self.group, columns, BATCH_ROWS), self.first_row)
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _table_errors_as_value_error(path: Path) -> Iterator[None]:
     """Convert the errors of a damaged table to ValueError."""
     import pyarrow as arrow
 
@@ -67,7 +67,7 @@ def row_groups(source: Path | str, pattern: str, columns: Sequence[str], what: s
     groups = []
     for path, name in zip(paths, file_keys(source, paths), strict=True):
         regular_file(path)
-        with _named(path), parquet.ParquetFile(path) as file:
+        with _table_errors_as_value_error(path), parquet.ParquetFile(path) as file:
             missing = [name for name in columns if name not in file.schema_arrow.names]
             sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
         if missing:

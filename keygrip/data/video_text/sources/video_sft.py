@@ -100,7 +100,7 @@ class VideoSFTMaker:
             fps, stills = rate_of(times), False
         all_frames = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
         prompts = asked_in(entry.turns)
-        places = Placeholders.of(prompts, _kinds(entry))
+        places = Placeholders.of(prompts, _media_kinds(entry))
         count = places.count(prompts)
         if not len(all_frames) and count:
             raise ValueError(f"its text shows an image or a video, and none of {', '.join(MEDIA)} names one")
@@ -125,7 +125,7 @@ class VideoSFTMaker:
         yield MadeSample(entry.key, *video_text_parts(files, [conversation], "video_sft", fps))
 
 
-def _kinds(entry: Entry) -> Collection[str]:
+def _media_kinds(entry: Entry) -> Collection[str]:
     """Return the kinds of an entry's media, from their key; both kinds if the key does not show it."""
     return (kinds_named({entry.named: [path.name for path in entry.media]}) or BARE) if entry.media else ()
 
@@ -154,7 +154,7 @@ def entries(source: Path) -> list[Entry]:
             else:
                 try:
                     with guard(f"entry {index} of {path}"):
-                        all_entries.append(_entry(key, name, source, path.parent, entry))
+                        all_entries.append(_make_entry(key, name, source, path.parent, entry))
                 except BadSample as error:
                     all_entries.append(Entry(key, (), (), name, str(error)))
     if not any(not entry.problem for entry in all_entries):
@@ -177,14 +177,14 @@ def _read_list(path: Path) -> list[Any]:
     """
     text = read_text(path, MAX_LIST_BYTES)
     if path.suffix.lower() == ".jsonl":
-        return [_line(line, f"line {n} of {path}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [_parse_line(line, f"line {n} of {path}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
         try:
             content = parse_json(text, path, MAX_LIST_BYTES)
         except BadSample:  # perhaps only one entry is invalid
             content = parse_loosely(text, path, MAX_LIST_BYTES)
             if isinstance(content, list):
-                content = [_sound(entry, f"entry {number} of {path}") for number, entry in enumerate(content)]
+                content = [_check_fields(entry, f"entry {number} of {path}") for number, entry in enumerate(content)]
     except BadSample as error:
         raise ValueError(f"{path} is not valid JSON: {error.what}") from error
     if not isinstance(content, list):
@@ -192,41 +192,41 @@ def _read_list(path: Path) -> list[Any]:
     return content
 
 
-def _line(line: str, where: str) -> Any:
+def _parse_line(line: str, location: str) -> Any:
     try:
-        return parse_fields(line, where, COUNTED)
+        return parse_fields(line, location, COUNTED)
     except BadSample as error:
         return error
 
 
-def _sound(entry: Any, where: str) -> Any:
+def _check_fields(entry: Any, location: str) -> Any:
     try:
-        return sound_fields(entry, where, COUNTED) if isinstance(entry, Mapping) else entry
+        return sound_fields(entry, location, COUNTED) if isinstance(entry, Mapping) else entry
     except BadSample as error:
         return error
 
 
-def _medium(source: Path, beside: Path, name: str) -> Path:
+def _find_medium(source: Path, list_folder: Path, name: str) -> Path:
     """Return the file of a name that is relative to the list's folder or to `source`: both are common. If it exists in
     neither, return the path in the list's folder. Raise ValueError if it lies outside `source`."""
-    first = _below(source, beside, name)
-    if first.is_file() or os.path.normpath(beside) == os.path.normpath(source):
+    first = _path_within_source(source, list_folder, name)
+    if first.is_file() or os.path.normpath(list_folder) == os.path.normpath(source):
         return first
     try:
-        second = _below(source, source, name)
+        second = _path_within_source(source, source, name)
     except ValueError:  # "../videos/a.mp4" of a list in a folder
         return first
     return second if second.is_file() else first
 
 
-def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping[str, Any]) -> Entry:
+def _make_entry(key: str, collection: str, source: Path, list_folder: Path, entry: Mapping[str, Any]) -> Entry:
     names = [name for name in MEDIA if entry.get(name)]
     if len(names) > 1:
         raise ValueError(f"it has {' and '.join(names)}: their order is not known")
     if entry.get("start") is not None or entry.get("end") is not None:
         raise ValueError("it has `start` or `end`: clips are not cut here, cut the video first")
     key_of_turns = next(name for name in TURNS if name in entry)
-    listed_turns = _listed(entry[key_of_turns], key_of_turns)
+    listed_turns = _check_list(entry[key_of_turns], key_of_turns)
     if not all(isinstance(turn, Mapping) for turn in listed_turns):
         raise ValueError(f"a turn of its `{key_of_turns}` is no object")
     turns = [turn for each in listed_turns for turn in turns_of(each)]
@@ -235,13 +235,13 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
         raise ValueError(f"it has {names[0]} and items that name files: name each once")
     if in_items and len(in_items) != Placeholders.of(asked := asked_in(turns), BARE).count(asked):
         raise ValueError(f"its items name {len(in_items)} files, and others of its images and videos have none")
-    if not names and not in_items and (unknown := _unknown_medium(entry, source, beside)):
+    if not names and not in_items and (unknown := _unknown_medium(entry, source, list_folder)):
         raise ValueError(f"its `{unknown}` names an image or a video; known are {', '.join(MEDIA)}")
     named = entry[names[0]] if names else in_items
     media = []
-    for name in [named] if isinstance(named, str) else _listed(named, names[0] if names else ""):
+    for name in [named] if isinstance(named, str) else _check_list(named, names[0] if names else ""):
         # relative to the list or to the whole folder: both are common
-        media.append(_medium(source, beside, name))
+        media.append(_find_medium(source, list_folder, name))
     return Entry(
         key,
         tuple(media),
@@ -252,7 +252,7 @@ def _entry(key: str, collection: str, source: Path, beside: Path, entry: Mapping
     )
 
 
-def _unknown_medium(entry: Mapping[str, Any], source: Path, beside: Path) -> str | None:
+def _unknown_medium(entry: Mapping[str, Any], source: Path, list_folder: Path) -> str | None:
     """Return the key, in an entry without known media, whose value is a name with the ending of an image or a video, if
     this file exists or the key's name suggests media. None: there is no such key, and the entry is text alone."""
     for key, value in entry.items():
@@ -261,18 +261,18 @@ def _unknown_medium(entry: Mapping[str, Any], source: Path, beside: Path) -> str
                 continue
             if re.search(r"clip|file|frame|image|img|media|path|photo|picture|video", str(key), re.IGNORECASE):
                 return str(key)
-            if any((folder / name).is_file() for folder in (beside, source)):
+            if any((folder / name).is_file() for folder in (list_folder, source)):
                 return str(key)
     return None
 
 
-def _listed(given: Any, name: str) -> list[Any]:
-    if not isinstance(given, list):
+def _check_list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
         raise ValueError(f"its `{name}` is no list")
-    return given
+    return value
 
 
-def _below(source: Path, folder: Path, name: object) -> Path:
+def _path_within_source(source: Path, folder: Path, name: object) -> Path:
     """Return the path of a file that a list names. Raise ValueError if it lies outside the collection."""
     if not isinstance(name, str):
         raise ValueError(f"it names a file by {str(name)[:80]!r}, which is no text")

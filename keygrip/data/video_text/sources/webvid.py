@@ -80,7 +80,7 @@ class WebVidMaker:
             key, parts = entry
             try:
                 with guard(f"{key} of {item}"):
-                    video, text = _video_in(parts), _caption_in(parts)
+                    video, text = _video_name(parts), _find_caption(parts)
                     sample = self._sample(sample_key(f"{item.stem}-{key}"), parts[video], text)
             except BadSample as error:
                 yield Broken(str(error))
@@ -97,14 +97,14 @@ class WebVidMaker:
         )
 
 
-def _video_in(parts: Parts) -> str:
+def _video_name(parts: Parts) -> str:
     """Return the name of the only video. Raise ValueError if there are several."""
     video, _ = media_of({name: content for name, content in parts.items() if name in VIDEO})
     assert video is not None
     return video
 
 
-def _caption_in(parts: Parts) -> str:
+def _find_caption(parts: Parts) -> str:
     """Return the caption. Raise ValueError if there is none."""
     if "txt" in parts:
         return parts["txt"].decode("utf-8-sig")
@@ -130,7 +130,7 @@ def tar_samples(path: Path) -> Iterator[tuple[str, Parts] | Broken]:
             continue
         try:
             with guard(f"{key} of {path}"):
-                parts = _read(path, members)
+                parts = _read_parts(path, members)
         except BadSample as error:
             yield Broken(str(error))
         else:
@@ -139,7 +139,7 @@ def tar_samples(path: Path) -> Iterator[tuple[str, Parts] | Broken]:
         yield Broken(f"{listing.fault}; its videos up to there are kept")
 
 
-def _read(path: Path, members: Sequence[tuple[str, int, int]]) -> Parts:
+def _read_parts(path: Path, members: Sequence[tuple[str, int, int]]) -> Parts:
     """Read the video and the text of a sample. Raise ValueError if there is no video, or it is too large."""
     used_members = [member for member in members if member[0].lower() in (*VIDEO, *TEXT)]
     if not any(name.lower() in VIDEO for name, _, _ in used_members):
