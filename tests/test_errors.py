@@ -304,7 +304,7 @@ def test_a_run_folder_that_takes_no_log_file_is_named(cli: Callable[..., Any], t
 
 def test_the_end_of_another_process_is_named() -> None:
     said = "[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer"
-    expected = "another process of this run ended: see what it said, and continue with resume=<run folder>"
+    expected = "another process of this run ended: see its output, and continue with resume=<run folder>"
     assert describe_error(RuntimeError(said), "train", []) == (expected, 1)
 
 

@@ -139,7 +139,7 @@ def test_one_mean_pooled_vector_knows_no_layout(tmp_path: Path) -> None:
 def test_geometry_that_would_reach_nobody_is_refused() -> None:
     with pytest.raises(ValueError, match="geom_places=true is of compressed geometry tokens, and there are none"):
         small_module(geom_inject_to_dit=False, geom_places=True)
-    with pytest.raises(ValueError, match="geom_blank=true is of what actions are told of geometry"):
+    with pytest.raises(ValueError, match="geom_blank=true has no effect"):
         small_module(geom_inject_to_dit=False, geom_blank=True)
     with pytest.raises(ValueError, match="geom_standardised=true is of compressed geometry tokens"):
         small_module(small_geometry(), geom_dit_tokens=0, geom_standardised=True, pointing_cells=2, pointed_tokens=True)

@@ -309,7 +309,7 @@ def test_mapanything_is_told_what_is_calibrated_in_the_demonstrations(
         assert found.reads_cameras == expected.reads_cameras
         assert torch.equal(found(batch.images, *cameras).tokens, expected(batch.images, *cameras).tokens)
         said = {names: "all cameras", ("over",): "over"}.get(calibrated, "no camera")
-        assert f"told the calibration of {said}" in caplog.text
+        assert f"receives the calibration of {said}" in caplog.text
         assert ("put one of them first in data.cameras" in caplog.text) == (calibrated == ("front",))
         found.take_calibrated(calibrated)
         with pytest.raises(ValueError, match="restore them, or start a new run"):

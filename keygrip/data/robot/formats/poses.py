@@ -103,9 +103,8 @@ def increasing(times: np.ndarray, fallback_step: int) -> np.ndarray:
     if len(distinct) == len(times):
         return times
     index = np.arange(len(times))
-    spread = times[0] + np.interp(index, distinct, (times[distinct] - times[0]).astype(np.float64)).round().astype(
-        np.int64
-    )
+    offsets = np.interp(index, distinct, (times[distinct] - times[0]).astype(np.float64))
+    spread = times[0] + offsets.round().astype(np.int64)
     after_last = index > distinct[-1]
     spread[after_last] = times[distinct[-1]] + (index[after_last] - distinct[-1]) * fallback_step
     return spread
