@@ -1,4 +1,4 @@
-"""Bounds on observations and plans, derived from the training data and checked by the server.
+"""Bounds on observations and plans, derived from the training data; checked by the server and by `keygrip run`.
 
 A network extrapolates without a warning: a start pose in millimetres gives a plan that seems plausible, one of 1e20
 gives NaN. A covered lens and the intrinsics of another resolution are not detected by the network either.
