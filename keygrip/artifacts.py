@@ -77,7 +77,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = temporary_beside(target)
     temporary = temporary.with_name(temporary.name + target.suffix)
     try:
-        with full_disk_is_named(target):
+        with full_disk_errors(target):
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -209,7 +209,7 @@ def scratch_folder(beside: str | Path) -> Iterator[Path]:
     temporary = temporary_beside(target)
     temporary.mkdir()
     try:
-        with full_disk_is_named(target):
+        with full_disk_errors(target):
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -334,7 +334,7 @@ def sha256_of(parts: Iterable[bytes]) -> str:
 
 def sha256_file(path: str | Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
-    return sha256_of(blocks_of(path))
+    return sha256_of(read_blocks(path))
 
 
 def sha256_bytes(content: bytes) -> str:
@@ -342,7 +342,7 @@ def sha256_bytes(content: bytes) -> str:
     return sha256_of([content])
 
 
-def blocks_of(path: str | Path, size: int | None = None) -> Iterator[bytes]:
+def read_blocks(path: str | Path, size: int | None = None) -> Iterator[bytes]:
     """Yield a file's content, or its first ``size`` bytes, in blocks."""
     with Path(path).open("rb") as file:
         left = file.seek(0, os.SEEK_END) if size is None else size
@@ -421,7 +421,7 @@ def _is_alive(process: int) -> bool:
 
 
 @contextlib.contextmanager
-def full_disk_is_named(target: Path) -> Iterator[None]:
+def full_disk_errors(target: Path) -> Iterator[None]:
     """Convert the errors of a full disk, including torch's own, to a `DiskFullError` that names ``target``."""
     try:
         yield

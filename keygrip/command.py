@@ -22,7 +22,7 @@ from keygrip.artifacts import DISK_FULL
 from keygrip.config import (
     SettingError,
     check_overrides,
-    completed,
+    complete_overrides,
     config_folder,
     overrides_of,
     register_options,
@@ -30,7 +30,7 @@ from keygrip.config import (
 from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.cores import allow_many_files
 from keygrip.help import help_text
-from keygrip.launch import is_first_process, is_helper_process, queue_again
+from keygrip.launch import is_first_process, is_helper_process, requeue_job
 from keygrip.renamed_settings import new_name
 from keygrip.training import results, run_folder, sweeps
 from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
@@ -100,7 +100,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             sys.argv[1:] = overrides_first(sys.argv[1:])
             if not is_helper_process():  # Lightning adds hydra.run.dir to the arguments of helper processes
                 check_overrides(config_name, sys.argv[1:])
-            sys.argv[1:] = completed(config_name, sys.argv[1:])
+            sys.argv[1:] = complete_overrides(config_name, sys.argv[1:])
             folder = str(config_folder())
             hydra.main(config_path=folder, config_name=config_name, version_base="1.3")(task)()
             if failed:
@@ -119,7 +119,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         if is_first_process():
             run_folder.remove_unbegun()
         if signal.SIGUSR1 in received and is_first_process():
-            queue_again()  # last, because SLURM then ends the job
+            requeue_job()  # last, because SLURM then ends the job
         sys.stderr.flush()
         sys.exit(code)
 

@@ -100,7 +100,7 @@ def register_completion(config_name: str, complete: Callable[[Sequence[str]], li
     _COMPLETIONS[config_name] = complete
 
 
-def completed(config_name: str, overrides: Sequence[str]) -> list[str]:
+def complete_overrides(config_name: str, overrides: Sequence[str]) -> list[str]:
     """Return the overrides in the form that Hydra accepts, with those added by `register_completion`'s function, before
     options such as ``-m`` (see `keygrip.command.overrides_first`).
 
@@ -287,7 +287,7 @@ def compose_with_choices(config_name: str, overrides: Sequence[str] = ()) -> tup
         check_overrides(config_name, overrides)
         if any(override.startswith("hydra.run.dir=") for override in overrides):  # used by Hydra's command line only
             raise SettingError("the run folder is given by run_dir, not by hydra.run.dir")
-        overrides = completed(config_name, overrides)
+        overrides = complete_overrides(config_name, overrides)
         with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
             cfg = hydra_compose(config_name, overrides=overrides, return_hydra_config=True)
         choices = {str(group): option for group, option in cfg.hydra.runtime.choices.items()}
@@ -489,7 +489,7 @@ def group_options(group: str, overrides: Sequence[str] = ()) -> list[str]:
     return sorted(options | set(stored("")))
 
 
-def listed(overrides: Sequence[str]) -> list[str]:
+def as_list(overrides: Sequence[str]) -> list[str]:
     """Return overrides as a list; reject a single string, which would be read as a list of letters."""
     if isinstance(overrides, str):
         raise ValueError(f"overrides are a list of settings, e.g. [{overrides!r}]")

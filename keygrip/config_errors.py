@@ -65,11 +65,11 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         group = unchosen.group(1)
         options = group_options(group, settings)
         return f"nothing is chosen of the group {group!r}: give {group}=NAME, one of {', '.join(options)}"
-    causes = " ".join([text] + [one_line(each) for each in chain(error)])
+    causes = " ".join([text] + [one_line(each) for each in causes_of(error)])
     unset = UNSET.search(causes)
     if unset:
         name = unset.group(1)
-        key_match = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *chain(error))))
+        key_match = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *causes_of(error))))
         naming = [each.partition("=")[0] for each in overrides if re.search(rf"env:\s*{re.escape(name)}\b", each)]
         key = naming[0] if naming else key_match.group(1) if key_match else "a setting"
         return (
@@ -78,7 +78,7 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         )
     interpolated = re.search(r"Interpolation key '([^']+)' not found", causes)
     if interpolated:
-        key_match = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *chain(error))))
+        key_match = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *causes_of(error))))
         key = key_match.group(1) if key_match else "a setting"
         remedy = f"give {key}=..." if "[" not in key else f"choose another option of {key.partition('.')[0]}"
         return f"{key} takes its value from {interpolated.group(1)}, which this run does not have: {remedy}"
@@ -176,14 +176,14 @@ def _quote_override(key: str, value: str) -> str:
     return shlex.quote(override) if re.search(r'["$`!\\]', value) else f'"{override}"'
 
 
-def chain(error: BaseException) -> list[BaseException]:
+def causes_of(error: BaseException) -> list[BaseException]:
     """Return the chain of causes of an error, starting with the direct cause."""
-    chain: list[BaseException] = []
+    causes: list[BaseException] = []
     cause = error.__cause__
-    while cause is not None and cause not in chain:
-        chain.append(cause)
+    while cause is not None and cause not in causes:
+        causes.append(cause)
         cause = cause.__cause__
-    return chain
+    return causes
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -19,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import json_text, write_json
 from keygrip.command import entry_point
-from keygrip.config import compose, listed, register_completion
+from keygrip.config import as_list, compose, register_completion
 from keygrip.config_errors import setting_errors
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind, plain
 from keygrip.override_values import quoted
 from keygrip.training.main_guard import refuse_unguarded_script
-from keygrip.training.run_folder import CHECKPOINT, given_path, hold
+from keygrip.training.run_folder import CHECKPOINT, given_path, lock_folder
 from keygrip.training.strategies import use_tf32
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     settings = {name: value for name, value in plain(cfg).items() if value is not None}
     used_settings = {name: value for name, value in settings.items() if name not in ("checkpoint", "run_dir")}
     result: dict[str, Any] = {"checkpoint": str(file), "model": type(module).__name__, "settings": used_settings}
-    with hold(output):  # two evaluations of one run would mix their results and videos
+    with lock_folder(output):  # two evaluations of one run would mix their results and videos
         result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output, trust, external), cfg)
         result |= {"wall_s": round(time.perf_counter() - started, 1), "machine": machine()}
         write_json(output / "result.json", result)
@@ -109,7 +109,7 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str,
         ValueError, FileNotFoundError: as the command; keygrip.config.SettingError for a setting that does not exist.
     """
     refuse_unguarded_script()
-    given = [f"checkpoint={quoted(str(checkpoint))}", *listed(overrides)]
+    given = [f"checkpoint={quoted(str(checkpoint))}", *as_list(overrides)]
     with setting_errors("evaluate", given):
         cfg = compose("evaluate", given)
     return run(cfg)

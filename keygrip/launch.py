@@ -27,7 +27,7 @@ def started_together() -> int:
 
 def tasks_of_srun() -> int:
     """Return how many processes srun started for this run; 1 without srun, and in a shell that srun started."""
-    return 1 if in_a_shell_of_slurm() else int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    return 1 if is_slurm_shell() else int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def nodes_of_srun() -> int:
@@ -56,7 +56,7 @@ def tasks_of_nodes_of_srun() -> list[int]:
     return counts
 
 
-def meet_within_step() -> None:
+def set_rendezvous_of_step() -> None:
     """Set MASTER_ADDR and MASTER_PORT, unless they are set, to the first node of the srun step and to a port of this
     step, 15000 to 24999, as the rendezvous of the step's processes.
 
@@ -80,7 +80,7 @@ def refuse_task_named_as_a_shell() -> None:
     `salloc` gives its jobs such a name. In a shell with several tasks (`srun -n4 --pty bash`) the user types in task 0.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-    if not in_a_shell_of_slurm() or tasks == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+    if not is_slurm_shell() or tasks == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return
     name, rank = os.environ["SLURM_JOB_NAME"], int(os.environ.get("SLURM_PROCID") or 0)
     remedy = "salloc --job-name=train, or srun ... env SLURM_JOB_NAME=train python -m keygrip.train ..."
@@ -113,7 +113,7 @@ def is_helper_process() -> bool:
     return local not in ("0", os.environ.get("SLURM_LOCALID")) and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
-def in_a_shell_of_slurm() -> bool:
+def is_slurm_shell() -> bool:
     """Return whether a user types commands in an interactive SLURM job, by the job names that Lightning also checks:
     such a command is not part of the job's step."""
     return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
@@ -124,7 +124,7 @@ def restarted_by_scheduler() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def queue_again() -> None:
+def requeue_job() -> None:
     """Ask SLURM to queue this job again. Does nothing outside SLURM; a refusal is logged."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:

@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from keygrip.config import SettingError, nearest
-from keygrip.config_errors import chain
+from keygrip.config_errors import causes_of
 from keygrip.renamed_settings import new_name
 
 # Names of sizes and counts that must be at least 1; 0 or less would build an empty part or none.
@@ -57,7 +57,7 @@ def refuse_ill_typed(config: Any, place: str = "", passed_on: Mapping[str, str] 
         refuse_ill_typed(child, _dotted_path(place, str(name)), passed_on)
 
 
-def wanted(value: Any, hint: Any) -> str | None:
+def expected_type(value: Any, hint: Any) -> str | None:
     """Describe the expected type of a value in words; None if the value has this type, or if the type is not checked.
 
     Numbers must be finite. A number is not accepted as a string, because Hydra changes ``2024_11_05`` to 20241105.
@@ -66,7 +66,7 @@ def wanted(value: Any, hint: Any) -> str | None:
         return None  # it represents the object that is built from it
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        problems = [wanted(value, each) for each in inner]
+        problems = [expected_type(value, each) for each in inner]
         return None if None in problems else _join_alternatives(list(dict.fromkeys(each for each in problems if each)))
     for check in (_expected_scalar, _expected_container):
         is_checked, problem = check(value, hint, origin, inner)
@@ -123,7 +123,7 @@ def _check_node(node: Mapping[str, Any], path: str, passed_on: Mapping[str, str]
         hints = hints_of(target)
     except Exception as error:
         # Hydra converts a signal during the import to an ImportError; it must still end the command.
-        if not isinstance([error, *chain(error)][-1], NOT_THERE):
+        if not isinstance([error, *causes_of(error)][-1], NOT_THERE):
             raise
         return
     settings = {
@@ -143,7 +143,9 @@ def _check_node(node: Mapping[str, Any], path: str, passed_on: Mapping[str, str]
         if value == MISSING:
             continue  # reported when the object is built
         hint = hints.get(key, Any)
-        problem = None if typing.get_origin(hint) is typing.Literal else wanted(value, hint)  # checked by the target
+        problem = (
+            None if typing.get_origin(hint) is typing.Literal else expected_type(value, hint)
+        )  # checked by the target
         if problem is None and SIZE.search(key) and type(value) is int and value < 1:
             problem = "at least 1"
         if problem is not None:
@@ -199,7 +201,7 @@ def _expected_container(value: Any, hint: Any, origin: Any, inner: tuple[Any, ..
         if fixed and len(value) != len(inner):
             return True, f"a list of {len(inner)}"
         types_of = inner if fixed else inner[:1] * len(value)
-        problems = [wanted(each, item_type) for each, item_type in zip(value, types_of, strict=False)]
+        problems = [expected_type(each, item_type) for each, item_type in zip(value, types_of, strict=False)]
         problem = next((each for each in problems if each), None)
         many = f"a list of {len(inner)}" if fixed else "a list"
         return True, None if problem is None else f"{many}, each of it {problem}"
@@ -208,6 +210,6 @@ def _expected_container(value: Any, hint: Any, origin: Any, inner: tuple[Any, ..
             return True, "settings by name"
         hint_of_each = inner[1] if len(inner) == 2 else Any
         values = [each for each in value.values() if each is not None and not isinstance(each, Mapping)]
-        problem = next((found for each in values if (found := wanted(each, hint_of_each))), None)
+        problem = next((found for each in values if (found := expected_type(each, hint_of_each))), None)
         return True, None if problem is None else f"settings by name, each of them {problem}"
     return False, None

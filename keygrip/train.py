@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, open_dict
 
 from keygrip.command import entry_point
-from keygrip.config import SettingError, compose_with_choices, listed
+from keygrip.config import SettingError, as_list, compose_with_choices
 from keygrip.config_errors import setting_errors
 from keygrip.training import run_folder
 from keygrip.training.idle_settings import refuse_idle
@@ -51,7 +51,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, An
     with open_dict(cfg):
         cfg.run_dir = str(folder)
     try:
-        with run_folder.hold(folder):
+        with run_folder.lock_folder(folder):
             from keygrip.training.fit import fit  # torch and lightning take seconds to import; an error above does not
 
             return fit(cfg, folder, command, list(overrides or ()))
@@ -66,7 +66,7 @@ def _folder_of(cfg: DictConfig, overrides: Sequence[str] | None) -> Path:
     here, so a new folder is named after the classes of model and data."""
     model = str(cfg.model._target_).rpartition(".")[2]
     data = str(cfg.data._target_).rpartition(".")[2]
-    return Path(run_folder.choose(cfg.run_dir, cfg.resume, model, data, next(_starts), overrides)).absolute()
+    return Path(run_folder.choose_folder(cfg.run_dir, cfg.resume, model, data, next(_starts), overrides)).absolute()
 
 
 def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -83,14 +83,14 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
             and for ``sweep=NAME``, which is several trainings.
     """
     refuse_unguarded_script()
-    given = listed(overrides)
+    given = as_list(overrides)
     with setting_errors("train", given):
         cfg, choices = compose_with_choices("train", given)
         if (sweep := choices.get("sweep")) is not None:
             raise SettingError(f"sweep={sweep} is several trainings, for the command: keygrip train sweep={sweep}")
         refuse_idle(cfg, given)  # before a folder is made
     model, data = choices["model"], choices["data"]
-    cfg.run_dir = run_folder.choose(cfg.run_dir, cfg.resume, model, data, next(_starts), given)
+    cfg.run_dir = run_folder.choose_folder(cfg.run_dir, cfg.resume, model, data, next(_starts), given)
     run(cfg, given)
     return read_result(Path(cfg.run_dir))
 

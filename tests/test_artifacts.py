@@ -232,7 +232,7 @@ def test_hashes_are_sha256(tmp_path: Path) -> None:
     content = os.urandom(3 * artifacts.BLOCK_BYTES + 5)
     (tmp_path / "file").write_bytes(content)
     assert artifacts.sha256_file(tmp_path / "file") == artifacts.sha256_bytes(content)
-    assert artifacts.sha256_of(artifacts.blocks_of(tmp_path / "file", 7)) == artifacts.sha256_bytes(content[:7])
+    assert artifacts.sha256_of(artifacts.read_blocks(tmp_path / "file", 7)) == artifacts.sha256_bytes(content[:7])
     assert artifacts.sha256_bytes(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 

@@ -558,7 +558,7 @@ def test_a_refused_run_leaves_an_earlier_one_as_it_was(cli: Callable[..., Any]) 
     assert Path("run/result.json").read_bytes() == before
     for said in ("already holds a run", "belongs to a run that is still going on"):
         Path("run/result.json").write_text('{"status": "running"}')
-        with run_folder.hold(Path("run")) if "still" in said else contextlib.nullcontext():
+        with run_folder.lock_folder(Path("run")) if "still" in said else contextlib.nullcontext():
             outcome = cli(*toy)
         assert said in outcome.err
         assert json.loads(Path("run/result.json").read_text()) == {"status": "running"}
@@ -570,7 +570,7 @@ def anew(cli: Callable[..., Any]) -> Callable[..., Any]:
     """Return `cli` as in a new process that has not chosen a folder yet."""
 
     def run(*arguments: str) -> Any:
-        run_folder.stamp.cache_clear()
+        run_folder.run_name.cache_clear()
         run_folder._claimed.cache_clear()
         return cli(*arguments)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from keygrip.launch import is_first_process, meet_within_step
+from keygrip.launch import is_first_process, set_rendezvous_of_step
 from keygrip.training import run_folder
 
 NAMES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
@@ -43,7 +43,7 @@ def meeting(monkeypatch: pytest.MonkeyPatch, job: int, step: int | None, nodes: 
             if not os.environ[name]:
                 patch.delenv(name)
         told(patch, **{f"SLURM_{name}": value for name, value in (ours | in_step).items() if value is not None})
-        meet_within_step()
+        set_rendezvous_of_step()
         environment = SLURMEnvironment(auto_requeue=False)
         return environment.main_address, environment.main_port
 
@@ -86,7 +86,7 @@ def test_one_process_of_torchrun_under_srun_is_the_first(monkeypatch: pytest.Mon
                     first.append((procid, begins + number))
         assert first == [(1, 0)]
     told(monkeypatch, RANK=0, LOCAL_RANK=0)
-    with run_folder.hold(tmp_path):
+    with run_folder.lock_folder(tmp_path):
         assert run_folder.is_held(tmp_path)
 
 

@@ -19,7 +19,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from keygrip.training.run_folder import resume_setting
-from keygrip.training.sweeps import forget_result, found_before, record_finished
+from keygrip.training.sweeps import earlier_run, forget_result, record_finished
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class ProcessLauncher(Launcher):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
         folder = Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir
-        finished, resume = found_before(config, folder, overrides)
+        finished, resume = earlier_run(config, folder, overrides)
         if "resume" in config and resume_setting(config.resume) != resume:
             overrides = [*overrides, f"resume={str(resume).lower()}"]
         return _Job(number, overrides, folder, finished)

@@ -110,7 +110,7 @@ class Server:
         }
 
 
-def closed(parent: Connection) -> asyncio.Event:
+def closed_event(parent: Connection) -> asyncio.Event:
     """Return an event that is set when the other end of a connection is closed. The other end must send no messages;
     call this in an event loop."""
     event, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -130,7 +130,7 @@ def _serve(overrides: list[str], device: str, clients: int, parent: Connection) 
     about = {"model": type(policy.module).__name__}
 
     async def until_closed() -> None:
-        stop = closed(parent)
+        stop = closed_event(parent)
         listening = []
         for batch in (1, clients):
             server = PolicyServer(policy, policy.needs, about, Limits(waiting=clients, batch=batch))

@@ -16,7 +16,7 @@ import numpy as np
 from keygrip.benchmarks import server_clients
 from keygrip.benchmarks.inference import looking_down, untrained
 from keygrip.benchmarks.measuring import milliseconds
-from keygrip.benchmarks.server import START_S, closed
+from keygrip.benchmarks.server import START_S, closed_event
 from keygrip.config import compose
 from keygrip.models.policy import Policy
 from keygrip.runtime.server import PolicyServer
@@ -176,6 +176,6 @@ def _serve(overrides: list[str], clients: int, batch: int, parent: Connection) -
     server = PolicyServer(policy, policy.needs, {"model": type(policy.module).__name__}, limits)
 
     async def until_closed() -> None:
-        await server.serve("127.0.0.1", 0, closed(parent), parent.send)
+        await server.serve("127.0.0.1", 0, closed_event(parent), parent.send)
 
     asyncio.run(until_closed())

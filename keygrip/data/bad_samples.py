@@ -1,9 +1,9 @@
 """Bad samples: the errors that broken or hostile frames, videos, images and texts raise, and how they are handled.
 
 Readers of frames, videos, images and texts open files with :mod:`keygrip.data.untrusted_files`, which checks sizes
-before it allocates or decodes. They run under :func:`guard`, which converts every error that a broken file raises into
-one :class:`BadSample` with the reason and the place. :class:`BadSamples` counts the samples that were left out, stores
-their names, and stops a run that leaves out too many.
+before it allocates or decodes. They run under :func:`as_bad_sample`, which converts every error that a broken file
+raises into one :class:`BadSample` with the reason and the place. :class:`BadSamples` counts the samples that were left
+out, stores their names, and stops a run that leaves out too many.
 """
 
 from __future__ import annotations
@@ -85,15 +85,15 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def first_of(reasons: Sequence[str], most: int = NAMED_AT_MOST, between: str = "; ") -> str:
+def join_first(reasons: Sequence[str], most: int = NAMED_AT_MOST, between: str = "; ") -> str:
     """Join the first ``most`` reasons and the number of the remaining ones into one message."""
     more = [f"and {len(reasons) - most} more"] if len(reasons) > most else []
     return between.join([*reasons[:most], *more])
 
 
-def first_names(names: Sequence[str]) -> str:
-    """Join the first twenty names of demos or frames, as `first_of` joins reasons."""
-    return first_of(names, 20, ", ")
+def join_first_names(names: Sequence[str]) -> str:
+    """Join the first twenty names of demos or frames, as `join_first` joins reasons."""
+    return join_first(names, 20, ", ")
 
 
 def is_of_the_machine(error: BaseException) -> bool:
@@ -102,7 +102,7 @@ def is_of_the_machine(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def guard(where: object, error: Callable[[str, str], Exception] = BadSample) -> Iterator[None]:
+def as_bad_sample(where: object, error: Callable[[str, str], Exception] = BadSample) -> Iterator[None]:
     """Convert every exception that a broken sample raises inside the block into one error.
 
     Args:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from keygrip.artifacts import write_text
-from keygrip.data.bad_samples import BadSample, guard
-from keygrip.data.image_text.bucket_folders import INFO, buckets_there, read_info
+from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.image_text.bucket_folders import INFO, buckets_by_split, read_info
 from keygrip.data.image_text.examination import examine_image_text, image_counts, report_near_copies
 from keygrip.data.image_text.samples import is_image_text
 from keygrip.data.manifests import describe, split_folders
@@ -61,7 +61,7 @@ def examine_shard(place: str, number: int) -> ShardReport:
     for sample in range(first, first + entry["samples"]):
         report.keys.append(shards.key(sample))
         try:
-            with guard(shards.where(sample)):
+            with as_bad_sample(shards.where(sample)):
                 parts = lower_case(shards.read(sample))
             examine = examine_image_text if is_image_text(parts) else examine_video_text
             examine(shards, sample, parts, report)
@@ -155,7 +155,7 @@ def _find_repeated_samples(reports: Sequence[ShardReport]) -> list[str]:
 def _find_manifest_problems(root: Path | str) -> list[str]:
     """Return what the manifests left out, and where they and `images.json` differ from the existing files."""
     problems = []
-    if (Path(root) / INFO).is_file() and read_info(str(root)).get("splits") != buckets_there(Path(root)):
+    if (Path(root) / INFO).is_file() and read_info(str(root)).get("splits") != buckets_by_split(Path(root)):
         problems.append(f"{root}/{INFO}, which training goes by, names other buckets than there are: run step=manifest")
     for folder in split_folders(root):
         manifest = read_json(Path(folder) / MANIFEST)

@@ -39,19 +39,25 @@ from keygrip.evaluation.answer_forms import (
     VERDICT,
     WRONG,
 )
-from keygrip.evaluation.named_options import by_words, numbered, without_either_way
+from keygrip.evaluation.named_options import option_by_number, option_by_words, remove_yes_or_no
 from keygrip.evaluation.option_texts import (
     Options,
-    apart,
     before_place,
     literal_text,
+    mask_own_capitals,
     normal_text,
     number_of,
-    own_words,
+    option_pattern,
     plain_text,
-    unwrapped,
+    strip_marks,
 )
-from keygrip.evaluation.weighed_options import Weighed, called_right, left_over, says_something, weighed_options
+from keygrip.evaluation.weighed_options import (
+    Weighed,
+    has_remarks,
+    option_called_right,
+    remaining_option,
+    weighed_options,
+)
 
 
 def chosen_option(answer: str, options: Sequence[str]) -> int | None:
@@ -81,14 +87,14 @@ def _read_option(answer: str, options: Options, announced_only: bool = False) ->
     whole = options.whole(answer)
     if whole is not None:
         return whole
-    answer = unwrapped(answer).strip()
+    answer = strip_marks(answer).strip()
     if not answer:
         return None
     if not any(ABSTAINS.search(option) for option in options.literal):
         answer = ABSTAINS.sub(" ", answer)
     if len(options.literal[0]) > 1:  # "A: B" may be an option "B" with its letter
         answer = ANSWERS_IT.sub("\nAnswer:", answer).strip()
-    answer = without_either_way(ASKS.sub(" ", BESIDE_CJK.sub(" ", answer)), options)
+    answer = remove_yes_or_no(ASKS.sub(" ", BESIDE_CJK.sub(" ", answer)), options)
     through, ends_at = _read_discussion(answer, options)
     if through:
         return ends_at
@@ -98,7 +104,7 @@ def _read_option(answer: str, options: Options, announced_only: bool = False) ->
     answer = _remove_denied_option(answer, options)
     answer = _remove_answer_mark(answer, options)
     words = _join_lines(answer)
-    text = apart(words, options)
+    text = mask_own_capitals(words, options)
     first_line = _parse_lone_letter(answer.partition("\n")[0], options)
     if first_line is not None:
         return first_line
@@ -116,13 +122,13 @@ def _read_option(answer: str, options: Options, announced_only: bool = False) ->
     if announced_only:
         return None
     agreed = answer if any(map(AGREES.search, options.literal)) else AGREES.sub(" ", answer)
-    named = by_words(_join_lines(QUALIFIES.sub(r"\1", agreed)), options)
+    named = option_by_words(_join_lines(QUALIFIES.sub(r"\1", agreed)), options)
     alone, labelling = _find_capitals(text, options)
     if len(alone) == 1:
         return alone.pop() if named is None or named in alone else None
     if named is None and not alone and len(labelling) == 1:
         return labelling.pop()
-    return numbered(words, options) if named is None else named
+    return option_by_number(words, options) if named is None else named
 
 
 def _remove_answer_mark(answer: str, options: Options) -> str:
@@ -138,7 +144,7 @@ def _remove_answer_mark(answer: str, options: Options) -> str:
     if letter is not None and not (letter[1] and re.match(_another_letter_pattern(last), line[letter.end(1) :])):
         return rest
     reasons = re.match(REASON, line, re.IGNORECASE) or re.search(r"[.;!?]\W*\w", line)
-    return answer if reasons or by_words(line, options) in (None, 0) else rest
+    return answer if reasons or option_by_words(line, options) in (None, 0) else rest
 
 
 def _join_lines(text: str) -> str:
@@ -196,13 +202,13 @@ def _read_discussion(answer: str, options: Options) -> tuple[bool, int | None]:
     if arrived is None and re.search(r"\w", earlier_lines):  # otherwise the list continues
         arrived = _parse_lone_letter(last_line, options)
         arrived = options.lettered(last_line) if arrived is None else arrived
-    speaks = says_something(weighed)
+    speaks = has_remarks(weighed)
     if arrived is None and speaks:
-        arrived = called_right(weighed, options)
+        arrived = option_called_right(weighed, options)
     if arrived is None:
         arrived = _find_conclusion(_remove_verdicts(answer, weighed), options, (CORRECTS, SAYS, CONCLUDES))
     if arrived is None and speaks:
-        arrived = left_over(weighed, options)
+        arrived = remaining_option(weighed, options)
     return arrived is not None or speaks, arrived
 
 
@@ -216,7 +222,7 @@ def _remove_verdicts(answer: str, weighed: Sequence[Weighed]) -> str:
 
 def _find_conclusion(answer: str, options: Options, announcements: Sequence[str]) -> int | None:
     """Return the option that a text announces or calls right."""
-    text = apart(_join_lines(answer), options)
+    text = mask_own_capitals(_join_lines(answer), options)
     announced = _find_announced_letter(announcements, text, options)
     return _find_letter_called_right(text, options.last) if announced is None else announced
 
@@ -297,7 +303,7 @@ def _remove_denied_option(answer: str, options: Options) -> str:
     if label is None:
         return answer
     index = number_of(label["letter"])
-    words = re.compile(rf"\s*{own_words(index, options)}(?!\w)", re.IGNORECASE).match(answer, label.end())
+    words = re.compile(rf"\s*{option_pattern(index, options)}(?!\w)", re.IGNORECASE).match(answer, label.end())
     remainder = answer[label.end() if words is None else words.end() :]
     # a full stop may belong to the option ("A. A man runs. is not shown")
     verb = rf"(?:[\s:,;.(–—-]*\b(?:is|was|would\s+be|seems|looks)\s+|{BEFORE_SAID})"
@@ -312,13 +318,13 @@ def _remove_denied_option(answer: str, options: Options) -> str:
 
 
 def _other_options_pattern(number: int, options: Options) -> str:
-    return "|".join(own_words(other, options) for other in range(len(options.literal)) if other != number)
+    return "|".join(option_pattern(other, options) for other in range(len(options.literal)) if other != number)
 
 
 def _names_another_option(text: str, number: int, options: Options) -> bool:
     """Return whether a letter is followed by its option's words and then another lettered option ("B. blue / C.
     green")."""
-    option_words = own_words(number, options)
+    option_words = option_pattern(number, options)
     separator = r"[\s.]*(?:[,;/&]|(?i:\bor\b|\band\b))\s*"
     label = re.match(rf"\s*(?i:{option_words})(?!\w){separator}[(\[]?([A-{options.last}])[.):]\s*", text)
     return label is not None and text[label.end() :].lower().startswith(options.literal[number_of(label.group(1))])

@@ -22,7 +22,7 @@ from keygrip.data.robot.hub import folder_of as hub_folder
 from keygrip.data.robot.hub import hub_name
 from keygrip.data.untrusted_files import read_json
 from keygrip.envs.gymnasium_environment import GymnasiumTask
-from keygrip.envs.metaworld.tasks import HZ, MT10, MT50, MetaWorldTask, lately_turned, task_names
+from keygrip.envs.metaworld.tasks import HZ, MT10, MT50, MetaWorldTask, newly_rotated_cameras, task_names
 from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation.closed_loop import HELD_OUT_SEED, ClosedLoop
@@ -296,7 +296,9 @@ def _read_recording(root: Path) -> Recorded:
                 MetaWorldTask(), {"camera": settings["cameras"][0], "shadows": settings.get("shadows", False)}
             )
             upright_cameras = settings.get("turned_upright", [])
-            old = tuple(camera for camera in lately_turned(settings["cameras"]) if camera not in upright_cameras)
+            old = tuple(
+                camera for camera in newly_rotated_cameras(settings["cameras"]) if camera not in upright_cameras
+            )
             return Recorded(
                 "metaworld", task, image_size, HZ, _list_recorded_tasks(root), _list_recorded_seeds(root), old
             )

@@ -27,7 +27,7 @@ from keygrip.evaluation.image_features import FeatureEncoder, FeatureOptions, fe
 from keygrip.evaluation.image_samples import SampleRow, Samples
 from keygrip.evaluation.image_statistics import grain, real_figures, set_figures, summarise
 from keygrip.models.patch_dit.context import Conditions
-from keygrip.models.patch_dit.idle_guidance import NOT_OF_WORDS, GivenConditions, asks_nothing, refuse_idle_guidance
+from keygrip.models.patch_dit.idle_guidance import NOT_OF_WORDS, GivenConditions, changes_nothing, refuse_idle_guidance
 from keygrip.models.patch_dit.sampler import NOT_FINITE, Sampling
 from keygrip.progress import Progress
 from keygrip.training.strategies import SHORT, named_precision
@@ -146,19 +146,19 @@ class ImageSuite:
             if self.cases is None or set(needed) & set(self.cases) or setting == list(default or ()):
                 continue
             raise ValueError(f"{name} has no effect without the case {' or '.join(needed)} in cases: leave it out")
-        for name in [name for name, value in self.sampling.items() if not asks_nothing(name, value)]:
+        for name in [name for name, value in self.sampling.items() if not changes_nothing(name, value)]:
             if self.cases and all(name in UNREAD.get(case, ()) for case in self.cases):
                 raise ValueError(f"sampling.{name} has no effect with cases={list(self.cases)} alone: leave it out")
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedConditions:
     """Conditions that some images were generated from.
 
     Args:
         conditions: normalised. target: [B, 3, H, W] the real images to compare with.
-        records: whose layout is requested, B of them. colours: of the cube, in the text. sides_told: whether the text
-            also contains the cube's side.
+        records: whose layout is requested, B of them. colours: of the cube, in the text.
+        describes_sides: whether the text also contains the cube's side.
         seeds: B seeds of the sampled images; an image of the data has the same seed in every case.
     """
 
@@ -168,7 +168,7 @@ class Asked:
     seeds: list[int]
     colours: list[str] | None
     captions: list[str]
-    sides_told: bool = True
+    describes_sides: bool = True
 
 
 class Suite:
@@ -251,11 +251,11 @@ class Suite:
 
     # ------------------------------------------------------------------------------------------------------------ cases
 
-    def ask(self, case: str, batch: ImageTextBatch, real: Tensor, numbers: range) -> Asked | None:
+    def ask(self, case: str, batch: ImageTextBatch, real: Tensor, numbers: range) -> AskedConditions | None:
         """Return the conditions of a case for a batch; None if it applies to none of its images."""
         conditions = self.module.statistics.conditions(batch)
         colours = [r["evidence"]["colour"] for r in batch.records] if self.classifier is not None else None
-        asked = Asked(conditions, real, batch.records, list(numbers), colours, list(batch.captions))
+        asked = AskedConditions(conditions, real, batch.records, list(numbers), colours, list(batch.captions))
         if case == "reconstruction":
             return asked
         if case == "text_only":
@@ -267,7 +267,11 @@ class Suite:
             records = [batch.records[i] for i in partners.tolist()]
             target = real[partners.to(real.device)]
             return replace(
-                asked, conditions=conditions.with_dino_of(partners), target=target, records=records, sides_told=False
+                asked,
+                conditions=conditions.with_dino_of(partners),
+                target=target,
+                records=records,
+                describes_sides=False,
             )
         if case == "shuffled_patches":
             assert conditions.patches is not None
@@ -278,7 +282,7 @@ class Suite:
             )
         return self._change_captions(asked, numbers)
 
-    def _change_captions(self, asked: Asked, indices: range) -> Asked | None:
+    def _change_captions(self, asked: AskedConditions, indices: range) -> AskedConditions | None:
         words = self.options.words
         all_changes = [
             change_caption(caption, record, number, self.colours, words)
@@ -299,9 +303,11 @@ class Suite:
         )
         colours = [str(colour) for _, colour in changes] if not words and self.classifier is not None else None
         records, seeds = [asked.records[i] for i in changed_rows], [asked.seeds[i] for i in changed_rows]
-        return Asked(conditions, asked.target[index], records, seeds, colours, captions, sides_told=not words)
+        return AskedConditions(
+            conditions, asked.target[index], records, seeds, colours, captions, describes_sides=not words
+        )
 
-    def draw(self, asked: Asked, size: tuple[int, int], sampling: Sampling | None = None) -> Tensor:
+    def draw(self, asked: AskedConditions, size: tuple[int, int], sampling: Sampling | None = None) -> Tensor:
         """Generate images [B, 3, H, W] in 0..1, in the suite's precision."""
         with torch.autocast(self.module.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
             drawn = self.module.draw(asked.conditions, size, asked.seeds, sampling or self.sampling)
@@ -312,7 +318,7 @@ class Suite:
     # ---------------------------------------------------------------------------------------------------------- figures
 
     @torch.no_grad()
-    def measure(self, drawn: Tensor, asked: Asked) -> dict[str, Tensor]:
+    def measure(self, drawn: Tensor, asked: AskedConditions) -> dict[str, Tensor]:
         """Return the figures of each image, by name, [B] each (fewer if a figure does not apply to all images)."""
         figures = self.distances(drawn, asked.target) | {"grain": grain(drawn)}
         if self.clip is not None:
@@ -321,7 +327,7 @@ class Suite:
             figures |= self._measure_objects(self.classifier.network.to(drawn.device)(drawn), asked, drawn)
         return {name: values.float().cpu() for name, values in figures.items()}
 
-    def _measure_objects(self, verdict: Verdict, asked: Asked, drawn: Tensor) -> dict[str, Tensor]:
+    def _measure_objects(self, verdict: Verdict, asked: AskedConditions, drawn: Tensor) -> dict[str, Tensor]:
         evidence = [record["evidence"] for record in asked.records]
         truth = torch.tensor([[e["cube"], e["block"]] for e in evidence], device=drawn.device)
         distance = distance_px(verdict.places, truth, (drawn.shape[2], drawn.shape[3]))
@@ -340,7 +346,9 @@ class Suite:
         true_side = (truth[:, 0, 0] - truth[:, 1, 0]).cpu()
         clear = true_side.abs() > SIDE_MARGIN
         side = (verdict.places[:, 0, 0] - verdict.places[:, 1, 0]).cpu()
-        figures["side_as_asked" if asked.sides_told else "side_of_reference"] = (side.sign() == true_side.sign())[clear]
+        figures["side_as_asked" if asked.describes_sides else "side_of_reference"] = (side.sign() == true_side.sign())[
+            clear
+        ]
         return figures
 
     def evaluate(self) -> dict[str, Any]:
@@ -404,7 +412,9 @@ class Suite:
         parts = (part for batch in batches for part in batch.split(64))
         return torch.cat([features(part.to(device).float() / 255).float().cpu() for part in parts])
 
-    def _references(self, batch: ImageTextBatch, real: Tensor, indices: range) -> Iterator[tuple[str, Asked, Tensor]]:
+    def _references(
+        self, batch: ImageTextBatch, real: Tensor, indices: range
+    ) -> Iterator[tuple[str, AskedConditions, Tensor]]:
         """Yield real images in place of generated ones: another one of the set; each as reconstructed by the
         autoencoder, which no generated image can surpass; and each itself, which gives the classifier's own error and
         the distance between sets of real images."""
@@ -422,7 +432,7 @@ class Suite:
             values[name].append(numbers)
 
     @staticmethod
-    def _row(case: str, asked: Asked, drawn: Tensor, indices: range) -> SampleRow:
+    def _row(case: str, asked: AskedConditions, drawn: Tensor, indices: range) -> SampleRow:
         title = case.replace("_", " ")
         if case == "dino_swap":
             title = f"{title}: own text, layout of the next image"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keygrip.evaluation.image_cases import Asked, Suite
+from keygrip.evaluation.image_cases import AskedConditions, Suite
 from keygrip.evaluation.image_statistics import grain, real_figures, set_figures, summarise
 from keygrip.models.patch_dit.sampler import Sampling
 from keygrip.progress import Progress
@@ -23,7 +23,7 @@ class Curves:
 
     def __init__(self, suite: Suite) -> None:
         self.suite, self.options, self.sampling = suite, suite.options, suite.sampling
-        self._grids: dict[str, list[tuple[Asked, tuple[int, int]]]] = {}
+        self._grids: dict[str, list[tuple[AskedConditions, tuple[int, int]]]] = {}
         self._anchors: dict[tuple[int, ...], dict[str, float]] = {}  # by the indices of the images
 
     def scales(self) -> tuple[list[dict[str, Any]], list[tuple[str, Tensor]]]:
@@ -79,7 +79,7 @@ class Curves:
         """Add the difference between the grain and that of the same real images: higher is noise, lower is blur."""
         return {**figures, "grain_off": round(abs(figures["grain"] - self.real(case)["grain"]), 5)}
 
-    def _list_conditions(self, case: str) -> list[tuple[Asked, tuple[int, int]]]:
+    def _list_conditions(self, case: str) -> list[tuple[AskedConditions, tuple[int, int]]]:
         """Return the conditions of a case for the images of the curves, with the latents' size of each batch."""
         if case not in self._grids:
             self._grids[case] = [

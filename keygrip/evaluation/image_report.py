@@ -77,7 +77,7 @@ SHARES = (
 )
 
 
-def explained(case: str) -> str:
+def describe_column(case: str) -> str:
     """Describe a column of the table."""
     of = case.removeprefix("real_of_")
     if of == case:
@@ -120,7 +120,7 @@ def pareto(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[in
     return [index for index, point in enumerate(points) if not beaten(point)]
 
 
-def weighed(
+def best_pair(
     rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]
 ) -> tuple[tuple[str, str], list[int]] | None:
     """Return the first of the pairs for which all rows have figures, and the indices of the rows on its front; None if
@@ -211,7 +211,7 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
     if SAMPLES in images:
         lines += ["## Samples", "", f"![samples]({SAMPLES})", ""]
     lines += ["## Figures", "", *table(figures["cases"]), ""]
-    lines += [f"- `{case}`: {explained(case)}" for case in figures["cases"]]
+    lines += [f"- `{case}`: {describe_column(case)}" for case in figures["cases"]]
     measured = {name for row in (*figures["cases"].values(), *figures["scales"]) for name in row}
     lines += ["", "In the tables:", "", *(f"- `{name}`: {why}" for name, why in FIGURES.items() if name in measured)]
     if figures["scales"]:
@@ -222,7 +222,7 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
             name: {k: v for k, v in row.items() if k not in ("text_scale", "dino_scale")} for name, row in named.items()
         }
         lines += ["", *table({"real images": figures["real_scales"], **rows})]
-        pareto_front = weighed(figures["scales"], SCALES_PARETO)
+        pareto_front = best_pair(figures["scales"], SCALES_PARETO)
         if pareto_front is not None:
             pair, front = pareto_front
             names = " and ".join(name.lstrip("-") for name in pair)
@@ -234,7 +234,7 @@ def markdown(figures: Mapping[str, Any], images: Sequence[str]) -> str:
         named = {f"text {row['text_scale']:g}": row for row in figures["word_scales"]}
         rows = {name: {k: v for k, v in row.items() if k != "text_scale"} for name, row in named.items()}
         lines += table({"real images": figures["real_grid"], **rows})
-        pareto_front = weighed(figures["word_scales"], WORDS_PARETO)
+        pareto_front = best_pair(figures["word_scales"], WORDS_PARETO)
         if pareto_front is not None:
             names = " and ".join(name.lstrip("-") for name in pareto_front[0])
             best = "; ".join(list(named)[index] for index in pareto_front[1])
@@ -318,7 +318,7 @@ def curves(figures: Mapping[str, Any]) -> bytes:
         (left, figures["scales"], SCALES_PARETO, ("text_scale", "dino_scale"), "guidance scales (text, DINO)"),
         (middle, figures["word_scales"], WORDS_PARETO, ("text_scale",), "words alone, text scales"),
     ):
-        pareto_front = weighed(rows, pairs)
+        pareto_front = best_pair(rows, pairs)
         if pareto_front is None:
             axes.set_axis_off()
             continue

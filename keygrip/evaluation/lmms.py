@@ -25,7 +25,7 @@ from keygrip.data.batches import Turn
 from keygrip.data.spacing import evenly
 from keygrip.data.video_text.conversations import image_frames_of, shown_image
 from keygrip.data.video_text.placeholders import Placeholders
-from keygrip.data.video_text.sample_types import image_repeated
+from keygrip.data.video_text.sample_types import repeat_image
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.models.foveated_vlm.generation import answer_likelihoods, encoded, generate, room
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
@@ -231,7 +231,7 @@ class KeygripModel(lmms):
         joined, times = _concatenate(visuals)
         keep = evenly(len(joined), self.max_frames)
         seconds = times and tuple(times[n] for n in keep)
-        frames, seconds = image_repeated(joined[keep], seconds, min(image_frames_of(images), self.max_frames))
+        frames, seconds = repeat_image(joined[keep], seconds, min(image_frames_of(images), self.max_frames))
         return self.module.as_input(frames), [len(frames)], [seconds]
 
     def _frames(self, item: Any, size: int, fit: str) -> Timed:

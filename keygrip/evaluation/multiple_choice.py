@@ -14,7 +14,7 @@ import torch
 
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import image_frames_of
-from keygrip.data.video_text.sample_types import image_repeated
+from keygrip.data.video_text.sample_types import repeat_image
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.evaluation.chosen_options import chosen_option
 from keygrip.evaluation.vqa_benchmarks import ChoiceQuestion
@@ -182,7 +182,7 @@ def _frames(module: FoveatedVLMModule, question: ChoiceQuestion) -> tuple[np.nda
     found = read_timed_frames(
         question.video, images["image_size"], images["fit"], images["max_frames"], clip, FOLDER_FPS
     )
-    return image_repeated(*found, image_frames_of(images))
+    return repeat_image(*found, image_frames_of(images))
 
 
 def _likeliest(module: FoveatedVLMModule, group: Sequence[ChoiceQuestion], video: Any, mode: str) -> list[int]:

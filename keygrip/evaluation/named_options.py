@@ -17,7 +17,7 @@ from keygrip.evaluation.answer_forms import (
 from keygrip.evaluation.option_texts import Options, before_place, plain_text
 
 
-def by_words(text: str, known: Options) -> int | None:
+def option_by_words(text: str, known: Options) -> int | None:
     """Return the only option whose words are in the text, not denied and not part of another's ("red", "dark red")."""
     # Without full stops and commas, "no" and "I" cannot be recognised as answers.
     plain = ["" if option in ("no", "i") else option for option in known.plain]
@@ -68,7 +68,7 @@ def _find_rejected(text: str, matches: Sequence[tuple[int, int, int]]) -> set[in
     )
 
 
-def without_either_way(text: str, known: Options) -> str:
+def remove_yes_or_no(text: str, known: Options) -> str:
     """Remove "yes or no" if yes and no are two options: it names the kind of a question, or neither option. In a longer
     list ("yes or no or maybe") it is kept."""
     if not {"yes", "no"} <= set(known.literal) or any(re.search(EITHER_WAY, option) for option in known.literal):
@@ -79,7 +79,7 @@ def without_either_way(text: str, known: Options) -> str:
     return text if longer.search(text) else re.sub(EITHER_WAY, "such", text, flags=re.IGNORECASE)
 
 
-def numbered(text: str, known: Options) -> int | None:
+def option_by_number(text: str, known: Options) -> int | None:
     """Return the option named only by its place ("Option 2", "The second option"); None if options are numbers."""
     match = NUMBERED.fullmatch(text)
     if match is None or re.search(rf"\d|\b(?:{'|'.join((*COUNTED, *ORDINALS))})\b", " ".join(known.literal)):

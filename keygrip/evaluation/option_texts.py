@@ -26,14 +26,14 @@ class Options:
     def of(cls, options: Sequence[str]) -> Options:
         whole = [unicodedata.normalize("NFKC", option) for option in options]
         # The same marks are removed from options as from answers, unless nothing would be left ("<div>").
-        literal = [literal_text(unwrapped(option)) or literal_text(option) for option in whole]
+        literal = [literal_text(strip_marks(option)) or literal_text(option) for option in whole]
         plain = [_plain_option(option) for option in literal]
         return cls(plain, literal, [exact_text(option) for option in whole], chr(ord("A") + len(options) - 1))
 
     def whole(self, said: str) -> int | None:
         """Return the option of which a text has exactly the words, possibly after its own letter. A single letter does
         not count here, except for options that are letters."""
-        words = unwrapped(said)
+        words = strip_marks(said)
         exact, literal, plain = ((exact_text(said), exact_text(words)), (literal_text(words),), (plain_text(words),))
         single_letter = re.fullmatch(r"[\W_]*[a-z]([\W_]*)", words.strip().lower())
         if single_letter is None or re.search(r"[^.:)\]}\s]", single_letter.group(1)):  # "C#" is not a single letter
@@ -77,7 +77,7 @@ def _plain_option(literal: str) -> str:
     return literal if literal.split()[-1:] and literal.split()[-1] in ARTICLES else plain_text(literal) or literal
 
 
-def unwrapped(text: str) -> str:
+def strip_marks(text: str) -> str:
     """Remove the marks that models put around letters and words."""
     return WRAPPED.sub(lambda match: match.group(1) or " ", text)
 
@@ -104,12 +104,12 @@ def number_of(letter: str) -> int:
     return ord(letter.upper()) - ord("A")
 
 
-def own_words(number: int, known: Options) -> str:
+def option_pattern(number: int, known: Options) -> str:
     """Return a pattern of an option's words."""
     return r"\s+".join(map(re.escape, known.literal[number].split()))
 
 
-def apart(text: str, known: Options) -> str:
+def mask_own_capitals(text: str, known: Options) -> str:
     """Replace capitals within an option's own words ("Team B") by other characters, so that they are not read as option
     letters. `normal_text` reverses this. The length of the text is unchanged."""
     for option in known.literal:
@@ -129,7 +129,7 @@ def _embolden_letter(letter: re.Match[str]) -> str:
 
 
 def normal_text(text: str) -> str:
-    """Convert the symbols of `apart` back to letters."""
+    """Convert the symbols of `mask_own_capitals` back to letters."""
     return unicodedata.normalize("NFKC", text)
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from keygrip.artifacts import write_json, write_text
 from keygrip.evaluation.statistics import holm, paired_difference, wilson_interval
 from keygrip.training.results import FINISHED, RESULT, read_result
-from keygrip.training.sweeps import failure_said_at_end, markdown
+from keygrip.training.sweeps import errors_at_sweep_end, markdown
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class PairedReport(Callback):
         self.by = by
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        with failure_said_at_end(f"no paired report of {config.hydra.sweep.dir}"):
+        with errors_at_sweep_end(f"no paired report of {config.hydra.sweep.dir}"):
             make_report(Path(config.hydra.sweep.dir), self.references, self.by)
 
 

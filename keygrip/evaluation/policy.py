@@ -67,8 +67,8 @@ def open_loop(evaluated: Evaluated, changes: Mapping[str, Any] | None = None) ->
 
     quiet_lightning(warnings_too=True)
     datamodule = evaluated.stored_data(changes)
-    if hasattr(datamodule, "asked_by"):
-        datamodule.asked_by(evaluated.module)
+    if hasattr(datamodule, "configure_for"):
+        datamodule.configure_for(evaluated.module)
     if getattr(datamodule, "fit_to_workspace", False):  # use the run's choice; other data would lead to another one
         datamodule.fit_to_workspace, datamodule.geometry = False, evaluated.module.statistics.geometry  # type: ignore
     datamodule.prepare_data()

@@ -13,7 +13,7 @@ import numpy as np
 
 from keygrip.envs.environment import Environment, JointEnvironment, open_environment
 from keygrip.evaluation.rollout_video import RolloutVideo
-from keygrip.models.policy import Needs, arm_axis, held_back_m, views_there
+from keygrip.models.policy import Needs, arm_axis, held_back_m, views_or_none
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.plan_terms import POSE, Follow, refuse_idle_follow
 
@@ -158,7 +158,7 @@ def check_environment(
 
 
 def _refuse_unfit(environment: Environment, observation: Any, needs: Needs) -> None:
-    views_there(observation, needs.cameras)
+    views_or_none(observation, needs.cameras)
     if needs.instruction and not str(observation.get("instruction") or "").strip():
         raise ValueError(
             "the environment gives no instruction, and this policy needs one: its info needs `instruction` "

@@ -23,7 +23,7 @@ from keygrip.artifacts import atomic_write, write_text
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.training.results import FINISHED, RESULT, read_result
 from keygrip.training.run_folder import PLAN
-from keygrip.training.sweeps import collect, failure_said_at_end, markdown
+from keygrip.training.sweeps import collect, errors_at_sweep_end, markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,7 +95,7 @@ class ShiftReport(Callback):
     """Hydra callback: write the report when the sweep has ended."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        with failure_said_at_end(f"no report of the shifts in {config.hydra.sweep.dir}"):
+        with errors_at_sweep_end(f"no report of the shifts in {config.hydra.sweep.dir}"):
             make_report(Path(config.hydra.sweep.dir))
 
 

@@ -314,8 +314,8 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         if "fit" not in data_changes and hasattr(datamodule, "given_fit"):
             # as in training, whatever a set not used in training specifies
             datamodule.given_fit = module.image_options["fit"]
-        if hasattr(datamodule, "asked_by"):
-            datamodule.asked_by(module)  # as in training: rows beyond the context are left out of both
+        if hasattr(datamodule, "configure_for"):
+            datamodule.configure_for(module)  # as in training: rows beyond the context are left out of both
         datamodule.prepare_data()
         datamodule.setup("validate")
         loader = datamodule.test_dataloader() if cfg.split == "test" else datamodule.val_dataloader()

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from keygrip.evaluation.answer_forms import DENIES, ENDS_SAID, SET_OFF, TICK
-from keygrip.evaluation.option_texts import Options, number_of, own_words
+from keygrip.evaluation.option_texts import Options, number_of, option_pattern
 
 CALLS = r"(?:^|\b(?:is|was|be|seems|looks)\s)\W*(?:\w+ly\s+)?(?:the\s+|an?\s+)?(?:only\s+)?"
 # Words that call an option right, excluding directions ("the cup is right of it") and concessions ("correct, but").
@@ -53,7 +53,7 @@ def weighed_options(said: str, known: Options) -> list[Weighed]:
     labels: list[tuple[int, int, int]] = []  # the option, the start of its label and the end of its words
     for match in label_pattern.finditer(said):
         index = number_of(match["letter"])
-        words = re.compile(own_words(index, known) + r"(?!\w)", re.IGNORECASE).match(said, match.end())
+        words = re.compile(option_pattern(index, known) + r"(?!\w)", re.IGNORECASE).match(said, match.end())
         if words is not None or index == (labels[-1][0] + 1 if labels else 0):
             labels.append((index, match.start("label"), match.end() if words is None else words.end()))
     if [index for index, _, _ in labels[:2]] != [0, 1]:
@@ -64,13 +64,13 @@ def weighed_options(said: str, known: Options) -> list[Weighed]:
     return [Weighed(index, end, said[end:stop]) for (index, _, end), stop in zip(labels, ends, strict=True)]
 
 
-def says_something(weighed: list[Weighed]) -> bool:
+def has_remarks(weighed: list[Weighed]) -> bool:
     """Return whether there are remarks on the options and not only a repetition of them. Text after the last option may
     be the answer, unless it is separated in the option's own line."""
     return any(not each.empty for each in weighed[:-1]) or re.match(SET_OFF, weighed[-1].remark) is not None
 
 
-def called_right(weighed: list[Weighed], known: Options) -> int | None:
+def option_called_right(weighed: list[Weighed], known: Options) -> int | None:
     """Return the only option that has a tick, or that is called right."""
     for options_right in (
         {each.option for each in weighed if re.match(rf"\W{{0,4}}{TICK}", each.remark)},
@@ -81,7 +81,7 @@ def called_right(weighed: list[Weighed], known: Options) -> int | None:
     return None
 
 
-def left_over(weighed: list[Weighed], known: Options) -> int | None:
+def remaining_option(weighed: list[Weighed], known: Options) -> int | None:
     """Return the only option that is not denied, if all options are discussed, or something supports it, or it stands
     without a remark before others that are denied ("A. red. B. blue is wrong")."""
     verdicts = [_verdict(each, known) for each in weighed]
@@ -102,7 +102,7 @@ def _verdict(weighed: Weighed, known: Options) -> str | None:
     right, wrong = APPROVES.search(weighed.remark), REJECTS.search(weighed.remark)
     if right or wrong:
         return "right" if right and (wrong is None or right.start() < wrong.start()) else "denied"
-    supports = re.compile(rf"(?<!\w)(?:{own_words(weighed.option, known)}|{SUPPORTS})(?!\w)", re.IGNORECASE)
+    supports = re.compile(rf"(?<!\w)(?:{option_pattern(weighed.option, known)}|{SUPPORTS})(?!\w)", re.IGNORECASE)
     for clause in re.split(r"[.,;:!?\n]", weighed.remark):
         if DENIED.search(clause):
             return "denied"

@@ -19,7 +19,7 @@ from PIL import Image
 from keygrip.artifacts import atomic_write, refuse_unwritable
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import image_frames_of
-from keygrip.data.video_text.sample_types import image_repeated
+from keygrip.data.video_text.sample_types import repeat_image
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.inference.conversation_files import read_conversations
 from keygrip.inference.given_texts import texts_of
@@ -58,7 +58,7 @@ class Video:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedQuestion:
     """A question about a video and the prompt built from both. sample: index of the answer that is sampled for it."""
 
     video: Video
@@ -251,7 +251,7 @@ def _batches(
         if path is not None:
             try:
                 timed_frames = read_timed_frames(str(path), size, images["fit"], images["max_frames"])
-                video = Video(str(path), *image_repeated(*timed_frames, image_frames_of(images)))
+                video = Video(str(path), *repeat_image(*timed_frames, image_frames_of(images)))
             except (ValueError, OSError) as error:
                 failed.append(error)
                 unreadable[str(path)] = str(error)
@@ -275,9 +275,9 @@ def _fitting_requests(
     questions: Sequence[str],
     max_new_tokens: int,
     unanswered: list[dict[str, Any]],
-) -> list[Asked]:
+) -> list[AskedQuestion]:
     """Return every question about each video. Questions that do not fit are added to `unanswered` with the reason."""
-    fitting: list[Asked] = []
+    fitting: list[AskedQuestion] = []
     for video in videos:
         for question in questions:
             try:
@@ -286,13 +286,13 @@ def _fitting_requests(
             except ValueError as error:
                 unanswered.append({"video": video.path, "question": question, "reason": str(error)})
                 continue
-            fitting.append(Asked(video, question, prompt))
+            fitting.append(AskedQuestion(video, question, prompt))
     return fitting
 
 
 def _together(
-    module: FoveatedVLMModule, requests: Sequence[Asked], mode: str, cfg: DictConfig
-) -> Iterator[tuple[list[Asked], Answers]]:
+    module: FoveatedVLMModule, requests: Sequence[AskedQuestion], mode: str, cfg: DictConfig
+) -> Iterator[tuple[list[AskedQuestion], Answers]]:
     """Answer the questions about a batch of videos. Each video is encoded once."""
     if not requests:
         return
@@ -326,11 +326,11 @@ def _together(
         yield part, answers
 
 
-def _split_into_parts(requests: Sequence[Asked], batch_frames: int) -> Iterator[list[Asked]]:
+def _split_into_parts(requests: Sequence[AskedQuestion], batch_frames: int) -> Iterator[list[AskedQuestion]]:
     """Yield rows that are answered together: at most `batch_frames` frames, padding included, and `BATCH_ROWS` rows.
     Each row holds its video's tokens in the language model, so the number of questions about one video is limited
     too."""
-    waiting: list[Asked] = []
+    waiting: list[AskedQuestion] = []
     for each in requests:
         longest = max(len(other.video.frames) for other in (*waiting, each))
         if waiting and (longest * (len(waiting) + 1) > batch_frames or len(waiting) == BATCH_ROWS):
@@ -342,7 +342,7 @@ def _split_into_parts(requests: Sequence[Asked], batch_frames: int) -> Iterator[
 
 
 def _attention_strips(
-    module: FoveatedVLMModule, requests: Sequence[Asked], answers: Answers
+    module: FoveatedVLMModule, requests: Sequence[AskedQuestion], answers: Answers
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Return title, frames and query attention of each question about frames. Raises ValueError without queries."""
     network = module.network
@@ -361,7 +361,7 @@ def _attention_strips(
     ]
 
 
-def _stream_answer(module: FoveatedVLMModule, request: Asked, mode: str, cfg: DictConfig) -> str:
+def _stream_answer(module: FoveatedVLMModule, request: AskedQuestion, mode: str, cfg: DictConfig) -> str:
     """Return an answer and write it to standard error while it is generated."""
     stream = module.stream(request.question, mode, request.video.seconds, cfg.max_new_tokens)
     for frame, second in zip(request.video.frames, request.video.seconds, strict=True):

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from keygrip.evaluation.kinds import plain
 from keygrip.evaluation.trained_policy import load_policy
-from keygrip.models.policy import Policy, continues
+from keygrip.models.policy import Policy, can_continue
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.client import RemotePolicy, ServerError
 from keygrip.runtime.control_loop import ControlLoop
@@ -193,7 +193,7 @@ def _refuse_other_camera(trained: str | None, cameras: Sequence[str]) -> None:
 
 
 def _refuse_no_continuing(execution: ChunkExecution, policy: Any) -> None:
-    if execution.continue_chunks and not continues(policy):
+    if execution.continue_chunks and not can_continue(policy):
         policy_name = f"that of {policy.url}" if isinstance(policy, RemotePolicy) else type(policy).__name__
         raise ValueError(
             "execution.continue_chunks=true needs a policy that continues a plan (geometry_vla); "

@@ -36,7 +36,7 @@ from keygrip.data.batches import normalised
 from keygrip.data.untrusted_files import read_json
 from keygrip.data.video_text.conversations import frame_settings
 from keygrip.exporting.folder import CONFIG
-from keygrip.inference.prompts import Message, PromptReader, check, marked, refuse_message
+from keygrip.inference.prompts import Message, PromptReader, check, mark_media, refuse_message
 from keygrip.models.foveated_vlm.conversations import ConversationCollator, PromptOrder, text_columns
 from keygrip.models.foveated_vlm.hub_files import MODEL_TYPE
 from keygrip.models.language.hub import checked_tokenizer, file_of, from_pretrained
@@ -157,7 +157,7 @@ class KeygripProcessor(ProcessorMixin):
             check(talk)
         reader = PromptReader(self.image_size, self.fit, self.max_frames, self.image_frames)
         prompts = [reader.read(talk) for talk in talks]
-        if not all(prompt.at_its_place for prompt in prompts):
+        if not all(prompt.at_training_place for prompt in prompts):
             raise ValueError(
                 "images and videos of a row stand before the first user's words; elsewhere, and in several places, "
                 "they are read part by part: VideoChat.generate does so"
@@ -171,7 +171,7 @@ class KeygripProcessor(ProcessorMixin):
         )
         collator.tokenizer = ChatTokenizer(self.tokenizer)
         columns = text_columns([collator.prompt(prompt.words, prompt.seconds) for prompt in prompts])
-        frames, counts = reader.together(prompts)
+        frames, counts = reader.join_frames(prompts)
         return BatchFeature(
             {
                 "input_ids": columns["input_ids"],
@@ -213,7 +213,7 @@ class KeygripProcessor(ProcessorMixin):
             several = bool(conversation) and not isinstance(conversation[0], Mapping)
             talks: Any = conversation if several else [conversation]
             for talk in talks:
-                marked(talk, answering=add_generation_prompt)
+                mark_media(talk, answering=add_generation_prompt)
             tokenizer = ChatTokenizer(self.tokenizer)
             texts = [
                 tokenizer.render_messages(_without_image_objects(self._with_system(talk)), add_generation_prompt)

@@ -21,7 +21,7 @@ from keygrip.data.batches import Turn
 from keygrip.data.spacing import evenly
 from keygrip.data.video_text.animations import animation_frames, frame_count
 from keygrip.data.video_text.conversations import shown_image, whole_seconds
-from keygrip.data.video_text.sample_types import image_repeated
+from keygrip.data.video_text.sample_types import repeat_image
 from keygrip.data.video_text.video_files import SUFFIXES, is_animation, read_image, read_timed_frames
 from keygrip.models.foveated_vlm.conversations import PromptOrder
 from keygrip.models.foveated_vlm.generation import refuse_half_characters
@@ -58,15 +58,15 @@ class Prompt:
         return self.times[0] if self.times else ()
 
     @property
-    def at_its_place(self) -> bool:
-        """See `at_its_place`."""
-        return at_its_place(self.turns)
+    def at_training_place(self) -> bool:
+        """See `at_training_place`."""
+        return at_training_place(self.turns)
 
     def placed(self, prompt_order: PromptOrder) -> Prompt:
         """Return the prompt with the visuals before the first user's text moved to the position used in training
         (`encode_conversation`), also if further images or videos follow. The others keep their position in the text."""
         first = next((n for n, turn in enumerate(self.turns) if turn.role == "user"), None)
-        if self.at_its_place or first is None:
+        if self.at_training_place or first is None:
             return self
         text = self.turns[first].text
         stripped = text.lstrip(MARK)
@@ -111,13 +111,13 @@ class PromptReader:
         Raises:
             ValueError: as in `check`, or an image or a video cannot be decoded. FileNotFoundError: as in `check`.
         """
-        turns, visuals = marked(messages)
+        turns, visuals = mark_media(messages)
         decoded = [self._frames(content, kind) for kind, content in visuals]
         if len(decoded) == 1:
-            decoded = [image_repeated(*decoded[0], self.image_frames)]
+            decoded = [repeat_image(*decoded[0], self.image_frames)]
         return Prompt(turns, tuple(frames for frames, _ in decoded), tuple(seconds for _, seconds in decoded))
 
-    def together(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, list[int]]:
+    def join_frames(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, list[int]]:
         """Concatenate the frames of each prompt, uint8 [B, F, S, S, 3], padded at the end with black frames. Also
         return the number of frames of each prompt."""
         none = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
@@ -211,7 +211,7 @@ def check(messages: Sequence[Message]) -> tuple[Turn, ...]:
         ValueError: A role or item is unknown, or the conversation does not end with a user's turn that has text.
         FileNotFoundError: An image or a video does not exist.
     """
-    turns, visuals = marked(messages)
+    turns, visuals = mark_media(messages)
     for _, content in visuals:
         for path in content if _is_path_list(content) else [content]:
             if isinstance(path, str | Path) and not Path(path).exists():
@@ -219,7 +219,7 @@ def check(messages: Sequence[Message]) -> tuple[Turn, ...]:
     return turns
 
 
-def marked(messages: Sequence[Message], answering: bool = True) -> tuple[tuple[Turn, ...], list[tuple[str, Any]]]:
+def mark_media(messages: Sequence[Message], answering: bool = True) -> tuple[tuple[Turn, ...], list[tuple[str, Any]]]:
     """Return the turns of a conversation with a `MARK` for each image and video, and the visuals in order as (kind,
     content).
 
@@ -298,7 +298,7 @@ def _visual_content(item: Mapping[str, Any], kind: str) -> Any:
     return content
 
 
-def at_its_place(turns: Sequence[Turn]) -> bool:
+def at_training_place(turns: Sequence[Turn]) -> bool:
     """Return whether all visuals are in the first user turn, before its text: the position used in training."""
     marks = [turn.text.count(MARK) for turn in turns]
     first = next((n for n, turn in enumerate(turns) if turn.role == "user"), 0)

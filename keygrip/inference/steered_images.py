@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from keygrip.data.bad_samples import guard
+from keygrip.data.bad_samples import as_bad_sample
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import refuse_frames, refuse_transparency, upright
 from keygrip.inference.references import conditions_of, edit_of, mask_of, reference_of
@@ -83,7 +83,7 @@ class SteeredImages:
         odd = [each for each in prompts if not isinstance(each, str)]
         if odd:
             raise ValueError(f"prompt holds {odd[0]!r}, which is no text")
-        images, masks = opened(image, "image"), opened(image_mask, "image_mask", mask=True)
+        images, masks = open_images(image, "image"), open_images(image_mask, "image_mask", mask=True)
         if blend and len(images) < 2:
             raise ValueError("blend=True puts several images together: give image=[IMAGE, IMAGE]")
         steering = [images] if blend else [[each] for each in images]
@@ -103,8 +103,8 @@ class SteeredImages:
         self.images, self.masks = images, masks
         if start_image is None and not (redraw is None and strength is None):
             raise ValueError("strength and redraw are for start_image: leave them out")
-        self.start_image = next(iter(opened(start_image, "start_image")), None)
-        self.redraw = next(iter(opened(redraw, "redraw", mask=True)), None)
+        self.start_image = next(iter(open_images(start_image, "start_image")), None)
+        self.redraw = next(iter(open_images(redraw, "redraw", mask=True)), None)
         self.strength = strength_of(strength, redraw is not None)
 
     @property
@@ -163,7 +163,7 @@ class SteeredImages:
         return Start(edit_of(self.module, start, mask, self.strength, total), start.shown, mask)
 
 
-def opened(images: Images, name: str, mask: bool = False) -> list[Image.Image]:
+def open_images(images: Images, name: str, mask: bool = False) -> list[Image.Image]:
     """Return one image or several as 8-bit RGB, rotated according to their EXIF orientation.
 
     Args:
@@ -178,7 +178,7 @@ def opened(images: Images, name: str, mask: bool = False) -> list[Image.Image]:
     for index, image in enumerate(listed):
         if not isinstance(image, Image.Image):
             raise ValueError(f"{name} {index} is a {type(image).__name__}: give PIL images")
-        with guard(f"{name} {index}", lambda where, what: ValueError(f"{where} cannot be used: {what}")):
+        with as_bad_sample(f"{name} {index}", lambda where, what: ValueError(f"{where} cannot be used: {what}")):
             refuse_frames(image)
             if not min(image.size):
                 raise ValueError("it has no pixels")

@@ -26,7 +26,7 @@ from keygrip.inference.prompts import (
     Message,
     Prompt,
     PromptReader,
-    at_its_place,
+    at_training_place,
     check,
     padded_frames,
     refuse_message,
@@ -225,7 +225,7 @@ class VideoChat:
             try:
                 prompt = self._read(messages)
                 text = self._check_room(prompt, max_new_tokens)
-                if not prompt.at_its_place:
+                if not prompt.at_training_place:
                     session, ids = self._read_in_parts(prompt, attention_mode)
                     for sample in range(count):
                         generated = session.tokens(ids, max_new_tokens, sampling.of(sample))
@@ -336,7 +336,7 @@ class VideoChat:
                 "the model receives the times of frames (collator.timestamps=true), and several images or videos have "
                 "no common time: ask about one at a time"
             )
-        if at_its_place(turns) and not streamed:
+        if at_training_place(turns) and not streamed:
             return
         if not isinstance(network, FoveatedVLM):
             raise ValueError(f"{type(network).__name__} reads whole videos at one place: it cannot be streamed")
@@ -366,7 +366,7 @@ class VideoChat:
     ) -> list[list[str]]:
         """Return `samples` answers to each prompt, computing as many at a time as the limits allow."""
         module = self.module
-        padded, counts = self.reader.together(prompts)
+        padded, counts = self.reader.join_frames(prompts)
         frames = module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2])
         seconds = [() if prompt.seconds is None else prompt.seconds for prompt in prompts]  # (): frames are numbered
         texts = [module.collator.prompt(prompt.words, prompt.seconds) for prompt in prompts]
@@ -418,7 +418,7 @@ class VideoChat:
     def _parts(self, prompt: Prompt) -> list[list[int] | np.ndarray]:
         """Return token ids and frames in reading order. The last element is token ids."""
         module = self.module
-        if prompt.at_its_place:
+        if prompt.at_training_place:
             text = module.collator.prompt(prompt.words, prompt.seconds)
             return [text.ids[: text.visual_at], *prompt.visuals, text.ids[text.visual_at :]]
         turns = module.collator.with_system(module.collator.with_times(prompt.turns, prompt.seconds))

@@ -84,7 +84,7 @@ def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[s
     Raises:
         ValueError: a camera is missing, or has no image.
     """
-    views = views_there(observation, cameras)
+    views = views_or_none(observation, cameras)
     blind = [name for name, view in zip(cameras, views, strict=True) if view is None]
     if blind:
         raise ValueError(
@@ -93,7 +93,7 @@ def views_of(observation: Observation, cameras: Sequence[str]) -> list[Mapping[s
     return [view for view in views if view is not None]
 
 
-def views_there(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any] | None]:
+def views_or_none(observation: Observation, cameras: Sequence[str]) -> list[Mapping[str, Any] | None]:
     """As `views_of`, with None for a camera that the observation names and that has no image now.
 
     Raises:
@@ -109,8 +109,8 @@ def views_there(observation: Observation, cameras: Sequence[str]) -> list[Mappin
     return [views[name] for name in cameras]
 
 
-def called(observation: Observation, cameras: Sequence[str]) -> Sequence[str]:
-    """Return the names of the views of `views_there` for messages (see `image_of`): the cameras' names if the
+def view_names(observation: Observation, cameras: Sequence[str]) -> Sequence[str]:
+    """Return the names of the views of `views_or_none` for messages (see `image_of`): the cameras' names if the
     observation names its cameras, otherwise "" for the observation's own image."""
     return cameras if observation.get("cameras") else ("",)
 
@@ -203,12 +203,12 @@ def _read_numbers(
         raise ValueError(f"{name!r} of {origin} must be {expected}, not {actual}")
     if not np.isfinite(value).all():
         raise ValueError(f"{name!r} of {origin} holds numbers that are not finite")
-    if problem := implausible(name, value):
+    if problem := implausible_because(name, value):
         raise ValueError(f"{name!r} of {origin} {problem}")
     return value
 
 
-def implausible(name: str, value: np.ndarray) -> str | None:
+def implausible_because(name: str, value: np.ndarray) -> str | None:
     """Return why an entry of an observation, of the right shape and finite, is implausible; None: it is plausible."""
     if name == "intrinsics":
         focal = (value[0, 0], value[1, 1])
@@ -334,14 +334,14 @@ class Policy(Protocol):
     A policy may have `plan_batch(observations, sessions)`, which plans for several sessions in one pass, and
     `workspace` ``[2, 3]``, the lowest and highest position seen in training, metres. A server uses both.
 
-    A policy that continues the plan being executed has `plan_continuing(observation, executing, delay_s)`; `continues`
-    returns whether a policy does.
+    A policy that continues the plan being executed has `plan_continuing(observation, executing, delay_s)`;
+    `can_continue` returns whether a policy does.
     """
 
     def plan(self, observation: Observation) -> Plan: ...
 
 
-def continues(policy: Policy) -> bool:
+def can_continue(policy: Policy) -> bool:
     """Return whether a policy can continue the plan being executed; a policy on a server has this as an attribute."""
     return bool(getattr(policy, "continues", hasattr(policy, "plan_continuing")))
 

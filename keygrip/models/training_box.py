@@ -65,7 +65,7 @@ class HeldBackWarning:
         """Start an episode."""
         self._said = False
 
-    def look_at(self, plan: Plan, arms: Sequence[str], margin_m: Margin) -> None:
+    def check_plan(self, plan: Plan, arms: Sequence[str], margin_m: Margin) -> None:
         """Warn if the plan was held back and no earlier plan of the episode was.
 
         Args:

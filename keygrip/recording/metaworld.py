@@ -14,7 +14,7 @@ from typing import Any
 
 from keygrip.artifacts import locked
 from keygrip.cores import usable_cores
-from keygrip.envs.metaworld.tasks import CAMERAS, HZ, TRAINING_SEED, TUNING_SEED, lately_turned, task_names
+from keygrip.envs.metaworld.tasks import CAMERAS, HZ, TRAINING_SEED, TUNING_SEED, newly_rotated_cameras, task_names
 from keygrip.envs.workers import run_jobs
 from keygrip.progress import Progress
 from keygrip.recording.recorded_folder import LOCK_FILE, failed_seeds, store
@@ -71,7 +71,7 @@ def record_step(
     root = Path(root).resolve()
     root.mkdir(parents=True, exist_ok=True)
     # stored, so that a folder with images that were not rotated is not continued
-    upright_cameras = lately_turned(cameras)
+    upright_cameras = newly_rotated_cameras(cameras)
     settings = {
         "environment": "metaworld",
         "image_size": image_size,

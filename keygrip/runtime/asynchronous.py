@@ -19,7 +19,15 @@ import numpy as np
 
 from keygrip.models.policy import Observation, Plan, UnderWay, held_back_m
 from keygrip.robots.joint_arms import JointArms
-from keygrip.runtime.plan_terms import POSE, Follow, check_follow, followed, observed_poses, placed, waypoints_of
+from keygrip.runtime.plan_terms import (
+    POSE,
+    Follow,
+    as_followed,
+    check_follow,
+    complete_command,
+    observed_poses,
+    waypoints_of,
+)
 from keygrip.runtime.planners import Planner, PlanOutcome, PlanRequest
 from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, blended, check_grip, executed_steps, gripped
 
@@ -178,7 +186,7 @@ class ChunkExecution:
         self._waits.append(now - outcome.request.time_s)
         self.all_latencies.append(now - observed_s)
         plan = replace(outcome.plan, time_s=observed_s if self.asynchronous else now)
-        in_terms = followed(plan, self.follow, self.arms)
+        in_terms = as_followed(plan, self.follow, self.arms)
         if self.accept is not None:
             self.accept(in_terms, now)
         self._follow(in_terms, now)
@@ -223,7 +231,7 @@ class ChunkExecution:
                 pose[:, 7] = previous_pose[:, 7]
             share = (moment - self._blend_from) / self.blend_seconds if self.blend_seconds > 0 else 1.0
             if share < 1:
-                pose = placed(blended(previous_pose, pose, share), self.arms)
+                pose = complete_command(blended(previous_pose, pose, share), self.arms)
             elif first_step_reached:
                 self._previous = None
         pose[:, 7] = gripped(pose[:, 7], self._gripper, self.grip_below, self.release_above)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keygrip.models.policy import Observation, Plan, Policy, UnderWay
-from keygrip.runtime.planners import await_end, checked_plan, ordinary, planned
+from keygrip.runtime.planners import as_exception, await_end, checked_plan, plan_of
 
 log = logging.getLogger(__name__)
 
@@ -207,9 +207,9 @@ def plans_of(jobs: Sequence[_Job]) -> list[Plan | BaseException]:
         if job in outcomes:
             continue
         try:
-            outcomes[job] = planned(job.policy, job.observation, job.under_way)
+            outcomes[job] = plan_of(job.policy, job.observation, job.under_way)
         except BaseException as error:
-            outcomes[job] = ordinary(error)
+            outcomes[job] = as_exception(error)
     return [outcomes[job] for job in jobs]
 
 
@@ -235,7 +235,7 @@ async def _in_daemon_thread(call: Callable[[], Any]) -> Any:
         try:
             result = call()
         except BaseException as error:
-            result = ordinary(error)
+            result = as_exception(error)
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(_settle, future, result)
 

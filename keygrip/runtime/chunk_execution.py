@@ -17,7 +17,15 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.models.policy import Observation, Plan, Policy, arm_axis
 from keygrip.robots.joint_arms import JointArms
-from keygrip.runtime.plan_terms import POSE, Follow, check_follow, followed, observed_poses, placed, waypoints_of
+from keygrip.runtime.plan_terms import (
+    POSE,
+    Follow,
+    as_followed,
+    check_follow,
+    complete_command,
+    observed_poses,
+    waypoints_of,
+)
 from keygrip.runtime.trajectory import Trajectory, check_grip, control_periods, executed_steps, gripped
 from keygrip.training.parts import ReadWhere
 
@@ -102,7 +110,7 @@ class RecedingHorizon:
         plan = self.policy.plan(observation)
         self.plans += 1
         self.last_plan = plan
-        plan = followed(plan, self.follow, self.arms)
+        plan = as_followed(plan, self.follow, self.arms)
         self.joint_plans += plan.joints is not None
         self._history.append((self._time, plan))
         self._history = [
@@ -132,7 +140,7 @@ class RecedingHorizon:
     def _waypoint(self, plan: Plan, step: int) -> np.ndarray:
         """Return the waypoint ``[A, W]`` of one step, with ensembling if enabled."""
         if self.ensemble and len(self._history) > 1:
-            return placed(self._ensemble_waypoint(plan, step), self.arms)
+            return complete_command(self._ensemble_waypoint(plan, step), self.arms)
         return waypoints_of(plan)[:, step]
 
     def _ensemble_waypoint(self, plan: Plan, step: int) -> np.ndarray:

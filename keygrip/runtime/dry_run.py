@@ -30,7 +30,7 @@ from keygrip.runtime.limits import (
     held_back,
     refuse_unsafe,
 )
-from keygrip.runtime.plan_terms import POSE, followed, observed_poses, waypoints_of
+from keygrip.runtime.plan_terms import POSE, as_followed, observed_poses, waypoints_of
 from keygrip.runtime.robot import JointRobot, Robot
 from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, control_periods
 
@@ -92,7 +92,7 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, executio
     plan = replace(plan, time_s=0.0)
     arms, refused = robot if isinstance(robot, JointRobot) else None, None
     try:
-        plan = followed(plan, execution.follow, arms)
+        plan = as_followed(plan, execution.follow, arms)
     except UnsafePlanError as error:
         plan, refused = replace(plan, joints=None), str(error)
     start = observed_poses(observation)
@@ -210,11 +210,11 @@ def draw(found: Rehearsal, limits: MotionLimits | None) -> Figure:
     axes[0, 2].bar(plan_numbers, found.plan_ms)
     axes[0, 2].set(title="planning, ms", xlabel="plan", xticks=list(plan_numbers))
     axes[1, 2].axis("off")
-    axes[1, 2].text(0, 1, "\n".join(described(found, limits)), va="top", fontsize=9)
+    axes[1, 2].text(0, 1, "\n".join(describe_results(found, limits)), va="top", fontsize=9)
     return figure
 
 
-def described(found: Rehearsal, limits: MotionLimits | None) -> list[str]:
+def describe_results(found: Rehearsal, limits: MotionLimits | None) -> list[str]:
     """Describe the results as lines of text, together with the limits that apply to them."""
     figures = found.summary()
 

@@ -54,7 +54,7 @@ def refuse_idle_follow(follow: Follow, setting: str, needs: Needs | None, takes_
         raise ValueError(f"{setting}=poses has no effect, since {' and '.join(lacking)}: leave it out")
 
 
-def followed(plan: Plan, follow: Follow, arms: JointArms | None) -> Plan:
+def as_followed(plan: Plan, follow: Follow, arms: JointArms | None) -> Plan:
     """Return the plan in the form in which it is followed: with joints if they are followed, and then with their poses.
 
     Joints out of their range are clipped to it.
@@ -111,7 +111,7 @@ def waypoints_of(plan: Plan) -> np.ndarray:
     return np.concatenate(parts if plan.joints is None else [*parts, plan.joints], axis=2, dtype=np.float64)
 
 
-def placed(command: np.ndarray, arms: JointArms | None) -> np.ndarray:
+def complete_command(command: np.ndarray, arms: JointArms | None) -> np.ndarray:
     """Complete an interpolated command [A, W]: with joints, its pose becomes the tool pose of those joints instead of
     the interpolated pose."""
     if command.shape[1] == POSE:

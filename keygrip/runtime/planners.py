@@ -123,9 +123,9 @@ class ThreadPlanner:
             if request is None or self._closed:
                 return
             try:
-                outcome = PlanOutcome(request, planned(self._policy, request.observation, request.under_way))
+                outcome = PlanOutcome(request, plan_of(self._policy, request.observation, request.under_way))
             except BaseException as error:
-                outcome = PlanOutcome(request, error=ordinary(error))
+                outcome = PlanOutcome(request, error=as_exception(error))
             self._done.put(outcome)
 
 
@@ -148,7 +148,7 @@ class SimulatedPlanner:
     def request(self, request: PlanRequest) -> None:
         assert self._outcome is None
         try:
-            self._outcome = PlanOutcome(request, planned(self._policy, request.observation, request.under_way))
+            self._outcome = PlanOutcome(request, plan_of(self._policy, request.observation, request.under_way))
         except Exception as error:
             self._outcome = PlanOutcome(request, error=error)
         self._ready = request.time_s + self._latency_s()
@@ -170,7 +170,7 @@ def await_end(thread: threading.Thread) -> None:
         log.warning("the policy still computes after %g s: the process ends without it and may be aborted", ENDING_S)
 
 
-def planned(policy: Policy, observation: Observation, under_way: UnderWay | None) -> Plan:
+def plan_of(policy: Policy, observation: Observation, under_way: UnderWay | None) -> Plan:
     """Return the policy's plan, which continues the current plan if one is given.
 
     Raises:
@@ -189,7 +189,7 @@ def checked_plan(plan: object, policy: Policy) -> Plan:
     return plan
 
 
-def ordinary(error: BaseException) -> Exception:
+def as_exception(error: BaseException) -> Exception:
     """Convert an exception of a policy to one that can be passed to another thread. An exception that is no `Exception`
     would end the receiving thread or event loop, and a future does not accept StopIteration."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):

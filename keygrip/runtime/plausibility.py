@@ -20,7 +20,17 @@ from typing import Any
 import numpy as np
 
 from keygrip.models.dark_images import DARK_LEVELS, spread_of_image
-from keygrip.models.policy import Needs, Observation, Plan, Policy, arm_axis, called, image_of, views_of, views_there
+from keygrip.models.policy import (
+    Needs,
+    Observation,
+    Plan,
+    Policy,
+    arm_axis,
+    image_of,
+    view_names,
+    views_of,
+    views_or_none,
+)
 
 QUATERNION_SLACK = 1e-3  # deviation of a planned quaternion's norm from 1
 GRIPPER_SLACK = 0.05  # how far an opening may lie beyond 0 and 1
@@ -64,8 +74,8 @@ class Bounds:
         camera_names = names
         views: list[Mapping[str, Any] | None] = [observation]
         if needs.cameras:
-            views = [*(views_there if masks else views_of)(observation, needs.cameras)]
-            camera_names = called(observation, needs.cameras)
+            views = [*(views_or_none if masks else views_of)(observation, needs.cameras)]
+            camera_names = view_names(observation, needs.cameras)
         levels = [
             0.0 if view is None else spread_of_image(image_of(view, name))
             for name, view in zip(camera_names, views, strict=True)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from keygrip.models.policy import Needs, Observation, Plan, Policy, UnderWay, continues
+from keygrip.models.policy import Needs, Observation, Plan, Policy, UnderWay, can_continue
 from keygrip.runtime.batch_planner import BatchPlanner, UnavailableError
 from keygrip.runtime.metrics import Metrics
 from keygrip.runtime.plausibility import Bounds, ImplausibleError, masks_views
@@ -92,7 +92,7 @@ class PolicyService:
         make: Callable[[], Policy] | None,
     ) -> None:
         self.needs, self.about, self.limits, self.bounds = needs, about, limits, bounds
-        self.stochastic, self.continues = stochastic(policy), continues(policy)
+        self.stochastic, self.continues = stochastic(policy), can_continue(policy)
         self.workspace: np.ndarray | None = getattr(policy, "workspace", None)
         self.masks = masks_views(policy)
         self.metrics, self.sessions = Metrics(), Sessions(limits.sessions, limits.session_s)

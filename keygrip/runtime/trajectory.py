@@ -12,7 +12,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 
 from keygrip.robots.joint_arms import JointArms
-from keygrip.runtime.plan_terms import placed
+from keygrip.runtime.plan_terms import complete_command
 
 ROUNDING_S = 1e-6
 
@@ -49,7 +49,7 @@ class Trajectory:
         for arm, turn in enumerate(self._turns):
             pose[arm, 3:7] = turn(np.clip(eased_moment, times[0], times[-1])).as_quat(scalar_first=True)
         pose[:, 7] = poses[index if moment >= times[index] - ROUNDING_S else index - 1, :, 7]
-        return placed(np.asarray(pose), self.arms)
+        return complete_command(np.asarray(pose), self.arms)
 
 
 def blended(old: np.ndarray, new: np.ndarray, share: float) -> np.ndarray:

@@ -21,7 +21,15 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from keygrip.models.policy import LONGEST_INSTRUCTION, Needs, Observation, Plan, UnderWay, implausible, views_there
+from keygrip.models.policy import (
+    LONGEST_INSTRUCTION,
+    Needs,
+    Observation,
+    Plan,
+    UnderWay,
+    implausible_because,
+    views_or_none,
+)
 
 CONTENT_TYPE = "application/octet-stream"
 SESSION_HEADER = "Keygrip-Session"
@@ -107,7 +115,7 @@ def encode_observation(observation: Observation, needs: Needs, under_way: UnderW
     """
     arrays: dict[str, np.ndarray] = {}
     if needs.cameras:
-        for camera, view in zip(needs.cameras, views_there(observation, needs.cameras), strict=True):
+        for camera, view in zip(needs.cameras, views_or_none(observation, needs.cameras), strict=True):
             if view is None:
                 raise ValueError(
                     f"camera {camera!r} of the observation is None, and a server is sent every camera that its policy "
@@ -332,7 +340,7 @@ def _find_problem(kind: str, value: np.ndarray) -> str | None:
         return f"must lie in 0 to {LONGEST_DELAY_S:g} seconds"
     if kind == "instruction" and not 1 <= len(value) <= LONGEST_INSTRUCTION:
         return f"must have 1 to {LONGEST_INSTRUCTION} bytes, not {len(value)}"
-    return implausible(kind, value)
+    return implausible_because(kind, value)
 
 
 def _decode_instruction(value: np.ndarray) -> str:

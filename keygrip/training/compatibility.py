@@ -65,7 +65,7 @@ def refuse_uneven_batch(data: Mapping[str, Any], processes: int) -> None:
         )
 
 
-def refuse_odd_numbers(cfg: DictConfig) -> None:
+def refuse_idle_limits(cfg: DictConfig) -> None:
     """Reject numbers at the root of ``conf/train.yaml`` with which nothing would be trained, or without end.
 
     Raises:
@@ -109,7 +109,7 @@ def no_validation(cfg: DictConfig) -> str:
     return ""
 
 
-def say_no_validation(reason: str, monitor: str | None) -> None:
+def log_no_validation(reason: str, monitor: str | None) -> None:
     """Log why a run never validates, and what it will therefore lack.
 
     Args:

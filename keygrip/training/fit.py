@@ -21,18 +21,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import write_json, write_text
 from keygrip.config import SettingError, TrainSchema, refuse_unread
-from keygrip.launch import meet_within_step, tasks_of_srun
+from keygrip.launch import set_rendezvous_of_step, tasks_of_srun
 from keygrip.setting_types import refuse_ill_typed
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import Header, build_module, read_checkpoint
 from keygrip.training.compatibility import (
+    log_no_validation,
     no_validation,
     refuse_divided,
+    refuse_idle_limits,
     refuse_missing_weights,
-    refuse_odd_numbers,
     refuse_uneven_batch,
     refuse_unfit,
-    say_no_validation,
 )
 from keygrip.training.compute import Compute
 from keygrip.training.dry_run import dry_run
@@ -153,7 +153,7 @@ def _checked_settings(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, An
     refuse_unread(cfg, TrainSchema)
     refuse_idle(cfg, overrides)
     _refuse_callbacks_without_class(cfg.callbacks)
-    refuse_odd_numbers(cfg)
+    refuse_idle_limits(cfg)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     refuse_ill_typed(plain)
     return plain
@@ -208,8 +208,8 @@ def _set_statistics(
     module: Any, datamodule: Any, origin: dict[str, Any], metadata_file: Path | None, resume: Path | None
 ) -> None:
     """Set up the data, pass its statistics to the module, and add the data's origin to `origin` and to its file."""
-    if hasattr(datamodule, "asked_by"):
-        datamodule.asked_by(module)
+    if hasattr(datamodule, "configure_for"):
+        datamodule.configure_for(module)
     if resume is not None and hasattr(module, "resume_data"):
         module.resume_data(datamodule, read_checkpoint(resume, mapped=True))
     datamodule.prepare_data()
@@ -241,7 +241,7 @@ def _build_trainer(
             # values of this step, since the job's may differ or be missing; Lightning compares the trainer's with them
             os.environ["SLURM_NTASKS_PER_NODE"] = str(arguments["devices"])
             os.environ["SLURM_NNODES"] = str(arguments["num_nodes"])
-            meet_within_step()
+            set_rendezvous_of_step()
         environment = [SLURMEnvironment(auto_requeue=False) if by_srun else LightningEnvironment()]
     return lightning.Trainer(
         **arguments,
@@ -360,7 +360,7 @@ def _log_start(cfg: DictConfig, module: LightningModule, resume: Path | None, st
         cfg.run_dir,
     )
     if never := no_validation(cfg):
-        say_no_validation(never, OmegaConf.select(cfg, "callbacks.checkpoint.monitor"))
+        log_no_validation(never, OmegaConf.select(cfg, "callbacks.checkpoint.monitor"))
 
 
 def _select_headline_metrics(trainer: Trainer, module: LightningModule) -> dict[str, float]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keygrip.artifacts import blocks_of, sha256_of
+from keygrip.artifacts import read_blocks, sha256_of
 from keygrip.training.torch_files import read_torch_file
 
 PREFIX = b"keygrip-sha256:"
@@ -148,7 +148,7 @@ def _first(names: list[str]) -> str:
 
 def _digest(file: Path, size: int) -> str:
     """Return the SHA-256 of the first ``size`` bytes, with zeros for the last two (the comment's length)."""
-    return sha256_of(itertools.chain(blocks_of(file, size - 2), [b"\0\0"]))
+    return sha256_of(itertools.chain(read_blocks(file, size - 2), [b"\0\0"]))
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

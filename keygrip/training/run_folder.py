@@ -20,7 +20,7 @@ from typing import TypeGuard
 from omegaconf import OmegaConf
 
 from keygrip.artifacts import is_locked, locked, read_record
-from keygrip.launch import in_a_shell_of_slurm, is_first_process
+from keygrip.launch import is_first_process, is_slurm_shell
 from keygrip.training.results import RESULT
 
 RUNS = Path("runs")
@@ -36,11 +36,11 @@ class RunFolderError(ValueError):
 
 def register_resolvers() -> None:
     """Register the resolvers that ``conf/train.yaml`` uses: ``run_folder``, ``sweep_folder``."""
-    OmegaConf.register_new_resolver("run_folder", choose, replace=True)
+    OmegaConf.register_new_resolver("run_folder", choose_folder, replace=True)
     OmegaConf.register_new_resolver("sweep_folder", choose_for_sweep, replace=True)
 
 
-def choose(
+def choose_folder(
     run_dir: str | None,
     resume: bool | str | None,
     model: str,
@@ -163,7 +163,7 @@ def newest_sweep(group: Path) -> Path | None:
 def _claimed(group: Path, start: int = 0, overrides: tuple[str, ...] | None = None) -> Path:
     """Return a folder in ``group`` for this run: under a scheduler one with the job's name, which a restart finds
     again, else a new folder that no other process has; two starts in the same second get two folders."""
-    name = stamp(start, overrides)
+    name = run_name(start, overrides)
     if "TORCHELASTIC_RUN_ID" in os.environ or name.startswith("job-"):
         job_folder = group / (name if start < 2 else f"{name}-{start}")
         refuse_held(job_folder)
@@ -246,7 +246,7 @@ _made: list[Path] = []  # folders created by `_claimed` in this process, for run
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a run folder for this process during the block; helper processes of the same run need no lock.
 
     Raises:
@@ -312,13 +312,13 @@ def _read_start_time(file: Path, key: str) -> float:
 
 
 @cache
-def stamp(start: int = 0, overrides: tuple[str, ...] | None = None) -> str:
+def run_name(start: int = 0, overrides: tuple[str, ...] | None = None) -> str:
     """Return a name for this run that is the same in all its processes: a time stamp or the scheduler's job id. For
     SLURM it has a digest of the overrides, because a batch script may train several times. The id of the step is not
     suitable: it depends on the order in which simultaneous steps begin.
 
     Args:
-        start, overrides: see `choose`; each start has its own time stamp.
+        start, overrides: see `choose_folder`; each start has its own time stamp.
 
     Raises:
         ValueError: several nodes without a common name for the run.
@@ -333,7 +333,7 @@ def stamp(start: int = 0, overrides: tuple[str, ...] | None = None) -> str:
                 "torchrun on several nodes without --rdzv-id: they cannot agree on a run folder; give run_dir=<folder>"
             )
         return _parent_start_time()
-    if {"SLURM_JOB_ID", "SLURM_PROCID"} <= environment.keys() and not in_a_shell_of_slurm():
+    if {"SLURM_JOB_ID", "SLURM_PROCID"} <= environment.keys() and not is_slurm_shell():
         return f"job-{environment['SLURM_JOB_ID']}-{_digest(sys.argv[1:] if overrides is None else overrides)}"
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 

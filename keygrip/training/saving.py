@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from keygrip.artifacts import atomic_write, read_record, write_json
-from keygrip.launch import queue_again
+from keygrip.launch import requeue_job
 from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.ema import EMA
@@ -289,7 +289,7 @@ class SaveOnInterrupt(Callback):
                 callback.save(trainer)
                 outcome = f"saved {callback.latest_path}; continue with resume={callback.folder.parent}"
         if number == signal.SIGUSR1 and trainer.is_global_zero:
-            queue_again()
+            requeue_job()
         raise Interrupted(f"stopped by {signal.Signals(number).name} at step {trainer.global_step}: {outcome}", number)
 
     def _restore_handlers(self) -> None:

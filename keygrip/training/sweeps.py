@@ -71,7 +71,7 @@ def run_job(
     folder = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
     started = time.perf_counter()
-    finished, resume = found_before(cfg, folder, overrides)
+    finished, resume = earlier_run(cfg, folder, overrides)
     if finished:
         log.info("job %s finished before: not run again", hydra_cfg.job.num)
         return read_result(folder).get("metrics")
@@ -103,7 +103,7 @@ def run_job(
     return figures
 
 
-def found_before(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> tuple[bool, bool]:
+def earlier_run(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> tuple[bool, bool]:
     """Look for the earlier run of a job, if the sweep is resumed by ``resume=true`` or restarted by the scheduler.
 
     Returns:
@@ -252,7 +252,7 @@ def close_sweeps() -> list[str]:
 
 
 def _finish_or_log_failure(folder: Path) -> None:
-    with failure_said_at_end(f"the summary of the sweep in {folder} is not whole"):
+    with errors_at_sweep_end(f"the summary of the sweep in {folder} is not whole"):
         try:
             finish_sweep(folder)
         except Exception:
@@ -261,7 +261,7 @@ def _finish_or_log_failure(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def failure_said_at_end(what: str) -> Iterator[None]:
+def errors_at_sweep_end(what: str) -> Iterator[None]:
     """Convert errors in a callback at the end of a sweep to a line of `close_sweeps` and exit code 1; Hydra would only
     log a warning."""
     try:

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from keygrip.training.accumulation import completes_step
-from keygrip.training.compatibility import say_no_validation
+from keygrip.training.compatibility import log_no_validation
 
 NEVER = sys.maxsize  # larger than any batch number; Lightning reads infinity as the end of every epoch
 
@@ -33,7 +33,7 @@ class ValidateBySteps(Callback):
         reported = 0 < trainer.max_steps < self.every_n_steps  # `no_validation` has reported it, from the settings
         if steps < self.every_n_steps and not reported and trainer.enable_validation:
             reason = f"val_every_n_steps={self.every_n_steps} is above the {steps} steps of this run"
-            say_no_validation(reason, self.monitor)
+            log_no_validation(reason, self.monitor)
         self._plan(trainer, due=trainer.global_step > 0)  # Lightning would skip that of a resumed step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

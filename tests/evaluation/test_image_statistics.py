@@ -20,11 +20,11 @@ from keygrip.evaluation.image_report import (
     QUALITY,
     SCALES_PARETO,
     SHARES_PARETO,
+    best_pair,
     curves,
     markdown,
     pareto,
     shortcomings,
-    weighed,
 )
 from keygrip.evaluation.image_statistics import cmmd, frechet_distance, grain, precision_recall, set_figures
 from keygrip.evaluation.known_features import clip_pixels, fid_inception, known_encoder
@@ -231,13 +231,13 @@ def test_curves_weigh_what_was_measured() -> None:
     """They show colour against position where a classifier measured both; otherwise similarity to the caption, or the
     distance of the sets, against likeness."""
     scales = [{"text_scale": t, "dino_scale": 1.0, "frechet": 2.0 + t, "dino_distance": 0.3 / t} for t in (1.0, 2.0)]
-    assert weighed(scales, SCALES_PARETO) == (("-frechet", "-dino_distance"), [0, 1])
+    assert best_pair(scales, SCALES_PARETO) == (("-frechet", "-dino_distance"), [0, 1])
     read = [{**row, "clip_similarity": 0.2} for row in scales]
-    assert weighed(read, SCALES_PARETO) == (("clip_similarity", "-dino_distance"), [1])
+    assert best_pair(read, SCALES_PARETO) == (("clip_similarity", "-dino_distance"), [1])
     judged = [{**row, "colour_as_asked": row["text_scale"] / 2, "cube_within_4px": 1.0} for row in scales]
-    assert weighed(judged, SCALES_PARETO) == (SHARES_PARETO, [1])
-    assert weighed([{"text_scale": 1.0}], SCALES_PARETO) is None
-    assert weighed([], SCALES_PARETO) is None
+    assert best_pair(judged, SCALES_PARETO) == (SHARES_PARETO, [1])
+    assert best_pair([{"text_scale": 1.0}], SCALES_PARETO) is None
+    assert best_pair([], SCALES_PARETO) is None
     steps = [{"case": "text_only", "steps": n, "evaluations": 2 * n, "frechet": 8 / n} for n in (4, 8)]
     words = [{"text_scale": t, "frechet": 2.0 - t / 4, "grain_off": t} for t in (1.0, 2.0)]
     for given in ((scales, [], steps), ([], words, steps), (judged, words, [])):
@@ -255,9 +255,9 @@ def test_where_all_shares_are_one_quality_decides() -> None:
         {"colour_as_asked": 0.9, "cube_within_4px": 1.0, "frechet": 0.1, "grain_off": 0.0},
         {**best, "frechet": 3.0, "grain_off": 0.4},
     ]
-    assert weighed(rows, SCALES_PARETO) == (QUALITY, [0, 1])
-    assert weighed(rows[1:3], SCALES_PARETO) == (SHARES_PARETO, [0])
-    assert weighed([{name: row[name] for name in best} for row in rows], SCALES_PARETO) == (SHARES_PARETO, [0, 1, 3])
+    assert best_pair(rows, SCALES_PARETO) == (QUALITY, [0, 1])
+    assert best_pair(rows[1:3], SCALES_PARETO) == (SHARES_PARETO, [0])
+    assert best_pair([{name: row[name] for name in best} for row in rows], SCALES_PARETO) == (SHARES_PARETO, [0, 1, 3])
 
 
 # ---- known encoders --------------------------------------------------------------------------------------------------

@@ -31,11 +31,11 @@ from keygrip.evaluation.attribute_classifier import (
 )
 from keygrip.evaluation.image_callback import EvaluateImages
 from keygrip.evaluation.image_captions import change_caption
-from keygrip.evaluation.image_cases import CASES, Asked, ImageSuite, Suite
+from keygrip.evaluation.image_cases import CASES, AskedConditions, ImageSuite, Suite
 from keygrip.evaluation.image_curves import Curves
 from keygrip.evaluation.image_distances import LPIPS_FILE, Distances
 from keygrip.evaluation.image_features import FeatureOptions, feature_encoder
-from keygrip.evaluation.image_report import SCALES_PARETO, scale_map, table, weighed
+from keygrip.evaluation.image_report import SCALES_PARETO, best_pair, scale_map, table
 from keygrip.evaluation.image_samples import SampleRow, Samples
 from keygrip.evaluation.image_statistics import grain, set_figures, summarise
 from keygrip.evaluation.image_text import headline, run_suite
@@ -144,7 +144,7 @@ def test_words_are_changed_to_another_colour_or_as_told() -> None:
     assert change_caption("Red: a cube", record, 0, ["gold", "red"], {}) == ("Gold: a cube", "gold")
 
 
-def asked_of(suite: Suite, case: str) -> tuple[Asked, Any, torch.Tensor]:
+def asked_of(suite: Suite, case: str) -> tuple[AskedConditions, Any, torch.Tensor]:
     batch, real, numbers = next(found for found in suite.batches(12) if len(found[0]) == 4)
     asked = suite.ask(case, batch, real, numbers)
     assert asked is not None
@@ -547,7 +547,7 @@ def test_images_of_every_case_are_compared_with_their_words(root: Path, tmp_path
     assert found["real"]["clip_similarity"] == pytest.approx(float(torch.cat(own).mean()), abs=1e-4)
     assert found["changed_words"]["clip_similarity"] != found["reconstruction"]["clip_similarity"]
     table, _ = Curves(suite).scales()
-    assert weighed(table, SCALES_PARETO)[0] == ("clip_similarity", "-dino_distance")  # type: ignore[index]
+    assert best_pair(table, SCALES_PARETO)[0] == ("clip_similarity", "-dino_distance")  # type: ignore[index]
     features = FeatureOptions(kind="clip", weights=str(tmp_path))
     assert Suite(suite.module, suite.data, None, ImageSuite(features=features)).clip is not None
 

@@ -17,7 +17,7 @@ from keygrip.training import (
     checkpoints,
     fit,  # noqa: F401  (what a command imports while `holding` is in force would keep its reader)
 )
-from keygrip.training.run_folder import hold
+from keygrip.training.run_folder import lock_folder
 
 COMMON = {"checkpoint_step", "seed", "debug", "run_dir", "checkpoint", "trust", "external", "tf32"}
 
@@ -26,7 +26,7 @@ COMMON = {"checkpoint_step", "seed", "debug", "run_dir", "checkpoint", "trust", 
 def holding(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make every checkpoint one of a model of a given kind."""
 
-    def hold(kinds: dict[str, str | None]) -> None:
+    def set_kinds(kinds: dict[str, str | None]) -> None:
         def header(path: Any, mapped: bool) -> dict[str, Any]:
             config = {"model": {"_target_": f"somewhere.{Path(path).name.title()}"}}
             return {checkpoints.HEADER: {"config": config, KIND: kinds[Path(path).name]}}
@@ -34,7 +34,7 @@ def holding(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(checkpoints, "find_checkpoint", Path)
         monkeypatch.setattr(checkpoints, "read_checkpoint", header)
 
-    return hold
+    return set_kinds
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +137,10 @@ def test_two_evaluations_do_not_write_into_one_folder(
     monkeypatch.setattr(checkpoints, "load_module", lambda path, **options: Model())
     monkeypatch.setattr("keygrip.evaluation.policy.evaluate_policy", lambda evaluated, cfg: {"figure": 1.0})
     cfg = compose("evaluate", ["checkpoint=run", f"run_dir={tmp_path}"])
-    with hold(tmp_path), pytest.raises(ValueError, match="still going on: wait until it ends, or give another run_dir"):
+    with (
+        lock_folder(tmp_path),
+        pytest.raises(ValueError, match="still going on: wait until it ends, or give another run_dir"),
+    ):
         evaluate.run(cfg)
     assert not (tmp_path / "result.json").exists()
     result = evaluate.run(cfg)

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor import doctor
 from keygrip.data.robot.doctor.calibrate import calibrate
-from keygrip.data.robot.doctor.silhouettes import moved, seen, splat
+from keygrip.data.robot.doctor.silhouettes import move_camera, project_points, splat
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.robots.kinematics import arm_file, forward_kinematics, matrix_from_quaternion
 from keygrip.robots.model_file import arm_model, box, round_shape, surface_from_file, yam_surface
@@ -155,7 +155,7 @@ def _recorded(folder: Path, robot: RobotSurface, mirrored: bool) -> Path:
             [0.6 * np.sin(0.4 * frames + number) + 0.3, -0.9 + 0.7 * np.cos(0.3 * frames + number)], axis=1
         )
         opening = np.interp(frames, [0, 5, 8, 16], [1.0, 1.0, 0.2, 0.2])
-        mask, _ = splat(seen(robot.at(joints, opening), intrinsics, pose)[0], 128, 128)
+        mask, _ = splat(project_points(robot.at(joints, opening), intrinsics, pose)[0], 128, 128)
         table = np.full((128, 128, 3), 170, np.uint8)
         images = np.where(mask[..., None], np.array([50, 60, 70], np.uint8), table)
         tool = robot.tool(joints)
@@ -246,12 +246,12 @@ def test_calibration_with_an_arm_of_a_file(tmp_path):
         cameras = dict(np.load(demo / "cameras.npz"))
         for key in cameras:
             if key.endswith("world_to_camera"):
-                cameras[key] = moved(np.eye(4), change) @ cameras[key]
+                cameras[key] = move_camera(np.eye(4), change) @ cameras[key]
         np.savez(demo / "cameras.npz", **cameras)
         (demo / "manifest.json").unlink(missing_ok=True)
     wrong = find_demos(root)[0].read().cameras["front"].world_to_camera[0]
     calibrate(root, tmp_path / "fixed.yaml", "auto", None, None, 3, 16, robot)
-    right = np.linalg.inv(moved(np.eye(4), change)) @ wrong
+    right = np.linalg.inv(move_camera(np.eye(4), change)) @ wrong
     found = find_demos(root, calibration=tmp_path / "fixed.yaml")[0].read().cameras["front"].world_to_camera[0]
     off = found @ np.linalg.inv(right)
     assert np.degrees(Rotation.from_matrix(off[:3, :3]).magnitude()) < 0.7

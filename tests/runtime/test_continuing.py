@@ -22,7 +22,7 @@ import keygrip.run
 from keygrip.config import compose
 from keygrip.inference import driving
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
-from keygrip.models.policy import Needs, Plan, Policy, UnderWay, continues
+from keygrip.models.policy import Needs, Plan, Policy, UnderWay, can_continue
 from keygrip.runtime import openpi, planners
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.batch_planner import BatchPlanner, UnavailableError
@@ -110,7 +110,7 @@ def test_a_policy_on_a_server_continues_its_plans_as_one_in_process(
     here.reset(3)
     local = plans_with(PlausiblePolicy(here, BOUNDS), observation)
     with RemotePolicy(running(policy(), here.needs, more={"bounds": BOUNDS}, **PATIENT).url, 120.0) as there:
-        assert continues(there)
+        assert can_continue(there)
         there.reset(3)
         remote = plans_with(there, observation)
     assert len(local) == len(remote) >= 6
@@ -310,7 +310,7 @@ def test_who_cannot_continue_a_plan_says_so(
     seen = observation(time_s=1000.7)
     server = running(toy(), **PATIENT)
     with RemotePolicy(server.url, 120.0) as policy:
-        assert not continues(policy)
+        assert not can_continue(policy)
         assert "under_way" not in policy.health()
         policy.plan(seen)  # its time is not sent
         with pytest.raises(ValueError, match="'delay_s' is of a plan under way, which this policy does not continue"):

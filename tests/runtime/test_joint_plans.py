@@ -34,7 +34,7 @@ from keygrip.runtime.control_loop import ControlLoop, RunReport, Tick
 from keygrip.runtime.dry_run import Rehearsal, rehearse
 from keygrip.runtime.i2rt_yam import YamArms
 from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError
-from keygrip.runtime.plan_terms import followed, refuse_idle_follow, waypoints_of
+from keygrip.runtime.plan_terms import as_followed, refuse_idle_follow, waypoints_of
 from keygrip.runtime.planners import SimulatedPlanner
 from keygrip.runtime.robot import JointRobot
 from keygrip.runtime.sim_yam import SimulatedYam
@@ -168,7 +168,7 @@ def test_cartesian_limits_hold_joints_back_and_they_catch_up() -> None:
 )
 def test_joints_that_are_not_those_of_the_poses_are_refused_by_name(edit: Any, said: str, still: SimulatedYam) -> None:
     with pytest.raises(UnsafePlanError, match=said):
-        followed(Expert(still, edit).plan({}), "auto", still)
+        as_followed(Expert(still, edit).plan({}), "auto", still)
     still.reset(SEED)
     before = still.cell.commanded_joints.copy()
     report, sent = driven(still, Expert(still, edit), 0.5)
@@ -184,7 +184,7 @@ def test_joints_a_little_out_of_range_are_moved_to_its_end(still: SimulatedYam) 
     np.testing.assert_allclose(ranges, arm_chain().limits + [0.01, -0.01])
     joints = np.array([0.0, 1.05, 1.0, 0.6, 0.0, ranges[5, 1] + 0.05])[None, None]
     position, quaternion = forward_kinematics(joints)
-    plan = followed(Plan(position, quaternion, np.ones((1, 1)), 0.1, joints=joints), "auto", robot)
+    plan = as_followed(Plan(position, quaternion, np.ones((1, 1)), 0.1, joints=joints), "auto", robot)
     assert plan.joints is not None
     assert plan.joints[0, 0, 5] == ranges[5, 1]
     np.testing.assert_array_equal(waypoints_of(plan)[0, 0, :7], robot.poses_at(plan.joints)[0, 0])
@@ -605,10 +605,10 @@ def test_what_cannot_be_followed_is_said_before_anything_moves(
             make(None, 10.0, follow="both")  # type: ignore[operator]
     plan = Expert(still).plan({})
     with pytest.raises(UnsafePlanError, match="follow=joints, and the plan holds none"):
-        followed(replace(plan, joints=None), "joints", still)
+        as_followed(replace(plan, joints=None), "joints", still)
     with pytest.raises(UnsafePlanError, match="follow=joints, and the arms take none"):
-        followed(plan, "joints", None)
-    assert followed(plan, "auto", None).joints is None
+        as_followed(plan, "joints", None)
+    assert as_followed(plan, "auto", None).joints is None
 
     class Still:
         needs = absolute

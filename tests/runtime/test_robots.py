@@ -34,7 +34,7 @@ from keygrip.runtime import cameras
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.cameras import VideoCamera
 from keygrip.runtime.control_loop import ControlLoop
-from keygrip.runtime.dry_run import described, draw, dry_run, rehearse
+from keygrip.runtime.dry_run import describe_results, draw, dry_run, rehearse
 from keygrip.runtime.i2rt_yam import JOINTS, YamArms
 from keygrip.runtime.limits import MotionLimits
 from keygrip.runtime.planners import SimulatedPlanner
@@ -871,7 +871,7 @@ def test_the_figure_of_a_dry_run_names_the_arms_and_the_limits(calibration: Path
         assert line in said
     assert "outside the workspace" in " ".join(said.split())
     assert not any(name in said for name in found.summary() if "_" in name)  # keys of the figures in JSON
-    assert "limit" not in "\n".join(described(found, None)).replace("limits: none", "")
+    assert "limit" not in "\n".join(describe_results(found, None)).replace("limits: none", "")
 
 
 @pytest.mark.parametrize(

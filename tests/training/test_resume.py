@@ -206,7 +206,7 @@ def test_a_warning_that_another_process_got_queues_the_job_again(monkeypatch: py
     """SLURM signals all processes of a step, and one may reach the end of its training step before its signal
     arrives."""
     queued: list[bool] = []
-    monkeypatch.setattr("keygrip.training.saving.queue_again", lambda: queued.append(True))
+    monkeypatch.setattr("keygrip.training.saving.requeue_job", lambda: queued.append(True))
     strategy = SimpleNamespace(root_device="cpu", reduce=lambda own, reduce_op: max(own, torch.tensor(signal.SIGUSR1)))
     first = SimpleNamespace(
         world_size=2, is_global_zero=True, global_step=3, callbacks=[], strategy=strategy, validating=False
@@ -231,12 +231,12 @@ def started_by_slurm(
         monkeypatch.setenv(name, value)
 
     def start() -> int:
-        for names in (run_folder.stamp, run_folder._claimed):
+        for names in (run_folder.run_name, run_folder._claimed):
             names.cache_clear()
         return int(cli(*(each for each in toy_overrides("") if not each.startswith("run_dir="))).code)
 
     yield start
-    for names in (run_folder.stamp, run_folder._claimed):
+    for names in (run_folder.run_name, run_folder._claimed):
         names.cache_clear()
 
 
@@ -354,7 +354,7 @@ def test_a_signal_in_the_last_save_ends_the_run_before_anything_is_evaluated(
         lambda self, trainer, module: evaluated.append(trainer.global_step),
         raising=False,
     )
-    monkeypatch.setattr("keygrip.training.saving.queue_again", lambda: queued.append(True))
+    monkeypatch.setattr("keygrip.training.saving.requeue_job", lambda: queued.append(True))
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(SaveLatest, "save", long_save)

@@ -32,10 +32,10 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     for name in list(os.environ):
         if name.startswith("TORCHELASTIC_") or name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name)
-    run_folder.stamp.cache_clear()
+    run_folder.run_name.cache_clear()
     run_folder._claimed.cache_clear()
     yield
-    run_folder.stamp.cache_clear()
+    run_folder.run_name.cache_clear()
     run_folder._claimed.cache_clear()
 
 
@@ -48,9 +48,9 @@ def checkpoint_in(folder: str, age_s: float = 0.0) -> Path:
 
 
 def test_a_new_run_gets_a_stamped_folder_that_stays_the_same() -> None:
-    first = run_folder.choose(None, False, "volume_query", "yam")
+    first = run_folder.choose_folder(None, False, "volume_query", "yam")
     assert Path(first).parent == Path("runs/volume_query_yam")
-    assert run_folder.choose(None, False, "volume_query", "yam") == first
+    assert run_folder.choose_folder(None, False, "volume_query", "yam") == first
 
 
 DAMAGED = ["[" * 100_000, '{"started_at": 1' + "0" * 400 + "}", '{"started_at": NaN}', "[1]", "{", ""]
@@ -62,7 +62,7 @@ def test_a_damaged_record_of_another_run_keeps_no_run_from_resuming(content: str
         checkpoint_in(f"runs/m_d/{name}")
     Path("runs/m_d/a/result.json").write_text(json.dumps({"started_at": 5}))
     Path("runs/m_d/b/result.json").write_text(content)
-    assert run_folder.choose(None, True, "m", "d") == "runs/m_d/a"
+    assert run_folder.choose_folder(None, True, "m", "d") == "runs/m_d/a"
     assert read_result(Path("runs/m_d/b")).keys() <= {"started_at"}
     for name in ("a", "b"):
         Path(f"runs/sweeps/m/{name}").mkdir(parents=True)
@@ -77,21 +77,21 @@ def test_resuming_takes_the_newest_checkpoint_of_this_model_and_data() -> None:
         Path(f"runs/m_d/{name}/result.json").write_text(json.dumps({"started_at": started}))
     checkpoint_in("runs/m_other/z")
     Path("runs/m_d/c").mkdir()  # newer, but it never saved
-    assert run_folder.choose(None, True, "m", "d") == "runs/m_d/a"
+    assert run_folder.choose_folder(None, True, "m", "d") == "runs/m_d/a"
 
 
 def test_resuming_a_path() -> None:
     file = checkpoint_in("elsewhere/run")
     for path in ("elsewhere/run", str(file)):
-        assert run_folder.choose(None, path, "m", "d") == "elsewhere/run"
+        assert run_folder.choose_folder(None, path, "m", "d") == "elsewhere/run"
         assert checkpoint_to_resume(OmegaConf.create({"resume": path}), Path("elsewhere/run")) == file
 
 
 def test_a_resumed_run_stays_in_its_folder() -> None:
     checkpoint_in("elsewhere/run")
-    assert run_folder.choose("elsewhere/../elsewhere/run", "elsewhere/run", "m", "d") == "elsewhere/run"
+    assert run_folder.choose_folder("elsewhere/../elsewhere/run", "elsewhere/run", "m", "d") == "elsewhere/run"
     with pytest.raises(ValueError, match="run_dir=another is another folder: leave out run_dir"):
-        run_folder.choose("another", "elsewhere/run", "m", "d")
+        run_folder.choose_folder("another", "elsewhere/run", "m", "d")
 
 
 def test_an_empty_text_is_not_the_present_folder() -> None:
@@ -99,20 +99,20 @@ def test_an_empty_text_is_not_the_present_folder() -> None:
         with pytest.raises(
             ValueError, match=r"is an empty text, often a shell's variable that is not set: give a path"
         ):
-            run_folder.choose(run_dir, resume, "m", "d")
+            run_folder.choose_folder(run_dir, resume, "m", "d")
     with pytest.raises(ValueError, match=r"run_dir is an empty text, .* or run_dir=\. for the present folder"):
         evaluation_output("run/checkpoints/last.ckpt", "")
-    assert run_folder.choose(".", False, "m", "d") == "."
+    assert run_folder.choose_folder(".", False, "m", "d") == "."
 
 
 def test_a_link_to_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     Path("runs").symlink_to(tmp_path / "disk")
     with pytest.raises(ValueError, match=r"run_dir=runs/a: runs is a symbolic link to \S+/disk, which is not there"):
-        run_folder.choose("runs/a", False, "m", "d")
+        run_folder.choose_folder("runs/a", False, "m", "d")
     with pytest.raises(ValueError, match=r"a new folder in runs/m_d: runs is a symbolic link to \S+/disk"):
         run_folder.new_folder(Path("runs/m_d"), "job")  # it used to look for a free name for ever
     (tmp_path / "disk").mkdir()
-    assert run_folder.choose("runs/a", False, "m", "d") == "runs/a"
+    assert run_folder.choose_folder("runs/a", False, "m", "d") == "runs/a"
 
 
 def test_hydras_own_name_for_the_run_folder_is_refused() -> None:
@@ -127,7 +127,7 @@ def test_nothing_to_resume_is_an_error() -> None:
     Path("empty").mkdir()
     for run_dir, resume in ((None, True), ("here", True), (None, "nowhere"), (None, "empty")):
         with pytest.raises(FileNotFoundError, match="nothing to resume"):
-            run_folder.choose(run_dir, resume, "m", "d")
+            run_folder.choose_folder(run_dir, resume, "m", "d")
 
 
 def test_processes_of_torchrun_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,11 +137,11 @@ def test_processes_of_torchrun_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     folders = []
     for wait in (0.0, 1.1):  # each process chooses at another time, and has the same parent
         time.sleep(wait)
-        run_folder.stamp.cache_clear()
+        run_folder.run_name.cache_clear()
         children = os.pipe()
         pid = os.fork()
         if pid == 0:
-            os.write(children[1], run_folder.choose(None, False, "m", "d").encode())
+            os.write(children[1], run_folder.choose_folder(None, False, "m", "d").encode())
             os._exit(0)
         os.waitpid(pid, 0)
         folders.append(os.read(children[0], 1000).decode())
@@ -153,15 +153,15 @@ def test_several_nodes_need_a_common_name(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="give run_dir="):
-        run_folder.choose(None, False, "m", "d")
-    assert run_folder.choose("given", False, "m", "d") == "given"
+        run_folder.choose_folder(None, False, "m", "d")
+    assert run_folder.choose_folder("given", False, "m", "d") == "given"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "night7")
-    assert run_folder.choose(None, False, "m", "d") == "runs/m_d/job-night7"
+    assert run_folder.choose_folder(None, False, "m", "d") == "runs/m_d/job-night7"
 
 
 def test_trainings_of_one_program_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(start: int) -> str:
-        return run_folder.choose(None, False, "m", "d", start)
+        return run_folder.choose_folder(None, False, "m", "d", start)
 
     first, second = chosen(1), chosen(2)
     assert first != second
@@ -174,7 +174,7 @@ def test_trainings_of_one_program_are_numbered(monkeypatch: pytest.MonkeyPatch) 
     assert len(list(Path("runs/m_d").iterdir())) == 2
     run_folder._claimed.cache_clear()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "night7")
-    run_folder.stamp.cache_clear()
+    run_folder.run_name.cache_clear()
     assert (chosen(1), chosen(2)) == ("runs/m_d/job-night7", "runs/m_d/job-night7-2")
 
 
@@ -184,10 +184,10 @@ def in_slurm(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Callable[...,
         monkeypatch.setenv(f"SLURM_{name}", value)
 
     def started(*arguments: str, **given: Any) -> str:
-        run_folder.stamp.cache_clear()
+        run_folder.run_name.cache_clear()
         run_folder._claimed.cache_clear()
         monkeypatch.setattr(sys, "argv", ["train", *arguments])
-        return run_folder.choose(None, False, "m", "d", **given)
+        return run_folder.choose_folder(None, False, "m", "d", **given)
 
     return started
 
@@ -254,12 +254,12 @@ def test_sweep_folder_resumes_the_newest_as_a_whole() -> None:
 
 
 def test_two_starts_in_one_second_get_two_folders(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = run_folder.stamp
-    monkeypatch.setattr(run_folder, "stamp", lambda start, overrides: "2026-01-01_00-00-00")
-    first = run_folder.choose(None, False, "m", "d")
+    real = run_folder.run_name
+    monkeypatch.setattr(run_folder, "run_name", lambda start, overrides: "2026-01-01_00-00-00")
+    first = run_folder.choose_folder(None, False, "m", "d")
     run_folder._claimed.cache_clear()  # another process
-    second = run_folder.choose(None, False, "m", "d")
-    monkeypatch.setattr(run_folder, "stamp", real)
+    second = run_folder.choose_folder(None, False, "m", "d")
+    monkeypatch.setattr(run_folder, "run_name", real)
     assert [Path(path).name for path in (first, second)] == ["2026-01-01_00-00-00", "2026-01-01_00-00-00-2"]
 
 
@@ -271,28 +271,31 @@ def test_a_new_folder_is_nobody_elses() -> None:
 def test_a_folder_is_held_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("run").mkdir()
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom keygrip.training.run_folder import hold\n"
-        "with hold(Path('run')):\n    print('held', flush=True); sys.stdin.read()\n"
+        "import sys, time\nfrom pathlib import Path\nfrom keygrip.training.run_folder import lock_folder\n"
+        "with lock_folder(Path('run')):\n    print('held', flush=True); sys.stdin.read()\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(run_folder.__file__).parents[2])}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) as other:  # type: ignore[call-overload]
         other.stdout.readline()
-        with pytest.raises(ValueError, match="belongs to a run that is still going on"), run_folder.hold(Path("run")):
+        with (
+            pytest.raises(ValueError, match="belongs to a run that is still going on"),
+            run_folder.lock_folder(Path("run")),
+        ):
             pass
         for resume in (False, "run"):
             Path("run/checkpoints").mkdir(exist_ok=True)
             Path("run/checkpoints/last.ckpt").touch()
             with pytest.raises(run_folder.RunFolderError, match="still going on"):  # before Hydra writes into it
-                run_folder.choose("run", resume, "m", "d")
+                run_folder.choose_folder("run", resume, "m", "d")
         monkeypatch.setenv("LOCAL_RANK", "1")
-        with run_folder.hold(Path("run")):  # a helper of the same run
+        with run_folder.lock_folder(Path("run")):  # a helper of the same run
             pass
-        assert run_folder.choose("run", False, "m", "d") == "run"
+        assert run_folder.choose_folder("run", False, "m", "d") == "run"
         other.stdin.close()
     monkeypatch.delenv("LOCAL_RANK")
-    with run_folder.hold(Path("run")):
-        assert run_folder.choose("run", False, "m", "d") == "run"  # asked again by the run itself
+    with run_folder.lock_folder(Path("run")):
+        assert run_folder.choose_folder("run", False, "m", "d") == "run"  # asked again by the run itself
 
 
 def test_a_training_that_another_programs_hydra_command_starts_has_a_folder_of_its_own(
@@ -328,7 +331,7 @@ def test_a_run_folder_that_cannot_be_locked_is_said_and_trained_into(
 
 def test_a_folder_that_holds_anything_but_the_settings_stays() -> None:
     """Somebody may have written into it."""
-    folders = [Path(run_folder.choose(None, False, "m", "d", start=number)) for number in (1, 2, 3)]
+    folders = [Path(run_folder.choose_folder(None, False, "m", "d", start=number)) for number in (1, 2, 3)]
     for folder in folders:
         (folder / ".hydra").mkdir()
         (folder / ".hydra/config.yaml").write_text("seed: 0")
@@ -342,7 +345,7 @@ def test_a_folder_that_holds_anything_but_the_settings_stays() -> None:
 
 
 def test_the_python_call_that_is_refused_leaves_no_folder() -> None:
-    other = Path(run_folder.choose(None, False, "m", "d"))  # of another run
+    other = Path(run_folder.choose_folder(None, False, "m", "d"))  # of another run
     with pytest.raises(ValueError, match=r"max_steps=-3: must be at least 1"):
         keygrip.train(["max_steps=-3"])
     assert list(Path("runs").iterdir()) == [other.parent]

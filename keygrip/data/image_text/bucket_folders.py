@@ -25,23 +25,25 @@ INFO = "images.json"
 def write_info(root: Path | str, encoders: dict[str, Any] | None) -> dict[str, Any]:
     """Write `images.json`: the buckets of every split, and the encoders ({"fingerprint", "description"})."""
     root = Path(root)
-    info = {"schema": SCHEMA, "splits": buckets_there(root), "encoders": encoders}
+    info = {"schema": SCHEMA, "splits": buckets_by_split(root), "encoders": encoders}
     write_json(root / INFO, info)
     return info
 
 
 def split_folders(root: Path) -> dict[str, Path]:
     """Return the folders with buckets by split; the split of a root without splits is ""."""
-    found = {split: root / split for split in SPLITS if buckets_in(root / split)}
-    return found or ({"": root} if buckets_in(root) else {})
+    found = {split: root / split for split in SPLITS if buckets_of_folder(root / split)}
+    return found or ({"": root} if buckets_of_folder(root) else {})
 
 
-def buckets_there(root: Path) -> dict[str, list[str]]:
+def buckets_by_split(root: Path) -> dict[str, list[str]]:
     """Return the names of the buckets with a manifest, by split."""
-    return {split: [bucket.name for bucket in buckets_in(folder)] for split, folder in split_folders(root).items()}
+    return {
+        split: [bucket.name for bucket in buckets_of_folder(folder)] for split, folder in split_folders(root).items()
+    }
 
 
-def buckets_in(folder: Path) -> list[Bucket]:
+def buckets_of_folder(folder: Path) -> list[Bucket]:
     """Return the buckets of a local folder that have a manifest."""
     names = [path.parent.name for path in folder.glob(f"bucket_*/{MANIFEST}")]
     return sorted(Bucket.from_name(name) for name in names if BUCKET_NAME.match(name))
@@ -59,7 +61,7 @@ def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
     elif (Path(root) / INFO).is_file():
         content = read_json(Path(root) / INFO)
     else:
-        splits = buckets_there(Path(root))
+        splits = buckets_by_split(Path(root))
         if not splits:
             raise FileNotFoundError(
                 f"no bucket_<width>x<height>/{MANIFEST} in {root} or its train/: make shards with `python -m "

@@ -248,10 +248,10 @@ def check_demo(demo: Demo, images: bool = True, cameras: Iterable[str] | None = 
             _check_images(name, camera, track, frames)
 
 
-def tidied(poses: ArmTrajectory) -> ArmTrajectory:
+def correct_deviations(poses: ArmTrajectory) -> ArmTrajectory:
     """Return poses that passed the checks, with deviations within the tolerances corrected: unit quaternions, openings
     in [0, 1]."""
     norm = np.linalg.norm(poses.quaternion, axis=-1, keepdims=True)
     quaternion = poses.quaternion if np.abs(norm - 1).max() < 1e-6 else poses.quaternion / norm
-    commanded = None if poses.commanded is None else tidied(poses.commanded)
+    commanded = None if poses.commanded is None else correct_deviations(poses.commanded)
     return replace(poses, quaternion=quaternion, gripper=poses.gripper.clip(0, 1), commanded=commanded)

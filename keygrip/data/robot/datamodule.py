@@ -32,11 +32,11 @@ from keygrip.data.robot.set_checks import (
     refuse_missing,
     refuse_short,
     report_absent_views,
-    report_half_shut,
     report_off_screen,
     report_outliers,
     report_uncalibrated,
     report_views,
+    report_wide_targets,
 )
 from keygrip.data.robot.statistics import DemoStatistics, compute_statistics
 from keygrip.data.robot.workspace_view import fit_to_workspace
@@ -315,7 +315,7 @@ class RobotDemos(ResumableData):
         report_outliers(self.demos, self.arms, self.targets)
         report_off_screen(self.off_screen_shares(), self.max_off_screen_share, self.camera, len(demos), self.root)
         if "controller" not in self.extra_targets:  # the controller's inputs are recorded commands
-            report_half_shut(self.demos, self.arms, self.gripper_targets or self.targets)
+            report_wide_targets(self.demos, self.arms, self.gripper_targets or self.targets)
         report_views(self.demos, self.cameras, self.geometry)
         self._report_detail()
 
@@ -332,7 +332,7 @@ class RobotDemos(ResumableData):
                 pixels,
             )
 
-    def asked_by(self, module: Any) -> None:
+    def configure_for(self, module: Any) -> None:
         """Store what a model reads from the demonstrations besides images and poses; call it before `setup`.
 
         Raises:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def demo_fingerprint(demo: Demo) -> str:
     """Return a hash of a demo's poses, calibration, instruction and number of frames, not of its pixels or location."""
     digest = hashlib.sha256(str(len(demo)).encode())
-    for name, values in numbers(demo):
+    for name, values in hashed_arrays(demo):
         digest.update(name.encode())
         if values is not None:
             digest.update(np.ascontiguousarray(values, dtype=np.float64).tobytes())
@@ -25,7 +25,7 @@ def demo_fingerprint(demo: Demo) -> str:
     return digest.hexdigest()[:16]
 
 
-def numbers(demo: Demo) -> Iterator[tuple[str, np.ndarray | None]]:
+def hashed_arrays(demo: Demo) -> Iterator[tuple[str, np.ndarray | None]]:
     """Yield a demo's poses and calibration by name, [N, ...] each; None for values that were not recorded."""
     for name in sorted(demo.arms):
         yield from _named_pose_arrays(name, demo.arms[name])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keygrip.data.bad_samples import first_names, first_of
+from keygrip.data.bad_samples import join_first, join_first_names
 from keygrip.data.robot.schema import Demo
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def measured_rate(demo: Demo) -> float:
     return min((1 / step for step in (median, *means)), key=lambda rate: abs(math.log(rate / demo.fps)))
 
 
-def differs(measured: float, stated: float) -> bool:
+def rates_differ(measured: float, stated: float) -> bool:
     """Return whether a rate differs from the stated one by more than the inaccuracy of recorders (`SAME`)."""
     return not 1 / SAME <= measured / stated <= SAME
 
@@ -76,7 +76,7 @@ def other_rates(demos: Sequence[Demo], root: object) -> dict[str, str]:
         ValueError: the rates of most of these demos differ, so the stated rate is wrong.
     """
     rates = {demo.name: (measured_rate(demo), demo.fps) for demo in demos if len(demo) > JUDGED_FROM}
-    wrong = {name: pair for name, pair in rates.items() if differs(*pair)}
+    wrong = {name: pair for name, pair in rates.items() if rates_differ(*pair)}
     if 2 * len(wrong) <= len(rates):
         return {
             name: f"its time stamps say {measured:.4g} frames per second, its fps is {stated:g}: plans would run "
@@ -84,7 +84,7 @@ def other_rates(demos: Sequence[Demo], root: object) -> dict[str, str]:
             for name, (measured, stated) in wrong.items()
         }
     measured, stated = next(iter(wrong.values()))
-    cases = first_of([f"{name}: {measured:.4g} for {stated:g}" for name, (measured, stated) in wrong.items()])
+    cases = join_first([f"{name}: {measured:.4g} for {stated:g}" for name, (measured, stated) in wrong.items()])
     raise ValueError(
         f"{root}: the time stamps of {len(wrong)} of {len(demos)} demos say other frames per second than their fps, by "
         f"more than {100 * (SAME - 1):.0f} % ({cases}): plans would run {stated / measured:.3g} times as fast as what "
@@ -104,7 +104,7 @@ def report_gaps(demos: Sequence[Demo], root: object) -> None:
             len(gaps),
             len(demos),
             max(gaps.values()),
-            first_names([f"{name} ({gap:.2f} s)" for name, gap in gaps.items()]),
+            join_first_names([f"{name} ({gap:.2f} s)" for name, gap in gaps.items()]),
         )
 
 

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from keygrip.data.robot.frame_rates import differs
+from keygrip.data.robot.frame_rates import rates_differ
 from keygrip.data.robot.schema import FrameSource
 from keygrip.data.untrusted_files import open_image, read_bytes
 from keygrip.data.video import count_frames, file_identity, frame_times, read_frame
@@ -190,7 +190,7 @@ class VideoFrames:
         if not away.any():
             return
         video_fps = 1 / float(np.median(np.diff(times)))
-        if differs(video_fps, rate):
+        if rates_differ(video_fps, rate):
             raise OSError(
                 f"{self.path}: the video has {video_fps:.4g} frames per second and the data set {rate:g}, so that rows "
                 "would get others' images: encode it again at the data set's rate"

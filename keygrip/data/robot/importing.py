@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from keygrip.artifacts import locked
-from keygrip.data.bad_samples import BadSample, first_of, is_of_the_machine
+from keygrip.data.bad_samples import BadSample, is_of_the_machine, join_first
 from keygrip.data.robot.discovery import find_demos
-from keygrip.data.robot.fingerprint import numbers
+from keygrip.data.robot.fingerprint import hashed_arrays
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.native import read_native
 from keygrip.data.robot.native_writer import write_demo
@@ -103,7 +103,7 @@ def import_demos(
         logger.info("%s", note)
     share = len(broken) / len(references)
     if broken:
-        listed = first_of([f"{name}: {reason}" for name, reason in broken])
+        listed = join_first([f"{name}: {reason}" for name, reason in broken])
         if share > max_broken_share or len(broken) == len(references):
             raise ValueError(f"{len(broken)} of {len(references)} demos in {source} are broken: {listed}")
         logger.warning("%d of %d demos in %s are broken and left out: %s", len(broken), len(references), source, listed)
@@ -175,7 +175,7 @@ def _stored_arrays(demo: Demo, cameras: Sequence[str]) -> dict[str, np.ndarray |
     }
     return {
         "times": demo.timestamps - demo.timestamps[0],
-        **dict(numbers(replace(demo, cameras=calibrated, arms=arms))),
+        **dict(hashed_arrays(replace(demo, cameras=calibrated, arms=arms))),
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from keygrip.data.bad_samples import first_of
+from keygrip.data.bad_samples import join_first
 from keygrip.data.robot.frame_rates import other_rates, report_gaps
 from keygrip.data.robot.integrity import verify
 from keygrip.data.robot.reference import DemoReference
@@ -101,7 +101,7 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
             raise ValueError(
                 f"{len(read.broken)} of {looked_at} demos in {root} are broken, more than "
                 f"data.max_broken_share={options.max_broken_share:g} allows: "
-                + first_of([f"{error.name}: {error.reason}" for error in read.broken])
+                + join_first([f"{error.name}: {error.reason}" for error in read.broken])
             )
     if options.max_demos is not None and len(read.demos) + len(read.broken) < options.max_demos:
         raise ValueError(f"data.max_demos={options.max_demos}, but {root} holds {len(read.demos)} readable demos")

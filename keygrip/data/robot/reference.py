@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keygrip.data.bad_samples import HOSTILE, is_of_the_machine, reason_of
-from keygrip.data.robot.checks import check_demo, tidied
+from keygrip.data.robot.checks import check_demo, correct_deviations
 from keygrip.data.robot.schema import Demo, DemoError
 
 
@@ -58,7 +58,7 @@ class DemoReference:
             if is_of_the_machine(error):
                 raise
             raise DemoError(self.name, reason_of(error)) from error
-        return replace(demo, arms={name: tidied(arm) for name, arm in demo.arms.items()})
+        return replace(demo, arms={name: correct_deviations(arm) for name, arm in demo.arms.items()})
 
 
 def _drop_uncalibrated(demo: Demo, exempt_cameras: Collection[str]) -> Demo:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from keygrip.data.bad_samples import first_names
+from keygrip.data.bad_samples import join_first_names
 from keygrip.data.robot.augmentation import ImageGeometry
 from keygrip.data.robot.checks import pose_outliers
 from keygrip.data.robot.samples import targets_of
@@ -110,7 +110,7 @@ def refuse_short(demos: Sequence[Demo], horizon: int, strides: Sequence[int]) ->
     if short:
         log.warning(
             "%d of %d training demos are shorter than one step of data.frame_stride frames and hold no target: %s",
-            *(len(short), len(demos), first_names(short)),
+            *(len(short), len(demos), join_first_names(short)),
         )
 
 
@@ -180,11 +180,11 @@ def report_outliers(demos: Sequence[Demo], arms: Sequence[str], targets: str) ->
             "bins (repair or remove these demos): %s",
             len(outliers),
             targets,
-            first_names(outliers),
+            join_first_names(outliers),
         )
 
 
-def report_half_shut(demos: Sequence[Demo], arms: Sequence[str], targets: str) -> None:
+def report_wide_targets(demos: Sequence[Demo], arms: Sequence[str], targets: str) -> None:
     """Warn about demonstrations that close a gripper, but whose target openings are too large for a plan to close it.
 
     A held object keeps the fingers apart: reached openings stop there, commanded openings go on.
@@ -205,7 +205,7 @@ def report_half_shut(demos: Sequence[Demo], arms: Sequence[str], targets: str) -
             "keeps the fingers apart, and a robot that follows such openings never shuts its gripper: %sraise "
             "execution.grip_below and execution.release_above above them when the policy runs: %s",
             *(len(least), len(demos), targets, GRIP_BELOW, remedy),
-            first_names([f"{name} ({opening:.2f})" for name, opening in least.items()]),
+            join_first_names([f"{name} ({opening:.2f})" for name, opening in least.items()]),
         )
 
 
@@ -269,7 +269,7 @@ def report_off_screen(shares: Mapping[str, float], limit: float, camera: str, co
         count,
         100 * limit,
         camera,
-        first_names([f"{name} ({100 * outside[name]:.0f} %)" for name in worst]),
+        join_first_names([f"{name} ({100 * outside[name]:.0f} %)" for name in worst]),
     )
 
 

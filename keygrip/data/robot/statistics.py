@@ -29,7 +29,7 @@ Range = tuple[tuple[float, float, float], tuple[float, float, float]]  # lowest 
 
 
 @dataclass(frozen=True)
-class Apart:
+class CameraDistance:
     """Distance between two cameras: medians over evenly chosen frames of the training demonstrations.
 
     Args:
@@ -83,7 +83,7 @@ class DemoStatistics:
     instructions: tuple[str, ...] = ()
     calibrated: tuple[str, ...] = ()
     robot_ranges: Mapping[str, Range] = field(default_factory=dict)
-    apart: Mapping[tuple[str, str], Apart] = field(default_factory=dict)
+    apart: Mapping[tuple[str, str], CameraDistance] = field(default_factory=dict)
 
 
 def compute_statistics(
@@ -159,7 +159,7 @@ def _position_range(positions: np.ndarray) -> Range:
 
 def _camera_separations(
     demos: Sequence[Demo], cameras: Sequence[str], workspace_centre: np.ndarray
-) -> dict[tuple[str, str], Apart]:
+) -> dict[tuple[str, str], CameraDistance]:
     """Return the distance of each pair of cameras; `workspace_centre` [3]: middle of the workspace, metres."""
     centres: dict[str, np.ndarray] = {}
     for name in cameras:
@@ -173,7 +173,7 @@ def _camera_separations(
         # from the chord, because the cosine of a small angle loses the angle to rounding
         angles = 2 * np.arcsin(np.clip(np.linalg.norm(rays[0] - rays[1], axis=1) / 2, 0, 1))
         distance = np.median(np.linalg.norm(first - second, axis=1))
-        separations[pair] = Apart(float(distance), float(np.degrees(np.median(angles))))
+        separations[pair] = CameraDistance(float(distance), float(np.degrees(np.median(angles))))
     return separations
 
 

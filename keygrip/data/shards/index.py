@@ -22,9 +22,9 @@ from typing import IO
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, guard
+from keygrip.data.bad_samples import BadSample, as_bad_sample
 from keygrip.data.shards.keys import sample_key
-from keygrip.data.shards.separate_images import gathered, textless
+from keygrip.data.shards.separate_images import group_members, media_without_text
 from keygrip.data.source_files import is_utf8
 from keygrip.data.untrusted_files import read_npz, regular_file
 
@@ -111,7 +111,7 @@ class ShardIndex:
         """Parse the content of an index file. Raise ShardError if it is not an index; `name` is for the message."""
         try:
             arrays = read_npz(content, where=name)
-            with guard(name):
+            with as_bad_sample(name):
                 columns = {k.removeprefix("column/"): v for k, v in arrays.items() if k.startswith("column/")}
                 own_arrays = {key: arrays[key] for key in OWN}
                 reasons = (arrays[key].tolist() for key in ("bad_keys", "bad_reasons") if key in arrays)
@@ -231,7 +231,7 @@ def index_shard(path: Path, describe: Describe) -> ShardIndex:
         ShardError: the shard is cut off (also between two files), is not a tar, or is compressed.
     """
     try:
-        with guard(path):
+        with as_bad_sample(path):
             return _index_tar(path, describe)
     except BadSample as error:
         if isinstance(error.__cause__, ShardError):
@@ -243,7 +243,7 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
     members = members_of(path)
     if members.fault is not None:
         raise members.fault
-    gathered_parts, refused = gathered(members.parts, members.bad)
+    gathered_parts, refused = group_members(members.parts, members.bad)
     bad = {**members.bad, **refused}
     with path.open("rb") as raw:
         rows: dict[str, Row] = {}
@@ -263,13 +263,15 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                     raw.seek(offset)
                     content[name] = raw.read(length)
                 crcs[key] = [zlib.crc32(part) for part in content.values()]
-                with guard(key):
+                with as_bad_sample(key):
                     rows[key] = _check_row(describe(content))
             except BadSample as error:
                 bad[key] = error.what
     complete_parts = [[(*part, crc) for part, crc in zip(gathered_parts[key], crcs[key], strict=True)] for key in rows]
     index = make_index([*rows], complete_parts, [*rows.values()], members.size, bad)
-    return replace(index, textless={key: names for key, names in textless(gathered_parts).items() if key in bad})
+    return replace(
+        index, textless={key: names for key, names in media_without_text(gathered_parts).items() if key in bad}
+    )
 
 
 @dataclass(frozen=True)
@@ -295,7 +297,7 @@ def members_of(path: Path) -> TarMembers:
     members = TarMembers()
     try:
         members = replace(members, size=regular_file(path).st_size)
-        with guard(path), tarfile.open(path, "r:") as tar, path.open("rb") as raw:
+        with as_bad_sample(path), tarfile.open(path, "r:") as tar, path.open("rb") as raw:
             _add_members(members, path, tar, raw)
     except BadSample as error:
         cause = error.__cause__

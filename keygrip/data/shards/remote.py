@@ -9,7 +9,7 @@ import re
 import time
 from pathlib import Path
 
-from keygrip.artifacts import DiskFullError, full_disk_is_named, locked, temporary_beside
+from keygrip.artifacts import DiskFullError, full_disk_errors, locked, temporary_beside
 from keygrip.data.shards.index import ShardError
 from keygrip.data.source_files import files_in
 
@@ -128,7 +128,7 @@ class ShardCache:
             for attempt in range(3):
                 try:
                     with (
-                        full_disk_is_named(target),
+                        full_disk_errors(target),
                         fsspec.open(f"{self.url}/{name}", "rb") as source,
                         temporary.open("wb") as copy,
                     ):

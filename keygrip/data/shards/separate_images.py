@@ -29,7 +29,7 @@ HOW = (
 ELSEWHERE = "not all of its images are in its tar:"  # beginning of a reason that only the whole set can show
 
 
-def gathered(
+def group_members(
     parts: Mapping[str, Sequence[Member]], bad: Collection[str]
 ) -> tuple[dict[str, list[Member]], dict[str, str]]:
     """Group the members of a tar by sample, and find the texts that must be refused.
@@ -65,8 +65,8 @@ def gathered(
     return members, _find_refused_texts(alone, sorted(with_media - texts), with_media & texts, parts)
 
 
-def textless(parts: Mapping[str, Sequence[Member]]) -> dict[str, tuple[str, ...]]:
-    """Return by key the names of images and videos without text, from the members that `gathered` returns."""
+def media_without_text(parts: Mapping[str, Sequence[Member]]) -> dict[str, tuple[str, ...]]:
+    """Return by key the names of images and videos without text, from the members that `group_members` returns."""
     return {
         key: tuple(name for name, _, _ in members if MEDIA.search(name))
         for key, members in parts.items()

@@ -16,7 +16,7 @@ from typing import IO, Any, Self
 import numpy as np
 
 from keygrip.artifacts import atomic_write, sha256_bytes, write_bytes, write_json
-from keygrip.data.bad_samples import NAMED_AT_MOST, first_of
+from keygrip.data.bad_samples import NAMED_AT_MOST, join_first
 from keygrip.data.shards.index import (
     COMPRESSED,
     MANIFEST,
@@ -177,7 +177,7 @@ def write_manifest(
     if len(broken) > max_broken_share * (len(paths) + len(compressed)) or not shards:
         raise ValueError(
             f"{len(broken)} of {len(paths) + len(compressed)} shards in {root} are broken, more than max_broken_share="
-            f"{max_broken_share:g} allows: " + first_of(list(broken.values()))
+            f"{max_broken_share:g} allows: " + join_first(list(broken.values()))
         )
     samples = sum(shard["samples"] for shard in shards)
     reasons = [f"{key} of {root}/{name}: {reason}" for name, left in bad.items() for key, reason in left.items()]

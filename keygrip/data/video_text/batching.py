@@ -137,13 +137,13 @@ class WithinBudget:
         return [frames * self.collator.tokens_per_frame + tokens for tokens in token_counts if tokens]
 
 
-def is_asked(kind: str, kinds: Sequence[str] | None, questions: Questions) -> bool:
+def uses_kind(kind: str, kinds: Sequence[str] | None, questions: Questions) -> bool:
     """Whether conversations of a kind are used: a source's `kinds` contain it (None: all), and `questions` does not
     exclude it ({kind: 0})."""
     return (kinds is None or kind in kinds) and not (isinstance(questions, Mapping) and questions.get(kind) == 0)
 
 
-def all_asked(kind: str, kinds: Sequence[str] | None, *questions: Questions) -> bool:
+def uses_all_of_kind(kind: str, kinds: Sequence[str] | None, *questions: Questions) -> bool:
     """Whether all of a video's conversations of a kind are used: a source's `kinds` contain it (None: all), and none of
     `questions` selects only some of them."""
     return (kinds is None or kind in kinds) and all(
@@ -151,7 +151,9 @@ def all_asked(kind: str, kinds: Sequence[str] | None, *questions: Questions) -> 
     )
 
 
-def choose(conversations: Sequence[Conversation], questions: Questions, rng: np.random.Generator) -> list[Conversation]:
+def choose_conversations(
+    conversations: Sequence[Conversation], questions: Questions, rng: np.random.Generator
+) -> list[Conversation]:
     """Choose some of a video's conversations: all (None), a number at random, or a number of each named kind and all of
     the other kinds."""
     if questions is None:

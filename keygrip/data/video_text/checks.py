@@ -9,10 +9,10 @@ from dataclasses import replace
 
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.spacing import evenly
-from keygrip.data.video_text.batching import Questions, is_asked
+from keygrip.data.video_text.batching import Questions, uses_kind
 from keygrip.data.video_text.clips import SubClips
 from keygrip.data.video_text.conversations import read_conversations, read_timed_conversations
-from keygrip.data.video_text.lengths import TokenLengths, spread
+from keygrip.data.video_text.lengths import TokenLengths, spread_samples
 from keygrip.data.video_text.samples import Part
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def check_kinds(parts: Sequence[Part], chosen: Mapping[str, Questions]) -> None:
     Args:
         parts: of all splits. chosen: the chosen questions, by the name of the setting.
     """
-    source_kinds = {kind for part in parts for kind in part.kinds_there()}
+    source_kinds = {kind for part in parts for kind in part.kinds_present()}
     for name, questions in chosen.items():
         missing = [kind for kind, count in questions.items() if count] if isinstance(questions, Mapping) else []
         missing = [kind for kind in missing if kind not in source_kinds]
@@ -41,7 +41,7 @@ def check_kinds(parts: Sequence[Part], chosen: Mapping[str, Questions]) -> None:
 def check_clips(parts: Sequence[Part], questions: Questions) -> None:
     """Raise ValueError if a lookback names a kind that no source has, or if none of the tested longer videos can be
     cut into clips."""
-    source_kinds = {kind for part in parts for kind in part.kinds_there()}
+    source_kinds = {kind for part in parts for kind in part.kinds_present()}
     for clips in {id(part.clips): part.clips for part in parts if part.clips is not None}.values():
         if unknown := sorted(set(clips.lookback) - source_kinds):
             raise ValueError(f"clips.lookback names {unknown[0]!r}; the sources hold {', '.join(sorted(source_kinds))}")
@@ -63,7 +63,7 @@ def _count_cuttable(clips: SubClips, parts: Sequence[Part], questions: Questions
         for sample in longer_samples[evenly(len(longer_samples), TRIED)].tolist():
             with contextlib.suppress(BadSample):  # counted when they are read
                 conversations = read_conversations(part.shards, sample)
-                cut += clips.may_be_cut([c for c in conversations if is_asked(c.kind, part.kinds, questions)])
+                cut += clips.may_be_cut([c for c in conversations if uses_kind(c.kind, part.kinds, questions)])
                 tried += 1
     return tried, cut
 
@@ -124,13 +124,13 @@ def _refuse_too_long(part: Part, usable: Part, questions: Questions) -> None:
     if part.clips is not None or not isinstance(part.lengths, TokenLengths | None):
         return  # clips are shorter; counted lengths need no test
     problems, tried = [], 0
-    tested_part = replace(usable, chosen=spread(usable.shards, usable.chosen))
+    tested_part = replace(usable, chosen=spread_samples(usable.shards, usable.chosen))
     for sample, frames in zip(
         tested_part.chosen.tolist(), tested_part.frames(part.context.max_frames).tolist(), strict=True
     ):
         with contextlib.suppress(BadSample):  # counted when they are read
             conversations, seconds = read_timed_conversations(usable.shards, sample, part.context.max_frames)
-            requested = [each for each in conversations if is_asked(each.kind, part.kinds, questions)]
+            requested = [each for each in conversations if uses_kind(each.kind, part.kinds, questions)]
             row_problems = [part.context.problem(each, frames, seconds if frames else ()) for each in requested]
             tried += 1
             if row_problems and None not in row_problems:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from keygrip.data.bad_samples import BadSample, first_of, guard
+from keygrip.data.bad_samples import BadSample, as_bad_sample, join_first
 from keygrip.data.image_text.decoding import refuse_frames, upright
 from keygrip.data.shards.index import MOST_FRAMES, Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
@@ -40,9 +40,9 @@ from keygrip.data.video_text.foreign_text import (
     caption_request,
     caption_text,
     holds_text,
-    kinds_named,
     own_text,
     places_problem,
+    stated_media_kinds,
 )
 from keygrip.data.video_text.sample_types import (
     Conversation,
@@ -228,13 +228,15 @@ def parse_text(parts: Parts, names: Sequence[str] | None = None) -> dict[str, An
         return own_text(content, request, _has_media(names))
     dotted = any(name.rpartition(".")[2] in TEXT for name in parts)
     hint = ": a key ends at the first dot of a name; write another character for the others" if dotted else ""
-    only = first_of(sorted(parts), 5, ", ") or "nothing"  # few names: long reasons are cut off, and the hint comes last
+    only = (
+        join_first(sorted(parts), 5, ", ") or "nothing"
+    )  # few names: long reasons are cut off, and the hint comes last
     raise ValueError(f"it has no json or txt part, only {only}{hint}")
 
 
 def parse_conversations(content: Mapping[str, Any]) -> tuple[Conversation, ...]:
     """Parse the conversations of a sample's text. Raise BadSample if they are malformed."""
-    with guard("its conversations"):
+    with as_bad_sample("its conversations"):
         return tuple(_parse_conversation(conversation) for conversation in content["conversations"])
 
 
@@ -265,7 +267,7 @@ def _is_one_image(names: Sequence[str], content: Any) -> bool:
     """Whether a sample is one image, and not a frame of a video that its json names."""
     if any(name.lower() in VIDEO for name in names) or sum(IMAGE.match(name) is not None for name in names) != 1:
         return False
-    return not isinstance(content, Mapping) or "video" not in kinds_named(content)
+    return not isinstance(content, Mapping) or "video" not in stated_media_kinds(content)
 
 
 def _has_media(names: Iterable[str]) -> bool:
@@ -401,7 +403,7 @@ def read_sample(
         BadSample: something in the sample is broken; the message names the sample and its shard.
     """
     stored = shards.read(sample)
-    with guard(shards.where(sample)):
+    with as_bad_sample(shards.where(sample)):
         parts = lower_case(stored)
         content = parse_text(parts)
         conversations = parse_conversations(content)
@@ -416,7 +418,7 @@ def read_sample(
             images = [decode_image(parts[names[n]], size, fit) for n in indices]
             frames = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
             seconds = image_seconds(content.get("fps", 1.0), indices)
-        conversations = tuple(each.among(indices) for each in conversations)
+        conversations = tuple(each.for_frames(indices) for each in conversations)
         if any(each.has_place for each in conversations):
             stored_sizes = _frame_sizes(parts, video, [names[n] for n in indices] if video is None else indices)
             conversations = tuple(each.in_square(stored_sizes, size, fit) for each in conversations)
@@ -440,7 +442,7 @@ def _frame_sizes(parts: Parts, video: str | None, frames: Sequence[Any]) -> list
 def read_conversations(shards: ShardSet, sample: int) -> tuple[Conversation, ...]:
     """Read the conversations of a sample without its images. Raise BadSample if its text is broken."""
     parts = shards.read(sample, TEXT)
-    with guard(shards.where(sample)):
+    with as_bad_sample(shards.where(sample)):
         return parse_conversations(parse_text(parts, _part_names(shards, sample)))
 
 
@@ -462,7 +464,7 @@ def read_timed_conversations(
     """
     names, count = _part_names(shards, sample), int(shards.columns["frames"][sample])
     parts = shards.read(sample, TEXT)
-    with guard(shards.where(sample)):
+    with as_bad_sample(shards.where(sample)):
         content = parse_text(parts, names)
         conversations = parse_conversations(content)
         if any(name.lower() in VIDEO for name in names):

@@ -38,8 +38,8 @@ from keygrip.data.video_text.batching import (
     PreparedCollator,
     Questions,
     WithinBudget,
-    all_asked,
-    is_asked,
+    uses_all_of_kind,
+    uses_kind,
 )
 from keygrip.data.video_text.checks import check_clips, check_kinds, usable_parts
 from keygrip.data.video_text.clips import SubClips
@@ -49,9 +49,9 @@ from keygrip.data.video_text.conversations import (
     MAX_FRAMES,
     iterate_texts,
 )
-from keygrip.data.video_text.exact_lengths import counted
-from keygrip.data.video_text.lengths import TextLengths, measured
-from keygrip.data.video_text.samples import Part, TellingLoader, VideoTextSamples
+from keygrip.data.video_text.exact_lengths import count_lengths
+from keygrip.data.video_text.lengths import TextLengths, measure_lengths
+from keygrip.data.video_text.samples import Part, ReportingLoader, VideoTextSamples
 from keygrip.data.video_text.shard_source import AUTO, ShardSource, common_fit
 from keygrip.training.parts import data_part
 
@@ -168,7 +168,7 @@ class VideoTexts(ResumableData):
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
-    def asked_by(self, module: Any) -> None:
+    def configure_for(self, module: Any) -> None:
         """Store how many positions a row of the model may have (its `longest_row`); call it before `setup`."""
         self.longest_row = getattr(module, "longest_row", None)
 
@@ -231,12 +231,12 @@ class VideoTexts(ResumableData):
             if exact and (fitting or split != "train"):
                 folder = folder_beside(self.sources[part.name].place)
                 count_options = (folder, part.kinds, self.max_frames, self.num_workers)
-                lengths[split, part.name] = counted(part.shards, part.chosen, collator, *count_options)
+                lengths[split, part.name] = count_lengths(part.shards, part.chosen, collator, *count_options)
             needs_rate = (
                 self.budget is not None or part.may_be_too_long(collator.max_tokens) or part.context is not None
             )
             if not exact and split == "train" and needs_rate:  # the rate of the training texts is used for all splits
-                rate = measured(part.shards, part.chosen, collator, part.kinds)
+                rate = measure_lengths(part.shards, part.chosen, collator, part.kinds)
                 lengths |= dict.fromkeys(((each, part.name) for each in SPLITS), rate)
         return {s: [replace(p, lengths=lengths.get((s, p.name))) for p in parts] for s, parts in opened.items()}
 
@@ -343,8 +343,10 @@ class VideoTexts(ResumableData):
             image_frames=self.image_frames,
             texts=self.texts,
             clips_keep_times=any(part.clips is not None and not part.clips.rebased for part in parts),
-            kinds=frozenset(k for p in parts for k in p.kinds_there() if is_asked(k, p.kinds, self.questions)),
-            partial_kinds=frozenset(k for p in parts for k in p.kinds_there() if not all_asked(k, p.kinds, *asked)),
+            kinds=frozenset(k for p in parts for k in p.kinds_present() if uses_kind(k, p.kinds, self.questions)),
+            partial_kinds=frozenset(
+                k for p in parts for k in p.kinds_present() if not uses_all_of_kind(k, p.kinds, *asked)
+            ),
         )
 
     def shard_hashes(self) -> dict[str, str]:
@@ -396,7 +398,7 @@ class VideoTexts(ResumableData):
         samples = self._samples(parts, questions, memory_gb)
         samples.leaves_out, samples.never_empty = split != "train", self.ranks[1] > 1
         collate = Collate(collator or self.collator)
-        loader = TellingLoader(collate_fn=collate, **self.loader_options(samples, sampler))
+        loader = ReportingLoader(collate_fn=collate, **self.loader_options(samples, sampler))
         loader.skipped, loader.unusable, loader.split = self.skipped, self.unusable, split
         return loader
 

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from keygrip.artifacts import atomic_write, locked, sha256_bytes
-from keygrip.data.bad_samples import BadSample, guard
+from keygrip.data.bad_samples import BadSample, as_bad_sample
 from keygrip.data.shards.packing import ranges
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.resuming import ensure_enough_files
@@ -43,7 +43,7 @@ class ExactLengths:
         fingerprint: of the longest rows and the numbers of rows, from which batches are planned.
         longest: int32 [N], tokens of each sample's longest row without its frames, 0 if none of its conversations can
             be a row; or NOT_COUNTED or UNREADABLE. row_counts: int32 [N], number of conversations that can be rows.
-        row_tokens: int32 [R], tokens of each row without its frames, sample after sample (`places_of`).
+        row_tokens: int32 [R], tokens of each row without its frames, sample after sample (`row_offsets`).
         tokens_per_frame: of an image. max_tokens: length at which texts are cut.
     """
 
@@ -67,7 +67,7 @@ class ExactLengths:
 
     def tokens_of_rows(self, shards: ShardSet, chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """See `keygrip.data.video_text.lengths.TextLengths`."""
-        first, count = places_of(self.longest, self.row_counts)
+        first, count = row_offsets(self.longest, self.row_counts)
         count = count[chosen]
         row_indices, owner = ranges(first[chosen], count), np.repeat(np.arange(len(chosen)), count)
         if (rows < count).any():  # shuffle the rows of each sample and use the first ones
@@ -82,20 +82,20 @@ class ExactLengths:
         is_usable = self.longest[chosen] != 0
         if room is None or not len(chosen):
             return np.asarray(is_usable)
-        first, count = (each[chosen] for each in places_of(self.longest, self.row_counts))
+        first, count = (each[chosen] for each in row_offsets(self.longest, self.row_counts))
         starts = np.cumsum(count) - count  # start of each sample's rows among the rows of all chosen samples
         shortest = np.minimum.reduceat(self.row_tokens[ranges(first, count)], starts)
         return np.asarray(is_usable & ((shortest <= room) | (self.longest[chosen] == UNREADABLE)))
 
 
-def places_of(longest: np.ndarray, row_counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def row_offsets(longest: np.ndarray, row_counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return where each sample's row lengths begin in the array of all rows, and their number: int64 [N] each. A sample
     that has no row or cannot be read has one entry of 0 tokens."""
     counts = np.where(longest == NOT_COUNTED, 0, np.maximum(row_counts, 1)).astype(np.int64)
     return np.cumsum(counts) - counts, counts
 
 
-def counted(
+def count_lengths(
     shards: ShardSet,
     chosen: np.ndarray,
     collator: MeasuringCollator,
@@ -142,8 +142,8 @@ def counted(
 
 
 def _together(longest: np.ndarray, rows: np.ndarray, groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Join the row lengths of disjoint groups of samples, sample after sample (`places_of`): int32 [R]."""
-    first, counts = places_of(longest, rows)
+    """Join the row lengths of disjoint groups of samples, sample after sample (`row_offsets`): int32 [R]."""
+    first, counts = row_offsets(longest, rows)
     joined = np.zeros(int(counts.sum()), np.int32)
     for samples, tokens in groups:
         joined[ranges(first[samples], counts[samples])] = tokens
@@ -181,7 +181,7 @@ class Counting(Dataset[Counted]):
         """Return the tokens of each row of a sample; None if it cannot be read."""
         try:
             conversations, seconds = read_timed_conversations(self.shards, sample, self.max_frames)
-            with guard(self.shards.where(sample)):
+            with as_bad_sample(self.shards.where(sample)):
                 times = seconds if self.shards.columns["frames"][sample] else ()
                 selected = [each for each in conversations if self.kinds is None or each.kind in self.kinds]
                 tokens = [self.collator.text_tokens(each, times) for each in selected]
@@ -208,13 +208,13 @@ def _read_counts(file: Path, samples: int) -> Counted:
         return np.full(samples, NOT_COUNTED, np.int32), np.zeros(samples, np.int32), np.zeros(0, np.int32)
     try:
         arrays = read_npz(file)
-        with guard(file):
+        with as_bad_sample(file):
             longest, rows, tokens = arrays["longest"], arrays["rows"], arrays["tokens"]
             if any(each.dtype != np.int32 or each.shape != (samples,) for each in (longest, rows)):
                 raise ValueError(f"its arrays are not of {samples} samples")
             if longest.min(initial=0) < UNREADABLE or min(rows.min(initial=0), tokens.min(initial=0)) < 0:
                 raise ValueError("it holds a number of tokens below zero")
-            if tokens.dtype != np.int32 or tokens.shape != (int(places_of(longest, rows)[1].sum()),):
+            if tokens.dtype != np.int32 or tokens.shape != (int(row_offsets(longest, rows)[1].sum()),):
                 raise ValueError("it holds not as many lengths as rows")
     except BadSample as error:
         raise ValueError(f"{file} is damaged ({error.what}): remove it and the tokens are counted again") from error

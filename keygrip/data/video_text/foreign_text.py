@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from keygrip.data.video_text.placeholders import BARE, Placeholders, standing_kinds
+from keygrip.data.video_text.placeholders import BARE, Placeholders, kinds_at_line_ends
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SHOWN = "shown"  # key in this project's form: whether the text is about an image or a video and so requires frames
@@ -86,7 +86,7 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
         role_texts = with_system(role_texts, content.get("system"))
         names_media, prompts = media_key(content) is not None, asked_in(role_texts)
         # a sample has media of one kind; if no key shows which kind, the placeholders in the text may
-        kinds = kinds_named(content) or standing_kinds(prompts) or BARE
+        kinds = stated_media_kinds(content) or kinds_at_line_ends(prompts) or BARE
         places = Placeholders.of(prompts, kinds if packed or names_media else ())
         count, images = places.count(prompts), _count_named_images(content)
         of_video = places.of_one_video(prompts)
@@ -118,7 +118,7 @@ def own_text(content: Any, request: str, packed: bool = False) -> dict[str, Any]
 def _convert_pair(content: Mapping[str, Any], packed: bool) -> dict[str, Any]:
     """Convert one question and its answer at the top level of a json to this project's own form. Raise ValueError if
     there is neither a question nor a frame, or a turn is not text."""
-    count, user = frames_told(content).get("frames"), content["user"]
+    count, user = stated_frame_counts(content).get("frames"), content["user"]
     captioned = user is None or (isinstance(user, str) and not user.strip())
     if captioned and not (packed or count):
         raise ValueError("its user is empty, and it has no frames of which a caption could be asked")
@@ -129,7 +129,7 @@ def _convert_pair(content: Mapping[str, Any], packed: bool) -> dict[str, Any]:
     return converted
 
 
-def frames_told(content: Mapping[str, Any]) -> dict[str, Any]:
+def stated_frame_counts(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the number of images that a json in another form states, as `frames`: a number, a list if several numbers
     differ (then no number of images is accepted), or nothing."""
     counts = [content[name] for name in COUNTS if content.get(name) is not None]
@@ -168,7 +168,7 @@ def media_key(content: Mapping[str, Any]) -> str | None:
     return None
 
 
-def kinds_named(content: Mapping[str, Any]) -> set[str]:
+def stated_media_kinds(content: Mapping[str, Any]) -> set[str]:
     """Return the kinds of media ("image", "video") that a json names, from the keys; none if a key does not show the
     kind, or an "image" key names a video."""
     names = [name for name, value in content.items() if media_key({name: value}) is not None]
@@ -184,7 +184,7 @@ def _convert_turns(turns: list[tuple[str, str]], kind: str, content: Mapping[str
     source = content.get("source")
     times = {"fps": content["fps"]} if "fps" in content else {}
     return (
-        frames_told(content)
+        stated_frame_counts(content)
         | times
         | {
             "source": source if isinstance(source, str) else "",

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, guard
+from keygrip.data.bad_samples import BadSample, as_bad_sample
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.spacing import evenly
 from keygrip.data.video_text.batching import MeasuringCollator
@@ -112,7 +112,7 @@ class TokenLengths:
         return np.asarray(is_usable if room is None else is_usable & (shortest <= room))
 
 
-def measured(
+def measure_lengths(
     shards: ShardSet, chosen: np.ndarray, collator: MeasuringCollator, kinds: Sequence[str] | None = None
 ) -> TokenLengths:
     """Measure the lengths of a source's texts on some samples, always the same ones.
@@ -125,10 +125,10 @@ def measured(
     """
     template = collator.text_tokens(SHORTEST, (0.0, 1.0), whole=True) - 2
     characters, tokens, problem = [], [], "no conversation"
-    for sample in spread(shards, chosen).tolist():
+    for sample in spread_samples(shards, chosen).tolist():
         try:
             conversations = [c for c in read_conversations(shards, sample) if kinds is None or c.kind in kinds]
-            with guard(shards.where(sample)):
+            with as_bad_sample(shards.where(sample)):
                 longest = max(conversations, key=lambda each: text_length([each]))
                 seconds = tuple(float(second) for second in range(int(shards.columns["frames"][sample])))
                 tokens.append(collator.text_tokens(longest, seconds, whole=True) - template)
@@ -145,7 +145,7 @@ def measured(
     return TokenLengths(template, *rates, collator.tokens_per_frame, collator.max_tokens)
 
 
-def spread(shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
+def spread_samples(shards: ShardSet, chosen: np.ndarray) -> np.ndarray:
     """Return some of the chosen samples, evenly spaced in some of their shards."""
     shard = shards.shard[chosen]
     names = np.unique(shard)

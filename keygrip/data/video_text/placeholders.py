@@ -50,7 +50,7 @@ class Placeholders:
         if any(item in text for text in asked for item in ("<|image|>", "<|video|>")):
             return cls(())
         kinds = tuple(kind for kind in BARE if not any(f"</{kind}>" in text.lower() for text in asked))
-        standing = standing_kinds(asked)
+        standing = kinds_at_line_ends(asked)
         if len(kinds) > 1 and len(set(shown)) == 1:
             known_kinds = standing | {_medium_kind(mark) for mark in cls(())._places(asked)}
             return cls(
@@ -109,7 +109,7 @@ class Placeholders:
         return run.sub(_remaining_whitespace, text).strip()
 
 
-def standing_kinds(asked: Sequence[str]) -> set[str]:
+def kinds_at_line_ends(asked: Sequence[str]) -> set[str]:
     """Return the kinds of bare marks that begin or end a line."""
     return {_medium_kind(match.group()) for text in asked for match in LINE_ENDS.finditer(text)}
 

@@ -36,7 +36,7 @@ class Conversation:
     kind: str
     evidence: dict[str, Any]
 
-    def among(self, taken: Sequence[int]) -> Conversation:
+    def for_frames(self, taken: Sequence[int]) -> Conversation:
         """Return the conversation for a selection of the video's frames: `frame` in the evidence becomes an index into
         the selected frames, and is removed if that frame was not selected."""
         frame, indices = self.evidence.get("frame"), list(taken)
@@ -127,11 +127,11 @@ def thinned(sample: VideoTextSample, max_frames: int) -> VideoTextSample:
         return sample
     indices = evenly(len(sample.frames), max_frames)
     seconds = seconds_of(sample.seconds, indices) if sample.seconds else sample.seconds
-    conversations = tuple(each.among(indices) for each in sample.conversations)
+    conversations = tuple(each.for_frames(indices) for each in sample.conversations)
     return replace(sample, frames=sample.frames[indices], conversations=conversations, seconds=seconds)
 
 
-def image_repeated(
+def repeat_image(
     frames: np.ndarray, seconds: tuple[float, ...], image_frames: int
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """Repeat a single image [1, S, S, 3] as `image_frames` equal frames with the same second (() if there is none);

@@ -15,12 +15,19 @@ from keygrip.data.shards.mixing import Component
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.sampling import SampleKey, sample_generator
 from keygrip.data.shards.substitution import SUBSTITUTES, CountingLoader, SubstitutingSamples, UnusableSample
-from keygrip.data.video_text.batching import CheckingCollator, Collator, Questions, choose, is_asked, rows_of
+from keygrip.data.video_text.batching import (
+    CheckingCollator,
+    Collator,
+    Questions,
+    choose_conversations,
+    rows_of,
+    uses_kind,
+)
 from keygrip.data.video_text.clips import SubClips, clipped
 from keygrip.data.video_text.context import Context
 from keygrip.data.video_text.conversations import VideoTextSample, read_sample
 from keygrip.data.video_text.lengths import FIRST_ANSWER, TextLengths, TokenLengths
-from keygrip.data.video_text.sample_types import Conversation, image_repeated, kinds_of
+from keygrip.data.video_text.sample_types import Conversation, kinds_of, repeat_image
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +70,7 @@ class Part:
         held = self.column("frames").astype(np.int64)
         return np.where(held == 1, self.image_frames, np.minimum(held, max_frames))
 
-    def kinds_there(self) -> set[str]:
+    def kinds_present(self) -> set[str]:
         """Return the kinds of the samples' conversations, including those that are not used."""
         return {kind for kinds in set(self.column("kinds").tolist()) for kind in kinds_of(kinds)}
 
@@ -161,13 +168,13 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         part = self.parts[part_index]
         position = key.sample - int(self.starts[part_index])
         whole = self._read(part, key.sample, position)
-        requested = tuple(c for c in whole.conversations if is_asked(c.kind, part.kinds, self.questions))
+        requested = tuple(c for c in whole.conversations if uses_kind(c.kind, part.kinds, self.questions))
         # filter before cutting: a clip must have at least one conversation that is used
         sample = clipped(replace(whole, conversations=requested), part.clips, self.max_frames, self.seed, key)
         if len(whole.frames) == 1:
-            frames, times = image_repeated(sample.frames, sample.seconds or (), part.image_frames)
+            frames, times = repeat_image(sample.frames, sample.seconds or (), part.image_frames)
             sample = replace(sample, frames=frames, seconds=None if sample.seconds is None else times)
-        conversations = choose(sample.conversations, self.questions, sample_generator(self.seed, key))
+        conversations = choose_conversations(sample.conversations, self.questions, sample_generator(self.seed, key))
         if not conversations:
             raise BadSample(f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for")
         seconds = sample.seconds if len(sample.frames) else ()
@@ -228,11 +235,11 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
         return start, order, int(np.flatnonzero(order == key.sample - start)[0])
 
 
-class TellingLoader(CountingLoader):
+class ReportingLoader(CountingLoader):
     """A loader that logs once, after a complete pass over a held-out split, what was left out while reading it."""
 
     split: str = "train"
-    told: bool = False
+    reported: bool = False
 
     def __iter__(self) -> Any:
         count_before = 0 if self.unusable is None else self.unusable.count
@@ -241,8 +248,8 @@ class TellingLoader(CountingLoader):
             rows += getattr(batch, "left_out", 0)
             yield batch
         samples = 0 if self.unusable is None else self.unusable.count - count_before
-        if self.split != "train" and (samples or rows) and not self.told:
-            self.told = True
+        if self.split != "train" and (samples or rows) and not self.reported:
+            self.reported = True
             log.warning(
                 "%s: %d samples are left out whole, and %d rows of others, since they are too long or cannot be rows",
                 *(self.split, samples, rows),

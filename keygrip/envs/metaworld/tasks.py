@@ -97,7 +97,7 @@ MT10: tuple[str, ...] = (
 SETS = {"mt10": MT10, "mt50": MT50}
 
 
-def lately_turned(cameras: Sequence[str]) -> list[str]:
+def newly_rotated_cameras(cameras: Sequence[str]) -> list[str]:
     """Return the cameras whose images are rotated upright now but were not in earlier versions, unlike corner2's."""
     return [camera for camera in cameras if camera in UPSIDE_DOWN and camera != "corner2"]
 

@@ -46,8 +46,8 @@ def colour_features(images: Tensor) -> Tensor:
     return torch.cat([direction / HUE, colours.mean(-1, keepdim=True) / LIGHT], dim=-1)
 
 
-def likeness(one: Tensor, other: Tensor) -> Tensor:
-    """Return the likeness of features [..., a, 4] and [..., b, 4], in 0 to 1: [..., a, b]."""
+def colour_similarity(one: Tensor, other: Tensor) -> Tensor:
+    """Return the similarity of features [..., a, 4] and [..., b, 4], in 0 to 1: [..., a, b]."""
     return torch.exp2(-(one[..., :, None, :] - other[..., None, :, :]).square().sum(-1))
 
 
@@ -68,7 +68,8 @@ def _sample_cells(features: Tensor, count: int, random: torch.Generator) -> Tens
     frames, cells = features.shape[:2]
     candidates = torch.randint(cells, (frames, max(count, CANDIDATES)), generator=random).to(features.device)
     candidate_features = _gather_cells(features, candidates)
-    commonness = likeness(candidate_features, candidate_features).mean(-1)  # at least 1 / CANDIDATES: the cell itself
+    # at least 1 / CANDIDATES: each cell is similar to itself
+    commonness = colour_similarity(candidate_features, candidate_features).mean(-1)
     noise = torch.rand(commonness.shape, generator=random).to(commonness).clamp(1e-6, 1 - 1e-6)
     keys = -commonness.log() - (-noise.log()).log()  # Gumbel: the K largest are a sample without replacement
     return candidates.gather(1, keys.topk(count, dim=1).indices)
@@ -91,7 +92,7 @@ def _mean_shift(cells: Tensor, features: Tensor, centre: Tensor, query: Tensor) 
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         index = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).flatten(1)
         window_features = _gather_cells(features, index).unflatten(1, x.shape[1:])  # [M, K, W, 4]
-        weight = likeness(query[:, :, None], window_features)[:, :, 0] * inside
+        weight = colour_similarity(query[:, :, None], window_features)[:, :, 0] * inside
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-6)
         colour = (weight[..., None] * _gather_cells(colours, index).unflatten(1, x.shape[1:])).sum(2)
         query = (weight[..., None] * window_features).sum(2)

@@ -100,14 +100,14 @@ def detail_of(values: Tensor, axes: int) -> Tensor:
     return flat / (flat.square().mean(-1, keepdim=True) + FLAT**2).sqrt()
 
 
-def moved(images: Tensor, down: int, right: int) -> Tensor:
+def shift_images(images: Tensor, down: int, right: int) -> Tensor:
     """Shift images [M, 3, S, S] by whole pixels; their edges are repeated."""
     coordinates = torch.arange(images.shape[-1], device=images.device)
     rows, columns = ((coordinates - shift).clamp(0, len(coordinates) - 1) for shift in (down, right))
     return images[:, :, rows][..., columns]
 
 
-def inexact(colour: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+def sample_query_colours(colour: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Sample query colours [M, K, 3] from the objects' own colours [M, K, 3]; also return the indices [M, K] of the
     target objects: of the K objects of the frame, those nearest to the query colours."""
     noise = torch.randn(colour.shape, generator=random).to(colour)
@@ -189,7 +189,7 @@ class SelfSupervisedModule(System):
         random = torch.Generator().manual_seed(seed)
         max_shift = min(self.shift, batch.frames.shape[-1] // 4)
         down, right = torch.randint(-max_shift, max_shift + 1, (2,), generator=random).tolist()
-        frames = moved(batch.frames, down, right)
+        frames = shift_images(batch.frames, down, right)
         with without_autocast(frames):
             plain = frames.float() / 255
             objects = draw_objects(plain, self.objects, random)
@@ -200,7 +200,7 @@ class SelfSupervisedModule(System):
             object_targets = torch.cat([detail_of(crops, 3), colour], dim=-1)  # [M, K, C + 3]
         with trained_on(images.device):
             features, kv = backbone.forward_with_kv(images)
-            query_colours, target_indices = inexact(colour, random)
+            query_colours, target_indices = sample_query_colours(colour, random)
             query_output = backbone.query(network.cue(query_colours), kv)
             asked_predictions = network.asked_head(query_output)
         column, row = (objects.drawn // backbone.patch_size).long().unbind(-1)

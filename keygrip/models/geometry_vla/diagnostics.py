@@ -56,12 +56,12 @@ def context_figures(scene: Scene, record: AttentionRecord) -> dict[str, Tensor]:
         figures[f"{name}_rms"] = (squares.sum(dim=(1, 2)) / valid.sum()).sqrt().mean()
     geometry = parts[GROUPS.index("geometry")]
     if geometry.shape[2] > 1:
-        figures["geometry_alike"] = torch.stack([alike(part) for part in geometry]).mean()
+        figures["geometry_alike"] = torch.stack([token_similarity(part) for part in geometry]).mean()
         figures["geometry_slot"] = torch.stack([slot_share(part) for part in geometry]).mean()
     return figures
 
 
-def alike(tokens: Tensor) -> Tensor:
+def token_similarity(tokens: Tensor) -> Tensor:
     """The mean cosine between two different tokens of a sample, of ``[B, K, H]`` with K > 1."""
     count, unit = tokens.shape[1], F.normalize(tokens, dim=-1)
     pairs = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))  # [B]

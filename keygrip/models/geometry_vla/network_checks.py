@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from keygrip.models.geometry_vla.geometry import GeometryEncoder
 
 if TYPE_CHECKING:
-    from keygrip.data.robot.statistics import Apart
+    from keygrip.data.robot.statistics import CameraDistance
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def check_pointing(
         )
 
 
-def check_views_apart(setting: str, cameras: Sequence[str], apart: Mapping[tuple[str, str], Apart]) -> None:
+def check_views_apart(setting: str, cameras: Sequence[str], apart: Mapping[tuple[str, str], CameraDistance]) -> None:
     """Reject cameras whose rays have no meeting point, and warn if the meeting points would be inexact.
 
     Args:

@@ -23,12 +23,12 @@ from keygrip.models.policy import (
     Observation,
     Plan,
     calibration_of,
-    called,
     image_of,
     instruction_of,
     refuse_incomplete,
     refuse_not_finite,
     robot_number,
+    view_names,
     views_of,
 )
 from keygrip.models.policy_tensors import plans_of, stacked_poses, stacked_views
@@ -294,7 +294,10 @@ class GeometryVLAPolicy:
             [
                 self._view(view, camera_name, needs.calibrated(name))
                 for name, view, camera_name in zip(
-                    needs.cameras, views_of(observation, needs.cameras), called(observation, needs.cameras), strict=True
+                    needs.cameras,
+                    views_of(observation, needs.cameras),
+                    view_names(observation, needs.cameras),
+                    strict=True,
                 )
             ]
             for observation in observations
@@ -316,7 +319,7 @@ class GeometryVLAPolicy:
         terms = self._joints_or_inputs(sampled, held_back.amax(dim=(1, 2)) > HELD_BACK_M)
         plans = plans_of(clamped, quaternion, opening.clamp(0, 1), module.statistics.step_seconds, held_back=held_back)
         for session, plan in zip(sessions, plans, strict=True):
-            session._warning.look_at(plan, module.actions.arms, self.margin_m)
+            session._warning.check_plan(plan, module.actions.arms, self.margin_m)
         return [replace(plan, **plan_terms) for plan, plan_terms in zip(plans, terms, strict=True)]
 
     def _joints_or_inputs(self, sampled: torch.Tensor, was_clamped: torch.Tensor) -> list[dict[str, Any]]:

@@ -89,7 +89,7 @@ class FeatureStatistics(nn.Module):
                 getattr(self, f"{kind}_{part}").copy_(value)
         return other
 
-    def leave_as_they_are(self) -> None:
+    def set_identity(self) -> None:
         """Set the identity: features are neither shifted nor scaled."""
         for kind in NORMALISED:
             getattr(self, f"{kind}_mean").zero_()
@@ -111,7 +111,7 @@ class FeatureStatistics(nn.Module):
             "encoders": self.encoders,
         }
 
-    def take_plain(self, plain: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+    def load_plain(self, plain: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
         """Load what `plain` returned.
 
         Args:

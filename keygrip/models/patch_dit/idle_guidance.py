@@ -38,7 +38,7 @@ class GivenConditions:
     redraws_a_part: bool = False
 
 
-def asks_nothing(name: str, value: object) -> bool:
+def changes_nothing(name: str, value: object) -> bool:
     """Whether the given part of `Sampling` changes nothing if there is only one condition."""
     return value is None or (name in OF_TWO and value in (0, *OF_ONE))
 

@@ -155,7 +155,7 @@ def normalise_as(source: InitSource, statistics: FeatureStatistics, asked: Stati
             "data or identity"
         )
     if asked == "identity":
-        statistics.leave_as_they_are()
+        statistics.set_identity()
     elif has_statistics and asked != "data":
         other = statistics.take_normalisation(source.statistics, source.path)
         log.info("features are normalised as in %s", source.path)

@@ -226,7 +226,7 @@ class PatchDiTModule(System):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stored = stored_beside_weights(checkpoint, STATE, "statistics", "view", "autoencoder")
-        self.statistics.take_plain(stored["statistics"], checkpoint.get("state_dict", {}))
+        self.statistics.load_plain(stored["statistics"], checkpoint.get("state_dict", {}))
         if self.few_steps is not None:
             self.few_steps.refuse_other_teacher(stored.get("teacher_digest"))
         self._encoder_weights = {name: stored[name] for name in ("view", "autoencoder")}

@@ -248,13 +248,14 @@ def _mask_voxels_without_point(
     falling = slope <= -MIN_VERTICAL_SLOPE
     rising, bins_above = slope >= MIN_VERTICAL_SLOPE, camera_offsets > 0
 
-    def among(cells: Tensor, bins: Tensor) -> VolumeLogits:
+    def of_candidates(cells: Tensor, bins: Tensor) -> VolumeLogits:
         pixel, height = logits.pixel.masked_fill(~cells, -torch.inf), logits.height.masked_fill(~bins, -torch.inf)
         return replace(logits, pixel=pixel, height=height)
 
-    falling_logit, rising_logit = _best_logit(among(falling, bins_below)), _best_logit(among(rising, bins_above))
+    falling_logit = _best_logit(of_candidates(falling, bins_below))
+    rising_logit = _best_logit(of_candidates(rising, bins_above))
     upward, no_point = rising_logit > falling_logit, torch.isneginf(torch.maximum(falling_logit, rising_logit))
-    return among(
+    return of_candidates(
         torch.where(upward[..., None, None], rising, falling) | no_point[..., None, None],
         torch.where(upward[..., None], bins_above, bins_below) | no_point[..., None],
     )

@@ -26,7 +26,7 @@ from keygrip.models.volume_query.export import volume_query_graph
 from keygrip.models.volume_query.figures import prediction_figure
 from keygrip.models.volume_query.network import VolumeQueryNetwork, VolumeQueryOutput
 from keygrip.models.volume_query.policy import VolumeQueryPolicy
-from keygrip.models.volume_query.second_look import SharpImage, begin_as_shared
+from keygrip.models.volume_query.second_look import SharpImage, copy_backbone_weights
 from keygrip.models.volume_query.symmetry import (
     GripSymmetry,
     equivalent_classes,
@@ -180,7 +180,7 @@ class VolumeQueryModule(System):
 
     def started_from(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         look = self.network.second_look
-        return weights if look is None or look.backbone is None else begin_as_shared(weights)
+        return weights if look is None or look.backbone is None else copy_backbone_weights(weights)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE] = {"views": list(self.views)}
@@ -290,7 +290,7 @@ class VolumeQueryModule(System):
         """The three losses and their weighted ``total``, each a scalar averaged over the valid steps of the global
         batch."""
         network = self.network
-        if not self.symmetry.several:
+        if not self.symmetry.is_symmetric:
             codes = [self.codec(arm).encode(batch.quaternion[:, i]) for i, arm in enumerate(network.arms)]
             rotation = _step_cross_entropy(output.rotation, torch.stack(codes, dim=1))
         else:
@@ -326,7 +326,7 @@ class VolumeQueryModule(System):
 
     def _rotation_error(self, rotation: Tensor, batch: PolicyBatch) -> Tensor:
         """Angles ``[B, A, T]`` in radians between rotations and their targets, or the nearest equivalents of these."""
-        if not self.symmetry.several:
+        if not self.symmetry.is_symmetric:
             return geodesic_angle(rotation, batch.quaternion)
         angles = [nearest_angle(rotation, batch.quaternion, free, order) for order, free in self._symmetry_masks(batch)]
         return torch.stack(angles).amin(dim=0)
@@ -404,7 +404,7 @@ class VolumeQueryModule(System):
             rotation_floor.append(torch.rad2deg(geodesic_angle(codec.decode(code), true)))
             rotation_hits.append((best == code).float())
         hits = torch.stack(rotation_hits, dim=1)
-        if self.symmetry.several:
+        if self.symmetry.is_symmetric:
             best = output.rotation.argmax(-1, keepdim=True)
             hits = self._equivalent_classes(batch).gather(-1, best)[..., 0].float()
         return {

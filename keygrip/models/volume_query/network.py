@@ -344,7 +344,7 @@ class VolumeQueryNetwork(nn.Module):
         self.register_buffer("sin_t", sinusoidal_features(horizon, d_sin_t), persistent=False)  # [T, d_sin_t]
 
     @property
-    def looks(self) -> bool:
+    def reads_at_pixels(self) -> bool:
         """Whether gripper and rotation are read at the steps' pixels."""
         return self.step_features or self.second_look is not None
 
@@ -489,7 +489,7 @@ class VolumeQueryNetwork(nn.Module):
         self, volume: VolumeLogits, step_pixels: Tensor | Callable[[VolumeLogits], StepPlaces] | None
     ) -> tuple[StepPlaces | None, Tensor]:
         """Places, if they are decoded, and the pixels ``[B, A, T, 2]`` where heads read; empty if they do not."""
-        if not self.looks:
+        if not self.reads_at_pixels:
             return None, volume.pixel.new_empty(0)
         if isinstance(step_pixels, Tensor):
             return None, step_pixels

@@ -20,12 +20,12 @@ from keygrip.models.policy import (
     Observation,
     Plan,
     calibration_of,
-    called,
     image_of,
     instruction_of,
     refuse_incomplete,
+    view_names,
     views_of,
-    views_there,
+    views_or_none,
 )
 from keygrip.models.policy_tensors import plans_of, stacked, stacked_poses, stacked_views
 from keygrip.models.training_box import HeldBackWarning, Margin, check_margin, kept_in_box
@@ -91,7 +91,7 @@ class VolumeQueryPolicy:
 
     @property
     def _symmetry_by_word(self) -> bool:
-        return self.steady_turns and self.module.symmetry.by_word
+        return self.steady_turns and self.module.symmetry.depends_on_instruction
 
     @property
     def masks_views(self) -> bool:
@@ -153,7 +153,7 @@ class VolumeQueryPolicy:
         return self._plans(observations, sessions)
 
     def _views(self, observation: Observation) -> list[Mapping[str, Any] | None]:
-        views = views_there(observation, self.module.views)
+        views = views_or_none(observation, self.module.views)
         if views[0] is None:
             raise ValueError(
                 f"camera {self.module.views[0]!r} is None: the volume is that of the first camera, whose calibration "
@@ -201,7 +201,7 @@ class VolumeQueryPolicy:
         if not self.module.network.world_views:
             return observation, ""
         first = self.module.views[:1]
-        return views_of(observation, first)[0], called(observation, first)[0]
+        return views_of(observation, first)[0], view_names(observation, first)[0]
 
     def _sharp_image(self, observations: Sequence[Observation]) -> SharpImage | None:
         second_look = self.module.network.second_look
@@ -219,7 +219,7 @@ class VolumeQueryPolicy:
         The plans begin at the rotations ``start`` ``[B, A, 4]`` with the openings ``gripper`` ``[B, A]``.
         """
         module = self.module
-        if not module.symmetry.several or not self.steady_turns:
+        if not module.symmetry.is_symmetric or not self.steady_turns:
             return planned
         sentences = [instruction_of(observation) for observation in observations] if self._symmetry_by_word else ()
         for order, free in module.symmetry.choices(sentences, gripper >= CLOSED):
@@ -273,5 +273,5 @@ class VolumeQueryPolicy:
         clamped, held_back = kept_in_box(decoded.position, statistics.position_range, self.margin_m)
         plans = plans_of(clamped, turns, decoded.gripper, statistics.step_seconds, decoded.entropy, held_back)
         for session, plan in zip(sessions, plans, strict=True):
-            session._warning.look_at(plan, network.arms, self.margin_m)
+            session._warning.check_plan(plan, network.arms, self.margin_m)
         return plans

@@ -129,7 +129,7 @@ class SecondLook(nn.Module):
         return corrections[..., : self.gripper_bins], corrections[..., self.gripper_bins :]
 
 
-def begin_as_shared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def copy_backbone_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add a copy of the backbone's weights for a second look with its own backbone, if the weights have none."""
     shared, own = "backbone.", "second_look.backbone."
     if any(name.startswith(own) for name in weights):

@@ -43,7 +43,7 @@ class GripSymmetry:
     def __post_init__(self) -> None:
         if isinstance(self.orders, Mapping):
             object.__setattr__(self, "orders", {str(word).lower(): int(n) for word, n in self.orders.items()})
-        least = 2 if self.by_word else 1
+        least = 2 if self.depends_on_instruction else 1
         if not self._numbers or not all(least <= order <= MOST_TURNS for order in self._numbers):
             raise ValueError(
                 f"model.rotation_symmetry is 1 (none) to {MOST_TURNS} equal turns, or 2 to {MOST_TURNS} by a word of "
@@ -51,7 +51,7 @@ class GripSymmetry:
             )
 
     @property
-    def by_word(self) -> bool:
+    def depends_on_instruction(self) -> bool:
         """Whether the number depends on the instruction."""
         return isinstance(self.orders, Mapping)
 
@@ -60,7 +60,7 @@ class GripSymmetry:
         return sorted(set(self.orders.values())) if isinstance(self.orders, Mapping) else [self.orders]
 
     @property
-    def several(self) -> bool:
+    def is_symmetric(self) -> bool:
         """Whether any plan has several equivalent grips."""
         return self.orders != 1
 
@@ -93,7 +93,7 @@ class GripSymmetry:
 
     def choices(self, instructions: Sequence[str], free: Tensor) -> list[tuple[int, Tensor]]:
         """Each number of turns with the plans that have it: ``free`` ``[B, *]``, False for other instructions."""
-        if not self.by_word:
+        if not self.depends_on_instruction:
             return [(self._numbers[0], free)]
         orders = torch.tensor([self.order_of(sentence) for sentence in instructions], device=free.device)
         return [(order, free & (orders == order).view(-1, *[1] * (free.ndim - 1))) for order in self._numbers]

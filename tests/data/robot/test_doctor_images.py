@@ -25,12 +25,12 @@ from keygrip.data.robot.doctor import Finding, doctor, images_and_poses
 from keygrip.data.robot.doctor.calibrate import calibrate
 from keygrip.data.robot.doctor.causes import Cause, other_image_size
 from keygrip.data.robot.doctor.examination import Examination, yam_model
-from keygrip.data.robot.doctor.images_and_poses import Seen, _check_demos, check_images_and_poses, lag_start
+from keygrip.data.robot.doctor.images_and_poses import ComparedCamera, _check_demos, check_images_and_poses, lag_start
 from keygrip.data.robot.doctor.overlays import FITTED, RECORDED
-from keygrip.data.robot.doctor.registration import NUMBERS, Fit, at_half_contrast
+from keygrip.data.robot.doctor.registration import NUMBERS, Fit, half_contrast_offsets
 from keygrip.data.robot.doctor.run import examine
 from keygrip.data.robot.doctor.search import starts
-from keygrip.data.robot.doctor.silhouettes import moved, seen, splat
+from keygrip.data.robot.doctor.silhouettes import move_camera, project_points, splat
 from keygrip.data.robot.doctor.views import make_view, place, place_all
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.data.robot.schema import ArmTrajectory, Demo
@@ -83,7 +83,7 @@ def sound(number: int, tilt: float = 0.3) -> Recorded:
 def shown(joints: np.ndarray, gripper: np.ndarray, pose: np.ndarray, base: Sequence[float] = (0, 0, 0)) -> np.ndarray:
     """Render the arm over a table: [N, SIDE, SIDE, 3]."""
     points = yam_surface().at(joints, gripper) + np.array(base, dtype=np.float32)
-    pixels, _ = seen(points, INTRINSICS, pose)
+    pixels, _ = project_points(points, INTRINSICS, pose)
     mask, _ = splat(pixels, SIDE, SIDE)
     y, x = np.mgrid[0:SIDE, 0:SIDE]
     table = np.stack([170 + 20 * ((x // 16 + y // 16) % 2), 150 + 0 * x, 120 + 0 * x], axis=-1).astype(np.uint8)
@@ -148,7 +148,7 @@ def cropped(demo: Recorded, number: int) -> Recorded:
 
 
 def moved_once(demo: Recorded, number: int) -> Recorded:
-    return replace(demo, pose=moved(POSE, np.array([0.06, -0.05, 0.03, 0, 0, 0]))) if number == 2 else demo
+    return replace(demo, pose=move_camera(POSE, np.array([0.06, -0.05, 0.03, 0, 0, 0]))) if number == 2 else demo
 
 
 def exchanged_once(demo: Recorded, number: int) -> Recorded:
@@ -191,7 +191,7 @@ def test_what_a_camera_of_its_own_would_explain_in_each_demo_is_one_reading_of_a
     demos = [reference.read() for reference in find_demos(write(tmp_path / "data", conjugated, joints=False))]
     pairs = {demo.name: (make_view(demo, "over", 8), place(demo, "right")) for demo in demos}
     exam = Examination(demos, frames_per_demo=8, height_bins=32, pred_size=56)
-    _check_demos(exam, Seen("over", "right", pairs))
+    _check_demos(exam, ComparedCamera("over", "right", pairs))
     assert [finding.cause for finding in exam.findings] == ["quaternions conjugated (world to gripper)"]
     assert exam.findings[0].demos == ("demo_0", "demo_1", "demo_2")
 
@@ -440,7 +440,7 @@ def test_overlays_of_a_camera_that_is_badly_wrong_show_it(tmp_path, monkeypatch,
         monkeypatch.setattr(images_and_poses, name, lambda pairs: fit)
     monkeypatch.setattr(images_and_poses, "FITTED", 2)
     monkeypatch.setattr(images_and_poses, "camera_cause", lambda *_: Cause("turned", "by 20 degrees", "calibrate"))
-    root = write(tmp_path / "data", lambda demo, number: replace(demo, pose=moved(POSE, change[:6])))
+    root = write(tmp_path / "data", lambda demo, number: replace(demo, pose=move_camera(POSE, change[:6])))
     exam = Examination([reference.read() for reference in find_demos(root)], 8, 32, 56)
     check_images_and_poses(exam)
     assert [finding.check for finding in exam.findings] == [check], [str(finding) for finding in exam.findings]
@@ -472,7 +472,10 @@ def test_calibration_gives_the_camera_back_and_leaves_the_recording(tmp_path):
     def wrong(demo: Recorded, number: int) -> Recorded:
         late = demo.images[np.clip(np.arange(FRAMES) - 2, 0, FRAMES - 1)]
         return replace(
-            demo, pose=moved(POSE, turn), images=late, intrinsics=INTRINSICS * [[1.06, 1, 1], [1, 1.06, 1], [1, 1, 1]]
+            demo,
+            pose=move_camera(POSE, turn),
+            images=late,
+            intrinsics=INTRINSICS * [[1.06, 1, 1], [1, 1.06, 1], [1, 1, 1]],
         )
 
     root = write(tmp_path / "data", wrong)
@@ -528,7 +531,7 @@ def test_the_models_of_a_calibration_file_are_found_from_where_its_corrections_a
     foreign = SimpleNamespace(format="lerobot_v3", read=lambda: demo)
     monkeypatch.setattr("keygrip.data.robot.doctor.calibrate.find_demos", lambda *_: [foreign])
     found = Fit(np.zeros(NUMBERS), np.ones(NUMBERS), 0.9, 0.9, residual=0.5, points=100, cost=0.1)
-    monkeypatch.setattr("keygrip.data.robot.doctor.calibrate.fitted", lambda pairs: found)
+    monkeypatch.setattr("keygrip.data.robot.doctor.calibrate.best_fit", lambda pairs: found)
     monkeypatch.chdir(tmp_path)
     calibrate(root, output, "auto", "set/calibration.yaml", None, 1, 4)
     written = tmp_path / output
@@ -605,7 +608,7 @@ def test_an_edge_is_found_at_half_its_contrast(contrast, blur, place):
     row = gaussian_filter1d(covered * contrast, blur) if blur else covered * contrast
     added = np.broadcast_to(row[None, None, :, None] * [1.0, -0.5, 0.2], (1, 9, 40, 3)).astype(np.float32)
     at = np.array([[place - 0.6, 4.5], [place + 0.4, 4.5], [5.0, 4.5]])
-    found, good = at_half_contrast(added, np.zeros(3, int), at, np.array([[1.0, 0.0]] * 3))
+    found, good = half_contrast_offsets(added, np.zeros(3, int), at, np.array([[1.0, 0.0]] * 3))
     assert good.tolist() == [True, True, False]  # there is no edge near the last point
     assert at[:2, 0] + found[:2] == pytest.approx([place] * 2, abs=0.2)
 
@@ -613,4 +616,4 @@ def test_an_edge_is_found_at_half_its_contrast(contrast, blur, place):
 def test_an_edge_of_little_contrast_is_not_measured():
     added = np.zeros((1, 9, 40, 3), np.float32)
     added[:, :, :20] = 5
-    assert not at_half_contrast(added, np.zeros(1, int), np.array([[20.0, 4.5]]), np.array([[1.0, 0.0]]))[1].any()
+    assert not half_contrast_offsets(added, np.zeros(1, int), np.array([[20.0, 4.5]]), np.array([[1.0, 0.0]]))[1].any()

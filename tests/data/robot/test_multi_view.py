@@ -174,9 +174,9 @@ def test_a_sharper_cut_that_nothing_reads_is_refused(root: Path, robot_demos: Ma
     class Looking:
         reads_detail = True
 
-    robot_demos(root, detail_size=64).asked_by(Looking())
+    robot_demos(root, detail_size=64).configure_for(Looking())
     with pytest.raises(ValueError, match=r"data\.detail_size=64.*no second look"):
-        robot_demos(root, detail_size=64).asked_by(object())
+        robot_demos(root, detail_size=64).configure_for(object())
     with pytest.raises(ValueError, match=r"at least data\.image_size=32"):
         robot_demos(root, detail_size=16)
 
@@ -321,7 +321,7 @@ class MasksViews:
 
 
 def asked(module: RobotDemos) -> RobotDemos:
-    module.asked_by(MasksViews())
+    module.configure_for(MasksViews())
     return ready(module)
 
 
@@ -451,7 +451,7 @@ def test_of_a_model_that_reads_one_cameras_calibration_the_other_needs_none(root
     lose("front", "demo_1", "demo_3")
     lose("over", "demo_4")
     module = robot_demos(root, **TWO, val_fraction=0.0, max_broken_share=0.2)
-    module.asked_by(ReadsOver())
+    module.configure_for(ReadsOver())
     ready(module)
     assert [str(error) for error in module.broken] == [
         "demo 'demo_4': camera 'over' is not calibrated, which this model needs: its board was not seen"
@@ -485,7 +485,7 @@ def test_statistics_name_the_cameras_that_are_calibrated_in_all_demos_of_all_roo
     found = []
     for roots in (str(root), [str(root), str(second)]):
         module = robot_demos(roots, cameras=CAMERAS)
-        module.asked_by(ReadsWhatThereIs())
+        module.configure_for(ReadsWhatThereIs())
         with caplog.at_level("INFO"):
             found.append(ready(module).statistics.calibrated)
         assert not module.broken
@@ -518,7 +518,7 @@ def test_views_are_dropped_at_random_in_training_alone(root: Path, robot_demos: 
     plain, none = asked(robot_demos(root, **settings)), ready(robot_demos(root, **settings, view_dropout=0.0))
     assert torch.equal(plain.train_samples[SampleKey(3, 1)].images, none.train_samples[SampleKey(3, 1)].images)
     with pytest.raises(ValueError, match=r"data\.view_dropout=0\.3: this model masks no views"):
-        robot_demos(root, **settings, view_dropout=0.3).asked_by(object())
+        robot_demos(root, **settings, view_dropout=0.3).configure_for(object())
 
 
 @pytest.mark.parametrize(

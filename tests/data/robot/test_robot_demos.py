@@ -188,9 +188,9 @@ def test_openings_may_be_commanded_where_poses_are_reached(
 
 def test_openings_that_a_model_does_not_read_are_refused(tmp_path: Path, robot_demos: Make) -> None:
     chosen = robot_demos(tmp_path, gripper_targets="commanded")
-    chosen.asked_by(types.SimpleNamespace(extra_targets=("joints",)))
+    chosen.configure_for(types.SimpleNamespace(extra_targets=("joints",)))
     with pytest.raises(ValueError, match=r"data\.gripper_targets=commanded: .*model\.actions\.kind=osc"):
-        chosen.asked_by(types.SimpleNamespace(extra_targets=("controller",)))
+        chosen.configure_for(types.SimpleNamespace(extra_targets=("controller",)))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_openings_that_never_shut_a_gripper_are_said(
     for folder in native_root.glob("demo_*"):
         change_archive(folder / "trajectory.npz", right__controller_action=np.zeros((12, 7)))
     inputs = robot_demos(native_root, targets="reached", frame_stride=1)  # of a controller, the gripper's included
-    inputs.asked_by(types.SimpleNamespace(extra_targets=("controller",)))
+    inputs.configure_for(types.SimpleNamespace(extra_targets=("controller",)))
     ready(inputs)
     assert "close a gripper" not in caplog.text
 

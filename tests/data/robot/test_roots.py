@@ -217,11 +217,11 @@ def test_robots_that_a_model_could_keep_apart_and_does_not_are_told(
     told: bool,
 ) -> None:
     data = robot_demos(roots)
-    data.asked_by(SimpleNamespace(embodiments=embodiments, may_keep_apart=may_keep_apart))
+    data.configure_for(SimpleNamespace(embodiments=embodiments, may_keep_apart=may_keep_apart))
     ready(data)
     assert ("model.actions.embodiments=[panda,yam]" in caplog.text) == told
     caplog.clear()
     one = robot_demos(roots[:1])
-    one.asked_by(SimpleNamespace(embodiments=(), may_keep_apart=True))
+    one.configure_for(SimpleNamespace(embodiments=(), may_keep_apart=True))
     ready(one)
     assert "model.actions.embodiments" not in caplog.text

@@ -35,7 +35,7 @@ from keygrip.data.video_text.conversations import (
     read_timed_conversations,
     video_text_parts,
 )
-from keygrip.data.video_text.exact_lengths import counted
+from keygrip.data.video_text.exact_lengths import count_lengths
 from keygrip.data.video_text.foreign_text import own_text
 from keygrip.data.video_text.sample_types import kinds_column
 from keygrip.data.video_text.samples import Part
@@ -340,7 +340,7 @@ def test_texts_are_found_whatever_the_case_of_their_names(tmp_path: Path) -> Non
     assert list(iterate_texts([upper])) == list(iterate_texts([lower]))
     collator = ConversationCollator(TrainedTokenizer(320), "question_first", "answers")
     collator.prepare(tmp_path, lambda: iterate_texts([upper]))
-    counts = [counted(shards, np.arange(3), collator, tmp_path).longest.tolist() for shards in (lower, upper)]
+    counts = [count_lengths(shards, np.arange(3), collator, tmp_path).longest.tolist() for shards in (lower, upper)]
     assert counts[1] == counts[0]
     assert min(counts[0]) > 0
     assert [validate(tmp_path / name)["errors"] for name in ("set", "SET")] == [0, 0]
@@ -734,7 +734,7 @@ def test_kinds_with_blanks_can_be_chosen(tmp_path: Path, kind: str) -> None:
     assert found is not None
     shards, chosen = found
     assert [shards.key(number) for number in chosen] == ["0"]
-    assert Part("s", shards, np.arange(4)).kinds_there() == {kind, "visual", "question", "other"}
+    assert Part("s", shards, np.arange(4)).kinds_present() == {kind, "visual", "question", "other"}
     assert rows_of({kind: 1, "other": 1}, np.array([3]), [kinds_column([kind, "other"])]).tolist() == [2]
     with pytest.raises(ValueError, match=r"holds no conversations of \['no kind'\]; .* parts kinds at their blanks"):
         ShardSource(tmp_path, kinds=["no kind"], val_fraction=0).open("train", None, 1)

@@ -20,7 +20,7 @@ from keygrip.data.manifests import make_manifests
 from keygrip.data.shards import index as shard_index
 from keygrip.data.shards.index import MANIFEST, ShardError, ShardIndex, index_path
 from keygrip.data.shards.reader import ShardSet
-from keygrip.data.shards.separate_images import ELSEWHERE, gathered
+from keygrip.data.shards.separate_images import ELSEWHERE, group_members
 from keygrip.data.validation import validate
 from keygrip.data.video_text.conversations import MAX_FRAMES, read_sample, read_timed_conversations
 
@@ -495,7 +495,7 @@ def test_long_keys_with_many_marks_take_little_memory(long: str, mark: str) -> N
     parts |= {"000007": [("json" if long == "png" else "png", 0, 0)]}
     tracemalloc.start()
     try:
-        _, refused = gathered(parts, ())
+        _, refused = group_members(parts, ())
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

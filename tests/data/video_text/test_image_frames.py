@@ -33,7 +33,7 @@ def module(root: Path, longest_row: int | None = None, collator: dict[str, Any] 
     source = ShardSource(root, val_fraction=0.0)
     made = ConversationCollator(TrainedTokenizer(400), "visual_first", "answers", **(collator or {}))
     data = VideoTexts({"all": source}, made, 8, **{"batch_size": 6, "num_workers": 0, **options})
-    data.asked_by(SimpleNamespace(longest_row=longest_row))
+    data.configure_for(SimpleNamespace(longest_row=longest_row))
     data.prepare_data()
     data.setup("fit")
     return data
@@ -187,6 +187,6 @@ def test_frames_are_equal_to_the_image_and_in_the_input_of_the_network(chat: Vid
             }
         ]
     )
-    padded, counts = chat.reader.together([prompt])
+    padded, counts = chat.reader.join_frames([prompt])
     assert counts == [4]
     assert torch.equal(torch.from_numpy(padded[0]), torch.full((4, 28, 28, 3), 120, dtype=torch.uint8))

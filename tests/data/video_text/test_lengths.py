@@ -23,7 +23,7 @@ from keygrip.data.video_text import exact_lengths
 from keygrip.data.video_text.context import Context
 from keygrip.data.video_text.conversations import answer, iterate_texts, read_sample
 from keygrip.data.video_text.datamodule import VideoTexts
-from keygrip.data.video_text.exact_lengths import NOT_COUNTED, UNREADABLE, Counting, counted
+from keygrip.data.video_text.exact_lengths import NOT_COUNTED, UNREADABLE, Counting, count_lengths
 from keygrip.data.video_text.lengths import TokenLengths
 from keygrip.data.video_text.sample_types import Conversation
 from keygrip.data.video_text.samples import Part
@@ -64,10 +64,10 @@ def module(root: Path, max_tokens: int = 256, **options: Any) -> VideoTexts:
     timestamps, pack_rows = options.pop("timestamps", False), options.pop("pack_rows", False)
     how = (order, "answers", max_tokens, None, timestamps, tokens_per_frame, pack_rows)
     collator = ConversationCollator(tokenizer, *how)
-    ranks, asked_by = options.pop("ranks", 1), SimpleNamespace(longest_row=options.pop("longest_row", None))
+    ranks, configure_for = options.pop("ranks", 1), SimpleNamespace(longest_row=options.pop("longest_row", None))
     data = VideoTexts(sources, collator, 8, **{"batch_size": 8, "num_workers": 0, **options})
     data.processes = ranks
-    data.asked_by(asked_by)
+    data.configure_for(configure_for)
     data.prepare_data()
     data.setup("fit")
     return data
@@ -521,7 +521,7 @@ def test_what_is_counted_is_what_rows_have(several: ShardSet, tmp_path: Path, ti
         wanted.append(max(taken, default=0))
         rows.append(max(1, len(taken)))
         every.append(taken)
-    found = counted(several, chosen, collator, tmp_path / "counts", max_frames=3)
+    found = count_lengths(several, chosen, collator, tmp_path / "counts", max_frames=3)
     backwards = chosen[::-1]
     assert found.tokens_of_rows(several, backwards, found.rows(several, backwards)).tolist() == [
         tokens for each in reversed(every) for tokens in each or [0]
@@ -534,7 +534,7 @@ def test_what_is_counted_is_what_rows_have(several: ShardSet, tmp_path: Path, ti
     assert found.usable(several, chosen).tolist() == [tokens > 0 for tokens in wanted]
     assert 0 < wanted.count(0) < 30
     assert max(wanted) <= 200
-    parallel = counted(several, chosen, collator, tmp_path / "parallel", max_frames=3, workers=2)
+    parallel = count_lengths(several, chosen, collator, tmp_path / "parallel", max_frames=3, workers=2)
     assert parallel.fingerprint == found.fingerprint
 
 
@@ -555,18 +555,18 @@ def test_counts_are_kept_and_only_what_is_missing_is_counted(
     monkeypatch.setattr(exact_lengths, "BLOCK", 5)
     monkeypatch.setattr(exact_lengths, "KEPT_EVERY", 5)
     collator = collator_of(several, tmp_path, max_tokens=200)
-    counted(several, np.arange(0, 40, 2), collator, folder)
+    count_lengths(several, np.arange(0, 40, 2), collator, folder)
     assert asked == [*range(0, 40, 2)]
     with pytest.raises(KeyboardInterrupt):
-        counted(several, np.arange(40), collator, folder)
+        count_lengths(several, np.arange(40), collator, folder)
     stop = -1
     asked.clear()
-    whole = counted(several, np.arange(40), collator, folder)
+    whole = count_lengths(several, np.arange(40), collator, folder)
     assert asked == [*range(21, 40, 2)]  # 1 to 19 were written before it was interrupted
-    stored = counted(several, np.arange(40), collator, folder)
+    stored = count_lengths(several, np.arange(40), collator, folder)
     assert stored.fingerprint == whole.fingerprint
     assert len(asked) == 10
-    at_once = counted(several, np.arange(40), collator, tmp_path / "at_once")  # counted at once, not in pieces
+    at_once = count_lengths(several, np.arange(40), collator, tmp_path / "at_once")  # counted at once, not in pieces
     assert stored.row_tokens.tolist() == whole.row_tokens.tolist() == at_once.row_tokens.tolist()
     (file,) = folder.glob("lengths-*.npz")
     other: list[tuple[dict[str, Any], list[str] | None]] = [
@@ -574,11 +574,11 @@ def test_counts_are_kept_and_only_what_is_missing_is_counted(
         ({"system": "Be brief."}, None),
     ]
     for options, kinds in (*other, ({"max_tokens": 200}, ["a"])):
-        counted(several, np.arange(40), collator_of(several, tmp_path, **options), folder, kinds)
+        count_lengths(several, np.arange(40), collator_of(several, tmp_path, **options), folder, kinds)
     assert len(list(folder.glob("lengths-*.npz"))) == 4  # one file per settings
     file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"lengths-.*npz is damaged .* remove it and the tokens are counted again"):
-        counted(several, np.arange(40), collator, folder)
+        count_lengths(several, np.arange(40), collator, folder)
 
 
 def test_a_sample_whose_text_cannot_be_read_is_counted_as_bad_when_it_is_its_turn(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from keygrip.data.shards.curriculum import Stage
 from keygrip.data.shards.made_shards import MadeShards
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.writer import ShardWriter, write_manifest
-from keygrip.data.video_text.batching import choose
+from keygrip.data.video_text.batching import choose_conversations
 from keygrip.data.video_text.conversations import (
     answer,
     conversation_problem,
@@ -290,12 +290,21 @@ def test_questions_are_chosen_anew_each_epoch() -> None:
     asked = [answer(f"{kind} {n}", "x", kind) for kind in ("mark", "cue", "caption") for n in range(6)]
     rng = np.random.default_rng(0)
     for _ in range(20):
-        assert Counter(c.kind for c in choose(asked, {"mark": 4, "cue": 2, "caption": 0}, rng)) == {"mark": 4, "cue": 2}
-        assert Counter(c.kind for c in choose(asked, {"mark": 1}, rng)) == {"mark": 1, "cue": 6, "caption": 6}
-        assert len(choose(asked, 5, rng)) == 5
-    assert choose(asked, None, rng) == asked
+        assert Counter(c.kind for c in choose_conversations(asked, {"mark": 4, "cue": 2, "caption": 0}, rng)) == {
+            "mark": 4,
+            "cue": 2,
+        }
+        assert Counter(c.kind for c in choose_conversations(asked, {"mark": 1}, rng)) == {
+            "mark": 1,
+            "cue": 6,
+            "caption": 6,
+        }
+        assert len(choose_conversations(asked, 5, rng)) == 5
+    assert choose_conversations(asked, None, rng) == asked
     drawn = Counter(
-        c.turns[0].text for _ in range(600) for c in choose(asked, {"mark": 2, "cue": 0, "caption": 0}, rng)
+        c.turns[0].text
+        for _ in range(600)
+        for c in choose_conversations(asked, {"mark": 2, "cue": 0, "caption": 0}, rng)
     )
     assert len(drawn) == 6
     assert min(drawn.values()) > 150  # 200 expected, standard deviation 12

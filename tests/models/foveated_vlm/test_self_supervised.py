@@ -28,10 +28,10 @@ from keygrip.models.foveated_vlm.self_supervised import (
     SelfSupervisedModule,
     _object_error,
     detail_of,
-    inexact,
-    moved,
     patch_targets,
     patches_of,
+    sample_query_colours,
+    shift_images,
 )
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.optimizers import AdamW
@@ -57,10 +57,10 @@ def test_targets_are_detail_and_mean_of_each_patch() -> None:
 
 def test_a_moved_frame_has_its_edges_drawn_out() -> None:
     images = torch.arange(16.0).view(1, 1, 4, 4)
-    found = moved(images, 1, -2)[0, 0]
+    found = shift_images(images, 1, -2)[0, 0]
     assert found[1].tolist() == [2, 3, 3, 3]  # the right half of the first row
     assert found[0].tolist() == found[1].tolist()
-    assert torch.equal(moved(images, 0, 0), images)
+    assert torch.equal(shift_images(images, 0, 0), images)
 
 
 def test_errors_of_objects_are_of_their_crop_and_colour() -> None:
@@ -110,7 +110,7 @@ def test_heads_that_know_the_crops_have_no_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(network.object_head, "forward", lambda tokens: told.append(tokens) or torch.zeros(2, 6, 403))
     trained.losses(batch, 3)
     mean, std = (torch.tensor(each) for each in (network.backbone.mean, network.backbone.std))
-    torch.testing.assert_close(asked_at[0], inexact((drawn.colour - mean) / std, random)[0])
+    torch.testing.assert_close(asked_at[0], sample_query_colours((drawn.colour - mean) / std, random)[0])
     images = (batch.frames / 255 - mean[:, None, None]) / std[:, None, None]
     tokens = network.backbone(images).patches.unflatten(1, (64 // patch, 64 // patch))
     wanted = tokens[torch.arange(2)[:, None], at[..., 1], at[..., 0]]
@@ -119,7 +119,7 @@ def test_heads_that_know_the_crops_have_no_error(monkeypatch: pytest.MonkeyPatch
 
 def test_a_colour_that_is_none_of_the_frame_means_the_object_nearest_to_it() -> None:
     colour = torch.randn(400, 4, 3, generator=torch.Generator().manual_seed(1))
-    asked, meant = inexact(colour, torch.Generator().manual_seed(2))
+    asked, meant = sample_query_colours(colour, torch.Generator().manual_seed(2))
     exact = (asked == colour).all(-1)
     assert 0.45 < float(exact.float().mean()) < 0.55
     assert torch.equal(meant[exact], torch.arange(4).expand(400, -1)[exact])

@@ -192,7 +192,7 @@ def test_images_between_words_stand_where_they_are_said(chat: VideoChat) -> None
     frames, image = pixels(2), pixels(1, 5)
     messages = [user("First ", video(frames), " then ", {"type": "image", "image": image}, "which?")]
     prompt = chat.reader.read(messages)
-    assert not prompt.at_its_place
+    assert not prompt.at_training_place
     parts = chat._parts(prompt)
     kinds = [type(part).__name__ for part in parts]
     assert kinds == ["list", "ndarray", "list", "ndarray", "list"]

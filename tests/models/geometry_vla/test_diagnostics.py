@@ -8,7 +8,7 @@ import pytest
 import torch
 from vla_parts import T, V, ready_module, small_batch
 
-from keygrip.models.geometry_vla.diagnostics import alike, exchanged_geometry, slot_share
+from keygrip.models.geometry_vla.diagnostics import exchanged_geometry, slot_share, token_similarity
 from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.nn.attention import Attention, KeyValues
 
@@ -34,8 +34,8 @@ def test_variance_between_slots_and_between_scenes() -> None:
 
 def test_tokens_that_say_the_same_are_alike() -> None:
     same = torch.randn(3, 1, 8).expand(-1, 5, -1)
-    assert float(alike(same)) == pytest.approx(1.0, abs=1e-5)
-    assert float(alike(2 * torch.eye(4).expand(3, -1, -1))) == pytest.approx(0.0, abs=1e-6)
+    assert float(token_similarity(same)) == pytest.approx(1.0, abs=1e-5)
+    assert float(token_similarity(2 * torch.eye(4).expand(3, -1, -1))) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_attention_on_small_values_reads_little() -> None:

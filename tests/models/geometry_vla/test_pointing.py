@@ -13,7 +13,7 @@ from looking import looking_at
 from torch import Tensor
 from vla_parts import S, V, observation, ready_module, small_batch, small_geometry, small_module, small_statistics
 
-from keygrip.data.robot.statistics import Apart
+from keygrip.data.robot.statistics import CameraDistance
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.geometry.cameras import project
 from keygrip.models.geometry_vla.geometry import DECIMETRES, DinoMultiView, GeometryFeatures
@@ -395,7 +395,10 @@ def test_cameras_at_one_place_are_refused_and_near_ones_warned_of(
     tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def take(**apart: float) -> None:
-        pairs = {("over", "front"): Apart(0.01, apart["front"]), ("front", "hand"): Apart(0.4, apart["hand"])}
+        pairs = {
+            ("over", "front"): CameraDistance(0.01, apart["front"]),
+            ("front", "hand"): CameraDistance(0.4, apart["hand"]),
+        }
         module = small_module(pointing_cells=2, pointed_tokens=True, **{where: True})
         module.set_statistics(replace(small_statistics(tmp_path), cameras=("over", "front", "hand"), apart=pairs))
 

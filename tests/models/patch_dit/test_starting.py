@@ -239,8 +239,8 @@ def test_stored_sizes_are_sizes(sizes: list[list[object]], named: str) -> None:
     statistics = FeatureStatistics(3, 4)
     plain = {"text_length": 6, "patch_grids": [[3, 3]], "fingerprint": "a", "encoders": "b"}
     with pytest.raises(ValueError, match=named):
-        statistics.take_plain({**plain, "latent_sizes": sizes}, {})
-    statistics.take_plain({**plain, "latent_sizes": [[4, 6]]}, {"statistics.latent_std": torch.ones(3)})
+        statistics.load_plain({**plain, "latent_sizes": sizes}, {})
+    statistics.load_plain({**plain, "latent_sizes": [[4, 6]]}, {"statistics.latent_std": torch.ones(3)})
     assert statistics.latent_sizes == [(4, 6)]
 
 

@@ -302,7 +302,7 @@ def frozen_items(
         if unread is None:
             return items
         used = {path: item.captions for path, item in last_entries(items).items() if item.bucket and path not in unread}
-        extended_items = extended(
+        extended_items = extend_items(
             items, list_items(source, buckets, enlargement, progress, used, items), source, unread
         )
         if extended_items != items:
@@ -342,7 +342,7 @@ def last_entries(items: Sequence[Item]) -> dict[str, Item]:
     return {item.path: item for item in items}
 
 
-def extended(items: Sequence[Item], found: Sequence[Item], source: Path, unread: Mapping[str, str]) -> list[Item]:
+def extend_items(items: Sequence[Item], found: Sequence[Item], source: Path, unread: Mapping[str, str]) -> list[Item]:
     """Extend a list of items with the images found since: images that are new, are usable now, or were repaired.
 
     Used items stay unchanged, since their shards are written. The log reports changes of their captions.

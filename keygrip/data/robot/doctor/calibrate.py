@@ -22,8 +22,8 @@ from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor.not_compared import LEAST_FRAMES, lacking
 from keygrip.data.robot.doctor.registration import FOCAL, NUMBERS, PRIOR, Fit, agreement_of, fit
 from keygrip.data.robot.doctor.search import LONG_PRIOR, starts
-from keygrip.data.robot.doctor.silhouettes import moved
-from keygrip.data.robot.doctor.views import Placement, View, make_view, place_all, stands
+from keygrip.data.robot.doctor.silhouettes import move_camera
+from keygrip.data.robot.doctor.views import Placement, View, is_static, make_view, place_all
 from keygrip.data.robot.schema import Demo
 from keygrip.data.spacing import evenly
 from keygrip.progress import Progress
@@ -96,7 +96,7 @@ def calibrate(
             failures[camera] = _explain_left_out(demos, camera, model)
             log.warning("camera %s is left as it is: %s", camera, failures[camera])
             continue
-        camera_fit = fitted(pairs)
+        camera_fit = best_fit(pairs)
         if camera_fit.after < LEAST_AGREEMENT or camera_fit.points == 0:
             failures[camera] = f"images and poses do not come together (agreement {camera_fit.after:.2f})"
             log.warning("camera %s is left as it is: %s; run step=doctor", camera, failures[camera])
@@ -156,7 +156,7 @@ def move_models(content: dict[str, Any], source: Path, target: Path) -> dict[Pat
 
 
 def _correction_matrix(camera_fit: Fit) -> np.ndarray:
-    return moved(np.eye(4), camera_fit.change[:6])
+    return move_camera(np.eye(4), camera_fit.change[:6])
 
 
 def summary(found: Fit) -> dict[str, float]:
@@ -181,7 +181,7 @@ def _pair_views_with_robot(
 ) -> list[tuple[View, Placement]]:
     pairs = []
     for demo in demos:
-        if camera not in demo.cameras or not stands(demo, camera) or len(demo) < LEAST_FRAMES:
+        if camera not in demo.cameras or not is_static(demo, camera) or len(demo) < LEAST_FRAMES:
             continue
         view = make_view(demo, camera, frames)
         robot = place_all(demo, model)
@@ -193,7 +193,7 @@ def _pair_views_with_robot(
 def _explain_left_out(demos: Sequence[Demo], camera: str, model: RobotSurface | None) -> str:
     """Return why a camera's images can be fitted in no demo, and what to do about it."""
     with_camera = [demo for demo in demos if camera in demo.cameras]
-    static_demos = [demo for demo in with_camera if stands(demo, camera)]
+    static_demos = [demo for demo in with_camera if is_static(demo, camera)]
     if not static_demos:
         return "it moves with the arm"
     if all(len(demo) < LEAST_FRAMES for demo in static_demos):
@@ -202,7 +202,7 @@ def _explain_left_out(demos: Sequence[Demo], camera: str, model: RobotSurface | 
     return f"{reason.why}. {reason.remedy}"
 
 
-def fitted(pairs: Sequence[tuple[View, Placement]]) -> Fit:
+def best_fit(pairs: Sequence[tuple[View, Placement]]) -> Fit:
     """Return the change of a camera that fits all images best, from the best of several initial changes.
 
     First, a coarse fit uses some images and some points of the robot; then a fine fit uses all of them.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from keygrip.data.robot.doctor.compared_camera import ComparedCamera
 from keygrip.data.robot.doctor.registration import FOCAL, LAG, NUMBERS, Fit, agreement_of, fit
-from keygrip.data.robot.doctor.views import Placement, View, place, stands, tool_poses
-from keygrip.robots.surface import RobotSurface
+from keygrip.data.robot.doctor.views import Placement, View, is_static, place, tool_poses
 
 ROTATION_SET, SHIFT_SET = (0, 1, 2), (3, 4, 5)
 FAMILIES: dict[str, tuple[int, ...]] = {
@@ -49,15 +49,6 @@ class Cause(NamedTuple):
     check: str = "registration"
 
 
-class Compared(Protocol):
-    """One camera and arm that are compared with each other."""
-
-    camera: str
-    arm: str
-    pairs: dict[str, tuple[View, Placement]]
-    model: RobotSurface | None
-
-
 def family_fit(
     pairs: Sequence[tuple[View, Placement]], found: Fit, free: Sequence[int], centre: np.ndarray | None = None
 ) -> Fit:
@@ -68,7 +59,7 @@ def family_fit(
     return fit(pairs, start=start, free=free, prior=LONG, centre=base, reaches=(12, 10, 8, 6, 4, 3))
 
 
-def explained(
+def is_as_good_as_fit(
     pairs: Sequence[tuple[View, Placement]], found: Fit, free: Sequence[int], centre: np.ndarray | None = None
 ) -> bool:
     """Return whether a change of these numbers alone is as good as the full fit."""
@@ -79,7 +70,7 @@ def _fits_as_well(alone: Fit, full: Fit) -> bool:
     return alone.after > full.after - AS_GOOD and alone.cost < COST_RATIO * full.cost + 0.005
 
 
-def other_poses(view: View, arm: str, words: str) -> np.ndarray:
+def reinterpret_poses(view: View, arm: str, words: str) -> np.ndarray:
     """Return the tool's poses [N, 4, 4] under another interpretation of the recorded poses."""
     trajectory = view.demo.arms[arm]
     position, quaternion = trajectory.position, trajectory.quaternion
@@ -93,24 +84,26 @@ def other_poses(view: View, arm: str, words: str) -> np.ndarray:
     return tool_poses(position / float(words), quaternion)
 
 
-def place_with(seen: Compared, name: str, words: str) -> Placement:
+def place_reinterpreted(compared: ComparedCamera, name: str, words: str) -> Placement:
     """Return the robot's placement in a demo under another interpretation of its poses."""
-    view, _ = seen.pairs[name]
-    return place(view.demo, seen.arm, seen.model, other_poses(view, seen.arm, words))
+    view, _ = compared.pairs[name]
+    return place(view.demo, compared.arm, compared.model, reinterpret_poses(view, compared.arm, words))
 
 
-def pose_cause(seen: Compared, names: Sequence[str], changes: Mapping[str, np.ndarray]) -> Cause | None:
+def pose_cause(compared: ComparedCamera, names: Sequence[str], changes: Mapping[str, np.ndarray]) -> Cause | None:
     """Return another interpretation of the poses that is as good as changes of the camera [8], by demo, or None."""
     names = list(names)[:4]
-    pairs = [seen.pairs[name] for name in names]
+    pairs = [compared.pairs[name] for name in names]
     recorded_agreement = agreement_of(pairs)
-    fitted_agreement = float(np.mean([agreement_of([seen.pairs[name]], changes[name]) for name in names]))
+    fitted_agreement = float(np.mean([agreement_of([compared.pairs[name]], changes[name]) for name in names]))
     if any(robot.source == "joints" for _, robot in pairs):
         return None if pairs[0][1].others else _base_cause(pairs, recorded_agreement, fitted_agreement)
     readings = READINGS
     scores = {}
     for words in (*readings, *map(str, SCALES)):
-        scores[words] = agreement_of([(seen.pairs[name][0], place_with(seen, name, words)) for name in names])
+        scores[words] = agreement_of(
+            [(compared.pairs[name][0], place_reinterpreted(compared, name, words)) for name in names]
+        )
     best = max(scores, key=lambda words: scores[words])
     if scores[best] < recorded_agreement + BETTER or scores[best] < fitted_agreement - BETTER / 3:
         return None
@@ -164,11 +157,11 @@ def _parabola_peak(scales: Sequence[float], scores: Sequence[float], best: float
     return float(np.clip(-b / (2 * a), x[0], x[2])) if a < 0 else best
 
 
-def other_camera(seen: Compared, names: Sequence[str], found: Fit) -> str | None:
+def other_camera(compared: ComparedCamera, names: Sequence[str], found: Fit) -> str | None:
     """Return the camera of the same demos whose calibration fits these images as well as the best change of their own
     camera, and clearly better than their own unchanged camera; None: there is none."""
-    views = [seen.pairs[name] for name in names]
-    shared_cameras = sorted(set.intersection(*(set(view.demo.cameras) for view, _ in views)) - {seen.camera})
+    views = [compared.pairs[name] for name in names]
+    shared_cameras = sorted(set.intersection(*(set(view.demo.cameras) for view, _ in views)) - {compared.camera})
     scores = {}
     for camera in shared_cameras:
         pairs = [(_with_calibration_of(view, camera), robot) for view, robot in views]
@@ -183,7 +176,7 @@ def _with_calibration_of(view: View, camera: str) -> View | None:
     """Return a view's images with the calibration of another camera of its demo; None: that camera moves, or its images
     have another size."""
     own_track, track = view.demo.cameras[view.camera], view.demo.cameras[camera]
-    if not stands(view.demo, camera) or (track.width, track.height) != (own_track.width, own_track.height):
+    if not is_static(view.demo, camera) or (track.width, track.height) != (own_track.width, own_track.height):
         return None
     scale_y = view.size[0] / own_track.height
     intrinsics = np.diag([view.scale, scale_y, 1.0]) @ np.asarray(track.intrinsics[0])
@@ -202,9 +195,9 @@ def other_image_size(view: View) -> tuple[int, int] | None:
     return round(size[0]), round(size[1])
 
 
-def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> Cause:
+def camera_cause(compared: ComparedCamera, names: Sequence[str], found: Fit) -> Cause:
     """Return the cause for which a fit had to change a camera in all demos."""
-    pairs = [seen.pairs[name] for name in names]
+    pairs = [compared.pairs[name] for name in names]
     calibrate = "Calibrate again, or let `prepare step=calibrate` write the corrected calibration"
     agreement = f"agreement {found.before:.2f} as recorded, {found.after:.2f}"
     family = "all"
@@ -215,14 +208,14 @@ def camera_cause(seen: Compared, names: Sequence[str], found: Fit) -> Cause:
             family, found = min(good.items(), key=lambda entry: entry[1].cost)
             break
     if family != "lag" and (size := other_image_size(pairs[0][0])) is not None:
-        track = pairs[0][0].demo.cameras[seen.camera]
+        track = pairs[0][0].demo.cameras[compared.camera]
         return Cause(
             f"cropped or resized images with old K (of {size[0]} x {size[1]} pixels)",
             f"the robot is seen elsewhere ({agreement} after a fit), and the principal point is the centre of images "
             f"of {size[0]} x {size[1]} pixels",
             f"Give the intrinsics of the images as they are stored, {track.width} x {track.height}. " + calibrate,
         )
-    if family != "lag" and (by_poses := pose_cause(seen, names, dict.fromkeys(names, found.change))) is not None:
+    if family != "lag" and (by_poses := pose_cause(compared, names, dict.fromkeys(names, found.change))) is not None:
         return by_poses
     turn, shift, focal, lag = found.degrees, found.metres * 100, (found.focal - 1) * 100, found.lag
     if family == "lag":

@@ -8,10 +8,17 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor.examination import Examination
-from keygrip.data.robot.doctor.frozen_poses import frozen
-from keygrip.data.robot.doctor.grippers import begins
+from keygrip.data.robot.doctor.frozen_poses import demos_with_frozen_poses
+from keygrip.data.robot.doctor.grippers import grasp_start
 from keygrip.data.robot.doctor.kinematics import with_joints
-from keygrip.data.robot.doctor.tracks import INVERTED_GAIN, INVERTED_M, best_delay, paired, track_distance, unit_of
+from keygrip.data.robot.doctor.tracks import (
+    INVERTED_GAIN,
+    INVERTED_M,
+    best_delay,
+    pair_with_delay,
+    track_distance,
+    unit_of,
+)
 from keygrip.data.robot.schema import ArmTrajectory
 from keygrip.robots.kinematics import forward_kinematics
 
@@ -47,7 +54,7 @@ def check_commands(exam: Examination) -> None:
     """
     exchanged = exam.named("exchanged_commands")
     for arm in exam.arms:
-        left_out = exchanged | frozen(exam, arm, ["poses"])
+        left_out = exchanged | demos_with_frozen_poses(exam, arm, ["poses"])
         tracks = {
             d.name: d.arms[arm]
             for d in exam.with_arm(arm)
@@ -199,7 +206,7 @@ def _check_places(
     offsets, scales, pairs = {}, {}, {}
     for name, reached in tracks.items():
         assert reached.commanded is not None
-        command, position = paired(reached.position, reached.commanded.position, shift[name])
+        command, position = pair_with_delay(reached.position, reached.commanded.position, shift[name])
         pairs[name] = command, position
         centred_position, centred_command = position - position.mean(axis=0), command - command.mean(axis=0)
         if np.ptp(position, axis=0).max() > 0.05:
@@ -267,7 +274,7 @@ def _report_offsets(
         if name in by_joints:
             commanded = tracks[name].commanded
             assert commanded is not None
-            command, position = paired(by_joints[name], commanded.position, shift[name])
+            command, position = pair_with_delay(by_joints[name], commanded.position, shift[name])
             if np.linalg.norm(np.median(tracks[name].position - by_joints[name], axis=0)) < OFFSET_M / 2:
                 wrong_commanded.append(name)
             elif np.linalg.norm(np.median(command - position, axis=0)) < OFFSET_M / 2:
@@ -318,7 +325,9 @@ def _check_turns(
     causes: dict[str, list[str]] = {}
     for name, reached in tracks.items():
         assert reached.commanded is not None
-        commanded_quaternion, reached_quaternion = paired(reached.quaternion, reached.commanded.quaternion, shift[name])
+        commanded_quaternion, reached_quaternion = pair_with_delay(
+            reached.quaternion, reached.commanded.quaternion, shift[name]
+        )
         to = Rotation.from_quat(reached_quaternion, scalar_first=True)
 
         def angles_of(quaternion: np.ndarray, to: Rotation = to) -> np.ndarray:
@@ -367,7 +376,7 @@ def _check_openings(exam: Examination, arm: str, tracks: dict[str, ArmTrajectory
     inverted, ratios = [], {}
     for name, reached in tracks.items():
         assert reached.commanded is not None
-        command, opening = paired(reached.gripper, reached.commanded.gripper, shift[name])
+        command, opening = pair_with_delay(reached.gripper, reached.commanded.gripper, shift[name])
         if np.ptp(command) > 1e-3 and np.ptp(opening) > 1e-3:
             if np.corrcoef(command, opening)[0, 1] < -0.2:
                 inverted.append(name)
@@ -381,7 +390,7 @@ def _check_openings(exam: Examination, arm: str, tracks: dict[str, ArmTrajectory
         "command_gripper",
         arm,
         inverted,
-        [name for name in inverted if begins(tracks[name]) < 0],  # as in openings with the right polarity
+        [name for name in inverted if grasp_start(tracks[name]) < 0],  # as in openings with the right polarity
         "the commanded gripper closes where the reached one opens",
         commanded=("commanded gripper inverted", advice),
         either=(

@@ -101,7 +101,7 @@ class Examination:
         parts = (
             f"camera {camera}" if camera else "",
             f"arm {arm}" if arm else "",
-            "all demos" if everywhere else listed(names),
+            "all demos" if everywhere else join_five(names),
         )
         location = ", ".join(part for part in parts if part)
         finding = Finding(check, severity, location, what, advice, cause, names, camera, arm, tuple(frames)[:20])
@@ -137,10 +137,10 @@ class Examination:
         return [demo for demo in self.demos if camera in demo.cameras]
 
 
-def listed(names: Iterable[str]) -> str:
+def join_five(names: Iterable[str]) -> str:
     """Return the first five names, and the number of further ones."""
-    listed = list(names)
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+    all_names = list(names)
+    return ", ".join(all_names[:5]) + (f" and {len(all_names) - 5} more" if len(all_names) > 5 else "")
 
 
 def tensor(values: np.ndarray) -> torch.Tensor:

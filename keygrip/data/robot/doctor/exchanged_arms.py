@@ -60,8 +60,8 @@ def _are_exchanged(distance: Callable[[str, str], float], first: str, second: st
 def _command_distance(demo: Demo) -> Callable[[str, str], float]:
     """Return the distance of one arm's commanded positions from another arm's reached ones, as a function of names."""
 
-    def distance(told: str, reached: str) -> float:
-        commanded = demo.arms[told].commanded
+    def distance(commanded_arm: str, reached: str) -> float:
+        commanded = demo.arms[commanded_arm].commanded
         assert commanded is not None
         return track_distance(demo.arms[reached].position, commanded.position)
 

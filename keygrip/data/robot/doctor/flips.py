@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from keygrip.data.robot.doctor.compared_camera import ComparedCamera
 from keygrip.data.robot.doctor.examination import Examination
-from keygrip.data.robot.doctor.registration import NUMBERS, halved, silhouette
-from keygrip.data.robot.doctor.seen import Seen
+from keygrip.data.robot.doctor.registration import NUMBERS, halve, silhouette
 from keygrip.data.robot.doctor.silhouettes import agreement
 from keygrip.data.robot.doctor.views import Placement, View, make_view
 
@@ -32,7 +32,7 @@ FLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def _agreement_by_flip(view: View, robot: Placement) -> dict[str, float]:
     """Return the agreement of a view's images with the robot after each rotation or mirroring; "": unchanged."""
     square = view.size[0] == view.size[1]
-    expected, observed = silhouette(view, robot, np.zeros(NUMBERS)), halved(view.foreground)
+    expected, observed = silhouette(view, robot, np.zeros(NUMBERS)), halve(view.foreground)
     flips = {
         flip: agreement(expected, change(observed))
         for flip, change in FLIPS.items()
@@ -41,12 +41,12 @@ def _agreement_by_flip(view: View, robot: Placement) -> dict[str, float]:
     return {"": agreement(expected, observed)} | flips
 
 
-def check_flips(exam: Examination, seen: Seen) -> set[str]:
+def check_flips(exam: Examination, compared: ComparedCamera) -> set[str]:
     """Report demos whose images agree with the poses only after a rotation or mirroring. Return their names."""
     demos_by_flip: dict[str, list[str]] = {}
-    usual_score = float(np.median(list(seen.scores.values())))
-    for name, (view, robot) in seen.pairs.items():
-        score = seen.scores[name]
+    usual_score = float(np.median(list(compared.scores.values())))
+    for name, (view, robot) in compared.pairs.items():
+        score = compared.scores[name]
         if score > POOR and score > 0.6 * usual_score:
             continue
         scores_by_flip = _agreement_by_flip(view, robot)
@@ -60,27 +60,27 @@ def check_flips(exam: Examination, seen: Seen) -> set[str]:
             demos_by_flip.setdefault(best, []).append(name)
     flipped: set[str] = set()
     for flip, demos in sorted(demos_by_flip.items(), key=lambda entry: -len(entry[1])):
-        if len(demos) < max(1, round(0.25 * len(seen.pairs))) and usual_score < POOR:
+        if len(demos) < max(1, round(0.25 * len(compared.pairs))) and usual_score < POOR:
             continue  # if all demos agree poorly, a few flips agree by chance
         flipped |= set(demos)
-        score = float(np.mean([seen.scores[name] for name in demos]))
-        _add_flip_finding(exam, seen, flip, demos, "the robot in the images moves as the poses say", score)
+        score = float(np.mean([compared.scores[name] for name in demos]))
+        _add_flip_finding(exam, compared, flip, demos, "the robot in the images moves as the poses say", score)
     return flipped
 
 
 def check_own_motion(
-    exam: Examination, seen: Seen, small_images: Mapping[tuple[str, str], dict[int, np.ndarray]]
+    exam: Examination, compared: ComparedCamera, small_images: Mapping[tuple[str, str], dict[int, np.ndarray]]
 ) -> None:
     """Report flips of all demos from the gripper's motion alone, if the arm's shape is not known.
 
     Most of what moves in the images is not the gripper: agreement is poor in correct recordings, too, and is no
     evidence about a single demo. Rotated or mirrored images that agree clearly better in nearly all demos are evidence.
     """
-    if len(seen.pairs) < OWN_DEMOS:
+    if len(compared.pairs) < OWN_DEMOS:
         return
     flip_scores = []
-    for name, (view, robot) in seen.pairs.items():
-        denser_view = make_view(view.demo, seen.camera, OWN_FRAMES, small_images.get((name, seen.camera)))
+    for name, (view, robot) in compared.pairs.items():
+        denser_view = make_view(view.demo, compared.camera, OWN_FRAMES, small_images.get((name, compared.camera)))
         flip_scores.append(_agreement_by_flip(denser_view, robot))
     # images may differ in shape
     common = [flip for flip in flip_scores[0] if all(flip in scores for scores in flip_scores)]
@@ -90,17 +90,22 @@ def check_own_motion(
     clear_gain = mean_scores[best] > OWN_AGREEMENT and mean_scores[best] > max(
         mean_scores[""] + OWN_MARGIN, 2 * mean_scores[""]
     )
-    exam.measures[f"camera/{seen.camera}/arm/{seen.arm}/agreement_by_flip"] = {
+    exam.measures[f"camera/{compared.camera}/arm/{compared.arm}/agreement_by_flip"] = {
         flip or "as recorded": round(value, 3) for flip, value in mean_scores.items()
     }
     if clear_gain and wins >= OWN_SHARE * len(flip_scores):
         _add_flip_finding(
-            exam, seen, best, list(seen.pairs), "what moves in the images goes along with the gripper", mean_scores[""]
+            exam,
+            compared,
+            best,
+            list(compared.pairs),
+            "what moves in the images goes along with the gripper",
+            mean_scores[""],
         )
 
 
 def _add_flip_finding(
-    exam: Examination, seen: Seen, flip: str, demos: list[str], message: str, recorded_agreement: float
+    exam: Examination, compared: ComparedCamera, flip: str, demos: list[str], message: str, recorded_agreement: float
 ) -> None:
     exam.add(
         "flipped_images",
@@ -108,7 +113,7 @@ def _add_flip_finding(
         f"{message} only if the images are undone as {flip} (agreement {recorded_agreement:.2f} as they are)",
         "Undo this before writing the images, or describe it in camera poses and intrinsics",
         cause=f"images {flip}",
-        camera=seen.camera,
-        arm=seen.arm,
+        camera=compared.camera,
+        arm=compared.arm,
         demos=demos,
     )

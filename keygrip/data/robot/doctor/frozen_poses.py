@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from keygrip.data.robot.doctor.examination import Examination, Severity
-from keygrip.data.robot.doctor.tracks import in_degrees
+from keygrip.data.robot.doctor.tracks import are_degrees
 from keygrip.data.robot.frame_rates import GAP
 from keygrip.data.robot.schema import ArmTrajectory, Demo
 
@@ -29,7 +29,7 @@ RESTING, CLEAR = 0.1, 1.5  # quantile of the shares that gives the noise at rest
 Span = tuple[int, int]  # first and last frame
 
 
-def spans(rows: np.ndarray, least: int) -> list[Span]:
+def constant_spans(rows: np.ndarray, least: int) -> list[Span]:
     """Return spans of `least` frames or more in which rows [N, D] are exactly equal."""
     equal = (np.diff(rows, axis=0) == 0).all(axis=1)
     bounds = np.flatnonzero(np.diff(np.concatenate([[False], equal, [False]]).astype(np.int8)))
@@ -37,7 +37,7 @@ def spans(rows: np.ndarray, least: int) -> list[Span]:
     return [(first, last) for first, last in pairs if last - first + 1 >= least]
 
 
-def shortest(demo: Demo) -> int:
+def shortest_span(demo: Demo) -> int:
     """Return the number of frames of the shortest span that is examined."""
     return max(LEAST_FRAMES, int(np.ceil(LEAST_S * demo.fps)))
 
@@ -52,13 +52,13 @@ def check_frozen_poses(exam: Examination) -> None:
         poses: dict[Severity, dict[str, tuple[Span, str]]] = {"error": {}, "warning": {}}
         joints: dict[str, tuple[Span, str]] = {}
         for demo in exam.with_arm(arm):
-            track, least = demo.arms[arm], shortest(demo)
-            for span in spans(np.hstack([track.position, track.quaternion]), least):
+            track, least = demo.arms[arm], shortest_span(demo)
+            for span in constant_spans(np.hstack([track.position, track.quaternion]), least):
                 if found := _find_motion_evidence(demo, track, span):
                     severity, reason = found
                     poses[severity][demo.name] = span, reason
                     break
-            for first, last in [] if track.joints is None else spans(track.joints, least):
+            for first, last in [] if track.joints is None else constant_spans(track.joints, least):
                 distance = _motion_extent(track.position[first : last + 1])
                 if demo.name not in joints and distance > max(WENT_M, LEAST_SHARE * _motion_extent(track.position)):
                     joints[demo.name] = (first, last), f"while the gripper's position moves by {distance * 100:.0f} cm"
@@ -75,7 +75,7 @@ def _find_motion_evidence(demo: Demo, track: ArmTrajectory, span: Span) -> tuple
         commands = track.commanded.position[first : max(first, last - int(np.ceil(ANSWER_S * demo.fps))) + 1]
         if (distance := _motion_extent(commands)) > max(TOLD_M, LEAST_SHARE * _motion_extent(track.commanded.position)):
             return "error" if step else "warning", f"while the commands move by {distance * 100:.0f} cm"
-    if track.joints is not None and not in_degrees(track):
+    if track.joints is not None and not are_degrees(track):
         joint_motion = float(np.ptp(track.joints[first : last + 1], axis=0).max())
         if joint_motion > TURNED_RAD:
             return "error", f"while the joints turn by {np.degrees(joint_motion):.0f} degrees"
@@ -115,7 +115,7 @@ def check_poses_of_moving_images(exam: Examination) -> None:
             for track in demo.arms.values()
             for part in (track.position, track.quaternion, np.reshape(track.gripper, (-1, 1)))
         ]
-        for span in spans(np.hstack(columns), shortest(demo)):
+        for span in constant_spans(np.hstack(columns), shortest_span(demo)):
             if not _images_show_motion(exam, demo, span, usual_activity):
                 continue
             inside = span[0] > 0 and span[1] < len(demo) - 1
@@ -179,7 +179,7 @@ def _report(
     )
 
 
-def frozen(exam: Examination, arm: str, tracks: Sequence[str] = ("poses", "joints")) -> set[str]:
+def demos_with_frozen_poses(exam: Examination, arm: str, tracks: Sequence[str] = ("poses", "joints")) -> set[str]:
     """Return names of the demos in which poses or joints of an arm are known to be frozen."""
     checks = [f"frozen_{track}" for track in tracks]
     return exam.named(*checks, arm=arm) | exam.named(*checks, arm="")

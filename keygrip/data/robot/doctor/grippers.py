@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from keygrip.data.robot.doctor.examination import Examination
-from keygrip.data.robot.doctor.frozen_poses import frozen
+from keygrip.data.robot.doctor.frozen_poses import demos_with_frozen_poses
 from keygrip.data.robot.schema import ArmTrajectory, Demo
 
 STILL, MOVED, STROKE = 0.05, 0.3, 0.3  # change below which an opening stands still, and from which it opens or closes
@@ -49,7 +49,7 @@ def _check_still(exam: Examination, arm: str, demos: list[Demo], largest_range: 
 def _check_dead(exam: Examination, arm: str, demos: list[Demo], ranges: dict[str, float]) -> None:
     """Report openings that never change in some demos, but do change in most demos of the same task. Demos in which the
     arm hardly moves are not reported: there may be nothing to grip."""
-    frozen_demos = frozen(exam, arm, ["poses"])
+    frozen_demos = demos_with_frozen_poses(exam, arm, ["poses"])
     dead: list[str] = []
     total = 0
     for task in {demo.task for demo in demos}:
@@ -80,14 +80,14 @@ def _motion_extent(demo: Demo, arm: str) -> float:
 
 def _check_polarity(exam: Examination, arm: str, demos: list[Demo]) -> None:
     """Report inverted openings: a grasp begins with closing the gripper."""
-    first_changes = {demo.name: begins(demo.arms[arm]) for demo in demos}
+    first_changes = {demo.name: grasp_start(demo.arms[arm]) for demo in demos}
     opening_demos = [name for name, change in first_changes.items() if change > 0]
     opening, closing = len(opening_demos), sum(change < 0 for change in first_changes.values())
     exam.measures[f"arm/{arm}/starts_by_closing"] = closing
     exam.measures[f"arm/{arm}/starts_by_opening"] = opening
     if opening <= closing:
         return
-    closing_again = sum(closes_again(demo.arms[arm]) is not None for demo in demos if demo.name in set(opening_demos))
+    closing_again = sum(later_closing(demo.arms[arm]) is not None for demo in demos if demo.name in set(opening_demos))
     # a gripper that only opens may place an object; one that closes later may begin closed
     certain = closing_again < opening / 2
     exam.add(
@@ -111,7 +111,7 @@ def first_change(opening: np.ndarray) -> tuple[int, int]:
     return (0, 0) if len(large) == 0 else (int(np.sign(change[large[0]])), int(large[0]))
 
 
-def closes_again(track: ArmTrajectory) -> int | None:
+def later_closing(track: ArmTrajectory) -> int | None:
     """Return the frame in which a gripper that opened first closes later; None: it does not."""
     _, opened = first_change(track.gripper)
     later = track.gripper[opened:]
@@ -119,14 +119,14 @@ def closes_again(track: ArmTrajectory) -> int | None:
     return int(opened + closed[0]) if len(closed) else None
 
 
-def begins(track: ArmTrajectory) -> int:
+def grasp_start(track: ArmTrajectory) -> int:
     """Return whether a grasp begins with closing (-1), as it should, with opening (1), or with neither (0).
 
     On some rigs the gripper begins closed: it opens on its way and closes at a lower place, at the object. With an
     inverted opening both are reversed: it opens at the object, and closes where the object is put down.
     """
     change, opened = first_change(track.gripper)
-    closed = closes_again(track) if change > 0 else None
+    closed = later_closing(track) if change > 0 else None
     if closed is None:
         return change
     height = track.position[:, 2]

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from keygrip.data.robot.doctor.examination import MOVED_M, Examination, tensor
-from keygrip.data.robot.doctor.views import shrunk, stands
+from keygrip.data.robot.doctor.views import is_static, shrunk
 from keygrip.data.robot.schema import Demo
 from keygrip.data.spacing import evenly
 from keygrip.models.geometry.cameras import project
@@ -147,7 +147,7 @@ def _still_frames(demo: Demo, camera: str, stream: Stream, changed: np.ndarray) 
     arm_motion = max(float(np.linalg.norm(np.ptp(arm.position, axis=0))) for arm in demo.arms.values())
     if arm_motion < MOVED_M:
         return []
-    if not stands(demo, camera):
+    if not is_static(demo, camera):
         # a wrist camera may see only a uniform table: only an exactly equal image counts as repeated
         pairs = pairwise(stream.images)
         changed = np.array([float(not np.array_equal(previous, following)) for previous, following in pairs])

@@ -17,15 +17,16 @@ from keygrip.data.robot.doctor.causes import (
     READINGS,
     Cause,
     camera_cause,
-    explained,
+    is_as_good_as_fit,
     other_camera,
-    place_with,
+    place_reinterpreted,
     pose_cause,
 )
+from keygrip.data.robot.doctor.compared_camera import ComparedCamera
 from keygrip.data.robot.doctor.examination import Examination, yam_model
 from keygrip.data.robot.doctor.flips import POOR, check_flips, check_own_motion
-from keygrip.data.robot.doctor.frozen_poses import frozen
-from keygrip.data.robot.doctor.kinematics import shown_by_joints
+from keygrip.data.robot.doctor.frozen_poses import demos_with_frozen_poses
+from keygrip.data.robot.doctor.kinematics import demos_shown_by_joints
 from keygrip.data.robot.doctor.not_compared import EXPLAINED, STILL, NotCompared, cannot_compare, lacking
 from keygrip.data.robot.doctor.overlays import add_overlays
 from keygrip.data.robot.doctor.projection import AIMED_ELSEWHERE
@@ -38,8 +39,7 @@ from keygrip.data.robot.doctor.registration import (
     fit,
 )
 from keygrip.data.robot.doctor.search import wide_fit
-from keygrip.data.robot.doctor.seen import Seen
-from keygrip.data.robot.doctor.tracks import in_degrees
+from keygrip.data.robot.doctor.tracks import are_degrees
 from keygrip.data.robot.doctor.views import Placement, View, make_view, place_all
 from keygrip.data.robot.schema import ArmTrajectory, Demo
 from keygrip.data.spacing import evenly
@@ -77,8 +77,8 @@ def check_images_and_poses(
     # Poses that are frozen, or misread or scaled according to joints; poses without joints are compared with images.
     explained_demos = {
         arm: exam.named("position_scale", arm=arm, severity="error")  # found from joints alone
-        | exam.named("quaternion_order", arm=arm, severity="error") & shown_by_joints(exam, arm)
-        | frozen(exam, arm, ["poses"])
+        | exam.named("quaternion_order", arm=arm, severity="error") & demos_shown_by_joints(exam, arm)
+        | demos_with_frozen_poses(exam, arm, ["poses"])
         for arm in exam.arms
     }
     for camera in exam.cameras:
@@ -97,7 +97,7 @@ def check_images_and_poses(
             continue
         for arms in sorted({tuple(sorted(demo.arms)) for demo in static_demos}):
             arm_names = " and ".join(arms)
-            compared: dict[str, tuple[View, Placement]] = {}
+            pairs: dict[str, tuple[View, Placement]] = {}
             for demo in static_demos:
                 if tuple(sorted(demo.arms)) != arms:
                     continue
@@ -114,10 +114,10 @@ def check_images_and_poses(
                 if robot is None:
                     not_compared.add(camera, lacking(demo, model), [demo.name])
                 else:
-                    compared[demo.name] = (view, robot)
-            exam.measures[f"camera/{camera}/arm/{arm_names}/compared_demos"] = len(compared)
-            if compared and not _compare_camera(exam, Seen(camera, arm_names, compared, model), small_images or {}):
-                for demo_name, (view, _) in compared.items():
+                    pairs[demo.name] = (view, robot)
+            exam.measures[f"camera/{camera}/arm/{arm_names}/compared_demos"] = len(pairs)
+            if pairs and not _compare_camera(exam, ComparedCamera(camera, arm_names, pairs, model), small_images or {}):
+                for demo_name, (view, _) in pairs.items():
                     not_compared.add(camera, lacking(view.demo, model), [demo_name])
     return not_compared
 
@@ -135,45 +135,49 @@ def _without_reported_faults(exam: Examination, arm: str, demo: Demo) -> ArmTraj
     """Return a track without reported faults, which could appear as a moved camera: joints in degrees or frozen joints
     are removed (the poses then give the robot's place), and an inverted opening is corrected."""
     track = demo.arms[arm]
-    if in_degrees(track) or demo.name in frozen(exam, arm, ["joints"]):
+    if are_degrees(track) or demo.name in demos_with_frozen_poses(exam, arm, ["joints"]):
         track = replace(track, joints=None)
     inverted = exam.named("gripper_polarity", arm=arm, severity="error")  # a warning is not certain enough
     return replace(track, gripper=1 - track.gripper) if inverted else track
 
 
-def _compare_camera(exam: Examination, seen: Seen, small_images: dict[tuple[str, str], dict[int, np.ndarray]]) -> bool:
+def _compare_camera(
+    exam: Examination, compared: ComparedCamera, small_images: dict[tuple[str, str], dict[int, np.ndarray]]
+) -> bool:
     """Compare one camera with its arms. Return False if the arm's links are not known, so that little was compared."""
-    seen.scores = {name: agreement_of([pair]) for name, pair in seen.pairs.items()}
-    key = f"camera/{seen.camera}/arm/{seen.arm}"
-    exam.measures[f"{key}/agreement"] = {name: round(score, 3) for name, score in seen.scores.items()}
-    sources = sorted({robot.source for _, robot in seen.pairs.values()})
+    compared.scores = {name: agreement_of([pair]) for name, pair in compared.pairs.items()}
+    key = f"camera/{compared.camera}/arm/{compared.arm}"
+    exam.measures[f"{key}/agreement"] = {name: round(score, 3) for name, score in compared.scores.items()}
+    sources = sorted({robot.source for _, robot in compared.pairs.values()})
     exam.measures[f"{key}/robot"] = sources
     if sources == ["poses"]:  # no joints, and poses that the arm cannot reach
-        if not _check_readings(exam, seen):
-            check_own_motion(exam, seen, small_images)
+        if not _check_readings(exam, compared):
+            check_own_motion(exam, compared, small_images)
             return False
         return True
-    flipped = check_flips(exam, seen)
-    unflipped = {name: pair for name, pair in seen.pairs.items() if name not in flipped}
+    flipped = check_flips(exam, compared)
+    unflipped = {name: pair for name, pair in compared.pairs.items() if name not in flipped}
     if not unflipped:
         return True
-    seen.pairs = unflipped
-    camera_fit = _fit_camera(exam, seen)
-    far_change = seen.change if seen.change.any() else None  # of a camera that is too far off to check single demos
-    add_overlays(exam, seen.camera, seen.arm, seen.pairs, far_change if camera_fit is None else camera_fit.change)
+    compared.pairs = unflipped
+    camera_fit = _fit_camera(exam, compared)
+    far_change = compared.change if compared.change.any() else None  # too far off to check single demos
+    add_overlays(
+        exam, compared.camera, compared.arm, compared.pairs, far_change if camera_fit is None else camera_fit.change
+    )
     if camera_fit is not None:
-        _check_demos(exam, seen)
+        _check_demos(exam, compared)
     return True
 
 
-def _check_readings(exam: Examination, seen: Seen) -> bool:
+def _check_readings(exam: Examination, compared: ComparedCamera) -> bool:
     """For poses that a YAM cannot reach, report another convention in which it reaches them and images agree."""
-    names = [name for name, (view, _) in seen.pairs.items() if yam_model(view.demo, seen.arm) is not None][:3]
-    if not names or seen.model is not None:
+    names = [name for name, (view, _) in compared.pairs.items() if yam_model(view.demo, compared.arm) is not None][:3]
+    if not names or compared.model is not None:
         return False
     scores = {}
     for words in (*READINGS, "0.8", "0.9", "1.1", "1.2"):
-        pairs = [(seen.pairs[name][0], place_with(seen, name, words)) for name in names]
+        pairs = [(compared.pairs[name][0], place_reinterpreted(compared, name, words)) for name in names]
         if all(robot.source != "poses" for _, robot in pairs):
             scores[words] = agreement_of(pairs)
     best = max(scores, key=lambda words: scores[words], default="")
@@ -186,32 +190,32 @@ def _check_readings(exam: Examination, seen: Seen) -> bool:
         f"a YAM cannot reach the recorded poses; read as {cause}, it does, and is seen there",
         "Store gripper-to-world poses of the grasp site in metres, quaternions w, x, y, z",
         cause=cause,
-        camera=seen.camera,
-        arm=seen.arm,
-        demos=seen.pairs,
+        camera=compared.camera,
+        arm=compared.arm,
+        demos=compared.pairs,
     )
     return True
 
 
-def _select_for_fit(seen: Seen) -> list[str]:
+def _select_for_fit(compared: ComparedCamera) -> list[str]:
     """Return the demos for the joint fit: those whose agreement is not far below that of the others."""
-    usual = float(np.median([seen.scores[name] for name in seen.pairs]))
-    names = [name for name in seen.pairs if seen.scores[name] >= 0.6 * usual] or list(seen.pairs)
+    usual = float(np.median([compared.scores[name] for name in compared.pairs]))
+    names = [name for name in compared.pairs if compared.scores[name] >= 0.6 * usual] or list(compared.pairs)
     return [names[index] for index in evenly(len(names), FITTED)]
 
 
-def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
+def _fit_camera(exam: Examination, compared: ComparedCamera) -> Fit | None:
     """Fit one change to the camera in all demos; None if single demos cannot be checked after it or the fit fails."""
-    names = _select_for_fit(seen)
-    pairs = [seen.pairs[name] for name in names]
+    names = _select_for_fit(compared)
+    pairs = [compared.pairs[name] for name in names]
     camera_fit = fit(pairs)
     if camera_fit.after < POOR or camera_fit.degrees > 3 or abs(camera_fit.lag) > 2:
-        if (other := other_camera(seen, names, camera_fit)) is not None:
-            _add_other_camera(exam, seen, list(seen.pairs), other)
+        if (other := other_camera(compared, names, camera_fit)) is not None:
+            _add_other_camera(exam, compared, list(compared.pairs), other)
             return None
         camera_fit = wide_fit(pairs)
-    key = f"camera/{seen.camera}/arm/{seen.arm}"
-    exam.measures[f"{key}/fit"] = described(camera_fit)
+    key = f"camera/{compared.camera}/arm/{compared.arm}"
+    exam.measures[f"{key}/fit"] = plain_values(camera_fit)
     if camera_fit.after < 0.15 or camera_fit.points == 0:
         exam.add(
             "disagreement",
@@ -220,9 +224,9 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
             f"{camera_fit.after:.2f} after a fit)",
             "Check that images and poses are of the same demo and camera, and the world frame of the poses",
             cause="another demo's images, another camera, or another world frame",
-            camera=seen.camera,
-            arm=seen.arm,
-            demos=seen.pairs,
+            camera=compared.camera,
+            arm=compared.arm,
+            demos=compared.pairs,
         )
         return None
     gain = camera_fit.after - camera_fit.before
@@ -234,17 +238,17 @@ def _fit_camera(exam: Examination, seen: Seen) -> Fit | None:
     late = abs(camera_fit.lag) > LAG_FRAMES
     if not ((turned or shifted or zoomed or late) and gain > GAIN):
         return camera_fit
-    improved = [n for n, pair in seen.pairs.items() if agreement_of([pair], camera_fit.change) > seen.scores[n]]
+    improved = [n for n, pair in compared.pairs.items() if agreement_of([pair], camera_fit.change) > compared.scores[n]]
     # One demo with a fault of its own also shifts a joint fit.
     if len(set(improved) & set(names)) > 0.6 * len(names):
-        _add_registration(exam, seen, improved, camera_cause(seen, names, camera_fit))
-        seen.change = camera_fit.change
+        _add_registration(exam, compared, improved, camera_cause(compared, names, camera_fit))
+        compared.change = camera_fit.change
         if camera_fit.degrees > FAR_DEG:
             return None  # too far for a meaningful fit of one demo
     return camera_fit
 
 
-def described(found: Fit) -> dict[str, object]:
+def plain_values(found: Fit) -> dict[str, object]:
     """Return plain values of a fit, for the report."""
     return {
         "turn_deg": [round(float(v), 2) for v in np.degrees(found.change[:3])],
@@ -257,35 +261,36 @@ def described(found: Fit) -> dict[str, object]:
     }
 
 
-def _check_demos(exam: Examination, seen: Seen) -> None:
+def _check_demos(exam: Examination, compared: ComparedCamera) -> None:
     """Report demos whose camera, clock or poses differ from those of the others."""
     free = (0, 1, 2, 3, 4, 5, LAG)
     prior = PRIOR.copy()
     fits: dict[str, Fit] = {}
-    agreements = {name: agreement_of([pair], seen.change) for name, pair in seen.pairs.items()}
+    agreements = {name: agreement_of([pair], compared.change) for name, pair in compared.pairs.items()}
     usual_agreement = float(np.median(list(agreements.values())))
-    for name, pair in seen.pairs.items():
+    for name, pair in compared.pairs.items():
         # if images and poses do not match at all, no small step helps: that is no reason to skip a demo
-        if agreements[name] >= 0.6 * usual_agreement and not _can_improve(pair, seen.change, agreements[name]):
+        if agreements[name] >= 0.6 * usual_agreement and not _can_improve(pair, compared.change, agreements[name]):
             continue
         fits[name] = fit(
             [pair],
-            start=lag_start(pair, seen.change),
-            centre=seen.change,
+            start=lag_start(pair, compared.change),
+            centre=compared.change,
             free=free,
             prior=prior,
             reaches=(12, 9, 6, 4, 4),
         )
-    key = f"camera/{seen.camera}/arm/{seen.arm}"
+    key = f"camera/{compared.camera}/arm/{compared.arm}"
     exam.measures[f"{key}/demo_fits"] = {
-        name: described(demo_fit) | {"agreement_before": round(agreements[name], 3)} for name, demo_fit in fits.items()
+        name: plain_values(demo_fit) | {"agreement_before": round(agreements[name], 3)}
+        for name, demo_fit in fits.items()
     }
     names_by_demo: dict[str, list[str]] = {}
     reports: dict[str, Callable[[], None]] = {}  # report of each demo whose fault is a change of clock or camera
     for name, demo_fit in fits.items():
         if agreements[name] < 0.45 * usual_agreement and demo_fit.after < 0.7 * usual_agreement:
-            demo_fit = fits[name] = wide_fit([seen.pairs[name]])
-        change = demo_fit.change - seen.change
+            demo_fit = fits[name] = wide_fit([compared.pairs[name]])
+        change = demo_fit.change - compared.change
         turn, shift = np.degrees(np.linalg.norm(change[:3])), float(np.linalg.norm(change[3:6]))
         lag, gain = float(-change[LAG]), demo_fit.after - agreements[name]
         sigma = 0.0 if gain > CLEAR_GAIN else np.degrees(float(np.linalg.norm(demo_fit.sigma[:3])))
@@ -293,22 +298,22 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
         if (
             poor
             and agreements[name] < 0.6 * usual_agreement
-            and (other := _find_matching_demo(seen, name, agreements[name])) is not None
+            and (other := _find_matching_demo(compared, name, agreements[name])) is not None
         ):
             names_by_demo.setdefault(other, []).append(name)
-        elif gain > DEMO_GAIN and abs(lag) > DEMO_LAG and _lag_explains(seen, name, demo_fit):
-            reports[name] = partial(_add_lag, exam, seen, name, lag)
+        elif gain > DEMO_GAIN and abs(lag) > DEMO_LAG and _lag_explains(compared, name, demo_fit):
+            reports[name] = partial(_add_lag, exam, compared, name, lag)
         elif gain > DEMO_GAIN and (turn > max(DEMO_TURN_DEG, 3 * sigma) or shift > DEMO_SHIFT_M):
-            camera = other_camera(seen, [name], demo_fit)
-            reports[name] = partial(_add_moved_camera, exam, seen, name, demo_fit)
+            camera = other_camera(compared, [name], demo_fit)
+            reports[name] = partial(_add_moved_camera, exam, compared, name, demo_fit)
             if camera is not None:
-                reports[name] = partial(_add_other_camera, exam, seen, [name], camera)
+                reports[name] = partial(_add_other_camera, exam, compared, [name], camera)
         elif agreements[name] < 0.3 * usual_agreement and agreements[name] < 0.15:
             names_by_demo.setdefault("", []).append(name)
     changes = {name: fits[name].change for name in reports}
-    cause = pose_cause(seen, list(reports), changes) if len(reports) > max(1, len(seen.pairs) / 2) else None
+    cause = pose_cause(compared, list(reports), changes) if len(reports) > max(1, len(compared.pairs) / 2) else None
     if cause is not None:  # one fault of all demos instead of a different one in each
-        _add_registration(exam, seen, list(seen.pairs), cause)
+        _add_registration(exam, compared, list(compared.pairs), cause)
     else:
         for report in reports.values():
             report()
@@ -320,8 +325,8 @@ def _check_demos(exam: Examination, seen: Seen) -> None:
             + (f", but as those of {other}" if other else ""),
             "Pair each demo's images with its own poses, or leave these demos out",
             cause="images and poses are of different demos" + (f" (images of {other})" if other else ""),
-            camera=seen.camera,
-            arm=seen.arm,
+            camera=compared.camera,
+            arm=compared.arm,
             demos=names,
         )
 
@@ -349,11 +354,13 @@ def _can_improve(pair: tuple[View, Placement], change: np.ndarray, recorded_agre
     return False
 
 
-def _find_matching_demo(seen: Seen, name: str, own_agreement: float) -> str | None:
+def _find_matching_demo(compared: ComparedCamera, name: str, own_agreement: float) -> str | None:
     """Return the demo whose poses match this demo's images best, if clearly better than its own poses, or None."""
-    view = seen.pairs[name][0]
+    view = compared.pairs[name][0]
     agreements = {
-        other: agreement_of([(view, robot)], seen.change) for other, (_, robot) in seen.pairs.items() if other != name
+        other: agreement_of([(view, robot)], compared.change)
+        for other, (_, robot) in compared.pairs.items()
+        if other != name
     }
     if not agreements:
         return None
@@ -361,37 +368,37 @@ def _find_matching_demo(seen: Seen, name: str, own_agreement: float) -> str | No
     return best if agreements[best] > own_agreement + 0.1 and agreements[best] > 0.3 else None
 
 
-def _lag_explains(seen: Seen, name: str, demo_fit: Fit) -> bool:
-    return explained([seen.pairs[name]], demo_fit, FAMILIES["lag"], seen.change)
+def _lag_explains(compared: ComparedCamera, name: str, demo_fit: Fit) -> bool:
+    return is_as_good_as_fit([compared.pairs[name]], demo_fit, FAMILIES["lag"], compared.change)
 
 
-def _add_registration(exam: Examination, seen: Seen, names: list[str], cause: Cause) -> None:
+def _add_registration(exam: Examination, compared: ComparedCamera, names: list[str], cause: Cause) -> None:
     exam.add(
         cause.check,
         "error",
         cause.what,
         cause.advice,
         cause=cause.cause,
-        camera=seen.camera,
-        arm=seen.arm,
+        camera=compared.camera,
+        arm=compared.arm,
         demos=names,
     )
 
 
-def _add_other_camera(exam: Examination, seen: Seen, names: list[str], other: str) -> None:
+def _add_other_camera(exam: Examination, compared: ComparedCamera, names: list[str], other: str) -> None:
     exam.add(
         "other_camera",
         "error",
-        f"the images show the robot as {other} is calibrated, not as {seen.camera} is",
+        f"the images show the robot as {other} is calibrated, not as {compared.camera} is",
         "Pair each camera's images with its own intrinsics and pose",
-        cause=f"images or calibrations of {seen.camera} and {other} exchanged",
-        camera=seen.camera,
-        arm=seen.arm,
+        cause=f"images or calibrations of {compared.camera} and {other} exchanged",
+        camera=compared.camera,
+        arm=compared.arm,
         demos=names,
     )
 
 
-def _add_lag(exam: Examination, seen: Seen, name: str, lag: float) -> None:
+def _add_lag(exam: Examination, compared: ComparedCamera, name: str, lag: float) -> None:
     frames = max(1, round(abs(lag)))
     exam.add(
         "image_lag",
@@ -399,14 +406,14 @@ def _add_lag(exam: Examination, seen: Seen, name: str, lag: float) -> None:
         f"the images show the robot {abs(lag):.1f} frames {'later' if lag > 0 else 'earlier'} than the poses",
         f"Shift the images by {frames} frames {'earlier' if lag > 0 else 'later'}, or leave this demo out",
         cause=f"images {frames} frames {'late' if lag > 0 else 'early'}",
-        camera=seen.camera,
-        arm=seen.arm,
+        camera=compared.camera,
+        arm=compared.arm,
         demos=[name],
     )
 
 
-def _add_moved_camera(exam: Examination, seen: Seen, name: str, demo_fit: Fit) -> None:
-    change = demo_fit.change - seen.change
+def _add_moved_camera(exam: Examination, compared: ComparedCamera, name: str, demo_fit: Fit) -> None:
+    change = demo_fit.change - compared.change
     turn, shift = np.degrees(np.linalg.norm(change[:3])), float(np.linalg.norm(change[3:6]))
     exam.add(
         "moved_camera",
@@ -415,7 +422,7 @@ def _add_moved_camera(exam: Examination, seen: Seen, name: str, demo_fit: Fit) -
         f"{shift * 100:.1f} cm (agreement {demo_fit.before:.2f}, {demo_fit.after:.2f} after the fit)",
         "The camera was moved: calibrate again for this demo (prepare step=calibrate) or leave it out",
         cause=f"camera moved by {turn:.1f} degrees and {shift * 100:.1f} cm in this demo",
-        camera=seen.camera,
-        arm=seen.arm,
+        camera=compared.camera,
+        arm=compared.arm,
         demos=[name],
     )

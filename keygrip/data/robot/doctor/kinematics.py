@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor.examination import Examination, yam_model
-from keygrip.data.robot.doctor.frozen_poses import frozen
+from keygrip.data.robot.doctor.frozen_poses import demos_with_frozen_poses
 from keygrip.data.robot.schema import Demo
 from keygrip.data.spacing import evenly
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
@@ -24,7 +24,7 @@ def with_joints(exam: Examination, arm: str) -> list[tuple[Demo, np.ndarray, tup
     joints of a YAM, in rad, stored under the right arm's name."""
     if exam.named("joint_unit", arm=arm):
         return []  # small angles in degrees cannot be distinguished from radians
-    left_out = exam.named("exchanged_arms") | frozen(exam, arm)
+    left_out = exam.named("exchanged_arms") | demos_with_frozen_poses(exam, arm)
     found = []
     for demo in exam.with_arm(arm):
         joints, model = demo.arms[arm].joints, yam_model(demo, arm)
@@ -33,12 +33,12 @@ def with_joints(exam: Examination, arm: str) -> list[tuple[Demo, np.ndarray, tup
     return found
 
 
-def shown_by_joints(exam: Examination, arm: str) -> set[str]:
+def demos_shown_by_joints(exam: Examination, arm: str) -> set[str]:
     """Return names of demos whose joints show the convention of an arm's poses."""
     return {demo.name for demo, *_ in with_joints(exam, arm)} - exam.named("kinematics", arm=arm)
 
 
-class Compared(NamedTuple):
+class ComparedPoses(NamedTuple):
     """Some frames of a demo: positions [N, 3] and rotations [N, 3, 3] as recorded, and as computed from joints."""
 
     name: str
@@ -53,7 +53,7 @@ class Compared(NamedTuple):
         return rotation @ self.own_rotation.transpose(0, 2, 1)
 
 
-class Apart(NamedTuple):
+class PoseDifferences(NamedTuple):
     """Differences between recorded poses and joints: rotations (degrees), spread of positions (m) along the axes of the
     world and of the tool, and the mean along the tool's axes [3]."""
 
@@ -63,16 +63,16 @@ class Apart(NamedTuple):
     offset: np.ndarray
 
     @property
-    def together(self) -> bool:
+    def have_one_cause(self) -> bool:
         """Whether a different base or grasp site explains the differences."""
         return min(self.in_world, self.in_tool) <= KINEMATICS_SPREAD_M and self.scatter <= SCATTER_DEG
 
 
-def _measure_differences(demos: Sequence[Compared]) -> Apart:
+def _measure_differences(demos: Sequence[ComparedPoses]) -> PoseDifferences:
     base, scatter = _mean_turn(np.concatenate([demo.turns(demo.rotation) for demo in demos]))
     residual = np.concatenate([demo.position - demo.own_position @ base.T for demo in demos])
     tool_residual = (np.concatenate([demo.rotation for demo in demos]).transpose(0, 2, 1) @ residual[..., None])[..., 0]
-    return Apart(
+    return PoseDifferences(
         scatter, float(residual.std(axis=0).max()), float(tool_residual.std(axis=0).max()), tool_residual.mean(axis=0)
     )
 
@@ -86,7 +86,7 @@ def check_kinematics(exam: Examination) -> None:
             position, quaternion = forward_kinematics(joints[frames], *model)
             recorded = demo.arms[arm].quaternion[frames]
             demos.append(
-                Compared(
+                ComparedPoses(
                     demo.name,
                     demo.arms[arm].position[frames],
                     matrix_from_quaternion(recorded),
@@ -140,9 +140,9 @@ def check_kinematics(exam: Examination) -> None:
             continue
         offset = differences.offset
         exam.measures[f"arm/{arm}/site_offset_m"] = [round(float(value), 4) for value in offset]
-        if not differences.together:
+        if not differences.have_one_cause:
             odd = [
-                demo for demo in demos if not _measure_differences([demo]).together
+                demo for demo in demos if not _measure_differences([demo]).have_one_cause
             ] or demos  # all, if their bases differ
             worst = _measure_differences(odd)
             exam.add(

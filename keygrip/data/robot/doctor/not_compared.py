@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from keygrip.data.robot.doctor.examination import Examination, Severity, yam_model
-from keygrip.data.robot.doctor.views import stands
+from keygrip.data.robot.doctor.views import is_static
 from keygrip.data.robot.schema import Demo
 from keygrip.robots.surface import RobotSurface
 
@@ -76,7 +76,7 @@ def lacking(demo: Demo, model: RobotSurface | None) -> Reason:
 def cannot_compare(demo: Demo, camera: str) -> Reason | None:
     """Return why a calibrated camera's images in a demo cannot be compared with any arm; None: they can."""
     track = demo.cameras[camera]
-    if not stands(demo, camera):
+    if not is_static(demo, camera):
         return MOVES
     if len(demo) < LEAST_FRAMES:
         return SHORT

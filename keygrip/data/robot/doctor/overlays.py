@@ -9,7 +9,7 @@ from PIL import Image
 
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.registration import LAG, NUMBERS, agreement_of, silhouette
-from keygrip.data.robot.doctor.silhouettes import boundary
+from keygrip.data.robot.doctor.silhouettes import outline_of
 from keygrip.data.robot.doctor.views import Placement, View
 from keygrip.data.spacing import evenly
 
@@ -27,7 +27,7 @@ def overlay(view: View, placement: Placement, change: np.ndarray | None, frame: 
     for parameters, colour in ((np.zeros(NUMBERS), RECORDED), (change, FITTED)):
         if parameters is None:
             continue
-        edge = boundary(silhouette(view, placement, parameters, half=False, every=2)[frame : frame + 1])[0]
+        edge = outline_of(silhouette(view, placement, parameters, half=False, every=2)[frame : frame + 1])[0]
         edge = edge.repeat(scale, axis=0).repeat(scale, axis=1)
         canvas[edge] = colour
     return canvas

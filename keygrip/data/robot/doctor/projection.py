@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from keygrip.data.robot.doctor.examination import MOVED_M, Examination, listed, tensor
+from keygrip.data.robot.doctor.examination import MOVED_M, Examination, join_five, tensor
 from keygrip.data.robot.schema import CameraTrack, Demo
 from keygrip.models.geometry.cameras import camera_centre, inside_image, pixel_rays, project, recover_3d
 from keygrip.robots.kinematics import matrix_from_quaternion
@@ -120,7 +120,7 @@ def _check_view(exam: Examination, camera: str, arm: str, demos: list[Demo]) -> 
             "off_screen",
             "error" if share < 0.5 else "warning",
             f"the gripper is in the image in only {share:.0%} of the frames, least in "
-            f"{listed(demos[n].name for n in worst[:3])}",
+            f"{join_five(demos[n].name for n in worst[:3])}",
             advice,
             cause=cause,
             camera=camera,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from keygrip.data.robot.doctor.silhouettes import _shifted, agreement, boundary, moved, seen, splat
+from keygrip.data.robot.doctor.silhouettes import _shifted, agreement, move_camera, outline_of, project_points, splat
 from keygrip.data.robot.doctor.views import Placement, View, foreground
 
 ROTATION, SHIFT, FOCAL, LAG = slice(0, 3), slice(3, 6), 6, 7
@@ -74,18 +74,18 @@ def camera_with(view: View, change: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     intrinsics = view.intrinsics.copy()
     intrinsics[0, 0] *= np.exp(change[FOCAL])
     intrinsics[1, 1] *= np.exp(change[FOCAL])
-    return intrinsics, moved(view.world_to_camera, change[:6])
+    return intrinsics, move_camera(view.world_to_camera, change[:6])
 
 
 def silhouette(view: View, placement: Placement, change: np.ndarray, half: bool = True, every: int = 4) -> np.ndarray:
     """Return [F, h, w] bool: where the robot should be visible; `half`: at half the resolution."""
     intrinsics, pose = camera_with(view, change)
-    pixels, _ = seen(placement.at(view.index + change[LAG], every), intrinsics, pose)
+    pixels, _ = project_points(placement.at(view.index + change[LAG], every), intrinsics, pose)
     height, width = view.size
     return splat(pixels / 2, height // 2, width // 2)[0] if half else splat(pixels, height, width)[0]
 
 
-def halved(changed: np.ndarray) -> np.ndarray:
+def halve(changed: np.ndarray) -> np.ndarray:
     """[F, h, w] -> [F, h // 2, w // 2], averaged."""
     frames, height, width = changed.shape
     cropped = changed[:, : height // 2 * 2, : width // 2 * 2]
@@ -95,7 +95,7 @@ def halved(changed: np.ndarray) -> np.ndarray:
 def agreement_of(pairs: Sequence[tuple[View, Placement]], change: np.ndarray | None = None) -> float:
     """Return the mean agreement of the views with their robots, -1..1."""
     change = np.zeros(NUMBERS) if change is None else change
-    scores = [agreement(silhouette(view, robot, change), halved(view.foreground)) for view, robot in pairs]
+    scores = [agreement(silhouette(view, robot, change), halve(view.foreground)) for view, robot in pairs]
     return float(np.mean(scores))
 
 
@@ -115,7 +115,9 @@ def _grown_silhouette(view: View, placement: Placement, change: np.ndarray, marg
     return mask
 
 
-def evidence(view: View, placement: Placement, change: np.ndarray, margin: int) -> tuple[np.ndarray, np.ndarray]:
+def foreground_evidence(
+    view: View, placement: Placement, change: np.ndarray, margin: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the foreground [F, h, w] against a background without the robot (at its estimated place), 0.5 where the
     background is never visible; and the difference of the images from it, [F, h, w, 3], 0 where it is not known."""
     background, uncovered = uncovered_background(view.images, _grown_silhouette(view, placement, change, margin))
@@ -131,7 +133,7 @@ def _outline(
     weight [M]."""
     height, width = changed.shape[1:]
     mask, point_index = splat(pixels, height, width)
-    edge = boundary(mask) & (point_index >= 0)
+    edge = outline_of(mask) & (point_index >= 0)
     frames, rows, columns = np.nonzero(edge)
     sampled = []
     for frame in range(len(mask)):
@@ -169,7 +171,7 @@ def _outline(
     return frames, points, normal, steps[best] + (steps[1] - steps[0]) / 2, weight
 
 
-def at_half_contrast(
+def half_contrast_offsets(
     added: np.ndarray, frames: np.ndarray, at: np.ndarray, normal: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return where along the normals of outline points [M] the image is halfway between robot and background, in pixels
@@ -179,7 +181,7 @@ def at_half_contrast(
     JPEG's colours) even further. At half of its own contrast, an edge is at its true place.
 
     Args:
-        added: [F, h, w, 3], see `evidence`. frames: [M]. normal: [M, 2], outwards.
+        added: [F, h, w, 3], see `foreground_evidence`. frames: [M]. normal: [M, 2], outwards.
     """
     steps = np.arange(-2.5, 1.55, 0.25)
     x = at[:, :1] + steps * normal[:, :1] - 0.5
@@ -229,16 +231,16 @@ def fit(
     evidences: list[tuple[np.ndarray, np.ndarray]] = []
     for iteration, reach in enumerate(reaches):
         if iteration in (0, len(reaches) - 2):
-            evidences = [evidence(view, robot, change, min(reach, 6)) for view, robot in pairs]
+            evidences = [foreground_evidence(view, robot, change, min(reach, 6)) for view, robot in pairs]
         rows, distances, weights = [], [], []
         for (view, robot), (certainty, difference) in zip(pairs, evidences, strict=True):
             intrinsics, pose = camera_with(view, change)
             points = robot.at(view.index + change[LAG], stride)
-            pixels, camera_points = seen(points, intrinsics, pose)
+            pixels, camera_points = project_points(points, intrinsics, pose)
             frames, point_index, normal, distance, weight = _outline(certainty, pixels, rng, reach)
             if fine:
                 start_at = pixels[frames, point_index] + distance[:, None] * normal
-                correction, reliable = at_half_contrast(difference, frames, start_at, normal)
+                correction, reliable = half_contrast_offsets(difference, frames, start_at, normal)
                 distance, weight = distance + correction, np.where(reliable, weight, 0.0)
             if LAG in free:
                 speed = robot.speed(view.index[frames] + change[LAG], point_index, stride) @ pose[:3, :3].T

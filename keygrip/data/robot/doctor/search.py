@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from keygrip.data.robot.doctor.registration import FOCAL, LAG, NUMBERS, Fit, fit
-from keygrip.data.robot.doctor.silhouettes import seen, splat
+from keygrip.data.robot.doctor.silhouettes import project_points, splat
 from keygrip.data.robot.doctor.views import Placement, View
 
 SCALES = (0.85, 0.92, 1.0, 1.08, 1.17)
@@ -56,7 +56,8 @@ def starts(pairs: Sequence[tuple[View, Placement]], best: int) -> list[tuple[flo
     allowed = (np.abs(shifts[0]) <= top)[:, None] & (np.abs(shifts[1]) <= left)[None]
     for lag in LAGS:
         projected = [
-            seen(robot.at(view.index + lag, EVERY), view.intrinsics, view.world_to_camera)[0] for view, robot in pairs
+            project_points(robot.at(view.index + lag, EVERY), view.intrinsics, view.world_to_camera)[0]
+            for view, robot in pairs
         ]
         for roll in ROLLS_DEG:
             cosine, sine = np.cos(np.radians(roll)), np.sin(np.radians(roll))

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 
-def moved(world_to_camera: np.ndarray, change: np.ndarray) -> np.ndarray:
+def move_camera(world_to_camera: np.ndarray, change: np.ndarray) -> np.ndarray:
     """Rotate a camera [4, 4] by the rotation vector change[:3] (rad) about its own axes and shift it by change[3:6]."""
     turn = Rotation.from_rotvec(change[:3]).as_matrix()
     pose = np.eye(4)
@@ -18,7 +18,9 @@ def moved(world_to_camera: np.ndarray, change: np.ndarray) -> np.ndarray:
     return pose
 
 
-def seen(points: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def project_points(
+    points: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return pixels [F, P, 2] (NaN behind the camera) and camera coordinates [F, P, 3] of world points [F, P, 3]."""
     pose = world_to_camera.astype(np.float32)
     camera = points @ pose[:3, :3].T + pose[:3, 3]
@@ -56,7 +58,7 @@ def splat(pixels: np.ndarray, height: int, width: int, close: bool = True) -> tu
     return mask, point_index
 
 
-def boundary(mask: np.ndarray) -> np.ndarray:
+def outline_of(mask: np.ndarray) -> np.ndarray:
     """Return pixels of masks [F, h, w] next to a pixel outside the mask, at least 2 pixels from the image's border."""
     edge = mask & ~_shifted(mask, np.logical_and)
     edge[:, :2], edge[:, -2:], edge[:, :, :2], edge[:, :, -2:] = False, False, False, False

@@ -42,16 +42,16 @@ def best_delay(first: np.ndarray, second: np.ndarray, most: int) -> float:
     return float(delays[best] + (0.5 * (left - right) / curvature if curvature > 0 else 0.0))
 
 
-def paired(reached: np.ndarray, told: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
+def pair_with_delay(reached: np.ndarray, commanded: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
     """Return rows [M, D] of the commanded track and of the reached one, which follows it by `shift` frames."""
-    rows = np.arange(max(0, -shift), min(len(told), len(told) - shift))
-    return told[rows], reached[rows + shift]
+    rows = np.arange(max(0, -shift), min(len(commanded), len(commanded) - shift))
+    return commanded[rows], reached[rows + shift]
 
 
-def track_distance(reached: np.ndarray, told: np.ndarray) -> float:
+def track_distance(reached: np.ndarray, commanded: np.ndarray) -> float:
     """Return the median distance (m) of two tracks [N, 3] at their best delay."""
-    delay = best_delay(told, reached, 12)
-    command, position = paired(reached, told, round(delay) if np.isfinite(delay) else 0)
+    delay = best_delay(commanded, reached, 12)
+    command, position = pair_with_delay(reached, commanded, round(delay) if np.isfinite(delay) else 0)
     return float(np.median(np.linalg.norm(command - position, axis=1)))
 
 
@@ -74,7 +74,7 @@ def check_opening_unit(exam: Examination) -> None:
             )
 
 
-def in_degrees(arm: ArmTrajectory) -> bool:
+def are_degrees(arm: ArmTrajectory) -> bool:
     """Return whether joint angles are larger than any joint reaches in radians."""
     return arm.joints is not None and arm.joints.size > 0 and bool(np.abs(arm.joints).max() > 7.0)
 
@@ -82,7 +82,7 @@ def in_degrees(arm: ArmTrajectory) -> bool:
 def check_joint_unit(exam: Examination) -> None:
     """Report joint angles that are larger than any joint reaches in radians: they are in degrees."""
     for arm in exam.arms:
-        found = [demo.name for demo in exam.with_arm(arm) if in_degrees(demo.arms[arm])]
+        found = [demo.name for demo in exam.with_arm(arm) if are_degrees(demo.arms[arm])]
         if found:
             exam.add(
                 "joint_unit",

@@ -8,9 +8,9 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor.examination import MOVED_M, Examination
-from keygrip.data.robot.doctor.frozen_poses import frozen
-from keygrip.data.robot.doctor.kinematics import shown_by_joints
-from keygrip.data.robot.frame_rates import GAP, differs, longest_gap, measured_rate
+from keygrip.data.robot.doctor.frozen_poses import demos_with_frozen_poses
+from keygrip.data.robot.doctor.kinematics import demos_shown_by_joints
+from keygrip.data.robot.frame_rates import GAP, longest_gap, measured_rate, rates_differ
 from keygrip.data.robot.schema import ArmTrajectory
 from keygrip.robots.kinematics import matrix_from_quaternion
 
@@ -99,7 +99,7 @@ def check_jumps(exam: Examination) -> None:
             frame = int(speeds.argmax())
             speed = float(speeds[frame])
             fastest = max(fastest, speed)
-            if demo.name in frozen(exam, arm, ["poses"]):
+            if demo.name in demos_with_frozen_poses(exam, arm, ["poses"]):
                 continue  # after a frozen span, the pose jumps to the arm's current place
             if speed > JUMP_SPEED_M_S and distances[adjacent].max() > MOVED_M:
                 jumping[demo.name] = speed, frame
@@ -146,7 +146,7 @@ def check_quaternions(exam: Examination) -> None:
         exam.measures[f"arm/{arm}/approach_down"], exam.measures[f"arm/{arm}/turning_about_vertical"] = _attitude(
             [demo.arms[arm] for demo in demos], lambda quaternion: quaternion
         )
-        confirmed = shown_by_joints(exam, arm)
+        confirmed = demos_shown_by_joints(exam, arm)
         unconfirmed = [demo for demo in demos if demo.name not in confirmed]
         if not unconfirmed:
             continue
@@ -189,7 +189,7 @@ def check_times(exam: Examination) -> None:
     gaps = {demo.name: gap for demo in exam.demos if (gap := longest_gap(demo))}
     nominal = {demo.name: demo.fps for demo in exam.demos}
     rates = {demo.name: measured_rate(demo) for demo in exam.demos}
-    rates = {name: rate for name, rate in rates.items() if differs(rate, nominal[name])}
+    rates = {name: rate for name, rate in rates.items() if rates_differ(rate, nominal[name])}
     exam.measures["demos_with_gaps"] = len(gaps)
     units = {name: unit for name, rate in rates.items() if (unit := _clock_unit(rate / nominal[name])) is not None}
     if units:

@@ -72,7 +72,7 @@ def foreground(images: np.ndarray, background: np.ndarray | None = None) -> np.n
     return np.clip((change - 6 - 2 * noise) / 24, 0, 1).astype(np.float32)
 
 
-def stands(demo: Demo, camera: str) -> bool:
+def is_static(demo: Demo, camera: str) -> bool:
     """Return whether a camera is calibrated and static throughout a demo."""
     if demo.cameras[camera].uncalibrated:
         return False

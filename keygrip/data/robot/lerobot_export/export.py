@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from keygrip.artifacts import atomic_folder, write_json, write_text
-from keygrip.data.bad_samples import first_of
+from keygrip.data.bad_samples import join_first
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.frame_rates import longest_gap
 from keygrip.data.robot.lerobot_export import statistics
@@ -114,7 +114,7 @@ def export_lerobot(
             "time stamps jump in %d demos (%s): frames were dropped there. LeRobot derives time from the frame "
             "index, without the gaps (time_s holds the recorded times)",
             len(gaps),
-            first_of(gaps),
+            join_first(gaps),
         )
     if left_out:
         logger.warning("LeRobot has no place for: %s", ", ".join(left_out))

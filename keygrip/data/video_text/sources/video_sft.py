@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, guard
+from keygrip.data.bad_samples import BadSample, as_bad_sample
 from keygrip.data.shards.keys import file_keys
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.source_files import file_below, files_in, refuse_written_into_source
@@ -36,8 +36,8 @@ from keygrip.data.video_text.conversations import (
 from keygrip.data.video_text.foreign_text import (
     asked_in,
     files_of_items,
-    kinds_named,
     places_problem,
+    stated_media_kinds,
     turns_of,
     with_system,
     without_placeholders,
@@ -127,7 +127,7 @@ class VideoSFTMaker:
 
 def _media_kinds(entry: Entry) -> Collection[str]:
     """Return the kinds of an entry's media, from their key; both kinds if the key does not show it."""
-    return (kinds_named({entry.named: [path.name for path in entry.media]}) or BARE) if entry.media else ()
+    return (stated_media_kinds({entry.named: [path.name for path in entry.media]}) or BARE) if entry.media else ()
 
 
 def entries(source: Path) -> list[Entry]:
@@ -153,7 +153,7 @@ def entries(source: Path) -> list[Entry]:
                 all_entries.append(Entry(key, (), (), name, f"entry {index} of {path} has no {' or '.join(TURNS)}"))
             else:
                 try:
-                    with guard(f"entry {index} of {path}"):
+                    with as_bad_sample(f"entry {index} of {path}"):
                         all_entries.append(_make_entry(key, name, source, path.parent, entry))
                 except BadSample as error:
                     all_entries.append(Entry(key, (), (), name, str(error)))

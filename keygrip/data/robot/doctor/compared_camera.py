@@ -12,8 +12,12 @@ from keygrip.robots.surface import RobotSurface
 
 
 @dataclass
-class Seen:
-    """One camera and its arms: views with the robot's placement, by demo. `arm`: name of the arm, or of several."""
+class ComparedCamera:
+    """One camera and the arms in its images.
+
+    arm: the name of the arm, or of several, joined by "and". pairs: a view and the robot's placement in it, by demo.
+    scores: agreement of images and poses, by demo. change: the camera's fitted change, see `Fit`.
+    """
 
     camera: str
     arm: str
