@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -31,12 +31,10 @@ OPTION = re.compile(rf"(?<![\w./+-])({'|'.join(GROUPS)})=([a-z0-9_/]*[a-z0-9_])(
 
 
 def make_tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs" / "make_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Import `docs/make_tables.py` as it is imported when it is run: its folder comes first on the path."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(ROOT / "docs")
+        return importlib.import_module("make_tables")
 
 
 @pytest.fixture(scope="module")

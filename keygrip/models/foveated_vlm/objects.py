@@ -20,7 +20,7 @@ SIDE = 20  # pixels of a crop
 CELL = 2  # pixels of a cell in which colours are compared
 REACH = 6  # cells of a window to each side of its centre: an object of up to 26 pixels
 SHIFTS = 6
-HUE, LIGHT = 0.06, 0.3  # difference in colour direction (unit vectors) and brightness (0 to 1) that halves the likeness
+HUE, LIGHT = 0.06, 0.3  # differences in colour direction (unit vectors) and brightness that halve the similarity
 CANDIDATES = 256  # cells sampled uniformly per frame; objects are sampled from them by the rarity of their colour
 
 
@@ -40,7 +40,7 @@ class Objects:
 
 def colour_features(images: Tensor) -> Tensor:
     """Convert colours 0 to 1 [M, 3, h, w] to features [M, h * w, 4]: direction and brightness, scaled so that a squared
-    distance of 1 halves the likeness. An object's faces in light and in shadow have the same direction."""
+    distance of 1 halves the similarity. An object's faces in light and in shadow have the same direction."""
     colours = images.flatten(2).transpose(1, 2)
     direction = colours / (colours.norm(dim=-1, keepdim=True) + 0.05)
     return torch.cat([direction / HUE, colours.mean(-1, keepdim=True) / LIGHT], dim=-1)
