@@ -152,6 +152,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.coarse_kinds = None if coarse_kinds is None else frozenset(coarse_kinds)
         self.row_counts = RowCounts(network.tokens_per_frame, network.pack_rows)
         self._coarse_misses = 0  # coarse steps in a row whose batch has none of these kinds
+        self._learns_nothing = False  # whether the current step is one of them
         self.loss_chunk, self.init_from = loss_chunk, init_from
         self.loss_kernel: Kernel = loss_kernel
         self.monitor_every_n_steps, self.log_images_every_n_steps = monitor_every_n_steps, log_images_every_n_steps
@@ -347,15 +348,17 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             mode = self.mode_now()
             if mode != self.mode and self.coarse_kinds is not None:
                 batch = self._restrict_to_kinds(batch, self.coarse_kinds)
+            self._learns_nothing = mode != self.mode and self._coarse_misses > 0
             refinement = self.refinement_now() if mode == self.mode else 0
             output = self.network(frames, rows, mode, refinement, kv)
         scores = self.score(output, batch)
         loss = global_mean(scores.loss, scores.tokens)
         size, name = len(batch), "train/" if mode == self.mode else "train/coarse_"
         global_loss = global_sum(loss) / world_size()  # processes hold different shares of the batch's rows
-        self.log(f"{name}loss", global_loss, prog_bar=True, batch_size=size)
-        accuracy = scores.exact.sum() / scores.answered.sum().clamp_min(1)
-        self.log(f"{name}accuracy", accuracy, prog_bar=True, batch_size=size)
+        if not self._learns_nothing:  # otherwise a loss and an accuracy of 0, of no question
+            self.log(f"{name}loss", global_loss, prog_bar=True, batch_size=size)
+            accuracy = scores.exact.sum() / scores.answered.sum().clamp_min(1)
+            self.log(f"{name}accuracy", accuracy, prog_bar=True, batch_size=size)
         self.row_counts.add(batch, rows)
         if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             for figure, value in self.row_counts.report(self.device).items():
@@ -424,7 +427,11 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     # ------------------------------------------------------------------ health
 
     def _is_health_due(self) -> bool:
-        return isinstance(self.network, FoveatedVLM) and self.due(self.monitor_every_n_steps)
+        return (
+            isinstance(self.network, FoveatedVLM)
+            and self.due(self.monitor_every_n_steps)
+            and not self._learns_nothing  # the gradients of such a step are zero, and that is no fault
+        )
 
     def _report_health(self, figures: Mapping[str, Any]) -> None:
         values = {name: float(value) for name, value in figures.items()}

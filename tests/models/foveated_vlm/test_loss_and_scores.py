@@ -350,20 +350,32 @@ def test_answering_leaves_the_loss_of_some_kinds_alone(parts: Callable[..., tupl
 
 @pytest.mark.filterwarnings("ignore")
 def test_coarse_steps_learn_from_the_named_kinds_alone(parts: Callable[..., tuple]) -> None:
-    """Coarse steps change nothing if the batch has none of the named kinds; after many such steps the kinds are
-    refused."""
-    quiet = {"monitor_every_n_steps": 0, "log_images_every_n_steps": 0}
-    module, batch = parts(coarse_share=0.5, coarse_kinds=["glance"], **quiet)
+    """Coarse steps change nothing and log nothing if the batch has none of the named kinds; after many such steps the
+    kinds are refused."""
+    settings = {"monitor_every_n_steps": 1, "log_images_every_n_steps": 0}
+    module, batch = parts(coarse_share=0.5, coarse_kinds=["glance"], **settings)
     module.__class__ = Descent
+    reported: list[float] = []
+    report_health = module._report_health
+
+    def watch_health(figures: dict[str, Any]) -> None:
+        reported.extend(float(value) for name, value in figures.items() if name == "grad_norm_clipped")
+        report_health(figures)
+
+    module._report_health = watch_health
     visual_tokens, steps = module.network.visual_tokens, []
 
     def watched(frames: Any, rows: Any, mode: str, refinement: int = 0, kv: Any = None) -> Any:
-        steps.append((mode, [p.detach().clone() for p in module.network.parameters()]))
+        if torch.is_grad_enabled():  # otherwise for the figures of the network's health
+            steps.append((mode, [p.detach().clone() for p in module.network.parameters()]))
         return visual_tokens(frames, rows, mode, refinement, kv)
 
     module.network.visual_tokens = watched
-    fitted(module, [batch] * 12, gradient_clip_val=1.0)
+    trainer = fitted(module, [batch] * 12, gradient_clip_val=1.0)
     assert {mode for mode, _ in steps} == {"coarse_only", "coarse_fine"}
+    assert {name for name in trainer.callback_metrics if name.endswith("loss")} == {"train/loss"}
+    assert len(reported) == sum(mode == "coarse_fine" for mode, _ in steps)
+    assert min(reported) > 0
     for (mode, before), (_, after) in itertools.pairwise(steps):
         same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert same == (mode == "coarse_only")
