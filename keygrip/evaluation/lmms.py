@@ -40,7 +40,7 @@ MAX_NEW_TOKENS = 64  # default where a task gives none
 FAILS: tuple[type[BaseException], ...] = (*HOSTILE, SystemExit)
 FAILED = "-"  # names no option. MVBench's task skips empty answers, which would improve the result
 Given = TypeVar("Given")
-Seen = tuple[torch.Tensor, list[int], list[tuple[float, ...]], Any]  # a video with its keys and values
+EncodedVideo = tuple[torch.Tensor, list[int], list[tuple[float, ...]], Any]  # a video with its keys and values
 Timed = tuple[np.ndarray, tuple[float, ...]]  # frames and their times; () for several images or videos
 
 
@@ -87,8 +87,8 @@ class KeygripModel(lmms):
             )
         self.max_frames = int(max_frames or self.module.image_options["max_frames"])
         self.max_failed_share = float(max_failed_share)
-        self._last: tuple[tuple[str, ...] | None, Seen] | None = None
-        self._told: set[str] = set()
+        self._last: tuple[tuple[str, ...] | None, EncodedVideo] | None = None
+        self._warned: set[str] = set()
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Generate answers, each truncated before the first of the task's `until` strings; `FAILED` if the answer is
@@ -152,8 +152,8 @@ class KeygripModel(lmms):
         return answers
 
     def _answer(self, request: Any, seed: int = 0) -> str:
-        text, settings, see, index, task, split = request.args
-        inputs, counts, seconds, kv = self._seen(see, task, split, index)
+        text, settings, get_visuals, index, task, split = request.args
+        inputs, counts, seconds, kv = self._encode_video(get_visuals, task, split, index)
         network = self.module.network
         prompt = self.module.collator.prompt((Turn("user", _remove_image_marks(text)),), seconds[0])
         room_left = room(network, len(prompt.ids), counts[0])
@@ -179,16 +179,16 @@ class KeygripModel(lmms):
         return _cut_at_stop(generated.texts[0], settings) or FAILED
 
     def _warn_once(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+        if message not in self._warned:
+            self._warned.add(message)
             log.warning("%s", message)
 
     def _likelihood(self, request: Any) -> tuple[float, bool]:
-        text, target, see, index, task, split = request.args
+        text, target, get_visuals, index, task, split = request.args
         words = str(target(self.task_dict[task][split][index]) if callable(target) else target).strip()
         if not words:
             raise ValueError("its target is empty")
-        inputs, counts, seconds, kv = self._seen(see, task, split, index)
+        inputs, counts, seconds, kv = self._encode_video(get_visuals, task, split, index)
         turns = (Turn("user", _remove_image_marks(text)), Turn("assistant", words))
         row = self.module.collator.prompt(turns, seconds[0])
         likelihoods = answer_likelihoods(
@@ -205,7 +205,7 @@ class KeygripModel(lmms):
         """Raise NotImplementedError: the rounds of such tasks depend on task-specific forms of answers."""
         raise NotImplementedError("keygrip answers tasks of one round: choose a task of type generate_until")
 
-    def _seen(self, get_visuals: Callable[[Any], Any], task: str, split: str, index: int) -> Seen:
+    def _encode_video(self, get_visuals: Callable[[Any], Any], task: str, split: str, index: int) -> EncodedVideo:
         """Return a document's video with its keys and values. Those of the last video are cached, because documents
         about one video follow each other, and likelihoods need it once per option."""
         visuals = get_visuals(self.task_dict[task][split][index]) or []
