@@ -73,14 +73,14 @@ class GymnasiumEnvironment:
         Raises:
             ValueError: The observation is not the input of a policy.
         """
-        self._seen, self._info = self.env.reset(seed=seed)
+        self._observation, self._info = self.env.reset(seed=seed)
         self._instruction = str(self._info.get("instruction", self.task.instruction))
         self._over, self._elapsed = False, 0
         self._check()
         return self.observation(), self.outcome()[2]
 
     def _check(self) -> None:
-        observation = self._seen if isinstance(self._seen, dict) else {}
+        observation = self._observation if isinstance(self._observation, dict) else {}
         absent = [name for name in NEEDED if name not in observation]
         if absent:
             raise ValueError(
@@ -125,7 +125,7 @@ class GymnasiumEnvironment:
 
     def advance(self, action: np.ndarray) -> None:
         """Do one step of the environment."""
-        self._seen, _, terminated, truncated, self._info = self.env.step(action)
+        self._observation, _, terminated, truncated, self._info = self.env.step(action)
         # many environments give it only at the start
         self._instruction = str(self._info.get("instruction", self._instruction))
         self._elapsed += 1
@@ -141,9 +141,9 @@ class GymnasiumEnvironment:
 
     def observation(self) -> dict[str, Any]:
         """Return the last observation, with the instruction; the first of the named cameras is the main one."""
-        views = self._seen.get("cameras") or {}
+        views = self._observation.get("cameras") or {}
         main = {part: views[self.cameras[0]][part] for part in CAMERA} if self.cameras and views else {}
-        return {"instruction": self._instruction, **self._seen, **main}
+        return {"instruction": self._instruction, **self._observation, **main}
 
     def expert_action(self) -> np.ndarray | None:
         """Return the next action of a demonstration, [8] or [A, 8]; None: the expert gives up.

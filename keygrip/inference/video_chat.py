@@ -63,7 +63,7 @@ class VideoChat:
 
     def __init__(self, module: FoveatedVLMModule, source: str | Path | None = None) -> None:
         self.module, self.source = module.eval(), source
-        self._given = _row_settings(module)
+        self._loaded = _row_settings(module)
         images = module.image_options
         self.reader = PromptReader(images["image_size"], images["fit"], images["max_frames"], image_frames_of(images))
 
@@ -99,10 +99,10 @@ class VideoChat:
             FileExistsError: The folder holds something. ValueError: The model's configuration is unknown or no longer
                 matches the weights or the collator, or weights are not finite or have several dtypes.
         """
-        if changed := [name for name, value in _row_settings(self.module).items() if value != self._given[name]]:
+        if changed := [name for name, value in _row_settings(self.module).items() if value != self._loaded[name]]:
             raise ValueError(
-                f"save_pretrained: collator.{changed[0]} was {self._given[changed[0]]!r} when the model was loaded and "
-                f"is {getattr(self.module.collator, changed[0])!r} now, which the configuration beside the weights "
+                f"save_pretrained: collator.{changed[0]} was {self._loaded[changed[0]]!r} when the model was loaded "
+                f"and is {getattr(self.module.collator, changed[0])!r} now, which the configuration beside the weights "
                 "does not say: set it back, or train with it"
             )
         weights = self.module.state_dict()

@@ -59,11 +59,11 @@ class HeldBackWarning:
     """Warns once per episode that a plan was held back, and by how much; one object for each episode or session."""
 
     def __init__(self) -> None:
-        self._said = False
+        self._warned = False
 
     def begin(self) -> None:
         """Start an episode."""
-        self._said = False
+        self._warned = False
 
     def check_plan(self, plan: Plan, arms: Sequence[str], margin_m: Margin) -> None:
         """Warn if the plan was held back and no earlier plan of the episode was.
@@ -71,9 +71,9 @@ class HeldBackWarning:
         Args:
             plan: with its `held_back`. arms: names, in the order of its arms. margin_m: margin of the policy, metres.
         """
-        if self._said or plan.held_back is None or not held_back_m(plan):
+        if self._warned or plan.held_back is None or not held_back_m(plan):
             return
-        self._said = True
+        self._warned = True
         arm, axis = divmod(int(np.nanargmax(plan.held_back)), 3)
         log.warning(
             "a plan was held back by %.1f cm along %s (arm %s): it leads farther than policy.margin_m=%s out of the "

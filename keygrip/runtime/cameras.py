@@ -15,7 +15,7 @@ from keygrip.runtime.robot import RobotLostError
 
 log = logging.getLogger(__name__)
 
-REPEATS_TOLD_S = 0.5  # repeated images are reported after this time
+REPEATS_WARNING_S = 0.5  # repeated images are reported after this time
 
 
 class Camera(Protocol):
@@ -68,7 +68,7 @@ class VideoCamera:
         self.source, self._clock, self._repeats_are_new = source, clock, repeats_are_new
         self._newest: tuple[np.ndarray, float] | None = None
         self._error: str | None = None
-        self._told = False
+        self._repeats_warned = False
         self._there, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(
             target=self._follow, args=(format, options), name=f"camera {source}", daemon=True
@@ -106,8 +106,8 @@ class VideoCamera:
         now, newest = self._clock(), self._newest
         if self._repeats_are_new or newest is None or not np.array_equal(image, newest[0]):
             return now
-        if now - newest[1] > REPEATS_TOLD_S and not self._told:
-            self._told = True
+        if now - newest[1] > REPEATS_WARNING_S and not self._repeats_warned:
+            self._repeats_warned = True
             log.warning(
                 "the camera %s has repeated its image for %.1f s, which counts as that old. Its setting "
                 "repeats_are_new=true is for live images that may be equal: a drawn film, a strongly compressed stream",

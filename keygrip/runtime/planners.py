@@ -85,7 +85,7 @@ class ThreadPlanner:
 
     def __init__(self, policy: Policy, awaited: bool = True) -> None:
         self._policy, self._awaited = policy, awaited
-        self._asked: queue.Queue[PlanRequest | None] = queue.Queue(1)  # None: end of the thread
+        self._request_queue: queue.Queue[PlanRequest | None] = queue.Queue(1)  # None: end of the thread
         self._done: queue.Queue[PlanOutcome] = queue.Queue(1)
         self._busy_since: float | None = None
         self._closed = False
@@ -99,7 +99,7 @@ class ThreadPlanner:
     def request(self, request: PlanRequest) -> None:
         assert self._busy_since is None
         self._busy_since = request.time_s
-        self._asked.put(request)
+        self._request_queue.put(request)
 
     def poll(self, now: float) -> PlanOutcome | None:
         try:
@@ -113,13 +113,13 @@ class ThreadPlanner:
         """End the thread after its current plan, and wait for it if `awaited`."""
         self._closed = True
         with contextlib.suppress(queue.Full):  # a pending request wakes the thread too
-            self._asked.put_nowait(None)
+            self._request_queue.put_nowait(None)
         if self._awaited:
             await_end(self._thread)
 
     def _work(self) -> None:
         while True:
-            request = self._asked.get()
+            request = self._request_queue.get()
             if request is None or self._closed:
                 return
             try:

@@ -92,7 +92,7 @@ class Device:
     def __init__(self) -> None:
         self.active = False
         self.opening: float | None = None
-        self._gone = False
+        self._closed = False
 
     def switch(self) -> None:
         """Take control, or return it."""
@@ -106,9 +106,9 @@ class Device:
         """Handle an unreadable device. Raises TakeoverLostError while a person drives the arm, else logs it once."""
         if self.active:
             raise TakeoverLostError(message)
-        if not self._gone:
+        if not self._closed:
             log.error("%s: the policy drives on, and nobody can take over", message)
-        self._gone = True
+        self._closed = True
 
 
 class KeyboardTakeover(Device):

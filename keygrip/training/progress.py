@@ -153,7 +153,7 @@ class Throughput(Callback):
         self.total_s = 0.0
         self.total_samples = 0.0
         self._reset_window()
-        self._seen = 0
+        self._total_batches = 0
         self._ended: float | None = None
         self._started = 0.0
 
@@ -171,8 +171,8 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
-        self._seen += 1
-        if self._ended is not None and self._seen > self.skip_batches:
+        self._total_batches += 1
+        if self._ended is not None and self._total_batches > self.skip_batches:
             self._wait_s += self._started - self._ended
             self._time_s += now - self._ended
             self._samples += _size(batch)

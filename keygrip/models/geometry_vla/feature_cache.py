@@ -45,7 +45,7 @@ class FeatureCache:
         if limit_gb <= 0:
             raise ValueError(f"geometry.cache.limit_gb={limit_gb}: give a size, or geometry.cache=null for no cache.")
         self.folder, self.limit = Path(folder), int(limit_gb * 1e9)
-        self._asked, self._found = 0, 0
+        self._requests, self._hits = 0, 0
 
     def features(
         self, images: Tensor, maker: str, compute: Callable[..., Tensor], conditions: Sequence[Tensor] = ()
@@ -80,13 +80,13 @@ class FeatureCache:
 
     def _count_hits(self, requests: int, hits: int) -> None:
         """Count requests and hits; warn once if the cache has no effect."""
-        before = self._asked
-        self._asked, self._found = before + requests, self._found + hits
-        if before < SURPRISING <= self._asked and not self._found:
+        before = self._requests
+        self._requests, self._hits = before + requests, self._hits + hits
+        if before < SURPRISING <= self._requests and not self._hits:
             log.warning(
                 "of %d images none came twice: the cache of geometry features only costs time; random crops and "
                 "colours make every image new (data.augmentation=null), or set geometry.cache=null",
-                self._asked,
+                self._requests,
             )
 
     def size(self) -> int:

@@ -197,7 +197,7 @@ class GeometryVLAPolicy:
 
     @torch.inference_mode()
     def _plans(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
-        inputs = self._seen(observations, sessions)
+        inputs = self._network_inputs(observations, sessions)
         sampled = self.module.network.sample(inputs.scene, inputs.noise, inputs.state, self._sampling)
         return self._planned(sampled, inputs, sessions)
 
@@ -235,7 +235,7 @@ class GeometryVLAPolicy:
                 f"the plan under way has steps of {executing.step_seconds:g} s, those of this policy are {dt:g} s: it "
                 "continues its own plans"
             )
-        inputs = self._seen([observation], [self])
+        inputs = self._network_inputs([observation], [self])
         # positions of the new plan's steps in the plan under way, in its steps, counted from 0
         places = (float(observation["time_s"]) - began_s + dt * np.arange(1, horizon + 1)) / dt - 1
         steps = executing.gripper.shape[1]
@@ -286,7 +286,7 @@ class GeometryVLAPolicy:
             *(inputs.position, inputs.turn, self._robot_indices(1)),
         )
 
-    def _seen(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> _PlanInputs:
+    def _network_inputs(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> _PlanInputs:
         """The encoders' pass, the present poses and the noise of several plans."""
         module, device, needs = self.module, self.module.device, self.needs
         instructions = [instruction_of(observation) for observation in observations]
