@@ -152,7 +152,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.coarse_kinds = None if coarse_kinds is None else frozenset(coarse_kinds)
         self.row_counts = RowCounts(network.tokens_per_frame, network.pack_rows)
         self._coarse_misses = 0  # coarse steps in a row whose batch has none of these kinds
-        self._learns_nothing = False  # whether the current step is one of them
+        self._learns_nothing = False  # whether the current step is one of them; processes may differ
         self.loss_chunk, self.init_from = loss_chunk, init_from
         self.loss_kernel: Kernel = loss_kernel
         self.monitor_every_n_steps, self.log_images_every_n_steps = monitor_every_n_steps, log_images_every_n_steps
@@ -262,7 +262,9 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     ) -> None:
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         if self._is_health_due():
-            self._report_health({"grad_norm_clipped": gradient_norm(self.network.parameters())})
+            norm = gradient_norm(self.network.parameters())  # in every process, also where the batch has no question
+            if not self._learns_nothing:  # otherwise zero, which is no fault
+                self._report_health({"grad_norm_clipped": norm})
 
     # ------------------------------------------------------------------ steps
 
@@ -427,11 +429,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     # ------------------------------------------------------------------ health
 
     def _is_health_due(self) -> bool:
-        return (
-            isinstance(self.network, FoveatedVLM)
-            and self.due(self.monitor_every_n_steps)
-            and not self._learns_nothing  # the gradients of such a step are zero, and that is no fault
-        )
+        return isinstance(self.network, FoveatedVLM) and self.due(self.monitor_every_n_steps)
 
     def _report_health(self, figures: Mapping[str, Any]) -> None:
         values = {name: float(value) for name, value in figures.items()}

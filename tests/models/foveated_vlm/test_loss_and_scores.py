@@ -25,7 +25,7 @@ from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
 from keygrip.models.foveated_vlm.rows import text_rows
 from keygrip.models.foveated_vlm.scores import Scores, comparisons
 from keygrip.models.language.tokenizers import TrainedTokenizer
-from keygrip.training.monitors import GradientNorm
+from keygrip.training.monitors import GradientNorm, gradient_norm
 from keygrip.training.optimizers import AdamW
 
 
@@ -349,7 +349,9 @@ def test_answering_leaves_the_loss_of_some_kinds_alone(parts: Callable[..., tupl
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_coarse_steps_learn_from_the_named_kinds_alone(parts: Callable[..., tuple]) -> None:
+def test_coarse_steps_learn_from_the_named_kinds_alone(
+    parts: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Coarse steps change nothing and log nothing if the batch has none of the named kinds; after many such steps the
     kinds are refused."""
     settings = {"monitor_every_n_steps": 1, "log_images_every_n_steps": 0}
@@ -363,6 +365,13 @@ def test_coarse_steps_learn_from_the_named_kinds_alone(parts: Callable[..., tupl
         report_health(figures)
 
     module._report_health = watch_health
+    norms: list[Any] = []
+
+    def watch_norm(parameters: Any) -> Any:
+        norms.append(gradient_norm(parameters))
+        return norms[-1]
+
+    monkeypatch.setattr("keygrip.models.foveated_vlm.module.gradient_norm", watch_norm)
     visual_tokens, steps = module.network.visual_tokens, []
 
     def watched(frames: Any, rows: Any, mode: str, refinement: int = 0, kv: Any = None) -> Any:
@@ -376,6 +385,7 @@ def test_coarse_steps_learn_from_the_named_kinds_alone(parts: Callable[..., tupl
     assert {name for name in trainer.callback_metrics if name.endswith("loss")} == {"train/loss"}
     assert len(reported) == sum(mode == "coarse_fine" for mode, _ in steps)
     assert min(reported) > 0
+    assert len(norms) == 12  # in every step: with sharded parameters all processes compute it together
     for (mode, before), (_, after) in itertools.pairwise(steps):
         same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert same == (mode == "coarse_only")
