@@ -57,7 +57,7 @@ def refuse_ill_typed(config: Any, place: str = "", passed_on: Mapping[str, str] 
         refuse_ill_typed(child, _dotted_path(place, str(name)), passed_on)
 
 
-def expected_type(value: Any, hint: Any) -> str | None:
+def type_problem(value: Any, hint: Any) -> str | None:
     """Describe the expected type of a value in words; None if the value has this type, or if the type is not checked.
 
     Numbers must be finite. A number is not accepted as a string, because Hydra changes ``2024_11_05`` to 20241105.
@@ -66,7 +66,7 @@ def expected_type(value: Any, hint: Any) -> str | None:
         return None  # it represents the object that is built from it
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        problems = [expected_type(value, each) for each in inner]
+        problems = [type_problem(value, each) for each in inner]
         return None if None in problems else _join_alternatives(list(dict.fromkeys(each for each in problems if each)))
     for check in (_expected_scalar, _expected_container):
         is_checked, problem = check(value, hint, origin, inner)
@@ -143,9 +143,8 @@ def _check_node(node: Mapping[str, Any], path: str, passed_on: Mapping[str, str]
         if value == MISSING:
             continue  # reported when the object is built
         hint = hints.get(key, Any)
-        problem = (
-            None if typing.get_origin(hint) is typing.Literal else expected_type(value, hint)
-        )  # checked by the target
+        checked_by_target = typing.get_origin(hint) is typing.Literal
+        problem = None if checked_by_target else type_problem(value, hint)
         if problem is None and SIZE.search(key) and type(value) is int and value < 1:
             problem = "at least 1"
         if problem is not None:
@@ -201,7 +200,7 @@ def _expected_container(value: Any, hint: Any, origin: Any, inner: tuple[Any, ..
         if fixed and len(value) != len(inner):
             return True, f"a list of {len(inner)}"
         types_of = inner if fixed else inner[:1] * len(value)
-        problems = [expected_type(each, item_type) for each, item_type in zip(value, types_of, strict=False)]
+        problems = [type_problem(each, item_type) for each, item_type in zip(value, types_of, strict=False)]
         problem = next((each for each in problems if each), None)
         many = f"a list of {len(inner)}" if fixed else "a list"
         return True, None if problem is None else f"{many}, each of it {problem}"
@@ -210,6 +209,6 @@ def _expected_container(value: Any, hint: Any, origin: Any, inner: tuple[Any, ..
             return True, "settings by name"
         hint_of_each = inner[1] if len(inner) == 2 else Any
         values = [each for each in value.values() if each is not None and not isinstance(each, Mapping)]
-        problem = next((found for each in values if (found := expected_type(each, hint_of_each))), None)
+        problem = next((found for each in values if (found := type_problem(each, hint_of_each))), None)
         return True, None if problem is None else f"settings by name, each of them {problem}"
     return False, None

@@ -20,7 +20,7 @@ from keygrip.evaluation.kinds import changed
 from keygrip.models.patch_dit.guidance import Order
 from keygrip.models.patch_dit.sampler import Sampling
 from keygrip.runtime.watchdog import WatchdogSettings
-from keygrip.setting_types import expected_type, hints_of, refuse_ill_typed
+from keygrip.setting_types import hints_of, refuse_ill_typed, type_problem
 
 NAN, INF = float("nan"), float("inf")
 
@@ -44,24 +44,24 @@ NAN, INF = float("nan"), float("inf")
     ],
 )
 def test_kinds(hint: Any, good: list[Any], bad: list[Any]) -> None:
-    assert [expected_type(value, hint) for value in good] == [None] * len(good)
-    assert all(expected_type(value, hint) for value in bad)
+    assert [type_problem(value, hint) for value in good] == [None] * len(good)
+    assert all(type_problem(value, hint) for value in bad)
 
 
 def test_alternatives_are_told_so_that_each_is_read_as_what_it_is() -> None:
     """A null among the values of a list is different from a null in place of the list."""
     margins = float | tuple[float | None, float | None, float | None] | None
     said = "a finite number or null, or a list of 3, each of it a finite number or null"
-    assert expected_type([0.1, "far", None], margins) == said
-    assert expected_type([0.1], margins) == "a finite number or a list of 3 or null"
-    assert expected_type("b", Literal["a", "c"] | None) == "null, or one of a, c"
-    assert expected_type("a", int | Mapping[str, int]) == "a whole number or settings by name"
+    assert type_problem([0.1, "far", None], margins) == said
+    assert type_problem([0.1], margins) == "a finite number or a list of 3 or null"
+    assert type_problem("b", Literal["a", "c"] | None) == "null, or one of a, c"
+    assert type_problem("a", int | Mapping[str, int]) == "a whole number or settings by name"
 
 
 def test_fields_that_a_dataclass_inherits_have_the_types_of_the_file_that_names_them() -> None:
     hint = hints_of(Sampling)["guidance"]
-    assert expected_type("none", hint) is None
-    assert expected_type("text", hint) == expected_type("text", Order) is not None
+    assert type_problem("none", hint) is None
+    assert type_problem("text", hint) == type_problem("text", Order) is not None
 
 
 def test_the_same_name_in_the_files_of_a_dataclass_and_its_base(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Bad samples: the errors that broken or hostile frames, videos, images and texts raise, and how they are handled.
 
 Readers of frames, videos, images and texts open files with :mod:`keygrip.data.untrusted_files`, which checks sizes
-before it allocates or decodes. They run under :func:`as_bad_sample`, which converts every error that a broken file
+before it allocates or decodes. They run under :func:`convert_errors`, which converts every error that a broken file
 raises into one :class:`BadSample` with the reason and the place. :class:`BadSamples` counts the samples that were left
 out, stores their names, and stops a run that leaves out too many.
 """
@@ -102,7 +102,7 @@ def is_of_the_machine(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def as_bad_sample(where: object, error: Callable[[str, str], Exception] = BadSample) -> Iterator[None]:
+def convert_errors(where: object, error: Callable[[str, str], Exception] = BadSample) -> Iterator[None]:
     """Convert every exception that a broken sample raises inside the block into one error.
 
     Args:

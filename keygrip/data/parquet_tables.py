@@ -26,7 +26,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keygrip.data.bad_samples import as_bad_sample
+from keygrip.data.bad_samples import convert_errors
 from keygrip.data.parquet_pages import DICTIONARY, STEP_BYTES, codecs, pages, text_bound, texts_of
 from keygrip.data.untrusted_files import MAX_ARRAY_BYTES, regular_file
 
@@ -82,7 +82,7 @@ def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
     import pyarrow.parquet as parquet
 
     regular_file(path)
-    with as_bad_sample(path):
+    with convert_errors(path):
         metadata, texts = _parse_footer(*_read_footer(path))
         with parquet.ParquetFile(path, metadata=metadata, read_dictionary=[*texts]) as file:
             yield file
@@ -140,7 +140,7 @@ def column_types(path: Path) -> dict[str, str]:
     import pyarrow.parquet as parquet
 
     regular_file(path)
-    with as_bad_sample(path):
+    with convert_errors(path):
         return {field.name: str(field.type) for field in parquet.read_schema(path)}
 
 

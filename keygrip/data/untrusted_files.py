@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192: 200 MB as RGB
 MAX_IMAGE_BYTES = 1 << 28
@@ -40,7 +40,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")
 def regular_file(path: Path | str) -> os.stat_result:
     """Return the status of a regular file. Raise BadSample if there is none, or if it is a folder, a named pipe or a
     device: reading those might never end."""
-    with as_bad_sample(path):
+    with convert_errors(path):
         status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a named pipe or a device"
@@ -53,7 +53,7 @@ def read_bytes(path: Path | str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
     size = regular_file(path).st_size
     if size > max_bytes:
         raise BadSample(path, f"it has {size} bytes, more than the {max_bytes} that such a file may have")
-    with as_bad_sample(path):
+    with convert_errors(path):
         return Path(path).read_bytes()
 
 
@@ -73,7 +73,7 @@ def _decode_utf8(content: bytes, where: object) -> str:
 def inside(folder: Path, relative: object) -> Path:
     """Return the path below `folder` of a file that data refer to. Raise BadSample if it is not a relative path inside
     `folder`."""
-    with as_bad_sample(folder):
+    with convert_errors(folder):
         path = Path(str(relative))
         if path.is_absolute() or ".." in path.parts or "\0" in str(path):
             raise ValueError(f"it names the file {str(relative)[:200]!r}; paths must be relative and inside the demo")
@@ -91,7 +91,7 @@ def parse_json(content: bytes | str, where: object, max_bytes: int = MAX_TEXT_BY
     """
     _refuse_large(content, where, max_bytes)
     text = _decode_utf8(content, where) if isinstance(content, bytes) else content
-    with as_bad_sample(where):
+    with convert_errors(where):
         pairs = _refuse_repeated_keys if unique_keys else None
         value = json.loads(
             text,
@@ -129,7 +129,7 @@ def parse_loosely(content: bytes | str, where: object, max_bytes: int = MAX_TEXT
         BadSample: it is not JSON.
     """
     _refuse_large(content, where, max_bytes)
-    with as_bad_sample(where):
+    with convert_errors(where):
         text = _decode_utf8(content, where) if isinstance(content, bytes) else content
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
 
@@ -144,7 +144,7 @@ def sound_fields(value: Mapping[str, Any], where: object, names: Collection[str]
     sound: dict[str, Any] = {}
     for name, field in value.items():
         try:
-            with as_bad_sample(where):  # fields may be nested too deeply to be written
+            with convert_errors(where):  # fields may be nested too deeply to be written
                 written = json.dumps({name: field})
             sound |= parse_json(written, where)
         except BadSample:
@@ -229,7 +229,7 @@ def open_image(source: Path | str | bytes, where: object = None, max_pixels: int
     else:
         regular_file(source)
         file = source
-    with as_bad_sample(location):
+    with convert_errors(location):
         try:
             image = Image.open(file, formats=_supported_formats())
         except Image.DecompressionBombError as error:
@@ -251,7 +251,7 @@ def npy_header(content: bytes, where: object = "the array") -> tuple[tuple[int, 
     Raises:
         BadSample: it is not an .npy file, or it contains Python objects.
     """
-    with as_bad_sample(where):
+    with convert_errors(where):
         buffer = io.BytesIO(content)
         version = np.lib.format.read_magic(buffer)
         if version not in ((1, 0), (2, 0)):
@@ -277,7 +277,7 @@ def parse_npy(content: bytes, where: object = "the array", max_bytes: int = MAX_
         raise BadSample(where, f"its array of shape {shape} has more than the {max_bytes} bytes that it may have")
     if size > len(content) - start:
         raise BadSample(where, f"it is cut off: {len(content) - start} bytes of the {size} of its array {shape}")
-    with as_bad_sample(where):
+    with convert_errors(where):
         flat = np.frombuffer(content, kind, math.prod(shape), start)
         return flat.reshape(shape, order="F" if fortran else "C").copy()
 
@@ -307,7 +307,7 @@ def read_npz(
         regular_file(source)
     arrays: dict[str, np.ndarray] = {}
     with (
-        as_bad_sample(location),
+        convert_errors(location),
         zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive,
     ):
         members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.artifacts import write_text
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.image_text.bucket_folders import INFO, buckets_by_split, read_info
 from keygrip.data.image_text.examination import examine_image_text, image_counts, report_near_copies
 from keygrip.data.image_text.samples import is_image_text
@@ -61,7 +61,7 @@ def examine_shard(place: str, number: int) -> ShardReport:
     for sample in range(first, first + entry["samples"]):
         report.keys.append(shards.key(sample))
         try:
-            with as_bad_sample(shards.where(sample)):
+            with convert_errors(shards.where(sample)):
                 parts = lower_case(shards.read(sample))
             examine = examine_image_text if is_image_text(parts) else examine_video_text
             examine(shards, sample, parts, report)

@@ -24,7 +24,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from keygrip.data.bad_samples import as_bad_sample, is_of_the_machine
+from keygrip.data.bad_samples import convert_errors, is_of_the_machine
 from keygrip.data.untrusted_files import MAX_PIXELS, regular_file
 from keygrip.data.video_frames import stored_frame, untimed_order, upright_frame, yuv420p
 
@@ -92,7 +92,7 @@ def _open_source(source: bytes | str | Path) -> tuple[Any, Any]:
 
 def _open_container(path: Path) -> tuple[Any, Any]:
     """Open a container as `_open_source` does; OSError also names the file."""
-    with as_bad_sample(path, lambda where, what: OSError(f"{where}: {what}")):
+    with convert_errors(path, lambda where, what: OSError(f"{where}: {what}")):
         return _open_source(path)
 
 
@@ -272,7 +272,7 @@ def frames_between(path: Path, start: int, stop: int) -> Iterator[np.ndarray]:
 
 def duration_s(source: bytes | str | Path) -> float:
     """Return a video's duration in seconds, from a file or its content. Raise ValueError if it cannot be read."""
-    with as_bad_sample("the video cannot be decoded"), _open_for_block(source) as (container, stream):
+    with convert_errors("the video cannot be decoded"), _open_for_block(source) as (container, stream):
         return _stream_length_s(source, container, stream)
 
 
@@ -311,7 +311,7 @@ def _decode_frames_at(
     seek: bool,
 ) -> list[Converted]:
     images: list[Converted] = []
-    with as_bad_sample("the video cannot be decoded"), _open_for_block(source) as (container, stream):
+    with convert_errors("the video cannot be decoded"), _open_for_block(source) as (container, stream):
         duration = _stream_length_s(source, container, stream)
         targets = times(duration)
         start: float | None = None
@@ -442,7 +442,7 @@ def _packets_length_s(source: bytes | str | Path) -> float:
 
 def read_video(path: str | Path, every: int = 1) -> np.ndarray:
     """Read every n-th frame of a video, [N, H, W, 3] uint8. Raise ValueError if it cannot be decoded."""
-    with as_bad_sample("the video cannot be decoded"), _open_for_block(path) as (container, stream):
+    with convert_errors("the video cannot be decoded"), _open_for_block(path) as (container, stream):
         decoded = enumerate(container.decode(stream))
         return np.stack([stored_frame(frame) for i, frame in decoded if i % every == 0])
 

@@ -18,7 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from keygrip.config import EntrySchema, SettingError, leaves_of, nearest, register
 from keygrip.override_values import values_of
-from keygrip.setting_types import expected_type, hints_of
+from keygrip.setting_types import hints_of, type_problem
 from keygrip.training.parts import build_stored
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
     refuse_unknown(overrides, type(options))
     hints = hints_of(type(options))
     for name, value in overrides.items():
-        problem = expected_type(value, hints.get(name, Any))
+        problem = type_problem(value, hints.get(name, Any))
         if problem is not None:
             raise ValueError(f"{type(options).__name__}.{name}={value!r}: must be {problem}")
     return replace(options, **overrides)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import as_bad_sample
+from keygrip.data.bad_samples import convert_errors
 from keygrip.data.parquet_tables import column_types, read_table
 from keygrip.data.source_files import everything_below, files_in, is_hidden
 from keygrip.data.untrusted_files import read_json
@@ -178,7 +178,7 @@ def _read_video_mme(root: Path) -> Iterator[Entry]:
         raise FileNotFoundError(f"{root} holds no parquet file with the questions of Video-MME")
     videos, first_files, repeated = Videos(root), dict[Any, Path](), Counter[Path]()
     for file in files:
-        with as_bad_sample(file):
+        with convert_errors(file):
             entries = read_table(file).to_pylist()
         for entry in entries:
             with _name_entry(file, entry):

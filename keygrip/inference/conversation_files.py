@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.untrusted_files import parse_json, read_text
 from keygrip.data.video_text.foreign_text import ROLES, media_key, with_system
 from keygrip.data.video_text.placeholders import Placeholders, number_of
@@ -53,7 +53,7 @@ def read_conversations(path: str | Path) -> tuple[list[list[Any]], dict[int, str
             continue
         talk: Any = None
         try:
-            with as_bad_sample(f"{path}, line {number}"):
+            with convert_errors(f"{path}, line {number}"):
                 content = parse_json(line, "JSON")
                 talk = next(filter(None, map(content.get, TURNS)), None) if isinstance(content, dict) else content
                 if not isinstance(talk, list) or not talk:

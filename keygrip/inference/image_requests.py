@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.csv_tables import table_rows
 from keygrip.data.untrusted_files import parse_json, read_text
 from keygrip.inference.given_texts import each_of, text_of, texts_of
@@ -134,7 +134,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"prompts={path}: there is no such file")
     try:
         text = read_text(path)
-        with as_bad_sample(path):
+        with convert_errors(path):
             kind = path.suffix.lower()
             if kind == ".txt":
                 rows: list[Any] = [(n, {"prompt": line.strip()}) for n, line in enumerate(text.split("\n"), 1)]

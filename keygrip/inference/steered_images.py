@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from keygrip.data.bad_samples import as_bad_sample
+from keygrip.data.bad_samples import convert_errors
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import refuse_frames, refuse_transparency, upright
 from keygrip.inference.references import conditions_of, edit_of, mask_of, reference_of
@@ -178,7 +178,7 @@ def open_images(images: Images, name: str, mask: bool = False) -> list[Image.Ima
     for index, image in enumerate(listed):
         if not isinstance(image, Image.Image):
             raise ValueError(f"{name} {index} is a {type(image).__name__}: give PIL images")
-        with as_bad_sample(f"{name} {index}", lambda where, what: ValueError(f"{where} cannot be used: {what}")):
+        with convert_errors(f"{name} {index}", lambda where, what: ValueError(f"{where} cannot be used: {what}")):
             refuse_frames(image)
             if not min(image.size):
                 raise ValueError("it has no pixels")

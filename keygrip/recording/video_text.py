@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from keygrip.cores import usable_cores
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.robot.datamodule import split_demos
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.schema import Demo
@@ -154,7 +154,7 @@ class DemoMaker:
         text_camera = text.get("camera") or camera  # texts of other sources contain no camera
         if text_camera != camera:
             _warn_of_omitted_questions(camera, text_camera)
-        with as_bad_sample(path):
+        with convert_errors(path):
             conversations = conversations_of(text, () if text_camera == camera else OF_ONE_CAMERA)
         if not any(c.kind == "caption" for c in conversations) and demo.instruction:
             sentence = demo.instruction[0].upper() + demo.instruction[1:].rstrip(".") + "."

@@ -6,20 +6,20 @@ import pickle
 
 import pytest
 
-from keygrip.data.bad_samples import HOSTILE, BadSample, BadSamples, as_bad_sample
+from keygrip.data.bad_samples import HOSTILE, BadSample, BadSamples, convert_errors
 
 
 def test_every_hostile_exception_becomes_one_error_with_its_place() -> None:
     made = {UnicodeError: UnicodeError("x")}
     for kind in HOSTILE:
         error = made.get(kind) or (kind(1, "x") if kind.__module__.startswith("av") else kind("x"))
-        with pytest.raises(BadSample, match=r"sample 3 of a\.tar: "), as_bad_sample("sample 3 of a.tar"):
+        with pytest.raises(BadSample, match=r"sample 3 of a\.tar: "), convert_errors("sample 3 of a.tar"):
             raise error
-    with pytest.raises(OSError, match="No space left"), as_bad_sample("x"):
+    with pytest.raises(OSError, match="No space left"), convert_errors("x"):
         raise OSError(28, "No space left on device")
-    with pytest.raises(KeyboardInterrupt), as_bad_sample("x"):
+    with pytest.raises(KeyboardInterrupt), convert_errors("x"):
         raise KeyboardInterrupt
-    with pytest.raises(BadSample, match=r"^s1: 00\.jpg: broken$"), as_bad_sample("s1"):
+    with pytest.raises(BadSample, match=r"^s1: 00\.jpg: broken$"), convert_errors("s1"):
         raise BadSample("00.jpg", "broken")
     copied = pickle.loads(pickle.dumps(BadSample("s1", "broken")))  # as loader processes send it
     assert (str(copied), copied.where, copied.what) == ("s1: broken", "s1", "broken")

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.shards.index import Parts, Row, lower_case
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.untrusted_files import npy_header, open_image, parse_json, parse_npy
@@ -209,12 +209,12 @@ def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image:
             fit the others.
     """
     location = shards.where(sample)
-    with as_bad_sample(location):
+    with convert_errors(location):
         parts = lower_case(shards.read(sample, (*NEEDED, IMAGE) if with_image else NEEDED))
     missing = [name for name in NEEDED if name not in parts]
     if missing:
         raise BadSample(f"{location}: it has no {', '.join(missing)}")
-    with as_bad_sample(location):
+    with convert_errors(location):
         record = read_record(parts)
         captions = captions_of(record)
         part_names = {name: name for name in NEEDED}  # parts of a further caption replace those of the first caption

@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import as_bad_sample
+from keygrip.data.bad_samples import convert_errors
 from keygrip.data.robot.formats.poses import invert, rigid
 from keygrip.data.untrusted_files import read_json, read_text
 
@@ -189,7 +189,7 @@ def read_calibration(path: Path) -> Calibration:
         ValueError: the schema is another one, or a convention or an entry is missing, misspelt or impossible.
     """
     content = read_mapping(path)
-    with as_bad_sample(path):
+    with convert_errors(path):
         return _parse_calibration(path, content)
 
 
@@ -226,7 +226,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         content = read_json(path, MAX_CALIBRATION_BYTES)
     else:
         text = read_text(path, MAX_CALIBRATION_BYTES)
-        with as_bad_sample(path):
+        with convert_errors(path):
             content = _parse_yaml(text)
             _refuse_expanded_aliases(content)
     if not isinstance(content, dict):

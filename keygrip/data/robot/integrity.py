@@ -27,7 +27,7 @@ import numpy as np
 
 from keygrip.artifacts import locked, sha256_bytes, sha256_file, write_json
 from keygrip.cores import usable_cores
-from keygrip.data.bad_samples import HOSTILE, BadSample, as_bad_sample, is_of_the_machine, reason_of
+from keygrip.data.bad_samples import HOSTILE, BadSample, convert_errors, is_of_the_machine, reason_of
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.fingerprint import demo_fingerprint
 from keygrip.data.robot.frames import JpegFrames, NumberedFiles, VideoFrames, verify_source
@@ -225,7 +225,7 @@ def _load_valid_verdicts(path: Path) -> dict[str, Verdict]:
     may have failed only for a moment. Lightning starts its helper processes after the first process checked everything.
     """
     helper, start = is_helper_process(), name_of_start()
-    with contextlib.suppress(BadSample), as_bad_sample(path):
+    with contextlib.suppress(BadSample), convert_errors(path):
         verdicts = {str(identity): Verdict(**entry) for identity, entry in read_json(path, 1 << 28).items()}
         return {
             identity: verdict

@@ -22,7 +22,7 @@ from typing import IO
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.shards.keys import sample_key
 from keygrip.data.shards.separate_images import group_members, media_without_text
 from keygrip.data.source_files import is_utf8
@@ -111,7 +111,7 @@ class ShardIndex:
         """Parse the content of an index file. Raise ShardError if it is not an index; `name` is for the message."""
         try:
             arrays = read_npz(content, where=name)
-            with as_bad_sample(name):
+            with convert_errors(name):
                 columns = {k.removeprefix("column/"): v for k, v in arrays.items() if k.startswith("column/")}
                 own_arrays = {key: arrays[key] for key in OWN}
                 reasons = (arrays[key].tolist() for key in ("bad_keys", "bad_reasons") if key in arrays)
@@ -231,7 +231,7 @@ def index_shard(path: Path, describe: Describe) -> ShardIndex:
         ShardError: the shard is cut off (also between two files), is not a tar, or is compressed.
     """
     try:
-        with as_bad_sample(path):
+        with convert_errors(path):
             return _index_tar(path, describe)
     except BadSample as error:
         if isinstance(error.__cause__, ShardError):
@@ -263,7 +263,7 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                     raw.seek(offset)
                     content[name] = raw.read(length)
                 crcs[key] = [zlib.crc32(part) for part in content.values()]
-                with as_bad_sample(key):
+                with convert_errors(key):
                     rows[key] = _check_row(describe(content))
             except BadSample as error:
                 bad[key] = error.what
@@ -297,7 +297,7 @@ def members_of(path: Path) -> TarMembers:
     members = TarMembers()
     try:
         members = replace(members, size=regular_file(path).st_size)
-        with as_bad_sample(path), tarfile.open(path, "r:") as tar, path.open("rb") as raw:
+        with convert_errors(path), tarfile.open(path, "r:") as tar, path.open("rb") as raw:
             _add_members(members, path, tar, raw)
     except BadSample as error:
         cause = error.__cause__

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.shards.index import INDEX_SUFFIX, MANIFEST, SCHEMA, Parts, ShardError, ShardIndex
 from keygrip.data.shards.remote import ShardCache, cache_of, is_remote
 from keygrip.data.untrusted_files import read_json
@@ -167,7 +167,7 @@ class ShardSet:
         index = self._indices[shard]
         selected = None if names is None else {name.lower() for name in names}
         parts = {}
-        with as_bad_sample(self.where(sample)):
+        with convert_errors(self.where(sample)):
             file = self._file(shard)
             for part in range(int(index.first_part[row]), int(index.first_part[row + 1])):
                 if selected is not None and str(index.part_names[part]).lower() not in selected:
@@ -235,7 +235,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """Read a manifest. Raise ShardError if it is damaged, or of another kind."""
     try:
         manifest = read_json(path)
-        with as_bad_sample(path):
+        with convert_errors(path):
             if manifest.get("schema") != SCHEMA:
                 raise ShardError(f"{path} is a manifest of {manifest.get('schema')!r}, not of {SCHEMA!r}")
             for shard in manifest["shards"]:

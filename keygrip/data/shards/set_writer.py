@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from keygrip.artifacts import STALE_AFTER_S, json_values, locked, sha256_bytes, write_json
 from keygrip.cores import usable_cores
-from keygrip.data.bad_samples import NAMED_AT_MOST, BadSample, as_bad_sample
+from keygrip.data.bad_samples import NAMED_AT_MOST, BadSample, convert_errors
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
 from keygrip.data.shards.remote import cache_of, is_remote
 from keygrip.data.shards.writer import ShardWriter, write_manifest
@@ -276,10 +276,10 @@ def _write_one(job: Job, make: Maker) -> tuple[int, int]:
 def _make_samples(make: Maker, item: Any) -> Iterator[MadeSample | Broken]:
     """Yield the samples of an item; an error that ends the item is yielded last, as `Broken`."""
     try:
-        with as_bad_sample(_abbreviate(item)):
+        with convert_errors(_abbreviate(item)):
             samples = iter(make(item))
         while True:
-            with as_bad_sample(_abbreviate(item)):
+            with convert_errors(_abbreviate(item)):
                 sample = next(samples, None)
             if sample is None:
                 return

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from keygrip.data.bad_samples import as_bad_sample
+from keygrip.data.bad_samples import convert_errors
 from keygrip.data.video import TIME_TOLERANCE_S
 from keygrip.data.video_text.conversations import shown_image
 
@@ -21,7 +21,7 @@ def frame_count(image: Image.Image) -> int:
     Raises:
         ValueError: the image is damaged or closed.
     """
-    with as_bad_sample("an image that is given"):
+    with convert_errors("an image that is given"):
         return 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
 
 
@@ -40,7 +40,7 @@ def animation_frames(
     if count > MOST_FRAMES:
         raise ValueError(f"an animation of {count} frames, more than {MOST_FRAMES}: give the frames that are meant")
     current_page = image.tell()
-    with as_bad_sample("an animation that is given"):
+    with convert_errors("an animation that is given"):
         # the duration of a WebP frame is known only after it is loaded
         durations = [float(frame.info.get("duration", 1000.0)) or UNTIMED_MS for frame in _load_frames(image, count)]
         ends = np.cumsum(durations) / 1000

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample, join_first
+from keygrip.data.bad_samples import BadSample, convert_errors, join_first
 from keygrip.data.image_text.decoding import refuse_frames, upright
 from keygrip.data.shards.index import MOST_FRAMES, Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
@@ -236,7 +236,7 @@ def parse_text(parts: Parts, names: Sequence[str] | None = None) -> dict[str, An
 
 def parse_conversations(content: Mapping[str, Any]) -> tuple[Conversation, ...]:
     """Parse the conversations of a sample's text. Raise BadSample if they are malformed."""
-    with as_bad_sample("its conversations"):
+    with convert_errors("its conversations"):
         return tuple(_parse_conversation(conversation) for conversation in content["conversations"])
 
 
@@ -403,7 +403,7 @@ def read_sample(
         BadSample: something in the sample is broken; the message names the sample and its shard.
     """
     stored = shards.read(sample)
-    with as_bad_sample(shards.where(sample)):
+    with convert_errors(shards.where(sample)):
         parts = lower_case(stored)
         content = parse_text(parts)
         conversations = parse_conversations(content)
@@ -442,7 +442,7 @@ def _frame_sizes(parts: Parts, video: str | None, frames: Sequence[Any]) -> list
 def read_conversations(shards: ShardSet, sample: int) -> tuple[Conversation, ...]:
     """Read the conversations of a sample without its images. Raise BadSample if its text is broken."""
     parts = shards.read(sample, TEXT)
-    with as_bad_sample(shards.where(sample)):
+    with convert_errors(shards.where(sample)):
         return parse_conversations(parse_text(parts, _part_names(shards, sample)))
 
 
@@ -464,7 +464,7 @@ def read_timed_conversations(
     """
     names, count = _part_names(shards, sample), int(shards.columns["frames"][sample])
     parts = shards.read(sample, TEXT)
-    with as_bad_sample(shards.where(sample)):
+    with convert_errors(shards.where(sample)):
         content = parse_text(parts, names)
         conversations = parse_conversations(content)
         if any(name.lower() in VIDEO for name in names):

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from keygrip.artifacts import atomic_write, locked, sha256_bytes
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.shards.packing import ranges
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.resuming import ensure_enough_files
@@ -181,7 +181,7 @@ class Counting(Dataset[Counted]):
         """Return the tokens of each row of a sample; None if it cannot be read."""
         try:
             conversations, seconds = read_timed_conversations(self.shards, sample, self.max_frames)
-            with as_bad_sample(self.shards.where(sample)):
+            with convert_errors(self.shards.where(sample)):
                 times = seconds if self.shards.columns["frames"][sample] else ()
                 selected = [each for each in conversations if self.kinds is None or each.kind in self.kinds]
                 tokens = [self.collator.text_tokens(each, times) for each in selected]
@@ -208,7 +208,7 @@ def _read_counts(file: Path, samples: int) -> Counted:
         return np.full(samples, NOT_COUNTED, np.int32), np.zeros(samples, np.int32), np.zeros(0, np.int32)
     try:
         arrays = read_npz(file)
-        with as_bad_sample(file):
+        with convert_errors(file):
             longest, rows, tokens = arrays["longest"], arrays["rows"], arrays["tokens"]
             if any(each.dtype != np.int32 or each.shape != (samples,) for each in (longest, rows)):
                 raise ValueError(f"its arrays are not of {samples} samples")

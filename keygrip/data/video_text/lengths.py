@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.spacing import evenly
 from keygrip.data.video_text.batching import MeasuringCollator
@@ -128,7 +128,7 @@ def measure_lengths(
     for sample in spread_samples(shards, chosen).tolist():
         try:
             conversations = [c for c in read_conversations(shards, sample) if kinds is None or c.kind in kinds]
-            with as_bad_sample(shards.where(sample)):
+            with convert_errors(shards.where(sample)):
                 longest = max(conversations, key=lambda each: text_length([each]))
                 seconds = tuple(float(second) for second in range(int(shards.columns["frames"][sample])))
                 tokens.append(collator.text_tokens(longest, seconds, whole=True) - template)

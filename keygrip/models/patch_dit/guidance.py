@@ -143,7 +143,7 @@ class Guidance:
             allowed.append(Term("text", self.text_scale, "full", "dino"))
         if text and dino and not chained:
             allowed.append(Term("full", self.full_scale, "full", "none"))
-        allowed.append(Term(GUIDE, self.guide_scale, all_conditions(conditions), GUIDE))
+        allowed.append(Term(GUIDE, self.guide_scale, branch_of(conditions), GUIDE))
         return [term for term in allowed if term.scale != 0]
 
     def weights(self, conditions: Conditions) -> dict[str, float]:
@@ -161,7 +161,7 @@ class Guidance:
     def branches(self, conditions: Conditions, level: float) -> tuple[str, ...]:
         """The branches to compute at a noise level, `none` first if it is needed."""
         if self.guidance == "none" or not self._within_interval(level):
-            return (all_conditions(conditions),)
+            return (branch_of(conditions),)
         weights = self.weights(conditions)
         rescaled = any(self._rescale(term.name) for term in self.terms(conditions))
         return tuple(name for name, weight in weights.items() if rescaled or abs(weight) > NEGLIGIBLE)
@@ -193,7 +193,7 @@ class Guidance:
         return value
 
 
-def all_conditions(conditions: Conditions) -> str:
+def branch_of(conditions: Conditions) -> str:
     """The branch with all given conditions."""
     if conditions.has_text and conditions.has_dino:
         return "full"

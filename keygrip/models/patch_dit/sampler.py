@@ -27,7 +27,7 @@ from keygrip.models.patch_dit.guidance import (
     RESCALED,
     RESCALES,
     Guidance,
-    all_conditions,
+    branch_of,
     check_finite,
 )
 from keygrip.models.patch_dit.network import ContextCache, PatchDiT
@@ -184,7 +184,7 @@ class Velocities:
 
     def _context(self, group: tuple[str, ...], device: torch.device) -> tuple[Context, ContextCache | None]:
         if group not in self._contexts:
-            flags = [BRANCHES[all_conditions(self.conditions) if name == GUIDE else name] for name in group]
+            flags = [BRANCHES[branch_of(self.conditions) if name == GUIDE else name] for name in group]
             keep = torch.tensor(flags, device=device).repeat_interleave(self.batch, dim=0)
             conditions = self.conditions.repeated(len(group))
             context = self._network_of(group).context_builder(

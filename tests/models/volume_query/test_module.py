@@ -31,7 +31,7 @@ from keygrip.models.volume_query.policy import SENTENCES_KEPT, VolumeQueryPolicy
 from keygrip.models.volume_query.targets import height_centres
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel, volume_cross_entropy
 from keygrip.models.volume_query.world import WorldScores
-from keygrip.setting_types import expected_type, hints_of
+from keygrip.setting_types import hints_of, type_problem
 from keygrip.training.figures import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.task_metrics import MeansByTask
@@ -241,7 +241,7 @@ def test_a_plan_says_how_far_it_was_held_back_and_the_log_once_an_episode(
     seen = observation_of(data, np.random.default_rng(0).integers(0, 256, (S, S, 3), dtype=np.uint8))
     free = VolumeQueryPolicy(module, margin_m=None).plan(seen)
     np.testing.assert_array_equal(free.held_back, np.zeros((1, 3)))
-    assert expected_type(None, hints_of(VolumeQueryPolicy)["margin_m"]) is None, "policy.margin_m=null is taken"
+    assert type_problem(None, hints_of(VolumeQueryPolicy)["margin_m"]) is None, "policy.margin_m=null is taken"
     assert not caplog.messages
     low, high = free.position[0].min(axis=0), free.position[0].max(axis=0)
     box = np.stack([low - 1, high + 1])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.csv_tables import table_rows
 from keygrip.data.untrusted_files import parse_fields, read_text
 
@@ -38,7 +38,7 @@ def _read_rows(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Return the file name and the captions of each row of a list. Raise ValueError as `find_captions` does."""
     try:
         text = read_text(path, MAX_LIST_BYTES)
-        with as_bad_sample(path):
+        with convert_errors(path):
             if path.suffix.lower() == ".csv":
                 rows: list[tuple[int, Any]] = list(table_rows(text))
             else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from keygrip.artifacts import locked, write_json
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.decoding import decode_image
 from keygrip.data.image_text.near_copies import THUMBNAIL, thumbnail_of
@@ -165,7 +165,7 @@ class SourceImages(Dataset[PreparedImage]):
         for key in keys:
             path = self.jobs[key[0]].items[key[1]].path
             try:
-                with as_bad_sample(self.source / path):
+                with convert_errors(self.source / path):
                     images.append(self[key])
             except BadSample as error:
                 failed.append(f"{path}: {error.what}")

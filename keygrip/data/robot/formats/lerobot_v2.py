@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.robot.formats import lerobot_v3
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import words
@@ -39,12 +39,12 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     if not version.startswith("v2."):
         raise ValueError(f"{root} is a LeRobot data set of version {version or 'unknown'}, not 2.0 or 2.1")
     info = read_json(root / "meta" / "info.json")
-    with as_bad_sample(root / "meta" / "info.json"):
+    with convert_errors(root / "meta" / "info.json"):
         chunk = int(info.get("chunks_size") or CHUNK)
         tasks = {int(row["task_index"]): words(row["task"]) for row in _read_json_lines(root / "meta" / "tasks.jsonl")}
     episodes: list[dict[str, Any]] = []
     for row in _read_json_lines(root / "meta" / "episodes.jsonl"):
-        with as_bad_sample(root / "meta" / "episodes.jsonl"):
+        with convert_errors(root / "meta" / "episodes.jsonl"):
             episode_index = int(row["episode_index"])
             task_entries = row.get("tasks") or []
             task_texts = [tasks.get(task, "") if isinstance(task, int) else words(task) for task in task_entries]

@@ -54,7 +54,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.parquet_tables import Allowance, column_types, is_too_large, read_table
 from keygrip.data.robot.calibration import Calibration, find_calibration, read_calibration, refuse_unknown_keys
 from keygrip.data.robot.formats.frames import ParquetFrames
@@ -181,7 +181,7 @@ def _episodes(root: Path) -> list[dict[str, Any]]:
         allowance = Allowance(files)
         for file in files:
             columns = [name for name in column_types(file) if not name.startswith("stats/")]
-            with as_bad_sample(file):
+            with convert_errors(file):
                 rows += read_table(file, columns, allowance).to_pylist()
     except BadSample as error:
         if is_too_large(error):

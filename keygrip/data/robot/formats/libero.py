@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.bad_samples import HOSTILE, BadSample, as_bad_sample, is_of_the_machine, reason_of
+from keygrip.data.bad_samples import HOSTILE, BadSample, convert_errors, is_of_the_machine, reason_of
 from keygrip.data.robot.calibration import NAMES, Calibration, read_calibration
 from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array, own_dataset, own_group, refuse_unstored
 from keygrip.data.robot.formats.poses import invert, opening, quaternions, transform
@@ -63,7 +63,7 @@ def detect(root: Path) -> bool:
     """Return whether a file below the folder has `data/demo_*/obs/agentview_rgb`."""
     for path in _files(root):
         # a file that cannot be opened is of another kind or cut off: `find` reports it if the user names the format
-        with contextlib.suppress(BadSample), as_bad_sample(path), open_hdf5(path) as file:
+        with contextlib.suppress(BadSample), convert_errors(path), open_hdf5(path) as file:
             demos = own_group(file, "data")
             for key in demos:
                 with contextlib.suppress(KeyError, ValueError):  # another demo may hold images

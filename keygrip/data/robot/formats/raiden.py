@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import as_bad_sample
+from keygrip.data.bad_samples import convert_errors
 from keygrip.data.robot.calibration import read_mapping, setting
 from keygrip.data.robot.demo_folders import demo_folders, folder_references, read_object
 from keygrip.data.robot.formats.poses import increasing, invert, opening, quaternions, rigid, rotations, transform
@@ -106,7 +106,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 def safe_load(path: Path) -> Any:
     """Return the content of a pickle of arrays and containers. Raise ValueError for other objects and damaged files."""
     content = read_bytes(path, MAX_PICKLE_BYTES)
-    with as_bad_sample(f"{path.parent.name}/{path.name}"):
+    with convert_errors(f"{path.parent.name}/{path.name}"):
         try:
             loaded = RestrictedUnpickler(io.BytesIO(content)).load()
         except pickle.PickleError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.untrusted_files import open_image
 from keygrip.data.video_text.conversations import (
@@ -49,7 +49,7 @@ class CauldronMaker:
         for index, row in group.rows(["images", "texts"]):
             key = f"{group.name}-{index:08d}"
             try:
-                with as_bad_sample(key):
+                with convert_errors(key):
                     sample = self._sample(key, _collection_name(group, self.source), row)
             except BadSample as error:
                 yield Broken(str(error))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.video_text.conversations import describe_video_text, video_text_parts
 from keygrip.data.video_text.sample_types import Conversation, Turn
@@ -34,7 +34,7 @@ class SmolTalkMaker:
             if stage_of(key) != self.stage:
                 continue
             try:
-                with as_bad_sample(key):
+                with convert_errors(key):
                     sample = self._sample(key, row)
             except BadSample as error:
                 yield Broken(str(error))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample, reason_of
+from keygrip.data.bad_samples import BadSample, convert_errors, reason_of
 from keygrip.data.parquet_tables import is_too_large, rows_of
 from keygrip.data.shards.keys import file_keys
 from keygrip.data.untrusted_files import regular_file
@@ -39,7 +39,7 @@ def _table_errors_as_value_error(path: Path) -> Iterator[None]:
     import pyarrow as arrow
 
     try:
-        with as_bad_sample(path):
+        with convert_errors(path):
             yield
     except (BadSample, arrow.ArrowException) as error:
         reason = error.what if isinstance(error, BadSample) else reason_of(error)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.shards.keys import file_keys
 from keygrip.data.shards.set_writer import Broken, MadeSample, write_shards
 from keygrip.data.source_files import file_below, files_in, refuse_written_into_source
@@ -153,7 +153,7 @@ def entries(source: Path) -> list[Entry]:
                 all_entries.append(Entry(key, (), (), name, f"entry {index} of {path} has no {' or '.join(TURNS)}"))
             else:
                 try:
-                    with as_bad_sample(f"entry {index} of {path}"):
+                    with convert_errors(f"entry {index} of {path}"):
                         all_entries.append(_make_entry(key, name, source, path.parent, entry))
                 except BadSample as error:
                     all_entries.append(Entry(key, (), (), name, str(error)))

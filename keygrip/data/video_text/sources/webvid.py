@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.bad_samples import BadSample, as_bad_sample
+from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.csv_tables import table_rows
 from keygrip.data.shards.index import COMPRESSED, Parts, lower_case, members_of
 from keygrip.data.shards.keys import sample_key
@@ -79,7 +79,7 @@ class WebVidMaker:
                 continue
             key, parts = entry
             try:
-                with as_bad_sample(f"{key} of {item}"):
+                with convert_errors(f"{key} of {item}"):
                     video, text = _video_name(parts), _find_caption(parts)
                     sample = self._sample(sample_key(f"{item.stem}-{key}"), parts[video], text)
             except BadSample as error:
@@ -129,7 +129,7 @@ def tar_samples(path: Path) -> Iterator[tuple[str, Parts] | Broken]:
         if key in listing.bad:
             continue
         try:
-            with as_bad_sample(f"{key} of {path}"):
+            with convert_errors(f"{key} of {path}"):
                 parts = _read_parts(path, members)
         except BadSample as error:
             yield Broken(str(error))
@@ -159,7 +159,7 @@ def webvid_rows(source: Path) -> list[WebVidRow]:
     rows: dict[str, WebVidRow] = {}
     repeated_keys: list[str] = []
     for path in files_in(source, ".csv"):
-        with as_bad_sample(path):
+        with convert_errors(path):
             text = read_text(path, MAX_LIST_BYTES)
             for number, (_, line) in enumerate(table_rows(text, COLUMNS, "a list of WebVid"), 2):
                 if not line["videoid"] or line["page_dir"] is None:
