@@ -1,7 +1,6 @@
 """Read frames of videos by index or by time, and write H.264 videos.
 
-Every video of the project is decoded and written here: cameras of robot demonstrations, videos in shards and from
-users, and rollout videos. Legend of shapes: N frames, H and W the height and width of an image.
+Every video of the project is decoded and written here. Legend of shapes: N frames, H and W the size of an image.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import io
 import itertools
 import math
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,8 +196,8 @@ class _OpenVideo:
 
 
 _VIDEO_INDICES: dict[str, _VideoIndex] = {}  # by file; made once, and inherited by loader workers that are forked
-_OPEN_VIDEOS: OrderedDict[tuple[int, str], _OpenVideo] = OrderedDict()
-_OPEN_VIDEO_LIMIT = 16  # open containers per process; each holds a decoder with a few frames
+_OPEN_VIDEOS = threading.local()  # by_file: each thread's own containers, since a decoder has one position
+_OPEN_VIDEO_LIMIT = 16  # open containers per thread; each holds a decoder with a few frames
 
 
 def _video_index(path: Path) -> _VideoIndex:
@@ -208,17 +208,17 @@ def _video_index(path: Path) -> _VideoIndex:
 
 
 def _open_video(path: Path) -> _OpenVideo:
-    """Return this process's open container for `path`; one inherited by fork is not used: it shares its file offset."""
+    """Return this thread's open container for `path`; one inherited by fork is not used: it shares its file offset."""
+    videos: OrderedDict[tuple[int, str], _OpenVideo] = vars(_OPEN_VIDEOS).setdefault("by_file", OrderedDict())
     key = (os.getpid(), file_identity(path))
-    video = _OPEN_VIDEOS.get(key)
-    if video is None:
-        video = _OPEN_VIDEOS[key] = _OpenVideo(path, _video_index(path))
-        while len(_OPEN_VIDEOS) > _OPEN_VIDEO_LIMIT:
-            (process, _), oldest = _OPEN_VIDEOS.popitem(last=False)
+    if key not in videos:
+        videos[key] = _OpenVideo(path, _video_index(path))
+        while len(videos) > _OPEN_VIDEO_LIMIT:
+            (process, _), oldest = videos.popitem(last=False)
             if process == os.getpid():
                 oldest.close()
-    _OPEN_VIDEOS.move_to_end(key)
-    return video
+    videos.move_to_end(key)
+    return videos[key]
 
 
 def count_frames(path: Path) -> int:
@@ -240,7 +240,7 @@ def frame_times(path: Path) -> np.ndarray:
 def read_frame(path: Path, index: int) -> np.ndarray:
     """Read frame `index` of a video file; exact for every group-of-pictures structure.
 
-    Containers stay open in this process, so that neighbouring frames are decoded only once.
+    Containers stay open in this thread, so that neighbouring frames are decoded only once.
 
     Returns:
         H x W x 3 uint8 RGB.
@@ -455,9 +455,9 @@ def live_frames(source: str, format: str | None, options: Mapping[str, str]) -> 
         source: e.g. /dev/video0. format: of the device, e.g. v4l2; None: detected. options: for FFmpeg.
 
     Raises:
-        OSError, ValueError: the source cannot be opened, or ends unexpectedly.
+        ValueError: the source cannot be opened, or ends unexpectedly.
     """
-    with av.open(source, format=format, options=dict(options)) as container:
+    with convert_errors(source), av.open(source, format=format, options=dict(options)) as container:
         yield (stored_frame(frame) for frame in container.decode(video=0))
 
 

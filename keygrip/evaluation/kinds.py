@@ -295,13 +295,18 @@ def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
     """
     if not overrides:
         return options
-    refuse_unknown(overrides, type(options))
-    hints = hints_of(type(options))
+    refuse_invalid(overrides, type(options))
+    return replace(options, **overrides)
+
+
+def refuse_invalid(overrides: Mapping[str, Any], kind: type) -> None:
+    """Raise ValueError if ``kind`` (a dataclass) has no such option, or one cannot have a value of this type."""
+    refuse_unknown(overrides, kind)
+    hints = hints_of(kind)
     for name, value in overrides.items():
         problem = type_problem(value, hints.get(name, Any))
         if problem is not None:
-            raise ValueError(f"{type(options).__name__}.{name}={value!r}: must be {problem}")
-    return replace(options, **overrides)
+            raise ValueError(f"{kind.__name__}.{name}={value!r}: must be {problem}")
 
 
 def refuse_unknown(names: Iterable[str], kind: type) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from keygrip.data.robot.roots import refuse_renamed
 from keygrip.evaluation.closed_loop import ClosedLoop
 from keygrip.evaluation.environments import environment_settings
 from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_unknown
 from keygrip.evaluation.rollout_report import write_report
-from keygrip.evaluation.trained_policy import policy_of
+from keygrip.evaluation.trained_policy import check_policy
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.fit import quiet_lightning
 
@@ -66,6 +67,8 @@ def open_loop(evaluated: Evaluated, changes: Mapping[str, Any] | None = None) ->
     from lightning.pytorch import Trainer
 
     quiet_lightning(warnings_too=True)
+    if changes and "root" in changes:
+        refuse_renamed(plain(evaluated.config.data.get("root")), changes["root"])
     datamodule = evaluated.stored_data(changes)
     if hasattr(datamodule, "configure_for"):
         datamodule.configure_for(evaluated.module)
@@ -111,7 +114,7 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
     elif plain(cfg.suites) != DEFAULT_SUITES:
         raise ValueError(f"suites are for one task: the tasks of env={cfg.env.name} are its conditions")
     policy = plain(cfg.policy) or {}
-    policy_of(module, checkpoint, policy)  # refuses invalid settings now, not in a worker
+    check_policy(module, checkpoint, policy)  # refuses invalid settings now, not in a worker
     make = partial(
         ClosedLoop,
         conditions=conditions,

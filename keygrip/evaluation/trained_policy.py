@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keygrip.evaluation.kinds import changed
+from keygrip.evaluation.kinds import changed, refuse_invalid
 from keygrip.models.policy import robot_number
 from keygrip.training.checkpoints import load_module
 from keygrip.training.torch_files import refuse_missing_device
@@ -35,6 +35,15 @@ def load_policy(
     if hasattr(policy, "make_ready"):
         policy.make_ready()  # before a robot waits for the first plan
     return policy
+
+
+def check_policy(module: Any, source: object, changes: Mapping[str, Any]) -> None:
+    """Raise ValueError as `policy_of` does, and leave the module's weights as they are: settings that convert them
+    (a policy's `converting`) are checked by name and type only."""
+    converting = getattr(type(module.policy()), "converting", ()) if hasattr(module, "policy") else ()
+    policy = policy_of(module, source, {name: value for name, value in changes.items() if name not in converting})
+    if converted := {name: changes[name] for name in converting if name in changes}:
+        refuse_invalid(converted, type(policy))
 
 
 def policy_of(module: Any, source: object, changes: Mapping[str, Any], device: str | None = None) -> Any:

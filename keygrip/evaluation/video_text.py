@@ -323,6 +323,7 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         result[cfg.split] = evaluate_modes(module, batches, modes, cfg.max_new_tokens)
         if hasattr(datamodule, "unusable"):
             result[cfg.split]["left_out_samples"] = datamodule.unusable.count
+            result[cfg.split]["unreadable_samples"] = datamodule.skipped.count
     answers: list[dict[str, Any]] = []
     for name, benchmark in benchmarks.items():
         record: list[dict[str, Any]] = []

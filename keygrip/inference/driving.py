@@ -61,7 +61,10 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
     try:
         _refuse_mismatch(policy, robot)
         if hasattr(policy, "reset"):
-            policy.reset(cfg.seed)
+            try:
+                policy.reset(cfg.seed)
+            except ServerError as error:  # too many sessions, for example
+                raise ConnectionError(f"server={cfg.server}: {error}") from error
         limits = instantiate(cfg.limits, _convert_="all")
         if limits is None:
             log.warning("limits=null: nothing but the robot's own limits bounds what the policy asks for")
@@ -97,6 +100,8 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
         finally:
             if planner is not None:
                 planner.close()  # last: it may wait for a plan
+            if isinstance(policy, RemotePolicy):
+                policy.end_session()
 
 
 def _policy(cfg: DictConfig) -> Policy:

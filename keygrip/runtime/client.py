@@ -15,6 +15,8 @@ import json
 import logging
 import ssl
 import time
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -73,19 +75,19 @@ class RemotePolicy:
         if parts.scheme not in ("http", "https") or parts.hostname is None or parts.path not in ("", "/"):
             raise ValueError(f"the server's address is http://HOST:PORT or https://HOST:PORT, not {url!r}")
         self.url, self.patience_s = url.rstrip("/"), patience_s
-        self._connection: http.client.HTTPConnection
+        connect: Callable[[], http.client.HTTPConnection]
         if parts.scheme == "https":
             try:
                 context = ssl.create_default_context(cafile=ca)
             except OSError as error:  # also ssl.SSLError
                 raise ValueError(f"ca={ca} is no file with a certificate in PEM format ({error})") from error
-            self._connection = http.client.HTTPSConnection(
-                parts.hostname, parts.port or 443, timeout=timeout_s, context=context
-            )
+            address = (parts.hostname, parts.port or 443)
+            connect = partial(http.client.HTTPSConnection, *address, timeout=timeout_s, context=context)
         elif ca is not None:
             raise ValueError(f"ca={ca} has no effect with {url!r}: only https:// is encrypted")
         else:
-            self._connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_s)
+            connect = partial(http.client.HTTPConnection, parts.hostname, parts.port or 80, timeout=timeout_s)
+        self._connect, self._connection = connect, connect()
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._options = (timeout_s, patience_s, token, ca, renews)
         self._session: str | None = None
@@ -122,6 +124,19 @@ class RemotePolicy:
                 self._ask("DELETE", "/session", session=self._session)
             self._session = None
         self._connection.close()
+
+    def end_session(self) -> None:
+        """Close the session over a new connection: another thread may still wait for a plan over this client's own."""
+        session, self._session, self._renews = self._session, None, False
+        if session is None:
+            return
+        connection = self._connect()
+        try:
+            with contextlib.suppress(http.client.HTTPException, OSError):
+                connection.request("DELETE", "/session", headers=self._headers | {SESSION_HEADER: session})
+                connection.getresponse().read(LARGEST_ANSWER)
+        finally:
+            connection.close()
 
     def reset(self, seed: int) -> None:
         """Start an episode. From here on, the policy's samples are a function of the seed, as with the local policy.

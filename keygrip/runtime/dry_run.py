@@ -31,6 +31,7 @@ from keygrip.runtime.limits import (
     refuse_unsafe,
 )
 from keygrip.runtime.plan_terms import POSE, as_followed, observed_poses, waypoints_of
+from keygrip.runtime.plausibility import PlausiblePolicy
 from keygrip.runtime.robot import JointRobot, Robot
 from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, control_periods
 
@@ -82,19 +83,21 @@ class Rehearsal:
 
 def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, execution: ChunkExecution) -> Rehearsal:
     """Plan from the robot's observation and send no command. `execution`: determines what of the plan is followed."""
+    planner = policy.policy if isinstance(policy, PlausiblePolicy) else policy
     milliseconds, plan, observation = [], None, {}
     for _ in range(TIMED_PLANS):
         observation = robot.observe()
         started = time.perf_counter()
-        plan = policy.plan(observation)
+        plan = planner.plan(observation)
         milliseconds.append(1e3 * (time.perf_counter() - started))
     assert plan is not None
     plan = replace(plan, time_s=0.0)
-    arms, refused = robot if isinstance(robot, JointRobot) else None, None
+    arms = robot if isinstance(robot, JointRobot) else None
+    refused = policy.refusal(observation, plan) if isinstance(policy, PlausiblePolicy) else None
     try:
         plan = as_followed(plan, execution.follow, arms)
     except UnsafePlanError as error:
-        plan, refused = replace(plan, joints=None), str(error)
+        plan, refused = replace(plan, joints=None), refused or str(error)
     start = observed_poses(observation)
     motions = [] if limits is None else [LimitedMotion(limits, pose) for pose in start]
     if motions:

@@ -237,7 +237,8 @@ class YamArms:
         }
         if images:
             views, times = self._views(dict(zip(self.arms, poses, strict=True)))
-            observation |= {**views[self.cameras[0]], "cameras": views, "time_s": min([observed_s, *times])}
+            several = {"cameras": views} if len(views) > 1 else {}  # a single camera is used under any name
+            observation |= {**views[self.cameras[0]], **several, "time_s": min([observed_s, *times])}
         return observation
 
     @property

@@ -208,6 +208,15 @@ class PlausiblePolicy:
         self._refuse(observation)
         return self._checked(self.policy.plan_continuing(observation, executing, delay_s))
 
+    def refusal(self, observation: Observation, plan: Plan) -> str | None:
+        """Return why an observation or its plan would be refused; None: they would not."""
+        try:
+            self._refuse(observation)
+            self._checked(plan)
+        except ImplausibleError as error:
+            return str(error)
+        return None
+
     def _checked(self, plan: Plan) -> Plan:
         self.bounds.refuse_far_plan(plan, getattr(self.policy, "workspace", None))
         return plan

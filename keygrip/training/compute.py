@@ -102,10 +102,11 @@ class Compute(Callback):
         return {"tflop": self._steps * self._counted / self._counts} if self._counts else {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"counted": self._counted, "counts": self._counts}
+        return {"counted": self._counted, "counts": self._counts, "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._counted, self._counts = float(state_dict["counted"]), int(state_dict["counts"])
+        self._steps = int(state_dict.get("steps", 0))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         batch_index = trainer.fit_loop.epoch_loop.total_batch_idx

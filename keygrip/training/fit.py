@@ -123,6 +123,10 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
         trainer = _build_trainer(cfg, folder, arguments, callbacks, loggers, resumed=resume is not None)
         _warn_of_default_backbone(cfg)
         _log_start(cfg, module, resume, resumed_step)
+        if resume is not None and hasattr(datamodule, "begin_from"):
+            state = read_checkpoint(resume, mapped=True).get(type(datamodule).__qualname__)  # Lightning's key
+            if state:
+                datamodule.begin_from(state)
         trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
         if validation_is_left and strategy.kind == "fsdp":  # the shards are no longer available for it
             log.warning("no step is left, and the last validation was cut off: there will be no figures of it")
@@ -292,7 +296,7 @@ class TrainedMetrics(Callback):
         self.before = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not self.before:  # a run without a step left has nothing new
             found = {"steps": trainer.global_step, "metrics": _select_headline_metrics(trainer, pl_module)}
             write_result(self.folder, read_result(self.folder) | found)
 

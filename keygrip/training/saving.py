@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from keygrip.artifacts import atomic_write, read_record, write_json
 from keygrip.launch import requeue_job
@@ -130,6 +131,17 @@ class SaveLatest(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
+        _count_resumed_epoch(trainer)
+        if trainer.fit_loop.done:  # nothing is trained, and the state between epochs does not resume exactly
+            self._saved_step = trainer.global_step
+        self._restore_best(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:  # the last validation of a run without a step left
+            self._restore_best(trainer)
+
+    def _restore_best(self, trainer: Trainer) -> None:
+        """Read the best value so far; remove the best state if it is of a later step."""
         if trainer.global_step == 0:
             return
         try:
@@ -296,6 +308,16 @@ class SaveOnInterrupt(Callback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _count_resumed_epoch(trainer: Trainer) -> None:
+    """Count the epoch that begins if a run resumes from the last batch of an epoch. Lightning counts it as the epoch
+    that has ended; the next resume would then take its batches for those of a finished epoch."""
+    loop = trainer.fit_loop
+    epochs = loop.epoch_progress
+    if not loop.done and loop.restarted_mid_epoch and epochs.current.ready == epochs.current.processed:
+        epochs.increment_ready()
+        epochs.increment_started()
 
 
 def _leave_validation(trainer: Trainer) -> None:

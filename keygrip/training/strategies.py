@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from keygrip.launch import nodes_of_srun, refuse_task_named_as_a_shell, tasks_of_nodes_of_srun, tasks_of_srun
+from keygrip.launch import (
+    nodes_of_srun,
+    refuse_task_named_as_a_shell,
+    started_together,
+    tasks_of_nodes_of_srun,
+    tasks_of_srun,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +119,12 @@ class Strategy:
         by_srun = tasks_of_srun() > 1 and "LOCAL_WORLD_SIZE" not in os.environ
         if by_srun:
             self._refuse_other_processes_than_of_srun()
+        if "TORCHELASTIC_RUN_ID" in os.environ and started_together() != self.processes:
+            raise ValueError(
+                f"torchrun started {started_together()} processes, and strategy.kind={self.kind} with "
+                f"devices={self.devices} on num_nodes={self.num_nodes} is {self.processes}: add strategy=ddp, or give "
+                "torchrun --nproc-per-node=1"
+            )
         if on_gpu and devices > gpus and by_srun:
             raise ValueError(
                 f"srun shows each process {gpus} GPU{'' if gpus == 1 else 's'} of a node's {devices}: give "

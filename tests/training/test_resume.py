@@ -102,6 +102,56 @@ def test_a_failed_run_resumes_to_the_same_bits(
     assert_equal(state_of(tmp_path / "cut"), uninterrupted)
 
 
+def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the training step after `step` optimizer steps fail."""
+    import toy_parts
+
+    whole_step = toy_parts.ToyModule.training_step
+
+    def failing_step(self: toy_parts.ToyModule, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.trainer.global_step == step:
+            raise RuntimeError("power cut")
+        return whole_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(toy_parts.ToyModule, "training_step", failing_step)
+
+
+@pytest.mark.parametrize("stops", [(7, 12), (5, 7, 11), (10, 12)])
+def test_a_run_that_is_limited_by_epochs_and_fails_several_times_trains_them_once(
+    stops: tuple[int, ...], toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 5 steps per epoch; every state is saved on the last batch of an epoch, or in the next epoch."""
+    limits = ("max_steps=-1", "max_epochs=4", "val_every_n_steps=null", "callbacks.checkpoint.every_n_epochs=1")
+    train.run(compose("train", toy_overrides("whole", *limits)))
+    overrides = toy_overrides("cut", *limits, "callbacks.checkpoint.every_n_steps=6")
+    for number, stop in enumerate(stops):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+            fail_at(patch, stop)
+            train.run(compose("train", [*overrides, f"resume={number > 0}"]))
+    result = train.run(compose("train", [*overrides, "resume=true"]))
+    assert read_result(tmp_path / "cut")["steps"] == 20
+    assert_equal(state_of(tmp_path / "cut"), state_of(tmp_path / "whole"))
+    assert result["val/error"] == read_result(tmp_path / "whole")["metrics"]["val/error"]
+    before = (tmp_path / "cut" / "checkpoints" / "last.ckpt").read_bytes()
+    train.run(compose("train", [*overrides, "resume=true"]))
+    assert (tmp_path / "cut" / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert read_result(tmp_path / "cut")["steps"] == 20
+
+
+def test_the_position_of_the_data_is_known_before_the_trainer_restores_it(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sharded parameters, Lightning may make the first iterator before it reads the checkpoint."""
+    import toy_parts
+
+    train.run(compose("train", toy_overrides("run", "max_steps=7")))
+    calls: list[Any] = []
+    monkeypatch.setattr(toy_parts.ToyData, "begin_from", lambda _, state: calls.append(state), raising=False)
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: calls.append("fit"))
+    train.run(compose("train", [*toy_overrides("run"), "resume=true"]))
+    assert calls == [{"position": 7}, "fit"]
+
+
 @pytest.mark.slow
 def test_killed_process_resumes_to_the_same_bits(
     toy_overrides: Callable[..., list[str]],
@@ -277,23 +327,29 @@ def test_a_slurm_job_that_is_warned_before_it_trains_is_queued_again(
     assert json.loads((folder / "result.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.parametrize("limits", [(), ("max_steps=-1", "max_epochs=2")], ids=["by steps", "by epochs"])
 def test_a_run_cut_off_after_its_training_keeps_the_metrics_of_it(
-    toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limits: tuple[str, ...],
+    toy_overrides: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import toy_parts
 
     def power_cut(self: toy_parts.ToyModule) -> None:
         raise RuntimeError("power cut")
 
-    whole = train.run(compose("train", toy_overrides("whole")))
-    overrides = toy_overrides("cut")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(toy_parts.ToyModule, "on_fit_end", power_cut, raising=False)
-        train.run(compose("train", overrides))
+    whole = train.run(compose("train", toy_overrides("whole", *limits)))
+    overrides = toy_overrides("cut", *limits)
+    for resume in (False, True):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+            patch.setattr(toy_parts.ToyModule, "on_fit_end", power_cut, raising=False)
+            train.run(compose("train", [*overrides, f"resume={resume}"]))
     cut = json.loads((tmp_path / "cut" / "result.json").read_text())
     assert cut["metrics"]["train/loss"] == whole["train/loss"]
     resumed = train.run(compose("train", [*overrides, "resume=true"]))
     assert resumed.keys() == whole.keys()
+    assert resumed["tflop"] == whole["tflop"] > 0
     losses = [name for name in whole if name.endswith("loss")]
     assert losses
     assert [resumed[name] for name in losses] == [whole[name] for name in losses]
@@ -489,6 +545,25 @@ def test_the_best_state_is_kept_beside_the_latest(toy_overrides: Callable[..., l
     assert (folder / "best.ckpt").read_bytes() == before
     with pytest.raises(ValueError, match=r"monitor='val/los' is not logged in validation; logged: .*val/loss"):
         train.run(compose("train", toy_overrides("other", "callbacks.checkpoint.monitor=val/los")))
+
+
+def test_a_validation_without_training_leaves_a_better_state_alone(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run stopped in its last validation has no step left, and only validates when it is resumed."""
+    monitor = ("callbacks.checkpoint.monitor=val/loss", "max_steps=12")
+    overrides = toy_overrides("run", *monitor)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at step 12"):
+        patch.setenv("TOY_STOP_IN_VALIDATION", "12 1")
+        patch.setenv("TOY_SIGNAL", "SIGTERM")
+        train.run(compose("train", overrides))
+    folder = tmp_path / "run" / "checkpoints"
+    record = json.loads((folder / "best.json").read_text())
+    (folder / "best.json").write_text(json.dumps({"val/loss": 0.0, "step": record["step"]}))
+    before = (folder / "best.ckpt").read_bytes()
+    train.run(compose("train", [*overrides, "resume=true"]))
+    assert (folder / "best.ckpt").read_bytes() == before
+    assert json.loads((folder / "best.json").read_text())["val/loss"] == 0.0
 
 
 def test_an_interruption_travels_between_processes() -> None:

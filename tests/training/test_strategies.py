@@ -207,6 +207,17 @@ def test_all_gpus_of_a_node_where_srun_started_one_process_or_none(
     assert (arguments["devices"], arguments["num_nodes"]) == (4, 1)
 
 
+def test_other_processes_than_torchrun_started_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would all train the same on the first GPU and write into one folder."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"torchrun started 4 processes, .*kind=single .* is 1: add strategy=ddp"):
+        Strategy("cpu").trainer_arguments()
+    with pytest.raises(ValueError, match=r"torchrun started 4 processes, .*devices=2 .* is 2"):
+        Strategy("cpu", devices=2, kind="ddp").trainer_arguments()
+    assert Strategy("cpu", devices="auto", num_nodes="auto", kind="ddp").trainer_arguments()["devices"] == 4
+
+
 def test_combinations_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="computes on one device"):
         Strategy(kind="single", devices=2)

@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -159,3 +160,13 @@ def test_the_time_ends_with_a_step_and_a_longer_run_goes_on_as_if_it_had_not(
 def test_a_run_that_saves_nothing_names_no_checkpoint(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     train.run(compose("train", toy_overrides("run", "callbacks.checkpoint=null")))
     assert read_result(tmp_path / "run")["checkpoint"] is None
+
+
+def test_a_time_that_is_restored_late_ends_the_run_before_a_step() -> None:
+    """With sharded parameters, the checkpoint is read after Lightning's own check."""
+    limit = TimeLimit(1.0)
+    limit.load_state_dict({"time_elapsed": {"train": 61.0}})
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    trainer: Any = SimpleNamespace(global_step=5, should_stop=False, strategy=strategy, lr_scheduler_configs=[])
+    limit.on_train_start(trainer, Module())
+    assert trainer.should_stop

@@ -287,6 +287,7 @@ class ImageShards(ResumableData):
         samples = self.samples(split, limit, with_images=with_images)
         if not len(samples):
             return []
+        samples.leaves_out, samples.never_empty = True, self.ranks[1] > 1
         order = {"shuffle": False, "drop_last": False}
         size = batch_size or self.batch_size
         return self._loader(samples, BucketBatchSampler(samples.bucket, size, *self.ranks, **order))

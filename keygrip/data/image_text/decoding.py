@@ -54,8 +54,7 @@ def size_of(path: Path | str) -> tuple[int, int]:
         if image.format == "TIFF":
             tags: Any = image.tag_v2  # type: ignore[attr-defined]
             stored = (tags[TIFF_WIDTH], tags[TIFF_HEIGHT])
-        rotated = image.getexif().get(EXIF_ORIENTATION, 1) in TURNED_BY_A_QUARTER
-        return stored[::-1] if rotated else stored
+        return stored[::-1] if _orientation(image) in TURNED_BY_A_QUARTER else stored
 
 
 def decode_image(path: Path | str) -> Image.Image:
@@ -86,14 +85,17 @@ def upright(image: Image.Image) -> Image.Image:
     return rgb(_apply_orientation(image), tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO, white, unsigned)
 
 
-def _apply_orientation(image: Image.Image) -> Image.Image:
-    """Rotate and mirror an image according to its EXIF data. Damaged EXIF data are ignored and do not make the image a
-    bad sample."""
+def _orientation(image: Image.Image) -> Any:
+    """Return the EXIF orientation. Damaged EXIF data are ignored and do not make the image a bad sample."""
     try:
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        return image.getexif().get(EXIF_ORIENTATION, 1)
     except HOSTILE:
-        return image
-    return ImageOps.exif_transpose(image) if orientation in ORIENTATIONS else image
+        return 1
+
+
+def _apply_orientation(image: Image.Image) -> Image.Image:
+    """Rotate and mirror an image according to its EXIF data."""
+    return ImageOps.exif_transpose(image) if _orientation(image) in ORIENTATIONS else image
 
 
 def refuse_frames(image: Image.Image) -> None:

@@ -99,14 +99,19 @@ def read_corrections(path: Path, content: Any) -> dict[str, Correction]:
 def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> Demo:
     """Return a demo with corrected cameras. Frames for which a late or early camera has no image are left out.
 
+    Corrections of cameras that the demo does not have are left out, with a note in its `source`.
+
     Raises:
-        DemoError: a camera is not in the demo, or fewer than two frames remain after shifting by the lags.
+        DemoError: the demo has none of the cameras, or fewer than two frames remain after shifting by the lags.
     """
-    unknown = [camera for camera in corrections if camera not in demo.cameras]
-    if unknown:
+    absent = [camera for camera in corrections if camera not in demo.cameras]
+    if len(absent) == len(corrections):
         raise DemoError(
-            demo.name, f"{path} corrects camera {unknown[0]!r}; the demo has {', '.join(sorted(demo.cameras))}"
+            demo.name, f"{path} corrects camera {absent[0]!r}; the demo has {', '.join(sorted(demo.cameras))}"
         )
+    notes = [f"{path} corrects camera {camera!r}, which not every demo has" for camera in absent]
+    if notes:
+        demo = replace(demo, source=demo.source | {"notes": [*demo.source.get("notes", []), *notes]})
     lags = {camera: corrections[camera].lag if camera in corrections else 0 for camera in demo.cameras}
     first, last = max(0, *(-lag for lag in lags.values())), len(demo) - max(0, *lags.values())
     if last - first < 2:

@@ -388,7 +388,7 @@ class RobotDemos(ResumableData):
         """Decoded frames of all demos, training and validation, by camera. One size limit applies to all."""
         if self._frames is None:
             self._frames = {}
-            remaining = int(self.cache_gb * 1e9)
+            remaining, reserved = int(self.cache_gb * 1e9), 0
             for camera in self.cameras:
                 tracks = [demo.cameras.get(camera) for demo in self.demos]
                 sources = [NoFrames() if track is None else track.frames for track in tracks]
@@ -396,9 +396,10 @@ class RobotDemos(ResumableData):
                     FrameShape(len(track.frames), track.height, track.width) if track else FrameShape(0, 0, 0)
                     for track in tracks
                 ]
-                cache = FrameCache(sources, shapes, self.cache_dir, camera, remaining)
+                cache = FrameCache(sources, shapes, self.cache_dir, camera, remaining, reserved)
                 self._frames[camera] = cache
                 remaining -= cache.limit_bytes
+                reserved += cache.unwritten_bytes
         return self._frames
 
     def _sample_options(

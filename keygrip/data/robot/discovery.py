@@ -101,7 +101,7 @@ def _find_references(root: Path, format: str, calibration: Path | str | None) ->
         references = native.find(root)
     else:
         uses_calibration = calibration is not None and (
-            not corrections or content.keys() & {"cameras", "arms", "lerobot"}
+            not corrections or content.keys() & {"cameras", "arms", "lerobot", "bimanual_transform"}
         )
         references = FOREIGN_FORMATS[format].find(root, calibration=path if uses_calibration else None)
     if not references:

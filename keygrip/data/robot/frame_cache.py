@@ -55,12 +55,21 @@ class FrameCache:
         folder: where the cache files go.
         name: the camera's name, part of the file names.
         limit_bytes: frames beyond it are decoded each time (logged once); 0 caches nothing.
+        reserved_bytes: free bytes of the same disk that other caches will fill.
+
+    `unwritten_bytes` is what this cache may still take from the disk.
 
     Picklable: a loader worker opens the files itself.
     """
 
     def __init__(
-        self, sources: Sequence[FrameSource], shapes: Sequence[FrameShape], folder: Path, name: str, limit_bytes: int
+        self,
+        sources: Sequence[FrameSource],
+        shapes: Sequence[FrameShape],
+        folder: Path,
+        name: str,
+        limit_bytes: int,
+        reserved_bytes: int = 0,
     ) -> None:
         self.sources = list(sources)
         self.shapes = list(shapes)
@@ -72,13 +81,14 @@ class FrameCache:
         self.total_bytes = int(self._first_byte[-1])
         self.total_frames = int(self._first_slot[-1])
         self.limit_bytes = min(int(limit_bytes), self.total_bytes)
+        self.unwritten_bytes = 0
         self.pixels_path: Path | None = None
         self.marks_path: Path | None = None
         self._open_in: int | None = None
         if self.limit_bytes > 0:
-            self._prepare(folder, name)
+            self._prepare(folder, name, reserved_bytes)
 
-    def _prepare(self, folder: Path, name: str) -> None:
+    def _prepare(self, folder: Path, name: str, reserved_bytes: int) -> None:
         digest = hashlib.sha256()
         for source, shape in zip(self.sources, self.shapes, strict=True):
             digest.update(f"{shape}\n{source.identity()}\n".encode())
@@ -91,8 +101,9 @@ class FrameCache:
             folder.mkdir(parents=True, exist_ok=True)
             self._remove_stale(folder, f"frames-{name}@", machine, keep=stem)
             allocated_bytes = pixels.stat().st_blocks * 512 if pixels.exists() else 0
-            free = shutil.disk_usage(folder).free
-            if self.limit_bytes - allocated_bytes > free - DISK_RESERVE:
+            free = max(0, shutil.disk_usage(folder).free - reserved_bytes)
+            unwritten_bytes = max(0, self.limit_bytes - allocated_bytes)
+            if unwritten_bytes > free - DISK_RESERVE:
                 log.warning(
                     "no frame cache: it needs %.1f GB in %s, where %.1f GB are free; frames are decoded every time "
                     "(data.cache_gb sets the limit, data.cache_dir the place)",
@@ -114,7 +125,7 @@ class FrameCache:
             log.warning("no frame cache: %s cannot be written (%s); frames are decoded every time", folder, error)
             self.limit_bytes = 0
             return
-        self.pixels_path, self.marks_path = pixels, marks
+        self.pixels_path, self.marks_path, self.unwritten_bytes = pixels, marks, unwritten_bytes
         if self.limit_bytes < self.total_bytes:
             log.warning(
                 "the frame cache holds %.2f of %.2f GB of frames of camera %s; the others are decoded every time "

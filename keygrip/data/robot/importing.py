@@ -152,8 +152,15 @@ def _describe_difference(imported: Demo, current: Demo, cameras: Sequence[str] |
         return f"its cameras are {', '.join(camera_names)}; there they are {', '.join(sorted(imported.cameras))}"
     if any(isinstance(track.frames, VideoFrames) != video for track in imported.cameras.values()):
         return f"video={str(video).lower()} is asked for; there it is {str(not video).lower()}"
-    if imported.instruction != current.instruction:
-        return f"its instruction is {current.instruction!r}; there it is {imported.instruction!r}"
+    for field in ("instruction", "task", "robot", "fps"):
+        old_text, new_text = getattr(imported, field), getattr(current, field)
+        if old_text != new_text:
+            return f"its {field} is {new_text!r}; there it is {old_text!r}"
+    for name in camera_names:
+        old_depth, new_depth = (demo.cameras[name].depth is not None for demo in (imported, current))
+        if old_depth != new_depth:
+            there = ("no depth images", "depth images")
+            return f"its camera {name!r} has {there[new_depth]}; there it has {there[old_depth]}"
     old_arrays, new_arrays = _stored_arrays(imported, camera_names), _stored_arrays(current, camera_names)
     for name in sorted(old_arrays.keys() | new_arrays.keys()):
         old, new = old_arrays.get(name), new_arrays.get(name)
@@ -175,6 +182,8 @@ def _stored_arrays(demo: Demo, cameras: Sequence[str]) -> dict[str, np.ndarray |
     }
     return {
         "times": demo.timestamps - demo.timestamps[0],
+        # flags that are all false are not stored
+        "intervention": None if demo.intervention is None or not demo.intervention.any() else demo.intervention * 1.0,
         **dict(hashed_arrays(replace(demo, cameras=calibrated, arms=arms))),
     }
 

@@ -28,6 +28,7 @@ import numpy as np
 from keygrip.artifacts import locked, sha256_bytes, sha256_file, write_json
 from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import HOSTILE, BadSample, convert_errors, is_of_the_machine, reason_of
+from keygrip.data.robot.corrections import OffsetFrames
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.fingerprint import demo_fingerprint
 from keygrip.data.robot.frames import JpegFrames, NumberedFiles, VideoFrames, verify_source
@@ -295,6 +296,8 @@ def _camera_files(folder: Path, track: CameraTrack) -> set[str]:
     """Return the files of a camera's images and depth, as paths relative to the recording's folder."""
     paths: set[Path] = set()
     for source in _frame_sources(track, depth=True):
+        if isinstance(source, OffsetFrames):
+            source = source.source
         if isinstance(source, NumberedFiles):
             paths.update(source.path(index) for index in range(len(source)))
         elif isinstance(source, VideoFrames):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -173,18 +174,31 @@ class DemoWriter:
             raise ValueError(
                 f"{self.folder.name}: commands or depth given for an arm or camera that has no pose or image"
             )
-        for camera, image in images.items():
-            self._add_image(camera, index, image)
-        for camera, values in depth.items():
-            path = self._register_file("depth", camera, f"{index:06d}.png")
-            Image.fromarray(np.ascontiguousarray(values, dtype=np.uint16)).save(path, compress_level=1)
-        self._timestamps.append(int(timestamp_ns))
-        self._interventions.append(bool(intervention))
-        for store, given_poses in ((self._reached, reached), (self._commanded, commanded)):
-            for arm, pose in given_poses.items():
-                store[arm].append(pose)
-        for camera, camera_pose in cameras.items():
-            self._cameras[camera].append(camera_pose)
+        files = len(self._files)
+        try:
+            for camera, image in images.items():
+                self._add_image(camera, index, image)
+            for camera, values in depth.items():
+                path = self._register_file("depth", camera, f"{index:06d}.png")
+                Image.fromarray(np.ascontiguousarray(values, dtype=np.uint16)).save(path, compress_level=1)
+            self._timestamps.append(int(timestamp_ns))
+            self._interventions.append(bool(intervention))
+            for store, given_poses in ((self._reached, reached), (self._commanded, commanded)):
+                for arm, pose in given_poses.items():
+                    store[arm].append(copy.deepcopy(pose))  # the caller may change its arrays later
+            for camera, camera_pose in cameras.items():
+                self._cameras[camera].append(copy.deepcopy(camera_pose))
+        except BaseException:  # also a signal: the frames before stay a whole demo
+            self._forget_frame(index, files)
+            raise
+
+    def _forget_frame(self, index: int, files: int) -> None:
+        """Remove what was stored of frame `index`, before which there were `files` files."""
+        for path in self._files[files:]:
+            path.unlink(missing_ok=True)
+        del self._files[files:], self._timestamps[index:], self._interventions[index:]
+        for rows in (*self._reached.values(), *self._commanded.values(), *self._cameras.values()):
+            del rows[index:]
 
     def _add_image(self, camera: str, index: int, image: np.ndarray | bytes) -> None:
         if isinstance(image, bytes):

@@ -77,6 +77,24 @@ def data_roots(
     ]
 
 
+def refuse_renamed(
+    before: str | Path | Sequence[str | Path] | None, now: str | Path | Sequence[str | Path] | None
+) -> None:
+    """Raise ValueError if the demos in the roots `now` get other names than those in the roots `before`, from which the
+    split into training and validation is computed: demos of one root have no prefix, those of several have their
+    folder's name."""
+    labels = [
+        sorted(root.label for root in _make_data_roots(value, None)) if value is not None else [""]
+        for value in (before, now)
+    ]
+    if labels[0] != labels[1]:
+        named = [" and ".join(names) if names != [""] else "one folder" for names in labels]
+        raise ValueError(
+            f"data.root: the run was trained on {named[0]}, and this names {named[1]}. Other demonstrations would then "
+            "be held out, some of them trained on: name folders with the same names"
+        )
+
+
 def _make_data_roots(
     root: str | Path | Sequence[str | Path], calibration: str | Path | Sequence[str | Path | None] | None
 ) -> list[DataRoot]:

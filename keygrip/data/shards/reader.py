@@ -21,6 +21,7 @@ from keygrip.data.untrusted_files import read_json
 log = logging.getLogger(__name__)
 
 OPEN_FILES = 64  # per process
+COPIES_TRIED = 3  # times that the copy of a remote shard is made again if it disappears before it is opened
 
 
 class ShardSet:
@@ -191,8 +192,15 @@ class ShardSet:
         entry = self.shards[shard]
         while len(self._files) >= OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(self._local(entry["name"], entry["bytes"]), os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[shard]
+        for attempt in range(COPIES_TRIED):
+            try:
+                file = os.open(self._local(entry["name"], entry["bytes"]), os.O_RDONLY | os.O_CLOEXEC)
+                break
+            except FileNotFoundError:  # another process removed the copy of a remote shard to stay within the limit
+                if self._cache is None or attempt == COPIES_TRIED - 1:
+                    raise
+        self._files[shard] = file
+        return file
 
     def close(self) -> None:
         """Close the tar files; reading opens them again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -105,6 +106,11 @@ class ResumableData(LightningDataModule):
         if self.trainer is None:
             return self._batches_done
         return max(self._batches_done, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
+
+    def begin_from(self, state_dict: Mapping[str, Any]) -> None:
+        """Set the position before the trainer restores it: with sharded parameters, Lightning makes the first iterator
+        of a run that is limited by epochs before it reads the checkpoint."""
+        self._batches_done = int(state_dict["batches_done"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what the order of samples depends on."""

@@ -100,8 +100,10 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
         return whole if self.drop_last or not rest or (whole and rest < self.ranks) else whole + 1
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration; has no effect after `follow`."""
-        self.epoch = epoch
+        """Set the epoch of the next iteration; has no effect after `follow`, nor without `shuffle`: then all iterations
+        are the same, and so is what is drawn for a sample."""
+        if self.shuffle:
+            self.epoch = epoch
 
     def follow(self, position: Callable[[], int]) -> None:
         """Begin each iteration after `position()` batches, counted from the start of training.

@@ -25,7 +25,7 @@ class SubstitutingSamples(Dataset[Sample], ABC):
     """A data set that replaces samples that cannot be read or used by others; indexed by `SampleKey`.
 
     Attributes:
-        leaves_out: leave out samples that cannot be used: in evaluation a replacement would count twice.
+        leaves_out: leave out samples that cannot be read or used: in evaluation a replacement would count twice.
         never_empty: if a batch would be empty, one sample is replaced all the same, since all processes of a
             distributed run need the same number of batches.
     """
@@ -65,13 +65,11 @@ class SubstitutingSamples(Dataset[Sample], ABC):
         while (candidate := next(waiting, None)) is not None:
             try:
                 return self[candidate], skipped
-            except UnusableSample as error:
-                if leaves_out:
-                    return None, [*skipped, error]
-                if not any(isinstance(earlier, UnusableSample) for earlier in skipped):
-                    waiting = self.usable_candidates(candidate)
-                skipped.append(error)
             except BadSample as error:
+                if leaves_out:
+                    return None, [error]
+                if isinstance(error, UnusableSample) and not any(isinstance(e, UnusableSample) for e in skipped):
+                    waiting = self.usable_candidates(candidate)
                 skipped.append(error)
         verb = "used" if isinstance(skipped[0], UnusableSample) else "read"
         return BadSample(f"{len(skipped)} samples in a row cannot be {verb}; the first: {skipped[0]}")

@@ -77,7 +77,8 @@ class VideoTexts(ResumableData):
         questions: conversations per video in training: all (null), this number at random, or numbers by kind
             ({mark: 4}: 4 of this kind and all of other kinds).
         val_questions: the same for validation, where the choice never changes.
-        max_val_samples: size limit of the validation set, which always has the same samples; None: no limit.
+        max_val_samples: size limit of the validation set, which always has the same samples; None: no limit. The test
+            set has none.
         window_shards: shuffle within windows of this many shards (remote shards); None: over everything.
         cache_dir, cache_gb: for remote shards.
         max_skipped_share: a larger share of unreadable samples stops the run. Samples that the collator cannot use (too
@@ -468,7 +469,7 @@ class VideoTexts(ResumableData):
             return []
         shares = sum(part.share or 0.0 for part in parts)
         total = lead / (1 - shares)
-        if self.max_val_samples is not None:
+        if self.max_val_samples is not None and split == "val":
             total = min(total, self.max_val_samples)
         for index, part in enumerate(parts):
             share = part.share

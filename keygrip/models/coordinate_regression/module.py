@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -85,6 +85,10 @@ class CoordinateRegressionModule(System):
         self.camera: str | None = None  # name of the camera that the policy reads
         self.weights = {"position": position_weight, "rotation": rotation_weight, "gripper": gripper_weight}
         check_weights({f"model.{name}_weight": weight for name, weight in self.weights.items()})
+
+    def resume_data(self, datamodule: Any, checkpoint: Mapping[str, Any]) -> None:
+        """Keep the part of the image that the resumed run was trained on, see `PolicyStatistics.keep_view`."""
+        self.statistics.keep_view(datamodule, checkpoint)
 
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
         """Store the training split's ranges."""

@@ -303,6 +303,10 @@ class EncoderPretrainingModule(System):
     def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
 
+    def sharded_parts(self) -> list[nn.Module]:
+        """None: the encoder's blocks are also called in parts, not only through their ``forward``."""
+        return []
+
     def loss(self, batch: EncoderPretrainingBatch) -> Tensor:
         """The loss of a training step on a batch."""
         return self._total(self.losses(batch)[0])

@@ -210,6 +210,12 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         if not source_model.tokenizer.same_words(self.tokenizer):  # an export's, which has the system turn of training
             log.warning("conversations are laid out by another chat template than that of %s, which it replaces", path)
 
+    def started_from(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As in the parent class, but a scale of the visual tokens that this run sets replaces that of the weights."""
+        if self.network.visual_scale is None:
+            return weights
+        return weights | {"connector.scale": self.network.connector.scale}
+
     @property
     def longest_row(self) -> int:
         """Length of the language model's context in positions, visual and text tokens together; the data module leaves

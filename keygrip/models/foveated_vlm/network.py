@@ -194,8 +194,11 @@ class FoveatedVLM(VideoLanguageNetwork):
         kv = self.encode(real_frames(frames, rows.frame_counts)) if kv is None else kv
         assert not isinstance(kv, Tensor)
         passes = self.run_passes(kv, streams, mode, refinement)
-        unused = (self.first_query, self.query_projection) if mode == "coarse_only" else ()
-        return passes.visual[streams.of_row], passes, self.zero_of_unused(*unused)
+        unused: dict[str, tuple[nn.Module | nn.Parameter, ...]] = {
+            "coarse_only": (self.first_query, self.query_projection),
+            "autoregressive": (self.static_query,),
+        }
+        return passes.visual[streams.of_row], passes, self.zero_of_unused(*unused.get(mode, ()))
 
     @torch.no_grad()
     def attention(self, passes: Passes, streams: Streams) -> Tensor:

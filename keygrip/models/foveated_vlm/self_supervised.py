@@ -252,6 +252,10 @@ class SelfSupervisedModule(System):
             self.log(f"train/{name}", value.detach(), batch_size=len(batch))
         return loss
 
+    def sharded_parts(self) -> list[nn.Module]:
+        """None: the encoder's blocks are also called in parts, not only through their ``forward``."""
+        return []
+
     def _seed(self, batch_idx: int) -> int:
         """Return the random seed of a training batch: it differs by step, process and batch of an accumulated step."""
         part = batch_idx % self.trainer.accumulate_grad_batches * world_size() + self.global_rank

@@ -122,6 +122,7 @@ class VideoLanguageNetwork(nn.Module):
         self.pack_rows = pack_rows
         self.backbone = backbone
         self.language = language
+        self.visual_scale = visual_scale
         self.connector = Connector(backbone.embed_dim, language, visual_scale)
         self.frame_tokens = (
             nn.Parameter(torch.randn(frame_numbers, language.width) * float(language.embedding_std))

@@ -58,8 +58,9 @@ class MapAnythingGeometry(GeometryEncoder):
     gives the tokens of its multi-view transformer for the images and, optionally, the cameras. Compared with its source
     at `COMMIT`, with uniception 0.1.7: tokens equal those of its own `infer` (`make mapanything` tests it).
 
-    Its weights are not part of this module or of a checkpoint: they are loaded from the same place as in training, and
-    must be the same. Its forward pass draws random numbers; the state of the run's generators is preserved.
+    Its weights are not part of this module or of a checkpoint: they are loaded from the place that the command names
+    (`external`), and must be those of training. Its forward pass draws random numbers; the state of the run's
+    generators is preserved.
 
     Args:
         weights: a local folder or a name on the Hugging Face hub.

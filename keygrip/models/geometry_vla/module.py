@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -168,6 +168,10 @@ class GeometryVLAModule(System):
                 "folder or a name on the hub, or model.init_from to a trained run."
             )
 
+    def resume_data(self, datamodule: Any, checkpoint: Mapping[str, Any]) -> None:
+        """Keep the part of the image that the resumed run was trained on, see `PolicyStatistics.keep_view`."""
+        self.statistics.keep_view(datamodule, checkpoint)
+
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
         """Store ranges, cameras and action statistics of the training split, and prepare the tokenizer on its
         instructions."""
@@ -175,6 +179,11 @@ class GeometryVLAModule(System):
             raise ValueError(
                 "The data module's statistics hold no action chunks or cameras, which this model normalises by: use "
                 "keygrip.data.robot.datamodule.RobotDemos with data.cameras."
+            )
+        if not all(sentence.strip() for sentence in statistics.instructions):
+            raise ValueError(
+                "Some demonstrations have no instruction, which this policy needs when it plans: write one into their "
+                "metadata.json, or remove them."
             )
         if self.network.triangulates:
             name = "pointed_triangulated" if self.network.pointed_actions is None else "pointed_actions"

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -74,6 +74,8 @@ class GeometryVLAPolicy:
             then faster plans for one observation. Plans for several observations at once run uncompiled, and so do all
             plans if torch's settings (threads, determinism, precision of products) change later. In place, as above.
     """
+
+    converting: ClassVar = ("vlm_precision",)  # settings that change the module's weights as soon as they are set
 
     module: GeometryVLAModule
     margin_m: Margin = 0.01

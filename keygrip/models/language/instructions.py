@@ -98,8 +98,14 @@ class WordTransformer(nn.Module):
         self.register_buffer("trained", torch.zeros(FIRST_WORD + rows, dtype=torch.bool))
 
     def prepare(self, sentences: Iterable[str]) -> None:
-        """Record the words of the training sentences."""
-        for sentence in set(sentences):
+        """Record the words of the training sentences.
+
+        Raises:
+            ValueError: a sentence has no word, or more than fit.
+        """
+        sentences = sorted(set(sentences))
+        self.tokens(sentences)  # refuses here what would end the run in the middle
+        for sentence in sentences:
             for word in words_of(sentence):
                 self.trained[list(_hash_to_rows(word, self.rows))] = True
 

@@ -254,7 +254,7 @@ class PatchDiTModule(System):
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         if self.due(self.monitor_every_n_steps):
-            self._report(gradient_figures(self.network, adapted=self.lora is not None))
+            self._report(gradient_figures(self.network, with_patches=self.lora is None and self.few_steps is None))
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def sharded_parts(self) -> list[Any]:
@@ -367,8 +367,7 @@ class PatchDiTModule(System):
             shift = self.shift_of(data)
             loss = self.few_steps.validation_loss(self.network, data, conditions, generator, shift)
             self.log("val/loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
-            if batch_idx == 0:
-                self._show(batch)
+            self._keep_to_show(batch)
             return
         noise = torch.randn(data.shape, generator=generator).to(data)
         level = torch.rand(count, generator=generator).to(self.device)
@@ -389,6 +388,10 @@ class PatchDiTModule(System):
         self.log("val/loss", means.pop("both"), prog_bar=True, batch_size=count, sync_dist=True)
         for name, value in means.items():
             self.log(f"val/loss_{name}", value, batch_size=count, sync_dist=True)
+        self._keep_to_show(batch)
+
+    def _keep_to_show(self, batch: ImageTextBatch) -> None:
+        """Keep batches of one size for the samples that are shown, until they are enough."""
         held = self._to_show
         if not held or (sum(map(len, held)) < self.shown and batch.latents.shape[1:] == held[0].latents.shape[1:]):
             held.append(batch)

@@ -80,15 +80,16 @@ def velocity_norm(velocity: Tensor) -> Tensor:
     return velocity.detach().float().pow(2).mean().sqrt()
 
 
-def gradient_figures(network: PatchDiT, adapted: bool) -> dict[str, Tensor]:
+def gradient_figures(network: PatchDiT, with_patches: bool) -> dict[str, Tensor]:
     """Gradient norms of the whole network and of its patch projection.
 
     Args:
-        adapted: only LoRA is trained; the projection then has no gradient and is left out.
+        with_patches: False: the projection may have no gradient, because only LoRA is trained or because a student
+            drops the patches of whole batches; it is then left out.
     """
     figures = {"grad_norm": gradient_norm(network.parameters())}
     projection = network.context_builder.dino_patch_proj
-    if projection is not None and not adapted:
+    if projection is not None and with_patches:
         figures["patch_gradient"] = gradient_norm(projection.parameters())
     return figures
 

@@ -135,6 +135,10 @@ class VolumeQueryModule(System):
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
+    def resume_data(self, datamodule: Any, checkpoint: Mapping[str, Any]) -> None:
+        """Keep the part of the image that the resumed run was trained on, see `PolicyStatistics.keep_view`."""
+        self.statistics.keep_view(datamodule, checkpoint)
+
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
         """Store the training split's ranges, fit the rotation codecs on it, and return the codecs' reports."""
         missing = [arm for arm in self.network.arms if arm not in statistics.quaternions]

@@ -55,6 +55,15 @@ def test_the_header_tells_the_size_after_the_turn(tmp_path: Path, ending: str, o
     assert size_of(path) == decode_image(path).size == wanted
 
 
+@pytest.mark.parametrize("dpi", [None, (72, 72)])
+def test_damaged_exif_data_are_ignored(tmp_path: Path, dpi: tuple[int, int] | None) -> None:
+    """With a resolution in the header, Pillow reads EXIF data only when asked for them."""
+    path = tmp_path / "image.jpg"
+    options = {} if dpi is None else {"dpi": dpi}
+    Image.new("RGB", (12, 8), (200, 30, 30)).save(path, exif=b"Exif\0\0" + b"\xff" * 40, **options)
+    assert size_of(path) == decode_image(path).size == (12, 8)
+
+
 def test_a_profile_of_another_colour_space_changes_nothing(tmp_path: Path) -> None:
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
     Image.fromarray(PLAIN).save(tmp_path / "a.png", icc_profile=lab.tobytes())

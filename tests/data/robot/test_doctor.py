@@ -413,6 +413,29 @@ def test_broken_demos_are_named_and_the_others_examined(tmp_path):
         doctor(tmp_path / "nothing", tmp_path / "out", compare_images=False, progress=False)
 
 
+@pytest.mark.parametrize("frames", [[5], [0, 5]])
+def test_demos_with_a_damaged_image_are_named_and_the_others_examined(tmp_path, frames):
+    """Frames between the first and the last are only read by the checks of images."""
+    root = write(tmp_path / "data")
+    for frame in frames:
+        (root / f"demo_1/rgb/over/{frame:06d}.jpg").write_bytes(b"cut off")
+    findings = doctor(root, tmp_path / "out", progress=False).findings
+    found = next(finding for finding in findings if finding.check.startswith("broken"))
+    assert (found.check, found.demos) == ("broken_image" if frames == [5] else "broken_demo", ("demo_1",))
+    assert f"frame {frames[0]}" in found.what or frames[0] == 0
+    assert "demo_1" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_folder_whose_demos_all_have_damaged_images_is_reported(tmp_path):
+    root = write(tmp_path / "data")
+    for number in range(DEMOS):
+        (root / f"demo_{number}/rgb/over/000005.jpg").write_bytes(b"cut off")
+    findings = doctor(root, tmp_path / "out", progress=False).findings
+    (found,) = [finding for finding in findings if finding.check == "broken_image"]
+    assert (found.severity, len(found.demos)) == ("error", DEMOS)
+    assert (tmp_path / "out/report.json").is_file()
+
+
 def test_a_broken_camera_that_is_not_calibrated_leaves_its_demo(tmp_path, native_demo, change_metadata):
     """The demo stays readable, since training can use its other cameras."""
     for number in range(2):

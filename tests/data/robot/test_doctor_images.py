@@ -581,6 +581,12 @@ def test_corrections_that_cannot_be_are_refused(tmp_path):
     file.write_text(head)
     with pytest.raises(ValueError, match="has no effect"):
         find_demos(root, calibration=file)
+    file.write_text(head + "corrections: {over: {focal_factor: 1.1}, side: {lag_frames: 1}}")
+    demo = find_demos(root, calibration=file)[0].read()  # a demo may lack a camera
+    before = find_demos(root)[0].read()
+    focal = demo.cameras["over"].intrinsics[0, 0, 0] / before.cameras["over"].intrinsics[0, 0, 0]
+    assert (focal, len(demo)) == (pytest.approx(1.1), len(before))
+    assert demo.source["notes"] == [f"{file} corrects camera 'side', which not every demo has"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from keygrip.data.robot import frame_cache
-from keygrip.data.robot.frame_cache import FrameCache, FrameShape
+from keygrip.data.robot.frame_cache import DISK_RESERVE, FrameCache, FrameShape
 
 FRAMES, HEIGHT, WIDTH = 6, 10, 8
 DEMO_BYTES = FRAMES * HEIGHT * WIDTH * 3
@@ -48,11 +48,16 @@ class Counted:
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., FrameCache]:
     def build(
-        limit: int, demos: int = 3, version: int = 0, folder: Path | None = None, camera: str = "over"
+        limit: int,
+        demos: int = 3,
+        version: int = 0,
+        folder: Path | None = None,
+        camera: str = "over",
+        reserved: int = 0,
     ) -> FrameCache:
         sources = [Counted(number, tmp_path / "decoded", version) for number in range(demos)]
         shapes = [FrameShape(FRAMES, HEIGHT, WIDTH)] * demos
-        return FrameCache(sources, shapes, folder or tmp_path / "cache", camera, limit)
+        return FrameCache(sources, shapes, folder or tmp_path / "cache", camera, limit, reserved)
 
     return build
 
@@ -156,6 +161,23 @@ def test_a_full_disk_is_said_and_survived(
     monkeypatch.setattr(os, "pwrite", refuse)
     np.testing.assert_array_equal(all_frames(cache), reference)
     assert caplog.text.count("stops growing") == 1
+
+
+def test_caches_of_several_cameras_share_the_free_space(
+    tmp_path: Path, make: Callable[..., FrameCache], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files are sparse: what the first cache will fill still counts as free."""
+    size = 3 * FRAMES * HEIGHT * WIDTH * 3
+    free = DISK_RESERVE + size + size // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2 * free, free, free))  # type: ignore[attr-defined]
+    first = make(10**6)
+    assert (first.limit_bytes, first.unwritten_bytes) == (size, size)
+    assert make(10**6, camera="front").limit_bytes == size
+    assert "no frame cache" not in caplog.text
+    assert make(10**6, camera="hand", reserved=first.unwritten_bytes).limit_bytes == 0
+    assert "no frame cache: it needs" in caplog.text
+    all_frames(first)
+    assert make(10**6).unwritten_bytes < size  # what is on the disk is no longer counted
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_survived(

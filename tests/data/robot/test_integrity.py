@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -269,6 +271,42 @@ def test_commands_of_which_poses_alone_are_kept_do_not_end_an_import(
     assert (summary.written, summary.skipped) == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda demo: replace(demo, fps=15.0), "its fps is 15.0; there it is 10.0"),
+        (lambda demo: replace(demo, task="stack"), "its task is 'stack'; there it is"),
+        (lambda demo: replace(demo, robot="panda"), "its robot is 'panda'; there it is"),
+        (lambda demo: replace(demo, intervention=np.arange(len(demo)) == 3), "it has intervention; there it has no"),
+        (lambda demo: replace(demo, intervention=np.zeros(len(demo), bool)), ""),
+        (
+            lambda demo: replace(
+                demo, cameras={name: replace(track, depth=track.frames) for name, track in demo.cameras.items()}
+            ),
+            "its camera 'over' has depth images; there it has no depth images",
+        ),
+    ],
+)
+def test_an_import_is_not_continued_from_changed_recordings(
+    native_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Demo], Demo],
+    difference: str,
+) -> None:
+    import_demos(native_root, tmp_path / "imported", max_demos=2, progress=False)
+    changed = [
+        replace(found, reader=partial(lambda reader: change(reader()), found.reader))
+        for found in find_demos(native_root)
+    ]
+    monkeypatch.setattr(importing, "find_demos", lambda *rest: changed)
+    if not difference:
+        assert import_demos(native_root, tmp_path / "imported", max_demos=2, progress=False).skipped == 2
+        return
+    with pytest.raises(ValueError, match=re.escape(difference)):
+        import_demos(native_root, tmp_path / "imported", max_demos=2, progress=False)
+
+
 def test_a_manifest_is_not_written_for_a_recording_that_cannot_be_read(native_root: Path) -> None:
     (native_root / "demo_06" / FRAME).write_bytes(b"no image")
     report = make_manifests(native_root)
@@ -298,3 +336,14 @@ def test_videos_are_decoded_in_order_by_their_own_reader(tmp_path: Path) -> None
         assert np.array_equal(image, read_frame(tmp_path / "v.mp4", number))
     with pytest.raises(IndexError):
         list(frames_between(tmp_path / "v.mp4", 10, 13))
+
+
+def test_several_threads_read_single_frames_of_one_video(tmp_path: Path) -> None:
+    """Demonstrations of one file are checked at the same time."""
+    frames = np.random.default_rng(0).integers(0, 255, (60, 64, 96, 3), dtype=np.uint8)
+    write_video(tmp_path / "v.mp4", frames, fps=10)
+    expected = list(frames_between(tmp_path / "v.mp4", 0, 60))
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(lambda first: [read_frame(tmp_path / "v.mp4", first + i) for i in range(30)], range(30)))
+    for first, part in enumerate(parts):
+        np.testing.assert_array_equal(np.stack(part), np.stack(expected[first : first + 30]))

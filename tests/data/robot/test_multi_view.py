@@ -395,6 +395,19 @@ def test_of_a_model_that_masks_views_a_damaged_further_camera_is_masked_and_the_
     assert (sound.origin["masked"], first.origin["masked"]) == ({}, {})
 
 
+def test_a_damaged_further_camera_is_masked_where_a_lag_is_corrected(
+    root: Path, robot_demos: Make, tmp_path: Path
+) -> None:
+    make_manifests(root)
+    (root / "demo_2" / "rgb" / "front" / "000005.jpg").write_bytes(b"damaged")
+    file = tmp_path / "calibration.yaml"
+    head = "schema: keygrip.calibration/1\nconventions: {camera: opencv, pixel: corner, length: m}\n"
+    file.write_text(head + "corrections: {over: {lag_frames: 1}}")
+    module = asked(robot_demos(root, **TWO, val_fraction=0.0, calibration=str(file)))
+    assert not module.broken
+    assert {name: list(views) for name, views in module.origin["masked"].items()} == {"demo_2": ["front"]}
+
+
 def test_a_further_cameras_frame_that_cannot_be_read_in_training_is_masked_and_counted(
     root: Path, robot_demos: Make, caplog: pytest.LogCaptureFixture
 ) -> None:

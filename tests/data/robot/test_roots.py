@@ -14,6 +14,7 @@ import pytest
 
 from keygrip.data.robot.datamodule import RobotDemos
 from keygrip.data.robot.frame_rates import equal_strides
+from keygrip.data.robot.roots import refuse_renamed
 from keygrip.data.shards.sampling import GlobalBatchSampler
 
 Make = Callable[..., RobotDemos]
@@ -28,6 +29,26 @@ def roots(tmp_path: Path, native_demo: Any, change_metadata: Any) -> list[str]:
         folder = native_demo(tmp_path / "b" / f"demo_{number}", seed=10 + number, frames=24, level=0.4 + number / 10)
         change_metadata(folder, robot="panda")
     return [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("data/a", "moved/b", True),
+        (None, "data/a", True),
+        (["data/a"], "data/a", True),
+        (["data/a", "data/b"], ["new/b", "new/a"], True),
+        (["data/a", "data/b"], "data/a", False),
+        (["data/a", "data/b"], ["data/a", "data/c"], False),
+        ("data/a", ["data/a", "data/b"], False),
+    ],
+)
+def test_roots_that_would_change_the_split_of_a_run_are_refused(before: Any, now: Any, same: bool) -> None:
+    if same:
+        refuse_renamed(before, now)
+    else:
+        with pytest.raises(ValueError, match="some of them trained on: name folders with the same names"):
+            refuse_renamed(before, now)
 
 
 def ready(data: RobotDemos) -> RobotDemos:

@@ -10,6 +10,7 @@ import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -350,6 +351,28 @@ def test_remote_shards_are_copied_once_and_within_the_limit(tmp_path: Path) -> N
     assert read_sample(shards, 1, 8).key == "s1"  # read from the cached copy
     with pytest.raises(BadSample, match=r"s3 of file.*s-001\.tar"):
         (root / "s-001.tar").unlink()
+        read_sample(shards, 3, 8)
+
+
+def test_a_copy_that_another_process_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was the least recently used one when that process looked."""
+    root = write_set(tmp_path / "far", [3] * 6, per_shard=3)
+    shards = ShardSet(f"file://{root}", tmp_path / "near", cache_gb=1.0)
+    fetch, removals = ShardCache.fetch, [True, True]
+
+    def fetch_and_lose(self: ShardCache, name: str, *rest: Any, **options: Any) -> Path:
+        path = fetch(self, name, *rest, **options)
+        if removals:
+            removals.pop()
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(ShardCache, "fetch", fetch_and_lose)
+    assert read_sample(shards, 0, 8).key == "s0"
+    assert removals == []
+    shards.close()
+    removals += [True] * 3
+    with pytest.raises(BadSample, match="s3 of"):
         read_sample(shards, 3, 8)
 
 

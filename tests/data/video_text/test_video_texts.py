@@ -205,6 +205,17 @@ def test_validation_is_frozen_and_holds_all_its_sources(root: Path) -> None:
     assert data.test_dataloader() == []
 
 
+def test_the_test_set_has_no_limit_and_leaves_out_what_cannot_be_read(root: Path, tmp_path: Path) -> None:
+    """A sample in place of a damaged one would count twice."""
+    folder = damaged(root, tmp_path, [5, 6])
+    shutil.move(folder / "videos" / "train", folder / "videos" / "test")
+    shutil.copytree(root / "videos" / "train", folder / "videos" / "train")
+    data = module(folder, max_val_samples=5)
+    keys = Counter(key for batch in data.test_dataloader() for key in batch.key)
+    assert keys == {f"s{number}": 1 for number in range(len(FRAMES)) if number not in (5, 6)}
+    assert (data.skipped.count, data.unusable.count) == (2, 0)
+
+
 def test_mixed_in_samples_alone_are_no_validation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_set(tmp_path / "videos" / "train", [1] * 24)
     write_set(tmp_path / "texts" / "train", [0] * 12, prefix="t", kinds=("text",))

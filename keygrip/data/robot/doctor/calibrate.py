@@ -24,7 +24,7 @@ from keygrip.data.robot.doctor.registration import FOCAL, NUMBERS, PRIOR, Fit, a
 from keygrip.data.robot.doctor.search import LONG_PRIOR, starts
 from keygrip.data.robot.doctor.silhouettes import move_camera
 from keygrip.data.robot.doctor.views import Placement, View, is_static, make_view, place_all
-from keygrip.data.robot.schema import Demo
+from keygrip.data.robot.schema import Demo, DemoError, demo_guard
 from keygrip.data.spacing import evenly
 from keygrip.progress import Progress
 from keygrip.robots.surface import RobotSurface
@@ -183,7 +183,12 @@ def _pair_views_with_robot(
     for demo in demos:
         if camera not in demo.cameras or not is_static(demo, camera) or len(demo) < LEAST_FRAMES:
             continue
-        view = make_view(demo, camera, frames)
+        try:
+            with demo_guard(demo.name, f"camera {camera!r}: an image cannot be read: "):
+                view = make_view(demo, camera, frames)
+        except DemoError as error:
+            log.warning("left out for this camera: %s", error)
+            continue
         robot = place_all(demo, model)
         if robot is not None and robot.source != "poses":
             pairs.append((view, robot))

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from keygrip.data.robot.doctor.examination import Examination, tensor
+from keygrip.data.robot.doctor.views import readable_frames
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo
 from keygrip.data.spacing import evenly
 from keygrip.models.geometry.cameras import project
@@ -45,7 +46,8 @@ def _sheet_row(demo: Demo, camera: str) -> Image.Image:
     track = demo.cameras[camera]
     scale = _TILE_WIDTH / track.width
     size = (_TILE_WIDTH, max(1, round(track.height * scale)))
-    frame_indices = evenly(len(demo), _COLUMNS)
+    readable = readable_frames(demo)
+    frame_indices = readable[evenly(len(readable), _COLUMNS)].tolist()
     row = Image.new("RGB", ((_TILE_WIDTH + 2) * len(frame_indices), size[1] + _HEADER + 2), (24, 24, 24))
     for column, index in enumerate(frame_indices):
         tile = Image.fromarray(track.frames.read(index)).resize(size)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from keygrip.data.robot.doctor.examination import MOVED_M, Examination, tensor
-from keygrip.data.robot.doctor.views import is_static, shrunk
-from keygrip.data.robot.schema import Demo
+from keygrip.data.robot.doctor.views import is_static, readable_frames, shrunk
+from keygrip.data.robot.schema import Demo, DemoError, demo_guard
 from keygrip.data.spacing import evenly
 from keygrip.models.geometry.cameras import project
 
 DARK, BRIGHT = 8.0, 247.0  # mean grey level of an image
 CHANGED_PIXEL, CHANGED_SHARE = 8, 1e-4  # an image differs where this share of pixels changes by this many levels
-MOST_FRAMES = 400  # largest number of frames read per demo; of longer demos every second, third, ...
 BESIDE = 0.15  # share of the image's size by which a gripper may lie outside of it
 SPAN_PIXELS = 2.5  # pixels of the small images by which the gripper must move during a frozen span
 SPAN = 3  # identical frames in a row while the gripper moves: a stream that hung, not a repeated frame
@@ -43,20 +43,58 @@ class Stream:
 
 
 def read_stream(demo: Demo, camera: str) -> Stream:
-    """Read all frames of a demo's camera as small images; of a long demo every n-th frame."""
-    index = np.arange(0, len(demo), -(-len(demo) // MOST_FRAMES))
-    frames = demo.cameras[camera].frames
-    return Stream(index, np.stack([shrunk(frames.read(int(i))) for i in index]))
+    """Read the frames of a demo's camera as small images, see `readable_frames`.
+
+    Raises:
+        DemoError: a frame cannot be read.
+    """
+    index, images = readable_frames(demo), []
+    for frame in index:
+        with demo_guard(demo.name, f"camera {camera!r}: frame {frame} cannot be read: "):
+            images.append(shrunk(demo.cameras[camera].frames.read(int(frame))))
+    return Stream(index, np.stack(images))
+
+
+def _read_streams(exam: Examination, camera: str) -> Iterator[tuple[Demo, Stream]]:
+    """Yield the demos of a camera with its images; then remove the camera from demos whose images cannot be read, with
+    one finding for all of them."""
+    demos = exam.with_camera(camera)
+    errors: list[DemoError] = []
+    for demo in demos:
+        try:
+            stream = read_stream(demo, camera)
+        except DemoError as error:
+            errors.append(error)
+            continue
+        yield demo, stream
+    if not errors:
+        return
+    names = [error.name for error in errors]
+    exam.add(
+        "broken_image",
+        "error",
+        f"{len(errors)} of {len(demos)} demos have an image that cannot be read; the first: {errors[0].reason}",
+        "Record them again or remove them; training leaves them out, or this camera of them if the model masks views",
+        cause="damaged images",
+        camera=camera,
+        demos=names,
+    )
+    exam.demos = [
+        replace(demo, cameras={name: track for name, track in demo.cameras.items() if name != camera})
+        if demo.name in names
+        else demo
+        for demo in exam.demos
+    ]
 
 
 def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
-    """Run all checks of one camera's images; return the images that were read, for the comparison with poses."""
+    """Run all checks of one camera's images; return the images that were read, for the comparison with poses. Demos
+    with an image that cannot be read are reported, and continue without this camera."""
     dark, bright = [], []
     frozen: dict[str, list[int]] = {}
     outliers_by_demo: dict[str, list[int]] = {}
     levels, streams = [], {}
-    for demo in exam.with_camera(camera):
-        stream = read_stream(demo, camera)
+    for demo, stream in _read_streams(exam, camera):
         images = stream.images
         mean = float(images[evenly(len(images), exam.frames_per_demo)].mean())
         levels.append(mean)
@@ -74,7 +112,8 @@ def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
             outliers_by_demo[demo.name] = outliers
         kept_indices = evenly(len(images), 3 * exam.frames_per_demo)
         streams[demo.name] = Stream(stream.index[kept_indices], images[kept_indices])
-    exam.measures[f"camera/{camera}/mean_level"] = float(np.mean(levels))
+    if levels:
+        exam.measures[f"camera/{camera}/mean_level"] = float(np.mean(levels))
     rows: list[tuple[str, list[str], str, str, str]] = [
         ("dark_camera", dark, "black", "Check the cable, the lens cap and the exposure", "no light or no signal"),
         ("bright_camera", bright, "white", "Lower the exposure or the gain", "overexposed"),

@@ -20,6 +20,7 @@ from keygrip.robots.model_file import yam_surface
 from keygrip.robots.surface import RobotSurface, gripper_blob
 
 SIDE = 160  # pixels of the longer side of images that are compared with poses
+MOST_FRAMES = 400  # largest number of frames read per demo; of longer demos every second, third, ...
 STATIC_M, STATIC_DEG = 2e-3, 0.1  # a camera that moves less than this within a demo is static
 IK_MISS_M, IK_MISS_RAD = 0.01, 0.1
 
@@ -51,6 +52,11 @@ class View:
     def with_images(self, images: np.ndarray) -> View:
         """Return the same view with other images, such as rotated or mirrored ones."""
         return replace(self, images=images, foreground=foreground(images))
+
+
+def readable_frames(demo: Demo) -> np.ndarray:
+    """Return the numbers [F] of the frames that the doctor reads: all, or every n-th of a long demo."""
+    return np.arange(0, len(demo), -(-len(demo) // MOST_FRAMES))
 
 
 def shrunk(image: np.ndarray) -> np.ndarray:
@@ -86,7 +92,8 @@ def make_view(demo: Demo, camera: str, frames: int, held_images: dict[int, np.nd
     """Read `frames` images of a static camera, evenly spread over the demo (`held_images`: small ones read before)."""
     track = demo.cameras[camera]
     cached_images = held_images or {}
-    index = np.array(evenly(len(demo), frames))
+    index = readable_frames(demo)
+    index = index[evenly(len(index), frames)]
     if len(cached_images) >= frames:
         index = np.array(sorted(cached_images))[evenly(len(cached_images), frames)]
     images = np.stack([cached_images[i] if i in cached_images else shrunk(track.frames.read(i)) for i in index])

@@ -148,6 +148,21 @@ def test_the_bases_come_from_the_calibration_file_where_the_rows_lack_them(tmp_p
     assert demo.source["notes"] == []
 
 
+def test_a_calibration_of_bases_and_corrections_brings_both(tmp_path, scene, check_geometry):
+    """`prepare step=calibrate` writes corrections beside what the calibration held."""
+    write_episode(tmp_path / "pick" / "0000", scene, transform_in_rows=False)
+    file = tmp_path / "elsewhere.json"
+    write_calibration(file)
+    content = json.loads(file.read_text()) | {
+        "schema": "keygrip.calibration/1",
+        "conventions": {"camera": "opencv", "pixel": "corner", "length": "m"},
+        "corrections": {"scene_camera": {"focal_factor": 1.0}},
+    }
+    file.write_text(json.dumps(content))
+    (reference,) = find_demos(tmp_path, calibration=file)
+    check_geometry(reference.read(), "scene_camera", "right")
+
+
 def test_a_transform_of_the_other_direction_is_noticed_by_the_wrist_camera(tmp_path, scene, check_geometry):
     write_episode(tmp_path / "pick" / "0000", scene, transform_in_rows=False)
     stored = {"bimanual_transform": {"right_base_to_left_base": LEFT_FROM_RIGHT.tolist()}}
