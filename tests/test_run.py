@@ -17,8 +17,9 @@ from keygrip.config import SettingError, compose
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.inference import driving
 from keygrip.inference.driving import StoppedError
-from keygrip.models.policy import Needs, Observation, Plan
+from keygrip.models.policy import Needs, Observation, Plan, views_or_none
 from keygrip.run import run
+from keygrip.runtime.client import ServerError
 from keygrip.runtime.planners import SimulatedPlanner
 from keygrip.runtime.sim_yam import SimulatedYam
 from keygrip.runtime.takeover import KeyboardTakeover
@@ -328,6 +329,41 @@ def test_a_camera_of_another_name_is_refused_beside_others_and_taken_alone(
         driving._refuse_mismatch(Closing("right", camera="front"), Fixed("right", cameras=("over", "front")))
     driving._refuse_mismatch(Closing("right"), Fixed("right", cameras=("over", "front")))
     assert "does not say which camera" in caplog.text
+
+
+def test_a_single_camera_is_used_under_any_name_by_a_policy_that_names_its_views(
+    monkeypatch: pytest.MonkeyPatch, drivers: dict[str, Driver], real: list[str]
+) -> None:
+    policy = Closing("right")
+    policy.needs = Needs(("right",), cameras=("top",))
+    monkeypatch.setattr(driving, "_policy", lambda cfg: policy)
+    assert run(compose("run", real))["state"] == "running"
+    (view,) = views_or_none(policy.seen[0], policy.needs.cameras)
+    assert view is not None
+    assert view["image"].shape == (48, 64, 3)
+
+
+def test_a_run_with_a_server_ends_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    class Remote(Steady):
+        def end_session(self) -> None:
+            ended.append(True)
+
+    monkeypatch.setattr(driving, "RemotePolicy", lambda url, **options: Remote())
+    monkeypatch.setattr(driving, "ThreadPlanner", immediate)
+    local = [setting for setting in SMALL if not setting.startswith("checkpoint")]
+    run(compose("run", [*local, "server=http://gpu:8421"]))
+    assert ended == [True]
+
+    class Full(Remote):
+        def reset(self, seed: int) -> None:
+            raise ServerError(503, "64 sessions are open")
+
+    monkeypatch.setattr(driving, "RemotePolicy", lambda url, **options: Full())
+    with pytest.raises(ConnectionError, match=r"server=http://gpu:8421: .*64 sessions are open"):
+        run(compose("run", [*local, "server=http://gpu:8421"]))
+    assert ended == [True, True]
 
 
 def test_the_simulated_cell_draws_the_camera_that_the_policy_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
         finally:
             if planner is not None:
                 planner.close()  # last: it may wait for a plan
-            if isinstance(policy, RemotePolicy):
+            if hasattr(policy, "end_session"):  # that of a server
                 policy.end_session()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import signal
 import threading
+import wave
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +40,7 @@ from keygrip.runtime.dry_run import describe_results, draw, dry_run, rehearse
 from keygrip.runtime.i2rt_yam import JOINTS, YamArms
 from keygrip.runtime.limits import MotionLimits
 from keygrip.runtime.planners import SimulatedPlanner
+from keygrip.runtime.plausibility import Bounds, PlausiblePolicy
 from keygrip.runtime.robot import RobotLostError
 from keygrip.runtime.sim_yam import SimulatedYam
 from keygrip.runtime.watchdog import State, Watchdog, WatchdogSettings
@@ -776,6 +779,14 @@ def test_a_camera_that_repeats_its_image_grows_old(
     camera.close()
 
 
+def test_a_source_without_a_picture_is_a_lost_camera_with_its_reason(tmp_path: Path) -> None:
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 800, "NONE", ""))
+        sound.writeframes(bytes(1600))
+    with pytest.raises(RobotLostError, match=r"sound\.wav gave no image: .*sound\.wav: "):
+        VideoCamera(str(tmp_path / "sound.wav"), format=None)
+
+
 def test_capsules_hold_every_vertex_of_the_meshes() -> None:
     mujoco = pytest.importorskip("mujoco")
     from keygrip.robots.kinematics import arm_file
@@ -848,6 +859,24 @@ def test_a_dry_run_moves_nothing_and_says_what_would_happen(tmp_path: Path, cali
     refused = dry_run(Sideways(), arm, LIMITS, tmp_path / "refused.png", execution)
     assert "outside the workspace" in refused["refused"]
     json.dumps(result)
+
+
+def test_a_dry_run_reports_plans_and_starts_far_from_the_training_data(tmp_path: Path, calibration: Path) -> None:
+    class Boxed(Sideways):
+        workspace = np.array([[5.0, 5.0, 5.0], [6.0, 6.0, 6.0]])
+
+    camera = Still()
+    arm = YamArms({"right": Driver()}, {"over": camera}, calibration)
+    camera.taken = arm.now
+    execution = ChunkExecution(SimulatedPlanner(Boxed(), lambda: 0.0), arm.control_hz)
+    for bounds, said in (
+        (Bounds(image_levels=0), r"bounds\.start_m"),
+        (Bounds(image_levels=0, start_m=100.0), r"bounds\.plan_m"),
+    ):
+        policy = PlausiblePolicy(Boxed(), bounds)
+        result = dry_run(policy, arm, WIDE, tmp_path / "plan.png", execution)
+        assert re.search(said, result["refused"])
+        (tmp_path / "plan.png").unlink()
 
 
 def test_the_figure_of_a_dry_run_names_the_arms_and_the_limits(calibration: Path) -> None:

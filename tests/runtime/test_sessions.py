@@ -83,6 +83,19 @@ def test_sessions_are_few_expire_and_cannot_be_guessed(
     assert say(server.port, "POST", "/reset", b"{}", Content_Type="text/plain")[0] == 415
 
 
+def test_a_session_ends_while_a_plan_is_awaited(running: Start, dice: Any, observation: Observe) -> None:
+    server = running(dice())
+    policy = RemotePolicy(server.url, renews=True)
+    policy.reset(5)
+    policy.plan(observation())
+    sock = policy._connection.sock
+    policy.end_session()
+    assert len(server.server.service.sessions) == 0
+    assert policy._connection.sock is sock  # the connection on which another thread may wait is not used
+    policy.end_session()  # nothing is left to end
+    policy.close()
+
+
 def test_an_arm_drives_on_where_the_server_no_longer_knows_its_session(
     running: Start, dice: Any, observation: Observe
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import pickle
@@ -360,6 +361,52 @@ def test_an_interrupted_or_discarded_recording_leaves_nothing(tmp_path: Path) ->
     with DemoWriter(tmp_path / "demo", "yam", "pick", "", 10.0) as writer:
         writer.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("depth", [False, True])
+def test_a_signal_within_a_frame_costs_that_frame_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: bool
+) -> None:
+    """The recorder of corrections keeps what was recorded before Ctrl-C."""
+    save, saved = Image.Image.save, []
+
+    def interrupted(self: Image.Image, path: Path, **options: Any) -> None:
+        saved.append(path)
+        if path.name == ("000003.png" if depth else "000003.jpg"):
+            raise KeyboardInterrupt
+        save(self, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with DemoWriter(tmp_path / "root" / "demo", "yam", "pick", "pick it up", 10.0) as writer:
+        for index in range(4):
+            with pytest.raises(KeyboardInterrupt) if index == 3 else contextlib.nullcontext():
+                writer.add(
+                    index * 10**8,
+                    {"over": np.full((16, 16, 3), index, np.uint8)},
+                    {"over": CameraPose(np.diag([30.0, 30.0, 1.0]), np.eye(4))},
+                    {"right": ArmPose(np.full(3, index), np.array([1.0, 0, 0, 0]), 0.0)},
+                    depth={"over": np.ones((16, 16), np.uint16)} if depth else None,
+                )
+    assert len(saved) == (8 if depth else 4)
+    demo = find_demos(tmp_path / "root")[0].read()
+    assert demo.arms["right"].position[:, 0].tolist() == [0, 1, 2]
+    assert not list(tmp_path.rglob("000003.*"))
+
+
+def test_arrays_that_the_caller_changes_later_are_stored_as_they_were(tmp_path: Path) -> None:
+    position, matrix = np.zeros(3), np.eye(4)
+    with DemoWriter(tmp_path / "root" / "demo", "yam", "pick", "pick it up", 10.0) as writer:
+        for index in range(3):
+            position[:], matrix[2, 3] = index, 1 + index
+            writer.add(
+                index * 10**8,
+                {"over": np.zeros((16, 16, 3), np.uint8)},
+                {"over": CameraPose(np.diag([30.0, 30.0, 1.0]), matrix)},
+                {"right": ArmPose(position, np.array([1.0, 0, 0, 0]), 0.0)},
+            )
+    demo = find_demos(tmp_path / "root")[0].read()
+    assert demo.arms["right"].position[:, 0].tolist() == [0, 1, 2]
+    assert demo.cameras["over"].world_to_camera[:, 2, 3].tolist() == [1, 2, 3]
 
 
 def test_a_full_disk_names_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
