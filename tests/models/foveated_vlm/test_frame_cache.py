@@ -159,6 +159,18 @@ def test_a_path_of_its_own_learns_and_the_encoder_does_not() -> None:
     assert not any(name.startswith("net.patch_embed") for name in learning)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("source", ["coarse", "fine"])
+@pytest.mark.parametrize("counts", [COUNTS, [1, 1]])
+def test_every_trained_parameter_has_a_gradient(mode: str, source: str, counts: list[int]) -> None:
+    """Else processes would wait for each other (DDP)."""
+    network = with_path("own", query_source=source).train()
+    texts = [(number, 6, 2) for number in range(len(counts))]
+    network(frames_of(counts, 32), rows_of(texts, counts), mode).hidden.square().sum().backward()
+    without = [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
 def test_bad_paths_are_refused() -> None:
     with pytest.raises(ValueError, match="is shared or own, not 'both'"):
         with_path("both")

@@ -348,7 +348,7 @@ def test_a_checkpoint_alone_evaluates_and_answers(
     )
     modes = {"coarse_fine", "coarse_only", "coarse_fine_refined"}
     videos = {"videos_of_2": 1, "videos_of_4": 1}
-    counted = {"too_long", "unanswered", "left_out_rows", "left_out_samples"}
+    counted = {"too_long", "unanswered", "left_out_rows", "left_out_samples", "unreadable_samples"}
     assert modes | {"fine_over_coarse", "tokens_per_frame"} | counted | videos.keys() == result["test"].keys()
     assert videos.items() <= result["test"].items()
     assert {"loss_mark", "accuracy_caption", "perplexity", "bleu_4", "ms_per_frame"} <= result["test"][
@@ -399,6 +399,11 @@ def test_a_stage_begins_with_the_weights_of_the_one_before(overrides: Callable[.
     train.run(compose("train", overrides("two", *frozen)))
     first = load_module(tmp_path / "one").state_dict()
     for name, value in load_module(tmp_path / "two").state_dict().items():
+        torch.testing.assert_close(value, first[name], atol=1e-6, rtol=0, msg=name)
+    train.run(compose("train", overrides("scaled", *frozen, "model.network.visual_scale=1.0")))
+    scaled = load_module(tmp_path / "scaled").state_dict()
+    assert scaled.pop("network.connector.scale") == 1.0 != first["network.connector.scale"]
+    for name, value in scaled.items():
         torch.testing.assert_close(value, first[name], atol=1e-6, rtol=0, msg=name)
     replace_tokenizer(tmp_path / "videos")
     with pytest.raises(ValueError, match="another tokenizer"):

@@ -22,6 +22,7 @@ from vla_parts import (
     small_batch,
     small_geometry,
     small_module,
+    small_statistics,
     small_vlm,
 )
 
@@ -41,6 +42,11 @@ def actions_of(module: GeometryVLAModule, batch: MultiViewPolicyBatch) -> Tensor
 
 def furthest(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
+
+
+def test_demonstrations_without_an_instruction_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Some demonstrations have no instruction"):
+        small_module().set_statistics(small_statistics(tmp_path, ["open the drawer", " "]))
 
 
 @pytest.mark.parametrize("inject", [True, False])

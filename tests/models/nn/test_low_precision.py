@@ -68,6 +68,17 @@ def test_a_policy_plans_nearly_the_same(precision: str, share: float, tmp_path: 
         type(plain)(module, vlm_precision="int8" if precision == "bfloat16" else "bfloat16")
 
 
+def test_checking_a_policys_settings_rounds_nothing(tmp_path: Path) -> None:
+    """`evaluate` checks them before it computes the errors on recorded demonstrations with the same module."""
+    module = ready_module(tmp_path)
+    before = weight_bytes(module.network.vlm.model)
+    trained_policy.check_policy(module, "run", {"vlm_precision": "int8", "seed": 3})
+    assert weight_bytes(module.network.vlm.model) == before
+    for changes, said in (({"vlm_precision": "int9"}, "vlm_precision='int9': must be"), ({"sede": 1}, "did you mean")):
+        with pytest.raises(ValueError, match=said):
+            trained_policy.check_policy(module, "run", changes)
+
+
 def test_a_policy_is_rounded_before_it_goes_to_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ready_module(tmp_path)
     before, moved = weight_bytes(module.network.vlm.model), []

@@ -17,6 +17,7 @@ from PIL import Image
 from keygrip import sample, train
 from keygrip.artifacts import atomic_write
 from keygrip.config import compose
+from keygrip.models.patch_dit.module import PatchDiTModule
 
 
 @pytest.fixture(scope="module")
@@ -476,6 +477,24 @@ def test_a_student_is_drawn_as_it_was_trained_and_in_no_other_way(trained: Path,
     with pytest.raises(ValueError, match=r"start_image at strength=0\.6: a student of few steps"):
         run(start)
     assert run(start, f"redraw={trained / 'two.png'}")["images"]  # starts from noise alone and keeps a part
+
+
+def test_a_student_shows_as_many_samples_as_asked_and_no_gradient_of_dropped_patches(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[int] = []
+    figures: list[str] = []
+    monkeypatch.setattr(PatchDiTModule, "_show", lambda self, batch: shown.append(len(batch)))
+    monkeypatch.setattr(PatchDiTModule, "_report", lambda self, values: figures.extend(values))
+    few = "{_target_: keygrip.models.patch_dit.few_steps.FewSteps, windows: 2, teacher_steps: 1,"
+    few += " teacher: {_target_: keygrip.models.patch_dit.sampler.Sampling}, timestep_shift: 6}"
+    given = [f"model.few_steps={few}", f"model.init_from={trained / 'run'}", "model.sampling.guidance=none"]
+    given += [f"data.root={trained / 'images'}", f"run_dir={tmp_path / 'student'}", "max_steps=2"]
+    few_at_a_time = ["data.batch_size=1", "limit_val_batches=4", "val_every_n_steps=2", "model.shown=3"]
+    train.run(compose("train", [*SMALL, *given, *few_at_a_time, "model.monitor_every_n_steps=1"]))
+    assert shown[-1] == 3
+    assert "grad_norm" in figures
+    assert "patch_gradient" not in figures
 
 
 def test_masks_and_scales_of_patches_are_refused_where_the_model_has_none(trained: Path, tmp_path: Path) -> None:

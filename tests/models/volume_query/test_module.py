@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -372,6 +373,26 @@ def test_padded_steps_carry_no_loss_where_they_are_masked(tmp_path: Path) -> Non
 def language() -> dict[str, Any]:
     torch.manual_seed(1)
     return {"instruction": WordTransformer(width=16, layers=1, heads=2, rows=64, length=8)}
+
+
+@pytest.mark.parametrize(("sentence", "said"), [(" ", "an instruction is empty"), ("very " * 8, "8")])
+def test_sentences_that_cannot_be_read_are_refused_before_training(sentence: str, said: str) -> None:
+    encoder = WordTransformer(width=16, layers=1, heads=2, rows=64, length=8)
+    with pytest.raises(ValueError, match=said):
+        encoder.prepare(["open the drawer", sentence])
+
+
+def test_a_resumed_run_keeps_the_part_of_the_image_that_it_was_trained_on(tmp_path: Path) -> None:
+    """With `data.fit=auto`, demonstrations that were added could lead to another choice."""
+    module = build(("right",), tmp_path)
+    stored = module.statistics.state_dict()
+    stored["_image_stretch"], stored["_image_field"] = torch.tensor(True), torch.tensor(1.0, dtype=torch.float64)
+    checkpoint = {"state_dict": {f"statistics.{name}": value for name, value in stored.items()}}
+    chosen = replace(module.statistics.geometry, fit="crop", field=0.8)
+    for fits, expected in ((True, ("stretch", 1.0)), (False, ("crop", 0.8))):
+        data = SimpleNamespace(fit_to_workspace=fits, geometry=chosen)
+        module.resume_data(data, checkpoint)
+        assert (data.geometry.fit, data.geometry.field, data.fit_to_workspace) == (*expected, False)
 
 
 def test_a_validation_is_the_mean_over_all_elements(tmp_path: Path) -> None:
