@@ -314,10 +314,10 @@ def _count_resumed_epoch(trainer: Trainer) -> None:
     """Count the epoch that begins if a run resumes from the last batch of an epoch. Lightning counts it as the epoch
     that has ended; the next resume would then take its batches for those of a finished epoch."""
     loop = trainer.fit_loop
-    epochs = loop.epoch_progress
-    if not loop.done and loop.restarted_mid_epoch and epochs.current.ready == epochs.current.processed:
-        epochs.increment_ready()
-        epochs.increment_started()
+    progress, counts = loop.epoch_progress, vars(loop.epoch_progress.current)
+    if not loop.done and loop.restarted_mid_epoch and counts["ready"] == counts["processed"]:
+        progress.increment_ready()
+        progress.increment_started()
 
 
 def _leave_validation(trainer: Trainer) -> None:

@@ -27,8 +27,10 @@ class TimeLimit(Timer):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if trainer.global_step:  # FSDP restores the elapsed time after Lightning's own check
-            self._check_time_remaining(trainer)
+        remaining = self.time_remaining()
+        # for a resumed run: FSDP restores the elapsed time after Lightning's own check
+        if trainer.global_step and trainer.strategy.broadcast(remaining is not None and remaining <= 0):
+            trainer.should_stop = True
         for rates in self._update_schedules(trainer):
             rates.apply()  # for a resumed run, whose time continues
 

@@ -197,8 +197,10 @@ class DemoWriter:
         for path in self._files[files:]:
             path.unlink(missing_ok=True)
         del self._files[files:], self._timestamps[index:], self._interventions[index:]
-        for rows in (*self._reached.values(), *self._commanded.values(), *self._cameras.values()):
-            del rows[index:]
+        for poses in (*self._reached.values(), *self._commanded.values()):
+            del poses[index:]
+        for camera_poses in self._cameras.values():
+            del camera_poses[index:]
 
     def _add_image(self, camera: str, index: int, image: np.ndarray | bytes) -> None:
         if isinstance(image, bytes):
