@@ -14,6 +14,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,7 +59,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Run one case, all cases in turn, or a suite; return the printed result.
 
     Raises:
-        ValueError: no such case, suite or part; a GPU suite on a machine without a GPU.
+        ValueError: no such case, suite or part; a setting without effect; a GPU suite on a machine without a GPU.
     """
     _refuse_unused_settings(cfg)
     if cfg.suite is not None:
@@ -68,10 +69,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     from keygrip.training.metadata import machine
 
+    names = list(cfg.cases) if cfg.case == ALL else [_check_choice("case", cfg.case, list(cfg.cases))]
+    if cfg.tf32:
+        _refuse_tf32_elsewhere({name: str(cfg.cases[name]["_target_"]) for name in names})
     use_tf32(cfg.tf32, torch.cuda.is_available())
     # Otherwise torch's profiler, which counts memory, warns about missing GPUs.
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-    names = list(cfg.cases) if cfg.case == ALL else [_check_choice("case", cfg.case, list(cfg.cases))]
     figures = {}
     for name in names:
         log.info("measuring %s", name)
@@ -83,6 +86,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.output or cfg.record:
         _write_result(Path(cfg.output or Path("benchmarks") / f"{cfg.case}.json"), result)
     return result
+
+
+def _refuse_tf32_elsewhere(targets: Mapping[str, str]) -> None:
+    """Raise ValueError if cases, by name with their class, measure other processes than this one, where `use_tf32` has
+    no effect."""
+    from hydra.utils import get_class
+
+    elsewhere = [name for name, target in targets.items() if getattr(get_class(target), "in_other_processes", False)]
+    if elsewhere:
+        rest = "give one of the other cases" if len(targets) > 1 else "leave it out"
+        raise ValueError(f"tf32=true has no effect on {', '.join(elsewhere)}, measured in other processes: {rest}")
 
 
 def _refuse_unused_settings(cfg: DictConfig) -> None:

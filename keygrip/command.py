@@ -80,7 +80,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return sweeps.run_job(run, cfg, lambda error, given: describe_error(error, config_name, given)[0], debug)
         try:
-            return run(cfg)
+            return sweeps.run_process_job(run, cfg) if sweeps.in_sweep() else run(cfg)
         except STOPS as error:
             _record_failure(error, config_name)
             failed.append(error)  # raised again outside Hydra, which would print additional lines

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import json_text
 from keygrip.command import entry_point
@@ -24,6 +25,7 @@ from keygrip.config import compose
 from keygrip.launch import is_first_process
 from keygrip.training.results import RESULT, read_result, write_result
 from keygrip.training.run_folder import CHECKPOINT
+from keygrip.training.sweeps import in_sweep
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _refuse_without_report(cfg: DictConfig) -> None:
-    """Raise ValueError if there would be nothing to report at the end."""
+    """Raise ValueError if the demo could not report one success rate at the end, from the folder ``run_dir``."""
+    if cfg.run_dir is None:
+        raise ValueError("the demo continues or replaces the one in run_dir: leave out run_dir=null, or give a folder")
     if cfg.dry_run:
         raise ValueError("the demo trains and reports: for a dry run use `keygrip train experiment=demo dry_run=true`")
     if (cfg.callbacks or {}).get("closed_loop") is None:
@@ -68,9 +72,22 @@ def _refuse_without_report(cfg: DictConfig) -> None:
             "the demo reports episodes in the simulator, and callbacks.closed_loop=null leaves them out: for training "
             "alone use `keygrip train experiment=demo callbacks.closed_loop=null`"
         )
+    conditions = OmegaConf.select(cfg, "callbacks.closed_loop.closed_loop.conditions") or {}
+    tested = [name for name, grid in conditions.items() if grid is not None]
+    if len(tested) > 1:
+        raise ValueError(
+            f"the demo reports one condition, and these settings test {len(tested)} ({', '.join(tested)}): set all but "
+            "one to null, or use `keygrip train experiment=demo` with these settings"
+        )
     if cfg.data.get("root") is not None:
         raise ValueError(
             "the demo records its own demonstrations: for others use `keygrip train experiment=demo data.root=FOLDER`"
+        )
+    processes = instantiate(cfg.strategy).processes
+    if processes > 1:
+        raise ValueError(
+            f"the demo computes in one process, and strategy asks for {processes}: leave it out, or use "
+            "`keygrip train experiment=demo` with this strategy"
         )
 
 
@@ -146,7 +163,13 @@ def report(result: dict[str, Any], folder: Path) -> str:
 
 
 def print_report(cfg: DictConfig) -> None:
-    """Run the demo and print its report, then the result as one line of JSON."""
+    """Run the demo and print its report, then the result as one line of JSON.
+
+    Raises:
+        ValueError: the command is a sweep, or could not report one success rate at the end.
+    """
+    if in_sweep():
+        raise ValueError("the demo is one run in one folder: for several use `keygrip train -m experiment=demo ...`")
     result = run(cfg)
     sys.stderr.flush()
     print(report(result, Path(cfg.run_dir)))

@@ -2,7 +2,8 @@
 
 The checkpoint's model determines the measurements (`keygrip.evaluation.kinds`) and the settings, which are in
 ``conf/evaluate/<kind>.yaml``. The last line on standard output is JSON, with units in the names of the values. The file
-``evaluation/result.json`` contains these values and the settings.
+``evaluation/result.json`` contains these values and the settings; a job of a sweep (``-m``) writes it to the folder of
+the job.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import json_text, write_json
 from keygrip.command import entry_point
-from keygrip.config import as_list, compose, register_completion
+from keygrip.config import as_list, compose, leaves_of, register_completion
 from keygrip.config_errors import setting_errors
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind, plain
 from keygrip.override_values import quoted
 from keygrip.training.main_guard import refuse_unguarded_script
 from keygrip.training.run_folder import CHECKPOINT, given_path, lock_folder
 from keygrip.training.strategies import use_tf32
+from keygrip.training.sweeps import in_sweep
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +90,24 @@ def evaluation_output(checkpoint: str | Path, run_dir: str | None) -> Path:
     return latest if path.name == CHECKPOINT.name else latest / path.stem
 
 
-def print_result(cfg: DictConfig) -> None:
-    """Evaluate and print the metrics as one line of JSON, with the path of the file that also has the settings."""
+def print_result(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate and print the metrics as one line of JSON, with the path of the file that also has the settings.
+
+    In a sweep the folder for the files is ``evaluation`` in the folder of the job, because several jobs may evaluate
+    one run.
+
+    Returns:
+        The metrics by path, ``closed_loop/left/success_rate``, for the table of a sweep.
+    """
+    if in_sweep():
+        cfg = cfg.copy()
+        cfg.run_dir = str(Path(HydraConfig.get().runtime.output_dir) / "evaluation")
     result = run(cfg)
     printed = {name: value for name, value in result.items() if name != "settings"}
     file = evaluation_output(result["checkpoint"], cfg.run_dir) / "result.json"
     print(json_text(printed | {"file": str(file)}, ascii_only=True))
+    metrics = {name: value for name, value in printed.items() if name not in ("machine", "wall_s")}
+    return {"/".join(path): value for path, value in leaves_of(metrics, ())}
 
 
 def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

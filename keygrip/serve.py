@@ -27,6 +27,7 @@ from keygrip.training.strategies import use_tf32
 
 if TYPE_CHECKING:
     from keygrip.runtime.server import PolicyServer
+    from keygrip.runtime.service import Limits
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +94,7 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     use_tf32(cfg.tf32, device.startswith("cuda"))
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
-    limits, bounds = instantiate(cfg.limits), instantiate(cfg.bounds)
-    if limits.batch is None:
-        limits = replace(limits, batch=GPU_BATCH if device.startswith("cuda") else 1)
+    limits, bounds = _with_batch(instantiate(cfg.limits), device), instantiate(cfg.bounds)
 
     def load() -> Any:
         return load_policy(file, plain(cfg.policy) or {}, device, trusted_packages(cfg), external_files(cfg))
@@ -106,6 +105,14 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
     server = PolicyServer(policy, policy.needs, about, limits, bounds, make=load, token=cfg.token, tls=tls)
     asyncio.run(_serve(server, cfg.host, cfg.port, lambda url: ready({"url": url, **about})))
     log.info("stopped")
+
+
+def _with_batch(limits: Limits, device: str) -> Limits:
+    """Return the limits with a number of plans per batch: the given one, else the default of the device, on a GPU at
+    most `waiting`."""
+    if limits.batch is not None:
+        return limits
+    return replace(limits, batch=min(GPU_BATCH, limits.waiting) if device.startswith("cuda") else 1)
 
 
 def tls_context(cert: str | None, key: str | None) -> ssl.SSLContext | None:

@@ -287,6 +287,9 @@ class TestCommand:
         [
             (["case=volumeloss"], "there is no case 'volumeloss': the nearest is volume_loss;"),
             (["case=volume_loss", "quik=true"], "'quick'"),
+            (["case=server", "tf32=true"], "tf32=true has no effect on server, measured in other processes: leave it"),
+            (["case=training", "tf32=true"], "tf32=true has no effect on training, measured in other processes"),
+            (["tf32=true"], "tf32=true has no effect on training, server, server_load, measured in other processes: g"),
             (["case=volume_loss", "cases.volume_loss.repetition=3"], "'cases.volume_loss.repetitions'"),
         ],
     )

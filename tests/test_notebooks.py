@@ -58,6 +58,14 @@ def test_what_notebooks_import_is_there(path: Path) -> None:
         assert not missing, f"{path.name} imports {missing} from {node.module}, which has no such names"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_that_reads_a_checkpoint_builds_nothing_from_it_unchecked(path: Path) -> None:
+    """A checkpoint may be another person's: Hydra's instantiate would call whatever function it names."""
+    cells = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+    names = {node.id for source in cells for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    assert not {"read_checkpoint", "instantiate"} <= names, f"{path.name}: use keygrip.training.parts.build_stored"
+
+
 @pytest.mark.parametrize(
     ("name", "pictures"),
     [

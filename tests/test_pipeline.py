@@ -302,9 +302,22 @@ def test_preparation_steps_record_examine_and_fit(tmp_path: Path, caplog: pytest
             "for training alone use `keygrip train experiment=demo callbacks.closed_loop=nul",
         ),
         ("data.root=demos", "for others use `keygrip train experiment=demo data.root=FOLDER`"),
+        ("strategy=ddp_cpu", "asks for 2: leave it out, or use `keygrip train experiment=demo` with this strategy"),
+        (
+            "shift=left_right",
+            r"these settings test 2 \(left, left_to_right\): set all but one to null, or use ",
+        ),
+        ("run_dir=null", "leave out run_dir=null, or give a folder"),
     ],
 )
 def test_a_demo_that_could_not_report_is_refused_before_it_trains(override: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
         demo.run(compose("demo", [f"run_dir={tmp_path / 'run'}", override]))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_of_demos_is_refused_before_any_trains(cli: Callable[..., Any]) -> None:
+    outcome = cli("-m", "seed=1,2", "hydra.sweep.dir=sweep", of="demo")
+    assert outcome.code == 1
+    jobs = json.loads(Path("sweep/summary.json").read_text())["jobs"]
+    assert ["use `keygrip train -m experiment=demo ...`" in job["error"] for job in jobs] == [True, True]

@@ -30,6 +30,7 @@ PRIVATE = {
     "_internal": "training/sweeps.py",
     "_subclasses": "training/memory.py",  # tests/training/test_memory.py counts with both
     "_python_dispatch": "training/memory.py",
+    "_Unpickler": "data/robot/formats/raiden.py",  # test_raiden.py reads pickles of every kind and protocol with it
     "_get_full_key": "config.py",  # tests/test_configs.py reads the messages that it makes
     "_server_thread": "runtime/i2rt_yam.py",  # tests/runtime/test_robots.py runs i2rt's own class
     "_freeze_rand_vec": "envs/metaworld/environment.py",  # tests/envs/metaworld draws positions by seed through it

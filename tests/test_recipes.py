@@ -307,6 +307,17 @@ def test_one_token_differs_from_many_in_how_a_frame_becomes_tokens_alone() -> No
         assert changed == {("model", "network", "tokens_per_frame")}
 
 
+def test_the_jobs_of_the_scaling_sweep_have_batches_of_one_size() -> None:
+    """Jobs with fewer frames would otherwise have larger batches and fewer steps."""
+    batches = set()
+    for job in tried_jobs("vlm_scaling"):
+        cfg = composed("train", ["sweep=vlm_scaling", *job])
+        data, frames = cfg.data, cfg.data.max_frames
+        longest_row = frames * cfg.collator.tokens_per_frame + cfg.collator.max_tokens
+        batches.add(min(data.batch_size, data.budget.frames // frames, data.budget.positions // longest_row))
+    assert batches == {24}
+
+
 MANY_JOBS = (  # 3 s or more
     *("geometry_comparison", "vlm_ablations", "vlm_claims", "vlm_claims_label_taught", "vlm_token_counts"),
     *("vla_ablations", "shifts", "volume_query_options", "dit_ablations", "geometry_compression", "vlm_scaling"),

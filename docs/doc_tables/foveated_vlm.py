@@ -155,12 +155,12 @@ def vlm_memory() -> str:
             " and ",
         ),
         (
-            "jobs of `sweep=vlm_scaling` with DINOv2-S",
+            "models of `sweep=vlm_scaling` with DINOv2-S; its own batches of 24 samples need less",
             ("scaling_135m_small", "scaling_360m_small"),
             " and ",
         ),
         (
-            "the same jobs with DINOv2-B, which do not fit on a GPU of 24 GB",
+            "the same with DINOv2-B, which does not fit on a GPU of 24 GB",
             ("scaling_135m_base", "scaling_360m_base"),
             " and ",
         ),

@@ -3,6 +3,7 @@ autoregressive pass."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.foveated_vlm.streaming import StreamingSession
 from keygrip.models.language.cache import LanguageCache
 from keygrip.training.memory import GIB
+
+log = logging.getLogger(__name__)
 
 SHORTEST_TEXT = 32  # tokens of a question and an answer
 PROMPT_SHARE = 0.75  # share of the text tokens before the answer, where the question comes first
@@ -298,12 +301,12 @@ class VLMMemory:
 
     def run(self, quick: bool) -> dict[str, float]:
         """For each recipe: `<frames>_frames_gib` of each length, `worst_gib`, the largest of them, and `weights_gib`:
-        weights, optimizer and EMA."""
+        weights, optimizer and EMA. A recipe whose `data.max_frames` is below all lengths is left out."""
         figures: dict[str, float] = {}
         for name, overrides in [*self.recipes.items()][: 1 if quick else None]:
             module, data, text, accumulated = _module_and_settings(overrides)
             budget = Budget(data["budget"]["frames"], data["budget"]["positions"])
-            worst = 0.0
+            worst, memory = 0.0, None
             for frames in self.quick_frames if quick else self.frames:
                 if frames > data["max_frames"]:
                     continue
@@ -313,6 +316,9 @@ class VLMMemory:
                 gib = round(memory.total / GIB, 2)
                 figures[f"{name}_{frames}_frames_gib"] = gib
                 worst = max(worst, gib)
+            if memory is None:
+                log.warning("%s is left out: its videos have at most %d frames", name, data["max_frames"])
+                continue
             figures[f"{name}_worst_gib"] = worst
             figures[f"{name}_weights_gib"] = round((memory.weights + memory.optimizer + memory.ema) / GIB, 2)
             figures["measured"] = float(memory.measured)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from typing import ClassVar
 
 import numpy as np
 
@@ -36,6 +37,7 @@ class Server:
         device: device of the server.
     """
 
+    in_other_processes: ClassVar = True  # what is set in this process has no effect there
     overrides: Sequence[str]
     clients: int
     requests: int

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -42,6 +42,7 @@ class ServerLoad:
         attackers: number of processes that send requests which must be refused.
     """
 
+    in_other_processes: ClassVar = True  # what is set in this process has no effect there
     overrides: Sequence[str]
     clients: int
     requests: int

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import DictConfig
 
@@ -28,6 +28,7 @@ class Training:
         steps, quick_steps: measured steps. skip_steps: steps before those.
     """
 
+    in_other_processes: ClassVar = True  # what is set in this process has no effect there
     overrides: Sequence[str]
     demos: int
     quick_demos: int

@@ -330,10 +330,12 @@ class ImageTextStatistics:
         latent_mean, latent_std: float32 [C].
         cls_mean, cls_std: float32 [D], of the CLS vector. patch_mean, patch_std: float32 [D], over all patches.
         text_length, text_dim: L and Dt of the text states.
-        latent_sizes: (h, w) by bucket, the bucket with the most images first. patch_grids: (gh, gw) by bucket.
+        latent_sizes: (h, w) by bucket, the bucket with the most images first. patch_grids: (gh, gw) by bucket. Both of
+            the buckets that training uses: those with at least a batch of images.
         fingerprint: of the shards. encoders: fingerprint of the encoders that computed the features; sampling refuses
             encoders with a different fingerprint.
         folder: where files derived from the shards (an attribute classifier) may be stored.
+        val_latent_sizes: (h, w) by bucket of the validation split.
     """
 
     latent_mean: Tensor
@@ -349,6 +351,7 @@ class ImageTextStatistics:
     fingerprint: str
     encoders: str
     folder: str
+    val_latent_sizes: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from keygrip.artifacts import write_text
 from keygrip.data.bad_samples import BadSample, convert_errors
-from keygrip.data.image_text.bucket_folders import INFO, buckets_by_split, read_info
+from keygrip.data.image_text.bucket_folders import INFO, buckets_by_split, incomplete_sets, read_info
 from keygrip.data.image_text.examination import examine_image_text, image_counts, report_near_copies
 from keygrip.data.image_text.samples import is_image_text
 from keygrip.data.manifests import describe, split_folders
@@ -75,8 +75,8 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
 
     Checks: every shard is complete and agrees with its index and manifest; every sample has its text and images and can
     be decoded; keys and contents occur once over all splits; every conversation has answers, so that its loss mask is
-    not empty. The first problems are logged, beginning with those that the manifest does not list; all problems are
-    written into ``problems.txt`` of the root.
+    not empty; sets that `step=images` began are finished. The first problems are logged, beginning with those that the
+    manifest does not list; all problems are written into ``problems.txt`` of the root.
 
     For images with text, the samples with latents, patches and text are counted in every bucket. Samples without
     patches are skipped in training; a bucket in which every sample lacks something is an error.
@@ -98,7 +98,7 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             futures = [pool.submit(examine_shard, *job) for job in jobs]
             reports = [f.result() for f in Progress(futures, desc=f"validate {root}", unit="shard")]
-    problems = [problem for report in reports for problem in report.problems]
+    problems = incomplete_sets(Path(root)) + [problem for report in reports for problem in report.problems]
     problems += _find_repeated_samples(reports)
     report_shared(reports)
     buckets = image_counts(root, reports)

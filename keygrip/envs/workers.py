@@ -7,6 +7,7 @@ output; output that libraries print goes to standard error. The other environmen
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 Report = dict[str, Any]
+CLOSE_S = 20.0  # for a worker to close its simulator at the end of its input
 
 
 def run_jobs(
@@ -32,12 +34,15 @@ def run_jobs(
 
     Args:
         python: interpreter of the other environment. module: started with ``python -m``. setup: sent to each worker
-            first. jobs: one line each. processes: number of workers. advice: what to do if the interpreter is missing.
+            first. jobs: one line each. processes: number of workers, at least 1. advice: what to do if the interpreter
+            is missing.
 
     Raises:
-        ValueError: The interpreter does not exist, or a worker refused its setup or a job, died twice at a job, or died
-            after it had reported something about the job.
+        ValueError: The interpreter does not exist, `processes` is below 1, or a worker refused its setup or a job, died
+            twice at a job, or died after it had reported something about the job.
     """
+    if processes < 1:
+        raise ValueError(f"processes={processes}: at least 1 worker is needed")
     file = Path(python)
     if not file.is_file() or not os.access(file, os.X_OK):
         raise ValueError(f"there is no Python interpreter at {python}. {advice}".strip())
@@ -59,6 +64,8 @@ def run_jobs(
                 unfinished -= 1
             if report:
                 yield index, report
+        for worker in workers:
+            worker.finish()
     finally:
         for worker in workers:
             worker.close()
@@ -76,6 +83,7 @@ class _Worker:
         self._setup = setup
         self._lock = threading.Lock()  # protects a restart against a concurrent `close`
         self._closed = False
+        self._patience_s = 0.0  # for the process to end by itself
         self._process: subprocess.Popen[str] | None = None
 
     def serve(
@@ -109,6 +117,14 @@ class _Worker:
             else:  # died a second time
                 reports.put((index, {"error": died}))
                 return
+
+    def finish(self) -> None:
+        """End the process's input, once all jobs are done: it closes its simulator and ends, which `close` awaits."""
+        with self._lock:
+            if self._process is not None and self._process.stdin is not None:
+                with contextlib.suppress(OSError):  # it has ended already
+                    self._process.stdin.close()
+                self._patience_s = CLOSE_S
 
     def close(self) -> None:
         """End the process; it is not started again."""
@@ -162,7 +178,9 @@ class _Worker:
         with self._lock:
             process, self._process = self._process, None
         if process is not None:
-            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(self._patience_s)
+            process.terminate()  # without effect if it has ended
             process.wait()
 
 

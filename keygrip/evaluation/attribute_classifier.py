@@ -210,6 +210,20 @@ def distance_px(places: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+def has_truth(data: ImageShards) -> bool:
+    """Return whether the shards hold ground truth, so that a classifier can be trained and tested.
+
+    Raises:
+        ValueError: There are no held-out images to test it on.
+    """
+    first_batches = {split: next(iter(data.held_out(split, 1)), None) for split in ("train", "val")}
+    if not all(first is None or has_evidence(first.records) for first in first_batches.values()):
+        return False
+    if first_batches["val"] is None:
+        raise ValueError(f"{data.place} has no validation images: a classifier could not be tested")
+    return True
+
+
 def classifier_for(
     data: ImageShards, encoders: Encoders, options: ClassifierOptions | None = None
 ) -> TrainedClassifier | None:
@@ -220,11 +234,8 @@ def classifier_for(
         ValueError: There are no held-out images to test it on.
     """
     options = options or ClassifierOptions()
-    first_batches = {split: next(iter(data.held_out(split, 1)), None) for split in ("train", "val")}
-    if not all(first is None or has_evidence(first.records) for first in first_batches.values()):
+    if not has_truth(data):
         return None
-    if first_batches["val"] is None:
-        raise ValueError(f"{data.place} has no validation images: a classifier could not be tested")
     identity = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
     fingerprint = hashlib.sha256(json.dumps({**identity, **asdict(options)}, sort_keys=True).encode()).hexdigest()[:16]
     file = data.folder / f"attribute_classifier-{fingerprint}.pt"

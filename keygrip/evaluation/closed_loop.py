@@ -6,6 +6,7 @@ task, seed, control), so the number of processes does not change the result.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import math
@@ -228,8 +229,11 @@ class ClosedLoop:
                 self._run_remotely(checkpoint, jobs, processes, results)
             elif processes == 1:
                 worker = _Worker(checkpoint, self)
-                for job in jobs:
-                    results.add(job, worker.episode(job))
+                try:
+                    for job in jobs:
+                        results.add(job, worker.episode(job))
+                finally:
+                    worker.close()
             else:
                 self._run_parallel(checkpoint, jobs, processes, results)
         ordered = {name: sorted(found, key=lambda episode: episode.seed) for name, found in results.episodes.items()}
@@ -341,8 +345,7 @@ class _Worker:
     def environment(self, overrides: dict[str, Any]) -> Environment:
         key = tuple(sorted(overrides.items()))
         if self._environment is None or self._environment[0] != key:
-            if self._environment is not None:
-                self._environment[1].close()
+            self.close()
             task = changed(self.settings.task, overrides)
             cameras = None if self.settings.cameras is None else tuple(self.settings.cameras)
             self._environment = (key, open_environment(task, self.settings.image_size, self.settings.hz, cameras))
@@ -352,8 +355,15 @@ class _Worker:
         environment = self.environment(job.overrides)
         return run_episode(environment, self.policy, self.settings.control, job.seed, job.video)
 
+    def close(self) -> None:
+        """Close the environment of the last episode, if there is one."""
+        opened, self._environment = self._environment, None
+        if opened is not None:
+            opened[1].close()
+
 
 _worker: _Worker | None = None
+_closes_at_exit = False
 
 
 def _start_worker(checkpoint: Path, settings: ClosedLoop) -> None:
@@ -365,8 +375,14 @@ def _start_worker(checkpoint: Path, settings: ClosedLoop) -> None:
 
 
 def _work(job: _Job) -> EpisodeResult:
+    global _closes_at_exit
     assert _worker is not None
-    return _worker.episode(job)
+    try:
+        return _worker.episode(job)
+    finally:
+        if not _closes_at_exit:  # not earlier: a library that the environment imports ends its rendering at exit, too
+            atexit.register(_worker.close)
+            _closes_at_exit = True
 
 
 class _Results:

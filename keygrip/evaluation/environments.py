@@ -26,8 +26,9 @@ from keygrip.envs.metaworld.tasks import HZ, MT10, MT50, MetaWorldTask, newly_ro
 from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation.closed_loop import HELD_OUT_SEED, ClosedLoop
-from keygrip.evaluation.kinds import changed, plain, refuse_unknown
+from keygrip.evaluation.kinds import changed, plain, refuse_invalid
 from keygrip.runtime.chunk_execution import RecedingHorizon
+from keygrip.setting_types import refuse_ill_typed
 from keygrip.training.parts import UntrustedPartError, build_stored
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class EnvironmentSettings:
         conditions = {name: grid for name, grid in make.keywords.get("conditions", {}).items() if grid is not None}
         if self.tasks and conditions:
             raise ValueError(f"conditions are for one task, and {len(self.tasks)} tasks are conditions themselves")
-        refuse_unknown(self.control or {}, RecedingHorizon)
+        refuse_invalid(self.control or {}, RecedingHorizon)
         control = make.keywords.get("control", partial(RecedingHorizon))
         evaluation = make(
             task=changed(self.task, changes or {}),
@@ -160,6 +161,7 @@ def environment_settings(
             return EnvironmentSettings(recorded.task, recorded.image_size, recorded.hz, cameras, recorded=recorded)
         env = option_of("env", recorded.environment)
         return _resolve_settings(data, env, recorded.task, recorded)
+    refuse_ill_typed(env["task"], "env.task")
     kind: Any = get_class(env["task"]["_target_"])
     recorded_there = _find_recording(data, trust, env["name"], kind)
     options = {name: value for name, value in env["task"].items() if name != "_target_"}

@@ -15,7 +15,7 @@ from keygrip.artifacts import write_json
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.evaluation.image_cases import ImageSuite
 from keygrip.evaluation.image_report import REPORT
-from keygrip.evaluation.image_text import headline, run_suite
+from keygrip.evaluation.image_text import check_suite, headline, run_suite
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.training.checkpoints import load_module, run_config
 from keygrip.training.loggers import log_image
@@ -38,7 +38,8 @@ class EvaluateImages(Callback):
         self.suite, self.data, self.run_dir = suite, data, Path(run_dir)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ValueError if there are no images to evaluate. Reported before training, not after it."""
+        """Raise ValueError or FileNotFoundError if there are no images to evaluate, or if the suite cannot be run on
+        the model. Reported before training, not after it."""
         self.data.prepare_data()
         self.data.setup()
         if not len(self.data.samples(self.suite.split)):
@@ -47,6 +48,13 @@ class EvaluateImages(Callback):
                 f"{self.data.place} has no {self.suite.split} images for the evaluation after training: give "
                 f"{val}callbacks.images=null"
             )
+        assert isinstance(pl_module, PatchDiTModule)
+        try:
+            check_suite(pl_module, self._undivided_data(), self.suite)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"callbacks.images.suite: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"callbacks.images.suite: {error}") from error
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -58,15 +66,19 @@ class EvaluateImages(Callback):
         # the device of training; the trainer has moved its own module to the CPU
         module.to(trainer.strategy.root_device)
         assert isinstance(module, PatchDiTModule)
-        data = copy.copy(self.data)
-        data.trainer = None  # the trainer would divide batches among its processes; this process evaluates alone
         output = self.run_dir / "images"
-        figures, images = run_suite(module, data, self.suite, output)
+        figures, images = run_suite(module, self._undivided_data(), self.suite, output)
         write_json(output / "result.json", figures)
         for name, value in headline(figures).items():
             trainer.callback_metrics[f"images/{name}"] = torch.tensor(value)
         self._show(trainer, headline(figures), images)
         log.info("images and report: %s", output / REPORT)
+
+    def _undivided_data(self) -> ImageShards:
+        """Return the data without the trainer, which would divide batches among its processes."""
+        data = copy.copy(self.data)
+        data.trainer = None
+        return data
 
     @staticmethod
     def _show(trainer: Trainer, figures: Mapping[str, float], images: Sequence[Path]) -> None:

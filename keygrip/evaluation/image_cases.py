@@ -171,6 +171,52 @@ class AskedConditions:
     describes_sides: bool = True
 
 
+def possible_cases(module: PatchDiTModule, options: ImageSuite, sampling: Sampling, classified: bool) -> list[str]:
+    """Return the cases that can be evaluated; see `refuse_impossible`.
+
+    Raises:
+        ValueError: A case was requested that cannot be evaluated.
+    """
+    cannot = {}
+    if not module.network.use_dino_patches:
+        cannot["shuffled_patches"] = "the network has no patches"
+    if not options.replace_words and not classified:
+        cannot["changed_words"] = "the captions' words to change are not known: give replace_words={word: other word}"
+    if sampling.guidance == "none":
+        cannot["scales"] = "the model is drawn without guidance (sampling.guidance=none), and scales have no effect"
+    if module.few_steps is not None:
+        cannot["steps"] = f"the model is a student that is drawn in {sampling.steps} steps alone"
+    if options.cases is None:
+        return [case for case in CASES if case not in cannot]
+    for case in options.cases:
+        if case in cannot:
+            raise ValueError(f"the case {case} cannot be evaluated: {cannot[case]}")
+    return list(options.cases)
+
+
+def refuse_impossible(module: PatchDiTModule, options: ImageSuite, sampling: Sampling, classified: bool) -> None:
+    """Raise ValueError, before anything is generated, if a case or a way of sampling is impossible or without effect.
+
+    Args:
+        module: the model; its weights have no influence. options: what is evaluated. sampling: the model's, with the
+            changes of `options`. classified: the data hold ground truth, so that there is a classifier.
+    """
+    for text in options.text_scales:
+        for dino in options.dino_scales:
+            sampling.replaced(text_scale=float(text), dino_scale=float(dino))
+    for steps in options.step_counts:
+        replace(sampling, steps=int(steps))
+    cases = possible_cases(module, options, sampling, classified)
+    sampling_names = {name for name, value in options.sampling.items() if value is not None}
+    if not sampling_names:
+        return
+    images = cases != ["text_only"]
+    try:
+        refuse_idle_guidance(module, sampling_names, sampling, GivenConditions(True, images, both=images))
+    except ValueError as error:
+        raise ValueError(f"sampling, with cases={cases}: {error}") from error
+
+
 class Suite:
     """Evaluate one model on one set of shards.
 
@@ -189,25 +235,8 @@ class Suite:
         folder = options.clip or (options.features.weights if options.features.kind == "clip" else None)
         self.clip = None if folder is None else ClipSimilarity(folder)
         self.colours = [] if classifier is None else classifier.network.colours
-        self._refuse_impossible()
+        refuse_impossible(module, options, self.sampling, classifier is not None)
         self.samples = Samples(options.shown)  # of one batch, by case
-
-    def _refuse_impossible(self) -> None:
-        """Raise ValueError, before anything is generated, if a way of sampling is impossible or without effect."""
-        for text in self.options.text_scales:
-            for dino in self.options.dino_scales:
-                self.sampling.replaced(text_scale=float(text), dino_scale=float(dino))
-        for steps in self.options.step_counts:
-            replace(self.sampling, steps=int(steps))
-        sampling_names = {name for name, value in self.options.sampling.items() if value is not None}
-        if not sampling_names:
-            return
-        cases = self.cases()
-        images = cases != ["text_only"]
-        try:
-            refuse_idle_guidance(self.module, sampling_names, self.sampling, GivenConditions(True, images, both=images))
-        except ValueError as error:
-            raise ValueError(f"sampling, with cases={cases}: {error}") from error
 
     @cached_property
     def features(self) -> FeatureEncoder:
@@ -220,23 +249,7 @@ class Suite:
         Raises:
             ValueError: A case was requested that cannot be evaluated.
         """
-        cannot = {}
-        if not self.module.network.use_dino_patches:
-            cannot["shuffled_patches"] = "the network has no patches"
-        if not self.options.replace_words and self.classifier is None:
-            cannot["changed_words"] = (
-                "the captions' words to change are not known: give replace_words={word: other word}"
-            )
-        if self.sampling.guidance == "none":
-            cannot["scales"] = "the model is drawn without guidance (sampling.guidance=none), and scales have no effect"
-        if self.module.few_steps is not None:
-            cannot["steps"] = f"the model is a student that is drawn in {self.sampling.steps} steps alone"
-        if self.options.cases is None:
-            return [case for case in CASES if case not in cannot]
-        for case in self.options.cases:
-            if case in cannot:
-                raise ValueError(f"the case {case} cannot be evaluated: {cannot[case]}")
-        return list(self.options.cases)
+        return possible_cases(self.module, self.options, self.sampling, self.classifier is not None)
 
     def batches(self, limit: int) -> Iterator[tuple[ImageTextBatch, Tensor, range]]:
         """Yield held-out batches on the model's device, their real images, and the indices of their images."""

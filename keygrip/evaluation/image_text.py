@@ -35,13 +35,22 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from keygrip.evaluation.attribute_classifier import classifier_for
-from keygrip.evaluation.image_captions import change_note
-from keygrip.evaluation.image_cases import DECODED, REAL, UNRELATED, ImageSuite, Suite, refuse_empty
+from keygrip.evaluation.attribute_classifier import classifier_for, has_truth
+from keygrip.evaluation.image_captions import ClipSimilarity, change_note
+from keygrip.evaluation.image_cases import (
+    DECODED,
+    REAL,
+    UNRELATED,
+    ImageSuite,
+    Suite,
+    refuse_empty,
+    refuse_impossible,
+)
 from keygrip.evaluation.image_curves import Curves
 from keygrip.evaluation.image_features import FeatureOptions
 from keygrip.evaluation.image_report import write_report
-from keygrip.evaluation.kinds import KINDS, Evaluated, plain, refuse_unknown
+from keygrip.evaluation.kinds import KINDS, Evaluated, changed, plain
+from keygrip.evaluation.known_features import known_encoder
 
 if TYPE_CHECKING:
     from keygrip.data.image_text.datamodule import ImageShards
@@ -53,6 +62,26 @@ DECODED_NOTE = (
     "The shards keep no images: `real` stands for what the autoencoder makes of them, and its own blur and grain are "
     "in no figure (`keygrip prepare step=images keep_images=true` keeps them)."
 )
+
+
+def check_suite(module: PatchDiTModule, data: ImageShards, options: ImageSuite) -> None:
+    """Refuse a suite that cannot be run on a model, also before the model is trained. Nothing is generated or trained.
+
+    Args:
+        module: with or without trained weights. data: set up.
+
+    Raises:
+        ValueError: A case or a setting does not fit the model or the data, or weights belong to another network.
+        FileNotFoundError: `clip` or the weights of the features do not exist.
+    """
+    # a guide is taken during training: until then it is not known whether guide_scale has an effect
+    sampling_with = module.sampling_with if module.guide is None else module.sampling.changed
+    refuse_impossible(module, options, sampling_with(options.sampling), has_truth(data))
+    # loaded, and released at once
+    if options.features.kind != "trained":
+        known_encoder(options.features.kind, Path(str(options.features.weights)), options.features.variant)
+    if (folder := options.clip or (options.features.weights if options.features.kind == "clip" else None)) is not None:
+        ClipSimilarity(folder)
 
 
 def run_suite(
@@ -158,8 +187,9 @@ def evaluate_images(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
 
     settings = {name: plain(cfg[name]) for name in KINDS["image_text"].settings()}
     changes = settings.pop("data")
-    refuse_unknown(settings["features"], FeatureOptions)
-    options = ImageSuite(**{**settings, "features": FeatureOptions(**settings["features"])})
+    features = changed(FeatureOptions(), settings.pop("features"))
+    # the words directly, since the suite explains how a number is written as a word
+    options = changed(ImageSuite(features=features, replace_words=settings.pop("replace_words")), settings)
     data = evaluated.stored_data(changes)
     evaluated.module.to("cuda" if torch.cuda.is_available() else "cpu")
     figures, _ = run_suite(evaluated.module, data, options, evaluated.output)  # type: ignore[arg-type]

@@ -38,7 +38,13 @@ IDLE = (
         (),
     ),
     ("policy", "open_loop", "false", ("data",), ("data.root",)),
-    ("video_text", "split", "none", ("limit_batches", "data"), ()),
+    (
+        "video_text",
+        "split",
+        "none",
+        ("limit_batches", "data"),
+        ("data.max_frames", "data.fit", "data.image_frames"),  # the benchmarks are read like the split
+    ),
 )
 Options = TypeVar("Options", bound=Any)  # a dataclass
 # Machine resources that a checkpoint's data settings may use unless the caller sets them: at most the defaults (of

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from keygrip.data.robot.roots import refuse_renamed
 from keygrip.evaluation.closed_loop import ClosedLoop
 from keygrip.evaluation.environments import environment_settings
-from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_unknown
+from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_invalid
 from keygrip.evaluation.rollout_report import write_report
 from keygrip.evaluation.trained_policy import check_policy
 from keygrip.runtime.chunk_execution import RecedingHorizon
@@ -120,7 +120,7 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
         conditions=conditions,
         episodes=cfg.episodes,
         first_seed=cfg.first_seed,
-        control=_build_controller(plain(cfg.control) or {}),
+        control=_build_controller(plain(cfg.control) or {}, env.control or {}),
         processes=cfg.processes,
         videos=cfg.videos,
         policy=policy,
@@ -160,7 +160,7 @@ def _select_conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict
     for suite in cfg.suites:
         if suite not in cfg.conditions:
             raise ValueError(f"there is no suite {suite!r}: suites are {', '.join(cfg.conditions)}")
-        for name, grid in plain(cfg.conditions[suite]).items():
+        for name, grid in (plain(cfg.conditions[suite]) or {}).items():  # null leaves all of them out
             if grid is None:
                 continue
             entries = [_add_camera_moves(task, entry) for entry in grid]
@@ -189,7 +189,16 @@ def _add_camera_moves(task: Any, entry: dict[str, Any]) -> dict[str, Any]:
     return {**entry, **camera_values}
 
 
-def _build_controller(options: dict[str, Any]) -> partial[RecedingHorizon]:
-    """Return the controller with some settings changed."""
-    refuse_unknown(options, RecedingHorizon)
+def _build_controller(options: dict[str, Any], own: Mapping[str, Any]) -> partial[RecedingHorizon]:
+    """Return the controller with some settings changed.
+
+    Args:
+        own: the settings of the environment, which `options` replace.
+
+    Raises:
+        ValueError: An option does not exist, cannot have the value, or has no effect.
+    """
+    refuse_invalid(options, RecedingHorizon)
+    if "ensemble_decay" in {**own, **options} and not {**own, **options}.get("ensemble"):
+        raise ValueError("control.ensemble_decay has no effect without control.ensemble=true: leave one of them out")
     return partial(RecedingHorizon, **options)

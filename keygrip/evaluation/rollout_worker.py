@@ -20,6 +20,7 @@ from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.client import RemotePolicy
 
 PLAN_TIMEOUT_S = 300.0  # for a large model on a few cores, with other workers waiting
+_opened: dict[str, Environment] = {}  # the environment of the last job, by its task
 
 
 def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
@@ -31,20 +32,23 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[
     control = partial(RecedingHorizon, **settings["control"])
     kind: Any = pkgutil.resolve_name(settings["task_class"])
     cameras = _parse_cameras(settings)
-    opened: dict[str, Environment] = {}
 
     def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         task = kind(**job["task"])
         key = repr(task)
-        if key not in opened:
-            for environment in opened.values():
-                environment.close()
-            opened.clear()
-            opened[key] = open_environment(task, settings["image_size"], settings["hz"], cameras)
+        if key not in _opened:
+            close_environments()
+            _opened[key] = open_environment(task, settings["image_size"], settings["hz"], cameras)
         video = None if job["video"] is None else Path(job["video"])
-        yield asdict(run_episode(opened[key], policy, control, job["seed"], video))
+        yield asdict(run_episode(_opened[key], policy, control, job["seed"], video))
 
     return work
+
+
+def close_environments() -> None:
+    """Close the environment of the last job, if there is one."""
+    while _opened:
+        _opened.popitem()[1].close()
 
 
 def _check_job(settings: dict[str, Any], job: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -63,4 +67,7 @@ def _parse_cameras(settings: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 if __name__ == "__main__":
-    serve_jobs(start)
+    try:
+        serve_jobs(start)
+    finally:
+        close_environments()

@@ -25,7 +25,7 @@ NUMBER_WORDS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none
 
 
 def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return `bleu_1` .. `bleu_4`, `cider`, and `meteor` if Java is installed, computed by pycocoevalcap.
+    """Return `bleu_1` .. `bleu_4`, `cider`, and `meteor` if Java runs, computed by pycocoevalcap.
 
     With Java, sentences are split by the Penn Treebank tokenizer, as in published figures. Without Java, they are split
     at white space after punctuation is removed, and a warning is logged. CIDEr weights words by their rarity in all
@@ -47,27 +47,48 @@ def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str
         raise ImportError("caption metrics need pycocoevalcap: pip install 'keygrip[vlm]'") from error
     generated = {index: [text] for index, text in enumerate(candidates)}
     true = {index: list(texts) for index, texts in enumerate(references)}
-    java = shutil.which("java") is not None
-    if java:
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-        tokenizer = PTBTokenizer()
-        generated, true = (
-            tokenizer.tokenize({index: [{"caption": _join_lines(t)} for t in texts] for index, texts in table.items()})
-            for table in (generated, true)
-        )
-    else:
-        log.warning("METEOR and the Penn Treebank tokenizer need Java, which is not installed: going on without them")
+    treebank = _treebank_words([generated, true])
+    if treebank is None:
         generated, true = (
             {n: [" ".join(_split_words(t)) for t in texts] for n, texts in table.items()} for table in (generated, true)
         )
+    else:
+        generated, true = treebank
     scores, _ = Bleu(4).compute_score(true, generated, verbose=0)
     figures = {f"bleu_{order}": float(score) for order, score in enumerate(scores, 1)}
     if len(candidates) > 1:
         figures["cider"] = float(Cider().compute_score(true, generated)[0])
-    if java and (meteor := _compute_meteor(true, generated)) is not None:
+    if treebank is not None and (meteor := _compute_meteor(true, generated)) is not None:
         figures["meteor"] = meteor
     return figures
+
+
+def _treebank_words(tables: Sequence[dict[int, list[str]]]) -> list[dict[int, list[str]]] | None:
+    """Return the texts of tables as the Penn Treebank tokenizer splits them, or None, with a warning, if it cannot run:
+    there is no Java, only a placeholder for it (as on macOS), or its folder cannot be written, as it requires."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    reason = "they need Java, which is not installed"
+    if shutil.which("java") is not None:
+        try:
+            words: list[dict[int, list[str]]] = [
+                PTBTokenizer().tokenize(
+                    {key: [{"caption": _join_lines(text)} for text in texts] for key, texts in table.items()}
+                )
+                for table in tables
+            ]
+        except OSError as error:
+            reason = f"the tokenizer failed ({error})"
+        else:
+            if [_count_texts(table) for table in words] == [_count_texts(table) for table in tables]:
+                return words
+            reason = "they need Java, which is installed but does not run"
+    log.warning("going on without METEOR and the Penn Treebank tokenizer: %s", reason)
+    return None
+
+
+def _count_texts(table: dict[int, list[str]]) -> dict[int, int]:
+    return {key: len(texts) for key, texts in table.items()}
 
 
 def _compute_meteor(true: dict[int, list[str]], generated: dict[int, list[str]]) -> float | None:

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from keygrip.artifacts import refuse_unwritable, write_text
 from keygrip.data.batches import VideoTextBatch
-from keygrip.data.video_text.conversations import image_frames_of
+from keygrip.data.video_text.conversations import frame_settings, image_frames_of
+from keygrip.data.video_text.shard_source import AUTO
 from keygrip.evaluation.kinds import Evaluated, plain
 from keygrip.evaluation.multiple_choice import evaluate_choices, timed
 from keygrip.evaluation.text_metrics import caption_metrics, vqa_accuracy
@@ -267,6 +268,25 @@ def _round_values(values: dict[str, Any]) -> dict[str, Any]:
     return {name: round(float(value), 5) for name, value in values.items()}
 
 
+def _preparation(own: Mapping[str, Any], data_changes: Mapping[str, Any], frames: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how frames are prepared (`frame_settings`), for the benchmarks as for the split.
+
+    Args:
+        own: the model's own preparation. data_changes: to the data of the run, of which only the preparation counts.
+            frames: `max_frames` of the command, if it is given.
+
+    Raises:
+        ValueError: A setting is invalid.
+    """
+    changes = {name: data_changes[name] for name in ("max_frames", "fit", "image_frames") if name in data_changes}
+    if changes.get("fit") == AUTO:  # that of the run's data; a benchmark has none
+        del changes["fit"]
+    options = {**own, **changes, **frames}
+    if "image_frames" not in changes:
+        options["image_frames"] = image_frames_of(options)
+    return frame_settings(**options)
+
+
 def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     """Return the figures of a video-language model, by mode, on a split of its run's data and on local VQA benchmarks.
 
@@ -288,8 +308,8 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"split={cfg.split}: choose val, test or none")
     data_changes = plain(cfg.get("data")) or {}
     frames = {} if cfg.max_frames is None else {"max_frames": cfg.max_frames}
-    images = {"image_frames": data_changes["image_frames"]} if "image_frames" in data_changes else {}
-    module.image_options = {**module.image_options, **frames, **images}  # benchmarks are read like the split
+    if module.image_options:
+        module.image_options = _preparation(module.image_options, data_changes, frames)
     if module.image_options.get("image_frames", 1) != 1:
         frames["image_frames"] = image_frames_of(module.image_options)
     # checked before anything that takes hours

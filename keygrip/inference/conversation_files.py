@@ -100,7 +100,7 @@ def _how_to_split(text: str) -> str:
 
 def _insert_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> list[Any]:
     """Insert the files and the system message of an object into its messages. Raises ValueError if the number of
-    placeholders and the number of files differ, or if another key names files."""
+    placeholders and the number of files differ, if another key names files, or if the items name their own."""
     unknown = media_key({key: value for key, value in content.items() if key not in (*NAMING, *TURNS)})
     if unknown is not None:
         raise ValueError(f"its `{unknown}` names an image or a video; known beside messages are {', '.join(NAMING)}")
@@ -138,10 +138,12 @@ def _insert_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> 
         places += [
             (item, number)
             for item, number in items
-            if isinstance(item, dict) and item.get("type") in ("image", "video") and not any(map(item.get, SHOWN))
+            if isinstance(item, dict) and item.get("type") in ("image", "video") and not _names_file(item)
         ]
     first = next((message["content"] for message in messages if _is_user_message(message)), None)
     if not places and first is not None:
+        if any(_names_file(item) for message in messages if _is_user_message(message) for item in message["content"]):
+            raise ValueError("its items name their files, and so do images or videos beside them: name each once")
         if files["image"] and files["video"]:
             raise ValueError("it has images and videos, and its messages no places for them: their order is not known")
         places = [
@@ -199,6 +201,10 @@ def _is_user_message(message: Any) -> bool:
         and message.get("role") == "user"
         and isinstance(message.get("content"), str | list)
     )
+
+
+def _names_file(item: Any) -> bool:
+    return isinstance(item, Mapping) and item.get("type") in ("image", "video") and any(map(item.get, SHOWN))
 
 
 def _copy_item(item: Any) -> Any:

@@ -164,11 +164,17 @@ class PromptReader:
         return np.concatenate(images), tuple(map(float, indices))
 
     def _read_one_image(self, path: Path) -> np.ndarray | None:
-        """Return [1, S, S, 3], or None for a folder or a file with several frames."""
-        if path.is_file() and path.suffix.lower() in SUFFIXES:
-            return None if is_animation(path) else read_image(path, self.image_size, self.fit)[None]
-        frames, _ = read_timed_frames(path, self.image_size, self.fit, 2)  # two, so that a second frame is noticed
-        return None if len(frames) > 1 or path.is_dir() else frames
+        """Return [1, S, S, 3], or None for a folder, a video (however short) or an image file with several frames."""
+        if path.is_file():
+            try:
+                several = is_animation(path)
+            except ValueError:
+                if path.suffix.lower() in SUFFIXES:
+                    raise
+            else:
+                return None if several else read_image(path, self.image_size, self.fit)[None]
+        read_timed_frames(path, self.image_size, self.fit, 1)  # raises an error if it is no video either
+        return None
 
 
 def _is_path_list(content: Any) -> bool:

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.envs.gymnasium_environment import GymnasiumTask
+from keygrip.envs.metaworld.tasks import MetaWorldTask
 from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.recording import demonstrations, gymnasium, metaworld
 
 DEFAULT_HZ, METAWORLD_HZ = 10.0, 20.0  # stored frames per second
 METAWORLD_RECOVERIES = 0.2
+# the class of env.task in the environments that have a recorder of their own
+TASK_CLASSES: dict[str, type] = {"yam": TaskOptions, "yam_handover": HandoverTask, "metaworld": MetaWorldTask}
 
 
 def record_step(
@@ -42,13 +45,16 @@ def record_step(
         unread: settings of the group env that only an evaluation uses, with their values: None if they are not set.
 
     Raises:
-        ValueError: The environment has no scripted expert, or does not have a setting.
+        ValueError: The environment has no scripted expert or does not have a setting, env.task is of a class without a
+            recorder, or hz or processes is out of range.
     """
     for name, value in (unread or {}).items():
         if value is not None:
             raise ValueError(f"env.{name} is for evaluations: for a recording set {name} ({name}=...)")
     if hz is not None and not hz > 0:
         raise ValueError(f"hz={hz}: give a rate above 0")
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes={processes}: give at least 1, or leave it out for one per core")
     rate = DEFAULT_HZ if hz is None else hz
     if isinstance(env_task, GymnasiumTask):
         unsupported: dict[str, Any] = {
@@ -62,7 +68,8 @@ def record_step(
         return gymnasium.record_step(
             env_task, root, demos, seed, image_size, rate, processes, cameras, video=video, python=python
         )
-    if env_task is not None and env_task != type(env_task)():
+    _refuse_task_class(env_task, environment)
+    if environment in TASK_CLASSES and env_task is not None and env_task != type(env_task)():
         settings = "tasks, cameras and shadows" if environment == "metaworld" else "task (task=...)"
         raise ValueError(f"env.task is for evaluations: for a recording set {settings}")
     if environment == "yam_handover":
@@ -96,6 +103,20 @@ def record_step(
         video=video,
         processes=processes,
         python=python,
+    )
+
+
+def _refuse_task_class(env_task: Any, environment: str) -> None:
+    """Raise ValueError if env.task is of another class than the recorder of the environment: the recorder would record
+    its own task instead."""
+    recorded = {**TASK_CLASSES, "gymnasium": GymnasiumTask}.get(environment)
+    if env_task is None or recorded is None or type(env_task) is recorded:
+        return
+    given = f"{type(env_task).__module__}.{type(env_task).__qualname__}"
+    raise ValueError(
+        f"env.task._target_ is for evaluations: env={environment} records a {recorded.__name__}, not a {given}. "
+        "Recorders exist for env=yam, yam_handover and metaworld with their own tasks, and for env=gymnasium: leave "
+        "env.task._target_ out, or register your environment with gymnasium (docs/environments.md)"
     )
 
 

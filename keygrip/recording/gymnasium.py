@@ -49,7 +49,7 @@ def record_step(
         cameras: names among the observation's `cameras`; if it has none, one name for its `image`. None: all of them,
             or "camera".
         video: one H.264 file per camera instead of JPEG files.
-        processes: workers; None: one per core. python: interpreter with the environment; None: this one.
+        processes: workers, at least 1; None: one per core. python: interpreter with the environment; None: this one.
 
     Returns:
         Counts and seconds.
@@ -60,6 +60,7 @@ def record_step(
     """
     if demos < 1 or hz <= 0 or not 16 <= image_size <= 4096:
         raise ValueError("demos is at least 1, hz above 0, image_size within 16 .. 4096")
+    workers = usable_cores() if processes is None else processes
     root = Path(root).resolve()
     root.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -73,7 +74,7 @@ def record_step(
 
     def run(seeds: list[int]) -> Iterator[tuple[int, bool]]:
         jobs, setup = [{"seed": s} for s in seeds], settings | {"root": str(root)}
-        for _, episode in run_jobs(python or sys.executable, WORKER, setup, jobs, processes or usable_cores(), ADVICE):
+        for _, episode in run_jobs(python or sys.executable, WORKER, setup, jobs, workers, ADVICE):
             yield episode["seed"], episode["success"]
 
     started = time.monotonic()

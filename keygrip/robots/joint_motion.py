@@ -44,7 +44,7 @@ class JointLimits:
         speed_rad_s: of every joint; a faster command is slowed for all joints equally, or replaced by a closer pose on
             its path.
         position_tolerance_m, angle_tolerance_rad: a pose with a larger remaining error is out of reach.
-        margin_rad: distance from the ends of each joint's range.
+        margin_rad: distance from the ends of each joint's range; joints that are nearer to an end may stay there.
         clearance_m: smallest distance between links that are not neighbours; None: not checked.
         arms_clearance_m: smallest distance between the links of two arms; None: not checked (grippers that meet).
         table_clearance_m: smallest height of the links above the table; None: no table.
@@ -128,19 +128,28 @@ class JointMotion:
     def check(self, pose: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
         """Return the joints [J] of a tool pose [8], found from `start` [J]; None: from the current joints. Raises
         JointMotionError as `step`."""
-        limits = self.limits
         start = self.joints if start is None else start
         if not (np.isfinite(pose).all() and np.isfinite(start).all()):
             raise JointMotionError("the pose, or the joints for it, hold numbers that are not finite")
-        solution = solve(pose[:3], matrix_from_quaternion(pose[3:7]), start, self.chain)
-        if solution.position_error > limits.position_tolerance_m or solution.angle_error > limits.angle_tolerance_rad:
-            raise JointMotionError(
-                f"the arm cannot reach {np.round(pose[:3], 3).tolist()} m: it ends {100 * solution.position_error:.1f} "
-                f"cm and {np.rad2deg(solution.angle_error):.0f} degrees beside it"
-            )
+        rotation = matrix_from_quaternion(pose[3:7])
+        solution = solve(pose[:3], rotation, start, self.chain)
+        self._refuse_error(pose, solution.position_error, solution.angle_error)
         joints = self._clip_to_range(solution.joints)
+        if not np.array_equal(joints, solution.joints):
+            tool, tool_rotation, *_ = self.chain.frames(joints)
+            angle = float(Rotation.from_matrix(rotation @ tool_rotation.T).magnitude())
+            reason = f" with its joints joints.margin_rad={self.limits.margin_rad:g} from the ends of their ranges"
+            self._refuse_error(pose, float(np.linalg.norm(pose[:3] - tool)), angle, reason)
         self._refuse_collision(joints)
         return joints
+
+    def _refuse_error(self, pose: np.ndarray, distance: float, angle: float, reason: str = "") -> None:
+        """Raise JointMotionError if a tool at this distance, metres, and angle, rad, from a pose [8] is beside it."""
+        if distance > self.limits.position_tolerance_m or angle > self.limits.angle_tolerance_rad:
+            raise JointMotionError(
+                f"the arm cannot reach {np.round(pose[:3], 3).tolist()} m{reason}: it ends {100 * distance:.1f} cm and "
+                f"{np.rad2deg(angle):.0f} degrees beside it"
+            )
 
     def _clip_to_range(self, joints: np.ndarray) -> np.ndarray:
         low, high = self.ranges.T

@@ -123,7 +123,8 @@ class YamArms:
         instruction: the task instruction for the policy. gripper_limits: of some of the arms, see `connect`.
 
     Raises:
-        RobotLostError: An arm does not respond. ValueError: The calibration is incomplete, or limits are invalid.
+        RobotLostError: An arm does not respond. ValueError: The calibration is incomplete or not of these cameras and
+            arms, or limits are invalid (both are found before an arm is connected); or a joint is out of its range.
     """
 
     robot = "yam"
@@ -150,8 +151,6 @@ class YamArms:
         self._calibration: Calibration = corrected_calibration(read_calibration(Path(calibration)), cameras)
         self._feeds = dict(cameras)
         self.cameras = tuple(self._feeds)
-        for name in self._feeds:
-            self._calibration.camera(name)
         self.arms = tuple(arms)
         mountings = [self._calibration.arm(name, only=len(arms) == 1) for name in arms]
         self._world_from_base = [np.asarray(mounting.world_from_base, float) for mounting in mountings]
@@ -165,6 +164,7 @@ class YamArms:
         self._connected = [isinstance(source, str) for source in arms.values()]
         self.stopped = self._lost = False
         try:
+            self._refuse_other_cameras()
             for (name, source), model in zip(arms.items(), self._models, strict=True):
                 driver = connect(source, *model, sim, ends.get(name)) if isinstance(source, str) else source
                 self._drivers.append(driver)
@@ -173,6 +173,22 @@ class YamArms:
         except BaseException:  # the drivers' threads would keep the process and the motors running
             self.close()
             raise
+
+    def _refuse_other_cameras(self) -> None:
+        """Raise ValueError if a camera has no entry in the calibration, is mounted on an arm that is not driven, or
+        gives images of another shape than it was calibrated for."""
+        for name, feed in self._feeds.items():
+            mounted_on = self._calibration.camera(name).mounted_on
+            if mounted_on is not None and mounted_on not in self.arms:
+                raise ValueError(
+                    f"{self._calibration.path}: cameras.{name} is mounted on arm {mounted_on}, and robot.arms names "
+                    f"{', '.join(self.arms)}: correct cameras.{name}.mounted_on, or add the arm"
+                )
+            try:
+                image, _ = feed.read()
+            except RobotLostError:  # without an image: a lost camera at the first observation, which may come back
+                continue
+            self._upright(name, image)
 
     def _refuse_unknown_links(self, limits: JointLimits) -> None:
         """Raise ValueError if distances between links, or to the table, are set for an arm whose links are not known.
@@ -224,7 +240,7 @@ class YamArms:
         states = np.stack([self._state(index) for index in range(len(self.arms))])
         if self._lost:  # the arms may have moved meanwhile: apply the speed limit from their current joints
             for motion, state in zip(self.joint_motion.motions, states, strict=True):
-                motion.reset(np.clip(state[:JOINTS], motion.ranges[:, 0], motion.ranges[:, 1]))
+                motion.reset(np.clip(state[:JOINTS], *motion.chain.limits.T))
             self._lost = False
         poses = [self._pose(index, state[:JOINTS]) for index, state in enumerate(states)]
         observation: dict[str, Any] = {
@@ -333,13 +349,16 @@ class YamArms:
         views, times = {}, []
         for name, camera in self._feeds.items():
             image, taken_s = camera.read()
-            calibrated = self._calibration.camera(name)
-            image = np.ascontiguousarray(np.rot90(image, -calibrated.rotate // 90))
-            height, width = image.shape[:2]
-            views[name] = {
-                "image": image,
-                "intrinsics": calibrated.intrinsics_for(width, height),
-                "world_to_camera": calibrated.poses({arm: pose[None] for arm, pose in grippers.items()}, 1)[0],
-            }
+            upright, intrinsics = self._upright(name, image)
+            poses = self._calibration.camera(name).poses({arm: pose[None] for arm, pose in grippers.items()}, 1)
+            views[name] = {"image": upright, "intrinsics": intrinsics, "world_to_camera": poses[0]}
             times.append(taken_s)
         return views, times
+
+    def _upright(self, name: str, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return a camera's image [H, W, 3], rotated as calibrated, and its intrinsics [3, 3]. Raises ValueError if it
+        has another shape than the calibration."""
+        calibrated = self._calibration.camera(name)
+        upright = np.ascontiguousarray(np.rot90(image, -calibrated.rotate // 90))
+        height, width = upright.shape[:2]
+        return upright, calibrated.intrinsics_for(width, height)

@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 
 async def converse(service: PolicyService, request: web.Request) -> web.StreamResponse:
     """Answer the messages of one connection until it is closed, or silent for `limits.session_s`."""
-    if service.conversations + len(service.sessions) >= service.limits.sessions:
-        raise Refusal(503, f"{service.limits.sessions} sessions are open: ask again later", again=True)
+    service.refuse_another_session()
     policy = service.policy(0)
     socket = web.WebSocketResponse(
         max_msg_size=service.limits.request_bytes, compress=False, timeout=service.limits.read_s, autoping=True

@@ -227,6 +227,7 @@ class PolicyServer:
             raise Refusal(400, 'the body of /reset is JSON: {"seed": 0}')
         seed, name = checked_seed(content.get("seed", 0)), request.headers.get(SESSION_HEADER)
         if name is None:
+            self.service.refuse_another_session()
             name = self.service.sessions.start(self.service.policy(), seed)
         else:
             self.service.sessions.restart(name, self.service.policy(), seed)

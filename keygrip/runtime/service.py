@@ -35,8 +35,8 @@ class Limits:
 
     Args:
         request_mb: size of a request's body. requests: number in progress at once, including those still arriving.
-        waiting: number of plans that wait or are computed at once; further requests are refused with 503.
-        batch: number of waiting requests computed together; None: 1.
+        waiting: number of plans that are decoded, wait or are computed at once; further requests are refused with 503.
+        batch: number of waiting requests computed together, at most `waiting`; None: 1.
         sessions: open at once, websocket connections included. session_s: an unused session is closed after this time.
         read_s: time limit for receiving a body. idle_s: time limit for receiving a request's header.
         plan_s: time limit for a plan, waiting included; then the answer is 504.
@@ -64,6 +64,12 @@ class Limits:
                 raise ValueError(f"limits.{limit.name} must be above 0, not {value}")
         if self.stuck_s < self.plan_s:
             raise ValueError(f"limits.stuck_s={self.stuck_s:g} must not be below limits.plan_s={self.plan_s:g}")
+        if self.batch is not None and self.batch > self.waiting:
+            raise ValueError(
+                f"limits.batch={self.batch} is above limits.waiting={self.waiting}, the number of plans in progress at "
+                "once, and would never be reached: raise limits.waiting too (to twice limits.batch, so that a batch "
+                "can fill while another is computed)"
+            )
 
     @property
     def request_bytes(self) -> int:
@@ -95,7 +101,7 @@ class PolicyService:
         self.stochastic, self.continues = stochastic(policy), can_continue(policy)
         self.workspace: np.ndarray | None = getattr(policy, "workspace", None)
         self.masks = masks_views(policy)
-        self.metrics, self.sessions = Metrics(), Sessions(limits.sessions, limits.session_s)
+        self.metrics, self.sessions = Metrics(), Sessions(limits.session_s)
         self.conversations = 0  # open websocket connections
         self.ending = asyncio.Event()  # they close after their current answer
         self._decoding = 0
@@ -120,6 +126,16 @@ class PolicyService:
     def waiting(self) -> int:
         """Number of plans in progress: decoded, waiting or computed."""
         return self._decoding + self.planner.pending
+
+    def refuse_another_session(self) -> None:
+        """Raise Refusal if as many sessions and websocket connections are open as `limits.sessions` allows."""
+        if len(self.sessions) + self.conversations >= self.limits.sessions:
+            raise Refusal(
+                503,
+                f"{self.limits.sessions} sessions are open, websocket connections included: close one (DELETE "
+                "/session, or the connection), or ask again later",
+                again=True,
+            )
 
     def policy(self, seed: int | None = None) -> Policy:
         """Return the policy, or with a seed a policy with its own generator.
@@ -203,7 +219,7 @@ class PolicyService:
         return self.metrics.text(
             {
                 "up": ("1 while plans can be expected.", float(self.planner.trouble() is None)),
-                "plans_waiting": ("Plans that wait or are computed.", self.waiting),
+                "plans_waiting": ("Plans that are decoded, wait or are computed.", self.waiting),
                 "sessions": ("Open sessions.", len(self.sessions)),
                 "websockets": ("Open websocket connections.", self.conversations),
                 "replacements": ("Times that a stuck policy was replaced.", self.planner.replaced),

@@ -129,7 +129,7 @@ def refuse_missing_weights(settings: Mapping[str, Any]) -> None:
     Raises:
         FileNotFoundError: the message names the setting.
     """
-    for group in ("model", "backbone"):
+    for group in ("model", "backbone", "geometry"):
         start = (settings.get(group) or {}).get("init_from")
         if isinstance(start, str) and not Path(start).exists():
             raise FileNotFoundError(

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
 
 from keygrip.launch import started_together
-from keygrip.training.strategies import Strategy
+from keygrip.training.strategies import Strategy, automatic_precision
 from keygrip.training.system import System
 
 log = logging.getLogger(__name__)
@@ -44,16 +44,17 @@ def dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy:
                 "trainer; choose strategy=auto"
             )
         datamodule.processes = processes
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = strategy.precision != "32-true"  # float16 is as large
+    device = "cuda" if torch.cuda.is_available() and not sharded else "cpu"
+    chosen = strategy.precision
+    if chosen == "auto" and device == "cuda" and strategy.accelerator != "cpu":
+        chosen = automatic_precision(on_gpu=True)  # as training on this GPU; a count is for one with bf16
+    bf16 = chosen != "32-true"  # float16 is as large
     ema = (cfg.callbacks or {}).get("ema") is not None
     try:
         batch = next(iter(datamodule.train_dataloader())).to(device)
         slow = "; at real size minutes on a CPU" if device == "cpu" else ""
         log.info("dry run: losses of a batch, then the memory of a step%s", slow)
         report = {"processes": processes} | module.to(device).dry_run(batch)
-        if sharded:
-            device, batch, module = "cpu", batch.to("cpu"), module.to("cpu")
         worst = datamodule.worst_batches() if hasattr(datamodule, "worst_batches") else []
         log.info("dry run: memory of a step on %s", f"{len(worst)} of the largest batches" if worst else "that batch")
         accumulated = cfg.accumulate_grad_batches > 1

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from keygrip.config import SettingError, compose, leaves_of, references_in, register_options
 from keygrip.training.parts import ReadWhere
+from keygrip.training.sweeps import in_sweep
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,9 @@ BUILT = ("model", "data", "callbacks")
 
 
 def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Reject settings of the command line that the run does not use, and ablations without effect. In a sweep, whose
-    jobs share overrides, unused settings of shared groups (backbone, geometry) only cause a warning.
+    """Reject settings of the command line that the run does not use, ablations without effect, and shifts and windows
+    that a recipe overrides. In a sweep, whose jobs share overrides, unused settings of shared groups (backbone,
+    geometry) only cause a warning.
 
     Args:
         cfg: composed and unresolved. overrides: as given, e.g. ``["model.network.look_size=32"]``.
@@ -52,30 +54,36 @@ def refuse_idle(cfg: DictConfig, overrides: Sequence[str]) -> None:
         reason = _reason_unused(cfg, tuple(key.split(".")), references)
         if reason is None:
             continue
-        if key.partition(".")[0] not in BUILT and _in_sweep():  # e.g. of an encoder that some jobs lack
+        if key.partition(".")[0] not in BUILT and in_sweep():  # e.g. of an encoder that some jobs lack
             log.warning("nothing in this job reads %r: %s", key, reason)
             continue
         raise SettingError(f"nothing in this run reads {key!r}: {reason}; leave it out")
-    _refuse_idle_shift(cfg, overrides, references)
+    _refuse_idle_option(cfg, overrides, references)
     refuse_idle_ablation(overrides)
 
 
-def _refuse_idle_shift(cfg: DictConfig, overrides: Sequence[str], references: list[tuple[Path, Path]]) -> None:
-    """Reject a shift whose data settings are not used: the run would be reported under its name but trained on other
-    data."""
-    for shift in overrides:
-        group, _, name = shift.partition("=")
-        settings = _read_option(f"shift/{name}.yaml") if group == "shift" else None
-        for path, _ in leaves_of(OmegaConf.to_container(settings), ()) if settings else ():
+def _refuse_idle_option(cfg: DictConfig, overrides: Sequence[str], references: list[tuple[Path, Path]]) -> None:
+    """Reject a shift or window whose data settings are not used, or have other values because a recipe sets them too:
+    the run would be reported under its name but trained on other data. A value given on the command line is
+    accepted."""
+    paths = [tuple(each.lstrip("+~").partition("=")[0].split(".")) for each in overrides]
+    typed = [path for path in paths if len(path) > 1]  # data=NAME chooses an option and sets no value
+    for choice in overrides:
+        group, _, name = choice.partition("=")
+        settings = _read_option(f"{group}/{name}.yaml") if group in ("shift", "window") else None
+        for path, value in leaves_of(OmegaConf.to_container(settings), ()) if settings else ():
+            key = ".".join(path)
             reason = _reason_unused(cfg, path, references)
             if reason is not None:
                 raise SettingError(
-                    f"{shift} sets {'.'.join(path)}, which nothing in this run reads: {reason}; leave one of them out"
+                    f"{choice} sets {key}, which nothing in this run reads: {reason}; leave one of them out"
                 )
-
-
-def _in_sweep() -> bool:
-    return HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().job, "num")
+            set_value = OmegaConf.select(cfg, key)
+            if path[0] == "data" and set_value != value and not any(path[: len(each)] == each for each in typed):
+                raise SettingError(
+                    f"{choice} sets {key} to {value}, and the experiment or ablation of this run sets it to "
+                    f"{set_value}: add {key}={value}, or leave {choice} out"
+                )
 
 
 def unread(options: Mapping[str, Any]) -> set[Path]:
@@ -98,7 +106,8 @@ def refuse_idle_ablation(overrides: Sequence[str]) -> None:
         overrides: overrides of ``keygrip.train``, as given.
 
     Raises:
-        SettingError: the ablation only sets values that are already set, or removes settings that do not exist.
+        SettingError: the ablation only sets values that are already set or that the run does not read, or removes
+            settings that do not exist.
     """
     for ablation in overrides:
         group, _, name = ablation.partition("=")
@@ -109,18 +118,38 @@ def refuse_idle_ablation(overrides: Sequence[str]) -> None:
             without = _compose_config([each for each in overrides if each != ablation])
         except ConfigCompositionException:  # another override changes a setting that the ablation adds
             continue
-        if with_it == without and not _effect_is_overridden(overrides, ablation, with_it):
+        if _settings_of(with_it) == _settings_of(without):
+            if _effect_is_overridden(overrides, ablation, _settings_of(with_it)):
+                continue
             raise SettingError(
                 f"{ablation} changes nothing here: what it sets is so already, or leaves out what is not there; leave "
                 "it out"
             )
+        reason = _reason_difference_is_unused(with_it, without)
+        if reason is not None:
+            raise SettingError(
+                f"{ablation} changes nothing here: nothing in this run reads what it sets ({reason}); leave it out"
+            )
+
+
+def _reason_difference_is_unused(left: DictConfig, right: DictConfig) -> str | None:
+    """Return why the settings in which two configurations differ are not used; None if one of them is used."""
+    missing = object()
+    leaves = [dict(leaves_of(_settings_of(cfg), ())) for cfg in (left, right)]
+    reasons = []
+    for cfg, own, others in zip((left, right), leaves, reversed(leaves), strict=True):
+        references = _references(cfg)
+        different = [path for path, value in own.items() if others.get(path, missing) != value]
+        reasons += [_reason_unused(cfg, path, references) for path in different]
+    return None if None in reasons else next(iter(reasons), None)
 
 
 def _effect_is_overridden(overrides: Sequence[str], ablation: str, with_it: Any) -> bool:
     """Return whether the ablation has an effect by itself which other overrides replace."""
     choices = [each for each in overrides if "." not in each.partition("=")[0]]
-    alone = _compose_config(choices)
-    return bool(alone != _compose_config([each for each in choices if each != ablation]) and alone != with_it)
+    alone = _settings_of(_compose_config(choices))
+    without = _settings_of(_compose_config([each for each in choices if each != ablation]))
+    return bool(alone not in (without, with_it))
 
 
 def _has_settings(ablation: str) -> bool:
@@ -136,11 +165,17 @@ def _read_option(path: str) -> Any:
         return None
 
 
-def _compose_config(overrides: Sequence[str]) -> Any:
+def _compose_config(overrides: Sequence[str]) -> DictConfig:
     """Compose the configuration of a run, with the running Hydra, which may have further config folders, or with a new
-    one. Nulls are removed, because the null of a part that does not exist has no effect."""
-    running = GlobalHydra.instance().is_initialized()
-    cfg = hydra_compose("train", list(overrides)) if running else compose("train", overrides)
+    one."""
+    if not GlobalHydra.instance().is_initialized():
+        return compose("train", overrides)
+    is_demo = HydraConfig.initialized() and HydraConfig.get().job.config_name == "demo"
+    return hydra_compose("demo" if is_demo else "train", list(overrides))
+
+
+def _settings_of(cfg: DictConfig) -> Any:
+    """Return the settings without nulls, because the null of a part that does not exist has no effect."""
     return _without_nulls(OmegaConf.to_container(cfg, resolve=False))
 
 

@@ -18,6 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from keygrip.artifacts import atomic_write, without_passwords, write_text
 from keygrip.launch import is_first_process
+from keygrip.training.loss_curves import STEP_TFLOP
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WANDB_ID = "wandb_run_id.txt"
+# Beginnings of names that callbacks and models log once a step has begun. What else they log has the number of the step
+# that has just ended.
+OF_BEGUN_STEPS = ("lr-", "health/", STEP_TFLOP)
 
 
 def _logger_settings(group: DictConfig | None) -> list[DictConfig]:
@@ -88,12 +92,24 @@ def _keep_table(logger: Any, resumed_step: int) -> None:
     with atomic_write(aside, "w") as kept_file:
         table_writer = csv.DictWriter(kept_file, names)
         table_writer.writeheader()
-        table_writer.writerows(row for row in whole_rows if int(row["step"]) < resumed_step)
+        table_writer.writerows(row for row in whole_rows if _precedes(row, resumed_step))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the table will be deleted
         writer = logger.experiment
     aside.replace(file)
     writer.metrics_keys = names
+
+
+def _precedes(row: Mapping[str, str], resumed_step: int) -> bool:
+    """Return whether a row of a CSVLogger's table was logged before a run's checkpoint of ``resumed_step`` steps.
+
+    Lightning numbers its own rows, which have an epoch, by the step in which they were logged, from 0; callbacks number
+    theirs by the steps that are done, so that those of the last step before the checkpoint have its number.
+    """
+    step = int(row["step"])
+    if step != resumed_step:
+        return step < resumed_step
+    return row.get("epoch") == "" and not any(value and name.startswith(OF_BEGUN_STEPS) for name, value in row.items())
 
 
 def wandb_id(folder: Path) -> str:

@@ -201,6 +201,9 @@ class Throughput(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended = None
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._ended = None  # saving is no waiting for data
+
     def _reset_window(self) -> None:
         self._wait_s = self._time_s = 0.0
         self._samples = self._batches = 0

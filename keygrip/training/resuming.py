@@ -28,15 +28,16 @@ MAY_DIFFER = (
     *("strategy.devices", "strategy.num_nodes", "strategy.kind", "strategy.accelerator"),
     "strategy.reshard_after_forward",
     "compile",
-    *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "model.log_images_every_n_steps"),
-    "data.memory_gb",
+    *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "data.memory_gb"),
     # location and size of a feature cache: cached features equal computed ones
     *(f"{place}.cache.{name}" for place in ("geometry", "model.network.geometry") for name in ("folder", "limit_gb")),
     # limits at which a run stops or warns
     *("data.max_skipped_share", "data.max_broken_share", "data.max_off_screen_share"),
     # the same values except for rounding, from other kernels or other batches
     *("model.loss_kernel", "model.vision_cache_gb"),
-    "model.monitor_every_n_steps",
+    # what is only logged
+    *("model.monitor_every_n_steps", "model.monitor_from_step"),
+    *("model.log_images_every_n_steps", "model.log_images", "model.shown"),
     # other changes of the data are detected by hashes
     *("data.verify", "data.allow_changed"),
 )

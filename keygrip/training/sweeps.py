@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from keygrip.artifacts import atomic_write, read_record, without_passwords, write_json, write_text
 from keygrip.config_errors import one_line, root_cause
@@ -65,8 +66,6 @@ def run_job(
     Args:
         describe: returns one line about an error, from the error and the job's overrides. debug: also print the trace.
     """
-    from hydra.core.hydra_config import HydraConfig
-
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
@@ -101,6 +100,23 @@ def run_job(
     if is_first_process():  # the other processes of a job return while the first one still evaluates
         record_finished(folder, overrides, figures, time.perf_counter() - started)
     return figures
+
+
+def run_process_job(run: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """Run one job that ``hydra/launcher=processes`` started as a command of its own, and record its figures. Its errors
+    are those of the command."""
+    hydra_cfg = HydraConfig.get()
+    started = time.perf_counter()
+    figures = run(cfg)
+    if is_first_process():  # the launcher knows only the exit code
+        folder, overrides = Path(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task)
+        record_finished(folder, overrides, figures, time.perf_counter() - started)
+    return figures
+
+
+def in_sweep() -> bool:
+    """Return whether this command is a job of a sweep, of any launcher."""
+    return HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
 def earlier_run(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> tuple[bool, bool]:
@@ -154,6 +170,7 @@ class SweepSummary(Callback):
                 resumed = [whole_sweep(resume) for resume in (config.resume, *job_resumes)]  # each may be refused
                 going_on = any(resumed)
             _refuse_other_sweep(folder, going_on)
+            _refuse_other_jobs(folder, jobs)
         except ValueError as error:
             raise SweepRefused(one_line(root_cause(error))) from error
         is_new = not folder.exists()
@@ -184,6 +201,31 @@ def _refuse_other_sweep(folder: Path, resume: bool | None) -> None:
     if planned and not resume and not restarted_by_scheduler():
         hint = "" if resume is None else "continue it with its command and resume=true, or "
         raise ValueError(f"{folder} already holds a sweep: {hint}give another hydra.sweep.dir")
+
+
+def _refuse_other_jobs(folder: Path, jobs: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError if the folder has a sweep whose jobs vary other settings or values than ``jobs``: job N would
+    continue the run of an earlier job N. Further jobs at the end, and other settings of all jobs, are no difference."""
+    earlier = _read_planned_overrides(folder) if jobs and (folder / PLAN).is_file() else []
+    common = list(jobs[: len(earlier)])
+    varied = _varied_settings(earlier) | _varied_settings(common)
+    chosen = [[{each for each in job if _setting_of(each) in varied} for job in both] for both in (earlier, common)]
+    if chosen[0] != chosen[1]:
+        raise ValueError(
+            f"{folder} holds a sweep of other jobs: continue it with its own values (new ones at the end), or give "
+            "another hydra.sweep.dir"
+        )
+
+
+def _setting_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _varied_settings(jobs: Sequence[Sequence[str]]) -> set[str]:
+    """Return the names of the settings that are not the same in all jobs."""
+    together = [set(job) for job in jobs]
+    common = set.intersection(*together) if together else set()
+    return {_setting_of(each) for job in together for each in job - common}
 
 
 def planned_jobs(config: DictConfig) -> list[list[str]]:
@@ -273,7 +315,7 @@ def errors_at_sweep_end(what: str) -> Iterator[None]:
 
 def _command(config: DictConfig) -> str:
     """Return the command that runs the sweep again, without its folder."""
-    left_out = ("hydra.sweep.dir=", "hydra.mode=")
+    left_out = ("hydra.sweep.dir=", "hydra.mode=", "resume=")
     arguments = [each for each in sys.argv[1:] if each not in ("-m", "--multirun") and not each.startswith(left_out)]
     return shlex.join(["python", "-m", f"keygrip.{config.hydra.job.name}", "-m", *arguments])
 

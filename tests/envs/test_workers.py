@@ -36,6 +36,12 @@ def test_a_worker_that_dies_is_started_again_and_its_job_repeated(
     assert "the simulator became unstable" in caplog.text
 
 
+@pytest.mark.parametrize("processes", [0, -1])
+def test_jobs_without_a_worker_are_refused(processes: int) -> None:
+    with pytest.raises(ValueError, match=f"processes={processes}: at least 1 worker is needed"):
+        next(run_jobs(sys.executable, "mortal_worker", {}, [{"number": 0}], processes))
+
+
 @pytest.mark.parametrize(
     ("dies", "said"),
     [

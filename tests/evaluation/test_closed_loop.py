@@ -242,6 +242,32 @@ def test_an_interrupted_evaluation_ends_its_processes(monkeypatch: pytest.Monkey
     assert -signal.SIGTERM in [process.exitcode for process in running], "the one whose episode was under way"
 
 
+def test_the_environment_of_the_last_episode_is_closed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, closed = [], []
+    original = closed_loop.open_environment
+
+    def remembered(*given: Any) -> Any:
+        environment = original(*given)
+        opened.append(environment)
+        close = environment.close
+        monkeypatch.setattr(environment, "close", lambda: (closed.append(environment), close()))
+        return environment
+
+    monkeypatch.setattr(closed_loop, "open_environment", remembered)
+    run(monkeypatch, None, conditions={"as_trained": [{}], "turned": [{"camera_azimuth_deg": 10.0}]}, episodes=1)
+    assert len(opened) == 2
+    assert closed == opened
+
+
+@pytest.mark.slow
+def test_processes_of_an_evaluation_close_their_environments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(closed_loop, "_start_worker", slow_episodes.start_closing)
+    ClosedLoop(TaskOptions(name="reach"), {"as_trained": [{}]}, episodes=2, processes=2).run(tmp_path)
+    worked, closed = ({file.name.partition("-")[2] for file in tmp_path.glob(f"{a}-*")} for a in ("worked", "closed"))
+    assert worked
+    assert closed == worked
+
+
 def test_unknown_options_and_empty_conditions_are_named() -> None:
     with pytest.raises(ValueError, match="did you mean 'region'"):
         ClosedLoop(TaskOptions(), conditions={"shifted": [{"regoin": "left"}]})

@@ -80,7 +80,10 @@ def test_a_gymnasium_environment_with_one_small_wrapper_is_evaluated(tmp_path: P
 
 def test_episodes_in_another_process_are_those_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", ":".join([str(Path(__file__).parents[2]), SUPPORT]))
-    elsewhere = drive(tmp_path / "elsewhere", python=sys.executable)
+    with monkeypatch.context() as context:
+        context.setenv("POINT_MASS_CLOSED", str(tmp_path / "closed"))
+        elsewhere = drive(tmp_path / "elsewhere", python=sys.executable)
+    assert (tmp_path / "closed").exists()
     assert fixed(elsewhere) == fixed(drive(tmp_path / "here"))
     assert len(list((tmp_path / "elsewhere" / "videos").iterdir())) == 1
 

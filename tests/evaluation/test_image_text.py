@@ -39,6 +39,7 @@ from keygrip.evaluation.image_report import SCALES_PARETO, best_pair, scale_map,
 from keygrip.evaluation.image_samples import SampleRow, Samples
 from keygrip.evaluation.image_statistics import grain, set_figures, summarise
 from keygrip.evaluation.image_text import headline, run_suite
+from keygrip.evaluation.kinds import Evaluated
 from keygrip.inference.steered_images import SteeredImages
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.few_steps import FewSteps
@@ -708,6 +709,56 @@ def test_after_training_in_several_processes_one_evaluates_all_images(
     assert result["cases"]["reconstruction"]["images"] == alone
     assert trained_on == [len(shards(root).samples("train"))]
     assert data.trainer is trainer
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "error", "said"),
+    [
+        ({"clip": "typo"}, (), FileNotFoundError, "suite: typo: of clip a folder with config.json"),
+        (
+            {"features": FeatureOptions(kind="inception", weights="typo.pth")},
+            (),
+            FileNotFoundError,
+            "suite: features.weights=typo.pth: there is no such file",
+        ),
+        (
+            {"cases": ["shuffled_patches"]},
+            ("model.network.use_dino_patches=false",),
+            ValueError,
+            "suite: the case shuffled_patches cannot be evaluated: the network has no patches",
+        ),
+        ({"sampling": {"step": 7}}, (), ValueError, "suite: sampling has no step; it has"),
+        ({"sampling": {"guide_scale": 2.0}}, (), ValueError, "suite: guide_scale=2.0 has no effect: this model has no"),
+    ],
+)
+def test_a_suite_that_the_model_cannot_do_is_refused_before_training(
+    options: dict[str, Any], model: tuple[str, ...], error: type[Exception], said: str, root: Path, tmp_path: Path
+) -> None:
+    data = shards(root)
+    module = module_for(data, *model)
+    with pytest.raises(error, match=rf"callbacks\.images\.{said}"):
+        EvaluateImages(quick(**options), data, str(tmp_path)).on_fit_start(None, module)  # type: ignore[arg-type]
+    EvaluateImages(quick(), data, str(tmp_path)).on_fit_start(None, module)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("step_counts=16", r"ImageSuite\.step_counts=16: must be a list"),
+        ("text_scales=[1,a]", r"ImageSuite\.text_scales=\[1, 'a'\]: must be a list, each of it a finite number"),
+        ("cases=5", r"ImageSuite\.cases=5: must be a list or null"),
+        ("features.steps=many", r"FeatureOptions\.steps='many': must be a whole number"),
+        ("+features.step=2", r"FeatureOptions has no setting 'step'; did you mean 'steps'"),
+    ],
+)
+def test_a_setting_of_the_command_of_another_type_is_refused_by_name(
+    override: str, said: str, root: Path, tmp_path: Path
+) -> None:
+    module = module_for(shards(root))
+    cfg = compose("evaluate", ["checkpoint=run", "evaluate=image_text", override])
+    evaluated = Evaluated(module, OmegaConf.create({"data": {}}), tmp_path / "last.ckpt", tmp_path)
+    with pytest.raises(ValueError, match=said):
+        validation.evaluate_images(evaluated, cfg)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from keygrip.training import (
     checkpoints,
     fit,  # noqa: F401  (what a command imports while `holding` is in force would keep its reader)
 )
+from keygrip.training.results import read_result
 from keygrip.training.run_folder import lock_folder
 
 COMMON = {"checkpoint_step", "seed", "debug", "run_dir", "checkpoint", "trust", "external", "tf32"}
@@ -101,6 +102,15 @@ def test_settings_of_what_is_left_out_are_refused(kind: str, overrides: list[str
     compose("evaluate", ["checkpoint=run", *(each for each in overrides if not each.startswith(idle))])
 
 
+def test_how_frames_are_prepared_is_read_for_benchmarks_alone(holding: Any) -> None:
+    holding({"run": "video_text"})
+    settings = ["data.image_frames=8", "data.max_frames=16", "data.fit=pad"]
+    cfg = compose("evaluate", ["checkpoint=run", "split=none", "vqa_benchmarks={mlvu: x}", *settings])
+    assert cfg.data == {"image_frames": 8, "max_frames": 16, "fit": "pad"}
+    with pytest.raises(SettingError, match=r"nothing reads 'data\.sources\.s\.root' with split=none"):
+        compose("evaluate", ["checkpoint=run", "split=none", "data.sources.s.root=x"])
+
+
 def test_the_command_composes_by_the_checkpoint_and_names_the_nearest_setting(
     holding: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +134,45 @@ def test_each_kept_step_has_a_result_of_its_own() -> None:
     ):
         assert evaluate.evaluation_output(checkpoint, None) == Path(folder)
         assert evaluate.evaluation_output(checkpoint, "here") == Path("here")
+
+
+@pytest.mark.parametrize("launcher", ["basic", "processes"])
+def test_jobs_of_a_sweep_over_one_checkpoint_keep_their_results_apart(
+    launcher: str, holding: Any, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would otherwise write to the folder of the run, over the job before it."""
+
+    class Model:
+        evaluation_kind = "policy"
+
+    def evaluated(evaluated: Any, cfg: Any) -> dict[str, Any]:
+        rate = {"argmax": 0.25, "viterbi": 0.75}[cfg.policy.decoder]
+        return {"closed_loop": {"left": {"success_rate": rate, "failures": {}}}}
+
+    holding({"run": "policy"})
+    monkeypatch.setattr(checkpoints, "find_checkpoint", lambda path, step=None: Path(path))
+    monkeypatch.setattr(checkpoints, "load_module", lambda path, **options: Model())
+    monkeypatch.setattr("keygrip.evaluation.policy.evaluate_policy", evaluated)
+    rates = {"0": 0.25, "1": 0.75}
+    given = ["checkpoint=run", "evaluate=policy"]
+    if launcher == "basic":
+        swept = ["policy.decoder=argmax,viterbi", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.num}"]
+        outcome = cli("-m", *given, *swept, of="evaluate")
+        assert outcome.code == 0, outcome.err
+        assert "closed_loop/left/success_rate" in Path("sweep/summary.csv").read_text().splitlines()[0]
+    else:  # the commands of hydra/launcher=processes
+        for job, decoder in (("0", "argmax"), ("1", "viterbi")):
+            its_folder = [f"hydra.run.dir=sweep/{job}", "hydra.mode=RUN", f"hydra.job.num={job}"]
+            outcome = cli(*given, f"policy.decoder={decoder}", *its_folder, of="evaluate")
+            assert outcome.code == 0, outcome.err
+    assert not Path("evaluation").exists()
+    assert not Path("run").exists()
+    for job, rate in rates.items():
+        written = json.loads(Path("sweep", job, "evaluation", "result.json").read_text())
+        assert written["closed_loop"]["left"]["success_rate"] == rate
+        result = read_result(Path("sweep", job))
+        assert result["status"] == "finished"
+        assert result["metrics"] == {"closed_loop/left/success_rate": rate}
 
 
 def test_two_evaluations_do_not_write_into_one_folder(

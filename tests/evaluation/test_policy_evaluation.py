@@ -99,6 +99,12 @@ def test_default_conditions_that_a_task_cannot_do_are_left_out_and_said(
         (["videos=-1"], "videos=-1: it must be at least 0"),
         (["suites=[]"], "suites=[]: name at least one of in_distribution, position, "),
         (["suites=[nowhere]"], "there is no suite 'nowhere': suites are in_distribution, "),
+        (["control.ensemble=no"], "RecedingHorizon.ensemble='no': must be true or false"),
+        (["control.ensemble_decay=1"], "control.ensemble_decay has no effect without control.ensemble=true"),
+        (["env=yam", "env.control.ensemble_decay=1"], "control.ensemble_decay has no effect without"),
+        (["env=yam", "+env.control.ensemble=no"], "RecedingHorizon.ensemble='no': must be true or false"),
+        (["env=yam", "+env.task.distractors=many"], "env.task.distractors='many': must be a whole number"),
+        (["suites=[position]", "conditions.position=null"], "conditions is empty: name at least one"),
         (["open_loop=false", "simulate=false"], "open_loop=false and simulate=false: there is nothing to evaluate"),
     ],
 )
@@ -106,6 +112,18 @@ def test_settings_are_refused_by_the_names_that_the_command_has(overrides: list[
     cfg = compose("evaluate", ["checkpoint=run", "evaluate=policy", *overrides])
     with pytest.raises(ValueError, match=re.escape(said)):
         evaluate_policy(evaluated("tasks.TaskOptions", name="pick"), cfg)
+
+
+def test_a_suite_of_null_has_no_conditions() -> None:
+    run = evaluated("tasks.TaskOptions", name="pick")
+    assert [*settings(run, ["conditions.position=null"])[0].grids] == ["in_distribution", *VIEWPOINT]
+
+
+def test_plans_are_averaged_with_the_decay_that_is_given() -> None:
+    run = evaluated("tasks.TaskOptions", name="pick")
+    found, _ = settings(run, ["env=yam", "+env.control.ensemble=true", "control.ensemble_decay=1"])
+    controller = found.control(policy=None, control_hz=10.0)
+    assert (controller.ensemble, controller.ensemble_decay) == (True, 1)
 
 
 def test_what_cannot_be_done_is_refused_before_the_demonstrations_are_gone_through(

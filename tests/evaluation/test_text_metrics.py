@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +46,32 @@ def test_without_java_there_is_no_meteor_and_it_is_said(caplog: pytest.LogCaptur
     assert "meteor" not in found
     assert found["bleu_1"] == pytest.approx(11 / 12, abs=1e-6)
     assert "Java" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"), [("exit 1", "installed but does not run"), (None, r"failed \(.*Permission denied")]
+)
+def test_a_java_that_does_not_run_is_as_none(
+    script: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """macOS has a program of this name that only says where Java can be had. The tokenizer writes into its package."""
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    java = tmp_path / "java"
+    java.write_text(f"#!/bin/sh\n{script or 'cat'}\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if script is None:
+
+        def refused(*_: object, **__: object) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "site-packages")
+
+        monkeypatch.setattr(ptbtokenizer.tempfile, "NamedTemporaryFile", refused)
+    found = caption_metrics(["The cat, sat on a mat.", "a dog runs in the park"], TRUE)
+    assert "meteor" not in found
+    assert found["bleu_1"] == pytest.approx(11 / 12, abs=1e-6)
+    assert found["cider"] > 0
+    assert re.search(reason, caplog.text)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from keygrip.data.video_text.sources.cauldron import cauldron
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.evaluation import multiple_choice, video_text
 from keygrip.evaluation.video_text import evaluate_modes
+from keygrip.evaluation.vqa_benchmarks import Benchmark
 from keygrip.models.foveated_vlm.baseline import PooledVLM
 from keygrip.models.foveated_vlm.generation import Answers
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
@@ -233,3 +234,45 @@ def test_what_the_model_was_trained_on_cannot_be_changed(module: FoveatedVLMModu
     evaluated: Any = SimpleNamespace(module=module)
     with pytest.raises(ValueError, match=said):
         video_text.evaluate_answers(evaluated, compose("evaluate", ["evaluate=video_text", "checkpoint=run", change]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "prepared"),
+    [
+        ([], {"fit": "crop", "max_frames": 8, "image_frames": 4}),
+        (["+data.max_frames=16", "+data.fit=pad"], {"fit": "pad", "max_frames": 16, "image_frames": 4}),
+        (["+data.max_frames=16", "max_frames=2"], {"fit": "crop", "max_frames": 2, "image_frames": 2}),
+        (["+data.image_frames=6", "+data.fit=auto"], {"fit": "crop", "max_frames": 8, "image_frames": 6}),
+    ],
+)
+def test_benchmarks_are_read_like_the_split(
+    changes: list[str], prepared: dict[str, Any], module: FoveatedVLMModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module.image_options = {"image_size": 28, "fit": "crop", "max_frames": 8, "image_frames": 4}
+    seen: list[dict[str, Any]] = []
+
+    def choices(module: FoveatedVLMModule, questions: Any, modes: Any, most: int, record: list[Any]) -> dict[str, Any]:
+        seen.append(dict(module.image_options))
+        record.append({})
+        return {}
+
+    monkeypatch.setattr(video_text, "read_benchmark", lambda name, root: Benchmark([], 0))
+    monkeypatch.setattr(video_text, "evaluate_choices", choices)
+    overrides = ["evaluate=video_text", "checkpoint=run", "split=none", "vqa_benchmarks={mlvu: x}"]
+    video_text.evaluate_answers(SimpleNamespace(module=module), compose("evaluate", [*overrides, *changes]))  # type: ignore[arg-type]
+    assert seen == [{"image_size": 28, **prepared}]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("+data.max_frames=0", "max_frames=0: a sample has 1 to"),
+        ("+data.fit=wide", "fit='wide': must be one of"),
+        ("+data.image_frames=9", "image_frames=9: an image has 1 to max_frames=8"),
+    ],
+)
+def test_frames_that_cannot_be_prepared_so_are_refused(module: FoveatedVLMModule, change: str, said: str) -> None:
+    module.image_options = {"image_size": 28, "fit": "crop", "max_frames": 8, "image_frames": 4}
+    overrides = ["evaluate=video_text", "checkpoint=run", "split=none", "vqa_benchmarks={mlvu: x}", change]
+    with pytest.raises(ValueError, match=said):
+        video_text.evaluate_answers(SimpleNamespace(module=module), compose("evaluate", overrides))  # type: ignore[arg-type]

@@ -180,6 +180,18 @@ def test_files_without_a_place_are_refused_by_name(row: dict[str, Any], why: str
         read(tmp_path, **row)
 
 
+@pytest.mark.parametrize("key", ["image", "path", "url"])
+def test_files_that_items_name_and_the_line_names_again_are_refused(key: str, tmp_path: Path) -> None:
+    named = [user([{"type": "image", key: "a.jpg"}, words("?")])]
+    with pytest.raises(ValueError, match=r"line 1: its items name their files, and so do images .*: name each once"):
+        read(tmp_path, messages=named, images=["a.jpg"])
+    (tmp_path / "talks.jsonl").write_text(
+        "".join(f"{json.dumps(row)}\n" for row in ({"messages": named, "images": ["a.jpg"]}, {"messages": named}))
+    )
+    talks, broken = read_conversations(tmp_path / "talks.jsonl")
+    assert (talks, list(broken)) == ([[], named], [0])
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_json_list_of_conversations_is_told_from_json_lines(indent: int | None, tmp_path: Path) -> None:
     """LLaMA-Factory's data sets have this form."""

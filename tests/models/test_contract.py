@@ -124,6 +124,7 @@ def test_a_model_keeps_its_promises(name: str, home: Path, monkeypatch: pytest.M
         module: Any = keygrip.load(file)
         assert type(module) is kind
         assert not module.training
+        assert isinstance(module.sharded_parts(), list)  # FSDP and `compile` ask every model
         if kind.on_load_checkpoint is not LightningModule.on_load_checkpoint:
             with pytest.raises(
                 ValueError, match=r"the checkpoint has no .*: it was written by another model, or by .*again"

@@ -4,6 +4,7 @@ of any gymnasium environment is recorded."""
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def test_options_of_the_task_are_taken_by_name(plus: str) -> None:
         (["env=gymnasium", "env.task.id=A-v0", "hz=0"], "hz=0.*: give a rate above 0"),
         (["env=yam", "hz=0"], "hz=0.*: give a rate above 0"),
         (["env=metaworld", "hz=-10"], "hz=-10.*: give a rate above 0"),
+        (["env=gymnasium", "env.task.id=A-v0", "processes=-1"], "processes=-1: give at least 1"),
+        (["env=metaworld", "processes=0"], "processes=0: give at least 1"),
         (["env=gymnasium", "env.task.id=A-v0", "recoveries=0.1"], "recoveries is no setting"),
         (["env=yam", "+env.task.name=pick"], r"env\.task is for evaluations: for a recording set task"),
         (["env=metaworld", "+env.task.shadows=true"], r"for a recording set tasks, cameras and shadows"),
@@ -59,6 +62,34 @@ def test_settings_without_effect_are_refused(tmp_path: object, overrides: list[s
     with pytest.raises(Exception, match=said):
         run(compose("prepare", ["step=record", f"root={tmp_path}/new", "demos=1", *overrides]))
     assert not list(tmp_path.iterdir())  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Lift:
+    """A task of somebody's own, for evaluations."""
+
+    height_m: float
+
+
+HANDOVER = "keygrip.envs.yam.handover.HandoverTask"
+
+
+@pytest.mark.parametrize(
+    ("environment", "task", "options", "recorded"),
+    [
+        ("yam", f"{__name__}.Lift", ["+env.task.height_m=0.1"], "TaskOptions"),
+        ("yam_handover", f"{__name__}.Lift", ["+env.task.height_m=0.1"], "HandoverTask"),
+        ("yam", HANDOVER, [], "TaskOptions"),
+    ],
+)
+def test_a_task_that_no_recorder_records_is_refused(
+    tmp_path: Path, environment: str, task: str, options: list[str], recorded: str
+) -> None:
+    settings = [f"env={environment}", f"env.task._target_={task}", *options]
+    said = rf"env\.task\._target_ is for evaluations: env={environment} records a {recorded}, not a {task}\."
+    with pytest.raises(Exception, match=said):
+        run(compose("prepare", ["step=record", f"root={tmp_path}/new", "demos=1", *settings]))
+    assert not list(tmp_path.iterdir())
 
 
 def record(root: Path, *overrides: str) -> dict[str, Any]:

@@ -288,6 +288,21 @@ def test_who_may_not_converse(running: Start, observation: Observe) -> None:
     assert (last.type, last.data) == (aiohttp.WSMsgType.CLOSE, aiohttp.WSCloseCode.MESSAGE_TOO_BIG)
 
 
+def test_sessions_and_websockets_are_counted_together(running: Start) -> None:
+    server = running(sessions=2)
+
+    async def reset_twice(socket: aiohttp.ClientWebSocketResponse) -> Any:
+        await socket.receive_bytes()
+        async with aiohttp.ClientSession() as other:
+            answers = [await other.post(f"{server.url}/reset", json={"seed": 0}) for _ in range(2)]
+            return [answer.status for answer in answers], answers[1].headers, await answers[1].json()
+
+    statuses, headers, said = talk(server.url, reset_twice)
+    assert statuses == [200, 503]  # the websocket is one of the two
+    assert headers["Retry-After"] == "1"
+    assert said["error"].startswith("2 sessions are open, websocket connections included")
+
+
 @pytest.mark.openpi
 def test_the_real_client(running: Start, dice: Any, observation: Observe, tmp_path: Path) -> None:
     python = os.environ.get("OPENPI_PYTHON")

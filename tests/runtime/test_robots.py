@@ -341,6 +341,52 @@ def test_fingers_that_connecting_moves_are_announced_and_known_ends_spare_it(
         YamArms({"right": "can3"}, {"over": Still()}, calibration, sim=True, gripper_limits={"right": [0.1, 1]})
 
 
+def test_a_calibration_of_other_images_or_arms_is_refused_before_an_arm_is_connected(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connecting a real arm moves its fingers."""
+    from i2rt.robots import get_robot
+
+    connected: list[Driver] = []
+    monkeypatch.setattr(get_robot, "get_yam_robot", lambda **options: connected.append(Driver()) or connected[-1])
+    fitting = calibration.read_text()
+    over = yaml.safe_load(fitting)["cameras"]["over"]
+    on_another_arm = {name: over[name] for name in ("width", "height", "intrinsics")}
+    on_another_arm |= {"mounted_on": "left", "camera_to_gripper": np.eye(4).tolist()}
+    for entry, said in (
+        ({**over, "rotate": 90}, r"camera 'over' is calibrated at 64 x 48, its frames are 48 x 64"),
+        (on_another_arm, r"cameras\.over is mounted on arm left, and robot\.arms names right: correct"),
+    ):
+        calibration.write_text(yaml.safe_dump({**yaml.safe_load(fitting), "cameras": {"over": entry}}))
+        camera = Closing()
+        with pytest.raises(ValueError, match=said):
+            YamArms({"right": "can3"}, {"over": camera}, calibration)
+        assert (connected, camera.closed) == ([], True)
+
+    calibration.write_text(fitting)
+    camera = Closing()
+    camera.lost = True
+    arm = YamArms({"right": "can3"}, {"over": camera}, calibration)
+    with pytest.raises(RobotLostError, match="has no image"):
+        arm.observe()
+    camera.lost = False
+    assert arm.observe()["image"].shape == (48, 64, 3)
+
+
+class Closing(Still):
+    """A camera that may have no image, and records that it was closed."""
+
+    lost = closed = False
+
+    def read(self) -> tuple[np.ndarray, float]:
+        if self.lost:
+            raise RobotLostError("the camera has no image")
+        return super().read()
+
+    def close(self) -> None:
+        self.closed = True
+
+
 WIDE = MotionLimits(workspace_low=(-0.5, -0.5, 0.0), workspace_high=(0.7, 1.0, 1.0))
 
 
@@ -708,6 +754,21 @@ def test_an_arm_that_moved_while_it_was_lost_is_led_from_where_it_is(calibration
     assert 0.05 < np.abs(moved).max() <= 3.0 / arm.control_hz + 1e-9
 
 
+def test_an_arm_that_was_lost_near_the_end_of_a_joint_may_stay_there(calibration: Path) -> None:
+    driver = Driver()
+    arm = YamArms({"right": driver}, {"over": Still()}, calibration, JointLimits(margin_rad=0.2))
+    driver.dead = True
+    with pytest.raises(RobotLostError):
+        arm.observe(images=False)
+    near_the_end = HOME.copy()
+    near_the_end[0] = arm_chain().limits[0, 1] - 0.05
+    driver.state = np.append(near_the_end, 1.0)
+    driver.dead = False
+    seen = arm.observe(images=False)
+    arm.command(np.concatenate([seen["position"][0], seen["quaternion"][0], [1.0]])[None])
+    np.testing.assert_allclose(driver.commands[-1][:6], near_the_end, atol=2e-3)
+
+
 def test_i2rts_own_simulated_robot_is_driven(calibration: Path, tmp_path: Path) -> None:
     film = VideoWriter(tmp_path / "film.mp4", 64, 48, 10.0)
     for _ in range(5):
@@ -823,6 +884,25 @@ def test_an_arm_at_rest_whose_links_overlap_may_turn_its_base() -> None:
     assert before.min() < -0.01
     for turn in np.linspace(-1.0, 1.0, 41):
         assert intrusion(link_gaps(rest + [turn, 0, 0, 0, 0, 0]), before, 0.01) is None
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_a_pose_that_the_margin_of_a_joint_keeps_the_tool_from_is_refused(end: int) -> None:
+    at_the_end = HOME.copy()
+    at_the_end[0] = arm_chain().limits[0, end]
+    before = at_the_end + [0.25 * (-1) ** end, 0, 0, 0, 0, 0]
+    pose = np.concatenate([*forward_kinematics(at_the_end), [1.0]])
+    motion = JointMotion(JointLimits(margin_rad=0.2), before)
+    with pytest.raises(
+        JointMotionError, match=r"cannot reach .* with its joints joints\.margin_rad=0\.2 from the ends"
+    ):
+        motion.step(pose, 0.1)
+    np.testing.assert_array_equal(motion.joints, before)
+    motion = JointMotion(JointLimits(margin_rad=0.02), before)
+    position, _ = forward_kinematics(motion.step(pose, 0.1))
+    assert 0.005 < np.linalg.norm(position - pose[:3]) < 0.01  # within the tolerance
+    staying = JointMotion(JointLimits(margin_rad=0.2), at_the_end)
+    np.testing.assert_allclose(staying.step(pose, 0.1), at_the_end, atol=1e-6)
 
 
 def test_collisions_are_refused_and_demonstrated_motions_are_not() -> None:

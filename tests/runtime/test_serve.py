@@ -22,6 +22,7 @@ from keygrip.config import compose
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.runtime.client import RemotePolicy
+from keygrip.runtime.service import Limits
 from keygrip.runtime.sessions import seeded
 from keygrip.training.checkpoints import load_module
 
@@ -196,6 +197,7 @@ def test_settings_are_checked(trained: Callable[[str], Path]) -> None:
         serve.run(compose("serve", [f"checkpoint={run}", "host=192.0.2.1", "port=0", "insecure=true"]))
     for override, message in (
         ("host=0.0.0.0", "can be reached from other machines.*token=.*insecure=true"),
+        ("limits.batch=16", "limits.batch=16 is above limits.waiting=4"),
         ("tf32=true device=cpu", "tf32=true is for GPUs, and this process computes on the CPU"),
         ("token=short", "token must have at least 16 ASCII characters"),
         ("tls.cert=cert.pem", "tls.cert and tls.key are given together"),
@@ -203,6 +205,20 @@ def test_settings_are_checked(trained: Callable[[str], Path]) -> None:
     ):
         with pytest.raises(Exception, match=message):
             serve.run(compose("serve", [f"checkpoint={run}", *override.split()]))
+
+
+@pytest.mark.parametrize(
+    ("limits", "device", "batch"),
+    [
+        (Limits(), "cpu", 1),
+        (Limits(), "cuda", 4),
+        (Limits(waiting=16), "cuda:1", 8),
+        (Limits(waiting=16, batch=12), "cuda", 12),
+        (Limits(batch=2), "cpu", 2),
+    ],
+)
+def test_batches_on_a_gpu_are_as_large_as_the_plans_in_progress_allow(limits: Limits, device: str, batch: int) -> None:
+    assert serve._with_batch(limits, device).batch == batch
 
 
 def test_addresses_of_this_machine_alone_are_told_from_others() -> None:

@@ -204,6 +204,9 @@ def test_limits_that_contradict_each_other_are_refused() -> None:
         Limits(stuck_s=10)
     with pytest.raises(ValueError, match=r"limits\.batch must be above 0"):
         dataclasses.replace(Limits(), batch=0)
+    with pytest.raises(ValueError, match=r"limits\.batch=16 is above limits\.waiting=4.*raise limits\.waiting too"):
+        Limits(batch=16)
+    assert Limits(batch=4).batch == 4
 
 
 def test_every_worker_of_rollouts_elsewhere_has_a_session_and_one_that_died_again(dice: Any, needs: Needs) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+CLOSED = "POINT_MASS_CLOSED"  # environment variable: a file that is created when an environment is closed
 GOAL = np.array([0.3, 0.1, 0.2])
 
 
@@ -33,6 +36,10 @@ class PointMass(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def render(self) -> np.ndarray | None:  # type: ignore[override]
         return np.full((32, 32, 3), 90, np.uint8) if self.render_mode == "rgb_array" else None
+
+    def close(self) -> None:
+        if file := os.environ.get(CLOSED):
+            Path(file).touch()
 
 
 class Calibrated(gymnasium.Wrapper[Any, Any, Any, Any]):

@@ -13,6 +13,7 @@ from keygrip.training.compatibility import (
     batch_type,
     data_sets_of,
     no_validation,
+    refuse_missing_weights,
     refuse_uneven_batch,
     refuse_unfit,
 )
@@ -54,6 +55,8 @@ def test_a_start_that_is_not_there_is_refused_before_a_stage_is_trained(
 ) -> None:
     monkeypatch.setattr(PretrainingStage, "complete", lambda self: pytest.fail("it began"))
     gone = [f"model.init_from={tmp_path / 'gone'}", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(FileNotFoundError, match=r"geometry\.init_from=gone: there is no run folder"):
+        refuse_missing_weights({"geometry": {"init_from": "gone"}, "model": {"init_from": None}})
     with pytest.raises(FileNotFoundError, match=r"model\.init_from=.*gone: there is no run folder"):
         train.run(compose("train", ["experiment=vlm_robot_videos", *gone]))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
@@ -162,6 +165,8 @@ def test_conditions_name_settings_that_there_are() -> None:
         (SMALL, "foveated_vlm/shared_query_path", False),
         (SMALL, "foveated_vlm/no_text", False),
         ((*SMALL, "data.sources.texts=null"), "foveated_vlm/no_text", True),  # sets a missing source to null
+        (("experiment=demo",), "volume_query/own_look", True),  # sets what only a second look reads
+        (("experiment=demo", "model.network.second_look=192"), "volume_query/own_look", False),
     ],
 )
 def test_an_ablation_that_changes_nothing_is_refused(choices: tuple[str, ...], ablation: str, idle: bool) -> None:
@@ -191,7 +196,7 @@ def test_jobs_of_a_sweep_are_warned_of_what_their_arm_does_not_read(
     cfg = compose("train", overrides)
     with pytest.raises(SettingError, match=r"nothing in this run reads 'geometry\.dim'"):
         refuse_idle(cfg, overrides)
-    monkeypatch.setattr("keygrip.training.idle_settings._in_sweep", lambda: True)
+    monkeypatch.setattr("keygrip.training.idle_settings.in_sweep", lambda: True)
     refuse_idle(cfg, overrides)
     assert "nothing in this job reads 'geometry.dim'" in caplog.text
     with pytest.raises(SettingError, match="geom_dit_tokens"):
@@ -207,3 +212,41 @@ def test_a_shift_whose_data_are_not_recorded_is_refused() -> None:
         refuse_idle(compose("train", foreign), foreign)
     views = ["shift=views", "closed_loop=yam", "data.root=here"]  # differs only in what is tested
     refuse_idle(compose("train", views), views)
+
+
+@pytest.mark.parametrize(
+    ("choices", "option", "setting"),
+    [
+        (("experiment=vla_yam_depth",), "shift=demos_20", "data.record.demos=20"),
+        (("experiment=vla_yam_language", "data=yam_language"), "shift=demos_50", "data.record.demos=50"),
+        (("experiment=metaworld", "data.root=here"), "window=dense", "data.horizon=50"),
+    ],
+)
+def test_a_shift_or_window_that_a_recipe_overrides_is_refused(
+    choices: tuple[str, ...], option: str, setting: str
+) -> None:
+    """The run would be reported under its name, with the recipe's value."""
+    overridden = [*choices, option]
+    with pytest.raises(SettingError, match=rf"^{option} sets .* of this run sets it to \d+: add {setting}, or leave "):
+        refuse_idle(compose("train", overridden), overridden)
+    typed = [*overridden, setting]
+    refuse_idle(compose("train", typed), typed)
+    for passing in (["experiment=vla_yam_depth", "shift=flat"], ["experiment=demo", "window=dense"]):
+        refuse_idle(compose("train", passing), passing)
+
+
+def test_an_ablation_of_the_demo_is_compared_with_the_demo(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model is another one than that of the train command, in which the ablation may change nothing."""
+
+    def run(cfg: DictConfig) -> None:
+        refuse_idle(cfg, HydraConfig.get().overrides.task)
+        seen.append(cfg.model.network.state)
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr("keygrip.demo.print_report", run)
+    with pytest.raises(SettingError, match="changes nothing here"):
+        refuse_idle_ablation(["ablation=volume_query/no_state"])
+    outcome = cli("ablation=volume_query/no_state", of="demo")
+    assert (outcome.code, seen) == (0, [[]]), outcome.err

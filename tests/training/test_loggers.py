@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from keygrip import train
 from keygrip.config import compose
 from keygrip.training import loggers
+from keygrip.training.loss_curves import STEP_TFLOP
 from keygrip.training.monitors import GradientNorm
 from keygrip.training.signals import Interrupted
 
@@ -218,6 +219,18 @@ def test_a_killed_runs_table_keeps_its_whole_rows(
     assert written[1:-1] == ([] if kept is None else kept[1:])
     assert written[-1].startswith("0.1,2")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_rows_of_callbacks_at_the_resumed_step_are_kept(tmp_path: Path) -> None:
+    """Callbacks number their rows by the steps that are done. What is logged once the next step has begun comes again
+    in the resumed run."""
+    file = tmp_path / "metrics.csv"
+    names = "epoch,step,train/loss,speed/samples_per_s,closed_loop/all/success_rate,lr-AdamW,health/gap"
+    kept = [f"{names},{STEP_TFLOP}", ",1,,,,0.1,,", "0,1,0.5,,,,,", ",2,,90.0,,,,", ",2,,,0.75,,,"]
+    again = ["0,2,0.4,,,,,", ",2,,,,0.1,,", ",2,,,,,0.3,", ",2,,,,,,0.7", ",3,,80.0,,,,"]
+    file.write_text("\n".join([*kept, *again, ""]))
+    loggers._keep_table(CSVLogger(tmp_path, name="", version=""), resumed_step=2)
+    assert file.read_text().splitlines() == kept
 
 
 def test_a_resumed_run_that_is_killed_at_its_start_keeps_its_table(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +32,22 @@ def test_waiting_for_data_is_measured(toy_overrides: Callable[..., list[str]], m
     metrics = train.run(compose("train", toy_overrides("run", *limits)))
     assert metrics["data_wait_share"] > 0.5
     assert 0 < metrics["samples_per_s"] < 8 / 0.05
+
+
+def test_saving_is_no_waiting_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("keygrip.training.progress.time.perf_counter", lambda: clock[0])
+    throughput = Throughput(every_n_steps=2, skip_batches=0)
+    trainer: Any = SimpleNamespace(loggers=[], global_step=1)
+    module: Any = SimpleNamespace(device=torch.device("cpu"))
+    for number in range(4):
+        throughput.on_train_batch_start(trainer, module, torch.zeros(8), number)
+        clock[0] += 1.0
+        throughput.on_train_batch_end(trainer, module, None, torch.zeros(8), number)
+        if number == 0:
+            throughput.on_save_checkpoint(trainer, module, {})
+            clock[0] += 50.0
+    assert throughput.summary == {"samples_per_s": 8.0, "data_wait_share": 0.0}
 
 
 def test_figures_reach_the_loggers(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:

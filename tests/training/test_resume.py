@@ -455,6 +455,7 @@ def test_resuming_with_other_settings_names_them(toy_overrides: Callable[..., li
         *("geometry.cache.folder", "model.network.geometry.cache.folder", "geometry.cache.limit_gb"),
         *("model.network.geometry.cache.limit_gb", "data.max_skipped_share", "data.max_broken_share"),
         *("data.memory_gb", "data.root", "data.sources.tours.root", "strategy.reshard_after_forward"),
+        *("model.log_images_every_n_steps", "model.log_images", "model.shown", "model.monitor_from_step"),
     ],
 )
 def test_settings_that_change_no_weight_may_differ(name: str) -> None:

@@ -237,6 +237,21 @@ def test_a_sweep_of_another_command_says_which_jobs_failed(
     assert re.fullmatch(said, capsys.readouterr().err.splitlines()[-1])
 
 
+def test_a_sweep_of_other_jobs_is_not_continued(cli: Callable[..., Any]) -> None:
+    """Job 0 would continue the run of the earlier job 0, and its result would be taken for the new values."""
+    sweep = (*TOY, "-m", "hydra.sweep.dir=sweep")
+    assert cli(*sweep, "max_steps=1,2").code == 0
+    before = {path: path.read_bytes() for path in Path("sweep").rglob("*.json")}
+    for other in ("max_steps=2,3", "max_steps=1", "seed=1,2"):
+        outcome = cli(*sweep, other, "resume=true")
+        assert outcome.code == 1
+        assert "sweep holds a sweep of other jobs: continue it with its own values" in outcome.err
+    assert {path: path.read_bytes() for path in Path("sweep").rglob("*.json")} == before
+    assert cli(*sweep, "max_steps=1,2,3", "log_every_n_steps=5", "resume=true").code == 0
+    assert [len(row["overrides"]) > 0 for row in collect(Path("sweep"))] == [True] * 3
+    assert "resume" not in json.loads(Path("sweep/summary.json").read_text())["command"]
+
+
 def test_a_sweep_is_not_written_over_another(cli: Callable[..., Any]) -> None:
     Path("sweep").mkdir()
     plan = json.dumps({"command": "that of days ago", "jobs": [["seed=1"]], "started": 1.0})

@@ -20,6 +20,7 @@ from keygrip.training.parts import data_part
 
 SCHEMA = "keygrip.images/1"
 INFO = "images.json"
+ITEMS_FILE = ".items.jsonl"  # list of images, which `step=images` writes before the first shard
 
 
 def write_info(root: Path | str, encoders: dict[str, Any] | None) -> dict[str, Any]:
@@ -49,18 +50,34 @@ def buckets_of_folder(folder: Path) -> list[Bucket]:
     return sorted(Bucket.from_name(name) for name in names if BUCKET_NAME.match(name))
 
 
+def incomplete_sets(root: Path) -> list[str]:
+    """Return a message for each set of `step=images`, the root or a split of it, whose shards are not all finished, or
+    from which too many images were left out; none if the root has `images.json`."""
+    if (root / INFO).is_file():
+        return []
+    folders = [root, *(root / split for split in SPLITS)]
+    return [
+        f"{folder} is not complete (no {INFO}): step=images was interrupted there, or it left out too many images; run "
+        "the same step=images command again"
+        for folder in folders
+        if (folder / ITEMS_FILE).is_file() and not (folder / INFO).is_file()
+    ]
+
+
 def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
     """Read `images.json`; for a local folder without this file, return the same information from the existing buckets.
 
     Raises:
         FileNotFoundError: there is no such folder, or no bucket in it. ValueError: the file is damaged or of another
-            kind.
+            kind, or the folder is a set of `step=images` that is not complete.
     """
     if is_remote(root):
         content = read_json(cache_of(root, cache_dir).fetch(INFO, fresh=True))
     elif (Path(root) / INFO).is_file():
         content = read_json(Path(root) / INFO)
     else:
+        if incomplete := incomplete_sets(Path(root)):
+            raise ValueError(incomplete[0])
         splits = buckets_by_split(Path(root))
         if not splits:
             raise FileNotFoundError(

@@ -186,13 +186,17 @@ class ImageShards(ResumableData):
             bucket_counts = ", ".join(f"{p.bucket.width} x {p.bucket.height}: {len(p)}" for p in parts)
             log.info("%s: %d images (%s)", split, sum(len(part) for part in parts), bucket_counts or "none")
         for part in self.parts["train"]:
-            if len(part) < self.batch_size:
+            if not self._is_trained_on(part):
                 log.warning(
                     "%s holds %d training samples, fewer than a batch of %d: they are never trained on",
                     part.bucket.name,
                     len(part),
                     self.batch_size,
                 )
+
+    def _is_trained_on(self, part: BucketPart) -> bool:
+        """Whether a part of the training split fills a batch."""
+        return len(part) >= self.batch_size
 
     # ------------------------------------------------------------------------------------------------------- statistics
 
@@ -220,18 +224,29 @@ class ImageShards(ResumableData):
 
     @property
     def statistics(self) -> ImageTextStatistics:
-        """Statistics of the training split, computed once and stored next to the shards; requires `setup`."""
-        parts = self.parts["train"]
+        """Statistics of the training split, computed once and stored next to the shards; requires `setup`. Its sizes
+        are those of the buckets that fill a batch: the others are never trained on.
+
+        Raises:
+            ValueError: no bucket fills a batch.
+        """
+        parts = [part for part in self.parts["train"] if self._is_trained_on(part)]
+        if not parts:
+            raise ValueError(
+                f"the fullest bucket of {self.place} holds {len(self.parts['train'][0])} training images, fewer than a "
+                f"batch of {self.batch_size}: lower data.batch_size"
+            )
         measured = {name: torch.from_numpy(values) for name, values in self._measured().items()}
         return ImageTextStatistics(
             **measured,
             text_length=self.sizes["text_length"],
             text_dim=self.sizes["text_dim"],
-            latent_sizes=[(part.first("latent_height"), part.first("latent_width")) for part in parts],
+            latent_sizes=[_latent_size(part) for part in parts],
             patch_grids=[(part.first("grid_height"), part.first("grid_width")) for part in parts],
             fingerprint=self.fingerprint,
             encoders=self.encoders,
             folder=str(self.folder),
+            val_latent_sizes=[_latent_size(part) for part in self.parts["val"]],
         )
 
     def _measured(self) -> dict[str, np.ndarray]:
@@ -300,3 +315,8 @@ class ImageShards(ResumableData):
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self.held_out("test")
+
+
+def _latent_size(part: BucketPart) -> tuple[int, int]:
+    """Return (h, w) of a bucket's latents."""
+    return part.first("latent_height"), part.first("latent_width")

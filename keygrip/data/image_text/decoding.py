@@ -22,13 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from keygrip.data.bad_samples import HOSTILE
 from keygrip.data.untrusted_files import open_image
 
 EXIF_ORIENTATION = 0x0112
-ORIENTATIONS = range(2, 9)  # EXIF orientations that rotate or mirror
+ORIENTATIONS = {  # how an image of these EXIF orientations is rotated or mirrored
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+HAVE_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # in the information of an image
 TURNED_BY_A_QUARTER = range(5, 9)  # rotated by 90 degrees; values outside EXIF's 1..8 are ignored
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 256, 257, 258, 262, 0
 TIFF_FORMAT, UNSIGNED, SIGNED = 339, 1, 2  # sample format
@@ -85,17 +94,30 @@ def upright(image: Image.Image) -> Image.Image:
     return rgb(_apply_orientation(image), tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO, white, unsigned)
 
 
-def _orientation(image: Image.Image) -> Any:
+def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation. Damaged EXIF data are ignored and do not make the image a bad sample."""
     try:
-        return image.getexif().get(EXIF_ORIENTATION, 1)
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        return int(orientation) if orientation in ORIENTATIONS else 1
     except HOSTILE:
         return 1
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
-    """Rotate and mirror an image according to its EXIF data."""
-    return ImageOps.exif_transpose(image) if _orientation(image) in ORIENTATIONS else image
+    """Rotate and mirror an image according to its EXIF data, and remove these from the result.
+
+    `ImageOps.exif_transpose` writes them again without the orientation, which fails if any other entry is damaged.
+    """
+    if _orientation(image) not in ORIENTATIONS:
+        return image
+    image.load()
+    orientation = _orientation(image)  # Pillow has rotated a TIFF by now, and removed its orientation
+    if orientation not in ORIENTATIONS:
+        return image
+    rotated = image.transpose(ORIENTATIONS[orientation])
+    for name in HAVE_ORIENTATION:
+        rotated.info.pop(name, None)
+    return rotated
 
 
 def refuse_frames(image: Image.Image) -> None:

@@ -20,9 +20,12 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.artifacts import atomic_write
 from keygrip.data.robot.calibration import SCHEMA
+from keygrip.data.robot.corrections import OffsetFrames
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.formats.frames import SelectedFrames
 from keygrip.data.robot.formats.poses import invert, transform
-from keygrip.data.robot.schema import CameraTrack, Demo
+from keygrip.data.robot.frames import NumberedFiles, VideoFrames
+from keygrip.data.robot.schema import CameraTrack, Demo, FrameSource
 from keygrip.data.spacing import evenly
 from keygrip.robots.kinematics import matrix_from_quaternion
 
@@ -327,6 +330,7 @@ def charuco(
         if mounted
         else {"world_to_camera": invert(result.pose).tolist()}
     )
+    rotate = _rotation_of(track.frames)
     content = {
         "schema": SCHEMA,
         "conventions": {"camera": "opencv", "pixel": "corner", "length": "m"},
@@ -336,6 +340,7 @@ def charuco(
                 "height": track.height,
                 "intrinsics": result.intrinsics.tolist(),
                 **pose_entry,
+                **({"rotate": rotate} if rotate else {}),  # the frames that were calibrated are turned ones
             }
         },
     }
@@ -366,6 +371,13 @@ def _has_placeholder_intrinsics(track: CameraTrack) -> bool:
     """Return whether the intrinsics are placeholders, those of a camera without calibration."""
     unknown = CameraTrack.without_calibration(track.width, track.height, track.frames, 1, "")
     return bool(track.uncalibrated) and np.array_equal(track.intrinsics[0], unknown.intrinsics[0])
+
+
+def _rotation_of(frames: FrameSource) -> int:
+    """Return the clockwise degrees by which images are turned on reading, as the recording's calibration file asks."""
+    while isinstance(frames, SelectedFrames | OffsetFrames):
+        frames = frames.source
+    return frames.rotate if isinstance(frames, NumberedFiles | VideoFrames) else 0
 
 
 def _read_images_and_poses(

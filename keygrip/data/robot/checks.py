@@ -178,7 +178,12 @@ def _check_camera(name: str, camera: str, track: CameraTrack, frames: int) -> No
         raise DemoError(name, f"{label}: {len(track.frames)} images for {frames} time stamps")
 
 
-def _check_images(name: str, camera: str, track: CameraTrack, frames: int) -> None:
+def check_images(name: str, camera: str, track: CameraTrack, frames: int) -> None:
+    """Raise DemoError if the first or last frame of a camera cannot be used, or its video has too few frames.
+
+    Args:
+        name: of the demo. camera: name of the camera. track: the camera. frames: number of frames of the demo.
+    """
     with demo_guard(name, f"camera {camera!r}: "):
         verify_source(track.frames)
         for index in {0, frames - 1}:
@@ -245,7 +250,7 @@ def check_demo(demo: Demo, images: bool = True, cameras: Iterable[str] | None = 
     for camera, track in demo.cameras.items():
         _check_camera(name, camera, track, frames)
         if images and (checked_cameras is None or camera in checked_cameras):
-            _check_images(name, camera, track, frames)
+            check_images(name, camera, track, frames)
 
 
 def correct_deviations(poses: ArmTrajectory) -> ArmTrajectory:

@@ -445,6 +445,7 @@ class RobotDemos(ResumableData):
         """Unaugmented samples of the validation split; needs `setup`."""
         if self._val is None:
             self._val = self._samples(self.val_indices, None, training=False)
+            self._val.leaves_out, self._val.never_empty = True, self.ranks[1] > 1
         return self._val
 
     def _loader(self, samples: DemoSamples, shuffle: bool) -> DataLoader[Any]:

@@ -243,10 +243,22 @@ def _recording_identity(demo: Demo, cameras: Sequence[str], depth: bool) -> str:
         lines = sorted(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in _files(demo.path))
     else:
         lines = [
-            source.identity() for _, track in _camera_tracks(demo, cameras) for source in _frame_sources(track, depth)
+            _identity_of(source)
+            for _, track in _camera_tracks(demo, cameras)
+            for source in _frame_sources(track, depth)
         ]
     digest.update("\n".join(lines).encode())
     return digest.hexdigest()
+
+
+def _identity_of(source: FrameSource) -> str:
+    """Return the identity of a camera's images, or why it has none: the check of its frames then reports that."""
+    try:
+        return source.identity()
+    except OSError as error:
+        if is_of_the_machine(error):
+            raise
+        return reason_of(error)
 
 
 def _verdict(demo: Demo, cameras: Sequence[str], depth: bool) -> Verdict:
@@ -383,6 +395,8 @@ def _decode_frame_shapes(source: FrameSource, take: Callable[[Any], None]) -> It
         verify_source(source)
         for index in range(len(source)):
             frame = np.ascontiguousarray(source.read(index))
+            if frame.dtype != (kind := np.uint16 if frame.ndim == 2 else np.uint8):
+                raise ValueError(f"it holds {frame.dtype}, {kind.__name__} is needed")
             take(frame.data)
             yield frame.shape
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from keygrip.data.bad_samples import join_first
+from keygrip.data.robot.checks import check_images
 from keygrip.data.robot.frame_rates import other_rates, report_gaps
 from keygrip.data.robot.integrity import verify
 from keygrip.data.robot.reference import DemoReference
@@ -110,8 +111,8 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
 
 
 def _read_with_requirements(reference: DemoReference, options: ReadingOptions) -> Demo:
-    demo = reference.read(cameras=options.cameras, uncalibrated=options.uncalibrated)
     needed = options.cameras[:1] if options.masks_views else options.cameras
+    demo = reference.read(cameras=needed, uncalibrated=options.uncalibrated)
     missing = [camera for camera in needed if camera not in demo.cameras]
     if missing and (reason := demo.source.get("uncalibrated", {}).get(missing[0])):
         raise DemoError(demo.name, f"camera {missing[0]!r} is not calibrated, which this model needs: {reason}")
@@ -120,7 +121,30 @@ def _read_with_requirements(reference: DemoReference, options: ReadingOptions) -
     absent = [arm for arm in options.arms if arm not in demo.arms]
     if absent:
         raise DemoError(demo.name, f"it has no arm {absent[0]!r}; it has {', '.join(demo.arms)}")
-    return demo
+    # `verify` decodes all images of the other cameras; without it, their first and last ones are decoded here
+    return demo if options.verify else _without_damaged(demo, [name for name in options.cameras if name not in needed])
+
+
+def _without_damaged(demo: Demo, cameras: Sequence[str]) -> Demo:
+    """Return the demo without those of `cameras` whose first or last image cannot be used."""
+    damaged: dict[str, str] = {}
+    for name in cameras:
+        if name in demo.cameras:
+            try:
+                check_images(demo.name, name, demo.cameras[name], len(demo))
+            except DemoError as error:
+                damaged[name] = error.reason
+    return _without_views(demo, damaged)
+
+
+def _without_views(demo: Demo, damaged: dict[str, str]) -> Demo:
+    """Return the demo without the damaged cameras, which are logged and recorded in its `source`."""
+    for name, reason in damaged.items():
+        log.warning("demo %r: camera %r is masked: %s", demo.name, name, reason)
+    if not damaged:
+        return demo
+    sound = {name: track for name, track in demo.cameras.items() if name not in damaged}
+    return replace(demo, cameras=sound, source=demo.source | {"damaged": damaged})
 
 
 def _drop_damaged(read: ReadDemos, options: ReadingOptions, cache_dir: Path) -> None:
@@ -135,11 +159,6 @@ def _drop_damaged(read: ReadDemos, options: ReadingOptions, cache_dir: Path) -> 
         if problem is not None:
             read.broken.append(DemoError(demo.name, problem))
             continue
-        for name, reason in views.items():
-            log.warning("demo %r: camera %r is masked: %s", demo.name, name, reason)
-        if views:
-            sound = {name: track for name, track in demo.cameras.items() if name not in views}
-            demo = replace(demo, cameras=sound, source=demo.source | {"damaged": views})
-        sound_demos.append(demo)
+        sound_demos.append(_without_views(demo, views))
         read.contents[demo.name] = verdict.content
     read.demos = sound_demos

@@ -242,13 +242,16 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
         return numbers[self.sample_demo]
 
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
-        """Yield the sample, then other samples of the same demo, nearest first."""
+        """Yield the sample, then samples of other frames of the same demo, nearest first."""
         yield key
-        demo = self.sample_demo[key.sample]
+        same_demo = np.flatnonzero(self.sample_demo == self.sample_demo[key.sample])
+        # a corrected frame may be several samples, see `weighted_frames`
+        frames, first = np.unique(self.sample_frame[same_demo], return_index=True)
+        position = int(np.searchsorted(frames, self.sample_frame[key.sample]))
         for distance in range(1, SUBSTITUTES + 1):
-            for sample in (key.sample - distance, key.sample + distance):
-                if 0 <= sample < len(self) and self.sample_demo[sample] == demo:
-                    yield SampleKey(sample, key.epoch)
+            for near in (position - distance, position + distance):
+                if 0 <= near < len(frames):
+                    yield SampleKey(int(same_demo[first[near]]), key.epoch)
 
     def __getitem__(self, key: SampleKey | int) -> PolicyTargets:
         if not isinstance(key, SampleKey):

@@ -167,21 +167,26 @@ def refuse_flat(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
 
 
 def report_outliers(demos: Sequence[Demo], arms: Sequence[str], targets: str) -> None:
-    """Warn about single wrong readings: one of them stretches the height bins of all demos."""
-    outliers = []
-    for demo in demos:
-        for arm in arms:
-            for kind, poses in (("reached", demo.arms[arm]), ("commanded", demo.arms[arm].commanded)):
-                if poses is not None and kind == targets:
+    """Warn about single wrong readings: one of them stretches the height bins of all demos.
+
+    Args:
+        targets: "commanded" or "reached". The bins span the reached positions in either case.
+    """
+    for kind in dict.fromkeys(("reached", targets)):
+        outliers = []
+        for demo in demos:
+            for arm in arms:
+                poses = demo.arms[arm] if kind == "reached" else demo.arms[arm].commanded
+                if poses is not None:
                     outliers += [f"{demo.name} frame {frame}" for frame in pose_outliers(poses)]
-    if outliers:
-        log.warning(
-            "%d %s positions leave the path of their neighbours by more than 10 cm, which stretches the height "
-            "bins (repair or remove these demos): %s",
-            len(outliers),
-            targets,
-            join_first_names(outliers),
-        )
+        if outliers:
+            log.warning(
+                "%d %s positions leave the path of their neighbours by more than 10 cm, which stretches the height "
+                "bins (repair or remove these demos): %s",
+                len(outliers),
+                kind,
+                join_first_names(outliers),
+            )
 
 
 def report_wide_targets(demos: Sequence[Demo], arms: Sequence[str], targets: str) -> None:

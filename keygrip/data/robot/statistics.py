@@ -63,7 +63,7 @@ class DemoStatistics:
         calibrated: those of `cameras` that are calibrated in all demos of both splits.
         chunks: start poses and targets of training frames (all, or 20 000 evenly chosen ones per robot with its own
             statistics), for normalisation based on the actions themselves.
-        instructions: the distinct sentences of the training split, sorted.
+        instructions: the distinct sentences of the training split, sorted. all_instructions: those of both splits.
     """
 
     height_range: tuple[float, float]
@@ -81,6 +81,7 @@ class DemoStatistics:
     cameras: tuple[str, ...] = ()
     chunks: PolicyTargets | None = None
     instructions: tuple[str, ...] = ()
+    all_instructions: tuple[str, ...] = ()
     calibrated: tuple[str, ...] = ()
     robot_ranges: Mapping[str, Range] = field(default_factory=dict)
     apart: Mapping[tuple[str, str], CameraDistance] = field(default_factory=dict)
@@ -127,6 +128,7 @@ def compute_statistics(
         cameras=tuple(cameras),
         chunks=_collect_training_targets(train, train_indices, options),
         instructions=tuple(sorted({demo.instruction for demo in train})),
+        all_instructions=tuple(sorted({demo.instruction for demo in demos})),
         calibrated=calibrated,
         robot_ranges={
             name: _position_range(_reached_and_target_positions(robot_demos, options))

@@ -412,13 +412,15 @@ def read_sample(
             frames, times = decode_timed(parts[video], size, fit, max(MAX_FRAMES, max_frames))
             indices = evenly(len(frames), max_frames)
             frames, seconds = frames[indices], seconds_of(times, indices)
+            # evidence counts the frames of a video file in seconds, also where fewer are decoded
+            numbers = [int(times[n]) if float(times[n]).is_integer() else -1 for n in indices]
         else:
             _check_frame_count(content, names)
             indices = evenly(len(names), max_frames)
             images = [decode_image(parts[names[n]], size, fit) for n in indices]
             frames = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
-            seconds = image_seconds(content.get("fps", 1.0), indices)
-        conversations = tuple(each.for_frames(indices) for each in conversations)
+            seconds, numbers = image_seconds(content.get("fps", 1.0), indices), list(indices)
+        conversations = tuple(each.for_frames(numbers) for each in conversations)
         if any(each.has_place for each in conversations):
             stored_sizes = _frame_sizes(parts, video, [names[n] for n in indices] if video is None else indices)
             conversations = tuple(each.in_square(stored_sizes, size, fit) for each in conversations)

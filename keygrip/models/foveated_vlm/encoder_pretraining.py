@@ -304,7 +304,7 @@ class EncoderPretrainingModule(System):
         return torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
 
     def sharded_parts(self) -> list[nn.Module]:
-        """None: the encoder's blocks are also called in parts, not only through their ``forward``."""
+        """Return no part: the encoder's blocks are also called in parts, not only through their ``forward``."""
         return []
 
     def loss(self, batch: EncoderPretrainingBatch) -> Tensor:

@@ -253,7 +253,7 @@ class SelfSupervisedModule(System):
         return loss
 
     def sharded_parts(self) -> list[nn.Module]:
-        """None: the encoder's blocks are also called in parts, not only through their ``forward``."""
+        """Return no part: the encoder's blocks are also called in parts, not only through their ``forward``."""
         return []
 
     def _seed(self, batch_idx: int) -> int:

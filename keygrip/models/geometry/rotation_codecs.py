@@ -35,6 +35,7 @@ from keygrip.models.geometry.rotations import (
 from keygrip.training.host_copy import HostCopy
 from keygrip.training.integrity import ChangedFileError, load_tensors
 from keygrip.training.parts import model_part
+from keygrip.training.torch_files import TorchFileError
 
 log = logging.getLogger(__name__)
 
@@ -338,7 +339,7 @@ def _load_cached_basis(path: Path) -> dict[str, Tensor] | None:
     try:
         basis: dict[str, Tensor] | None = load_tensors(path) if path.is_file() else None
         return basis
-    except ChangedFileError as error:
+    except (ChangedFileError, TorchFileError) as error:
         log.warning("%s; it is fitted again", error)
         return None
 

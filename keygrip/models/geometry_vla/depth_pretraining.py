@@ -60,7 +60,8 @@ class DepthReaderModule(System):
 
     def set_statistics(self, statistics: DemoStatistics) -> None:
         """Load the weights of the run to start from, if there is one; no statistics are stored."""
-        self.network.take_start(self.own_packages, self.own_files)
+        if not self.resumed:  # the checkpoint has its weights
+            self.network.take_start(self.own_packages, self.own_files)
 
     def forward(self, batch: MultiViewPolicyBatch) -> GeometryFeatures:
         """The encoder's features of a batch's images."""

@@ -195,7 +195,7 @@ class GeometryVLAModule(System):
         self._take_calibrated(statistics.calibrated)
         if self.init_from is None:
             self.network.vlm.prepare(statistics.cache_dir, statistics.chunks.instruction)
-            if self.network.geometry is not None:
+            if self.network.geometry is not None and not self.resumed:  # the checkpoint has its weights
                 self.network.geometry.take_start(self.own_packages, self.own_files)
         elif not self.resumed:
             start_module = self.take_weights(self.init_from, "a vision-language-action policy")
@@ -317,9 +317,9 @@ class GeometryVLAModule(System):
             counts |= geometry.counts(features, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
         if scene.pointing is not None:
             counts |= pointing_counts(scene.pointing, batch)
-        # NaN for one sample
-        counts["geometry_slot"] = torch.tensor(len(batch) if len(batch) > 1 else 0)
-        return counts
+        # compared between samples: NaN for one sample, or 0 for geometry exchanged with itself
+        compared = torch.tensor(len(batch) if len(batch) > 1 else 0)
+        return counts | dict.fromkeys(("geometry_slot", "geometry_moves_cm", "geometry_worth_cm"), compared)
 
     def sample(self, scene: Scene, batch: MultiViewPolicyBatch) -> Tensor:
         """Sample actions ``[B, T, Da]``; the noise of each depends only on its demonstration and frame."""

@@ -58,8 +58,8 @@ class LanguageModel(KeptBuffers):
             together. loaded_weights: `weights`.
 
     Raises:
-        ValueError: weights of other sizes or of another family. FileNotFoundError: weights that do not exist, or hub
-            weights without a network connection.
+        ValueError: weights of other sizes, of another family or of a smaller context. FileNotFoundError: weights that
+            do not exist, or hub weights without a network connection.
     """
 
     def __init__(
@@ -183,7 +183,8 @@ class LanguageModel(KeptBuffers):
             )
 
     def refuse_other(self, found: Any, source: str, sizes: Mapping[str, str] = SIZES) -> None:
-        """Raise ValueError if weights with a given configuration have other sizes, or need another computation.
+        """Raise ValueError if weights with a given configuration have other sizes or a smaller context, or need another
+        computation.
 
         Args:
             found: the weights' configuration in transformers. source: its origin. sizes: as in the constructor.
@@ -194,6 +195,9 @@ class LanguageModel(KeptBuffers):
             for theirs, ours in sizes.items()
             if getattr(found, theirs, None) != getattr(own_config, theirs)
         ]
+        longest = getattr(found, "max_position_embeddings", None)
+        if longest is not None and self.context > longest:
+            differences.append(f"its context is {longest}, config says {self.context}: give context={longest} or less")
         rope = getattr(found, "rope_parameters", None) or {}
         theta = rope.get("rope_theta")
         if theta is not None and float(theta) != own_config.rope_parameters["rope_theta"]:

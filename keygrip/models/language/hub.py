@@ -85,6 +85,24 @@ def read_tokenizer(source: str) -> Any:
     return checked_tokenizer(lambda: from_pretrained(AutoTokenizer, source), source)
 
 
+def read_language_tokenizer(source: str) -> Any:
+    """Load the tokenizer of a language model as `read_tokenizer` does, but with exactly the pieces of tokenizer.json if
+    there is one.
+
+    tokenizer_config.json may name a class that builds the tokenizer anew from the vocabulary, and drops other settings
+    of tokenizer.json. SmolLM2's names GPT-2's class, which does not split numbers into digits.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    def load() -> Any:
+        tokenizer = from_pretrained(AutoTokenizer, source)  # first: it refuses a tokenizer with code of its own
+        if type(tokenizer) is PreTrainedTokenizerFast or file_of(source, TOKENIZER_FILE) is None:
+            return tokenizer
+        return from_pretrained(PreTrainedTokenizerFast, source)
+
+    return checked_tokenizer(load, source)
+
+
 def read_stop_tokens(source: str) -> list[int]:
     """Return the ids of the tokens that end an answer of a language model, as in transformers: eos_token_id of
     generation_config.json, or of config.json if there is no such file. Without either: no ids, and a log message.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from keygrip.artifacts import make_once, write_text
 from keygrip.models.language.chat_templates import render_chat
-from keygrip.models.language.hub import read_stop_tokens, read_tokenizer
+from keygrip.models.language.hub import read_language_tokenizer, read_stop_tokens
 from keygrip.models.language.tokenizer_json import parse_tokenizer, tokenizer_errors
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.parts import model_part
@@ -35,6 +36,10 @@ NAMED_TOKENS = {"end": "eos_token", "bos": "bos_token", "unk": "unk_token", "pad
 TEMPLATE = "chat_template"  # key in a state
 STOP = "stop"  # key in a state: further ids at which generation stops
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+# Held while text is encoded. Whether special tokens are recognised is a setting of the tokenizer that transformers
+# changes just before it encodes, so that a call in another thread could change it back. Here and not in the tokenizer,
+# which is pickled.
+_ENCODING = threading.Lock()
 # ChatML as in SmolLM2, but without a default system turn.
 TINY_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -117,7 +122,7 @@ class ChatTokenizer:
 
     def _token_ids(self, text: str, spelt: bool = False) -> list[int]:
         options = {"split_special_tokens": True} if spelt else {}
-        with tokenizer_errors("the tokenizer"):
+        with tokenizer_errors("the tokenizer"), _ENCODING:
             ids: list[int] = self._tokenizer(text, add_special_tokens=False, **options)["input_ids"]
         return ids
 
@@ -223,7 +228,7 @@ class PretrainedTokenizer:
         Raises:
             FileNotFoundError: the source does not exist. ValueError: damaged files.
         """
-        return ChatTokenizer(read_tokenizer(self.source), read_stop_tokens(self.source))
+        return ChatTokenizer(read_language_tokenizer(self.source), read_stop_tokens(self.source))
 
 
 @model_part(from_checkpoint={"init_from": None})

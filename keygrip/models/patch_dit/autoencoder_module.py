@@ -87,16 +87,19 @@ class AutoencoderModule(System):
                 f"the shards' latents have {len(statistics.latent_mean)} channels, packed pixels "
                 f"{self.packing.channels}: choose shards and encoders of exact pixel packing (encoders=tiny)"
             )
-        for rows, columns in statistics.latent_sizes:
+        for rows, columns in (*statistics.latent_sizes, *statistics.val_latent_sizes):
             if rows * self.packing.stride % self.network.stride or columns * self.packing.stride % self.network.stride:
                 raise ValueError(
                     f"images of {columns * self.packing.stride} x {rows * self.packing.stride} pixels do not divide by "
                     f"model.network.stride={self.network.stride}"
                 )
-        if self.init_from is not None and not self.resumed:
+        if self.init_from is None:
+            if self.decoder_only:
+                raise ValueError(
+                    "model.decoder_only=true keeps a trained encoder: name its run with model.init_from=RUN"
+                )
+        elif not self.resumed:
             self.take_weights(self.init_from, "an autoencoder")
-        elif self.decoder_only:
-            raise ValueError("model.decoder_only=true keeps a trained encoder: name its run with model.init_from=RUN")
 
     def pixels(self, batch: ImageTextBatch) -> Tensor:
         """Images [B, 3, H, W] in -1..1."""

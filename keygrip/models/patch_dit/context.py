@@ -250,6 +250,14 @@ class ConditionDropout:
         if not 0 <= self.masked_patches <= 1:
             raise ValueError(f"model.dropout.masked_patches={self.masked_patches}: a share, from 0 to 1.")
 
+    def check(self, use_dino_patches: bool, few_steps: bool) -> None:
+        """Raise ValueError for a share that has no effect in a network without patches, or with `model.few_steps`."""
+        for name in ("masked_patches", "cls_alone", "patches_alone"):
+            if getattr(self, name) and not use_dino_patches:
+                raise ValueError(f"model.dropout.{name} has no effect without patches (use_dino_patches=false): 0")
+            if getattr(self, name) and few_steps and name != "masked_patches":
+                raise ValueError(f"model.dropout.{name} has no effect with model.few_steps, which drops whole kinds: 0")
+
     @property
     def shares(self) -> Sequence[float]:
         return self.none, self.text, self.dino, self.both

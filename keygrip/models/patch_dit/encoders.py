@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -151,7 +151,7 @@ class Encoders:
         autoencoder_weights = autoencoder.state() if isinstance(autoencoder, TrainedAutoencoder) else None
         return {"view": self.view.state(), "autoencoder": autoencoder_weights}
 
-    def load_weights(self, weights: dict[str, Any]) -> None:
+    def load_weights(self, weights: Mapping[str, Any]) -> None:
         """Load what :meth:`weights` returned. Raise ValueError for weights of another autoencoder."""
         self.view.load_state(weights["view"])
         if isinstance(self.autoencoder, TrainedAutoencoder):

@@ -122,11 +122,7 @@ class PatchDiTModule(System):
         self.network = network(
             latent_channels=encoders.latent_channels, text_dim=encoders.text_dim, dino_dim=encoders.dino_dim
         )
-        for name in ("masked_patches", "cls_alone", "patches_alone"):
-            if getattr(dropout, name) and not self.network.use_dino_patches:
-                raise ValueError(f"model.dropout.{name} has no effect without patches (use_dino_patches=false): 0")
-            if getattr(dropout, name) and few_steps is not None and name != "masked_patches":
-                raise ValueError(f"model.dropout.{name} has no effect with model.few_steps, which drops whole kinds: 0")
+        dropout.check(self.network.use_dino_patches, few_steps is not None)
         sizes = self.network.width, encoders.dino_dim, self.network.depth
         self.alignment = None if alignment is None else alignment(*sizes)
         if self.alignment is not None:
@@ -171,6 +167,11 @@ class PatchDiTModule(System):
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
+    def resume_data(self, datamodule: Any, checkpoint: Mapping[str, Any]) -> None:
+        """Load the encoders' stored weights: a resumed run does not need the files that they came from. Raise
+        ValueError if they are missing or do not fit."""
+        self.encoders.load_weights(stored_beside_weights(checkpoint, STATE, "view", "autoencoder"))
+
     def set_statistics(self, statistics: ImageTextStatistics) -> None:
         """Store the shards' normalisation, and load the weights to start from, if there are any.
 
@@ -190,7 +191,7 @@ class PatchDiTModule(System):
                 "encoders= and options (encoders.dino_view, ...) that the shards were made with."
             )
         self.statistics.take(statistics)
-        for latent in self.statistics.latent_sizes:
+        for latent in (*statistics.latent_sizes, *statistics.val_latent_sizes):
             if latent[0] % self.network.patch_size or latent[1] % self.network.patch_size:
                 raise ValueError(
                     f"Latents of {latent[0]} x {latent[1]} do not divide by model.network.patch_size="
@@ -465,15 +466,15 @@ class PatchDiTModule(System):
             "text and DINO": whole,
             "text alone": whole.without_dino(),
             "DINO alone": replace(whole, text=None, text_mask=None),
+            "its own text, DINO of the next": whole.with_dino_of(torch.arange(count).roll(-1)),
         }
-        if count > 1:
-            ways["its own text, DINO of the next"] = whole.with_dino_of(torch.arange(count).roll(-1))
         rows = [("real", real)]
         # without a guide, or before its step, there is no guidance by it
         sampling = self.sampling if self.guide_network is not None else replace(self.sampling, guide_scale=0.0)
         rows += [(title, self.draw(conditions, size, seeds, sampling)) for title, conditions in ways.items()]
         if self.trainer.is_global_zero:
-            self.show_image("val/samples", image_grid(rows))
+            # One image has no next one. The row is drawn all the same: processes of FSDP need equal numbers of passes.
+            self.show_image("val/samples", image_grid(rows if count > 1 else rows[:-1]))
             captions = "\n".join(f"{number}. {text}" for number, text in enumerate(batch.captions[:count], start=1))
             self.show_text("val/captions", captions)
 

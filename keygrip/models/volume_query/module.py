@@ -147,6 +147,8 @@ class VolumeQueryModule(System):
                 f"The demonstrations have no arm {missing}; they have {sorted(statistics.quaternions)}: set data.arms."
             )
         self.symmetry.refuse_unfit(statistics.instructions)
+        for sentence in statistics.all_instructions:  # a held-out one would end the run in its first validation
+            self.symmetry.order_of(sentence)
         self.statistics.take(statistics, self.network.horizon)
         report: dict[str, float] = {}
         for arm in self.network.arms:
@@ -163,6 +165,7 @@ class VolumeQueryModule(System):
         encoder = self.network.instruction_encoder
         if encoder is not None:  # after the weights, which bring the earlier run's words: these are added
             encoder.prepare(statistics.instructions)
+            encoder.tokens(statistics.all_instructions)  # refuses held-out sentences that it cannot read
             report["instructions"] = len(statistics.instructions)
         self.by_task = MeansByTask(statistics.instructions)
         if len(self.views) < 2 and self.network.world_views:

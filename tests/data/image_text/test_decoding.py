@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from image_sets import small_encoders
 from odd_images import EDGE, PLAIN, refused, right
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.image_text.datamodule import ImageShards
-from keygrip.data.image_text.decoding import decode_image, size_of
+from keygrip.data.image_text.decoding import decode_image, size_of, upright
 from keygrip.data.image_text.samples import read_image_text
 from keygrip.data.image_text.sources.images import encode_folder
 from keygrip.data.shards.reader import ShardSet
@@ -62,6 +62,28 @@ def test_damaged_exif_data_are_ignored(tmp_path: Path, dpi: tuple[int, int] | No
     options = {} if dpi is None else {"dpi": dpi}
     Image.new("RGB", (12, 8), (200, 30, 30)).save(path, exif=b"Exif\0\0" + b"\xff" * 40, **options)
     assert size_of(path) == decode_image(path).size == (12, 8)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_a_rotated_image_with_other_damaged_exif_data_is_rotated_once(
+    tmp_path: Path, ending: str, orientation: int
+) -> None:
+    """Pillow cannot write the resolution, which is stored as text, again; the result is not rotated a second time."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"72\0\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    for name, content in (("damaged", exif), ("whole", Image.Exif())):
+        if isinstance(content, Image.Exif):
+            content[0x0112] = orientation
+        options = {"lossless": True} if ending == "webp" else {}
+        Image.fromarray(PLAIN[:20]).save(tmp_path / f"{name}.{ending}", exif=content, **options)
+    found, plain = (decode_image(tmp_path / f"{name}.{ending}") for name in ("damaged", "whole"))
+    with Image.open(tmp_path / f"whole.{ending}") as opened:
+        wanted = ImageOps.exif_transpose(opened).convert("RGB")
+    assert size_of(tmp_path / f"damaged.{ending}") == found.size
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+    np.testing.assert_array_equal(np.asarray(upright(plain)), np.asarray(wanted))
+    np.testing.assert_array_equal(np.asarray(upright(found)), np.asarray(wanted))
 
 
 def test_a_profile_of_another_colour_space_changes_nothing(tmp_path: Path) -> None:

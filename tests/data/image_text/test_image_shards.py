@@ -373,6 +373,15 @@ def test_statistics_are_of_the_training_split_and_kept(root: Path) -> None:
     assert torch.equal(module(root).statistics.patch_std, found.patch_std)
 
 
+def test_sizes_are_of_the_buckets_that_fill_a_batch(root: Path) -> None:
+    """Validation may contain other sizes, which are listed separately."""
+    found = module(root, batch_size=8).statistics
+    assert (found.latent_sizes, found.patch_grids) == ([(8, 8)], [(3, 3)])
+    assert found.val_latent_sizes == [(8, 8), (8, 12)]
+    with pytest.raises(ValueError, match="holds 11 training images, fewer than a batch of 12: lower"):
+        _ = module(root, batch_size=12).statistics
+
+
 def test_channels_that_do_not_vary_are_not_scaled(tmp_path: Path) -> None:
     """With a single image the CLS vector does not vary: the vector of another image is shifted and not scaled. Channels
     that vary only by float16 rounding are not scaled either; channels that vary by small amounts are scaled."""

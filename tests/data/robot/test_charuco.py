@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from scipy.spatial.transform import Rotation
 
 import keygrip.data.robot.charuco
@@ -21,7 +23,9 @@ from keygrip.data.robot.charuco import (
     largest_displacement,
     refuse_turns_about_one_axis,
 )
+from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.formats.poses import invert
+from keygrip.data.robot.lerobot_export.export import export_lerobot
 
 opencv = pytest.mark.opencv  # `make charuco` runs these
 K = np.array([[420.0, 0, 322.0], [0, 425.0, 238.0], [0, 0, 1]])
@@ -116,6 +120,37 @@ def test_a_camera_without_calibration_is_what_a_board_is_for(
     with pytest.raises(ValueError, match="demo_0 has no intrinsics of camera 'over' to keep"):
         charuco(tmp_path / "demos", tmp_path / "kept.yaml", *kept)
     assert not (tmp_path / "kept.yaml").exists()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_camera_whose_images_are_turned_on_reading_stays_turned(
+    tmp_path: Path, native_demo, monkeypatch: pytest.MonkeyPatch, lag: int
+) -> None:
+    """With the new file, the frames must be read as those were from which it was made."""
+    native_demo(tmp_path / "demos/demo_0", cameras=("over", "side"))
+    export_lerobot(tmp_path / "demos", tmp_path / "set", progress=False)
+    old = yaml.safe_load((tmp_path / "set/calibration.yaml").read_text())
+    tracks, entries = old["lerobot"].pop("cameras"), {}
+    for name, rotate in zip(tracks, (90, 0), strict=True):
+        size = {"width": 40, "height": 48} if rotate else {"width": 48, "height": 40}
+        matrix = {"fx": 60, "fy": 60, "cx": 20, "cy": 20}
+        entries[name] = size | {"intrinsics": matrix, "world_to_camera": np.eye(4).tolist(), "rotate": rotate}
+    old |= {"cameras": entries, "corrections": {"over": {"lag_frames": lag}} if lag else {}}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(old))
+    small = replace(lens(0, 0, 0, 0, 0), intrinsics=np.array([[60.0, 0, 20], [0, 60, 20], [0, 0, 1]]))
+    monkeypatch.setattr(keygrip.data.robot.charuco, "calibrate_camera", lambda *given: small)
+    for camera in ("over", "side"):
+        new = tmp_path / f"{camera}.yaml"
+        charuco(tmp_path / "set", new, "auto", tmp_path / "old.yaml", camera, "right", False, False, BOARD, 8)
+        entry = yaml.safe_load(new.read_text())["cameras"][camera]
+        assert entry.get("rotate") == (90 if camera == "over" else None)
+        old["cameras"][camera] = entry
+    (tmp_path / "renewed.yaml").write_text(yaml.safe_dump(old))
+    first, again = (
+        find_demos(tmp_path / "set", calibration=tmp_path / file)[0].read() for file in ("old.yaml", "renewed.yaml")
+    )
+    for camera in ("over", "side"):
+        np.testing.assert_array_equal(first.cameras[camera].frames.read(3), again.cameras[camera].frames.read(3))
 
 
 @opencv

@@ -426,6 +426,43 @@ def test_demos_with_a_damaged_image_are_named_and_the_others_examined(tmp_path, 
     assert "demo_1" in (tmp_path / "out/report.html").read_text()
 
 
+@pytest.mark.parametrize("size", [(2 * WIDTH, 2 * HEIGHT), (HEIGHT, WIDTH)])
+def test_demos_with_an_image_of_another_size_are_named_and_the_others_examined(tmp_path, size):
+    """Training leaves them out, too, even if the image has the same aspect ratio."""
+    root = write(tmp_path / "data")
+    Image.new("RGB", size).save(root / "demo_1/rgb/over/000005.jpg")
+    findings = doctor(root, tmp_path / "out", compare_images=False, progress=False).findings
+    assert [(finding.check, finding.demos) for finding in findings] == [("broken_image", ("demo_1",))]
+    stored, stated = (size[1], size[0], 3), (HEIGHT, WIDTH, 3)
+    assert f"frame 5 cannot be used: it has shape {stored}, the recording says {stated}" in findings[0].what
+
+
+def test_a_recording_of_two_frames_leaves_the_other_demos_examined(tmp_path):
+    """It is not longer than the delay of the other demos, whose commands are those for the second frame after."""
+
+    def ahead(parts: Parts, number: int) -> Parts:
+        rows = np.minimum(np.arange(FRAMES) + 1, FRAMES - 1)
+        return replace(
+            parts, position=parts.position[rows], quaternion=parts.quaternion[rows], gripper=parts.gripper[rows]
+        )
+
+    root = write(tmp_path / "data", told=ahead)
+    parts = sound(0)
+    with DemoWriter(root / "demo_aborted", "yam", "pick", "pick up the cube", 10.0) as writer:
+        for i in range(2):
+            writer.add(
+                int(parts.times[i]),
+                {"over": parts.images[i]},
+                {"over": CameraPose(parts.intrinsics, parts.world_to_camera[i])},
+                {"right": arm_pose(parts, i)},
+                {"right": arm_pose(parts, i + 1)},
+            )
+    exam = doctor(root, tmp_path / "out", compare_images=False, progress=False)
+    assert exam.findings == []
+    assert exam.measures["readable"] == DEMOS + 1
+    assert exam.measures["arm/right/command_delay_frames"] == pytest.approx(2, abs=0.05)
+
+
 def test_a_folder_whose_demos_all_have_damaged_images_is_reported(tmp_path):
     root = write(tmp_path / "data")
     for number in range(DEMOS):

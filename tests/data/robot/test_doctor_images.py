@@ -26,6 +26,7 @@ from keygrip.data.robot.doctor.calibrate import calibrate
 from keygrip.data.robot.doctor.causes import Cause, other_image_size
 from keygrip.data.robot.doctor.examination import Examination, yam_model
 from keygrip.data.robot.doctor.images_and_poses import ComparedCamera, _check_demos, check_images_and_poses, lag_start
+from keygrip.data.robot.doctor.not_compared import EXPLAINED
 from keygrip.data.robot.doctor.overlays import FITTED, RECORDED
 from keygrip.data.robot.doctor.registration import NUMBERS, Fit, half_contrast_offsets
 from keygrip.data.robot.doctor.run import examine
@@ -326,6 +327,47 @@ def test_an_arm_that_nothing_is_known_of_is_said_not_to_be_compared(tmp_path, ca
     )
 
 
+def test_an_arm_with_fewer_recorded_joints_than_its_model_is_said_not_to_be_compared(tmp_path, monkeypatch):
+    """Fingers that `robot_model.fingers` does not name count as joints of the arm."""
+    monkeypatch.setattr(images_and_poses, "check_own_motion", lambda *_: None)
+    root, model = write(tmp_path / "data", same, robot="panda"), replace(yam_surface(), joints=8)
+    exam = Examination([reference.read() for reference in find_demos(root)], 8, 32, 56)
+    check_images_and_poses(exam, model).report(exam)
+    (found,) = exam.findings
+    assert (found.check, found.severity, len(found.demos)) == ("not_compared", "warning", DEMOS)
+    assert "6 joints are recorded, the arm in robot_model.path has 8 (without robot_model.fingers)" in found.what
+    assert found.advice.startswith("Name the joints that the opening moves with robot_model.fingers")
+    with pytest.raises(ValueError, match=r"over: 6 joints are recorded, .* has 8 .*Name the joints that the opening"):
+        calibrate(root, tmp_path / "fixed.yaml", "auto", None, None, 3, 4, model)
+
+
+def test_two_arms_one_of_which_lacks_some_joints_are_said_not_to_be_compared(tmp_path):
+    demos = two_armed(tmp_path / "data")
+    demos = [replace(d, arms=d.arms | {"left": replace(d.arms["left"], joints=np.zeros((FRAMES, 5)))}) for d in demos]
+    exam = Examination(demos, frames_per_demo=8, height_bins=32, pred_size=56)
+    check_images_and_poses(exam).report(exam)
+    (found,) = exam.findings
+    assert (found.check, found.severity, len(found.demos)) == ("not_compared", "warning", DEMOS)
+    assert "5 joints are recorded, a YAM has 6" in found.what
+
+
+def test_wrong_intrinsics_of_one_camera_leave_the_others_compared(tmp_path, monkeypatch):
+    compared = []
+
+    def compare(exam: Examination, camera: ComparedCamera, small_images: object) -> bool:
+        compared.append(camera.camera)
+        return True
+
+    monkeypatch.setattr(images_and_poses, "_compare_camera", compare)
+    demos = [reference.read() for reference in find_demos(write(tmp_path / "data", same))]
+    demos = [replace(demo, cameras=demo.cameras | {"side": demo.cameras["over"]}) for demo in demos]
+    exam = Examination(demos, frames_per_demo=8, height_bins=32, pred_size=56)
+    names = [demo.name for demo in demos]
+    exam.add("intrinsics", "error", "measured", "advice", cause="cause", camera="side", demos=names)
+    assert check_images_and_poses(exam).demos == {("side", EXPLAINED): names}
+    assert compared == ["over"]
+
+
 def test_calibrating_an_arm_that_nothing_is_known_of_asks_for_its_model(tmp_path):
     root = write(tmp_path / "data", same, robot="panda")
     with pytest.raises(
@@ -366,7 +408,9 @@ def test_a_camera_on_the_hand_is_a_note_and_no_finding(tmp_path, caplog):
 def test_the_last_line_says_that_images_were_left_out(tmp_path, caplog):
     root = write(tmp_path / "data", same)
     _, last = examined(root, tmp_path / "out", caplog, compare_images=False)
-    assert last.endswith("images were not compared with poses (compare_images=false)")
+    assert last == (
+        f"no fault found in what was compared of {root}; images were not compared with poses (compare_images=false)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -409,6 +453,16 @@ def test_a_robot_that_is_in_no_image_is_nowhere_to_be_searched(tmp_path):
     view = replace(make_view(demo, "over", 8), world_to_camera=away)
     with np.errstate(all="raise"):
         assert starts([(view, place(demo, "right"))], best=3) == []
+
+
+def test_a_search_over_images_of_several_sizes_uses_those_of_the_most_frequent_size(tmp_path):
+    demo = find_demos(write(tmp_path / "data", same))[0].read()
+    view, robot = make_view(demo, "over", 8), place(demo, "right")
+    low = replace(view.with_images(view.images[:, 16:-16]), intrinsics=INTRINSICS - [[0, 0, 0], [0, 0, 16], [0, 0, 0]])
+    expected = starts([(view, robot), (view, robot)], best=1)
+    found = starts([(low, robot), (view, robot), (view, robot)], best=1)
+    assert found[0][0] == expected[0][0]
+    assert found[0][1].tolist() == expected[0][1].tolist()
 
 
 @pytest.mark.parametrize("lag", [-4, 3])

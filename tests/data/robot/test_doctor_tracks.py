@@ -20,7 +20,7 @@ from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
 from keygrip.data.robot.doctor.frozen_poses import check_frozen_poses, check_poses_of_moving_images
 from keygrip.data.robot.doctor.grippers import check_gripper
 from keygrip.data.robot.doctor.images import Stream, _check_colour_order, _colour_of_object
-from keygrip.data.robot.doctor.trajectories import check_jumps, check_times
+from keygrip.data.robot.doctor.trajectories import check_heights, check_jumps, check_times
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo
 from keygrip.robots.inverse_kinematics import pointing_down
 
@@ -450,6 +450,18 @@ def test_unit_of_time_stamps_is_named_and_nothing_is_said_to_jump(divided, unit)
     check_times(exam)
     check_jumps(exam)
     assert [(finding.check, finding.cause) for finding in exam.findings] == [("time_unit", f"time stamps in {unit}")]
+
+
+def test_a_jump_of_a_gripper_high_above_the_origin_is_named():
+    """With the origin on the floor, heights are large though their range is that of an arm."""
+    found = demo(0, lambda track: track)
+    place = found.arms["right"].position + [0, 0, 1.4]
+    place[30:] += [0, 0.6, 0]
+    exam = examined([reached(found, position=place)])
+    check_heights(exam)
+    assert exam.measures["arm/right/height_range_m"][1] > 1.5
+    check_jumps(exam)
+    assert [(finding.check, finding.frames) for finding in exam.findings] == [("jump", (29,))]
 
 
 def test_corrections_keep_what_the_controller_was_told():

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from keygrip.data.robot.datamodule import RobotDemos
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.importing import import_demos
 from keygrip.data.robot.integrity import MANIFEST, VERIFIED, data_version, file_hashes, read_manifest
+from keygrip.data.robot.samples import DemoSamples
 from keygrip.data.robot.schema import Demo
+from keygrip.data.shards.sampling import SampleKey
 from keygrip.data.video import frames_between, read_frame, write_video
 from keygrip.launch import name_of_start
 
@@ -67,6 +70,30 @@ def test_too_many_damaged_recordings_refuse_the_run(root: Path, robot_demos: Mak
     with pytest.raises(ValueError, match=r"2 of 10 demos .* data.max_broken_share=0.1 .*demo_03: .*; demo_08: "):
         ready(robot_demos(root))
     assert len(ready(robot_demos(root, max_broken_share=0.2)).demos) == 8
+
+
+def test_a_held_out_frame_that_cannot_be_read_is_left_out(native_root: Path, robot_demos: Make) -> None:
+    """A neighbour in its place would count twice."""
+    data = ready(robot_demos(native_root, verify=False, num_workers=0))
+    demo = data.demos[data.val_indices[0]]
+    before = [int(frame) for batch in data.val_dataloader() for frame in batch.frame_index]
+    (demo.path / FRAME).write_bytes(b"no image")
+    data = ready(robot_demos(native_root, verify=False, num_workers=0, cache_gb=0))
+    after = [int(frame) for batch in data.val_dataloader() for frame in batch.frame_index]
+    before.remove(5)
+    assert sorted(after) == sorted(before)
+    assert data.skipped.count == 1
+
+
+def test_another_frame_replaces_one_that_is_several_samples() -> None:
+    """Frames that a person corrected are sampled more often (`intervention_weight`)."""
+    samples: Any = SimpleNamespace(
+        sample_demo=np.repeat([0, 1], [23, 2]), sample_frame=np.array([4, *[5] * 20, 6, 8, 5, 6])
+    )
+    found = [key.sample for key in DemoSamples.candidates(samples, SampleKey(10, 3))]
+    assert found[0] == 10
+    assert [int(samples.sample_frame[sample]) for sample in found[1:]] == [4, 6, 8]
+    assert {int(samples.sample_demo[sample]) for sample in found} == {0}
 
 
 def test_without_a_manifest_every_frame_is_still_decoded(native_root: Path, robot_demos: Make) -> None:

@@ -188,6 +188,33 @@ def test_models_of_arms_are_read_back_and_may_not_differ(demos: Path, tmp_path: 
             export_lerobot(demos, tmp_path / "other", progress=False)
 
 
+def test_arms_in_another_order_are_written_in_that_of_the_first_demo(
+    demos: Path, tmp_path: Path, change_metadata
+) -> None:
+    change_metadata(demos / "demo_2", arms=["right", "left"])
+    export_lerobot(demos, tmp_path / "set", progress=False)
+    table = pq.read_table(tmp_path / "set/data/chunk-000/file-000.parquet").to_pydict()
+    names = json.loads((tmp_path / "set/meta/info.json").read_text())["features"]["observation.state"]["names"]
+    episode = np.array(table["episode_index"])
+    for arm in ("left", "right"):
+        start = names.index(f"{arm}.x")
+        for feature, exact in (("observation.state", f"pose.{arm}"), ("action", f"commanded.{arm}")):
+            written, poses = np.array(table[feature])[:, start : start + 3], np.array(table[exact])[:, :3]
+            np.testing.assert_allclose(written, poses, atol=1e-6)
+    with np.load(demos / "demo_2/trajectory.npz") as archive:
+        assert np.abs(archive["left/position_m"] - archive["right/position_m"]).max() > 0.01
+        np.testing.assert_allclose(np.array(table["pose.left"])[episode == 2, :3], archive["left/position_m"])
+
+
+def test_a_misspelt_camera_is_refused(demos: Path, tmp_path: Path, native_demo) -> None:
+    with pytest.raises(ValueError, match=r"3 of 3 demos .*demo_0: it has no camera 'sied'; it has over, side"):
+        export_lerobot(demos, tmp_path / "set", cameras=["over", "sied"], progress=False)
+    assert not (tmp_path / "set").exists()
+    native_demo(demos / "half", arms=("left", "right"), cameras=("over",))
+    both = {"cameras": ["over", "side"], "max_broken_share": 0.5, "progress": False}
+    assert export_lerobot(demos, tmp_path / "set", **both).broken == [("half", "it has no camera 'side'; it has over")]
+
+
 def test_what_a_data_set_cannot_hold_is_refused(demos: Path, tmp_path: Path, native_demo) -> None:
     native_demo(demos / "other", arms=("right",), cameras=("over", "side"))
     with pytest.raises(ValueError, match=r"'other' has joints .* the first one .*left"):

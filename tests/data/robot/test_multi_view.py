@@ -19,6 +19,8 @@ from keygrip.data.manifests import make_manifests
 from keygrip.data.robot import statistics as module_under_test
 from keygrip.data.robot.augmentation import Augmentation, Box, Colours, ImageGeometry, cut, cut_depth, recolour
 from keygrip.data.robot.datamodule import RobotDemos
+from keygrip.data.robot.lerobot_export import files
+from keygrip.data.robot.lerobot_export.export import export_lerobot
 from keygrip.data.robot.recordings import Recording
 from keygrip.data.shards.sampling import SampleKey
 
@@ -393,6 +395,58 @@ def test_of_a_model_that_masks_views_a_damaged_further_camera_is_masked_and_the_
     first = asked(robot_demos(root, **TWO, val_fraction=0.0, max_broken_share=0.2))
     assert [error.name for error in first.broken] == ["demo_2"]
     assert (sound.origin["masked"], first.origin["masked"]) == ({}, {})
+
+
+@pytest.mark.parametrize("frame", [0, 11])
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("pixels", [None, (24, 24)])
+def test_a_further_camera_whose_first_or_last_image_is_damaged_is_masked(
+    root: Path, robot_demos: Make, frame: int, verify: bool, pixels: tuple[int, int] | None
+) -> None:
+    """These two images are also decoded where nothing is verified."""
+    settings = {**TWO, "val_fraction": 0.0, "verify": verify}
+    sound = asked(robot_demos(root, **settings))
+
+    def damage(camera: str) -> None:
+        image = root / "demo_2" / "rgb" / camera / f"{frame:06d}.jpg"
+        if pixels is None:
+            image.write_bytes(b"damaged")
+        else:
+            Image.new("RGB", pixels).save(image)
+
+    damage("front")
+    module = asked(robot_demos(root, **settings))
+    assert not module.broken
+    masked = module.origin["masked"]
+    assert {name: list(views) for name, views in masked.items()} == {"demo_2": ["front"]}
+    assert ("not an image" if pixels is None else f"frame {frame} ") in masked["demo_2"]["front"]
+    changed = [name for name, content in module.contents.items() if content != sound.contents[name]]
+    assert changed == (["demo_2"] if verify else [])  # without a check there are no hashes of images
+    for batch in module.train_dataloader():
+        shown = [module.demos[int(number)].name != "demo_2" for number in batch.demo_index]
+        assert batch.view_mask.tolist() == [[True, whole] for whole in shown]
+    (broken,) = ready(robot_demos(root, **settings, max_broken_share=0.2)).broken  # for any other model
+    assert (broken.name, "camera 'front'" in broken.reason) == ("demo_2", True)
+    damage("over")
+    (broken,) = asked(robot_demos(root, **settings, max_broken_share=0.2)).broken  # the first camera is needed
+    assert (broken.name, "camera 'over'" in broken.reason) == ("demo_2", True)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_further_camera_whose_video_is_missing_is_masked(
+    root: Path, robot_demos: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool
+) -> None:
+    monkeypatch.setattr(files, "VIDEO_FILE_S", 0.5)  # one file for each demo
+    export_lerobot(root, tmp_path / "set", progress=False)
+    videos = sorted((tmp_path / "set" / "videos" / "observation.images.front").rglob("*.mp4"))
+    assert len(videos) == 6
+    videos[2].unlink()
+    settings = {"cameras": CAMERAS, "val_fraction": 0.0, "verify": verify}
+    module = asked(robot_demos(tmp_path / "set", **settings))
+    assert not module.broken
+    masked = module.origin["masked"]
+    assert [list(views) for views in masked.values()] == [["front"]]
+    assert len(ready(robot_demos(tmp_path / "set", **settings, max_broken_share=0.2)).broken) == 1
 
 
 def test_a_damaged_further_camera_is_masked_where_a_lag_is_corrected(

@@ -567,6 +567,10 @@ def test_single_wrong_readings_are_named(
     ready(robot_demos(native_root, targets="reached"))
     assert "2 reached positions leave the path of their neighbours" in caplog.text
     assert "demo_03 frame 3, demo_03 frame 7" in caplog.text
+    caplog.clear()
+    ready(robot_demos(native_root, targets="commanded"))  # the height bins span the reached positions as well
+    assert "2 reached positions leave the path of their neighbours" in caplog.text
+    assert "commanded positions leave the path" not in caplog.text
 
 
 def test_pauses_can_be_dropped(native_root: Path, robot_demos: Make, change_archive: Any) -> None:

@@ -28,6 +28,7 @@ from keygrip.data.shards.curriculum import Stage
 from keygrip.data.shards.made_shards import MadeShards
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.writer import ShardWriter, write_manifest
+from keygrip.data.video import write_video
 from keygrip.data.video_text.batching import choose_conversations
 from keygrip.data.video_text.conversations import (
     answer,
@@ -468,6 +469,22 @@ def test_a_place_in_a_video_file_is_in_pixels_of_the_square(tmp_path: Path) -> N
     write_manifest(tmp_path, describe_video_text, progress=False)
     evidence = read_sample(ShardSet(tmp_path), 0, 8).conversations[0].evidence
     assert evidence == {"frame": 1, "pixel": [6.0, 2.0], "pixels_seen": 4.0}
+
+
+def test_evidence_counts_the_seconds_of_a_video_file_of_which_fewer_frames_are_read(tmp_path: Path) -> None:
+    """Of 100 seconds 64 frames are decoded; of the named ones only the first and the last are among them."""
+    write_video(tmp_path / "long.mp4", np.zeros((100, 16, 16, 3), np.uint8), fps=1.0)
+    told = [answer(f"Second {n}?", "1", "mark", {"frame": n, "colour": "red"}) for n in (0, 30, 99)]
+    parts, columns = video_text_parts([], told, "s")
+    content = {name: value for name, value in json.loads(parts["json"]).items() if name != "frames"}
+    video = (tmp_path / "long.mp4").read_bytes()
+    with ShardWriter(tmp_path / "s-000.tar") as writer:
+        writer.add("s0", {"json": json.dumps(content).encode(), "mp4": video}, columns | {"frames": 100})
+    write_manifest(tmp_path, describe_video_text, progress=False)
+    sample = read_sample(ShardSet(tmp_path), 0, 8)
+    assert len(sample.frames) == 64
+    assert [text.evidence.get("frame") for text in sample.conversations] == [0, None, 63]
+    assert all(text.evidence["colour"] == "red" for text in sample.conversations)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -690,7 +691,6 @@ def test_an_image_that_is_a_folder_or_an_animation_is_refused(chat: VideoChat, t
     stills = [Image.fromarray(frame) for frame in pixels(3)]
     (tmp_path / "folder").mkdir()
     stills[0].save(tmp_path / "folder" / "0.png")
-    stills[0].save(tmp_path / "one.png")
     stills[0].save(tmp_path / "moving.gif", save_all=True, append_images=stills[1:], duration=1000)
     for name in ("folder", "moving.gif"):
         with pytest.raises(ValueError, match=f"{name} is a folder, a video or an animation, and no image"):
@@ -703,8 +703,31 @@ def test_an_image_that_is_a_folder_or_an_animation_is_refused(chat: VideoChat, t
     ):
         with pytest.raises(ValueError, match=rf"short\.webp is {why}"):
             chat.reader.read([user(given, "?")])
-    shown = chat.reader.read([user({"type": "image", "image": str(tmp_path / "one.png")}, "?")])
-    assert [len(frames) for frames in shown.visuals] == [1]
+    for name in ("one.png", "one.gif", "one.bmp"):
+        stills[0].save(tmp_path / name)
+        shown = chat.reader.read([user({"type": "image", "image": str(tmp_path / name)}, "?")])
+        assert [len(frames) for frames in shown.visuals] == [1]
+
+
+def test_a_video_or_an_animation_of_less_than_two_seconds_is_no_image(chat: VideoChat, tmp_path: Path) -> None:
+    """At one frame per second, a single frame of it is read."""
+    stills = [Image.fromarray(frame) for frame in pixels(3)]
+    stills[0].save(tmp_path / "short.gif", save_all=True, append_images=stills[1:], duration=100)
+    with av.open(str(tmp_path / "short.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 32
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    for name in ("short.gif", "short.mp4"):
+        with pytest.raises(ValueError, match=f"{name} is a folder, a video or an animation, and no image: give it as"):
+            chat.reader.read([user({"type": "image", "image": tmp_path / name}, "?")])
+        assert len(chat.reader.read([user({"type": "video", "video": tmp_path / name}, "?")]).visuals[0]) == 1
+    with pytest.raises(ValueError, match=r"broken\.mp4: .*the video cannot be opened"):
+        chat.reader.read([user({"type": "image", "image": tmp_path / "broken.mp4"}, "?")])
+    with pytest.raises(FileNotFoundError, match=r"there is no video, image or folder at .*gone\.png"):
+        chat.reader.read([user({"type": "image", "image": tmp_path / "gone.png"}, "?")])
 
 
 def test_times_are_told_wherever_the_video_stands(chat: VideoChat) -> None:

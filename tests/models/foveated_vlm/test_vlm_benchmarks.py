@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,3 +171,25 @@ def test_memory_of_a_recipe_at_its_budgets_corners(monkeypatch: pytest.MonkeyPat
     assert figures["accumulated_2_frames_gib"] > figures["stage1_2_frames_gib"]
     assert figures["accumulated_weights_gib"] == figures["stage1_weights_gib"]
     assert figures["measured"] == float(torch.cuda.is_available())
+
+
+def test_a_recipe_without_a_measured_length_has_no_figures_of_another(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = SimpleNamespace(
+        network=SimpleNamespace(tokens_per_frame=1),
+        step_memory=lambda *_: SimpleNamespace(total=4, weights=1, optimizer=1, ema=1, measured=False),
+    )
+
+    def settings(overrides: list[str]) -> tuple[Any, dict[str, Any], int, bool]:
+        budget = {"frames": 1024, "positions": 24576}
+        return module, {"budget": budget, "max_frames": int(overrides[0]), "batch_size": 4}, 16, False
+
+    monkeypatch.setattr(foveated_vlm, "GIB", 1)
+    monkeypatch.setattr(foveated_vlm, "_module_and_settings", settings)
+    monkeypatch.setattr(foveated_vlm, "_full_batch", lambda *_: None)
+    for first in ({}, {"long": ["64"]}):
+        figures = VLMMemory({**first, "short": ["32"]}, [64], [64], ema=True).run(quick=False)
+        assert not [name for name in figures if name.startswith("short")]
+        assert bool(figures) == bool(first)
+        assert "short is left out: its videos have at most 32 frames" in caplog.text

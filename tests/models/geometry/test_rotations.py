@@ -159,6 +159,17 @@ def test_a_damaged_basis_is_fitted_again(tmp_path: Path, caplog: pytest.LogCaptu
     assert "it is fitted again" in caplog.text
 
 
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_basis_that_is_cut_off_is_fitted_again(tmp_path: Path, kept: int, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = KMeansRotation(), KMeansRotation()
+    fit_or_load(first, yaw_data(), tmp_path, "v1")
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:kept])
+    fit_or_load(second, yaw_data(), tmp_path, "v1")
+    assert torch.equal(second.state_dict()["prototypes"], first.state_dict()["prototypes"])
+    assert "it is fitted again" in caplog.text
+
+
 def test_outliers_are_said_and_do_not_widen_the_bins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     axis = torch.tensor([0.0, 0.0, 1.0])
     turns = torch.cat([torch.linspace(-0.7, 0.7, 995), torch.full((5,), 3.0)])  # 0.5 % wrong measurements

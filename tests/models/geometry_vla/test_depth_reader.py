@@ -127,6 +127,10 @@ def test_a_start_is_opened_with_the_packages_and_files_that_the_run_names(
         started.own_packages, started.own_files = ("own_lab",), {"backbone.source": "weights"}
         started.set_statistics(statistics)
     assert opened == [{"trust": ("own_lab",), "offered": {"backbone.source": "weights"}}] * 2
+    for started in (module, policy):  # a resumed run: the checkpoint has the weights
+        started.resumed = True
+        started.set_statistics(statistics)
+    assert len(opened) == 2
 
 
 GEOMETRY = ("views=3", "dim=64", "layers=3", "heads=2", "cells=2", "camera_rays=true")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vla_parts import T, V, ready_module, small_batch
+from vla_parts import INSTRUCTIONS, T, V, ready_module, small_batch
 
 from keygrip.models.geometry_vla.diagnostics import exchanged_geometry, slot_share, token_similarity
 from keygrip.models.geometry_vla.module import GeometryVLAModule
@@ -109,6 +109,10 @@ def test_a_validation_says_what_the_head_reads(tmp_path: Path) -> None:
         float(module.metrics(scene, batch, sampled)["geometry_share"]), abs=1e-6
     )
     assert {"geometry_alike", "geometry_slot", "geometry_moves_cm", "geometry_worth_cm"} <= set(found)
+    compared = ("geometry_slot", "geometry_moves_cm", "geometry_worth_cm")
+    for size in (1, 2):  # a single sample has nothing to exchange its geometry with
+        part = small_batch(INSTRUCTIONS[:size])
+        assert {int(module.counts(module(part), part)[name]) for name in compared} == {0 if size == 1 else 2}
     loud = ready_module(tmp_path, context_norm=False)
     with torch.no_grad():
         loud.network.compressor.projection.weight.mul_(100)  # type: ignore[union-attr,operator]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from keygrip.models.language.tokenizers import (
     END_OF_TEXT,
     TINY_TEMPLATE,
     TURN_END,
+    TURN_START,
     ChatTokenizer,
     PretrainedTokenizer,
     TrainedTokenizer,
@@ -74,6 +77,14 @@ def test_weights_of_other_sizes_are_refused_by_name(tmp_path: Path) -> None:
     export(tmp_path, intermediate_size=64, num_key_value_heads=4)
     with pytest.raises(ValueError, match=r"mlp_width is 64, config says 48; kv_heads is 4, config says 2"):
         small_language(weights=str(tmp_path))
+
+
+def test_a_context_longer_than_that_of_the_weights_is_refused(tmp_path: Path) -> None:
+    export(tmp_path)
+    with pytest.raises(ValueError, match=r"its context is 128, config says 256: give context=128 or less"):
+        small_language(weights=str(tmp_path), context=256)
+    assert small_language(weights=str(tmp_path), context=64).context == 64
+    assert small_language(context=256).context == 256
 
 
 @pytest.mark.parametrize(
@@ -338,6 +349,60 @@ def test_a_pretrained_tokenizer_comes_from_its_folder_with_its_template(tmp_path
     loaded = PretrainedTokenizer(str(tmp_path / "hub")).load(tmp_path)
     assert loaded.render([("user", "a")]) == "[user] a<|im_end|>"
     assert loaded.encode(SENTENCES[0]) == made.encode(SENTENCES[0])
+
+
+def test_a_language_models_tokenizer_has_the_pieces_of_its_file_whatever_class_its_settings_name(
+    tmp_path: Path,
+) -> None:
+    """SmolLM2's settings name GPT-2's class, which builds a tokenizer anew that does not split digits off."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    sentences = ["tips:\n\n1. a   10 \n\n\n2) naïve café", f"{TURN_START}user\n\n12  3{TURN_END}"] + SENTENCES
+    TrainedTokenizer(400).load(tmp_path / "made", [*sentences, " \n\n " * 50])
+    file = TrainedTokenizer(400).file_in(tmp_path / "made")
+    tokens = {"bos_token": TURN_START, "eos_token": TURN_END, "pad_token": TURN_END, "unk_token": END_OF_TEXT}
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(file), chat_template=TINY_TEMPLATE, **tokens)
+    folder = tmp_path / "hub"
+    theirs.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = {name: value for name, value in settings.items() if not name.endswith("_token")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}))
+    (folder / "special_tokens_map.json").write_text(json.dumps(tokens))
+
+    loaded = PretrainedTokenizer(str(folder)).load(tmp_path)
+    right = Tokenizer.from_file(str(file))
+    assert [loaded.encode(text) for text in sentences] == [right.encode(text).ids for text in sentences]
+    assert loaded.render([("user", "a")]) == f"{TURN_START}user\na{TURN_END}\n"
+    state = loaded.state()
+    assert [state[name] for name in ("bos", "end", "pad", "unk")] == list(tokens.values())
+    loaded._tokenizer.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again(sentences[0])["input_ids"] == right.encode(sentences[0]).ids
+
+
+def test_texts_of_several_threads_are_encoded_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers sets whether special tokens are recognised in the tokenizer itself, before it encodes."""
+    tokenizer = TrainedTokenizer(400).load(tmp_path, SENTENCES)
+    encode, running, together = tokenizer._tokenizer, [], []
+
+    def slowly(text: str, **options: Any) -> Any:
+        running.append(text)
+        together.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "_tokenizer", slowly)
+    texts = [tokenizer.as_words(TURN_END), TURN_END] * 3
+    with ThreadPoolExecutor(len(texts)) as threads:
+        spelt, special = [*threads.map(tokenizer.encode, texts)][:2]
+    assert set(together) == {1}
+    assert tokenizer.end_of_turn not in spelt
+    assert special == [tokenizer.end_of_turn]
 
 
 def test_a_tokenizer_that_cannot_encode_is_refused_when_it_is_loaded() -> None:

@@ -261,6 +261,36 @@ def test_samples_of_batches_of_one_image_fill_a_row(
     assert more.shape[0] * 4 == alone.shape[0] * 5  # one row more
 
 
+def test_one_image_is_shown_with_as_many_draws_as_several(
+    overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes of FSDP may show different numbers of images, and wait for each other in every draw."""
+    drawn: list[int] = []
+    draw = PatchDiTModule.draw
+
+    def noted(self: PatchDiTModule, conditions: Conditions, size: Any, seeds: Any, *more: Any) -> torch.Tensor:
+        drawn.append(len(seeds))
+        return draw(self, conditions, size, seeds, *more)
+
+    monkeypatch.setattr(PatchDiTModule, "draw", noted)
+    for count in (1, 2):
+        recorded_run(monkeypatch, overrides(f"{count}", f"data.batch_size={count}", "max_steps=2"))
+    assert drawn == [1] * 4 + [2] * 4
+
+
+def test_sizes_that_do_not_divide_are_refused_at_the_start(shards: Path) -> None:
+    """Of training and of validation images: a size of neither has no effect."""
+    config: Any = OmegaConf.to_container(compose("train", [*SMALL, "model.network.patch_size=2"]), resolve=True)
+    module = build_module(config)
+    assert isinstance(module, PatchDiTModule)
+    data = ImageShards(batch_size=2, root=str(shards), num_workers=0)
+    data.setup("fit")
+    module.set_statistics(data.statistics)
+    for place in ("latent_sizes", "val_latent_sizes"):
+        with pytest.raises(ValueError, match="Latents of 5 x 4 do not divide"):
+            module.set_statistics(replace(data.statistics, **{place: [(4, 4), (5, 4)]}))
+
+
 def test_joined_batches_are_one(shards: Path) -> None:
     from hydra.utils import instantiate
 

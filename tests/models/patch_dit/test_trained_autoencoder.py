@@ -22,7 +22,7 @@ from keygrip.models.patch_dit.autoencoder_module import AutoencoderModule
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.trained_autoencoder import ConvAutoencoder, TrainedAutoencoder
-from keygrip.training.checkpoints import load_module
+from keygrip.training.checkpoints import load_module, read_checkpoint
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import UntrustedPartError
 from keygrip.training.pretraining import PretrainingStage, with_run_folders
@@ -140,14 +140,12 @@ def test_a_model_on_its_latents_needs_neither_run_nor_shards(run: Path, tmp_path
         options = [o for o in SMALL if not o.startswith("encoders.autoencoder")]
         given = [f"encoders.autoencoder.{name}={value}" for name, value in SIZES.items()]
         given += ["encoders=own_autoencoder", f"encoders.autoencoder.init_from={moved}", "model.network.patch_size=2"]
-        text = ["encoders.text.length=8"]
-        train.run(
-            compose(
-                "train", [*options, *given, *text, f"data.root={root}", f"run_dir={tmp_path / 'dit'}", "max_steps=1"]
-            )
-        )
+        given += ["encoders.text.length=8", f"data.root={root}", f"run_dir={tmp_path / 'dit'}"]
+        train.run(compose("train", [*options, *given, "max_steps=1"]))
     finally:
         moved.rename(run)
+    train.run(compose("train", [*options, *given, "max_steps=2", "resume=true"]))  # the named run is no longer there
+    assert read_checkpoint(tmp_path / "dit")["global_step"] == 2
     module = load_module(tmp_path / "dit")
     assert isinstance(module, PatchDiTModule)
     ready = module.ready_encoders()
@@ -174,6 +172,18 @@ def test_a_decoder_alone_is_trained_on_from_a_run_with_noise_on_its_latents(run:
     assert isinstance(after, AutoencoderModule)
     for name, value in before.network.state_dict().items():
         assert torch.equal(value, after.network.state_dict()[name]) == name.startswith("encoder."), name
+
+
+def test_training_of_a_decoder_alone_is_resumed(run: Path, tmp_path: Path) -> None:
+    """It continues from its own checkpoint: the weights are those of an uninterrupted run."""
+    more = [*settings(run.parent), f"model.init_from={run}", "model.decoder_only=true"]
+    train.run(compose("train", [*more, "max_steps=2", f"run_dir={tmp_path / 'whole'}"]))
+    train.run(compose("train", [*more, "max_steps=1", f"run_dir={tmp_path / 'parts'}"]))
+    train.run(compose("train", [*more, "max_steps=2", f"run_dir={tmp_path / 'parts'}", "resume=true"]))
+    whole, parts = (read_checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]), name
 
 
 def test_a_run_with_parts_of_a_package_starts_from_another_one(

@@ -382,6 +382,16 @@ def test_sentences_that_cannot_be_read_are_refused_before_training(sentence: str
         encoder.prepare(["open the drawer", sentence])
 
 
+@pytest.mark.parametrize("sentence", ["", "grip the cube beside the bar"])
+def test_held_out_sentences_that_cannot_be_read_are_refused_before_training(sentence: str, tmp_path: Path) -> None:
+    module = build(("right",), network=language(), rotation_symmetry={"cube": 4, "bar": 2})
+    known = ("grip the bar", "grip the cube")
+    data = replace(statistics(("right",), tmp_path), instructions=known, all_instructions=known)
+    module.set_statistics(data)
+    with pytest.raises(ValueError, match=r"is empty|names both"):
+        module.set_statistics(replace(data, all_instructions=(*known, sentence)))
+
+
 def test_a_resumed_run_keeps_the_part_of_the_image_that_it_was_trained_on(tmp_path: Path) -> None:
     """With `data.fit=auto`, demonstrations that were added could lead to another choice."""
     module = build(("right",), tmp_path)

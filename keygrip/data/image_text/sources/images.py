@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from keygrip.artifacts import write_text
 from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import NAMED_AT_MOST
-from keygrip.data.image_text.bucket_folders import INFO, write_info
+from keygrip.data.image_text.bucket_folders import INFO, ITEMS_FILE, write_info
 from keygrip.data.image_text.crops import Bucket, aspect_buckets
 from keygrip.data.image_text.samples import describe_image_text
 from keygrip.data.image_text.sources.encoding import ImageEncoders, encode_images
@@ -37,7 +37,7 @@ from keygrip.data.image_text.sources.jobs import (
     jobs_of,
     unread_images,
 )
-from keygrip.data.image_text.sources.listing import ITEMS_FILE, Item, frozen_items, last_entries
+from keygrip.data.image_text.sources.listing import Item, frozen_items, last_entries
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.sampling import start_worker
 from keygrip.data.shards.set_writer import check_settings, remove_stale

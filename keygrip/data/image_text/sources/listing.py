@@ -14,7 +14,7 @@ from pathlib import Path
 
 from keygrip.artifacts import locked, sha256_file, write_text
 from keygrip.data.bad_samples import BadSample
-from keygrip.data.image_text.bucket_folders import INFO
+from keygrip.data.image_text.bucket_folders import INFO, ITEMS_FILE
 from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.data.image_text.decoding import decode_image, size_of
 from keygrip.data.image_text.sources.captions import CAPTION_FILES, captions_beside, find_captions
@@ -34,7 +34,6 @@ OTHER_SUFFIXES = (
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"),
 )
 BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".md")  # captions and notes, not images
-ITEMS_FILE = ".items.jsonl"
 KEY_BYTES = 80
 
 

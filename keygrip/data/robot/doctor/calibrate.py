@@ -184,7 +184,7 @@ def _pair_views_with_robot(
         if camera not in demo.cameras or not is_static(demo, camera) or len(demo) < LEAST_FRAMES:
             continue
         try:
-            with demo_guard(demo.name, f"camera {camera!r}: an image cannot be read: "):
+            with demo_guard(demo.name, f"camera {camera!r}: an image cannot be used: "):
                 view = make_view(demo, camera, frames)
         except DemoError as error:
             log.warning("left out for this camera: %s", error)

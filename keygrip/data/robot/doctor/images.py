@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from keygrip.data.robot.doctor.examination import MOVED_M, Examination, tensor
-from keygrip.data.robot.doctor.views import is_static, readable_frames, shrunk
+from keygrip.data.robot.doctor.views import is_static, read_shrunk, readable_frames
 from keygrip.data.robot.schema import Demo, DemoError, demo_guard
 from keygrip.data.spacing import evenly
 from keygrip.models.geometry.cameras import project
@@ -46,17 +46,17 @@ def read_stream(demo: Demo, camera: str) -> Stream:
     """Read the frames of a demo's camera as small images, see `readable_frames`.
 
     Raises:
-        DemoError: a frame cannot be read.
+        DemoError: a frame cannot be read, or has another size than the recording states.
     """
     index, images = readable_frames(demo), []
-    for frame in index:
-        with demo_guard(demo.name, f"camera {camera!r}: frame {frame} cannot be read: "):
-            images.append(shrunk(demo.cameras[camera].frames.read(int(frame))))
+    for frame in index.tolist():
+        with demo_guard(demo.name, f"camera {camera!r}: frame {frame} cannot be used: "):
+            images.append(read_shrunk(demo.cameras[camera], frame))
     return Stream(index, np.stack(images))
 
 
 def _read_streams(exam: Examination, camera: str) -> Iterator[tuple[Demo, Stream]]:
-    """Yield the demos of a camera with its images; then remove the camera from demos whose images cannot be read, with
+    """Yield the demos of a camera with its images; then remove the camera from demos whose images cannot be used, with
     one finding for all of them."""
     demos = exam.with_camera(camera)
     errors: list[DemoError] = []
@@ -73,9 +73,9 @@ def _read_streams(exam: Examination, camera: str) -> Iterator[tuple[Demo, Stream
     exam.add(
         "broken_image",
         "error",
-        f"{len(errors)} of {len(demos)} demos have an image that cannot be read; the first: {errors[0].reason}",
+        f"{len(errors)} of {len(demos)} demos have an image that cannot be used; the first: {errors[0].reason}",
         "Record them again or remove them; training leaves them out, or this camera of them if the model masks views",
-        cause="damaged images",
+        cause="damaged images, or images of another size",
         camera=camera,
         demos=names,
     )
@@ -89,7 +89,7 @@ def _read_streams(exam: Examination, camera: str) -> Iterator[tuple[Demo, Stream
 
 def check_images(exam: Examination, camera: str) -> dict[str, Stream]:
     """Run all checks of one camera's images; return the images that were read, for the comparison with poses. Demos
-    with an image that cannot be read are reported, and continue without this camera."""
+    with an image that cannot be used are reported, and continue without this camera."""
     dark, bright = [], []
     frozen: dict[str, list[int]] = {}
     outliers_by_demo: dict[str, list[int]] = {}

@@ -125,9 +125,10 @@ def check_images_and_poses(
 def _is_explained(exam: Examination, camera: str) -> bool:
     """Return whether a finding explains any disagreement of a camera's images with the poses: inverted poses, wrong
     intrinsics, or a camera pose in another convention."""
-    return exam.found("pose_direction", "intrinsics") or any(
-        found.check == "off_screen" and found.camera == camera and found.cause != AIMED_ELSEWHERE
+    return exam.found("pose_direction") or any(
+        found.check == "intrinsics" or (found.check == "off_screen" and found.cause != AIMED_ELSEWHERE)
         for found in exam.findings
+        if found.camera == camera
     )
 
 

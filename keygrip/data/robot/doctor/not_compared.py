@@ -8,6 +8,7 @@ from typing import NamedTuple
 from keygrip.data.robot.doctor.examination import Examination, Severity, yam_model
 from keygrip.data.robot.doctor.views import is_static
 from keygrip.data.robot.schema import Demo
+from keygrip.robots.kinematics import ARM_JOINTS
 from keygrip.robots.surface import RobotSurface
 
 LEAST_SIDE, LEAST_FRAMES = 96, 6  # pixels of an image's longer side, frames of a demo: below, nothing is compared
@@ -61,11 +62,27 @@ def no_model(robot: str) -> Reason:
     )
 
 
+def too_few_joints(recorded: int, model: RobotSurface | None) -> Reason:
+    """Return the reason for an arm with fewer recorded joints than its model has (None: a YAM)."""
+    if model is None:
+        return Reason(
+            "warning", f"{recorded} joints are recorded, a YAM has {ARM_JOINTS}", "Record all joints of the arm"
+        )
+    return Reason(
+        "warning",
+        f"{recorded} joints are recorded, the arm in robot_model.path has {model.joints} (without robot_model.fingers)",
+        "Name the joints that the opening moves with robot_model.fingers, or record all joints of the arm",
+    )
+
+
 def lacking(demo: Demo, model: RobotSurface | None) -> Reason:
     """Return why the links of a demo's arms are not known; call it only if they are not known."""
     yam = all(yam_model(demo, arm) is not None for arm in demo.arms)
     if model is None and not yam:
         return no_model(demo.robot)
+    recorded = min((track.joints.shape[1] for track in demo.arms.values() if track.joints is not None), default=None)
+    if recorded is not None and recorded < (ARM_JOINTS if model is None else model.joints):
+        return too_few_joints(recorded, model)
     if all(track.joints is not None for track in demo.arms.values()):
         return EXPLAINED  # recorded joints were left out because of another finding
     if len(demo.arms) > 1:

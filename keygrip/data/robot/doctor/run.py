@@ -87,7 +87,9 @@ def examine(
 def no_fault_in(exam: Examination, root: str, compare_images: bool) -> str:
     """Return the last line of the log if no fault was found. It states what was not compared."""
     if not compare_images:
-        return f"no fault found in the numbers of {root}; images were not compared with poses (compare_images=false)"
+        return (
+            f"no fault found in what was compared of {root}; images were not compared with poses (compare_images=false)"
+        )
     omissions = [finding for finding in (*exam.findings, *exam.notes) if finding.check in NO_FAULTS]
     if not omissions:
         return f"no fault found in {root}"
@@ -167,9 +169,12 @@ def doctor(
         root, format, calibration: as for `find_demos`.
         output: folder for `contact_sheet_<camera>.png`, `report.html` and `report.json` (findings and all measures).
         max_demos: number of demos to examine, evenly spread over the folder; None: all.
-        frames_per_demo: number of images to decode per demo and camera, evenly spread.
+        frames_per_demo: number of images per demo and camera, evenly spread, whose brightness is measured; three times
+            as many are kept for the check of colours and the comparison with poses. All frames are decoded (of demos
+            longer than `MOST_FRAMES`, every second, third, ...), to find damaged, frozen and outlier images.
         height_bins, pred_size: those of the policy, to compute the size of a bin and of a cell.
-        compare_images: compare pixels with poses: the robot's silhouette with what moves in the images.
+        compare_images: compare pixels with poses: the robot's silhouette with what moves in the images. False leaves
+            only this comparison out: images are decoded and checked all the same.
         progress: show a progress bar on standard error.
         robot_model: the arms' surface; None: that of a YAM, if the recording names one.
 

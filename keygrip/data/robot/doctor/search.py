@@ -5,6 +5,7 @@ Shape legend: F frames, P points, h and w of the small images.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -35,9 +36,11 @@ def _every_other_frame(view: View) -> View:
 
 
 def starts(pairs: Sequence[tuple[View, Placement]], best: int) -> list[tuple[float, np.ndarray]]:
-    """Return the best (score, change [8]) of a search over pan, tilt, roll, focal length and lag, best first."""
+    """Return the best (score, change [8]) of a search over pan, tilt, roll, focal length and lag, best first. If the
+    views differ in size, only those of the most frequent size are used, because their correlations are summed."""
     candidates: list[tuple[float, np.ndarray]] = []
-    pairs = [(_every_other_frame(view), robot) for view, robot in pairs]
+    usual_size = Counter(view.size for view, _ in pairs).most_common(1)[0][0]
+    pairs = [(_every_other_frame(view), robot) for view, robot in pairs if view.size == usual_size]
     foregrounds = [_average_blocks(view.foreground) for view, _ in pairs]
     height, width = foregrounds[0].shape[1:]
     top, left = height // 2, width // 2  # margin: points outside the image may move into it

@@ -104,7 +104,8 @@ def check_jumps(exam: Examination) -> None:
             if speed > JUMP_SPEED_M_S and distances[adjacent].max() > MOVED_M:
                 jumping[demo.name] = speed, frame
         exam.measures[f"arm/{arm}/fastest_m_s"] = fastest
-        if jumping and not exam.found("time_unit") and exam.measures[f"arm/{arm}/height_range_m"][1] < LARGEST_RANGE_M:
+        low, high = exam.measures[f"arm/{arm}/height_range_m"]
+        if jumping and not exam.found("time_unit") and high - low <= LARGEST_RANGE_M:
             name, (speed, frame) = max(jumping.items(), key=lambda entry: entry[1])
             exam.add(
                 "jump",

@@ -12,7 +12,7 @@ from PIL import Image
 
 from keygrip.data.robot.doctor.examination import yam_model
 from keygrip.data.robot.formats.poses import transform
-from keygrip.data.robot.schema import Demo
+from keygrip.data.robot.schema import CameraTrack, Demo
 from keygrip.data.spacing import evenly
 from keygrip.robots.inverse_kinematics import solve
 from keygrip.robots.kinematics import ArmChain, arm_chain, matrix_from_quaternion
@@ -69,6 +69,18 @@ def shrunk(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
 
 
+def read_shrunk(track: CameraTrack, frame: int) -> np.ndarray:
+    """Read one frame of a camera as a small image [h, w, 3], see `shrunk`.
+
+    Raises:
+        ValueError: the image has another size than the recording states.
+    """
+    image, expected = track.frames.read(frame), (track.height, track.width, 3)
+    if image.shape != expected:
+        raise ValueError(f"it has shape {image.shape}, the recording says {expected}")
+    return shrunk(image)
+
+
 def foreground(images: np.ndarray, background: np.ndarray | None = None) -> np.ndarray:
     """Return [F, h, w] in 0..1: how much each pixel differs from the median of all frames (or a given background)."""
     if background is None:
@@ -96,7 +108,7 @@ def make_view(demo: Demo, camera: str, frames: int, held_images: dict[int, np.nd
     index = index[evenly(len(index), frames)]
     if len(cached_images) >= frames:
         index = np.array(sorted(cached_images))[evenly(len(cached_images), frames)]
-    images = np.stack([cached_images[i] if i in cached_images else shrunk(track.frames.read(i)) for i in index])
+    images = np.stack([cached_images[i] if i in cached_images else read_shrunk(track, i) for i in index.tolist()])
     scale_x, scale_y = images.shape[2] / track.width, images.shape[1] / track.height
     return View(
         demo=demo,

@@ -17,7 +17,8 @@ robosuite's conventions:
 
 Cameras: `agentview` is read from the MuJoCo model stored with each demo (fixed to the world), any other camera from a
 calibration file (`calibration.py`, cameras `agentview` and `eye_in_hand`; the latter is `mounted_on: right`). Without
-such a file, only models that read no calibration can use `eye_in_hand`.
+such a file, only models that read no calibration can use `eye_in_hand`. A camera that the file gives as null is not
+read.
 """
 
 from __future__ import annotations
@@ -119,8 +120,11 @@ def read(path: Path, key: str, name: str, calibration: Calibration | None) -> De
         actions = own_array(demo, "actions") if "actions" in demo else None
         regenerated = "env_args" not in data.attrs
         upside_down = _decode_text(data.attrs.get("macros_image_convention", "opengl")) != "opencv"
+        left_out = () if calibration is None else calibration.left_out
         sizes = {
-            camera: own_dataset(observations, name).shape for camera, name in CAMERAS.items() if name in observations
+            camera: own_dataset(observations, name).shape
+            for camera, name in CAMERAS.items()
+            if name in observations and camera not in left_out
         }
         model = _decode_text(demo.attrs.get("model_file", ""))
         instruction, rate, task = _read_task(data, path)

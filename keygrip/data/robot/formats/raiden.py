@@ -15,7 +15,8 @@ the files):
   direction, the right wrist camera is rigid on its gripper.
 - Raiden calls the arm of a one-armed robot left; here it is called "right".
 
-The pickles are read with an unpickler that accepts only numpy arrays and builtin containers.
+The pickles are read with an unpickler that accepts only numpy arrays and builtin containers. Of a calibration file of
+ours (`calibration.py`) only the corrections are used; cameras and arms in it are refused.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from __future__ import annotations
 import collections
 import io
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from keygrip.data.bad_samples import convert_errors
-from keygrip.data.robot.calibration import read_mapping, setting
+from keygrip.data.robot.calibration import NAMES, SCHEMA, read_mapping, setting
 from keygrip.data.robot.demo_folders import demo_folders, folder_references, read_object
 from keygrip.data.robot.formats.poses import increasing, invert, opening, quaternions, rigid, rotations, transform
 from keygrip.data.robot.frames import JpegFrames, NumberedFiles
@@ -44,6 +46,7 @@ ROWS = "[!.]*.pkl"  # without hidden files
 MAX_PICKLE_BYTES = 1 << 26  # limit for one frame's values
 MOST_SHARED = 1_000_000  # a pickle with shared containers may expand to its number of bytes plus this many values
 RIGID_WRIST_SPREAD_M = 0.02  # with the wrong transform a hand-mounted camera moves by decimetres on its gripper
+PLAIN_KINDS = "biufcOUS"  # numpy's letters of the kinds of arrays that are loaded: no records, no times
 
 
 class _Array:
@@ -55,18 +58,34 @@ def _make_empty_array(kind: type, shape: object, code: object) -> np.ndarray:
     return np.ndarray((0,), "b")
 
 
+def _make_dtype(spec: object, align: object = False, copy: object = False) -> np.dtype[Any]:
+    """Return a new dtype, because the pickle then sets its byte order in place; the shared one would change too."""
+    kind = np.dtype(spec, copy=True) if isinstance(spec, str) else None
+    if kind is None or kind.kind not in PLAIN_KINDS:
+        raise pickle.UnpicklingError(f"the pickle asks for arrays of {str(spec)[:60]!r}; plain values are loaded")
+    return kind
+
+
 def _encode_latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"the pickle asks for the codec {encoding}")
     return text.encode("latin1")
 
 
-def _read_scalar(kind: np.dtype[Any], content: bytes) -> Any:
-    return np.frombuffer(content, kind)[0]
+def _read_buffer(content: object, kind: object) -> np.ndarray:
+    """Return an array over bytes. An array in their place is refused: through the result, the pickle could overwrite
+    the addresses in an array of objects."""
+    if not isinstance(content, bytes | bytearray) or not isinstance(kind, np.dtype):
+        raise pickle.UnpicklingError("the pickle asks for an array that is not made of its bytes")
+    return np.frombuffer(content, kind)  # refuses objects
 
 
-def _array_from_buffer(buffer: Any, kind: np.dtype[Any], shape: Any, order: Any = "C") -> np.ndarray:
-    return np.frombuffer(buffer, kind).reshape(shape, order=order)
+def _read_scalar(kind: object, content: object) -> Any:
+    return _read_buffer(content, kind)[0]
+
+
+def _array_from_buffer(buffer: object, kind: object, shape: Any, order: Any = "C") -> np.ndarray:
+    return _read_buffer(buffer, kind).reshape(shape, order=order)
 
 
 def _make_bytearray(content: bytes) -> bytearray:
@@ -78,7 +97,7 @@ def _make_bytearray(content: bytes) -> bytearray:
 _CORES = ("numpy.core", "numpy._core")
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "dtype"): _make_dtype,
     ("_codecs", "encode"): _encode_latin1,  # how pickle protocol 2 stores an array's bytes
     ("builtins", "bytearray"): _make_bytearray,
     ("builtins", "set"): set,
@@ -91,8 +110,16 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class RestrictedUnpickler(pickle.Unpickler):
-    """Loads numpy arrays and builtin containers; any other name in the pickle raises `pickle.UnpicklingError`."""
+class RestrictedUnpickler(pickle._Unpickler):
+    """Loads numpy arrays and builtin containers; any other name in the pickle raises `pickle.UnpicklingError`.
+
+    It is the unpickler in Python, whose operation BUILD can be replaced. BUILD gives an object a state from the pickle,
+    and a dtype takes any: one of objects that says that it is not of objects lets the bytes of an array count as
+    addresses of objects. So a dtype takes only its byte order from the pickle.
+    """
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the allowed object of a name. Raise pickle.UnpicklingError if it is not allowed."""
@@ -101,6 +128,19 @@ class RestrictedUnpickler(pickle.Unpickler):
                 f"the pickle asks for {module}.{name}; only numpy arrays and builtin containers are loaded"
             )
         return _ALLOWED[module, name]
+
+    def load_build(self) -> None:
+        """Give a dtype its byte order, or an array its shape and values. Raise pickle.UnpicklingError for others."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, np.dtype):
+            # in place, as later arrays of the pickle refer to this dtype; the state is numpy's own
+            target.__setstate__(target.newbyteorder(state[1]).__reduce__()[2])  # type: ignore[attr-defined]
+        elif isinstance(target, np.ndarray):
+            target.__setstate__(state)  # compares the bytes with shape and dtype; every dtype here is plain
+        else:
+            raise pickle.UnpicklingError(f"the pickle asks for attributes of a {type(target).__name__}")
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def safe_load(path: Path) -> Any:
@@ -147,10 +187,41 @@ def detect(root: Path) -> bool:
 
 def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     """Return references to the episodes under `root`, sorted by name; `calibration`: a `calibration_results.json` to
-    use instead of the folder's own."""
+    use instead of the folder's own.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it holds nothing that is used, or it or the folder's `calibration.yaml` lists cameras or arms.
+    """
     if calibration is not None and not calibration.is_file():
         raise FileNotFoundError(f"calibration file {calibration} does not exist")
+    path = calibration or next((root / name for name in NAMES if (root / name).is_file()), None)
+    if path is not None:
+        _refuse_unused(path, is_named=calibration is not None)
     return folder_references(root, demo_folders(root, _is_episode), "raiden", partial(read, calibration=calibration))
+
+
+def _refuse_unused(path: Path, is_named: bool) -> None:
+    """Raise ValueError if entries of a calibration file would have no effect.
+
+    Args:
+        is_named: the user named the file for its transform between the bases; otherwise it may hold only corrections.
+    """
+    content = read_mapping(path)
+    reason = "raiden's recordings hold their own cameras and poses"
+    # raiden's own file may have entries of the same names
+    for key in ("cameras", "arms", "lerobot") if content.get("schema") == SCHEMA else ():
+        if content.get(key):
+            raise ValueError(f"{path}: {key} has no effect, as {reason}; remove it from the file")
+    if is_named and _stored_transform(content) is None:
+        raise ValueError(
+            f"{path} has no effect: it has no bimanual_transform.right_base_to_left_base, and {reason}; leave it out"
+        )
+
+
+def _stored_transform(content: dict[str, Any]) -> Any:
+    """Return the matrix between the bases in the content of a `calibration_results.json`; None if there is none."""
+    return (content.get("bimanual_transform") or {}).get("right_base_to_left_base")
 
 
 # ---------------------------------------------------------------------- reading
@@ -288,11 +359,7 @@ def _left_from_right(
             else [episode / "calibration_results.json", episode.parent / "calibration_results.json"]
         )
         path = next((file for file in candidates if file.is_file()), None)
-        matrix = (
-            None
-            if path is None
-            else (read_mapping(path).get("bimanual_transform") or {}).get("right_base_to_left_base")
-        )
+        matrix = None if path is None else _stored_transform(read_mapping(path))
         if matrix is None:
             raise DemoError(
                 name,

@@ -69,7 +69,7 @@ def export_lerobot(
     Args:
         root: folder of demos. to: folder of the data set; must be missing or empty.
         format, calibration: as for `find_demos`.
-        cameras: cameras to keep; None: all.
+        cameras: cameras to keep; None: all. A demo that lacks one of them counts as broken.
         max_demos: number of demos to export, the first ones by name; None: all.
         max_broken_share: a larger share of unreadable demos is an error, which lists them, and nothing is written.
         progress: show a progress bar on standard error.
@@ -157,7 +157,7 @@ class DatasetWriter:
             location, feature_statistics[key] = files.write(demo, camera)
             locations |= {f"videos/{key}/{name}": value for name, value in location.items()}
         task_index = self.tasks.setdefault(task, len(self.tasks))
-        values = numbers_of(demo, layout) | {
+        values = numbers_of(demo, self.layout) | {
             "episode_index": np.full(len(demo), self.episodes),
             "index": self.frames + np.arange(len(demo)),
             "task_index": np.full(len(demo), task_index),

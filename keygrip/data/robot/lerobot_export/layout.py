@@ -24,7 +24,7 @@ import numpy as np
 
 from keygrip.data.robot.arm_models import named_models
 from keygrip.data.robot.calibration import SCHEMA, ArmCalibration
-from keygrip.data.robot.schema import ArmTrajectory, Demo
+from keygrip.data.robot.schema import ArmTrajectory, Demo, DemoError
 
 IMAGES = "observation.images."
 POSE = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
@@ -55,7 +55,17 @@ class Layout:
 
     @classmethod
     def of(cls, demo: Demo, cameras: Sequence[str] | None) -> Layout:
-        """Return a demo's layout. Raises ValueError: LeRobot cannot hold it. DemoError: its arm models are unknown."""
+        """Return a demo's layout.
+
+        Args:
+            cameras: names of the cameras to keep; None: all.
+
+        Raises:
+            ValueError: LeRobot cannot hold it. DemoError: it lacks a camera, or its arm models are unknown.
+        """
+        absent = [name for name in cameras or () if name not in demo.cameras]
+        if absent:
+            raise DemoError(demo.name, f"it has no camera {absent[0]!r}; it has {', '.join(demo.cameras)}")
         fps = max(1, round(demo.fps))
         if abs(demo.fps - fps) > RATE_TOLERANCE * demo.fps:
             raise ValueError(f"demo {demo.name!r} has {demo.fps:g} frames per second; LeRobot takes whole rates")
@@ -169,11 +179,16 @@ def _matrix_entry_names(letter: str, size: int) -> list[str]:
 
 
 def numbers_of(demo: Demo, layout: Layout) -> dict[str, np.ndarray]:
-    """Return all values of a demo's frames, each [N] or [N, F], except those that depend on its place in the data."""
+    """Return all values of a demo's frames, each [N] or [N, F], except those that depend on its place in the data.
+
+    Args:
+        layout: that of the data set: states and actions join the arms in its order, which a demo's may differ from.
+    """
     frames = len(demo)
     states, actions = [], []
     values: dict[str, np.ndarray] = {}
-    for name, arm in demo.arms.items():
+    for name in layout.joints:
+        arm = demo.arms[name]
         reached = _pose_rows(arm)
         values[f"pose.{name}"] = reached
         if layout.commanded:

@@ -337,6 +337,42 @@ def test_too_many_broken_pictures_leave_a_set_that_nobody_trains_on(source: Path
     with pytest.raises(ValueError, match=r"3 of 16 images are left out .* more than max_failed_share=0\.1 allows"):
         prepared(source, tmp_path / "root", max_failed_share=0.1)
     assert not (tmp_path / "root" / "images.json").exists()
+    with pytest.raises(ValueError, match=r"root is not complete .* run the same step=images command again"):
+        ImageShards(batch_size=2, root=tmp_path / "root", num_workers=0).setup()
+    assert any("root is not complete" in problem for problem in validate(tmp_path / "root")["problems"])
+
+
+def test_a_split_that_is_not_complete_is_refused(source: Path, tmp_path: Path) -> None:
+    """Splits are made one by one below a folder that needs no list of its own."""
+    prepared(source, tmp_path / "root" / "train")
+    data = ImageShards(batch_size=2, root=tmp_path / "root", num_workers=0)
+    data.setup()
+    assert len(data.samples("train")) == 13
+    with pytest.raises(ValueError, match="more than max_failed_share=0 allows"):
+        prepared(source, tmp_path / "root" / "val", max_failed_share=0)
+    with pytest.raises(ValueError, match="val is not complete"):
+        ImageShards(batch_size=2, root=tmp_path / "root", num_workers=0).setup()
+    assert any("val is not complete" in problem for problem in validate(tmp_path / "root")["problems"])
+
+
+def test_a_set_to_which_images_are_added_is_refused_until_they_are_encoded(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    prepared(source, root)
+    picture(source / "new.png", shade=99)
+    (source / "new.txt").write_text("new")
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="stopped"):
+        patched.setattr(step, "_encode_claimed_jobs", _stop)
+        prepared(source, root)
+    with pytest.raises(ValueError, match="root is not complete"):
+        ImageShards(batch_size=2, root=root, num_workers=0).setup()
+    assert prepared(source, root)["samples"] == 14
+    ImageShards(batch_size=2, root=root, num_workers=0).setup()
+
+
+def _stop(*_: Any) -> int:
+    raise OSError("stopped")
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])

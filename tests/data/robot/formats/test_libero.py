@@ -159,6 +159,19 @@ def test_a_calibration_file_adds_the_hand_and_overrides_the_model(tmp_path, squa
     np.testing.assert_allclose(pose[:3, :3], square.rotation[3], atol=1e-9)
 
 
+def test_a_camera_that_the_calibration_gives_as_null_is_left_out(tmp_path, square, check_geometry):
+    write_file(tmp_path / FILE, square)
+    content = {
+        "schema": "keygrip.calibration/1",
+        "conventions": {"camera": "opencv", "pixel": "centre", "length": "m"},
+        "cameras": {"eye_in_hand": None},
+    }
+    (tmp_path / "calibration.yaml").write_text(yaml.safe_dump(content))
+    demo = find_demos(tmp_path)[0].read(uncalibrated=True)
+    assert list(demo.cameras) == ["agentview"]
+    check_geometry(demo, "agentview", "right")
+
+
 def test_a_data_set_in_the_place_of_a_group_is_not_searched(tmp_path, square):
     """`in` on an h5py data set reads its values: here 2^40 values, which take no space in the file."""
     write_file(tmp_path / FILE, square)

@@ -7,6 +7,9 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +166,28 @@ def test_a_calibration_of_bases_and_corrections_brings_both(tmp_path, scene, che
     check_geometry(reference.read(), "scene_camera", "right")
 
 
+@pytest.mark.parametrize("arms", [1, 2])
+def test_a_calibration_file_without_effect_is_refused(tmp_path, scene, calibration_text, arms):
+    root, file = tmp_path / "root", tmp_path / "mine.json"
+    write_episode(root / "pick" / "0000", scene, arms)
+    head = {"schema": "keygrip.calibration/1", "conventions": {"camera": "opencv", "pixel": "corner", "length": "m"}}
+    cameras = {"cameras": {"scene_camera": calibration_text(scene)}}
+    write_calibration(file)
+    for content, message in [
+        (head | cameras, r"mine\.json: cameras has no effect, as raiden's recordings hold their own"),
+        (json.loads(file.read_text()) | head | cameras, r"mine\.json: cameras has no effect"),
+        (head, r"mine\.json has no effect: it has no bimanual_transform\.right_base_to_left_base"),
+    ]:
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            find_demos(root, calibration=file)
+    (root / "calibration.json").write_text(json.dumps(head | cameras))
+    with pytest.raises(ValueError, match=r"calibration\.json: cameras has no effect"):
+        find_demos(root)
+    (root / "calibration.json").write_text(json.dumps(head | {"corrections": {"scene_camera": {"focal_factor": 1.0}}}))
+    assert len(find_demos(root)) == 1
+
+
 def test_a_transform_of_the_other_direction_is_noticed_by_the_wrist_camera(tmp_path, scene, check_geometry):
     write_episode(tmp_path / "pick" / "0000", scene, transform_in_rows=False)
     stored = {"bimanual_transform": {"right_base_to_left_base": LEFT_FROM_RIGHT.tolist()}}
@@ -211,6 +236,97 @@ def test_a_malicious_pickle_does_nothing_but_fail(tmp_path, scene):
         with pytest.raises(DemoError, match=r"0000000002\.pkl: the pickle asks for"):
             find_demos(tmp_path)[0].read()
         assert not target.exists()
+
+
+class Built:
+    """An object whose pickle calls a function, and then sets the state and the items of the result."""
+
+    def __init__(self, function, arguments, state=None, items=None):
+        self.parts = (function, arguments, state, None, None if items is None else iter(items))
+
+    def __reduce__(self):
+        return self.parts
+
+
+RECONSTRUCT = np.zeros(1).__reduce__()[0]
+FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
+ADDRESS = 0x4141_4141
+
+
+def forged_dtype() -> Built:
+    """Return an array whose bytes count as the addresses of objects: its dtype says that it holds no references."""
+    kind = Built(np.dtype, ("O8", False, True), (3, "|", None, None, None, 8, 8, 48))
+    return Built(RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (1,), kind, False, ADDRESS.to_bytes(8, "little")))
+
+
+def overwritten_objects() -> list:
+    """Return an array of objects, and one of numbers in the same memory that overwrites the first address."""
+    objects = np.array([None, None], dtype=object)
+    return [objects, Built(FROM_BUFFER, (objects, np.dtype("i8"), (2,), "C"), None, [(0, ADDRESS)])]
+
+
+@pytest.mark.parametrize("attack", [forged_dtype, overwritten_objects])
+def test_a_pickle_that_makes_objects_of_addresses_does_nothing_but_fail(tmp_path, scene, attack):
+    """In a process of its own, as a read of such an address ends it."""
+    write_episode(tmp_path / "0000", scene, arms=1)
+    row = tmp_path / "0000" / "lowdim" / f"{2:010d}.pkl"
+    row.write_bytes(pickle.dumps({"intrinsics": {}, "extrinsics": {}, "actual_poses": attack()}))
+    script = "import sys; from keygrip.data.robot.discovery import find_demos; find_demos(sys.argv[1])[0].read()"
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1, ended.stderr
+    assert "0000000002.pkl: " in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (Built(np.dtype, ([("x", "O")],)), "asks for arrays of"),
+        (np.zeros(2, "i4,O"), "asks for arrays of"),
+        (np.zeros(2, "M8[ns]"), "asks for arrays of 'M8'"),
+        (OrderedDict(a=1), None),
+        (Built(OrderedDict, (), {"keys": 1}), "asks for attributes of a OrderedDict"),
+        (Built(FROM_BUFFER, (bytes(8), "f8", (1,), "C")), "is not made of its bytes"),
+    ],
+)
+def test_a_pickle_gives_a_state_to_plain_arrays_alone(tmp_path, value, message):
+    file = tmp_path / "row.pkl"
+    file.write_bytes(pickle.dumps(value))
+    if message is None:
+        assert raiden.safe_load(file) == value
+        return
+    with pytest.raises(ValueError, match=message):
+        raiden.safe_load(file)
+
+
+def test_a_pickle_changes_no_function_of_the_reader(tmp_path):
+    """The operation that gives a state would set attributes of a function, such as its defaults."""
+    payload = b"c_codecs\nencode\n(N}S'__defaults__'\n(S'latin1'\ntstb."
+    (tmp_path / "row.pkl").write_bytes(payload)
+    with pytest.raises(ValueError, match="asks for attributes of a function"):
+        raiden.safe_load(tmp_path / "row.pkl")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_arrays_of_every_kind_are_loaded_as_they_were_stored(tmp_path, protocol):
+    big = np.dtype(">f8")
+    kinds = [np.arange(6).astype(kind) for kind in ("?", "i1", "u2", ">i4", "f2", ">f4", "f8", "c16", ">U3", "S3")]
+    values = [
+        *kinds,
+        *(np.arange(4, dtype=big), np.full(2, 7, dtype=big)),  # they share a dtype
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        *([np.zeros((0, 3), np.float32)] if protocol > 2 else []),  # protocol 2 calls a function for empty bytes
+        np.array("pick", dtype=object),
+        np.array(["a", None, 1.5], dtype=object),
+        *(np.float32(1.5), np.int64(-3), np.str_("go"), np.bool_(True)),
+    ]
+    file = tmp_path / "row.pkl"
+    file.write_bytes(pickle.dumps(values, protocol=protocol))
+    trusting = pickle.loads(file.read_bytes())  # of numpy's arrays, the byte order may become that of the machine
+    for value, other, read in zip(values, trusting, raiden.safe_load(file), strict=True):
+        assert type(read) is type(value)
+        assert (read.dtype, read.shape, read.flags.f_contiguous) == (other.dtype, value.shape, value.flags.f_contiguous)
+        np.testing.assert_array_equal(read, value)
+    assert np.dtype("f8").isnative  # the shared dtypes of this process are as before
 
 
 def many_times(value: object, kind: object = list) -> object:
