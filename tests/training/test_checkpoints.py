@@ -212,12 +212,12 @@ def test_checkpoints_of_a_future_that_was_given_up_go(
 def test_a_damaged_record_of_the_best_is_named(content: str, tmp_path: Path) -> None:
     saving = SaveLatest(str(tmp_path), monitor="val/loss")
     (tmp_path / "best.json").write_text(content)
-    trainer: Any = SimpleNamespace(global_step=8, is_global_zero=True)
+    trainer: Any = SimpleNamespace(global_step=8, is_global_zero=True, state=SimpleNamespace(fn="validate"))
     module: Any = None
     with pytest.raises(ValueError, match=r"best\.json is damaged.*: remove it, and the next validation"):
-        saving.on_train_start(trainer, module)
+        saving.on_validation_start(trainer, module)
     (tmp_path / "best.json").write_text('{"step": 6, "val/loss": 0.5}')
-    saving.on_train_start(trainer, module)
+    saving.on_validation_start(trainer, module)
     assert saving.best == 0.5
 
 
