@@ -77,18 +77,18 @@ class PolicyStatistics(nn.Module):
             buffer.copy_(torch.as_tensor(value, dtype=buffer.dtype).reshape(buffer.shape))
         self.known.fill_(True)
 
-    def keep_view(self, datamodule: Any, checkpoint: Mapping[str, Any], prefix: str = "statistics.") -> None:
+    def keep_view(self, datamodule: Any, checkpoint: Mapping[str, Any]) -> None:
         """Let the data of a resumed run show the part of the image that the checkpoint was trained on, where it was
         chosen from the data (`data.fit=auto`): other demonstrations could lead to another choice.
 
         Args:
-            prefix: of this module's entries in the checkpoint's weights.
+            checkpoint: of a policy that has its statistics as `statistics`.
         """
         if not getattr(datamodule, "fit_to_workspace", False):
             return
         stored = PolicyStatistics()
         weights = checkpoint["state_dict"]
-        stored.load_state_dict({name: weights[prefix + name] for name in stored.state_dict()})
+        stored.load_state_dict({name: weights[f"statistics.{name}"] for name in stored.state_dict()})
         datamodule.fit_to_workspace, datamodule.geometry = False, stored.geometry
 
     def _read(self, name: str) -> Tensor:
