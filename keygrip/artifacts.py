@@ -3,8 +3,8 @@
 Everything that keygrip writes goes through this module: checkpoints, shards, recordings, statistics, configuration,
 metadata and results. A file appears under its name only when it is complete and on the disk. If the process is killed,
 the previous file stays unchanged. Temporary files are hidden files next to the target,
-``.<name>.<host>-<pid>-<random>.writing``. A later write removes the temporary files of dead processes if they have not
-changed for ten minutes.
+``.<name>.<host>-<pid>-<random>.writing<suffix>``. A later write removes the temporary files of dead processes if they
+have not changed for ten minutes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import re
 import secrets
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -115,6 +116,17 @@ def json_text(
     except ValueError:  # also for content that contains itself, for which the next line raises again
         standard = _replace_non_finite(json.loads(json.dumps(content, default=default)))
         return json.dumps(standard, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+
+
+def printable_json(content: Any) -> str:
+    """Return `json_text` for standard output: with all characters, or in ASCII if its encoding lacks one of them. Every
+    encoding lacks the halves of surrogate pairs by which Python represents file names that are not UTF-8."""
+    text = json_text(content)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")  # a stream in memory has no encoding
+    except UnicodeEncodeError:
+        return json_text(content, ascii_only=True)
+    return text
 
 
 def _replace_non_finite(value: Any) -> Any:
@@ -379,7 +391,7 @@ def temporary_beside(target: Path) -> Path:
     key, now = (os.getpid(), target.parent), time.monotonic()
     if now - _looked.get(key, -math.inf) > STALE_AFTER_S:  # rarely, because a folder may have thousands of files
         _looked[key] = now
-        _remove_stale(target.parent)
+        remove_stale(target.parent)
     return target.with_name(f".{target.name}.{_host_name()}-{os.getpid()}-{secrets.token_hex(4)}{WRITING}")
 
 
@@ -390,16 +402,18 @@ def _host_name() -> str:
     return re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())
 
 
-def _remove_stale(folder: Path) -> None:
-    """Remove temporary files in a folder that killed processes of this machine left behind.
+def remove_stale(folder: Path, of_any_machine: bool = False) -> None:
+    """Remove temporary files in a folder that killed processes left behind: of this machine, or of any.
 
-    A live process in another container or on another machine with the same host name is not visible here. Its temporary
-    files can only be recognised by their age.
+    A live process on another machine, or in another container with the same host name, is not visible here. Its
+    temporary files can only be recognised by their age.
     """
-    pattern = re.compile(rf"\..+\.{re.escape(_host_name())}-(\d+)-[0-9a-f]{{8}}{re.escape(WRITING)}(\.\w+)?")
-    for path in folder.glob(f".*.{_host_name()}-*{WRITING}*"):
+    own = _host_name()
+    host = "[A-Za-z0-9_]*" if of_any_machine else re.escape(own)
+    pattern = re.compile(rf"\..+\.({host})-(\d+)-[0-9a-f]{{8}}{re.escape(WRITING)}(\.\w+)?")
+    for path in folder.glob(f".*-*{WRITING}*"):
         match = pattern.fullmatch(path.name)
-        if match and not _is_alive(int(match[1])):
+        if match and not (match[1] == own and _is_alive(int(match[2]))):
             with contextlib.suppress(OSError):
                 changed = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
                 if time.time() - changed < STALE_AFTER_S:

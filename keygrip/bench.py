@@ -14,18 +14,19 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from keygrip.artifacts import json_text, write_json
 from keygrip.command import entry_point
-from keygrip.config import EntrySchema, register
+from keygrip.config import EntrySchema, config_folder, register
 from keygrip.training.strategies import use_tf32
+from keygrip.training.sweeps import in_sweep
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from keygrip.training.metadata import machine
 
     names = list(cfg.cases) if cfg.case == ALL else [_check_choice("case", cfg.case, list(cfg.cases))]
+    _refuse_settings_of_others(cfg, "cases", names, f"with case={cfg.case}: give case={{}}")
+    _refuse_settings_of_others(cfg, "gpu", [], "without a suite: give suite=gpu part={}")
     if cfg.tf32:
         _refuse_tf32_elsewhere({name: str(cfg.cases[name]["_target_"]) for name in names})
     use_tf32(cfg.tf32, torch.cuda.is_available())
@@ -112,6 +115,27 @@ def _refuse_unused_settings(cfg: DictConfig) -> None:
             )
 
 
+def _refuse_settings_of_others(cfg: DictConfig, group: str, names: Sequence[str], instead: str) -> None:
+    """Refuse changed settings of cases or parts that are not measured. In a sweep, whose jobs share overrides, they
+    only cause a warning.
+
+    Args:
+        group: ``cases`` or ``gpu``. names: those that are measured. instead: what to do, with ``{}`` for the other's
+            name.
+
+    Raises:
+        ValueError: the message names the first such case or part.
+    """
+    default = OmegaConf.select(OmegaConf.load(config_folder() / "bench.yaml"), group)
+    for name in [str(name) for name in cfg[group] if name not in names]:
+        if cfg[group][name] == default.get(name):
+            continue
+        problem = f"nothing reads the settings given for {group}.{name} {instead.format(name)}, or leave them out"
+        if not in_sweep():
+            raise ValueError(problem)
+        log.warning("%s", problem)
+
+
 def _run_suite(cfg: DictConfig) -> dict[str, Any]:
     """Run every part, also a single one (``part=NAME``), in a separate process. In that process, measure the part."""
     from hydra.utils import instantiate
@@ -125,6 +149,10 @@ def _run_suite(cfg: DictConfig) -> dict[str, Any]:
     suites.refuse_without_gpu(cfg.toy)
     chosen = [cfg.part] if isinstance(cfg.part, str) else list(cfg.part)
     names = list(cfg.gpu) if chosen == [ALL] else [_check_choice("part", str(name), list(cfg.gpu)) for name in chosen]
+    if PART_PROCESS not in os.environ:  # the process of a part has the arguments of all parts
+        parts = ",".join(names)
+        _refuse_settings_of_others(cfg, "gpu", names, f"with part=[{parts}]: give part=[{parts},{{}}]")
+        _refuse_settings_of_others(cfg, "cases", [], "with suite=gpu: give those of a part, gpu.PART.NAME=VALUE")
     commit = cfg.commit or suites.commit_of(Path(__file__).parent)
     suite = suites.Suite(Path(cfg.output or "benchmarks/gpu"), commit, cfg.toy, tuple(sys.argv[1:]))
     if os.environ.get(PART_PROCESS) == cfg.part:

@@ -41,8 +41,6 @@ STOPS = (Exception, KeyboardInterrupt, Interrupted, SweepRefused)  # what may en
 USERS = ValueError | OSError | ImportError | NotImplementedError  # errors that the user can correct
 MISCONFIGURED = "MisconfigurationException"  # the same, from Lightning
 STEP_CALL = "call"  # the config node of a step of `keygrip prepare`, which is not a setting of the user
-# Messages of gloo and NCCL about a process that has ended.
-OTHER_ENDED = r"gloo/transport.*(Read error|Write error|Connection (reset|closed) by peer|Broken pipe)|ncclRemoteError"
 # Hydra's command-line options: without a value, and with a value.
 FLAGS: tuple[str, ...] = (
     *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--info", "-i"),
@@ -207,7 +205,7 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         return message, USER_ERROR
     if type(root).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
-    if isinstance(root, RuntimeError) and re.search(OTHER_ENDED, str(root)):
+    if results.tells_that_another_ended(root):
         return "another process of this run ended: see its output, and continue with resume=<run folder>", USER_ERROR
     if isinstance(root, OSError) and root.errno in DISK_FULL and root.filename is None and type(root) is OSError:
         reason = (

@@ -73,13 +73,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             f"{type(module).__name__} has no graph to export: give format=safetensors, which every model has"
         )
     weights, weights_kind = checkpoints.weights_of(content, cfg.ema)
+    measured_kind = weights_kind if cfg.ema else checkpoints.weights_of(content)[1]  # the run evaluates its EMA
     content, weights = get_method(MERGED)(content, weights)
     run_folder = file.parent.parent if file.is_file() else file
     content[checkpoints.WEIGHTS_ARE] = weights_kind
     content[checkpoints.HEADER] = without_passwords(content[checkpoints.HEADER])
     loaded = f"{target.name}/{WHERE[cfg.format]}" if cfg.format in WHERE else target.name
     figures, episodes = without_passwords(read_result(run_folder)), read_result(run_folder / "closed_loop")
-    card = folder.model_card(loaded, content, weights, weights_kind, figures, module, episodes)
+    card = folder.model_card(loaded, content, weights, weights_kind, figures, module, episodes, measured_kind)
     result: dict[str, Any] = {"folder": str(target), "format": cfg.format, "weights": weights_kind}
     if cfg.format in WRITERS:
         try:

@@ -28,7 +28,7 @@ EXAMPLES = {
         "model=geometry_vla data=yam_language --help",
         "-m sweep=volume_query_options seed=0,1,2",
     ),
-    "evaluate": ("checkpoint=RUN", "checkpoint=RUN episodes=20 suites=[position]", "checkpoint=RUN run_dir=FOLDER"),
+    "evaluate": ("checkpoint=RUN", "checkpoint=RUN episodes=20 'suites=[position]'", "checkpoint=RUN run_dir=FOLDER"),
     "prepare": ("step=doctor root=FOLDER", "step=record root=FOLDER demos=50", "step=import --help"),
     "sample": ("checkpoint=RUN prompt='a red cube'", "checkpoint=RUN image=FILE", "checkpoint=RUN image=FILE steps=50"),
     "generate": (

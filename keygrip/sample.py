@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
-from keygrip.artifacts import json_text
+from keygrip.artifacts import printable_json
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 
@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 def print_result(cfg: DictConfig) -> None:
     """Generate images and print the result as one line of JSON."""
-    print(json_text(run(cfg)))
+    print(printable_json(run(cfg)))
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 from keygrip.evaluation.kinds import plain
-from keygrip.setting_types import refuse_ill_typed
+from keygrip.setting_types import refuse_ill_typed, refuse_left_out
 from keygrip.training.strategies import use_tf32
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
             machines can reach without a token. OSError: the address is not available. RuntimeError: the policy was
             stuck more often than `limits.replacements`.
     """
+    refuse_left_out(cfg, "limits", "bounds")
     refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
     if not 0 <= cfg.port <= LAST_PORT:
         raise ValueError(f"port={cfg.port}: must lie in 0 to {LAST_PORT}; 0 takes a free one")

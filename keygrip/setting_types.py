@@ -57,6 +57,28 @@ def refuse_ill_typed(config: Any, place: str = "", passed_on: Mapping[str, str] 
         refuse_ill_typed(child, _dotted_path(place, str(name)), passed_on)
 
 
+def refuse_left_out(cfg: Mapping[str, Any], *names: str) -> None:
+    """Refuse null, or another single value, in place of settings of which each has a value.
+
+    Args:
+        cfg: composed. names: of the sections at its root that must remain.
+
+    Raises:
+        SettingError: a section has been replaced by a single value.
+    """
+    for name in names:
+        if not isinstance(cfg[name], Mapping):
+            raise SettingError(
+                f"{name}={written(cfg[name])}: these settings cannot be left out; change a value with "
+                f"{name}.NAME=VALUE (`--cfg job` shows all)"
+            )
+
+
+def written(value: Any) -> str:
+    """Return a value as it is written in an override: ``null``, ``true``, ``false``."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def type_problem(value: Any, hint: Any) -> str | None:
     """Describe the expected type of a value in words; None if the value has this type, or if the type is not checked.
 

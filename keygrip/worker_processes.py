@@ -1,4 +1,4 @@
-"""Setup of every spawned worker process of a recorder or shard writer."""
+"""Setup of every spawned worker process of a recorder, of a shard writer or of the validation of shards."""
 
 from __future__ import annotations
 

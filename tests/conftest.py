@@ -128,15 +128,22 @@ class Outcome(NamedTuple):
     err: str
 
 
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    """Restore the root logger after each test: commands add a handler for the present standard output and change the
+    level, which would change what later tests capture."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)  # also clears the cache of enabled levels
+
+
 @pytest.fixture
-def cli(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., Outcome]]:
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Return a function that runs the train command, or another one by name, in this process and in an empty folder."""
     from keygrip import command, train
 
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, of: str = "train") -> Outcome:
@@ -151,8 +158,7 @@ def cli(
             code = int(stop.code or 0)
         return Outcome(code, *capsys.readouterr())
 
-    yield run
-    root.handlers[:], root.level = handlers, level
+    return run
 
 
 @pytest.fixture

@@ -53,7 +53,8 @@ def test_a_type_checker_finds_what_is_not_there(tmp_path: Path) -> None:
 def test_a_model_is_trained_loaded_and_exported_from_python(
     toy_overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    result = keygrip.train([*toy_overrides("run"), "max_steps=3", "val_every_n_steps=3"])
+    often = "callbacks.checkpoint.every_n_steps=2"
+    result = keygrip.train([*toy_overrides("run"), "max_steps=3", "val_every_n_steps=3", often])
     assert result["status"] == "finished"
     assert result["steps"] == 3
     assert Path(result["run_dir"]) == tmp_path / "run"
@@ -71,6 +72,11 @@ def test_a_model_is_trained_loaded_and_exported_from_python(
         assert torch.equal(again.state_dict()[name], value)
     assert again.scale == module.scale  # type: ignore[attr-defined]
     assert "val/loss" in (tmp_path / "toy" / "README.md").read_text()
+    for name, other, measured in (("early", "step=2", "at step 3"), ("last", "ema=false", "with the EMA of 3 steps")):
+        export.run(compose("export", [checkpoint, f"to={tmp_path / name}", "trust=[toy_parts]", other]))
+        card = (tmp_path / name / "README.md").read_text()
+        assert "val/loss" not in card
+        assert f"The run's figures were measured {measured}, not with these weights, and are left out." in card
     with pytest.raises(ValueError, match="which drives no robot"):
         keygrip.load_policy(tmp_path / "toy", trust=["toy_parts"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -10,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from keygrip import artifacts
+from keygrip import artifacts, generate, sample
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,6 +69,38 @@ def test_numbers_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
     holds_itself.append(holds_itself)
     with pytest.raises(ValueError, match="Circular"):
         artifacts.json_text(holds_itself)
+
+
+@pytest.mark.parametrize("command", [generate.print_answers, sample.print_result])
+@pytest.mark.parametrize(
+    ("text", "encoding", "errors", "readable"),
+    [
+        ("“十”", "utf-8", "strict", True),
+        ("Öl", "latin-1", "strict", True),
+        ("Öl “十”", "latin-1", "strict", False),
+        ("Öl “十”", "ascii", "replace", False),
+        ("Öl \udcff.mp4", "utf-8", "surrogateescape", False),
+        ("Öl", None, None, True),
+    ],
+)
+def test_results_are_printed_on_every_terminal(
+    command: Callable[[Any], None],
+    text: str,
+    encoding: str | None,
+    errors: str | None,
+    readable: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Readable where its encoding has the characters, else escaped; never lost or altered."""
+    content = io.BytesIO()
+    stream = io.StringIO() if encoding is None else io.TextIOWrapper(content, encoding, errors)
+    monkeypatch.setattr(sys.modules[command.__module__], "run", lambda cfg: {"answer": text})
+    monkeypatch.setattr(sys, "stdout", stream)
+    command(None)
+    stream.flush()
+    printed = stream.getvalue() if isinstance(stream, io.StringIO) else content.getvalue().decode(stream.encoding)
+    assert json.loads(printed) == {"answer": text}
+    assert (text in printed) == readable
 
 
 def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:

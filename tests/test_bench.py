@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from hydra.utils import instantiate
 
 import keygrip.bench  # noqa: F401  (registers its schema)
-from keygrip.benchmarks import phases, training, volume_loss
+from keygrip.benchmarks import inference, phases, training, volume_loss
 from keygrip.benchmarks.cpu_precision import CpuPrecision
 from keygrip.benchmarks.demos import repeated_demos
 from keygrip.benchmarks.inference import Inference
@@ -201,6 +203,40 @@ class TestCases:
         for prefix in ("", "one_thread_"):
             assert 0 < figures[f"{prefix}p50_ms"] <= figures[f"{prefix}p95_ms"]
             assert figures[f"{prefix}network_p50_ms"] > 0
+
+    def test_the_exported_network_is_timed_with_one_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        images: dict[str, list[int]] = {}
+
+        def recorded(name: str) -> Callable[..., None]:
+            return lambda *values: images.update({name: [len(value) for value in values]})
+
+        class Session:
+            def __init__(self, file: str, providers: list[str]) -> None:
+                pass
+
+            def get_inputs(self) -> list[SimpleNamespace]:
+                return [SimpleNamespace(name=name) for name in graph.inputs]
+
+            def run(self, outputs: None, feed: dict[str, np.ndarray]) -> None:
+                recorded("onnx")(*feed.values())
+
+        def once(sides: dict[str, Callable[[], object]], *_: Any) -> dict[str, list[float]]:
+            for side in sides.values():
+                side()
+            return {name: [0.001] for name in sides}
+
+        graph = SimpleNamespace(
+            inputs={"image": torch.zeros(2, 3, 4, 4), "start_pixel": torch.zeros(2, 1, 2)}, network=recorded("eager")
+        )
+        monkeypatch.setattr(inference, "export_program", lambda _: SimpleNamespace(module=lambda: recorded("program")))
+        monkeypatch.setattr(inference, "write_onnx", lambda graph, file: None)
+        monkeypatch.setattr(inference, "find_spec", lambda name: True)
+        monkeypatch.setattr(inference, "interleaved_seconds", once)
+        monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Session))
+        case = Inference(SMALL_POLICY, 1, repetitions=5, quick_repetitions=4, limit_s=60, quick_limit_s=60)
+        figures = case._time_exported(SimpleNamespace(export_graph=lambda: graph), quick=True)  # type: ignore[arg-type]
+        assert images == {"eager": [1, 1], "program": [1, 1], "onnx": [1, 1]}
+        assert figures == dict.fromkeys(("graph_eager_p50_ms", "graph_torch_export_p50_ms", "graph_onnx_p50_ms"), 1.0)
 
     def test_inference_refuses_another_model(self) -> None:
         case = Inference(

@@ -11,16 +11,22 @@ import re
 import shutil
 import subprocess
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from hydra.utils import get_class
 from metric_table import unexplained
 
 from keygrip.config import check_overrides, compose_with_choices, group_options
+from keygrip.data.robot.doctor.images import HUES
+from keygrip.help import EXAMPLES
+from keygrip.models.patch_dit.monitor import RANGES, attention_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")])
@@ -80,6 +86,18 @@ def test_links_to_sections_lead_to_headings(path: Path) -> None:
     assert lost == []
 
 
+def test_lines_that_are_no_rows_of_tables_fit_into_120_columns() -> None:
+    pages = (*DOCUMENTS, *sorted(ROOT.glob("plugins/*/*.md")))
+    lines = [(path.name, line) for path in pages for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(name, line) for name, line in lines if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_colour_words_of_the_doctor_are_those_that_the_page_of_data_names() -> None:
+    text = " ".join((ROOT / "docs" / "data.md").read_text(encoding="utf-8").split())
+    (told,) = re.findall(r"one of the colours ([\w, ]+) \(before", text)
+    assert re.split(r", | or ", told) == list(HUES)
+
+
 @pytest.mark.parametrize("path", PRESENT, ids=lambda path: str(path.relative_to(ROOT)))
 def test_options_that_a_document_names_exist(path: Path) -> None:
     named = set(OPTION.findall(path.read_text(encoding="utf-8")))
@@ -102,6 +120,17 @@ def test_commands_survive_the_shell(path: Path) -> None:
     assert [line for line in inline if re.search(r"^[\w.+]+=\{\w+:[^}]*,", unquoted(line))] == []
     commands = [line for line in inline if re.search(r"^[\w.+]+=\S+\s.*=|^(python|keygrip) ", line)]
     assert [line for line in commands if re.search(r"=\[[^\]]*,", unquoted(line))] == []
+
+
+def test_commands_of_help_and_of_configurations_survive_the_shell() -> None:
+    """Help prints its examples, and the comments at the head of the files."""
+    commands = [f"keygrip {command} {each}" for command, examples in EXAMPLES.items() for each in examples]
+    for path in sorted(ROOT.glob("conf/**/*.yaml")):
+        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        comments = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+        commands += re.findall(r"`((?:python -m )?keygrip[. ][^`]+)`", comments)
+    assert any(command.startswith("python") for command in commands)
+    assert [command for command in commands if re.search(r"=\[|[{*?]", unquoted(command))] == []
 
 
 def test_classes_that_a_pages_python_builds_are_imported_there() -> None:
@@ -227,3 +256,62 @@ def test_groups_of_a_model_are_those_that_training_names() -> None:
         data = "robot_images" if model.startswith("patch_dit") else "robot_videos" if model.endswith("vlm") else "yam"
         _, choices = compose_with_choices("train", [f"model={model}", f"data={data}"])
         assert {name for name in choices if "/" not in name} - of_all == groups, model
+
+
+def swept(sweep: str, group: str) -> set[str]:
+    """Return the options of a group that a sweep runs."""
+    settings = yaml.safe_load((ROOT / "conf" / "sweep" / f"{sweep}.yaml").read_text(encoding="utf-8"))
+    return {name.strip() for name in settings["hydra"]["sweeper"]["params"][group].split(",")}
+
+
+def test_ablations_of_the_sweep_are_those_that_the_page_of_patch_dit_names() -> None:
+    text = (ROOT / "docs" / "patch_dit.md").read_text(encoding="utf-8")
+    table = text.partition("| ablation | what it changes |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    rows = [line.split("|")[1:-1] for line in table]
+    told = {each: "not in the sweep" not in change for names, change in rows for each in re.findall(r"`(\w+)`", names)}
+    options = {name.partition("/")[2] for name in group_options("ablation") if name.startswith("patch_dit/")}
+    assert set(told) | {"none"} == options
+    ran = {name.partition("/")[2] for name in swept("dit_ablations", "ablation")}
+    assert {name for name, in_sweep in told.items() if in_sweep} | {"none"} == ran
+
+
+def test_shifts_of_the_sweep_are_those_that_training_names() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    cell = text.partition("| `shift` | ")[2].partition(" |")[0]
+    of_sweep = cell.partition("`sweep=shifts`")[2].partition("`sweep=")[0]
+    patterns = re.findall(r"`([^`]+)`", of_sweep)
+    assert {name for each in patterns for name in fnmatch.filter(group_options("shift"), each)} == swept(
+        "shifts", "shift"
+    )
+
+
+def test_scales_of_the_guide_that_were_compared_are_those_of_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "dit_images.json").read_text(encoding="utf-8"))
+    compared = tuple(record["run_latents_128px"]["runs"][0]["guide_on_val"])
+    for page in ("conf/ablation/patch_dit/options.yaml", "conf/experiment/options.yaml", "docs/patch_dit.md"):
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        told = re.findall(r"chosen (?:from|among) ([\d.]+), ([\d.]+) and ([\d.]+)([^(]{0,40})", text)
+        assert [each[:3] for each in told] == [compared], page
+        assert re.search(r"on (64 `)?val", told[0][3]), page
+
+
+def test_monitored_attention_without_an_expected_range_is_that_which_the_page_names() -> None:
+    figures = attention_figures(torch.full((2, 1, 3), 1 / 3))
+    by_block = {name for name in figures if "_block_" in name}
+    assert set(figures) - set(RANGES) == by_block | {"attention_cls"}
+    text = " ".join((ROOT / "docs" / "patch_dit.md").read_text(encoding="utf-8").split())
+    assert "All except the attention on CLS and the attention by block have an expected range" in text
+
+
+def test_lower_bounds_that_a_page_names_are_those_of_the_package() -> None:
+    """Of packages that keygrip always needs; the changes of a day have the bounds of that day."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    bounds = dict(each.split(">=") for each in needed if ">=" in each)
+    found = 0
+    for page in (*PRESENT, *sorted(ROOT.glob("plugins/*/*.md"))):
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        for name, bound in bounds.items():
+            for told in re.findall(rf"(?i)\b{re.escape(name)}\b[^.;|]{{0,60}}? ([\d.]+) or newer", text):
+                assert told == bound, (page, name)
+                found += 1
+    assert found

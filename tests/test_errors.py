@@ -9,6 +9,7 @@ import json
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from hydra.errors import ConfigCompositionException
 
 from keygrip.command import describe_error
 from keygrip.config import compose
-from keygrip.training import run_folder
-from keygrip.training.signals import SweepInterrupted
+from keygrip.training import results, run_folder
+from keygrip.training.signals import Interrupted, SweepInterrupted
 
 TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=toy", "data=toy", "strategy=cpu"]
 
@@ -225,11 +226,19 @@ def test_settings_that_cannot_work(arguments: list[str], code: int, said: str, c
     [
         (["+vlm.width=999"], r"nothing in this run reads 'vlm.width'.*vlm is a group of model=geometry_vla"),
         (["shift=views"], r"callbacks.closed_loop has settings and no _target_.*add closed_loop=yam"),
+        (["callbacks.ema=false"], r"callbacks.ema=false: it is left out with callbacks.ema=null"),
+        (["callbacks.ema=none"], r"callbacks.ema=none: it is left out with callbacks.ema=null"),
+        (["logger=tensorboard", "logger.tensorboard=false"], r"logger.tensorboard=false: .* logger.tensorboard=null"),
+        (["+logger.wandb.project=mine"], r"logger.wandb has settings and no _target_.*: choose logger=wandb"),
         (["model=foveated_vlm", "data=yam"], r"learns from .* choose data="),
         (["optimizer=muon"], r"matrices_of=.*: no trainable matrix belongs to these parts.* optimizer=adamw"),
         (["+optimizer.lr_multipliers.backbne=0.1"], r"lr_multipliers: no trainable parameter's name .*'backbne'"),
         (["max_steps=-1"], r"optimizer.schedule=cosine needs an end: give max_steps or max_epochs"),
         (["callbacks.ema.decay=2"], r"callbacks.ema.decay=2: must lie in \[0, 1\)"),
+        (
+            ["callbacks.checkpoint.folder=elsewhere/checkpoints"],
+            r"checkpoint.folder=elsewhere/checkpoints: .* in its folder, .*run/checkpoints: .* run_dir=FOLDER",
+        ),
         (["callbacks.checkpoint.keep=-1", "dry_run=true"], r"callbacks.checkpoint.keep=-1: must"),
         (["logger=wandb"], r"logger=wandb needs the package wandb"),
     ],
@@ -306,6 +315,47 @@ def test_the_end_of_another_process_is_named() -> None:
     said = "[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer"
     expected = "another process of this run ended: see its output, and continue with resume=<run folder>"
     assert describe_error(RuntimeError(said), "train", []) == (expected, 1)
+
+
+PEER_ENDED = RuntimeError("[/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer")
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "launched", "kept"),
+    [
+        ((0, "failed", FULL), (1, "failed", PEER_ENDED), True, "failed: 1"),
+        ((0, "failed", FULL), (1, "interrupted", Interrupted("stopped by SIGTERM")), True, "failed: 1"),
+        ((0, "failed", FULL), (1, "failed", ValueError("cut off")), True, "failed: 1"),
+        ((1, "failed", FULL), (0, "failed", PEER_ENDED), True, "failed: 1"),
+        ((1, "failed", FULL), (0, "interrupted", Interrupted("stopped by SIGTERM")), True, "failed: 1"),
+        ((1, "interrupted", KeyboardInterrupt()), (0, "failed", PEER_ENDED), True, "interrupted: 1"),
+        # Processes that Lightning started: it removes WORLD_SIZE before the error is recorded.
+        ((0, "failed", FULL), (1, "failed", PEER_ENDED), False, "failed: 1"),
+        ((1, "failed", FULL), (0, "failed", PEER_ENDED), False, "failed: 1"),
+        # Not a consequence of what is recorded: it may be from an earlier start.
+        ((0, "failed", FULL), (0, "failed", ValueError("no data")), True, "failed: 2"),
+        ((0, "failed", FULL), (0, "interrupted", KeyboardInterrupt()), False, "interrupted: 2"),
+        ((0, "running", FULL), (1, "failed", PEER_ENDED), True, "failed: 2"),  # the other process was killed
+        ((1, "interrupted", KeyboardInterrupt()), (0, "failed", FULL), True, "failed: 2"),
+    ],
+)
+def test_the_cause_stays_recorded_when_the_other_processes_end_after_it(
+    first: tuple[int, str, BaseException],
+    second: tuple[int, str, BaseException],
+    launched: bool,
+    kept: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2" if launched else "")
+    for number, (rank, status, error) in enumerate((first, second), 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        results.record_failure(tmp_path, status, str(number), ["seed=1"], error)
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert f"{found['status']}: {found['error']}" == kept
+    trace = "".join(traceback.format_exception(first[2] if kept.endswith("1") else second[2]))
+    assert (tmp_path / "error.txt").read_text() == trace
 
 
 def test_a_job_of_a_cluster_that_died_is_named_with_its_log() -> None:
@@ -539,6 +589,19 @@ def test_commands_have_the_settings_that_they_read(command: str, given: list[str
         (["suite=gpu", "case=volume_loss"], "case=volume_loss has no effect here: it is for a case"),
         (["suite=gpu", "record=true"], "record=True"),
         (["suite=gpu", "quick=true"], "quick=True"),
+        (
+            ["case=volume_loss", "cases.volume_loss.batch_size=1", "cases.inference.repetitions=1"],
+            r"nothing reads the settings given for cases\.inference with case=volume_loss: give case=inference, or",
+        ),
+        (
+            ["gpu.server.settings.clients=2"],
+            r"nothing reads the settings given for gpu\.server without a suite: give suite=gpu part=server, or leave",
+        ),
+        (
+            ["suite=gpu", "toy=true", "part=[server,vlm_step]", "+gpu.plan_vla.warm_up=1", "gpu.server.case=server"],
+            r"for gpu\.plan_vla with part=\[server,vlm_step\]: give part=\[server,vlm_step,plan_vla\], or leave",
+        ),
+        (["suite=gpu", "toy=true", "cases.inference.warm_up=1"], r"for cases\.inference with suite=gpu: .*gpu\.PART"),
     ],
 )
 def test_settings_of_a_suite_and_of_a_case_are_not_mixed(given: list[str], said: str) -> None:
@@ -546,6 +609,35 @@ def test_settings_of_a_suite_and_of_a_case_are_not_mixed(given: list[str], said:
 
     with pytest.raises(ValueError, match=said):
         bench.run(compose("bench", given))
+
+
+def test_settings_of_a_case_that_one_job_of_a_sweep_reads_are_accepted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from keygrip import bench
+
+    class Case:
+        def run(self, quick: bool) -> dict[str, float]:
+            return {"step_ms": 1.0}
+
+    monkeypatch.setattr("hydra.utils.instantiate", lambda node, **options: Case())
+    given = ["case=volume_loss", "cases.volume_loss.batch_size=1"]
+    assert bench.run(compose("bench", given))["step_ms"] == 1
+    assert "nothing reads" not in caplog.text
+    monkeypatch.setattr(bench, "in_sweep", lambda: True)
+    assert bench.run(compose("bench", [*given, "cases.inference.repetitions=1"]))["step_ms"] == 1
+    assert "nothing reads the settings given for cases.inference with case=volume_loss" in caplog.text
+
+
+def test_the_process_of_a_part_has_the_settings_of_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from keygrip import bench
+    from keygrip.benchmarks.gpu.suite import Suite
+
+    monkeypatch.setattr("hydra.utils.instantiate", lambda node, **options: None)
+    monkeypatch.setattr(Suite, "measure", lambda self, name, part: {"part": name})
+    monkeypatch.setenv(bench.PART_PROCESS, "server")
+    given = ["suite=gpu", "toy=true", "commit=abc", "gpu.server.settings.clients=2", "+gpu.plan_vla.warm_up=1"]
+    assert bench.run(compose("bench", [*given, "part=server"])) == {"part": "server"}
 
 
 def test_a_refused_run_leaves_an_earlier_one_as_it_was(cli: Callable[..., Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +154,8 @@ def assert_sound(cfg: DictConfig) -> None:
     with open_dict(cfg):
         cfg.run_dir = cfg.run_dir or "run"  # chosen before settings are checked
     refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
+    if cfg.max_steps > 0 and cfg.limit_val_batches != 0:  # otherwise results would be figures of an earlier step
+        assert cfg.max_steps % cfg.val_every_n_steps == 0, "no validation at the last step"
 
 
 def assert_configures(cfg: DictConfig) -> tuple[type, int]:
@@ -216,6 +219,27 @@ def test_recipes_of_the_small_encoder_take_the_large_one(recipe: str) -> None:
     assert cfg.data.image_size == 224
     alone = composed("train", [*pair("geometry_vla"), "geometry=mapanything", *GIVEN["geometry=mapanything"]])
     assert dict(cfg.geometry, cameras=None) == dict(alone.geometry, cameras=None)
+
+
+def test_make_metaworld_validates_its_last_step() -> None:
+    steps = re.search(r"(?m)^STEPS \?= (\d+)$", (CONF.parent / "Makefile").read_text())
+    assert steps is not None
+    option = "experiment=metaworld_two_cameras"
+    cfg = composed("train", [option, *GIVEN[option], f"max_steps={steps[1]}"])
+    assert cfg.max_steps % cfg.val_every_n_steps == 0
+
+
+@pytest.mark.parametrize("recipe", ["metaworld_vla", "vla_yam_language", "vla_yam_depth"])
+def test_the_ablation_of_the_optimizer_changes_nothing_but_the_optimizer(recipe: str) -> None:
+    option = f"experiment={recipe}"
+    muon, adamw = (
+        composed("train", [option, *GIVEN.get(option, []), *ablation]).optimizer
+        for ablation in ([], ["ablation=geometry_vla/adamw"])
+    )
+    assert {name for name in adamw if adamw[name] != muon[name]} == {"_target_"}
+    assert {str(name) for name in muon} - {str(name) for name in adamw} == {
+        *("matrices_of", "momentum", "matrix_lr_multiplier", "iteration"),
+    }
 
 
 @pytest.mark.parametrize("option", ["experiment=vlm_stage1", "experiment=vlm_stage2_published"])

@@ -53,6 +53,7 @@ def test_a_run_reports_and_a_stopped_one_is_an_error(monkeypatch: pytest.MonkeyP
     assert result["ticks"] == 15
     assert result["plans"] >= 1
     assert result["success"] is False
+    assert run(compose("run", [*SMALL, "seconds=0.5", "execution=blocking"]))["state"] == "running"
     shown = run(compose("run", [*SMALL, f"dry_run={tmp_path}/plan.png"]))
     assert shown["refused"] is None
     assert (tmp_path / "plan.png").is_file()
@@ -61,6 +62,9 @@ def test_a_run_reports_and_a_stopped_one_is_an_error(monkeypatch: pytest.MonkeyP
         run(compose("run", [*SMALL, "seconds=10", "watchdog.hold_seconds=0.5"]))
     with pytest.raises(ValueError, match="continues a plan"):
         run(compose("run", [*SMALL, "execution.continue_chunks=true"]))
+    for idle in (["execution=blocking", "execution.blend_seconds=0.2"], ["execution.asynchronous=false"]):
+        with pytest.raises(ValueError, match=r"execution\.blend_seconds=0\.2 has no effect with execution\.async"):
+            run(compose("run", [*SMALL, *idle]))
     policy.needs = Needs(("left", "right"))
     with pytest.raises(ValueError, match="the robot has right"):
         run(compose("run", SMALL))
@@ -154,6 +158,9 @@ def test_what_cannot_be_is_said() -> None:
     for idle in ("takeover=keyboard", "record=kept"):
         with pytest.raises(ValueError, match=rf"{idle.partition('=')[0]}=... has no effect with dry_run=plan.png"):
             run(compose("run", [*SMALL, idle, "dry_run=plan.png"]))
+    for name, value in (("bounds", "null"), ("watchdog", "null"), ("watchdog", "false")):
+        with pytest.raises(SettingError, match=rf"{name}={value}: these settings cannot be left out.* {name}\.NAME="):
+            run(compose("run", [*SMALL, f"{name}={value}"]))
     with pytest.raises(ValueError, match="one of checkpoint=RUN and server"):
         run(compose("run"))
     with pytest.raises(SettingError, match="execute_seconds"):
@@ -343,7 +350,7 @@ def test_a_single_camera_is_used_under_any_name_by_a_policy_that_names_its_views
     assert view["image"].shape == (48, 64, 3)
 
 
-def test_a_run_with_a_server_ends_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_a_server_ends_its_session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ended = []
 
     class Remote(Steady):
@@ -364,6 +371,15 @@ def test_a_run_with_a_server_ends_its_session(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConnectionError, match=r"server=http://gpu:8421: .*64 sessions are open"):
         run(compose("run", [*local, "server=http://gpu:8421"]))
     assert ended == [True, True]
+
+    class Slow(Remote):
+        def plan(self, observation: Observation) -> Plan:
+            raise ServerError(504, "the plan took longer than 30 s")
+
+    monkeypatch.setattr(driving, "RemotePolicy", lambda url, **options: Slow())
+    with pytest.raises(ConnectionError, match=r"server=http://gpu:8421: .*the plan took longer than 30 s"):
+        run(compose("run", [*local, "server=http://gpu:8421", f"dry_run={tmp_path}/plan.png"]))
+    assert not (tmp_path / "plan.png").exists()
 
 
 def test_the_simulated_cell_draws_the_camera_that_the_policy_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:

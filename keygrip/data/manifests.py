@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.image_text.bucket_folders import INFO, read_info, write_info
+from keygrip.data.image_text.bucket_folders import INFO, incomplete_sets, read_info, write_info
 from keygrip.data.image_text.crops import BUCKET_NAME, Bucket
 from keygrip.data.image_text.samples import describe_image_text, is_image_text
 from keygrip.data.robot import integrity, native
@@ -99,7 +99,13 @@ def make_shard_manifests(root: Path | str, again: bool = False, max_broken_share
     Args:
         root: folder of shards. again: index all shards again.
         max_broken_share: a larger share of broken shards is an error.
+
+    Raises:
+        ValueError: the root is a set of `step=images` that is not complete; or as `split_folders` and `write_manifest`.
+        FileNotFoundError: there are no shards.
     """
+    if incomplete := incomplete_sets(Path(root)):
+        raise ValueError(incomplete[0])  # an images.json written here would make the set complete for training
     report: dict[str, Any] = {"root": str(root), "shards": 0, "samples": 0, "broken": 0, "bad_samples": 0}
     folders = split_folders(root)
     elsewhere = [path for path in tar_files_below(root) if str(path.parent) not in folders]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.artifacts import write_text
+from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.image_text.bucket_folders import INFO, buckets_by_split, incomplete_sets, read_info
 from keygrip.data.image_text.examination import examine_image_text, image_counts, report_near_copies
@@ -25,6 +27,7 @@ from keygrip.data.shards.writer import tar_files
 from keygrip.data.untrusted_files import read_json
 from keygrip.data.video_text.examination import examine_video_text, report_shared
 from keygrip.progress import Progress
+from keygrip.worker_processes import prepare_worker
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +78,10 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
 
     Checks: every shard is complete and agrees with its index and manifest; every sample has its text and images and can
     be decoded; keys and contents occur once over all splits; every conversation has answers, so that its loss mask is
-    not empty; sets that `step=images` began are finished. The first problems are logged, beginning with those that the
-    manifest does not list; all problems are written into ``problems.txt`` of the root.
+    not empty. The first problems are logged, beginning with those that the manifest does not list; all problems are
+    written into ``problems.txt`` of the root.
+
+    A set that `step=images` began and did not finish is not examined: that it is not complete is its only problem.
 
     For images with text, the samples with latents, patches and text are counted in every bucket. Samples without
     patches are skipped in training; a bucket in which every sample lacks something is an error.
@@ -89,16 +94,13 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
         `samples`, `kinds` and `frames` (number of each); for images with text also `images`, `near_copies` (number of
         images that have a near copy; None if they were not compared), and `buckets` with the counts of each bucket.
     """
+    if incomplete := incomplete_sets(Path(root)):
+        return _report_problems(root, incomplete) | {"shards": 0, "samples": 0, "kinds": {}, "frames": {}}
     jobs = [
         (folder, number) for folder in split_folders(root) for number in range(len(ShardSet(folder, quiet=True).shards))
     ]
-    if processes == 1 or len(jobs) == 1:
-        reports = [examine_shard(*job) for job in Progress(jobs, desc=f"validate {root}", unit="shard")]
-    else:
-        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-            futures = [pool.submit(examine_shard, *job) for job in jobs]
-            reports = [f.result() for f in Progress(futures, desc=f"validate {root}", unit="shard")]
-    problems = incomplete_sets(Path(root)) + [problem for report in reports for problem in report.problems]
+    reports = _examine_shards(jobs, usable_cores() if processes is None else processes, f"validate {root}")
+    problems = [problem for report in reports for problem in report.problems]
     problems += _find_repeated_samples(reports)
     report_shared(reports)
     buckets = image_counts(root, reports)
@@ -107,31 +109,54 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
             problems.append(f"{name}: none of its {counts['images']} images has all parts ({dict(counts)})")
     problems += _find_manifest_problems(root)
     problems += [problem for report in reports for problem in report.known]
+    kinds: Counter[str] = sum((report.kinds for report in reports), Counter())
+    frames: Counter[int] = sum((report.frames for report in reports), Counter())
+    return (
+        _report_problems(root, problems)
+        | {
+            "shards": len(reports),
+            "samples": sum(len(report.keys) for report in reports),
+            "kinds": dict(sorted(kinds.items())),
+            "frames": {str(count): number for count, number in sorted(frames.items())},
+        }
+        | (
+            {
+                "images": sum((Counter(c) for c in buckets.values()), Counter()),
+                "near_copies": report_near_copies(root, reports),
+                "buckets": buckets,
+            }
+            if buckets
+            else {}
+        )
+    )
+
+
+def _examine_shards(jobs: Sequence[tuple[str, int]], processes: int, title: str) -> list[ShardReport]:
+    """Return the reports on shards, in order; after an error or a signal only the shards in work are finished."""
+    if processes == 1 or len(jobs) == 1:
+        return [examine_shard(*job) for job in Progress(jobs, desc=title, unit="shard")]
+    with ProcessPoolExecutor(processes, get_context("spawn"), prepare_worker, (os.getpid(),)) as pool:
+        try:
+            futures = [pool.submit(examine_shard, *job) for job in jobs]
+            return [future.result() for future in Progress(futures, desc=title, unit="shard")]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _report_problems(root: Path | str, problems: Sequence[str]) -> dict[str, Any]:
+    """Write all problems into the root and log the first ones; return the part of the report on them."""
     problems_file = _write_problems(Path(root) / PROBLEMS_FILE, problems)
     for problem in problems[:NAMED_AT_MOST]:
         log.error("%s", problem)
     if len(problems) > NAMED_AT_MOST:
         log.error("and %d more%s", len(problems) - NAMED_AT_MOST, f": see {problems_file}" if problems_file else "")
-    kinds: Counter[str] = sum((report.kinds for report in reports), Counter())
-    frames: Counter[int] = sum((report.frames for report in reports), Counter())
     return {
         "root": str(root),
         "errors": len(problems),
-        "problems": problems[:NAMED_AT_MOST],
+        "problems": list(problems[:NAMED_AT_MOST]),
         "problems_file": problems_file,
-        "shards": len(reports),
-        "samples": sum(len(report.keys) for report in reports),
-        "kinds": dict(sorted(kinds.items())),
-        "frames": {str(count): number for count, number in sorted(frames.items())},
-    } | (
-        {
-            "images": sum((Counter(c) for c in buckets.values()), Counter()),
-            "near_copies": report_near_copies(root, reports),
-            "buckets": buckets,
-        }
-        if buckets
-        else {}
-    )
+    }
 
 
 def _find_repeated_samples(reports: Sequence[ShardReport]) -> list[str]:

@@ -74,7 +74,7 @@ class GymnasiumEnvironment:
             ValueError: The observation is not the input of a policy.
         """
         self._observation, self._info = self.env.reset(seed=seed)
-        self._instruction = str(self._info.get("instruction", self.task.instruction))
+        self._instruction = str(self._info.get("instruction") or self.task.instruction)  # the key may be there as None
         self._over, self._elapsed = False, 0
         self._check()
         return self.observation(), self.outcome()[2]
@@ -127,7 +127,7 @@ class GymnasiumEnvironment:
         """Do one step of the environment."""
         self._observation, _, terminated, truncated, self._info = self.env.step(action)
         # many environments give it only at the start
-        self._instruction = str(self._info.get("instruction", self._instruction))
+        self._instruction = str(self._info.get("instruction") or self._instruction)
         self._elapsed += 1
         self._over = bool(terminated or truncated)
 

@@ -37,7 +37,8 @@ ANSWERS_IT = re.compile(
     r"(?:(?:^|\n)[^\S\n]*(?:question|q)(?:[^\S\n]*\d+)?[^\S\n]*:[^\n]*\n\s*A:(?=\s*\w)|\n[^\S\n]*A:(?=\s*[(\[]?[B-Z]\W*$))",
     re.IGNORECASE,
 )
-ABSTAINS = re.compile(r"\bn\s?/\s?a\b|\bn\.\s?a\.(?!\w)", re.IGNORECASE)
+# "A:" before a refusal means "Answer:" too.
+ABSTAINS = re.compile(r"(^\W*A\s*[:.)–—-]\s*)?(?:\bn\s?/\s?a\b|\bn\.\s?a\.(?!\w))", re.IGNORECASE)
 # Capitals that are no option letters: "A/C unit", "U.S.A.".
 COMPOUND = re.compile(r"(?<!\w)[A-Z][/&][A-Z](?=\s+[a-z])(?!\s+(?:and|are|because|both|or)\b)|(?<!\w)(?:[A-Z]\.){2,}")
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts without spaces around a letter
@@ -57,6 +58,16 @@ MENTIONS = rf"{NAMES}{OPENED}"
 I_SAY = (
     r"\b(?:i(?: would| d)? (?:say|answer|think|guess|believe)|it is|it ?s|it must be|(?:most\s+likely|probably))\b\s*,?"
     + OPENED
+)
+# Words between two letters that name both ("B and/or C", "A to D").
+JOINS = (
+    r"(?:(?:or|and)(?:\s*/\s*(?:or|and))?|as\s+well\s+as|plus|(?:along|together)\s+with|(?:and\s+)?then|to|through)\b"
+)
+# Words before the first of two letters that only the second replaces ("I change my answer from A to B").
+CHANGES = re.compile(
+    r"\b(?:chang|correct|revis|switch|updat)(?:es?|ed|ing)?\s+(?:(?:my|the)\s+(?:\w+\s+)?(?:answer|choice|option)\s+)?"
+    r"(?:from\s+)?(?:option\s+)?[(\[]?$",
+    re.IGNORECASE,
 )
 # A letter that corrects an earlier one ("The answer is A. No wait, C.").
 CORRECTS = (
@@ -78,7 +89,7 @@ BETTER = r"better(?=\s*(?:[.,;:!)]|$|(?:than|answer|choice|option|fit|match)\b))
 FITS = r"(?:answers|captures|describes|explains|fits|matches|reflects|represents|summari[sz]es)"
 RIGHT = (
     r"\s+(?:ist\s+(?:die\s+)?richtig\w*|(?:est|es|est\u00e1|\u00e8)\s+(?:la\s+)?(?:corr?ect[aeo]?|corrett[ao]|bonne|juste)|"
-    r"(?:is|was|seems|looks|appears|would be|must be|should be|has to be)\s+(?:to be\s+)?(?:\w+ly\s+)?"
+    r"(?:is|was|seems|looks|sounds|appears|would be|must be|should be|has to be)\s+(?:to be\s+)?(?:\w+ly\s+)?"
     rf"(?:(?:the\s+|my\s+)?(?:(?:one|only|single|final)\s+)?(?:correct|best|{BETTER}|{MOST}|"
     r"right(?!\s+(?:behind|next|beside|after|before)))|"
     rf"(?:the|my)\s+(?:(?:only|single|final)\s+)?(?:answer|choice|one))|(?:best|most \w+ly)\s+{FITS}|{FITS}\s+best)\b"
@@ -155,7 +166,7 @@ LABELS = re.compile(
 )
 # Texts that contain little besides a letter, or besides the number of an option.
 LIKE = r"(?:(?i:(?:it|that|this)\s+)?(?i:looks|seems)\s+(?i:like)\s+)"
-SURE = r"(?:\s+(?i:for sure|it is|to me))"
+SURE = r"(?:\s+(?i:for sure|it is|to me|in my (?:opinion|view)|then))"
 COUNTED = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
 NUMBERED = re.compile(

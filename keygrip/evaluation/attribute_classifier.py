@@ -210,31 +210,78 @@ def distance_px(places: Tensor, truth: Tensor, size: tuple[int, int]) -> Tensor:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def has_truth(data: ImageShards) -> bool:
-    """Return whether the shards hold ground truth, so that a classifier can be trained and tested.
+def has_truth(data: ImageShards, split: str = "val", counts: Iterable[int] = ()) -> bool:
+    """Return whether the shards hold ground truth, so that a classifier can be trained, tested and used on a split.
+
+    Args:
+        split: whose images are classified. counts: numbers of its images that are classified, each spread evenly over
+            its buckets.
 
     Raises:
-        ValueError: There are no held-out images to test it on.
+        ValueError: There are no validation images to test the classifier on, only some of the images to test it on or
+            to classify have ground truth, or they have a colour that no training image has.
     """
-    first_batches = {split: next(iter(data.held_out(split, 1)), None) for split in ("train", "val")}
-    if not all(first is None or has_evidence(first.records) for first in first_batches.values()):
+    first_records = {name: next(data.samples(name).records(), None) for name in ("train", "val")}
+    if not all(record is None or has_evidence([record]) for record in first_records.values()):
         return False
-    if first_batches["val"] is None:
+    classified = [record for count in counts for record in data.samples(split, count).records()]
+    if classified and not any(has_evidence([record]) for record in classified):
+        log.warning(
+            "%s has ground truth (evidence) of its training images and none of its %s images: their objects are in no "
+            "figure",
+            data.place,
+            split,
+        )
+        return False
+    if first_records["val"] is None:
         raise ValueError(f"{data.place} has no validation images: a classifier could not be tested")
+    for name, records in (("val", list(data.samples("val").records())), (split, classified)):
+        _refuse_partial_truth(data, name, records)
+        _refuse_new_colours(data, name, {record["evidence"]["colour"] for record in records})
     return True
 
 
+def _refuse_partial_truth(data: ImageShards, split: str, records: Iterable[dict[str, Any]]) -> None:
+    if not has_evidence(records):
+        raise ValueError(
+            f"some {split} images of {data.place} have ground truth (evidence: cube, block and colour), and some have "
+            "none or not all of it: give it for all of them, or for none"
+        )
+
+
+def _refuse_new_colours(data: ImageShards, split: str, colours: set[str]) -> None:
+    """Raise ValueError if a held-out split has colours that no training image has."""
+    missing = set(colours)
+    for record in data.samples("train").records():
+        if not missing:
+            return
+        if has_evidence([record]):
+            missing.discard(record["evidence"]["colour"])
+    if missing:
+        raise ValueError(
+            f"the {split} images of {data.place} show the colours {sorted(missing)}, which no training image shows, so "
+            "that a classifier does not know them: add such training images, or leave these images out"
+        )
+
+
 def classifier_for(
-    data: ImageShards, encoders: Encoders, options: ClassifierOptions | None = None
+    data: ImageShards,
+    encoders: Encoders,
+    options: ClassifierOptions | None = None,
+    split: str = "val",
+    counts: Iterable[int] = (),
 ) -> TrainedClassifier | None:
     """Return the classifier of some image shards, stored next to them and trained first if missing. None if the shards
     hold no ground truth.
 
+    Args:
+        split, counts: see `has_truth`.
+
     Raises:
-        ValueError: There are no held-out images to test it on.
+        ValueError: See `has_truth`.
     """
     options = options or ClassifierOptions()
-    if not has_truth(data):
+    if not has_truth(data, split, counts):
         return None
     identity = {"version": VERSION, "data": data.fingerprint, "autoencoder": encoders.autoencoder.description()}
     fingerprint = hashlib.sha256(json.dumps({**identity, **asdict(options)}, sort_keys=True).encode()).hexdigest()[:16]
@@ -287,12 +334,11 @@ class _Bucket:
 
 
 def _load_buckets(data: ImageShards, encoders: Encoders, split: str, colours: list[str]) -> list[_Bucket]:
-    """Load all images of a split with their truth, by size. Adds the colours found to `colours`, in order."""
+    """Load all images of a split with their truth, by size. Adds the new colours to `colours`, in order."""
     images: dict[tuple[int, int], list[Tensor]] = {}
     records: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for batch in data.held_out(split, with_images=True):
-        if not has_evidence(batch.records):
-            raise ValueError(f"some images of {data.place} have ground truth (evidence) and some have none")
+        _refuse_partial_truth(data, split, batch.records)
         decoded = real_images(encoders, batch)
         size = (decoded.shape[2], decoded.shape[3])
         images.setdefault(size, []).append(decoded)
@@ -308,7 +354,7 @@ def train_classifier(
     """Train a classifier on the training split and test it on the validation split. A pure function of both."""
     colours: list[str] = []
     buckets = _load_buckets(data, encoders, "train", colours)
-    held_out = _load_held_out(data, encoders, colours)
+    held_out = _load_buckets(data, encoders, "val", [*colours])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         classifier = AttributeClassifier(colours, options.width)
@@ -334,19 +380,9 @@ def train_classifier(
 
 
 def tested_again(trained: TrainedClassifier, data: ImageShards, encoders: Encoders) -> TrainedClassifier:
-    """Measure a classifier's error on the current validation split. Raises ValueError if it shows other colours."""
-    held_out = _load_held_out(data, encoders, trained.network.colours)
+    """Measure a classifier's error on the current validation split, whose colours `has_truth` has checked."""
+    held_out = _load_buckets(data, encoders, "val", [*trained.network.colours])
     return replace(trained, error=_measure_error(trained.network, held_out))
-
-
-def _load_held_out(data: ImageShards, encoders: Encoders, colours: Sequence[str]) -> list[_Bucket]:
-    all_colours = [*colours]
-    held_out = _load_buckets(data, encoders, "val", all_colours)
-    if len(all_colours) > len(colours):
-        raise ValueError(
-            f"the validation images show the colours {all_colours[len(colours) :]}, which no training image shows"
-        )
-    return held_out
 
 
 def _measure_error(classifier: AttributeClassifier, held_out: Sequence[_Bucket]) -> ClassifierError:

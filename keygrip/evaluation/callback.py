@@ -22,6 +22,7 @@ from keygrip.evaluation.kinds import refuse_unknown
 from keygrip.evaluation.rollout_report import write_report
 from keygrip.models.policy import Needs, robot_number
 from keygrip.training.checkpoints import run_config
+from keygrip.training.loggers import log_final_figures
 from keygrip.training.parts import external_settings, named_packages
 
 if TYPE_CHECKING:
@@ -141,8 +142,8 @@ def show_in_loggers(trainer: Trainer, figures: dict[str, Any], results: list[Con
     recorded = [
         (result.name, episode) for result in results for episode in result.episodes if episode.video is not None
     ]
+    log_final_figures(trainer.loggers, scalars, step)
     for logger in trainer.loggers:
-        logger.log_metrics(scalars, step=step)
         writer = getattr(logger, "experiment", None)
         for name, episode in recorded:
             tag = f"closed_loop/{name}_{episode.seed}_{'success' if episode.success else episode.failure}"

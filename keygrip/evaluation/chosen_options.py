@@ -14,10 +14,12 @@ from keygrip.evaluation.answer_forms import (
     ASKS,
     BEFORE_SAID,
     BESIDE_CJK,
+    CHANGES,
     CONCLUDES,
     CORRECTS,
     GOES_ON,
     I_SAY,
+    JOINS,
     LABELS,
     LIKE,
     MENTIONS,
@@ -51,6 +53,7 @@ from keygrip.evaluation.option_texts import (
     plain_text,
     strip_marks,
 )
+from keygrip.evaluation.refusals import may_explain, text_after_refusal
 from keygrip.evaluation.weighed_options import (
     Weighed,
     has_remarks,
@@ -68,7 +71,8 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     answer, every other letter names its option, whatever follows ("The answer is B as shown"). A and I do so only
     before punctuation and words that give a reason; the same holds for an option "I" if the list has no letter I. If a
     text discusses the options one by one from A on, the chosen option is the one announced afterwards, called right or
-    left over; it is None if none of these applies ("A: 10%, B: 70%"). "A:" before only another option means "Answer:".
+    left over; it is None if none of these applies ("A: 10%, B: 70%"). "A:" before only another option or before a
+    refusal ("A: I don't know") means "Answer:", unless option A denies something ("Not mentioned").
     Denied words ("not the red cube") name nothing, nor does the "no" of a sentence ("there is no cat"). A letter within
     an option's own words ("Team B") is part of them. Not part of the answer are: reasoning before the answer
     (`<think>`), a repetition of the options, even if cut off, and answers to further questions that the model invents.
@@ -91,7 +95,7 @@ def _read_option(answer: str, options: Options, announced_only: bool = False) ->
     if not answer:
         return None
     if not any(ABSTAINS.search(option) for option in options.literal):
-        answer = ABSTAINS.sub(" ", answer)
+        answer = ABSTAINS.sub(r"\1 " if may_explain(options.literal[0]) else " ", answer)
     if len(options.literal[0]) > 1:  # "A: B" may be an option "B" with its letter
         answer = ANSWERS_IT.sub("\nAnswer:", answer).strip()
     answer = remove_yes_or_no(ASKS.sub(" ", BESIDE_CJK.sub(" ", answer)), options)
@@ -133,7 +137,15 @@ def _read_option(answer: str, options: Options, announced_only: bool = False) ->
 
 def _remove_answer_mark(answer: str, options: Options) -> str:
     """Remove an "A:" at the beginning if it means "Answer:", because only another option follows it, by letter or in
-    words ("A: B", "A: C. green", "A: It is green.")."""
+    words ("A: B", "A: C. green", "A: It is green."), or a refusal ("A: I don't know", "A. I'm sorry, ...")."""
+    refused = re.match(r"\W*A\s*(?:(:)|[.)\]}–—-])\s*", answer, re.IGNORECASE)
+    behind = None if refused is None else text_after_refusal(answer[refused.end() :], options)
+    if refused is not None and behind is not None:
+        named = option_by_words(_join_lines(answer[refused.end() :]), options)
+        # "A. None of the above" is option A, although option D may have these words.
+        if named is None or (named and refused[1]):
+            # "I'm not sure about B" names no option, but "I don't know" may be option D.
+            return answer[refused.end() :] if named and may_explain(options.literal[named]) else behind
     mark = re.match(r"\W*A:\s*(?=[(\[]?\w)", answer)
     if mark is None:
         return answer
@@ -230,15 +242,28 @@ def _find_conclusion(answer: str, options: Options, announcements: Sequence[str]
 def _another_letter_pattern(last_letter: str) -> str:
     """Return a pattern of a further letter ("B or C", "(B), (C)", "B, maybe C"); then no letter is the answer."""
     return (
-        r"[)\]}.:]?\s*(?:[,;/&]|[,;]?\s*\b(?:or|and)\b)\s*(?:(?:maybe|possibly|perhaps|also|even)\s+)?"
+        rf"[)\]}}.:]?\s*(?:[,;/&]|[,;]?\s*\b{JOINS})\s*(?:(?:maybe|possibly|perhaps|also|even)\s+)?"
         rf"(?:(?:the\s+)?(?i:option|opt\.?|choice|letter)\s+)?[(\[{{]*[A-{last_letter}]"
         r"(?:[)\]}]|\b(?!\s+[a-z])|\b(?=\s+(?:or|and)\b))"
     )
 
 
+def _denied_letter_pattern(last_letter: str) -> str:
+    """Return a pattern of another letter that is not the answer, after the letter that is ("C rather than D")."""
+    return rf"\s+(?:rather\s+than|instead\s+of|not|over)\s+(?:(?i:option|choice)\s+)?[(\[]?[A-{last_letter}]\b"
+
+
+def _joins_letters(text: str, joined: str) -> bool:
+    """Return whether a text has letters that are joined ("B or C"), apart from "not A, then B" and changes of mind."""
+    return any(
+        (NOT if re.search(r"\bthen\b", match.group()) else CHANGES).search(before_place(text, match.start())) is None
+        for match in re.finditer(joined, text)
+    )
+
+
 def _parse_letter_list(text: str, options: Options) -> set[int] | None:
     """Return the letters of a text that consists of two or more letters only; None for any other text."""
-    last, separator = options.last, r"(?:[)\]}.:]*(?:\s*[,;/&]\s*|\s+(?:and|or)\s+|\s+)|[)\]}]+)[(\[{]*"
+    last, separator = options.last, rf"(?:[)\]}}.:]*(?:\s*[,;/&]\s*|,?\s+{JOINS}\s+|\s+)|[)\]}}]+)[(\[{{]*"
     if not re.fullmatch(rf"[\W_]*[A-{last}](?:{separator}[A-{last}])+[\W_]*", text):
         return None
     letters = re.findall(rf"[A-{last}]", text)
@@ -270,10 +295,8 @@ def _find_leading_letter(text: str, options: Options) -> int | None:
         arrived = _find_announced_letter((SAYS, CONCLUDES), remainder, options)
         arrived = _find_letter_called_right(remainder, last) if arrived is None else arrived
         return index if arrived is None else arrived
-    before_another = rf"(?:rather\s+than|instead\s+of|not|over)\s+(?:option\s+)?[(\[]?[A-{last}]\b"
-    reasoned = re.match(
-        rf"[(\[]?([A-{last}])[)\]]?\s+(?:(?:because|since)\b|{before_another})|((?![AI])[A-{last}])\s+{REASON}", text
-    )
+    preferred = rf"[(\[]?([A-{last}])[)\]]?(?:\s+(?:because|since)\b|{_denied_letter_pattern(last)})"
+    reasoned = re.match(rf"{preferred}|((?![AI])[A-{last}])\s+{REASON}", text)
     if reasoned:
         return number_of(reasoned.group(1) or reasoned.group(2))
     match = re.match(rf"[(\[]?([A-{last}])\s+(.*)", text)
@@ -343,12 +366,15 @@ def _find_announced_letter(announcements: Sequence[str], text: str, options: Opt
     last, supposed = options.last, None
     upper, lower = rf"([A-{last}])\b", rf"([a-{last.lower()}])(?:\s*(?:[)\]}}.,;:]|$)|(?={RIGHT}))"
     not_listed = rf"(?!{_another_letter_pattern(last)})"
+    said_of_letter = rf"\s+{REASON}|{RIGHT}|{_denied_letter_pattern(last)}|{SURE}\s*(?:[.,;:!)]|$)"
     for says in announcements:
         announced: list[tuple[int, int]] = []
         for letter in (upper + not_listed, lower):
             for match in re.finditer(rf"(?i:{says}){letter}", text):
                 preceding, behind = before_place(text, match.start()), _text_after(text, match.end(1), options)
                 if re.search(r"\bor\s*$", preceding) or NOT.search(preceding) or re.match(WRONG, behind):
+                    continue
+                if _joins_letters(preceding, rf"\b[A-{last}][)\]]?,?\s+{JOINS}\s*$"):  # "option B and option C"
                     continue
                 if re.match(r"\s*\?", behind):  # a question
                     continue
@@ -368,7 +394,7 @@ def _find_announced_letter(announcements: Sequence[str], text: str, options: Opt
                 if signed is not None:  # "The answer is C++"
                     announced.append((match.start(1), signed))
                     continue
-                if re.match(r"\s+[a-z]", behind) and not re.match(rf"\s+{REASON}|{RIGHT}", behind):
+                if re.match(r"\s+[a-z]", behind) and not re.match(said_of_letter, behind):
                     option_named = _match_initial_words(announced_text, options.plain)
                     if option_named is not None:  # "The answer is C major"
                         announced.append((match.start(1), option_named))
@@ -425,7 +451,7 @@ def _find_letter_called_right(text: str, last_letter: str) -> int | None:
         before = before_place(text, match.start(1))
         if NOT.search(before) or OPEN.search(before):
             continue
-        if re.match(r"\s+(?:seems|looks|appears)\b", match.group(2)) is None:
+        if re.match(r"\s+(?:seems|looks|sounds|appears)\b", match.group(2)) is None:
             return number_of(match.group(1))
         seeming = number_of(match.group(1)) if seeming is None else seeming
     return seeming
@@ -443,7 +469,9 @@ def _find_letter_called_fitting(text: str, last_letter: str) -> int | None:
 
 
 def _find_bracketed_letter(text: str, options: Options) -> int | None:
-    """Return the letter in brackets, if it is only one."""
+    """Return the letter in brackets, if it is only one and not joined to a further letter ("(B) or C")."""
+    if re.search(rf"[(\[][A-{options.last}]{_another_letter_pattern(options.last)}", text):
+        return None
     found = {number_of(letter) for letter in re.findall(rf"[(\[]([A-{options.last}])[)\]]", text)}
     return found.pop() if len(found) == 1 else None
 
@@ -452,7 +480,7 @@ def _find_capitals(text: str, options: Options) -> tuple[set[int], set[int]]:
     """Return the capitals that are not words of a sentence: those that stand alone, and those after a word that they
     may label ("clip A")."""
     standalone, labelling = set[int](), set[int]()
-    if re.search(rf"\b[A-{options.last}]\b{_another_letter_pattern(options.last)}", text):
+    if _joins_letters(text, rf"\b[A-{options.last}]\b{_another_letter_pattern(options.last)}"):
         return standalone, labelling
     for match in re.finditer(rf"\b([A-{options.last}])\b(?!['’])", text):
         preceding = before_place(text, match.start())

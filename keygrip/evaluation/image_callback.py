@@ -18,7 +18,7 @@ from keygrip.evaluation.image_report import REPORT
 from keygrip.evaluation.image_text import check_suite, headline, run_suite
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.training.checkpoints import load_module, run_config
-from keygrip.training.loggers import log_image
+from keygrip.training.loggers import log_final_figures, log_image
 from keygrip.training.parts import external_settings, named_packages
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,6 @@ class EvaluateImages(Callback):
         from PIL import Image
 
         step = trainer.global_step
-        for logger in trainer.loggers:
-            logger.log_metrics({f"images/{name}": value for name, value in figures.items()}, step=step)
+        log_final_figures(trainer.loggers, {f"images/{name}": value for name, value in figures.items()}, step)
         for path in images:
             log_image(trainer.loggers, f"images/{path.stem}", np.asarray(Image.open(path).convert("RGB")), step)

@@ -138,6 +138,18 @@ class ImageSuite:
         """`replace_words` by word; empty: colours are changed."""
         return word_changes(self.replace_words)
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of images that the cases read; the curves choose their own."""
+        curves = self.cases is None or not set(CURVES).isdisjoint(self.cases)
+        return (self.images, self.grid_images) if curves else (self.images,)
+
+    def refuse_idle_grid(self) -> None:
+        """Raise ValueError if `grid_images` is given and no case reads it. Not a part of `__post_init__`: recipes set
+        it, and their cases may be changed."""
+        if self.grid_images != ImageSuite.grid_images and len(self.counts) == 1:
+            raise ValueError(f"grid_images has no effect without the case {' or '.join(CURVES)} in cases: leave it out")
+
     def _refuse_idle(self) -> None:
         """Raise ValueError if a setting has no effect because its case is left out."""
         for name, needed in NEEDS.items():
@@ -208,6 +220,8 @@ def refuse_impossible(module: PatchDiTModule, options: ImageSuite, sampling: Sam
         replace(sampling, steps=int(steps))
     cases = possible_cases(module, options, sampling, classified)
     sampling_names = {name for name, value in options.sampling.items() if value is not None}
+    if "steps" in cases and max(options.step_counts) > 1:
+        sampling_names.discard("solver")  # the curve of steps uses it, even if the other cases take one step
     if not sampling_names:
         return
     images = cases != ["text_only"]

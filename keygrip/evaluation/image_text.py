@@ -76,7 +76,7 @@ def check_suite(module: PatchDiTModule, data: ImageShards, options: ImageSuite) 
     """
     # a guide is taken during training: until then it is not known whether guide_scale has an effect
     sampling_with = module.sampling_with if module.guide is None else module.sampling.changed
-    refuse_impossible(module, options, sampling_with(options.sampling), has_truth(data))
+    refuse_impossible(module, options, sampling_with(options.sampling), has_truth(data, options.split, options.counts))
     # loaded, and released at once
     if options.features.kind != "trained":
         known_encoder(options.features.kind, Path(str(options.features.weights)), options.features.variant)
@@ -112,7 +112,7 @@ def run_suite(
             module.statistics.fingerprint,
         )
     module.eval()
-    classifier = classifier_for(data, module.ready_encoders(), options.classifier)
+    classifier = classifier_for(data, module.ready_encoders(), options.classifier, options.split, options.counts)
     suite = Suite(module, data, classifier, options)
     case_names = suite.cases()
     cases = suite.evaluate()
@@ -190,6 +190,7 @@ def evaluate_images(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     features = changed(FeatureOptions(), settings.pop("features"))
     # the words directly, since the suite explains how a number is written as a word
     options = changed(ImageSuite(features=features, replace_words=settings.pop("replace_words")), settings)
+    options.refuse_idle_grid()
     data = evaluated.stored_data(changes)
     evaluated.module.to("cuda" if torch.cuda.is_available() else "cpu")
     figures, _ = run_suite(evaluated.module, data, options, evaluated.output)  # type: ignore[arg-type]

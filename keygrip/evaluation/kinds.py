@@ -8,6 +8,7 @@ module with the function.
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
@@ -260,9 +261,10 @@ def choose_kind(overrides: Sequence[str]) -> list[str]:
         return []
     from keygrip.training.checkpoints import HEADER, find_checkpoint, read_checkpoint
 
+    steps = values_of("checkpoint_step", given_values.get("checkpoint_step", "")) or [""]
     descriptions: dict[str, str] = {}
-    for path in paths:
-        file = find_checkpoint(path)
+    for path, step in itertools.product(paths, steps):
+        file = find_checkpoint(path, int(step) if step.isdecimal() else None)  # Hydra reports what is no number
         header = read_checkpoint(file, mapped=True)[HEADER]
         description = f"{file} holds a {str(header['config']['model'].get('_target_')).rpartition('.')[2]}"
         descriptions[checked_kind(header.get(KIND), description)] = description

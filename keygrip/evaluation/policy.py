@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from keygrip.config import config_folder
 from keygrip.data.robot.roots import refuse_renamed
 from keygrip.evaluation.closed_loop import ClosedLoop
 from keygrip.evaluation.environments import environment_settings
@@ -19,6 +20,7 @@ from keygrip.evaluation.rollout_report import write_report
 from keygrip.evaluation.trained_policy import check_policy
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.fit import quiet_lightning
+from keygrip.training.sweeps import in_sweep
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ DEFAULT_SUITES = ["in_distribution", "position", "viewpoint"]  # as in conf/eval
 # Options that a condition adds to the task's own values: it moves the camera from its place in the demonstrations.
 AZIMUTH = "camera_azimuth_deg"
 CAMERA_MOVES = (AZIMUTH, "camera_elevation_deg")
+NONE_HELD_OUT = "the run holds out no demonstrations (data.val_fraction=0, or there is only one demonstration)"
 
 
 def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
@@ -49,9 +52,12 @@ def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         if errors:
             result["open_loop"] = errors
         elif settings is None:
-            raise ValueError("the run holds out no demonstrations (data.val_fraction=0): nothing is left to evaluate")
+            raise ValueError(
+                f"{NONE_HELD_OUT}: nothing is left to evaluate; on a single new one, evaluate with data.root=FOLDER "
+                "data.val_fraction=0.99"
+            )
         else:
-            log.warning("open_loop is left out: the run holds out no demonstrations (data.val_fraction=0)")
+            log.warning("open_loop is left out: %s", NONE_HELD_OUT)
     if settings is not None:
         result["closed_loop"] = closed_loop(evaluated, settings)
     return result
@@ -113,6 +119,11 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
         conditions, left_out = _select_conditions(cfg, changed(env.task, changes))
     elif plain(cfg.suites) != DEFAULT_SUITES:
         raise ValueError(f"suites are for one task: the tasks of env={cfg.env.name} are its conditions")
+    elif own := _suites_with_own_conditions(cfg):
+        raise ValueError(
+            f"nothing reads conditions.{own[0]}: the conditions are for one task, and the tasks of env={cfg.env.name} "
+            "are tested as they are: leave it out"
+        )
     policy = plain(cfg.policy) or {}
     check_policy(module, checkpoint, policy)  # refuses invalid settings now, not in a worker
     make = partial(
@@ -155,6 +166,7 @@ def _select_conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict
     """
     conditions: dict[str, Any] = {}
     left_out: dict[str, str] = {}
+    own = _suites_with_own_conditions(cfg)
     if not cfg.suites:
         raise ValueError(f"suites=[]: name at least one of {', '.join(cfg.conditions)}, or give simulate=false")
     for suite in cfg.suites:
@@ -177,7 +189,27 @@ def _select_conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict
                 left_out[name] = str(error)
             else:
                 conditions[name] = entries
+    for suite in [suite for suite in own if suite not in cfg.suites]:
+        if not in_sweep():
+            suites = ",".join([*cfg.suites, suite])
+            raise ValueError(
+                f"nothing reads conditions.{suite}, since suites=[{','.join(cfg.suites)}]: add the suite with "
+                f"suites=[{suites}], or leave it out"
+            )
+        log.warning("nothing in this job reads conditions.%s: its suites are %s", suite, ", ".join(cfg.suites))
     return conditions, left_out
+
+
+def _suites_with_own_conditions(cfg: DictConfig) -> list[str]:
+    """Return the suites whose conditions differ from those of ``conf/evaluate/policy.yaml``.
+
+    Raises:
+        ValueError: the conditions of all suites together are replaced by something else than suites.
+    """
+    if not isinstance(cfg.conditions, DictConfig):
+        raise ValueError(f"conditions={cfg.conditions}: the conditions of a suite are left out with suites=[...]")
+    default = OmegaConf.load(config_folder() / "evaluate" / "policy.yaml").conditions
+    return [str(suite) for suite in cfg.conditions if plain(cfg.conditions[suite]) != plain(default.get(suite))]
 
 
 def _add_camera_moves(task: Any, entry: dict[str, Any]) -> dict[str, Any]:

@@ -184,6 +184,7 @@ def model_card(
     result: Mapping[str, Any],
     module: Any = None,
     closed_loop: Mapping[str, Any] | None = None,
+    measured: str | None = None,
 ) -> str:
     """Return a short model card in Markdown.
 
@@ -194,6 +195,8 @@ def model_card(
         module: the model, with its description and usage (`keygrip.training.system.System`); None: neither is written.
         closed_loop: `closed_loop/result.json` of the run, or empty. Success is reported with the counts in it, and not
             at all without it.
+        measured: description, like `which`, of the weights that the run evaluates; None: as `which`. Figures of other
+            weights, or of another step, are left out.
     """
     header = content["keygrip"]
     target = str(header["config"]["model"].get("_target_", "")).rpartition(".")[2]
@@ -223,7 +226,14 @@ def model_card(
     episodes = closed_loop or {}
     conditions = {**(episodes.get("conditions") or {}), "all": episodes.get("all") or {}}
     figures = _format_metrics(result.get("metrics") or {}, conditions)
-    if figures:
+    others = ""  # how the figures were measured, if not with these weights
+    if result.get("steps") != content.get("global_step"):
+        others = f"at step {result.get('steps', 'unknown')}"
+    elif measured not in (None, which):
+        others = f"with the {measured}"
+    if figures and others:
+        lines += [f"The run's figures were measured {others}, not with these weights, and are left out.", ""]
+    elif figures:
         lines += ["| figure of the run | value |", "| --- | --- |"]
         lines += [f"| {key} | {value} |" for key, value in sorted(figures.items())]
         lines += [""]
@@ -231,7 +241,7 @@ def model_card(
     if overrides:
         command = shlex.join(["python", "-m", f"keygrip.{result.get('command') or 'train'}", *map(str, overrides)])
         lines += ["Trained by", "", "```", command, "```", ""]
-    if converted_from is None:
+    if converted_from is None and not (figures and others):
         lines += ["The figures are the run's own; no claim is made about other data, cameras or robots.", ""]
     return "\n".join(lines)
 

@@ -27,7 +27,7 @@ from keygrip.runtime.plausibility import Bounds, PlausiblePolicy
 from keygrip.runtime.robot import JointRobot
 from keygrip.runtime.takeover import CorrectionRecorder
 from keygrip.runtime.watchdog import State, Watchdog
-from keygrip.setting_types import refuse_ill_typed
+from keygrip.setting_types import refuse_ill_typed, refuse_left_out
 from keygrip.training.checkpoints import external_files, find_checkpoint, trusted_packages
 from keygrip.training.strategies import use_tf32
 
@@ -45,6 +45,7 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
         FileNotFoundError, ValueError: The checkpoint does not exist, the policy needs other arms or cameras than the
             robot has, or a setting is invalid. ConnectionError: The robot or the server does not respond.
     """
+    refuse_left_out(cfg, "watchdog", "bounds")
     refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
     if not cfg.seconds > 0:
         raise ValueError(f"seconds={cfg.seconds}: must be above 0")
@@ -73,10 +74,14 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
         planner = ThreadPlanner(planning, awaited=cfg.server is None)
         execution = instantiate(cfg.execution)(planner=planner, control_hz=robot.control_hz)
         _refuse_no_continuing(execution, policy)
+        _refuse_idle_blending(execution)
         needs = getattr(policy, "needs", None)
         refuse_idle_follow(execution.follow, "execution.follow", needs, isinstance(robot, JointRobot))
         if cfg.dry_run is not None:
-            return dry_run(planning, robot, limits, Path(cfg.dry_run), execution)
+            try:
+                return dry_run(planning, robot, limits, Path(cfg.dry_run), execution)
+            except ServerError as error:  # busy, stuck, or its plan took too long
+                raise ConnectionError(f"server={cfg.server}: {error}") from error
         with contextlib.ExitStack() as stack:
             recorder = None if cfg.record is None else stack.enter_context(_recorder(Path(cfg.record), robot))
             takeover = instantiate(cfg.takeover)  # from here on the takeover reads the keyboard
@@ -203,6 +208,14 @@ def _refuse_no_continuing(execution: ChunkExecution, policy: Any) -> None:
         raise ValueError(
             "execution.continue_chunks=true needs a policy that continues a plan (geometry_vla); "
             f"{policy_name} does not: leave it out"
+        )
+
+
+def _refuse_idle_blending(execution: ChunkExecution) -> None:
+    if execution.blend_seconds > 0 and not execution.asynchronous:
+        raise ValueError(
+            f"execution.blend_seconds={execution.blend_seconds:g} has no effect with execution.asynchronous=false: a "
+            "plan starts after the previous plan has ended; give execution.blend_seconds=0, or execution=blocking alone"
         )
 
 

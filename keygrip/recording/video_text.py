@@ -14,9 +14,9 @@ from PIL import Image
 
 from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSample, convert_errors
-from keygrip.data.robot.datamodule import split_demos
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.schema import Demo
+from keygrip.data.robot.split import split_demos
 from keygrip.data.shards.keys import sample_key
 from keygrip.data.shards.set_writer import MadeSample, write_shards
 from keygrip.data.spacing import evenly

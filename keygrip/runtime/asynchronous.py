@@ -42,7 +42,7 @@ class ChunkExecution:
         planner: computes plans. control_hz: commands per second.
         asynchronous: the arm moves while a plan is computed. False: it holds, and the plan starts when it arrives.
         execute_seconds: how long a plan is followed after its observation (after its arrival if the arm holds).
-        blend_seconds: time over which a new plan replaces the current one.
+        blend_seconds: time over which a new plan replaces the current one; not used if the arm holds.
         still_distance_m: a plan whose executed part moves less than this is followed further (up to its last step but
             one), as in :class:`~keygrip.runtime.chunk_execution.RecedingHorizon`.
         grip_below, release_above: dead band of the gripper's command; None: the predicted opening is sent unchanged.

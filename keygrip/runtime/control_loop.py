@@ -22,7 +22,7 @@ from keygrip.robots.joint_motion import ArmMotions, JointMotionError
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError, held_back, refuse_unsafe
 from keygrip.runtime.plan_terms import POSE, observed_poses
-from keygrip.runtime.robot import JointRobot, Robot, RobotLostError
+from keygrip.runtime.robot import CameraLostError, JointRobot, Robot, RobotLostError
 from keygrip.runtime.takeover import Correction, CorrectionRecorder, Takeover, TakeoverLostError, moved_by
 from keygrip.runtime.watchdog import State, Watchdog
 
@@ -122,7 +122,7 @@ class ControlLoop:
         self._motions: list[LimitedMotion] = []
         self._command = np.zeros((0, 8))
         self._plan_fault: str | None = None  # fault of a plan or command, until the next plan or a person's command
-        self._lost = False  # True if the robot has not been observed since it failed to respond
+        self._lost = False  # True if no observation of the arm has been accepted since it failed to respond
 
     def run(self, seconds: float, over: Callable[[], bool] = lambda: False) -> RunReport:
         """Run for the given seconds of the robot's clock, or until `over`.
@@ -203,25 +203,35 @@ class ControlLoop:
 
     def _observe(self, now: float, images: bool) -> tuple[dict[str, Any], str | None]:
         """Return the current observation, empty if it cannot be used, and the fault or None."""
-        settings = self.watchdog.settings
+        arm_first = self._lost and images
         try:
-            observation = self.robot.observe(images=images)
+            # a lost arm is observed without images first: a camera that is lost or old too would hide where the arm is
+            observation = self.robot.observe(images=images and not arm_first)
+            fault = self._observation_fault(observation)
+            if arm_first and fault is None:
+                observation = self.robot.observe(images=True)
+                fault = self._observation_fault(observation)
         except RobotLostError as error:
-            self._lost = True
+            self._lost = self._lost or not isinstance(error, CameraLostError)
             return {}, f"lost the robot: {error}"
+        return (observation, None) if fault is None else ({}, fault)
+
+    def _observation_fault(self, observation: dict[str, Any]) -> str | None:
+        """Return why an observation cannot be used, or None. A lost arm is set at rest where it is observed."""
+        for name in ("position", "quaternion", "gripper"):
+            if not np.isfinite(np.asarray(observation[name], float)).all():
+                return f"the observation's {name} is not finite"
+        if self._lost:
+            # the arm may have sunk or been pushed meanwhile; from the old command it would jump, also in a hold
+            self._rest(observation, gripper=self._command[:, 7:])
         # a driver that hangs, or waits for a camera, makes it old
         age = self.robot.now() - float(observation["time_s"])
         if not age >= -1.0 / self.robot.control_hz:  # also true for NaN
-            return {}, f"the observation is {-age:.2f} s ahead of the robot's clock"
-        if age > settings.stale_seconds:
-            return {}, f"stale observation: {age:.2f} s old"
-        for name in ("position", "quaternion", "gripper"):
-            if not np.isfinite(np.asarray(observation[name], float)).all():
-                return {}, f"the observation's {name} is not finite"
-        if self._lost:  # the arm may have sunk or been pushed meanwhile; from the old command it would jump
-            self._rest(observation, gripper=self._command[:, 7:])
-            self._lost = False
-        return observation, None
+            return f"the observation is {-age:.2f} s ahead of the robot's clock"
+        if age > self.watchdog.settings.stale_seconds:
+            return f"stale observation: {age:.2f} s old"
+        self._lost = False
+        return None
 
     def _stuck_fault(self, now: float) -> str | None:
         """Return the fault of a plan that takes too long."""

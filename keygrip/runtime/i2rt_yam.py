@@ -32,7 +32,7 @@ from keygrip.robots.kinematics import (
 )
 from keygrip.robots.self_collision import HELD
 from keygrip.runtime.cameras import Camera
-from keygrip.runtime.robot import RobotLostError
+from keygrip.runtime.robot import CameraLostError, RobotLostError
 
 log = logging.getLogger(__name__)
 
@@ -327,6 +327,7 @@ class YamArms:
             self._lost = True
             raise RobotLostError(f"arm {self.arms[index]}: {type(error).__name__}: {error}") from error
         if state.shape != (JOINTS + 1,) or not np.isfinite(state).all():
+            self._lost = True
             raise RobotLostError(f"arm {self.arms[index]} reports {state.tolist()}: 6 joints and an opening are needed")
         return state
 
@@ -348,7 +349,10 @@ class YamArms:
     def _views(self, grippers: dict[str, np.ndarray]) -> tuple[dict[str, dict[str, np.ndarray]], list[float]]:
         views, times = {}, []
         for name, camera in self._feeds.items():
-            image, taken_s = camera.read()
+            try:
+                image, taken_s = camera.read()
+            except RobotLostError as error:
+                raise CameraLostError(f"camera {name}: {error}") from error
             upright, intrinsics = self._upright(name, image)
             poses = self._calibration.camera(name).poses({arm: pose[None] for arm, pose in grippers.items()}, 1)
             views[name] = {"image": upright, "intrinsics": intrinsics, "world_to_camera": poses[0]}

@@ -135,14 +135,14 @@ def _array(entries: Mapping[str, Any]) -> np.ndarray:
     dtype, data = entries.get("dtype"), entries.get("data")
     if isinstance(dtype, memoryview):
         dtype = bytes(dtype).decode(errors="replace")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise MessagePackError(f"the message has an array of type {dtype!r}; {', '.join(DTYPES)} are taken")
     if "__npgeneric__" in entries:
         if not isinstance(data, int | float):
             raise MessagePackError("the message has a numpy scalar that is no number")
         try:
             return np.array(data, np.dtype(dtype))
-        except OverflowError as error:
+        except (OverflowError, ValueError) as error:  # ValueError: NaN for a type of integers
             raise MessagePackError(f"the message has a numpy scalar outside its type {dtype}") from error
     shape = entries.get("shape")
     if (

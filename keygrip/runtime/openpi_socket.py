@@ -21,13 +21,21 @@ log = logging.getLogger(__name__)
 
 
 async def converse(service: PolicyService, request: web.Request) -> web.StreamResponse:
-    """Answer the messages of one connection until it is closed, or silent for `limits.session_s`."""
+    """Answer the messages of one connection until it is closed, or silent for `limits.session_s`.
+
+    Raises:
+        Refusal: The request is no handshake of a websocket, or too many sessions are open.
+    """
     service.refuse_another_session()
     policy = service.policy(0)
     socket = web.WebSocketResponse(
         max_msg_size=service.limits.request_bytes, compress=False, timeout=service.limits.read_s, autoping=True
     )
-    await socket.prepare(request)
+    try:
+        await socket.prepare(request)
+    except (web.HTTPBadRequest, ValueError) as error:  # ValueError: a key that is not ASCII
+        reason = error.text if isinstance(error, web.HTTPBadRequest) else error
+        raise Refusal(400, f"the request is no handshake of a websocket: {reason}") from error
     service.conversations += 1
     try:
         await _send(service, socket, openpi.metadata(service.about, service.needs))

@@ -17,6 +17,10 @@ class RobotLostError(ConnectionError):
     """The robot does not respond, or its response cannot be read."""
 
 
+class CameraLostError(RobotLostError):
+    """A camera does not respond, and all arms do."""
+
+
 class Robot(Protocol):
     """The interface that the control loop requires of a robot.
 
@@ -42,7 +46,7 @@ class Robot(Protocol):
             images: whether to read cameras; without them only the arm's own entries are needed.
 
         Raises:
-            RobotLostError: The arm or a camera does not respond.
+            RobotLostError: The arm does not respond. CameraLostError: A camera alone does not.
         """
         ...
 

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 from aiohttp import ClientConnectionError, web
-from aiohttp.http_exceptions import BadHttpMessage, TransferEncodingError
+from aiohttp.http_exceptions import BadHttpMessage
 
 from keygrip.models.policy import Needs, Policy
 from keygrip.runtime import metrics
@@ -147,6 +147,7 @@ class PolicyServer:
         return response
 
     async def _response(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        unreadable = False
         try:
             self._admit(request)
             return await handler(request)
@@ -156,7 +157,10 @@ class PolicyServer:
             refused = Refusal(404, PLACES)
         except web.HTTPMethodNotAllowed:
             refused = Refusal(405, PLACES)
-        except (ConnectionError, ClientConnectionError, BadHttpMessage, TransferEncodingError) as error:
+        except (BadHttpMessage, web.RequestPayloadError) as error:  # aiohttp's parser without its compiled extension
+            unreadable = True
+            refused = Refusal(400, f"the body is not valid HTTP ({type(error).__name__}): its chunks cannot be read")
+        except (ConnectionError, ClientConnectionError) as error:
             self.service.metrics.disconnects += 1
             log.info("%s went away before its request had arrived (%s)", request.remote, type(error).__name__)
             gone = web.Response(status=400)
@@ -165,7 +169,7 @@ class PolicyServer:
         response = web.json_response({"error": refused.sentence}, status=refused.status)
         if refused.again:
             response.headers["Retry-After"] = "1"
-        if refused.status in (408, 413) or (refused.status == 401 and request.can_read_body):
+        if unreadable or refused.status in (408, 413) or (refused.status == 401 and request.can_read_body):
             response.force_close()  # the rest of the body is not read
         return response
 

@@ -28,6 +28,7 @@ from keygrip.models.policy import (
     Plan,
     UnderWay,
     implausible_because,
+    refuse_incomplete,
     views_or_none,
 )
 
@@ -111,8 +112,9 @@ def encode_observation(observation: Observation, needs: Needs, under_way: UnderW
         under_way: the plan to continue; the observation needs `time_s` then.
 
     Raises:
-        ValueError: The observation lacks a part, or the current plan has no time.
+        ValueError: The observation lacks parts (the message names all of them), or the current plan has no time.
     """
+    refuse_incomplete(observation, needs)
     arrays: dict[str, np.ndarray] = {}
     if needs.cameras:
         for camera, view in zip(needs.cameras, views_or_none(observation, needs.cameras), strict=True):
@@ -128,8 +130,9 @@ def encode_observation(observation: Observation, needs: Needs, under_way: UnderW
     if absent:
         # the entries of a single camera have no prefix then
         alone = len(needs.cameras) == 1 and not observation.get("cameras")
-        name = absent[0].removeprefix(f"cameras/{needs.cameras[0]}/") if alone else absent[0]
-        raise ValueError(f"the observation lacks {name!r}, which the policy reads")
+        prefix = f"cameras/{needs.cameras[0]}/" if alone else ""
+        listed = ", ".join(repr(name.removeprefix(prefix)) for name in absent)
+        raise ValueError(f"the observation lacks {listed}, which the policy reads")
     arrays |= {name: np.asarray(observation[name]) for name in names}
     if needs.instruction:
         arrays["instruction"] = np.frombuffer(str(observation["instruction"]).encode(), np.uint8)
@@ -208,12 +211,15 @@ def checked_observation(arrays: Mapping[str, np.ndarray], needs: Needs) -> dict[
     """
     entries = entries_of(needs)
     _refuse_unknown(arrays, entries)
+    absent = [name for name, entry in entries.items() if name not in arrays and not entry.optional]
+    if absent:
+        raise WireError(
+            f"the observation lacks {', '.join(f'{name!r}: {entries[name].describe()}' for name in absent)}"
+        )
     observation: dict[str, Any] = {}
     for name, entry in entries.items():
-        if name not in arrays and entry.optional:
-            continue
         if name not in arrays:
-            raise WireError(f"the observation lacks {name!r}: {entry.describe()}")
+            continue
         value = _check_array(name, arrays[name], entry)
         *path, last = name.split("/")
         if path:  # cameras/<camera>/<what>

@@ -37,13 +37,11 @@ def dry_run(datamodule: Any, module: LightningModule, cfg: DictConfig, strategy:
             "strategy.devices=GPUS_OF_A_MACHINE strategy.num_nodes=MACHINES"
         )
     processes, sharded = strategy.processes, strategy.kind == "fsdp"
-    if processes > 1:
-        if not hasattr(datamodule, "processes"):
-            raise ValueError(
-                f"dry_run=true: a {type(datamodule).__name__} divides no batch over {processes} processes without a "
-                "trainer; choose strategy=auto"
-            )
-        datamodule.processes = processes
+    if processes > 1 and not hasattr(datamodule, "processes"):
+        raise ValueError(
+            f"dry_run=true: a {type(datamodule).__name__} divides no batch over {processes} processes without a "
+            "trainer; choose strategy=auto"
+        )
     device = "cuda" if torch.cuda.is_available() and not sharded else "cpu"
     chosen = strategy.precision
     if chosen == "auto" and device == "cuda" and strategy.accelerator != "cpu":

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import write_json, write_text
-from keygrip.config import SettingError, TrainSchema, refuse_unread
+from keygrip.config import SettingError, TrainSchema, group_options, refuse_unread
 from keygrip.launch import set_rendezvous_of_step, tasks_of_srun
-from keygrip.setting_types import refuse_ill_typed
+from keygrip.setting_types import refuse_ill_typed, written
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import Header, build_module, read_checkpoint
 from keygrip.training.compatibility import (
@@ -77,7 +77,8 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     refuse_divided(cfg.optimizer, strategy.kind)
     # Before anything slow, so that a missing GPU is reported at once. A dry run may be for another machine.
     arguments = {} if cfg.dry_run else strategy.trainer_arguments()
-    refuse_uneven_batch(cfg.data, _count_processes(strategy, cfg.dry_run))
+    processes = _count_processes(strategy, cfg.dry_run)
+    refuse_uneven_batch(cfg.data, processes)
     compilation = None if cfg.compile is None else instantiate(cfg.compile)
     if compilation is not None and not cfg.dry_run:  # a dry run compiles nothing
         compilation.check(strategy.on_gpu)
@@ -88,15 +89,13 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     _seed_generators(cfg)
 
     # Before the stages, which may take hours, unless the data are encoded with the weights of a stage.
-    datamodule = _build_data(built) if plain["data"] == resolved["data"] else None
+    datamodule = _build_data(built, processes) if plain["data"] == resolved["data"] else None
     complete_stages(plain, train=not cfg.dry_run, begin=lambda: run_folder.begin(folder))
     if datamodule is None:
-        datamodule = _build_data(built)
+        datamodule = _build_data(built, processes)
     module = _build_module(cfg, resolved, resumed=resume is not None)
     run_folder.begin(folder)
     trained = _read_trained_metrics(folder, resumed_step) if resume else {}
-    # no step is left that would be followed by the interrupted validation
-    validation_is_left = bool(resume) and resumed_step == cfg.max_steps and not trained and not no_validation(cfg)
     metadata_file = _write_start(folder, cfg, command, overrides, origin, trained, resumed=resume is not None)
     if hasattr(module, "set_statistics"):
         _set_statistics(module, datamodule, origin, metadata_file, resume)
@@ -128,10 +127,19 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
             if state:
                 datamodule.begin_from(state)
         trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
+        # whether a step was left is known only now: a run may also be limited by epochs or minutes
+        no_step_was_left = bool(resume) and trainer.global_step == resumed_step
+        validation_is_left = no_step_was_left and not trained and _validation_was_due(cfg, resumed_step)
+        evaluated: dict[str, float] = {}
         if validation_is_left and strategy.kind == "fsdp":  # the shards are no longer available for it
-            log.warning("no step is left, and the last validation was cut off: there will be no figures of it")
+            log.warning("no step is left, and no figures of the last validation are stored: there will be none")
         elif validation_is_left:
-            log.info("no step is left, and the last validation was cut off: it is done now")
+            log.info(
+                "no step is left, and no figures of the last validation are stored: validate at step %d", resumed_step
+            )
+            evaluated = _select_headline_metrics(
+                trainer, module
+            )  # of the evaluation after training; validate drops them
             trainer.validate(module, datamodule=datamodule, verbose=False)
         ended = True
     except SystemExit as stop:
@@ -141,7 +149,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     finally:
         finish(loggers, failed=not ended)
 
-    metrics = trained_metrics.before | _select_headline_metrics(trainer, module)
+    metrics = trained_metrics.before | evaluated | _select_headline_metrics(trainer, module)
     if trainer.is_global_zero:
         _write_final_result(folder, trainer, metrics, time.monotonic() - started)
     return metrics
@@ -156,11 +164,25 @@ def _checked_settings(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, An
     refuse_unfit(cfg)
     refuse_unread(cfg, TrainSchema)
     refuse_idle(cfg, overrides)
-    _refuse_callbacks_without_class(cfg.callbacks)
+    for group in ("callbacks", "logger"):
+        _refuse_parts_without_class(group, cfg[group])
     refuse_idle_limits(cfg)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     refuse_ill_typed(plain)
+    _refuse_other_checkpoint_folder(plain)
     return plain
+
+
+def _refuse_other_checkpoint_folder(settings: Mapping[str, Any]) -> None:
+    """Raise SettingError if the run's checkpoints would be in another folder than the one that is read when it is
+    resumed or evaluated. Further callbacks may save elsewhere."""
+    given = ((settings["callbacks"] or {}).get("checkpoint") or {}).get("folder")
+    folder = (Path(settings["run_dir"]) / run_folder.CHECKPOINT).parent
+    if given is not None and Path(given).resolve() != folder.resolve():
+        raise SettingError(
+            f"callbacks.checkpoint.folder={given}: the checkpoints of a run are in its folder, {folder}: leave it out, "
+            "and choose the run folder with run_dir=FOLDER"
+        )
 
 
 def _count_processes(strategy: Strategy, dry_run: bool) -> int:
@@ -184,11 +206,13 @@ def _seed_generators(cfg: DictConfig) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _build_data(cfg: DictConfig) -> Any:
+def _build_data(cfg: DictConfig, processes: int) -> Any:
     """Return the data module, before it has read any data. Missing data are an error here."""
     datamodule = instantiate(cfg.data, _convert_="all")
-    if hasattr(datamodule, "accumulated"):  # the data module is set up before the trainer exists
-        datamodule.accumulated = cfg.accumulate_grad_batches
+    # The data module is set up before the trainer exists.
+    for name, value in (("accumulated", cfg.accumulate_grad_batches), ("processes", processes)):
+        if hasattr(datamodule, name):
+            setattr(datamodule, name, value)
     if hasattr(datamodule, "refuse_missing"):
         datamodule.refuse_missing()
     return datamodule
@@ -271,11 +295,18 @@ def _instantiate_callbacks(group: DictConfig | None) -> list[Any]:
     return [instantiate(part, _convert_="all") for part in (group or {}).values() if part is not None]
 
 
-def _refuse_callbacks_without_class(callbacks: DictConfig | None) -> None:
-    for name, part in (callbacks or {}).items():
-        if part is not None and "_target_" not in part:
-            hint = ": add closed_loop=yam" if name == "closed_loop" else ""
-            raise SettingError(f"callbacks.{name!s} has settings and no _target_, so nothing reads them{hint}")
+def _refuse_parts_without_class(group: str, parts: DictConfig | None) -> None:
+    """Raise SettingError if a callback or a logger is neither null nor settings with a class."""
+    for name, part in (parts or {}).items():
+        place = f"{group}.{name!s}"
+        if part is not None and not isinstance(part, DictConfig):
+            raise SettingError(
+                f"{place}={written(part)}: it is left out with {place}=null, and its settings are {place}.NAME"
+            )
+        if part is not None and part.get("_target_") is None:
+            hint = ": add closed_loop=yam" if place == "callbacks.closed_loop" else ""
+            hint = f": choose logger={name!s}" if group == "logger" and name in group_options(group) else hint
+            raise SettingError(f"{place} has settings and no _target_, so nothing reads them{hint}")
 
 
 class TrainedMetrics(Callback):
@@ -287,18 +318,24 @@ class TrainedMetrics(Callback):
     """
 
     def __init__(self, folder: Path, before: dict[str, Any] | None = None) -> None:
-        self.folder, self.before = folder, before or {}
+        self.folder, self.before, self.trains = folder, before or {}, False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.trains = True
         if self.before and trainer.is_global_zero:  # training continues, so the earlier metrics are outdated
             result = read_result(self.folder) | {"metrics": {}}
             write_result(self.folder, {name: value for name, value in result.items() if name != "steps"})
         self.before = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and not self.before:  # a run without a step left has nothing new
+        if trainer.is_global_zero and self.trains:  # without a step left, a validation that was cut off still follows
             found = {"steps": trainer.global_step, "metrics": _select_headline_metrics(trainer, pl_module)}
             write_result(self.folder, read_result(self.folder) | found)
+
+
+def _validation_was_due(cfg: DictConfig, step: int) -> bool:
+    """Return whether a run that ends at this step had a validation."""
+    return not no_validation(cfg) and (cfg.val_every_n_steps is None or step >= cfg.val_every_n_steps)
 
 
 def _read_trained_metrics(folder: Path, step: int) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.tensorboard.summary import hparams
 
 from keygrip.artifacts import atomic_write, without_passwords, write_text
 from keygrip.launch import is_first_process
 from keygrip.training.loss_curves import STEP_TFLOP
+from keygrip.training.monitors import GRAD_NORM
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WANDB_ID = "wandb_run_id.txt"
+TABLE = "metrics.csv"  # of Lightning's CSVLogger
 # Beginnings of names that callbacks and models log once a step has begun. What else they log has the number of the step
 # that has just ended.
-OF_BEGUN_STEPS = ("lr-", "health/", STEP_TFLOP)
+OF_BEGUN_STEPS = ("lr-", "health/", GRAD_NORM, STEP_TFLOP)
 
 
 def _logger_settings(group: DictConfig | None) -> list[DictConfig]:
@@ -75,7 +77,7 @@ def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> 
 def _keep_table(logger: Any, resumed_step: int) -> None:
     """Keep the rows that a run's CSVLogger wrote before the step at which the run resumes, because Lightning removes
     the table of an earlier start. Later rows are logged again; rows cut off by a killed process are dropped."""
-    file = Path(logger.log_dir) / "metrics.csv"
+    file = Path(logger.log_dir) / TABLE
     aside = file.with_name("metrics.before_resume.csv")  # holds the rows while Lightning removes the table
     source = file if file.is_file() else aside
     if not source.is_file():
@@ -161,6 +163,36 @@ def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
 def takes_images(loggers: Iterable[Any]) -> bool:
     """Return whether any logger accepts images; if none does, no images need to be rendered."""
     return any(hasattr(logger, "log_image") or hasattr(_logger_experiment(logger), "add_image") for logger in loggers)
+
+
+def log_final_figures(loggers: Iterable[Any], figures: Mapping[str, float], step: int) -> None:
+    """Log figures that are measured after the last step. A run that is resumed at this step measures them again: in the
+    table of a CSVLogger, the new row replaces the earlier one.
+
+    Args:
+        step: optimiser step.
+    """
+    for logger in loggers:
+        if isinstance(logger, CSVLogger) and is_first_process():
+            _remove_rows(logger, figures, step)
+        logger.log_metrics(figures, step=step)
+
+
+def _remove_rows(logger: CSVLogger, names: Iterable[str], step: int) -> None:
+    """Remove the rows of a step that have one of the figures."""
+    logger.save()  # adds rows that are still in memory
+    file = Path(logger.log_dir) / TABLE
+    if not file.is_file():
+        return
+    with file.open(newline="", encoding="utf-8") as lines:
+        table = csv.DictReader(lines)
+        columns, rows = list(table.fieldnames or ()), list(table)
+    kept = [row for row in rows if row["step"] != str(step) or not any(row.get(name) for name in names)]
+    if len(kept) < len(rows):
+        with atomic_write(file, "w") as table_file:
+            table_writer = csv.DictWriter(table_file, columns)
+            table_writer.writeheader()
+            table_writer.writerows(kept)
 
 
 def log_image(loggers: Iterable[Any], key: str, image: np.ndarray, step: int) -> None:

@@ -17,6 +17,8 @@ from keygrip.training.sharding import local
 
 log = logging.getLogger(__name__)
 
+GRAD_NORM = "train/grad_norm"  # metric of the norm of all gradients
+
 
 class StopOnNonFinite(Callback):
     """Stop the run if the loss is NaN or infinite, and report the parameters that are no longer finite.
@@ -69,7 +71,7 @@ class GradientNorm(Callback):
     """Log ``train/grad_norm``: the norm of all gradients before clipping.
 
     Args:
-        every_n_steps: optimiser steps between values.
+        every_n_steps: optimiser steps between values, whatever the interval of other scalars.
     """
 
     def __init__(self, every_n_steps: int = 20) -> None:
@@ -78,9 +80,14 @@ class GradientNorm(Callback):
         self.every_n_steps = every_n_steps
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if (trainer.global_step + 1) % self.every_n_steps:  # log only at steps whose values Lightning writes
+        if (trainer.global_step + 1) % self.every_n_steps:
             return
-        pl_module.log("train/grad_norm", gradient_norm(pl_module.parameters()))
+        norm = gradient_norm(pl_module.parameters())
+        pl_module.log(GRAD_NORM, norm, logger=False)  # for the run's results
+        # directly: Lightning writes at multiples of log_every_n_steps only, and there also repeats older values
+        figures = {GRAD_NORM: float(norm)}
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
 
 
 class RandomnessByStep(Callback):

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from tqdm import tqdm
 
+from keygrip.training.accumulation import completes_step
 from keygrip.training.distributed import total_of
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class Throughput(Callback):
     Validation and the first steps, in which workers start and kernels are chosen, are not included.
 
     Args:
-        every_n_steps: batches over which each value is computed.
+        every_n_steps: batches over which each value is computed, and further ones until the optimiser step is complete.
         skip_batches: batches at the start that do not count.
     """
 
@@ -178,7 +179,7 @@ class Throughput(Callback):
             self._samples += _size(batch)
             self._batches += 1
         self._ended = now
-        if self._batches >= self.every_n_steps:
+        if self._batches >= self.every_n_steps and completes_step(trainer):
             samples = total_of(self._samples, pl_module.device)
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize(pl_module.device)
@@ -217,7 +218,7 @@ class SkippedSamples(Callback):
     The counts start with this process; a resumed run counts from 0. Data modules without these attributes log nothing.
 
     Args:
-        every_n_steps: batches between log entries.
+        every_n_steps: batches between log entries, which follow once the optimiser step is complete.
     """
 
     def __init__(self, every_n_steps: int = 20) -> None:
@@ -228,7 +229,9 @@ class SkippedSamples(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % self.every_n_steps:
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        batches_of_step = batch_idx % trainer.accumulate_grad_batches + 1
+        if not completes_step(trainer) or batches % self.every_n_steps >= batches_of_step:
             return
         for name in ("skipped", "unusable"):
             counted = getattr(getattr(trainer, "datamodule", None), name, None)

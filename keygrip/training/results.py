@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from keygrip.artifacts import json_text, read_record, write_text
+from keygrip.launch import is_first_process, started_together
 
 RESULT = "result.json"
 # Values of "status". A killed process leaves "running".
 FINISHED, FAILED, INTERRUPTED, RUNNING, DRY_RUN = "finished", "failed", "interrupted", "running", "dry run"
+# Messages of gloo and NCCL about a process that has ended.
+OTHER_ENDED = r"gloo/transport.*(Read error|Write error|Connection (reset|closed) by peer|Broken pipe)|ncclRemoteError"
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
@@ -36,10 +40,30 @@ def read_result(folder: Path) -> dict[str, Any]:
     return content
 
 
+def tells_that_another_ended(error: BaseException) -> bool:
+    """Return whether an error of gloo or NCCL reports that another process of the run has ended."""
+    return isinstance(error, RuntimeError) and re.search(OTHER_ENDED, str(error)) is not None
+
+
 def record_failure(folder: Path, status: str, line: str, overrides: Sequence[str], error: BaseException) -> None:
-    """Write how a run ended, and its trace (``error.txt``); do not change the result of an earlier, finished run."""
-    if not folder.is_dir() or read_result(folder).get("status") == FINISHED:
+    """Write how a run ended, and its trace (``error.txt``); do not change the result of an earlier, finished run, or
+    the cause that another process of this run has recorded."""
+    earlier = read_result(folder)
+    if not folder.is_dir() or earlier.get("status") == FINISHED or _follows(earlier, status, error):
         return
-    result = {**read_result(folder), "status": status, "error": line, "overrides": list(overrides)}
+    result = {**earlier, "status": status, "error": line, "overrides": list(overrides)}
     write_result(folder, {"metrics": {}, **result})
     write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
+
+
+def _follows(earlier: dict[str, Any], status: str, error: BaseException) -> bool:
+    """Return whether an error only follows from the recorded end of another process of this run. The launcher then ends
+    the other processes with a signal, or they fail because the connection to that process is closed.
+
+    The first process may replace a recorded failure by an error of its own: the record may be from an earlier start, if
+    this start was refused before it wrote its own.
+    """
+    if tells_that_another_ended(error):
+        return earlier.get("status") in (FAILED, INTERRUPTED)
+    ended_by_launcher = status == INTERRUPTED and started_together() > 1
+    return earlier.get("status") == FAILED and (ended_by_launcher or not is_first_process())

@@ -168,6 +168,15 @@ def _claimed(group: Path, start: int = 0, overrides: tuple[str, ...] | None = No
         job_folder = group / (name if start < 2 else f"{name}-{start}")
         refuse_held(job_folder)
         return job_folder
+    if start > 1 and _are_several_processes():
+        # The first process reports it. With another exit code Lightning would kill that process, perhaps in the
+        # evaluation after the earlier training.
+        if not is_first_process():
+            sys.exit(0)
+        raise ValueError(
+            "an earlier training of this script started further processes, which do not know a new run folder: give "
+            "each training its own run_dir=FOLDER, or start the script with torchrun"
+        )
     variable = f"KEYGRIP_RUN_FOLDER_{start}"  # passed to the processes that Lightning starts with the same script
     parent, _, claimed_folder = os.environ.get(variable, "").partition(":")
     if start and not is_first_process() and parent == str(os.getppid()):
@@ -177,6 +186,15 @@ def _claimed(group: Path, start: int = 0, overrides: tuple[str, ...] | None = No
     if start:
         os.environ[variable] = f"{os.getpid()}:{folder}"
     return folder
+
+
+def _are_several_processes() -> bool:
+    """Return whether this process has already trained together with others. Lightning starts them only once, so they do
+    not receive variables that this process sets later."""
+    distributed = sys.modules.get("torch.distributed")  # importing torch takes seconds, and none has trained without it
+    if distributed is None or not distributed.is_available():
+        return False
+    return bool(distributed.is_initialized() and distributed.get_world_size() > 1)
 
 
 def new_folder(group: Path, name: str) -> Path:

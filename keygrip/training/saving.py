@@ -62,7 +62,7 @@ class SaveLatest(Checkpoint):
     Saves at the end of training in any case, and after the given steps, epochs or minutes.
 
     Args:
-        folder: folder of the files.
+        folder: folder of the files; of a run's ``callbacks.checkpoint`` always ``checkpoints`` in the run folder.
         every_n_steps: optimiser steps between saves.
         every_n_epochs: epochs between saves.
         every_n_minutes: minutes between saves; the most that is lost after kill -9.

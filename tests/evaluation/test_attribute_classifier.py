@@ -23,6 +23,7 @@ from keygrip.evaluation.attribute_classifier import (
     distance_px,
     feature_distance,
     has_evidence,
+    has_truth,
     measure_classifier,
     objects_as_named,
     real_images,
@@ -192,3 +193,36 @@ def test_evidence_must_be_whole(evidence: Any) -> None:
     whole = {"evidence": {"cube": [0.1, 0.2], "block": [0.3, 0.4], "colour": "red"}}
     assert has_evidence([whole])
     assert not has_evidence([whole, {"evidence": evidence}])
+
+
+def test_ground_truth_is_needed_in_the_split_to_classify_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Some images without it are an error, and a split of such images alone has no classifier."""
+    write_images(tmp_path, {SQUARE: 4, WIDE: 4}, small_encoders(), {"train": 0, "val": 100})
+    write_images(tmp_path, {SQUARE: 4}, small_encoders(), {"test": 200}, evidence=False)
+    data = shards(tmp_path)
+    assert has_truth(data)
+    assert has_truth(data, "val", (8, 2))
+    assert "none of its" not in caplog.text
+    assert not has_truth(data, "test", (4, 2))
+    assert f"{tmp_path} has ground truth (evidence) of its training images and none of its test images" in caplog.text
+    assert classifier_for(data, small_encoders(), TRAINED, "test", (4,)) is None
+    write_images(tmp_path, {WIDE: 4}, small_encoders(), {"test": 200})
+    with pytest.raises(ValueError, match=r"some test images of .* have ground truth \(evidence: .* or for none"):
+        has_truth(shards(tmp_path), "test", (8,))
+    write_images(tmp_path, {WIDE: 4}, small_encoders(), {"val": 100}, evidence=False)
+    with pytest.raises(ValueError, match="some val images of"):
+        has_truth(shards(tmp_path))
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_colour_that_no_training_image_shows_is_refused(
+    split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, {SQUARE: 4}, small_encoders(), {"train": 0, "val": 100, "test": 200})
+    monkeypatch.setitem(COLOURS, "gold", (230, 180, 30))
+    write_images(tmp_path, {WIDE: 6}, small_encoders(), {split: 300})
+    data = shards(tmp_path)
+    with pytest.raises(ValueError, match=rf"the {split} images of .* show the colours \['gold'\], which no training"):
+        has_truth(data, split, (10,))
+    with pytest.raises(ValueError, match=rf"the {split} images of .* show the colours \['gold'\], which no training"):
+        classifier_for(data, small_encoders(), TRAINED, "test", (10,))

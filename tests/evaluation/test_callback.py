@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +17,14 @@ from gym_lab import GOAL
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
 from keygrip.config import compose
 from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
-from keygrip.evaluation.callback import EvaluateClosedLoop
+from keygrip.evaluation.callback import EvaluateClosedLoop, show_in_loggers
+from keygrip.evaluation.image_callback import EvaluateImages
 from keygrip.models.policy import Needs, Plan
 from keygrip.setting_types import refuse_ill_typed
 from keygrip.training.checkpoints import Header
@@ -133,3 +138,27 @@ def test_all_tasks_together_are_a_figure_of_the_run(tmp_path: Path, monkeypatch:
     assert stored["all"]["by_difficulty"]["hard"]["successes"] == 0
     assert (tmp_path / "closed_loop" / "rollouts.mp4").is_file()
     assert len((tmp_path / "closed_loop" / "episodes.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("log_figures", "name"),
+    [
+        pytest.param(
+            lambda trainer, value: show_in_loggers(trainer, {"a": {"success_rate": value}}, [], Path()),
+            "closed_loop/a/success_rate",
+            id="closed loop",
+        ),
+        pytest.param(
+            lambda trainer, value: EvaluateImages._show(trainer, {"a": value}, []), "images/a", id="generated images"
+        ),
+    ],
+)
+def test_a_repeated_evaluation_replaces_its_row_of_the_table(
+    log_figures: Callable[[Any, float], None], name: str, tmp_path: Path
+) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    for value in (0.25, 0.75):
+        log_figures(SimpleNamespace(loggers=[logger], global_step=2), value)
+    logger.save()
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert [(row["step"], row[name]) for row in csv.DictReader(file)] == [("2", "0.75")]

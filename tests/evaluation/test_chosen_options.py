@@ -319,10 +319,43 @@ def test_what_is_denied_is_not_named(said: str, options: list[str], option: int 
         ),
         *("The answer is B, C.", "Option B, C", "The answer is B or maybe C", "A. B. C."),
         "Option A and B are incorrect.",
+        *("A and/or B", "(A) and/or (B)", "The answer is A and/or B", "A or/and C", "It could be (A) or B"),
+        *("B as well as C", "The answer is A as well as B", "Option A as well as option B", "Option A and option B"),
+        *("A plus B", "B along with C.", "I choose A together with B", "The answer is A plus option B"),
+        *("A then B", "A, then B", "B and then C", "The answer is A then B", "First A then B then C"),
+        *("A to C", "A through C", "Options A to C", "(A) to (C)", "The answer is A to C.", "So A then C"),
     ],
 )
 def test_several_letters_name_none(said: str) -> None:
     assert chosen_option(said, XYZ) is None
+
+
+ROADS, MOVES = ["A to B", "B to C", "C to D", "B then A"], ["to the left", "to the right", "up then down", "not B"]
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *(("A to the left", MOVES, 0), ("The answer is B to the right", MOVES, 1), ("C up then down", MOVES, 2)),
+        *(("A, to the left", MOVES, 0), ("B: to the right", MOVES, 1), ("C. up, then down", MOVES, 2)),
+        *(("A to B", ROADS, 0), ("The answer is B to C", ROADS, 1), ("(C) C to D", ROADS, 2), ("B then A", ROADS, 3)),
+        *(("B plus C", ["red", "A plus B", "B plus C"], 2), ("C and/or A", ["B", "C and/or A", "C"], 1)),
+        *(
+            ("B, then the dog runs", COLOURS, 1),
+            ("B, then A man walks", COLOURS, 1),
+            ("B, as well as a dog", COLOURS, 1),
+        ),
+        *(("The answer is B, plus A is wrong", COLOURS, 1), ("B. Then A man leaves", COLOURS, 1)),
+        *(
+            ("If it isn't A, then B", COLOURS, 1),
+            ("Not A then. B", COLOURS, 1),
+            ("A to C are wrong, so D.", COLOURS, 3),
+        ),
+        *(("I changed my answer from A to B.", COLOURS, 1), ("I switch A to C", COLOURS, 2)),
+    ],
+)
+def test_words_that_join_letters_may_be_other_words(said: str, options: list[str], option: int) -> None:
+    assert chosen_option(said, options) == option
 
 
 @pytest.mark.parametrize(
@@ -555,6 +588,31 @@ def test_quotes_and_signs_within_options(said: str, options: list[str], option: 
 )
 def test_further_words_that_name_an_option(said: str) -> None:
     assert chosen_option(said, COLOURS) == 2
+
+
+@pytest.mark.parametrize("letter", "ABCD")
+@pytest.mark.parametrize(
+    "said",
+    [
+        *("It is {} not E", "It's {} instead of E", "It is {} rather than E", "It is {} rather than option E"),
+        *("So {} rather than E", "Probably {} over E", "Option {} rather than (E)", "I think {} not E."),
+        *(
+            "It's {} in my opinion",
+            "{} in my view.",
+            "Probably option {} then",
+            "I'd say {} then.",
+            "It is {} for sure",
+        ),
+        *("{} sounds right", "Option {} sounds correct."),
+    ],
+)
+def test_a_letter_preferred_to_another_or_said_to_be_an_opinion_is_the_answer(said: str, letter: str) -> None:
+    assert chosen_option(said.format(letter), [*COLOURS, "white"]) == "ABCD".index(letter)
+
+
+@pytest.mark.parametrize("said", ["It is not C then", "It is C level, not D level", "D sounds wrong", "C sounds loud"])
+def test_words_of_preference_that_name_no_option(said: str) -> None:
+    assert chosen_option(said, COLOURS) is None
 
 
 def test_brackets_in_a_row_name_none() -> None:
@@ -870,6 +928,126 @@ def test_an_option_that_a_further_sentence_denies_is_not_named(
 def test_a_before_another_option_alone_means_answer(said: str, options: list[str], option: int | None) -> None:
     """Models that were not trained on dialogues answer in this form."""
     assert chosen_option(said, options) == option
+
+
+REFUSALS = [
+    *("I cannot answer this question.", "Sorry, I can't see the video.", "I don't know", "I do not know.", "Unknown"),
+    *("Unable to determine", "None of the above", "The video does not show this", "I'm sorry, but I cannot answer."),
+    *("I can\u2019t tell.", "Cannot be determined.", "It cannot be determined from the video", "N/A", "No idea"),
+    *("Not enough information.", "There isn't enough information to tell.", "I'm not sure.", "It's unclear", "None"),
+    *("As an AI language model, I cannot watch videos.", "Unfortunately, I am unable to view the video."),
+    "I don't know what the man is doing.",
+]
+OPENS = ["The man cannot open the door.", "The man opens the door.", "The man sits.", "The man leaves."]
+
+
+@pytest.mark.parametrize("mark", ["A: ", "A. ", "A - ", "A) ", "a: ", "**A:** ", "A:\n"])
+@pytest.mark.parametrize("said", REFUSALS)
+def test_a_before_a_refusal_means_answer(said: str, mark: str) -> None:
+    for options in (PLAIN, ["Yes", "No"]):
+        assert chosen_option(mark + said, options) is None
+    assert chosen_option(mark + said, OPENS[1:]) is None
+    assert chosen_option(mark + said, OPENS) == 0  # this may explain that the man cannot open the door
+
+
+@pytest.mark.parametrize("mark", ["A: ", "A. ", "A - "])
+def test_an_option_that_is_a_refusal_keeps_its_letter(mark: str) -> None:
+    for said in REFUSALS:
+        assert chosen_option(mark + said, [said, "red", "blue"]) == 0
+        assert chosen_option(mark + said, ["Unknown", "red", "blue"]) == 0
+    assert chosen_option("A: None of the above", ["red", "blue", "None of the above"]) == 2
+    assert chosen_option("A: I don't know", ["red", "blue", "I don't know"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *(("A: the man cannot open the door", OPENS, 0), ("A: The man can't open the door, it is locked", OPENS, 0)),
+        *(("A: Unable to open the door", OPENS, 0), ("A. The door cannot be opened", OPENS, 0)),
+        *(("A: The video does not show this.", ["No", "Yes"], 0), ("A: I don't know", ["No", "Yes"], None)),
+        *(("A: None of these", ["Nothing", "A dog"], 0), ("A: None", ["0", "1"], 0), ("A: none", ["No dog", "One"], 0)),
+        *(("A: I'm not sure about the shape, but the cube is red", ["red cube", "blue"], 0),),
+        *(("A. I cannot tell which man. He walks to the front.", ["A man walks", "A dog runs"], 0),),
+        *(("A: I cannot see a blue, green or yellow cube.", PLAIN, 0), ("A: None of the other options fit", PLAIN, 0)),
+        *(
+            ("A: Unknown people walk", PLAIN, 0),
+            ("A: None of the people walk", PLAIN, 0),
+            ("A. I don't know why", PLAIN, 0),
+        ),
+        *(
+            ("A, I don't know", PLAIN, 0),
+            ("A. Sorry for the delay.", PLAIN, 0),
+            ("A: The video does not end", PLAIN, 0),
+        ),
+        *(
+            ("A: I'm not sure, but I think C", PLAIN, 2),
+            ("A: Sorry, I meant B", PLAIN, 1),
+            ("B. I'm not sure.", PLAIN, 1),
+        ),
+        *(("A: I don't know. It may be green.", PLAIN, 2), ("Answer: A. I'm not sure.", PLAIN, 0)),
+    ],
+)
+def test_a_before_words_that_resemble_a_refusal(said: str, options: list[str], option: int | None) -> None:
+    assert chosen_option(said, options) == option
+
+
+NOT_KNOWN = [
+    *("Unknown", "Not mentioned", "Cannot be determined", "It is not revealed", "Not disclosed", "Data not available"),
+    *("The name isn't given", "It isn\u2019t mentioned", "It doesn't say", "He isnt seen", "There is no mention of it"),
+    *("No information", "Nothing is said", "He never says it", "None of the others", "Undisclosed", "Hard to say"),
+    *(
+        "Impossible to tell",
+        "Insufficient data",
+        "Inconclusive",
+        "It lacks details",
+        "N/A",
+        "Maybe",
+        "He is confused",
+        "Neutral",
+    ),
+]
+DENIALS = [
+    *("No", "False", "No, it does not", "It does not say the price", "Incorrect", "No.", "Wrong", "0", "Never"),
+    *("The statement is false", "Refuted", "Contradicted"),
+]
+
+
+@pytest.mark.parametrize("first", [*NOT_KNOWN, *DENIALS])
+def test_a_before_an_explanation_of_an_option_that_denies_is_its_letter(first: str) -> None:
+    """Some of these words begin like a refusal, but they say of option A why it is right."""
+    for said in (
+        *("A. The video does not provide any information about the price.", "A. The video doesn't show any details."),
+        *("A. There is not enough information in the video.", "A) We cannot determine the city.", "A: N/A"),
+        *("A. I don't know the city, since it is not named.", "A: It cannot be determined from the video."),
+    ):
+        assert chosen_option(said, [first, "Paris", "London"]) == 0
+
+
+@pytest.mark.parametrize("first", ["No", "False", "no.", "Incorrect", "0"])
+def test_a_before_a_plain_refusal_explains_no_denial(first: str) -> None:
+    for said in ("I don't know.", "I'm sorry, but I cannot answer.", "Sorry, I can't see the video.", "I'm not sure"):
+        assert chosen_option(f"A: {said}", [first, "Paris"]) is None
+    for lacking in ("Not revealed", "It is not known if it is wrong", "He says no"):
+        assert chosen_option("A: I don't know", [lacking, "Paris"]) == 0
+
+
+@pytest.mark.parametrize("first", ["A man unlocks the door", "under the table", "his uncle", "until noon", "uniform"])
+def test_options_that_only_resemble_a_denial_explain_no_refusal(first: str) -> None:
+    assert chosen_option("A: I don't know", [first, "Paris"]) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        *(("A: I'm not sure about B", None), ("A: I can't tell whether it is B.", None)),
+        *(("A. The answer is not given by B", None), ("A: I don't know about (C)", None)),
+        *(("A: I'm not sure about the small bird", None), ("A: I'm not sure about B or C, maybe D", 3)),
+        *(("A: I'm not sure about B, but I think C", 2), ("A: I'm not sure about B. It is a fish.", 3)),
+        *(("A: Unfortunately, I don't know about B", None), ("A: Sorry, I meant B", 1)),
+    ],
+)
+def test_a_letter_within_a_refusal_is_not_the_answer(said: str, option: int | None) -> None:
+    assert chosen_option(said, ["a red dog", "a black cat", "a small bird", "a fish"]) == option
 
 
 TURNS = ["Up", "Down", "Left", "Right"]

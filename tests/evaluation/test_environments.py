@@ -146,6 +146,19 @@ def test_the_first_named_camera_is_the_main_one() -> None:
         open_environment(TWO, 32, 10.0, ("over", "wrist")).reset(seed=0)
 
 
+@pytest.mark.parametrize("given", [None, "go to the goal"])
+def test_an_instruction_that_is_none_is_no_text(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
+    """Environments may leave the key at None, always or after the reset."""
+    cell = open_environment(replace(TWO, instruction="go there"), 32, 10.0)
+    reset, step = cell.env.reset, cell.env.step
+    monkeypatch.setattr(cell.env, "reset", lambda **options: (reset(**options)[0], {"instruction": given}))
+    monkeypatch.setattr(cell.env, "step", lambda action: (*step(action)[:4], {"instruction": None}))
+    expected = given or "go there"
+    assert cell.reset(seed=0)[0]["instruction"] == expected
+    cell.advance(np.array([0.0, 0, 0, 1, 0, 0, 0, 1]))
+    assert cell.observation()["instruction"] == cell.outcome()[2]["instruction"] == expected
+
+
 @pytest.mark.parametrize(
     ("needs", "said"),
     [

@@ -741,6 +741,61 @@ def test_a_suite_that_the_model_cannot_do_is_refused_before_training(
     EvaluateImages(quick(), data, str(tmp_path)).on_fit_start(None, module)  # type: ignore[arg-type]
 
 
+def test_a_split_without_ground_truth_is_evaluated_without_a_classifier(tmp_path: Path) -> None:
+    """As where the held-out images are photographs of one's own and the training images are simulated."""
+    write_images(tmp_path, {SQUARE: 8}, small_encoders(), {"train": 0, "val": 1000})
+    write_images(tmp_path, {SQUARE: 8}, small_encoders(), {"test": 2000}, evidence=False)
+    data = shards(tmp_path)
+    module = module_for(data)
+    options = quick(cases=["reconstruction"])
+    EvaluateImages(options, data, str(tmp_path)).on_fit_start(None, module)  # type: ignore[arg-type]
+    figures, _ = run_suite(module, data, options, tmp_path / "out")
+    assert figures["classifier"] is None
+    assert "ssim" in figures["cases"]["reconstruction"]
+    assert "cube_px" not in figures["cases"]["reconstruction"]
+    assert list(tmp_path.glob(".keygrip/attribute_classifier-*")) == []
+    with pytest.raises(ValueError, match=r"callbacks\.images\.suite: the case changed_words cannot be evaluated"):
+        EvaluateImages(quick(cases=["changed_words"]), data, str(tmp_path)).on_fit_start(None, module)  # type: ignore[arg-type]
+
+
+def test_a_new_colour_among_the_images_to_evaluate_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, {SQUARE: 8}, small_encoders(), {"train": 0, "val": 1000})
+    monkeypatch.setitem(COLOURS, "gold", (230, 180, 30))
+    write_images(tmp_path, {SQUARE: 8}, small_encoders(), {"test": 2000})
+    data = shards(tmp_path)
+    module = module_for(data)
+    said = r"the test images of .* show the colours \['gold'\], which no training image shows"
+    with pytest.raises(ValueError, match=rf"callbacks\.images\.suite: {said}"):
+        EvaluateImages(quick(), data, str(tmp_path)).on_fit_start(None, module)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=said):
+        run_suite(module, data, quick(), tmp_path / "out")
+    EvaluateImages(quick(split="val"), data, str(tmp_path)).on_fit_start(None, module)  # type: ignore[arg-type]
+
+
+def test_images_of_the_curves_are_refused_in_the_command_where_there_is_no_curve(root: Path, tmp_path: Path) -> None:
+    """Recipes set them, so that the cases of a recipe may be changed alone."""
+    given = ["checkpoint=run", "evaluate=image_text", "cases=[reconstruction,text_only]", "grid_images=64"]
+    evaluated = Evaluated(module_for(shards(root)), OmegaConf.create({"data": {}}), tmp_path / "last.ckpt", tmp_path)
+    with pytest.raises(ValueError, match="grid_images has no effect without the case scales or steps in cases"):
+        validation.evaluate_images(evaluated, compose("evaluate", given))
+    assert quick(cases=["reconstruction"], grid_images=64).counts == (6,)
+    for cases in (["steps"], ["text_only", "scales"], None):
+        asked = quick(cases=cases, grid_images=64)
+        asked.refuse_idle_grid()
+        assert asked.counts == (6, 64)
+
+
+def test_a_solver_without_effect_is_refused_where_no_case_takes_several_steps(root: Path) -> None:
+    once = {"sampling": {"steps": 1, "solver": "heun"}}
+    with pytest.raises(ValueError, match=r"solver=heun has no effect with a single step \(steps=1\): leave it out"):
+        suite_of(root, **once, cases=["reconstruction"])
+    with pytest.raises(ValueError, match="solver=heun has no effect with a single step"):
+        suite_of(root, **once, cases=["reconstruction", "steps"], step_counts=(1,))
+    assert suite_of(root, **once, cases=["reconstruction", "steps"], step_counts=(1, 2)).sampling.solver == "heun"
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

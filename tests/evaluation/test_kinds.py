@@ -12,13 +12,14 @@ import pytest
 from keygrip import evaluate
 from keygrip.command import entry_point
 from keygrip.config import SettingError, compose
-from keygrip.evaluation.kinds import KIND, KINDS
+from keygrip.evaluation.kinds import KIND, KINDS, choose_kind
 from keygrip.training import (
     checkpoints,
     fit,  # noqa: F401  (what a command imports while `holding` is in force would keep its reader)
 )
 from keygrip.training.results import read_result
 from keygrip.training.run_folder import lock_folder
+from keygrip.training.saving import AtomicCheckpointIO
 
 COMMON = {"checkpoint_step", "seed", "debug", "run_dir", "checkpoint", "trust", "external", "tf32"}
 
@@ -32,7 +33,7 @@ def holding(monkeypatch: pytest.MonkeyPatch) -> Any:
             config = {"model": {"_target_": f"somewhere.{Path(path).name.title()}"}}
             return {checkpoints.HEADER: {"config": config, KIND: kinds[Path(path).name]}}
 
-        monkeypatch.setattr(checkpoints, "find_checkpoint", Path)
+        monkeypatch.setattr(checkpoints, "find_checkpoint", lambda path, step=None: Path(path))
         monkeypatch.setattr(checkpoints, "read_checkpoint", header)
 
     return set_kinds
@@ -136,6 +137,32 @@ def test_each_kept_step_has_a_result_of_its_own() -> None:
         assert evaluate.evaluation_output(checkpoint, "here") == Path("here")
 
 
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_kept_step_is_evaluated_without_the_latest_checkpoint(damage: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for step, kind in ((500, "policy"), (1000, "image_text"), (2000, "policy")):
+        config = {"model": {"_target_": "somewhere.Model"}}
+        content = {"state_dict": {}, "global_step": step}
+        content |= {checkpoints.HEADER: {"format": checkpoints.FORMAT, "config": config, KIND: kind}}
+        AtomicCheckpointIO().save_checkpoint(content, folder / f"step-{step:08d}.ckpt")
+    last = folder / "last.ckpt"
+    if damage == "changed":
+        content_bytes = bytearray((folder / "step-00002000.ckpt").read_bytes())
+        content_bytes[len(content_bytes) // 2] ^= 1
+        last.write_bytes(content_bytes)
+    run = f"checkpoint={tmp_path}"
+    assert compose("evaluate", [run, "step=1000", "images=3"]).images == 3
+    assert choose_kind([run, "checkpoint_step=500,2000"]) == ["evaluate=policy"]
+    with pytest.raises(ValueError, match="separate commands"):
+        choose_kind([run, "checkpoint_step=500,1000"])
+    with pytest.raises(FileNotFoundError, match=r"keeps no checkpoint of step 7: it has 500, 1000, 2000"):
+        choose_kind([run, "checkpoint_step=7"])
+    for latest in ([run], [run, "checkpoint_step=null"]):
+        with pytest.raises((FileNotFoundError, ValueError), match=r"last\.ckpt"):
+            choose_kind(latest)
+
+
 @pytest.mark.parametrize("launcher", ["basic", "processes"])
 def test_jobs_of_a_sweep_over_one_checkpoint_keep_their_results_apart(
     launcher: str, holding: Any, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
@@ -150,7 +177,6 @@ def test_jobs_of_a_sweep_over_one_checkpoint_keep_their_results_apart(
         return {"closed_loop": {"left": {"success_rate": rate, "failures": {}}}}
 
     holding({"run": "policy"})
-    monkeypatch.setattr(checkpoints, "find_checkpoint", lambda path, step=None: Path(path))
     monkeypatch.setattr(checkpoints, "load_module", lambda path, **options: Model())
     monkeypatch.setattr("keygrip.evaluation.policy.evaluate_policy", evaluated)
     rates = {"0": 0.25, "1": 0.75}
@@ -182,7 +208,6 @@ def test_two_evaluations_do_not_write_into_one_folder(
         evaluation_kind = "policy"
 
     holding({"run": "policy"})
-    monkeypatch.setattr(checkpoints, "find_checkpoint", lambda path, step=None: Path(path))
     monkeypatch.setattr(checkpoints, "load_module", lambda path, **options: Model())
     monkeypatch.setattr("keygrip.evaluation.policy.evaluate_policy", lambda evaluated, cfg: {"figure": 1.0})
     cfg = compose("evaluate", ["checkpoint=run", f"run_dir={tmp_path}"])

@@ -105,6 +105,14 @@ def test_default_conditions_that_a_task_cannot_do_are_left_out_and_said(
         (["env=yam", "+env.control.ensemble=no"], "RecedingHorizon.ensemble='no': must be true or false"),
         (["env=yam", "+env.task.distractors=many"], "env.task.distractors='many': must be a whole number"),
         (["suites=[position]", "conditions.position=null"], "conditions is empty: name at least one"),
+        (
+            ["conditions.distractors.distractors=[{distractors: 4}]"],
+            "nothing reads conditions.distractors, since suites=[in_distribution,position,viewpoint]: add the suite "
+            "with suites=[in_distribution,position,viewpoint,distractors], or leave it out",
+        ),
+        (["suites=[views]", "conditions.position=null"], "nothing reads conditions.position, since suites=[views]"),
+        (["+conditions.own={here: [{}]}"], "nothing reads conditions.own, since suites="),
+        (["conditions=null"], "conditions=None: the conditions of a suite are left out with suites=[...]"),
         (["open_loop=false", "simulate=false"], "open_loop=false and simulate=false: there is nothing to evaluate"),
     ],
 )
@@ -112,6 +120,28 @@ def test_settings_are_refused_by_the_names_that_the_command_has(overrides: list[
     cfg = compose("evaluate", ["checkpoint=run", "evaluate=policy", *overrides])
     with pytest.raises(ValueError, match=re.escape(said)):
         evaluate_policy(evaluated("tasks.TaskOptions", name="pick"), cfg)
+
+
+def test_own_conditions_are_used_in_the_suites_that_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = evaluated("tasks.TaskOptions", name="pick")
+    given = ["conditions.distractors.distractors=[{distractors: 3}]", "+conditions.own={here: [{}]}"]
+    grids = settings(run, [*given, "suites=[distractors,own]"])[0].grids
+    assert grids == {"distractors": [{"distractors": 3}], "here": [{}]}
+    assert caplog.text == ""
+    monkeypatch.setattr("keygrip.evaluation.policy.in_sweep", lambda: True)  # its jobs share the overrides
+    assert [*settings(run, [*given, "suites=[own]"])[0].grids] == ["here"]
+    assert "nothing in this job reads conditions.distractors: its suites are own" in caplog.text
+
+
+def test_conditions_are_refused_where_the_tasks_are_the_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = SimpleNamespace(tasks=("reach-v3", "push-v3"), control={}, closed_loop=lambda make, changes: make)
+    monkeypatch.setattr("keygrip.evaluation.policy.environment_settings", lambda *_: several)
+    run = evaluated("tasks.TaskOptions", name="pick")
+    assert settings(run, ["env=metaworld"])[0].keywords["conditions"] == {}  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"nothing reads conditions\.position: .*tasks of env=metaworld"):
+        settings(run, ["env=metaworld", "conditions.position.left=null"])
 
 
 def test_a_suite_of_null_has_no_conditions() -> None:
@@ -161,7 +191,7 @@ def test_a_run_that_holds_nothing_out_has_no_open_loop(
     found = evaluate_policy(run, compose("evaluate", ["checkpoint=run", "evaluate=policy"]))
     assert found == {"closed_loop": {"in_distribution": {}}}
     assert "open_loop is left out: the run holds out no demonstrations" in caplog.text
-    with pytest.raises(ValueError, match="nothing is left to evaluate"):
+    with pytest.raises(ValueError, match=r"one demonstration\): nothing is left to evaluate; .*val_fraction=0\.99"):
         evaluate_policy(run, compose("evaluate", ["checkpoint=run", "evaluate=policy", "simulate=false"]))
 
 

@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from keygrip.artifacts import WRITING
 from keygrip.evaluation.shift_report import ShiftReport, make_report, plot, read_cells
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.training.results import write_result
@@ -125,7 +126,7 @@ def test_files(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == ""  # standard output is reserved for figures
     assert "left_to_right" in captured.err
-    assert not list(sweep.glob(".*writing"))
+    assert not list(sweep.glob(f".*{WRITING}*"))
 
 
 def test_plot_shows_rates_intervals_and_what_is_missing(sweep: Path) -> None:

@@ -117,7 +117,7 @@ def test_files_that_are_no_json_are_refused(raw: bytes, tmp_path: Path) -> None:
 
 
 def test_the_card_names_figures_and_command() -> None:
-    result = {"metrics": {"val/loss": 0.25, "bad": float("nan")}, "overrides": ["model=x", "seed=1"]}
+    result = {"steps": 7, "metrics": {"val/loss": 0.25, "bad": float("nan")}, "overrides": ["model=x", "seed=1"]}
     card = model_card("my_model", content(), {"a": torch.ones(1_500_000)}, "of the last step", result)
     assert "The model is a `Y`." in card
     assert "1.50 M parameters" in card
@@ -126,6 +126,7 @@ def test_the_card_names_figures_and_command() -> None:
     assert "python -m keygrip.train model=x seed=1" in card
     demo = {"command": "demo", "overrides": ["data.root=my demos", "optimizer.lr_multipliers={backbone: 0.1}"]}
     card = model_card("my_model", content(), {"a": torch.ones(1)}, "of the last step", demo)
+    assert "The figures are the run's own" in card
     line = next(line for line in card.splitlines() if "python -m" in line)
     assert shlex.split(line) == ["python", "-m", "keygrip.demo", *demo["overrides"]]
 
@@ -161,7 +162,9 @@ def test_the_card_tells_success_with_its_count_or_not_at_all() -> None:
     metrics = {"closed_loop/hall/success_rate": 0.0, "closed_loop/hall/plan_ms_median": 8.0}
 
     def rows(closed_loop: dict[str, Any]) -> list[str]:
-        card = model_card("mine", content(), {}, "of the last step", {"metrics": metrics}, None, closed_loop)
+        card = model_card(
+            "mine", content(), {}, "of the last step", {"steps": 7, "metrics": metrics}, None, closed_loop
+        )
         return [line for line in card.splitlines() if line.startswith("| closed_loop/hall/")]
 
     time = "| closed_loop/hall/plan_ms_median | 8 |"
@@ -171,6 +174,26 @@ def test_the_card_tells_success_with_its_count_or_not_at_all() -> None:
     ]
     assert rows({}) == [time]
     assert rows({"conditions": {"hall": counts | {"success_rate": 0.5}}}) == [time]  # from another evaluation
+
+
+@pytest.mark.parametrize(
+    ("steps", "which", "said"),
+    [
+        (7, "EMA of 6 steps", None),
+        (9, "EMA of 6 steps", "measured at step 9, not with these weights, and are left out"),
+        (7, "of the last step", "measured with the EMA of 6 steps, not with these weights, and are left out"),
+    ],
+)
+def test_the_card_has_no_figures_of_other_weights(steps: int, which: str, said: str | None) -> None:
+    counts = {"success_rate": 1.0, "success_low": 0.8, "success_high": 1.0, "episodes": 20, "successes": 20}
+    metrics = {"val/loss": 0.25, "closed_loop/hall/success_rate": 1.0}
+    result = {"steps": steps, "metrics": metrics, "overrides": ["seed=1"]}
+    closed_loop = {"conditions": {"hall": counts}}
+    card = model_card("mine", content(), {}, which, result, None, closed_loop, measured="EMA of 6 steps")
+    shown = said is None
+    assert ("| val/loss | 0.25 |" in card, "20 of 20" in card, "The figures are the run's own" in card) == (shown,) * 3
+    assert shown or str(said) in card
+    assert "keygrip.train seed=1" in card
 
 
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:

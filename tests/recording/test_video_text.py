@@ -127,6 +127,15 @@ def test_more_frames_than_usual_are_a_setting(tmp_path: Path, monkeypatch: pytes
         run(compose("prepare", ["step=robot_videos", f"root={tmp_path / 'tours'}", "max_frames=70"]))
 
 
+def test_a_single_demonstration_is_for_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its name: of this one, the hash is below the fraction."""
+    reference = SimpleNamespace(name="demo_002", read=lambda **given: LongDemo(tmp_path))
+    monkeypatch.setattr(video_text, "find_demos", lambda *given: [reference])
+    report = robot_videos(tmp_path, tmp_path / "set", camera="front", image_size=8, val_fraction=0.1, processes=1)
+    assert report["train"] == len(ShardSet(tmp_path / "set" / "train")) == 1
+    assert not (tmp_path / "set" / "val").exists()
+
+
 def test_demonstrations_of_like_names_keep_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["pick_0", "day/pick-1", "day-pick.1", "\u00e4" * 90]
     found = [SimpleNamespace(name=name, read=lambda name=name, **given: LongDemo(tmp_path, name)) for name in names]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import json
+import math
 import os
 import re
 import struct
@@ -111,6 +112,10 @@ def test_what_is_written_is_read_again() -> None:
         (pack({"__ndarray__": True, "data": b"", "dtype": "|u1", "shape": [2**64 - 1, 0]}), "no array has"),
         (b"\x83\xc4\x0d__npgeneric__\xc3\xc4\x04data\xcd\x03\xe8\xc4\x05dtype\xa3|u1", "outside its type"),
         (b"\x83\xc4\x0d__npgeneric__\xc3\xc4\x04data\xa1x\xc4\x05dtype\xa3<f4", "no number"),
+        (pack({"__ndarray__": True, "data": b"", "dtype": np.zeros(2, np.uint8), "shape": [0]}), "array of type"),
+        (pack({"__npgeneric__": True, "data": 1, "dtype": np.zeros(2, np.uint8)}), "array of type"),
+        (pack({"__npgeneric__": True, "data": math.nan, "dtype": "<i4"}), "outside its type <i4"),
+        (pack({"__npgeneric__": True, "data": math.nan, "dtype": "|u1"}), r"outside its type \|u1"),
     ],
 )
 def test_what_is_not_in_the_format_or_too_large_is_refused(body: bytes, message: str) -> None:

@@ -35,7 +35,7 @@ from keygrip.robots.self_collision import CAPSULES, MOVING, capsules_at, intrusi
 from keygrip.runtime import cameras
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.cameras import VideoCamera
-from keygrip.runtime.control_loop import ControlLoop
+from keygrip.runtime.control_loop import ControlLoop, Tick
 from keygrip.runtime.dry_run import describe_results, draw, dry_run, rehearse
 from keygrip.runtime.i2rt_yam import JOINTS, YamArms
 from keygrip.runtime.limits import MotionLimits
@@ -736,14 +736,18 @@ def test_a_signal_within_the_driver_is_no_fault_of_the_arm(calibration: Path, me
     assert arm.stopped
 
 
-def test_an_arm_that_moved_while_it_was_lost_is_led_from_where_it_is(calibration: Path) -> None:
+@pytest.mark.parametrize("reported", [None, np.full(JOINTS + 1, np.nan), np.zeros(JOINTS)], ids=["dead", "NaN", "6"])
+def test_an_arm_that_moved_while_it_was_lost_is_led_from_where_it_is(
+    calibration: Path, reported: np.ndarray | None
+) -> None:
     """This also holds where the loop commands the old pose at once: joint steps start from the measured joints."""
     driver, camera = Driver(), Still()
     arm = YamArms({"right": driver}, {"over": camera}, calibration)
     seen = arm.observe(images=False)
     before = np.concatenate([seen["position"][0], seen["quaternion"][0], [1.0]])[None]
     arm.command(before)
-    driver.dead = True
+    driver.dead = reported is None
+    driver.state = driver.state if reported is None else reported
     with pytest.raises(RobotLostError):
         arm.observe(images=False)
     driver.state = np.append(HOME + 0.2, 1.0)
@@ -752,6 +756,81 @@ def test_an_arm_that_moved_while_it_was_lost_is_led_from_where_it_is(calibration
     arm.command(before)
     moved = driver.commands[-1][:6] - (HOME + 0.2)
     assert 0.05 < np.abs(moved).max() <= 3.0 / arm.control_hz + 1e-9
+
+
+@pytest.mark.parametrize("then", ["old image", "no image", "driver that hangs"])
+def test_an_arm_that_moved_while_it_was_lost_is_held_where_it_is_found(calibration: Path, then: str) -> None:
+    """While observations were still refused, the arm was driven to the pose from before the loss, and beyond it."""
+    driver, camera = Driver(), Closing()
+    arm = YamArms({"right": driver}, {"over": camera}, calibration, JointLimits(speed_rad_s=2.0), control_hz=30.0)
+    clock = [0.0]
+    arm.now = lambda: clock[0]  # type: ignore[method-assign]
+    arm.wait_until = lambda moment: clock.__setitem__(0, max(clock[0], moment))  # type: ignore[method-assign]
+    camera.taken = lambda: min(arm.now(), 1.0) if then == "old image" and arm.now() < 1.9 else arm.now()
+    found, blocked_s = HOME + [0, -0.15, 0, 0, 0, 0], [0.6] if then == "driver that hangs" else []
+
+    def state() -> np.ndarray:
+        if arm.now() >= 1.6 and blocked_s:
+            clock[0] += blocked_s.pop()
+        return driver.state
+
+    def plant() -> bool:
+        if not driver.dead and 1.0 <= arm.now() < 1.6:
+            driver.dead, driver.state = True, np.append(found, 1.0)
+        driver.dead = driver.dead and arm.now() < 1.6
+        camera.lost = then == "no image" and 1.0 <= arm.now() < 1.9
+        return False
+
+    driver.get_joint_pos = state  # type: ignore[method-assign]
+    ticks: list[tuple[float, State, np.ndarray]] = []
+
+    def noted(tick: Tick) -> None:
+        ticks.append((tick.time_s, tick.state, driver.commands[-1][:JOINTS]))
+
+    execution = ChunkExecution(SimulatedPlanner(Sideways(), lambda: 0.0), 30.0, execute_seconds=0.3)
+    report = ControlLoop(arm, execution, WIDE, on_tick=noted).run(2.6, over=plant)
+    assert [state for _, state, _ in report.events] == [State.HOLDING, State.RUNNING]
+    held = np.stack([joints for moment, state, joints in ticks if moment >= 1.6 and state is State.HOLDING])
+    assert len(held) >= (1 if then == "driver that hangs" else 8)
+    np.testing.assert_allclose(held, np.tile(found, (len(held), 1)), atol=2e-3)
+    resumed = np.stack(
+        [found, *(joints for moment, state, joints in ticks if moment >= 1.6 and state is State.RUNNING)]
+    )
+    tools = arm.poses_at(resumed[None])[0, :, :3]
+    speed = 30 * np.linalg.norm(np.diff(tools, axis=0), axis=1)
+    assert 0.05 < speed.max() <= WIDE.speed_m_s + 0.04  # it follows the policy again, from there
+
+
+class Quick(Sideways):
+    """Moves sideways at 0.4 m/s."""
+
+    def plan(self, observation: Observation) -> Plan:
+        plan = super().plan(observation)
+        return replace(plan, position=4 * plan.position - 3 * observation["position"][:, None])
+
+
+def test_an_arm_whose_camera_alone_is_lost_brakes(calibration: Path) -> None:
+    """It still answers, so it is not set at rest in the middle of its motion, as an arm that was lost is."""
+    driver, camera = Driver(), Closing()
+    arm = YamArms({"right": driver}, {"over": camera}, calibration, control_hz=30.0)
+    clock = [0.0]
+    arm.now = camera.taken = lambda: clock[0]  # type: ignore[method-assign]
+    arm.wait_until = lambda moment: clock.__setitem__(0, max(clock[0], moment))  # type: ignore[method-assign]
+
+    def plant() -> bool:
+        camera.lost = arm.now() >= 0.5
+        return False
+
+    execution = ChunkExecution(SimulatedPlanner(Quick(), lambda: 0.0), 30.0, execute_seconds=0.3)
+    report = ControlLoop(arm, execution, WIDE).run(0.9, over=plant)
+    assert [event[1:] for event in report.events] == [
+        (State.HOLDING, "lost the robot: camera over: the camera has no image")
+    ]
+    tools = arm.poses_at(np.stack([HOME, *(command[:JOINTS] for command in driver.commands[:-1])])[None])[0, :, :3]
+    speed = 30 * np.linalg.norm(np.diff(tools, axis=0), axis=1)
+    assert speed[17] > 0.3  # the image was needed in the period after
+    assert speed[-1] < 1e-3
+    assert np.diff(speed).min() >= -WIDE.axis_acceleration_m_s2 / 30 - 0.02
 
 
 def test_an_arm_that_was_lost_near_the_end_of_a_joint_may_stay_there(calibration: Path) -> None:

@@ -201,6 +201,8 @@ def test_settings_are_checked(trained: Callable[[str], Path]) -> None:
         ("tf32=true device=cpu", "tf32=true is for GPUs, and this process computes on the CPU"),
         ("token=short", "token must have at least 16 ASCII characters"),
         ("tls.cert=cert.pem", "tls.cert and tls.key are given together"),
+        ("bounds=null", r"bounds=null: these settings cannot be left out; .* bounds\.NAME=VALUE"),
+        ("limits=null", r"limits=null: these settings cannot be left out; .* limits\.NAME=VALUE"),
         ("bounds.start_m=-1", "bounds.start_m must be finite and above 0"),
     ):
         with pytest.raises(Exception, match=message):

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import web
+from aiohttp.http_exceptions import TransferEncodingError
 
 from keygrip.models.policy import Needs
 from keygrip.runtime.chunk_execution import RecedingHorizon
@@ -23,6 +25,7 @@ from keygrip.runtime.wire import CONTENT_TYPE, encode_observation
 
 Observe = Callable[..., dict[str, Any]]
 Start = Callable[..., Any]
+WEBSOCKET = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}  # without a key
 
 
 def ask(
@@ -107,9 +110,38 @@ def test_malformed_requests_are_refused_with_a_sentence(running: Start, observat
     assert said["error"].startswith("there is POST /plan, POST /reset")
     assert ask(server.port, None, method="GET")[0] == 405
     assert ask(server.port, None, path="/health", method="DELETE")[0] == 405
+    for headers, reason in (
+        ({"Upgrade": "websocket"}, "No CONNECTION upgrade hdr"),
+        ({"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "2"}, "Unsupported version: 2"),
+        (WEBSOCKET, "Handshake error: None"),
+        (WEBSOCKET | {"Sec-WebSocket-Key": "\xe9"}, "only ASCII"),
+    ):
+        status, said, _ = ask(server.port, None, "/", "GET", headers)
+        assert status == 400
+        assert said["error"].startswith("the request is no handshake of a websocket: ")
+        assert reason in said["error"]
+    assert ask(server.port, None, "/health", "GET")[1]["answers"]["400"] == 6
     assert b"400 Bad Request" in raw(server.port, b"NONSENSE\r\n\r\n")
     assert b"400 Bad Request" in raw(server.port, b"GET /health HTTP/1.1\r\nX: " + b"a" * 20000 + b"\r\n\r\n")
     assert ask(server.port, good)[0] == 200  # the server still works
+
+
+@pytest.mark.parametrize("error", [TransferEncodingError("zz"), web.RequestPayloadError("zz")], ids=["chunk", "later"])
+def test_a_body_that_cannot_be_read_is_refused_and_closes_the_connection(
+    error: Exception, running: Start, observation: Observe, needs: Needs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As aiohttp's parser reports broken chunks where its compiled extension is missing."""
+    server = running()
+
+    async def broken(request: web.BaseRequest) -> bytes:
+        raise error
+
+    monkeypatch.setattr(web.BaseRequest, "read", broken)
+    status, said, headers = ask(server.port, encode_observation(observation(), needs))
+    assert (status, headers["Connection"]) == (400, "close")
+    assert said["error"].startswith(f"the body is not valid HTTP ({type(error).__name__})")
+    assert server.server.service.metrics.answers["http", 400] == 1
+    assert server.server.service.metrics.disconnects == 0
 
 
 def test_large_bodies_are_refused_before_they_are_read(running: Start, observation: Observe, needs: Needs) -> None:

@@ -98,7 +98,7 @@ def test_what_the_robot_lacks_is_said_before_anything_is_sent(observation: Obser
     with pytest.raises(ValueError, match=r"lacks camera 'front'.*it has over"):
         encode_observation(sent, needs)
     sent = observation()
-    sent["cameras"]["front"] = {"image": sent["cameras"]["front"]["image"]}
+    del sent["cameras"]["front"]["intrinsics"]
     with pytest.raises(ValueError, match="lacks 'cameras/front/intrinsics', which the policy reads"):
         encode_observation(sent, needs)
     one_camera = replace(needs, cameras=("front",))
@@ -110,6 +110,20 @@ def test_what_the_robot_lacks_is_said_before_anything_is_sent(observation: Obser
     del sent["instruction"]
     with pytest.raises(ValueError, match="lacks 'instruction'"):
         encode_observation(sent, needs)
+
+
+def test_all_that_is_missing_is_named_in_one_error(observation: Observe, needs: Needs) -> None:
+    sent = observation()
+    body = encode_observation(sent, needs)
+    del sent["cameras"]["over"]["intrinsics"], sent["cameras"]["front"], sent["position"], sent["gripper"]
+    listed = [r"'cameras/over/intrinsics' \(3 x 3", "camera 'front' in 'cameras'", r"'position' \(", r"'gripper' \("]
+    with pytest.raises(ValueError, match=f"^the observation lacks {'.*, '.join(listed)}"):
+        encode_observation(sent, needs)
+    unnamed = {name: observation()[name] for name in ("cameras", "position", "quaternion", "gripper")}
+    with pytest.raises(ValueError, match=r"lacks 'image', 'intrinsics', 'world_to_camera', which the policy reads$"):
+        encode_observation(unnamed, replace(needs, cameras=(), instruction=False))
+    with pytest.raises(WireError, match=r"lacks 'cameras/over/intrinsics': \{.*\}, 'position': \{.*\}, 'gripper': \{"):
+        decode_request(changed(body, cameras__over__intrinsics=None, position=None, gripper=None), needs)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutations import Outcomes, flipped, hostile_images, hostile_json, hostile_npy
+from mutations import EXECUTING, Outcomes, flipped, hostile_images, hostile_json, hostile_npy
 
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.robot.discovery import find_demos
@@ -34,22 +34,27 @@ HOSTILE_CONTENT = {
 }
 
 
-def contents(root: Path) -> dict[str, Any]:
-    """Return the poses and pixels (hashed) of every frame of every demonstration that can be read."""
+def contents(root: Path, reasons: dict[str, str] | None = None) -> dict[str, Any]:
+    """Return the poses and pixels (hashed) of every frame of every demonstration that can be read. Add to `reasons` why
+    the others cannot be."""
     found: dict[str, Any] = {}
+    reasons = {} if reasons is None else reasons
     for reference in find_demos(root):
         try:
             demo = reference.read()
-        except BadSample:
+        except BadSample as error:
+            reasons[reference.name] = str(error)
             continue
         found[f"{demo.name} poses"] = digest(demo)
         for camera in demo.cameras:
             for frame in range(len(demo)):
+                part = f"{demo.name} {camera} {frame}"
                 try:
                     pixels = image(demo, camera, frame)
-                except BadSample:
+                except BadSample as error:
+                    reasons[part] = str(error)
                     continue
-                found[f"{demo.name} {camera} {frame}"] = hashlib.sha256(pixels.tobytes()).hexdigest()
+                found[part] = hashlib.sha256(pixels.tobytes()).hexdigest()
     return found
 
 
@@ -92,25 +97,47 @@ def every_damage(root: Path, rounds: int, sentinel: Path) -> Iterator[tuple[Path
         own = [path for path in held if path.suffix == suffix]
         for number, content in enumerate(make(sentinel)) if own else ():
             path = own[number % len(own)]
-            if rounds >= 100 or number % 3 == 0:
+            executing = make is hostile_npy and number < EXECUTING
+            if executing or rounds >= 100 or number % 3 == 0:
                 yield path, content, f"hostile {number}"
 
 
 def assert_damage_is_found(root: Path, rounds: int, unnoticed: tuple[str, ...]) -> Outcomes:
     """Damage files one by one. No reader may raise anything except a refusal, hang, or execute stored content.
 
+    What the file does not belong to is read unchanged, and a demonstration that is left out is named with its reason. A
+    file belongs to the demonstration whose folder it lies in; a file in no such folder may belong to all of them.
+
     Args:
         root: a valid folder of demonstrations; it is unchanged afterwards.
         unnoticed: suffixes of files without a checksum, where a change can give other valid content.
     """
     sentinel, outcomes = root.parent / "ran", Outcomes()
-    whole = contents(root)
+    whole, folders = contents(root), demo_folders(root)
     assert whole
+
+    def damaged(path: Path, name: str) -> None:
+        reasons: dict[str, str] = {}
+        found = outcomes.run(name, lambda: contents(root, reasons), whole)
+        if found is None:
+            assert not any(path.is_relative_to(folder) for folder in folders), f"{name}: the whole folder is refused"
+            return
+        owner = next((demo for folder, demo in folders.items() if path.is_relative_to(folder)), None)
+        if owner is not None:
+            others = {part: value for part, value in whole.items() if not part.startswith(f"{owner} ")}
+            assert {part: value for part, value in found.items() if not part.startswith(f"{owner} ")} == others, name
+            assert reasons.keys() <= {owner, *(part for part in reasons if part.startswith(f"{owner} "))}, name
+        for demo in {part.removesuffix(" poses") for part in whole if part.endswith(" poses")}:
+            assert f"{demo} poses" in found or reasons.get(demo), f"{name}: {demo} is left out without a word"
+        for reason in reasons.values():
+            assert reason.strip(), name
+            assert "\n" not in reason, name
+
     for path, content, what in every_damage(root, rounds, sentinel):
         before, stat = path.read_bytes(), path.stat()
         path.write_bytes(content)
         name = f"{path.relative_to(root)} {what}"
-        outcomes.run(name, lambda: contents(root), whole)
+        damaged(path, name)
         if name in outcomes.different:
             assert path.suffix in unnoticed, f"{name} gave other numbers or pixels without a word"
         path.write_bytes(before)
@@ -119,9 +146,15 @@ def assert_damage_is_found(root: Path, rounds: int, unnoticed: tuple[str, ...]) 
         aside = root.parent / "aside"
         shutil.move(path, aside)
         os.mkfifo(path)
-        outcomes.run(f"{path.relative_to(root)} is a pipe", lambda: contents(root), whole)
+        damaged(path, f"{path.relative_to(root)} is a pipe")
         path.unlink()
         shutil.move(aside, path)
     assert contents(root) == whole
     outcomes.assert_clean(sentinel)
     return outcomes
+
+
+def demo_folders(root: Path) -> dict[Path, str]:
+    """Return the names of the demonstrations that are folders of their own."""
+    named = {reference.path: reference.name for reference in find_demos(root)}
+    return {path: name for path, name in named.items() if path.is_dir() and path != root}

@@ -159,6 +159,7 @@ def small_statistics(folder: Path, instructions: Sequence[str] = INSTRUCTIONS) -
         cache_dir=folder,
         cameras=CAMERAS,
         chunks=chunks,
+        instructions=tuple(sorted(set(instructions))),
     )
 
 

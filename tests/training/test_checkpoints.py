@@ -74,7 +74,7 @@ def test_run_folder_holds_config_origin_and_result(run_folder: Path) -> None:
     assert result["status"] == "finished"
     assert result["steps"] == 13
     assert result["metrics"]["val/loss"] > 0
-    assert not list(run_folder.rglob("*.writing"))
+    assert not list(run_folder.rglob(f"*{artifacts.WRITING}*"))
 
 
 def test_missing_checkpoints_are_named(tmp_path: Path) -> None:

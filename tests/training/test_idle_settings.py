@@ -59,6 +59,11 @@ BLIND = ("model=geometry_vla_no_injection", "data=yam_language")
         (BLIND, "geometry=mapanything", "model.network.geom_inject_to_dit=true"),
         (BLIND, "backbone.width=48", "model.network.geom_inject_to_dit=true"),
         ((*VLA, "geometry.frozen=true"), "geometry.depth_weight=2", "geometry.frozen=false"),
+        (
+            (*VLA, "geometry=dino_multiview_pretrained"),
+            "geometry.max_depth_m=1",
+            "geometry=dino_multiview_continued",
+        ),
         ((*VLA, "model.init_from=run"), "geometry.init_from=other", "model.init_from=null"),
         (("backbone.trainable=frozen",), "backbone.drop_path=0.5", "backbone.trainable=2"),
         (

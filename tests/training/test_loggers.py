@@ -225,12 +225,35 @@ def test_rows_of_callbacks_at_the_resumed_step_are_kept(tmp_path: Path) -> None:
     """Callbacks number their rows by the steps that are done. What is logged once the next step has begun comes again
     in the resumed run."""
     file = tmp_path / "metrics.csv"
-    names = "epoch,step,train/loss,speed/samples_per_s,closed_loop/all/success_rate,lr-AdamW,health/gap"
-    kept = [f"{names},{STEP_TFLOP}", ",1,,,,0.1,,", "0,1,0.5,,,,,", ",2,,90.0,,,,", ",2,,,0.75,,,"]
-    again = ["0,2,0.4,,,,,", ",2,,,,0.1,,", ",2,,,,,0.3,", ",2,,,,,,0.7", ",3,,80.0,,,,"]
+    names = "epoch,step,train/loss,speed/samples_per_s,closed_loop/all/success_rate,lr-AdamW,health/gap,train/grad_norm"
+    kept = [f"{names},{STEP_TFLOP}", ",1,,,,0.1,,,", "0,1,0.5,,,,,,", ",2,,90.0,,,,,", ",2,,,0.75,,,,"]
+    again = ["0,2,0.4,,,,,,", ",2,,,,0.1,,,", ",2,,,,,0.3,,", ",2,,,,,,0.9,", ",2,,,,,,,0.7", ",3,,80.0,,,,,"]
     file.write_text("\n".join([*kept, *again, ""]))
     loggers._keep_table(CSVLogger(tmp_path, name="", version=""), resumed_step=2)
     assert file.read_text().splitlines() == kept
+
+
+def test_figures_measured_again_at_the_last_step_replace_the_earlier_ones(tmp_path: Path) -> None:
+    """A finished run that is resumed without further steps repeats the evaluation after training."""
+
+    def run(resumed_step: int, figures: dict[str, float], step: int) -> list[tuple[str, ...]]:
+        logger = CSVLogger(tmp_path, name="", version="")
+        if resumed_step:
+            loggers._keep_table(logger, resumed_step)
+        else:
+            logger.log_metrics({"epoch": 0, "train/loss": 0.5}, step=1)
+            logger.log_metrics({"speed/samples_per_s": 90.0}, step=2)
+        loggers.log_final_figures([logger], figures, step)
+        logger.finalize("success")
+        with (tmp_path / "metrics.csv").open(newline="") as file:
+            names = ("step", "speed/samples_per_s", "closed_loop/a/success_rate", "closed_loop/b/success_rate")
+            return [tuple(row.get(name, "") for name in names) for row in csv.DictReader(file)]
+
+    rate = "closed_loop/{}/success_rate".format
+    others = [("1", "", "", ""), ("2", "90.0", "", "")]
+    assert run(0, {rate("a"): 0.25, rate("b"): 0.5}, 2) == [*others, ("2", "", "0.25", "0.5")]
+    assert run(2, {rate("a"): 0.75}, 2) == [*others, ("2", "", "0.75", "")]
+    assert run(2, {rate("a"): 1.0}, 3) == [*others, ("2", "", "0.75", ""), ("3", "", "1.0", "")]  # a longer run
 
 
 def test_a_resumed_run_that_is_killed_at_its_start_keeps_its_table(tmp_path: Path) -> None:
@@ -278,20 +301,31 @@ class Growing(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-@pytest.mark.parametrize("batches", [2, 4, 100])
-def test_the_gradient_norm_is_that_of_the_step_beside_it(batches: int, tmp_path: Path) -> None:
-    """This also holds where epochs are shorter than the logging interval."""
+def norms_of_ten_steps(folder: Path, every_n_steps: int, batches: int) -> list[tuple[int, float]]:
+    """Train for ten steps with log_every_n_steps=3 and return the steps and norms in the table."""
     trainer = Trainer(
         max_steps=10,
         log_every_n_steps=3,
-        logger=CSVLogger(tmp_path, name="", version=""),
-        callbacks=[GradientNorm(3)],
+        logger=CSVLogger(folder, name="", version=""),
+        callbacks=[GradientNorm(every_n_steps)],
         accelerator="cpu",
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(Growing(), DataLoader(torch.zeros(batches, 1)))
-    with (tmp_path / "metrics.csv").open() as file:
-        rows = [(int(row["step"]), float(row["train/grad_norm"])) for row in csv.DictReader(file)]
-    assert rows == [(2, 3.0), (5, 6.0), (8, 9.0)]
+    with (folder / "metrics.csv").open() as file:
+        return [(int(row["step"]), float(row["train/grad_norm"])) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("batches", [2, 4, 100])
+def test_the_gradient_norm_is_that_of_the_step_beside_it(batches: int, tmp_path: Path) -> None:
+    """This also holds where epochs are shorter than the logging interval."""
+    assert norms_of_ten_steps(tmp_path, 3, batches) == [(2, 3.0), (5, 6.0), (8, 9.0)]
+
+
+@pytest.mark.parametrize("interval", [1, 4, 6])
+def test_the_gradient_norm_is_written_at_its_own_interval(interval: int, tmp_path: Path) -> None:
+    """Not at that of the loggers, 3, and no value twice."""
+    steps = range(interval, 11, interval)
+    assert norms_of_ten_steps(tmp_path, interval, 100) == [(step - 1, float(step)) for step in steps]

@@ -9,11 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from keygrip import train
 from keygrip.config import compose
+from keygrip.data.bad_samples import BadSamples
 from keygrip.training.progress import Progress, SkippedSamples, Throughput
+
+
+def trainer_of(loggers: list[Any], complete: bool) -> SimpleNamespace:
+    """Return what the callbacks read of a trainer; `complete`: the batch completes an optimiser step."""
+    epoch_loop = SimpleNamespace(_should_accumulate=lambda: not complete)
+    return SimpleNamespace(loggers=loggers, global_step=1, fit_loop=SimpleNamespace(epoch_loop=epoch_loop))
 
 
 def test_waiting_for_data_is_measured(toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +46,7 @@ def test_saving_is_no_waiting_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("keygrip.training.progress.time.perf_counter", lambda: clock[0])
     throughput = Throughput(every_n_steps=2, skip_batches=0)
-    trainer: Any = SimpleNamespace(loggers=[], global_step=1)
+    trainer: Any = trainer_of([], complete=True)
     module: Any = SimpleNamespace(device=torch.device("cpu"))
     for number in range(4):
         throughput.on_train_batch_start(trainer, module, torch.zeros(8), number)
@@ -50,9 +58,21 @@ def test_saving_is_no_waiting_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
     assert throughput.summary == {"samples_per_s": 8.0, "data_wait_share": 0.0}
 
 
-def test_figures_reach_the_loggers(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_speed_is_logged_when_the_step_is_complete() -> None:
+    """Otherwise its number would be that of the step before, which a checkpoint may already contain."""
+    throughput = Throughput(every_n_steps=2, skip_batches=0)
+    module: Any = SimpleNamespace(device=torch.device("cpu"))
+    logged: list[int] = []
+    for number in range(9):
+        logger = SimpleNamespace(log_metrics=lambda figures, step, number=number: logged.append(number))
+        trainer: Any = trainer_of([logger], complete=number % 3 == 2)
+        throughput.on_train_batch_start(trainer, module, torch.zeros(8), number)
+        throughput.on_train_batch_end(trainer, module, None, torch.zeros(8), number)
+    assert logged == [2, 5, 8]
+    assert throughput.total_samples == 8 * 8  # the first batch has no time before it
 
+
+def test_figures_reach_the_loggers(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     train.run(compose("train", [*toy_overrides("run"), "logger=tensorboard", "callbacks.throughput.every_n_steps=2"]))
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     board.Reload()
@@ -63,21 +83,33 @@ def test_figures_reach_the_loggers(toy_overrides: Callable[..., list[str]], tmp_
     assert board.Scalars("lr-AdamW/rest")[1].value == pytest.approx(1e-3)
 
 
+def skipped_board(overrides: list[str], folder: Path) -> EventAccumulator:
+    train.run(compose("train", [*overrides, "logger=tensorboard", "limit_val_batches=0"]))
+    return EventAccumulator(str(folder / "tensorboard")).Reload()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param(["callbacks.skipped.every_n_steps=5"], [(5, 5.0), (10, 10.0)], id="one batch per step"),
+        # the steps have 2, 2 and 1 batches per epoch; the steps with batch 4 and batch 8 are complete after 4 and 9
+        pytest.param(
+            ["callbacks.skipped.every_n_steps=4", "accumulate_grad_batches=2", "max_steps=6"],
+            [(2, 4.0), (5, 9.0)],
+            id="several batches per step",
+        ),
+    ],
+)
 def test_skipped_samples_are_counted_in_the_event_files(
-    toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str],
+    expected: list[tuple[int, float]],
+    toy_overrides: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each training batch adds one here; a toy whose data cannot skip samples does not log this figure."""
+    """Each training batch adds one here."""
     import toy_parts
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from keygrip.data.bad_samples import BadSamples
-
-    def board(name: str) -> EventAccumulator:
-        options = ["logger=tensorboard", "callbacks.skipped.every_n_steps=5", "limit_val_batches=0"]
-        train.run(compose("train", [*toy_overrides(name), *options]))
-        return EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
-
-    assert "data/skipped" not in board("plain").Tags()["scalars"]
     skipped = BadSamples(max_share=1.0)
     step = toy_parts.ToyModule.training_step
 
@@ -87,8 +119,13 @@ def test_skipped_samples_are_counted_in_the_event_files(
 
     monkeypatch.setattr(toy_parts.ToyModule, "training_step", noted)
     monkeypatch.setattr(toy_parts.ToyData, "skipped", skipped, raising=False)
-    figures = board("skipping").Scalars("data/skipped")
-    assert [(event.step, event.value) for event in figures] == [(5, 5.0), (10, 10.0)]
+    figures = skipped_board(toy_overrides("skipping", *options), tmp_path / "skipping").Scalars("data/skipped")
+    assert [(event.step, event.value) for event in figures] == expected
+
+
+def test_data_that_cannot_skip_samples_log_no_count(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    board = skipped_board(toy_overrides("plain", "callbacks.skipped.every_n_steps=5"), tmp_path / "plain")
+    assert "data/skipped" not in board.Tags()["scalars"]
 
 
 def test_lines_instead_of_a_bar_where_there_is_no_terminal(

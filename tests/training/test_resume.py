@@ -21,11 +21,13 @@ from keygrip import train
 from keygrip.config import compose
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.fit import TrainedMetrics
 from keygrip.training.results import read_result
 from keygrip.training.resuming import differing_settings
 from keygrip.training.saving import SaveLatest, SaveOnInterrupt
 from keygrip.training.signals import Interrupted
 
+EPOCHS = ("max_steps=-1", "max_epochs=2")  # ten steps
 # The environment variables of a SLURM job of one task.
 SLURM = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"} | {
     f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID", "STEP_ID")
@@ -205,6 +207,8 @@ def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
         pytest.param("8 2", (), id="mid-epoch"),
         pytest.param("12 4", (), id="in the last batch of the last validation"),
         pytest.param("12 1", ("max_steps=12",), id="after the last step"),
+        pytest.param("10 1", (*EPOCHS, "val_every_n_steps=null"), id="after the last epoch"),
+        pytest.param("10 0", (*EPOCHS, "val_every_n_steps=5"), id="after the last step of the last epoch"),
         pytest.param("5 1", ("val_every_n_steps=5",), id="at the end of an epoch"),
         pytest.param("10 0", ("val_every_n_steps=null",), id="by epochs", marks=pytest.mark.slow),
         pytest.param("4 1", ("callbacks.checkpoint.every_n_steps=4",), id="saved before it", marks=pytest.mark.slow),
@@ -230,14 +234,54 @@ def test_a_signal_in_a_validation_saves_the_step_before_it_and_resumes_to_the_sa
     train.run(compose("train", [*overrides, "resume=true"]))
     assert_equal(state_of(tmp_path / "stopped"), state_of(tmp_path / "whole"))
     metrics = [read_result(tmp_path / name)["metrics"] for name in ("stopped", "whole")]
-    if "max_steps=12" not in more:
+    no_step_left = "max_steps=12" in more or "max_epochs=2" in more
+    if not no_step_left:
         assert metrics[0]["train/loss"] == metrics[1]["train/loss"]
     # a validation that was cut off is repeated only if no step is left, as a step changes the weights
-    left_out = step in ("10", "12") and "max_steps=12" not in more
+    left_out = step in ("10", "12") and not no_step_left
     assert metrics[0].get("val/error") == (None if left_out else metrics[1]["val/error"])
-    assert ("no step is left, and the last validation was cut off: it is done" in caplog.text) == (
-        "max_steps=12" in more
-    )
+    assert (
+        "no step is left, and no figures of the last validation are stored: validate" in caplog.text
+    ) == no_step_left
+
+
+def test_the_last_validation_may_be_cut_off_several_times(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import toy_parts
+
+    def power_cut(*_: Any) -> None:
+        raise RuntimeError("power cut")
+
+    overrides = toy_overrides("run", *EPOCHS, "val_every_n_steps=null")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="stopped by SIGTERM at step 10"):
+        patch.setenv("TOY_STOP_IN_VALIDATION", "10 1")
+        patch.setenv("TOY_SIGNAL", "SIGTERM")
+        train.run(compose("train", overrides))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(toy_parts.ToyModule, "validation_step", power_cut)
+        train.run(compose("train", [*overrides, "resume=true"]))
+
+    def evaluate(_: Any, trainer: Any, module: Any) -> None:
+        trainer.callback_metrics["closed_loop/success_rate"] = torch.tensor(0.75)
+
+    monkeypatch.setattr(TrainedMetrics, "on_fit_end", evaluate, raising=False)  # an evaluation after training
+    assert "val/error" in train.run(compose("train", [*overrides, "resume=true"]))
+    result = read_result(tmp_path / "run")
+    assert (result["status"], result["steps"]) == ("finished", 10)
+    assert result["metrics"]["val/error"] > 0
+    assert result["metrics"]["closed_loop/success_rate"] == 0.75
+
+
+def test_a_run_without_a_validation_has_none_when_it_is_resumed(
+    toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = toy_overrides("run", *EPOCHS, "val_every_n_steps=11")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at step 10"):
+        patch.setenv("TOY_STOP_AT", "9")
+        patch.setenv("TOY_SIGNAL", "SIGTERM")
+        train.run(compose("train", overrides))
+    assert "val/error" not in train.run(compose("train", [*overrides, "resume=true"]))
 
 
 def test_under_nohup_a_closed_terminal_is_nothing(

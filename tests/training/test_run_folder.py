@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
@@ -176,6 +177,34 @@ def test_trainings_of_one_program_are_numbered(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "night7")
     run_folder.run_name.cache_clear()
     assert (chosen(1), chosen(2)) == ("runs/m_d/job-night7", "runs/m_d/job-night7-2")
+
+
+def test_a_second_training_of_processes_that_lightning_started_needs_a_given_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Regression: these processes made a second folder, and their errors killed the first process."""
+
+    def chosen(start: int, run_dir: str | None = None) -> str:
+        return run_folder.choose_folder(run_dir, False, "m", "d", start)
+
+    first = chosen(1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"give each training its own run_dir=FOLDER, or start the script with torch"):
+        chosen(2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        chosen(2)
+    assert stop.value.code == 0  # else Lightning would kill the first process
+    assert chosen(2, "given") == "given"
+    assert [str(folder) for folder in Path("runs/m_d").iterdir()] == [first]
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert Path(chosen(2)).is_dir()
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "night7")
+    run_folder.run_name.cache_clear()
+    assert chosen(3) == "runs/m_d/job-night7-3"
 
 
 def in_slurm(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Callable[..., str]:

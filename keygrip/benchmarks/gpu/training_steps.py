@@ -88,7 +88,7 @@ class TrainingSteps:
         variants: further overrides by name, measured one after another; at toy size only the first one's name is used.
         frames: per video, by variant. text_tokens: per conversation; both for ``foveated_vlm``.
         latent, patch_grid: sides, for ``patch_dit``; toy_latent, toy_patch_grid: at toy size.
-        batch: the first batch size, that of the recipe. max_batch: the largest batch size that is tried.
+        batch: the first batch size, which is doubled up to max_batch. max_batch: the largest batch size that is tried.
         steps: measured steps. warm_up: steps before those.
         compiled: whether compiled blocks are measured. toy_compiled: at toy size too, with `aot_eager` instead of
             inductor.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.artifacts import write_json
+from keygrip.data.bad_samples import BadSample
 from keygrip.data.image_text.crops import BUCKET_NAME, Bucket
 from keygrip.data.shards.index import MANIFEST, SPLITS
 from keygrip.data.shards.made_shards import MadeShards
@@ -72,9 +73,9 @@ def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
             kind, or the folder is a set of `step=images` that is not complete.
     """
     if is_remote(root):
-        content = read_json(cache_of(root, cache_dir).fetch(INFO, fresh=True))
+        content = _read_object(cache_of(root, cache_dir).fetch(INFO, fresh=True), root)
     elif (Path(root) / INFO).is_file():
-        content = read_json(Path(root) / INFO)
+        content = _read_object(Path(root) / INFO, root)
     else:
         if incomplete := incomplete_sets(Path(root)):
             raise ValueError(incomplete[0])
@@ -85,11 +86,23 @@ def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
                 f"keygrip.prepare step=images source=... root={root}`, or index foreign ones with step=manifest"
             )
         content = {"schema": SCHEMA, "splits": splits, "encoders": None}
-    if not isinstance(content, dict):
-        raise ValueError(f"{root}/{INFO} is damaged: make it again with step=manifest")
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{root}/{INFO} is a file of {content.get('schema')!r}, not of {SCHEMA!r}")
-    return dict(content)
+    return content
+
+
+def _read_object(file: Path, root: str) -> dict[str, Any]:
+    """Read the JSON object of `images.json`; `file`: its copy, or itself. Raise ValueError if it is damaged."""
+    try:
+        content, reason = read_json(file), "it holds no JSON object"
+    except BadSample as error:
+        content, reason = None, error.what
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{root}/{INFO} is damaged ({reason}): remove it, and make it again with step=manifest, or, for a set of "
+            "step=images, with the same step=images command"
+        )
+    return content
 
 
 @data_part(from_checkpoint={"make_missing": False}, plain=["options"], makers=["maker"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.batches import ImageTextBatch
 from keygrip.data.image_text.crops import Bucket
-from keygrip.data.image_text.samples import ImageTextSample, read_image_text
+from keygrip.data.image_text.samples import ImageTextSample, read_image_text, read_stored_record
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
 from keygrip.data.shards.substitution import SUBSTITUTES, SubstitutingSamples
@@ -145,6 +146,15 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
             if actual_sizes[name] != size:
                 raise BadSample(f"{part.shards.where(index)}: {name} is {actual_sizes[name]}, elsewhere {size}")
         return sample
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield the records of the samples, in order and without their arrays; unreadable ones are left out."""
+        for part in self.parts:
+            for index in part.chosen.tolist():
+                try:
+                    yield read_stored_record(part.shards, index)
+                except BadSample:  # counted and named when the whole sample is read
+                    continue
 
     def candidates(self, key: SampleKey) -> Iterator[SampleKey]:
         """Yield the sample itself and then the following samples of its bucket."""

@@ -197,6 +197,17 @@ def captions_of(record: Mapping[str, Any]) -> list[str]:
     return list(record.get("captions") or [record.get("caption", "")])
 
 
+def read_stored_record(shards: ShardSet, sample: int) -> dict[str, Any]:
+    """Read the record of a sample alone. Raise BadSample if it is missing or cannot be read."""
+    location = shards.where(sample)
+    with convert_errors(location):
+        parts = lower_case(shards.read(sample, (RECORD,)))
+    if RECORD not in parts:
+        raise BadSample(f"{location}: it has no {RECORD}")
+    with convert_errors(location):
+        return read_record(parts)
+
+
 def read_image_text(shards: ShardSet, sample: int, caption: int = 0, with_image: bool = False) -> ImageTextSample:
     """Read a sample, in float32.
 

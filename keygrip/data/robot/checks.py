@@ -20,6 +20,9 @@ LARGEST_POSITION_M = 10.0  # more means another unit or a broken reading, and wo
 FARTHEST_M = (0.07, 2.0)  # plausible range of an arm's largest coordinate on a table; used to guess the unit
 FEW_READINGS = 0.3  # if the share of positions that are too far off is smaller, single readings are wrong, not the unit
 OUTLIER_M, OUTLIER_QUARTILES = 0.1, 10.0
+# m/s^2 that no arm in demonstrations reaches, however abruptly it starts or stops, and how many times faster than
+# every other step the step to outliers is
+OUTLIER_ACCELERATION, OUTLIER_SPEEDS = 30.0, 5.0
 RATES_HZ = (0.01, 10_000.0)  # accepted frame rates of recordings; other values mean another unit
 NAME = re.compile(r"\w[\w .:+-]{0,99}")  # names of arms and cameras; file names contain them
 ROTATION_TOLERANCE = 1e-3  # largest entry of R R^T - I that rounding and hand-eye calibration files produce
@@ -213,6 +216,54 @@ def pose_outliers(poses: ArmTrajectory) -> np.ndarray:
         np.flatnonzero((deviation > max(OUTLIER_M, OUTLIER_QUARTILES * float(np.quantile(deviation, 0.25)))) & returns)
         + 1
     )
+
+
+def reached_outliers(poses: ArmTrajectory, timestamps: np.ndarray, fps: float) -> np.ndarray:
+    """Return the frames of `pose_outliers` in a reached track, and wrong readings that it does not cover: one or two at
+    the beginning or the end, and two in succession.
+
+    In these places the neighbours do not tell a wrong reading from a fast start, stop or stroke. So the steps before
+    and after must have been impossible: longer than 10 cm, at more than 30 m/s^2 and 5 times as fast as every other
+    step. Commands are not judged in this way: they may jump to a target and stay there.
+
+    Args:
+        timestamps: [N] ns. fps: the rate according to the metadata.
+
+    Returns:
+        int [M], ascending.
+    """
+    outliers = pose_outliers(poses)
+    frames = len(poses)
+    if frames < 10:
+        return outliers
+    path = poses.position
+    seconds = np.maximum(np.diff(timestamps) * 1e-9, 1 / fps)  # time stamps closer than the rate may be wrong
+    velocities = np.diff(path, axis=0) / seconds[:, None]
+    speeds = np.linalg.norm(velocities, axis=-1)
+    accelerations = 2 * np.linalg.norm(np.diff(velocities, axis=0), axis=-1) / (seconds[1:] + seconds[:-1])
+    accelerations = np.concatenate([[np.inf], accelerations, [np.inf]])  # unknown in the first and last frame
+    impossible = np.minimum(accelerations[:-1], accelerations[1:]) > OUTLIER_ACCELERATION  # at both ends of the step
+    impossible &= speeds * seconds > OUTLIER_M
+    fastest = float(speeds[~impossible].max(initial=0.0))
+    impossible &= speeds > OUTLIER_SPEEDS * fastest
+
+    def follows(first: int, second: int) -> bool:
+        """Return whether the arm's other speeds are enough for the way from one frame to another."""
+        seconds_between = float(seconds[first:second].sum())
+        return bool(np.linalg.norm(path[second] - path[first]) <= fastest * seconds_between + 1e-3)
+
+    found = set(outliers.tolist())
+    for before in np.flatnonzero(impossible[:-2] & impossible[2:]).tolist():
+        after = before + 3
+        if follows(before, after) and not {before, after} & found:  # frames between outliers are none themselves
+            found |= {before + 1, before + 2}
+    for count in (1, 2):
+        # the frames after these belong to the path, and of two frames the first does not
+        if impossible[count - 1] and not impossible[count : count + 3].any() and not follows(0, 2):
+            found |= set(range(count))
+        if impossible[-count] and not impossible[-count - 3 : -count].any() and not follows(frames - 3, frames - 1):
+            found |= set(range(frames - count, frames))
+    return np.array(sorted(found), dtype=np.int64)
 
 
 def check_demo(demo: Demo, images: bool = True, cameras: Iterable[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSamples
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
-from keygrip.data.robot.fingerprint import fingerprints, refuse_changed
+from keygrip.data.robot.fingerprint import data_hashes, refuse_changed
 from keygrip.data.robot.frame_cache import FrameCache, FrameShape
 from keygrip.data.robot.frames import NoFrames
 from keygrip.data.robot.integrity import data_version
@@ -38,6 +37,7 @@ from keygrip.data.robot.set_checks import (
     report_views,
     report_wide_targets,
 )
+from keygrip.data.robot.split import split_demos
 from keygrip.data.robot.statistics import DemoStatistics, compute_statistics
 from keygrip.data.robot.workspace_view import fit_to_workspace
 from keygrip.data.shards.remote import folder_beside
@@ -51,29 +51,6 @@ log = logging.getLogger(__name__)
 
 BALANCES = ("instruction", "task")
 CACHE_FOLDER = ".keygrip"  # hidden folder for files derived from a data folder; may be removed at any time
-
-
-def split_demos(names: Sequence[str], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split demos into training and validation.
-
-    The split of a demo depends only on its name and the seed, so that demos added later do not move the others. With
-    at least two demos and a fraction above 0, each split gets at least one.
-
-    Returns:
-        Indices of training and of validation demos, both ascending.
-    """
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction must be at least 0 and below 1, not {val_fraction}")
-    draws = np.array(
-        [int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64 for name in names]
-    )
-    held_out = draws < val_fraction
-    if val_fraction > 0 and len(names) >= 2:
-        if not held_out.any():
-            held_out[draws.argmin()] = True
-        if held_out.all():
-            held_out[draws.argmax()] = False
-    return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
 
 
 @data_part(from_checkpoint={"make_missing": False, "cache_dir": None}, external=["cache_dir"])
@@ -104,14 +81,17 @@ class RobotDemos(ResumableData):
             their frame rates differ, so that a step has the same duration in all of them.
         targets: "commanded" (the commanded poses) or "reached" (the measured poses). gripper_targets: the same for the
             gripper's opening only; None: as `targets`.
-        drop_idle_s: training frames of a pause are left out after this many seconds; None keeps all.
+        drop_idle_s: training samples that start later than this many seconds in a pause are left out; their targets
+            keep their timing. None keeps all.
         balance: "instruction" or "task": each instruction, or each task, gets the same share of every training epoch.
             None: each frame does.
         intervention_weight: how many times an epoch contains each training frame in which a person corrected a policy.
         batch_size: global, divided over the ranks.
-        val_fraction: share of demos held out. split_seed: seed of the split.
+        val_fraction: share of demos held out (see :func:`keygrip.data.robot.split.split_demos`). split_seed: seed of
+            the split.
         seed: seed of sample order and augmentation.
-        max_demos: number of demos to use, the first ones by name; None: all.
+        max_demos: number of demos to use of each root, the first ones by name that can be read; those found damaged
+            later are not replaced. None: all.
         max_broken_share: a larger share of broken demos, or of unreadable frames among the requested ones, is an error.
         max_off_screen_share: demos with a larger share of steps outside the nominal image are named in a warning.
         cache_gb: size limit of decoded frames on disk; 0: decode every time. cache_dir: folder of the cache; None:
@@ -307,7 +287,12 @@ class RobotDemos(ResumableData):
             len(self.train_indices),
             len(self.val_indices),
         )
-        if stage != "validate" and self.train_indices:  # demos for evaluation may be shorter
+        if stage != "validate":  # demos for evaluation may be shorter
+            if not self.train_indices:
+                raise ValueError(
+                    f"data.val_fraction={self.val_fraction:g} holds out the only demonstration, {demos[0].name}: set "
+                    "data.val_fraction=0 to train on it"
+                )
             strides = [self.roots[self.root_of[index]].stride for index in self.train_indices]
             refuse_short(self.train_demos, self.horizon, strides)
         if self.fit_to_workspace:
@@ -363,6 +348,11 @@ class RobotDemos(ResumableData):
         """Return, by demo, the share of target steps outside the nominal (unaugmented) image, over all arms."""
         steps = self._sample_options(None, drop_idle=False).steps
         return off_screen_shares(self.demos, self.camera, self.arms, self.geometry, steps, self.targets)
+
+    @property
+    def camera_is_calibrated(self) -> bool:
+        """Whether `camera` is calibrated in all demonstrations; needs `setup`."""
+        return not any(demo.cameras[self.camera].uncalibrated for demo in self.demos)
 
     @property
     def train_demos(self) -> list[Demo]:
@@ -475,7 +465,7 @@ class RobotDemos(ResumableData):
         return {
             "root": [str(root.folder) for root in self.roots] if len(self.roots) > 1 else str(self.root),
             "frame_stride": [root.stride for root in self.roots] if len(self.roots) > 1 else self.roots[0].stride,
-            "version": data_version(self.contents) if self.contents else None,
+            "version": data_version(self.contents, self.demos) if self.contents else None,
             "demos": len(self.demos),
             "left_out": {error.name: error.reason for error in self.broken},
             "masked": {demo.name: demo.source["damaged"] for demo in self.demos if "damaged" in demo.source},
@@ -483,7 +473,7 @@ class RobotDemos(ResumableData):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data, and the hashes of the demonstrations on which the run is trained."""
-        return super().state_dict() | {"demonstrations": fingerprints(self.demos), "recordings": dict(self.contents)}
+        return super().state_dict() | data_hashes(self.demos, self.contents)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the position at which the checkpoint was written.
@@ -491,9 +481,9 @@ class RobotDemos(ResumableData):
         Raises:
             ValueError: the demonstrations or the order of samples are not those of the checkpoint.
         """
-        for key, current in (("demonstrations", fingerprints(self.demos)), ("recordings", self.contents)):
+        for key, current in data_hashes(self.demos, self.contents).items():
             saved = state_dict.get(key)
-            if saved and current:  # older checkpoints, and those with data.verify=false, hold no hashes of recordings
+            if saved and current:  # older checkpoints hold not all, those with data.verify=false none of recordings
                 refuse_changed(saved, current, self.allow_changed)
         super().load_state_dict(
             {"balance": None, "intervention_weight": 1.0, "weights": None} | state_dict

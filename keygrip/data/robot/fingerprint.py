@@ -44,9 +44,31 @@ def _named_pose_arrays(name: str, arm: ArmTrajectory) -> Iterator[tuple[str, np.
         yield from _named_pose_arrays(f"{name}/commanded", arm.commanded)
 
 
+def timing_fingerprint(demo: Demo) -> str:
+    """Return a hash of a demo's frame rate, its time stamps from the first one on, and its corrected frames.
+
+    It is apart from `demo_fingerprint`, so that the fingerprints in checkpoints from before it stay comparable.
+    """
+    digest = hashlib.sha256(repr(float(demo.fps)).encode())
+    digest.update((demo.timestamps - demo.timestamps[0]).astype(np.int64).tobytes())
+    if demo.intervention is not None:  # flags that are all false are the same as none
+        digest.update(np.flatnonzero(demo.intervention).astype(np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def fingerprints(demos: Sequence[Demo]) -> dict[str, str]:
     """Return the fingerprint of each demo by its name."""
     return {demo.name: demo_fingerprint(demo) for demo in demos}
+
+
+def data_hashes(demos: Sequence[Demo], contents: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Return what a checkpoint holds of the demonstrations: hashes by name, in the order in which samples are numbered.
+
+    Args:
+        contents: hashes of the recordings' whole content; empty if they were not verified.
+    """
+    timing = {demo.name: timing_fingerprint(demo) for demo in demos}
+    return {"demonstrations": fingerprints(demos), "timing": timing, "recordings": dict(contents)}
 
 
 def refuse_changed(before: Mapping[str, str], now: Mapping[str, str], allowed: bool = False) -> None:

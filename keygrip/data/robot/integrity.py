@@ -30,7 +30,7 @@ from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import HOSTILE, BadSample, convert_errors, is_of_the_machine, reason_of
 from keygrip.data.robot.corrections import OffsetFrames
 from keygrip.data.robot.discovery import find_demos
-from keygrip.data.robot.fingerprint import demo_fingerprint
+from keygrip.data.robot.fingerprint import demo_fingerprint, timing_fingerprint
 from keygrip.data.robot.frames import JpegFrames, NumberedFiles, VideoFrames, verify_source
 from keygrip.data.robot.schema import CameraTrack, Demo, DemoError, FrameSource, demo_guard
 from keygrip.data.untrusted_files import inside, open_image, read_bytes, read_json
@@ -148,9 +148,16 @@ class Verdict:
     views: dict[str, str] = field(default_factory=dict)
 
 
-def data_version(contents: Mapping[str, str]) -> str:
-    """Return one hash of a data set, computed from the names and hashes of its recordings."""
-    return hashlib.sha256(json.dumps(sorted(contents.items())).encode()).hexdigest()[:16]
+def data_version(contents: Mapping[str, str], demos: Sequence[Demo]) -> str:
+    """Return one hash of a data set, computed from the names and hashes of its recordings.
+
+    Args:
+        contents: as in `Verdict`, by name. demos: the recordings. The content of one whose files are not hashed lacks
+            its times and corrected frames: they are added here.
+    """
+    timing = {demo.name: timing_fingerprint(demo) for demo in demos if not _is_native(demo)}
+    hashes = {name: content + timing.get(name, "") for name, content in contents.items()}
+    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()[:16]
 
 
 def verify(

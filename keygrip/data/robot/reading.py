@@ -25,8 +25,9 @@ class ReadingOptions:
     """Requirements for every demonstration.
 
     Args:
-        cameras, arms: names that it must have. depth: whether its depth is read. max_demos: number of demonstrations to
-            use, the first ones that can be read; None: all.
+        cameras, arms: names that it must have. depth: whether its depth is read.
+        max_demos: number of demonstrations to use, the first ones that can be read; those that are left out later, for
+            their frame rate or by `verify`, are not replaced. None: all.
         masks_views: the model masks views, so only the first camera must be present, calibrated and undamaged.
         max_broken_share: a larger share of broken demonstrations is an error. verify: check every file and frame once.
         calibrated: True: cameras whose pose is not known are left out. False: for models that read no calibration.

@@ -11,7 +11,7 @@ import torch
 
 from keygrip.data.bad_samples import join_first_names
 from keygrip.data.robot.augmentation import ImageGeometry
-from keygrip.data.robot.checks import pose_outliers
+from keygrip.data.robot.checks import pose_outliers, reached_outliers
 from keygrip.data.robot.samples import targets_of
 from keygrip.data.robot.schema import Demo
 from keygrip.models.geometry.cameras import inside_image, project
@@ -176,9 +176,12 @@ def report_outliers(demos: Sequence[Demo], arms: Sequence[str], targets: str) ->
         outliers = []
         for demo in demos:
             for arm in arms:
-                poses = demo.arms[arm] if kind == "reached" else demo.arms[arm].commanded
-                if poses is not None:
-                    outliers += [f"{demo.name} frame {frame}" for frame in pose_outliers(poses)]
+                reached = demo.arms[arm]
+                if kind == "reached":
+                    frames = reached_outliers(reached, demo.timestamps, demo.fps)
+                else:
+                    frames = np.zeros(0, int) if reached.commanded is None else pose_outliers(reached.commanded)
+                outliers += [f"{demo.name} frame {frame}" for frame in frames]
         if outliers:
             log.warning(
                 "%d %s positions leave the path of their neighbours by more than 10 cm, which stretches the height "

@@ -47,7 +47,8 @@ class ResumableData(LightningDataModule):
         compares_contents: whether checkpoints contain hashes of all training data, so that a resumed run may read the
             data from another place (`data.root`).
         spares_copies: whether copies of remote shards made by other processes are never removed (`ShardCache`).
-        processes: number of processes over which batches are divided, if there is no trainer (a dry run).
+        processes: number of processes over which batches are divided, if there is no trainer (in `setup`, or in a dry
+            run).
         accumulated: batches per optimiser step, if there is no trainer.
     """
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from keygrip.artifacts import STALE_AFTER_S, json_values, locked, sha256_bytes, write_json
+from keygrip.artifacts import json_values, locked, remove_stale, sha256_bytes, write_json
 from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import NAMED_AT_MOST, BadSample, convert_errors
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
@@ -119,7 +119,7 @@ def write_shards(
         check_settings(root, all_settings)
     with _lock_set(root):
         check_settings(root, all_settings)
-        remove_stale(root)
+        remove_stale(root, of_any_machine=True)  # a killed job may continue on another node
         jobs, result = [], Written(str(root))
         for index, start in enumerate(range(0, len(items), items_per_shard)):
             path, shard_items = root / f"{name}-{index:06d}.tar", items[start : start + items_per_shard]
@@ -203,14 +203,6 @@ def _fingerprint_values(item: Any) -> Any:
     if item is None or isinstance(item, (bool, int, float, str)):
         return item
     return getattr(item, "__qualname__", type(item).__qualname__)  # a repr may contain a memory address
-
-
-def remove_stale(root: Path) -> None:
-    """Remove unfinished files of killed processes; recent files may belong to another machine on a shared disk."""
-    for path in root.glob(".*.writing"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > STALE_AFTER_S:
-                path.unlink()
 
 
 def check_settings(root: Path, settings: Mapping[str, Any], new: bool = False) -> None:

@@ -58,7 +58,7 @@ class CoordinateRegressionModule(System):
     """
 
     batch_type = PolicyBatch
-    reads_calibration = False  # only its metrics in pixels read calibration
+    reads_calibration = False  # only `pix_argmax` reads it, and is left out without it
     evaluation_kind = "policy"
     about = "coordinate_regression, the baseline of volume_query: a robot policy that predicts metres"
     toy_overrides = (
@@ -83,12 +83,18 @@ class CoordinateRegressionModule(System):
         self.mask_padded_steps = mask_padded_steps
         self.statistics = PolicyStatistics()
         self.camera: str | None = None  # name of the camera that the policy reads
+        self.logs_pixels = True
         self.weights = {"position": position_weight, "rotation": rotation_weight, "gripper": gripper_weight}
         check_weights({f"model.{name}_weight": weight for name, weight in self.weights.items()})
 
     def resume_data(self, datamodule: Any, checkpoint: Mapping[str, Any]) -> None:
         """Keep the part of the image that the resumed run was trained on, see `PolicyStatistics.keep_view`."""
         self.statistics.keep_view(datamodule, checkpoint)
+
+    def setup(self, stage: str) -> None:
+        """Leave `pix_argmax` out if the data's camera is not calibrated: its matrices then have no meaning."""
+        data = getattr(self.trainer, "datamodule", None)
+        self.logs_pixels = getattr(data, "camera_is_calibrated", True)
 
     def set_statistics(self, statistics: DemoStatistics) -> dict[str, float]:
         """Store the training split's ranges."""
@@ -170,31 +176,35 @@ class CoordinateRegressionModule(System):
         """Errors in the same units as those of the volume-query policy.
 
         Each is a mean over all steps, including steps past a demo's end, whatever `mask_padded_steps` is; `pix_argmax`
-        is a mean over the steps inside the image. (The volume-query policy's errors are means over the steps inside the
-        image that count in its loss.) `gripper_open_acc` is the share of steps where open or closed is right. There is
-        no `gripper_acc`, which in the volume-query policy requires the exact bin: here the opening has no bins.
+        is a mean over the steps inside the image, and is left out for an uncalibrated camera, see `setup`. (The
+        volume-query policy's errors are means over the steps inside the image that count in its loss.)
+        `gripper_open_acc` is the share of steps where open or closed is right. There is no `gripper_acc`, which in the
+        volume-query policy requires the exact bin: here the opening has no bins.
         """
-        return self._metrics_and_count(output, batch)[0]
+        return self._metrics_and_counts(output, batch)[0]
 
     @torch.no_grad()
-    def _metrics_and_count(self, output: RegressionOutput, batch: PolicyBatch) -> tuple[dict[str, Tensor], Tensor]:
-        """`metrics`, and the number of targets inside the image over which `pix_argmax` is a mean."""
+    def _metrics_and_counts(
+        self, output: RegressionOutput, batch: PolicyBatch
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`metrics`, and for those that are not means over the samples the number of targets over which they are."""
         position = self.denormalise(output.position)
+        angle = torch.rad2deg(geodesic_angle(columns_to_quaternion(output.rotation), batch.quaternion))
+        metrics = {
+            "height_m": (position[..., 2] - batch.position[..., 2]).abs().mean(),
+            "position_cm": (position - batch.position).norm(dim=-1).mean() * 100,
+            "rotation_deg": angle.mean(),
+            "gripper_open_acc": ((output.gripper.sigmoid() > CLOSED) == (batch.gripper > CLOSED)).float().mean(),
+        }
+        if not self.logs_pixels:
+            return metrics, {}
         intrinsics, extrinsics = batch.intrinsics[:, None, None], batch.world_to_camera[:, None, None]
         true_pixels, _ = project(batch.position, intrinsics, extrinsics)
         pixels, _ = project(position, intrinsics, extrinsics)
         size = self.network.image_size
         visible = inside_image(true_pixels, size, size) & torch.isfinite(pixels).all(-1)
         pixel_error = (pixels - true_pixels).norm(dim=-1).masked_fill(~visible, 0.0)
-        angle = torch.rad2deg(geodesic_angle(columns_to_quaternion(output.rotation), batch.quaternion))
-        metrics = {
-            "pix_argmax": pixel_error.sum() / visible.sum(),
-            "height_m": (position[..., 2] - batch.position[..., 2]).abs().mean(),
-            "position_cm": (position - batch.position).norm(dim=-1).mean() * 100,
-            "rotation_deg": angle.mean(),
-            "gripper_open_acc": ((output.gripper.sigmoid() > CLOSED) == (batch.gripper > CLOSED)).float().mean(),
-        }
-        return metrics, visible.sum()
+        return {"pix_argmax": pixel_error.sum() / visible.sum(), **metrics}, {"pix_argmax": visible.sum()}
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         return self.losses(self(batch), batch)["total"]
@@ -209,8 +219,8 @@ class CoordinateRegressionModule(System):
     def validation_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         output = self(batch)
         losses = self.losses(output, batch)
-        metrics, in_image = self._metrics_and_count(output, batch)
-        counts = dict.fromkeys(losses, self._counted(batch).sum()) | {"pix_argmax": in_image}
+        metrics, counts = self._metrics_and_counts(output, batch)
+        counts |= dict.fromkeys(losses, self._counted(batch).sum())
         self.log_values("val", losses | metrics, len(batch), BAR, counts)
 
 

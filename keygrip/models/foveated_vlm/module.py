@@ -205,7 +205,8 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             raise ValueError(
                 f"model.init_from={path} was trained with another tokenizer: its weights mean other words. Use "
                 "the same language=..., and for a tokenizer trained on the shards "
-                "language.tokenizer.init_from=${model.init_from}"
+                "language.tokenizer.init_from=${model.init_from}. For weights of language=smollm2_* or qwen2_5_* from "
+                "before 30 November 2026, begin again with stage 1, or convert the published weights again"
             )
         if not source_model.tokenizer.same_words(self.tokenizer):  # an export's, which has the system turn of training
             log.warning("conversations are laid out by another chat template than that of %s, which it replaces", path)

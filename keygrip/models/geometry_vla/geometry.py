@@ -170,8 +170,9 @@ class DinoMultiView(GeometryEncoder):
     """
 
     one_graph = True
+    # the logged errors of a frozen encoder are of cells within max_depth_m too, but it no longer limits what is learned
     read_where: ClassVar = dict.fromkeys(
-        ("action_gradient", "point_weight", "depth_weight"), ReadWhere("frozen", False)
+        ("action_gradient", "point_weight", "depth_weight", "max_depth_m"), ReadWhere("frozen", False)
     )
 
     def __init__(

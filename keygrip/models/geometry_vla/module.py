@@ -180,7 +180,7 @@ class GeometryVLAModule(System):
                 "The data module's statistics hold no action chunks or cameras, which this model normalises by: use "
                 "keygrip.data.robot.datamodule.RobotDemos with data.cameras."
             )
-        if not all(sentence.strip() for sentence in set(statistics.chunks.instruction)):
+        if not all(sentence.strip() for sentence in statistics.instructions):
             raise ValueError(
                 "Some demonstrations have no instruction, which this policy needs when it plans: write one into their "
                 "metadata.json, or remove them."

@@ -99,6 +99,11 @@ class GeometryVLAPolicy:
         changes = {name: getattr(self, name) for name in ("temperature", "steps", "solver")}
         changes = {name: value for name, value in changes.items() if value is not None}
         self._sampling = replace(self.module.sampling, **changes)
+        if self.solver not in (None, "euler") and self._sampling.steps == 1:
+            raise ValueError(
+                f"policy.solver={self.solver} has no effect with a single step (policy.steps; model.sampling.steps): "
+                "leave it out, or give more steps"
+            )
         self._geometry = self.module.statistics.geometry
         self._generator = torch.Generator().manual_seed(self.seed)
         self._warning = HeldBackWarning()

@@ -1,4 +1,4 @@
-"""Rejection of guidance settings without effect on samples: in `keygrip sample`, in `evaluate` and in Python.
+"""Rejection of sampling settings without effect on samples: in `keygrip sample`, in `evaluate` and in Python.
 
 Also warnings about conditions that a model was not trained on, for callers who choose them; an evaluation uses its own.
 """
@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from keygrip.models.patch_dit.module import PatchDiTModule
-from keygrip.models.patch_dit.sampler import Sampling, refuse_idle_interval
+from keygrip.models.patch_dit.sampler import Sampling, refuse_idle_interval, refuse_idle_solver
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +69,12 @@ def refuse_idle_guidance(
             f"start_image at strength={conditions.strength:g}: a student of few steps was trained to begin with noise "
             "alone; give strength=1 with redraw, or draw with its teacher"
         )
+    strength = 1.0 if conditions.strength is None else conditions.strength
     if "interval" in given:
         ways = [module.sampling_at(size, sampling) for size in module.statistics.latent_sizes]
-        refuse_idle_interval(ways, 1.0 if conditions.strength is None else conditions.strength)
+        refuse_idle_interval(ways, strength)
+    if "solver" in given:
+        refuse_idle_solver(sampling, strength)
     patches = module.network.use_dino_patches
     idle = [name for name, has in (("image_mask", conditions.masks), ("cls_scale", "cls_scale" in given)) if has]
     if idle and not patches:

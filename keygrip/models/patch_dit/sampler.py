@@ -211,6 +211,20 @@ def refuse_idle_interval(ways: Sequence[Sampling], strength: float = 1.0) -> Non
         )
 
 
+def refuse_idle_solver(sampling: Sampling, strength: float = 1.0) -> None:
+    """Raise ValueError for a solver of second order with a single step, which is a step of Euler's method.
+
+    Args:
+        strength: of an `Edit`.
+    """
+    if sampling.solver != "euler" and len(sampling.levels(strength)) == 2:
+        shortened = "" if strength == 1 else f", strength={strength:g}"
+        raise ValueError(
+            f"solver={sampling.solver} has no effect with a single step (steps={sampling.steps}{shortened}): leave it "
+            "out, or give more steps"
+        )
+
+
 @dataclass(frozen=True)
 class Edit:
     """Normalised latents ``[B, C, h, w]`` of images to edit: inpainting by a mask, or sampling from partial noise.

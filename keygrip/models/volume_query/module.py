@@ -36,6 +36,7 @@ from keygrip.models.volume_query.symmetry import (
 from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets, views_of_images
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
 from keygrip.models.volume_query.world import FurtherViews
+from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import stored_beside_weights
 from keygrip.training.distributed import check_weights, weighted_means
 from keygrip.training.figures import figure_to_image
@@ -349,7 +350,8 @@ class VolumeQueryModule(System):
         losses = self.losses(output, batch, targets)
         self.log_values("train", losses | self.metrics(output, batch, targets), len(batch), BAR)
         self.log("train/off_screen_share", 1 - targets.inside.float().mean(), batch_size=len(batch))
-        if self.log_images_every_n_steps and self.global_step % self.log_images_every_n_steps == 0:
+        due = self.log_images_every_n_steps and self.global_step % self.log_images_every_n_steps == 0
+        if due and completes_step(self.trainer):
             self._show("train", output, batch, targets)
         return losses["total"]
 

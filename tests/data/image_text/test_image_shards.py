@@ -331,6 +331,25 @@ def test_a_set_in_which_all_are_skipped_is_an_error(tmp_path: Path) -> None:
         module(tmp_path, max_skipped_share=1.0)
 
 
+def test_records_are_read_alone_and_without_those_that_are_unreadable(tmp_path: Path) -> None:
+    write_images(tmp_path, {SQUARE: 8, WIDE: 3}, small_encoders(), {"train": 0})
+    data = module(tmp_path)
+    whole = {
+        key: record for batch in data.held_out("train") for key, record in zip(batch.keys, batch.records, strict=True)
+    }
+    keys_in_order = [part.shards.key(index) for part in data.parts["train"] for index in part.chosen.tolist()]
+    assert list(data.samples("train").records()) == [whole[key] for key in keys_in_order]
+    assert len(list(data.samples("train", 4).records())) == 4
+    index = data.parts["train"][0].shards.index(0)
+    place = next(i for i in range(*index.first_part[3:5]) if index.part_names[i] == RECORD)
+    tar = tmp_path / "train" / SQUARE.name / "shard-000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[index.part_offsets[place] : index.part_offsets[place] + 6] = b"broken"
+    tar.write_bytes(content)
+    readable = [key for key in keys_in_order if key != "train-bucket_32x32-3"]
+    assert list(data.samples("train").records()) == [whole[key] for key in readable]
+
+
 def test_an_unreadable_sample_is_replaced_and_counted(tmp_path: Path) -> None:
     write_images(tmp_path, {SQUARE: 8}, small_encoders(), {"train": 0})
     data = module(tmp_path)
@@ -490,6 +509,23 @@ def test_without_a_place_it_says_what_to_give() -> None:
     data = ImageShards(batch_size=4)
     with pytest.raises(ValueError, match=r"data\.root=PATH"):
         data.setup()
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"schema": '])
+def test_a_damaged_list_of_buckets_is_made_again_as_its_message_says(content: str, tmp_path: Path) -> None:
+    write_images(tmp_path, {SQUARE: 3}, small_encoders(), {"train": 0})
+    info = tmp_path / "images.json"
+    splits = json.loads(info.read_text())["splits"]
+    info.write_text(content)
+    refused = r"images\.json is damaged \(.+\): remove it, and make it again with step=manifest"
+    with pytest.raises(ValueError, match=refused):
+        module(tmp_path, batch_size=1).setup()
+    with pytest.raises(ValueError, match=refused):
+        make_manifests(tmp_path)
+    info.unlink()
+    make_manifests(tmp_path)
+    assert json.loads(info.read_text())["splits"] == splits
+    assert len(module(tmp_path, batch_size=1).samples("train")) == 3
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------

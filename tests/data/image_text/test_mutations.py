@@ -93,7 +93,7 @@ def test_damaged_shards(tmp_path: Path, rounds: int) -> None:
                 changed = sum(whole.get(key) != value for key, value in found.items())
                 assert changed <= (2 if fresh else 0)
             shutil.rmtree(root)
-    outcomes.assert_clean(tmp_path / "ran")
+    outcomes.assert_clean()
     assert outcomes.counts["refused"] + outcomes.counts["skipped"] > rounds
 
 
@@ -181,7 +181,7 @@ def test_damaged_image_folders(tmp_path: Path, rounds: int) -> None:
         path.write_bytes(content)
         assert found is not None, outcomes.unexpected
         assert {k: v for k, v in found.items() if k != path.stem} == {k: v for k, v in whole.items() if k != path.stem}
-    outcomes.assert_clean(tmp_path / "ran")
+    outcomes.assert_clean()
 
 
 def test_hostile_images_and_captions(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_hostile_images_and_captions(tmp_path: Path) -> None:
     assert found["c6"][0] == "x"
     assert {key: found[key] for key in whole} == whole
     outcomes.counts.clear()
-    outcomes.assert_clean(tmp_path / "ran")
+    outcomes.assert_clean()
 
 
 def test_what_is_no_image_to_encode_is_named(tmp_path: Path) -> None:

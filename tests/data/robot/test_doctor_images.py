@@ -552,6 +552,41 @@ def test_calibration_gives_the_camera_back_and_leaves_the_recording(tmp_path):
         calibrate(root, tmp_path / "fixed.yaml", "auto", None, None, 3, 10)
 
 
+def test_a_demo_of_an_unknown_model_is_left_out_of_the_calibration(tmp_path, monkeypatch, caplog):
+    root = write(tmp_path / "data", same)
+    file = root / "demo_1" / "metadata.json"
+    metadata = json.loads(file.read_text())
+    metadata["source"] = {"models": {"right": ["yam", "new_gripper"]}}
+    file.write_text(json.dumps(metadata))
+    used: list[str] = []
+
+    def fitted(pairs):
+        used[:] = [view.demo.name for view, _ in pairs]
+        return Fit(np.zeros(NUMBERS), np.ones(NUMBERS), 0.9, 0.9, residual=0.5, points=100, cost=0.1)
+
+    monkeypatch.setattr("keygrip.data.robot.doctor.calibrate.best_fit", fitted)
+    calibrate(root, tmp_path / "fixed.yaml", "auto", None, None, DEMOS, 4)
+    assert used == [f"demo_{number}" for number in range(DEMOS) if number != 1]
+    assert (tmp_path / "fixed.yaml").is_file()
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("left out: demo 'demo_1': source.models.right: unknown gripper 'new_gripper'")
+    calibrate(root, tmp_path / "own.yaml", "auto", None, None, DEMOS, 4, yam_surface())  # the demo's names are not used
+    assert len(used) == DEMOS
+
+
+@pytest.mark.parametrize(("folder", "root"), [("data", "."), ("data/demo_0", ".."), ("", "data")])
+def test_a_calibration_is_written_beside_the_data(tmp_path, monkeypatch, folder, root):
+    write(tmp_path / "data", same)
+    before = sorted((tmp_path / "data").rglob("*"))
+    none = Fit(np.zeros(NUMBERS), np.ones(NUMBERS), 0.9, 0.9, residual=0.5, points=100, cost=0.1)
+    monkeypatch.setattr("keygrip.data.robot.doctor.calibrate.best_fit", lambda pairs: none)
+    monkeypatch.chdir(tmp_path / folder)
+    report = calibrate(root, None, "auto", None, None, 1, 4)
+    assert Path(report["output"]).resolve() == tmp_path.resolve() / "data_calibration.yaml"
+    assert (tmp_path / "data_calibration.yaml").is_file()
+    assert sorted((tmp_path / "data").rglob("*")) == before
+
+
 def test_two_arms_one_of_which_has_no_joints_are_not_calibrated_and_the_reason_is_said(tmp_path, monkeypatch):
     demos = two_armed(tmp_path / "data")
     arms = {**demos[0].arms, "left": replace(demos[0].arms["left"], joints=None)}

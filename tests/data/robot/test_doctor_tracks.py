@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from keygrip.data.robot.checks import pose_outliers, reached_outliers
 from keygrip.data.robot.corrections import Correction, corrected
 from keygrip.data.robot.doctor import commands
 from keygrip.data.robot.doctor.commands import LEFT_OUT, check_commands
@@ -20,6 +21,7 @@ from keygrip.data.robot.doctor.exchanged_arms import check_exchanged_arms
 from keygrip.data.robot.doctor.frozen_poses import check_frozen_poses, check_poses_of_moving_images
 from keygrip.data.robot.doctor.grippers import check_gripper
 from keygrip.data.robot.doctor.images import Stream, _check_colour_order, _colour_of_object
+from keygrip.data.robot.doctor.tracks import check_outlier_poses
 from keygrip.data.robot.doctor.trajectories import check_heights, check_jumps, check_times
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo
 from keygrip.robots.inverse_kinematics import pointing_down
@@ -183,6 +185,108 @@ def test_inverted_commands_of_a_task_that_begins_with_an_object_in_the_gripper_a
         ("gripper_polarity", "gripper opening inverted (1 for closed)"),
         ("command_gripper", "commanded or reached gripper inverted"),
     ]
+
+
+def outliers_found(position: np.ndarray, seconds: np.ndarray | None = None, hz: float = 10.0) -> tuple[int, ...]:
+    """Return the frames that the doctor names, of reached positions [N, 3] at times [N] (None: at the rate)."""
+    seconds = np.arange(len(position)) / hz if seconds is None else seconds
+    turned = np.tile([0.0, 1.0, 0.0, 0.0], (len(position), 1))
+    track = ArmTrajectory(position, turned, np.ones(len(position)))
+    times = (seconds * 1e9).astype(np.int64)
+    exam = examined([Demo("demo_0", Path(), "arm", "pick", "pick it up", hz, times, {"right": track}, {})])
+    check_outlier_poses(exam)
+    return exam.findings[0].frames if exam.findings else ()
+
+
+ABOVE = (0.0, 0.0, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        ({}, ()),
+        ({30: ABOVE}, (30,)),
+        ({0: (0, 0, 0)}, (0,)),
+        ({0: (0, 0, 0), 1: (0, 0, 0)}, (0, 1)),
+        ({59: ABOVE}, (59,)),
+        ({58: ABOVE, 59: (0, 0, 0)}, (58, 59)),
+        ({0: ABOVE, 59: (0, 0, 0)}, (0, 59)),
+        ({30: ABOVE, 31: ABOVE}, (30, 31)),
+        ({30: (0, 0, 0), 31: ABOVE}, (30, 31)),
+        ({1: ABOVE, 2: ABOVE}, (1, 2)),
+        ({1: ABOVE}, (1,)),
+        ({58: ABOVE}, (58,)),
+        ({30: (0, 0, 0), 33: (0, 0, 0)}, (30, 33)),
+        ({30: (0, 0, 0), 31: (0, 0, 0), 34: (0, 0, 0), 35: (0, 0, 0)}, (30, 31, 34, 35)),
+        ({0: ABOVE, 20: ABOVE, 40: ABOVE, 41: ABOVE}, (0, 20, 40, 41)),
+    ],
+)
+def test_wrong_readings_are_named_also_at_the_ends_and_in_pairs(wrong, found):
+    position = at(np.arange(FRAMES, dtype=float), 1).position
+    for frame, value in wrong.items():
+        position[frame] = value
+    assert outliers_found(position) == found
+
+
+def test_commands_that_jump_to_their_target_at_once_are_no_wrong_readings():
+    frames = np.arange(FRAMES)
+    goal = at(frames.astype(float), 1)
+    for jumps in (frames > 0, frames == FRAMES - 1, (frames < 30) | (frames > 31)):
+        commanded = replace(goal, position=np.where(jumps[:, None], [0.5, 0.3, 0.3], [0.2, -0.2, 0.1]))
+        exam = examined([demo(0, lambda track, commanded=commanded: commanded)])
+        check_outlier_poses(exam)
+        assert exam.findings == []
+
+
+def moved(distance: np.ndarray) -> np.ndarray:
+    """Return positions [N, 3] at a distance along a line, with the tremor of a hand."""
+    tremor = np.random.default_rng(0).normal(0, 2e-4, (len(distance), 3))
+    return np.array([0.3, -0.2, 0.1]) + distance[:, None] * [0.6, 0.8, 0.0] + tremor
+
+
+def driven(seconds: np.ndarray, metres: float, m_s2: float) -> np.ndarray:
+    """Return the distance [N] of a motion from rest to rest that begins at 0 s and is as fast as the acceleration
+    allows."""
+    half = np.sqrt(metres / m_s2)
+    since = np.clip(seconds, 0, 2 * half)
+    return np.where(since < half, m_s2 / 2 * since**2, metres - m_s2 / 2 * (2 * half - since) ** 2)
+
+
+@pytest.mark.parametrize("hz", [1.0, 5.0, 10.0, 20.0, 30.0, 50.0])
+@pytest.mark.parametrize("metres", [0.15, 0.5, 1.0])
+@pytest.mark.parametrize("m_s2", [5.0, 25.0])
+def test_fast_starts_stops_and_strokes_are_no_wrong_readings(hz, metres, m_s2):
+    """The arm is still otherwise. `pose_outliers` may name a stroke of one frame; nothing is added to that."""
+    times = (np.arange(60) / hz * 1e9).astype(np.int64)
+    turned = np.tile([0.0, 1.0, 0.0, 0.0], (60, 1))
+    duration = 2 * np.sqrt(metres / m_s2)
+    for before in np.linspace(-1 / hz, duration, 9):  # seconds of the motion before the first frame
+        seconds = np.arange(60) / hz + before
+        start, abrupt = driven(seconds, metres, m_s2), np.clip(1.5 * seconds, 0, metres)
+        stroke = driven(seconds - 9.5 / hz, metres, m_s2) - driven(seconds - 10 / hz - duration, metres, m_s2)
+        for distance in (start, start[::-1], abrupt, abrupt[::-1], stroke):
+            track = ArmTrajectory(moved(distance), turned, np.ones(60))
+            np.testing.assert_array_equal(reached_outliers(track, times, hz), pose_outliers(track))
+
+
+@pytest.mark.parametrize(("m_s", "found"), [(0.3, (0,)), (1.6, ())])
+def test_a_step_is_compared_with_the_speeds_of_its_own_path(m_s, found):
+    seconds = np.arange(FRAMES) / 10.0
+    position = moved(m_s / 3 * np.sin(3 * seconds))
+    position[0, 2] += 0.5
+    assert outliers_found(position) == found
+
+
+def test_a_gap_in_time_is_no_wrong_reading():
+    position = at(np.arange(FRAMES, dtype=float), 1).position
+    position[0] = ABOVE
+    seconds = np.arange(FRAMES) / 10.0
+    seconds[1:] += 1.0
+    assert outliers_found(position, seconds) == ()
+    seconds = np.arange(FRAMES) / 10.0
+    seconds[0] += 0.099  # a wrong time stamp does not make a motion faster
+    position[0] = position[1] + [0.2, 0.0, 0.0]
+    assert outliers_found(position, seconds) == ()
 
 
 def hung(track: ArmTrajectory, first: int, last: int) -> ArmTrajectory:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from keygrip.data.robot.datamodule import RobotDemos
-from keygrip.data.robot.fingerprint import demo_fingerprint, fingerprints, refuse_changed
+from keygrip.data.robot.fingerprint import demo_fingerprint, fingerprints, refuse_changed, timing_fingerprint
+from keygrip.data.robot.integrity import data_version
 
 
 def test_changes_of_poses_calibration_and_instruction_are_seen(
@@ -28,6 +31,53 @@ def test_changes_of_poses_calibration_and_instruction_are_seen(
     (view, camera), *_ = demo.cameras.items()
     moved = camera.world_to_camera + 0.01
     assert demo_fingerprint(replace(demo, cameras={view: replace(camera, world_to_camera=moved)})) != same
+
+
+def test_changes_of_times_rate_and_corrected_frames_are_seen(
+    robot_demos: Callable[..., RobotDemos], native_root: Path
+) -> None:
+    data = robot_demos(native_root)
+    data.setup("fit")
+    demo = data.demos[0]
+    frames = np.arange(len(demo))
+    same = timing_fingerprint(demo)
+    assert timing_fingerprint(replace(demo, timestamps=demo.timestamps + 5_000)) == same
+    assert timing_fingerprint(replace(demo, intervention=frames < 0)) == same
+    later = demo.timestamps + (frames == 4)
+    others = [
+        replace(demo, timestamps=later),
+        replace(demo, fps=20.0),
+        replace(demo, intervention=frames == 3),
+        replace(demo, intervention=frames == 4),
+    ]
+    assert len({same, *map(timing_fingerprint, others)}) == 5
+    assert {demo_fingerprint(other) for other in others} == {demo_fingerprint(demo)}  # as in earlier checkpoints
+    contents = {demo.name: "hash"}
+    assert {data_version(contents, [other]) for other in others} == {data_version(contents, [])}  # files are hashed
+    elsewhere = [replace(other, path=Path("/elsewhere")) for other in (demo, *others)]
+    assert len({data_version(contents, [other]) for other in elsewhere}) == 5
+
+
+def test_resuming_with_other_corrected_frames_or_times_is_refused(
+    robot_demos: Callable[..., RobotDemos], native_root: Path, change_archive: Any
+) -> None:
+    def reread() -> RobotDemos:
+        data = robot_demos(native_root, verify=False)
+        data.setup("fit")
+        return data
+
+    state = reread().state_dict()
+    file = native_root / "demo_03" / "trajectory.npz"
+    change_archive(file, intervention=np.arange(12) == 3)
+    with pytest.raises(ValueError, match=r"1 changed \(demo_03\); restore them"):
+        reread().load_state_dict(state)
+    change_archive(file, intervention=None)
+    reread().load_state_dict(state)
+    change_archive(native_root / "demo_04" / "trajectory.npz", timestamps_ns=np.arange(12) * 98_000_000)
+    with pytest.raises(ValueError, match=r"1 changed \(demo_04\); restore them"):
+        reread().load_state_dict(state)
+    del state["timing"]  # as in an older checkpoint
+    reread().load_state_dict(state)
 
 
 def test_resuming_on_changed_demonstrations_stops_with_their_names(

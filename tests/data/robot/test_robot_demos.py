@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import shutil
@@ -23,11 +24,12 @@ from lightning.pytorch import LightningModule, Trainer
 from keygrip.config import config_folder
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot.augmentation import Augmentation
-from keygrip.data.robot.datamodule import RobotDemos, split_demos
+from keygrip.data.robot.datamodule import RobotDemos
 from keygrip.data.robot.recordings import Recording
 from keygrip.data.robot.samples import keyframe_of, moving_frames, targets_of
 from keygrip.data.robot.schema import ArmTrajectory
 from keygrip.data.robot.set_checks import GRIP_BELOW, off_screen_shares, refuse_short
+from keygrip.data.robot.split import split_demos
 from keygrip.data.shards.sampling import SampleKey
 from keygrip.models.policy_statistics import PolicyStatistics
 
@@ -368,6 +370,25 @@ def test_the_split_is_by_name_and_stable_under_added_demos() -> None:
         assert all(split_demos(names[:count], fraction, 0)[side] for fraction in (0.01, 0.99) for side in (0, 1))
 
 
+def test_a_single_demo_is_trained_on_whatever_its_name(
+    native_demo: Callable[..., Path], tmp_path: Path, robot_demos: Make
+) -> None:
+    for name in ("demo_002", "demo_000003", "episode_001", "000002", "seed_1", "demo_000000"):
+        assert split_demos([name], 0.1, 0) == ([0], [])
+        assert split_demos([name], 0.99, 0) == ([], [0])  # how a policy is evaluated on a single one
+    root = native_demo(tmp_path / "demos" / "demo_002").parent
+    data = ready(robot_demos(root, val_fraction=0.1))
+    assert data.statistics.frames == len(data.train_samples) == 12
+    assert data.val_dataloader() == []
+    with pytest.raises(
+        ValueError, match=r"val_fraction=0\.99 holds out the only demonstration, demo_002: set data\.val_fraction=0 to"
+    ):
+        robot_demos(root, val_fraction=0.99).setup("fit")
+    evaluated = robot_demos(root, val_fraction=0.99)
+    evaluated.setup("validate")
+    assert len(evaluated.val_samples) == 12
+
+
 def test_no_demo_is_on_both_sides(native_root: Path, robot_demos: Make) -> None:
     module = ready(robot_demos(native_root))
     trained = {int(i) for batch in module.train_dataloader() for i in batch.demo_index}
@@ -447,6 +468,28 @@ def test_max_demos_takes_the_first_ones(native_root: Path, robot_demos: Make) ->
     ]
     with pytest.raises(ValueError, match=r"max_demos=11, but .* holds 10"):
         robot_demos(native_root, max_demos=11).setup("fit")
+
+
+def test_of_max_demos_those_that_are_found_damaged_are_not_replaced(native_root: Path, robot_demos: Make) -> None:
+    (native_root / "demo_00" / "metadata.json").write_text("{")
+    (native_root / "demo_01" / "rgb/over/000005.jpg").write_bytes(b"no image")
+    data = ready(robot_demos(native_root, max_demos=3, max_broken_share=0.5))
+    assert [demo.name for demo in data.demos] == ["demo_02", "demo_03"]
+    assert [error.name for error in data.broken] == ["demo_00", "demo_01"]
+
+
+def test_a_camera_is_calibrated_if_it_is_in_all_demos(
+    native_root: Path, robot_demos: Make, change_metadata: Any
+) -> None:
+    reads_none = types.SimpleNamespace(reads_calibration=False)
+    for uncalibrated in (False, True):
+        if uncalibrated:
+            entry = json.loads((native_root / "demo_06/metadata.json").read_text())["cameras"]["over"]
+            change_metadata(native_root / "demo_06", cameras={"over": entry | {"uncalibrated": "no entry"}})
+        data = robot_demos(native_root)
+        data.configure_for(reads_none)
+        assert ready(data).camera_is_calibrated == (not uncalibrated)
+        assert len(data.demos) == 10
 
 
 def stamped(demo: Path, rate: float, change_archive: Any) -> None:
@@ -571,6 +614,17 @@ def test_single_wrong_readings_are_named(
     ready(robot_demos(native_root, targets="commanded"))  # the height bins span the reached positions as well
     assert "2 reached positions leave the path of their neighbours" in caplog.text
     assert "commanded positions leave the path" not in caplog.text
+    caplog.clear()
+    path[0] = 0.0
+    path[11] += [0.0, 0.4, 0.0]
+    change_archive(native_root / "demo_04" / "trajectory.npz", right__position_m=path)
+    with np.load(native_root / "demo_05" / "trajectory.npz") as stored:
+        path = stored["right/position_m"].copy()
+    path[0] = [-0.4, 0.0, 0.15]
+    path[5:7] = [0.0, 0.4, 0.15]
+    change_archive(native_root / "demo_05" / "trajectory.npz", right__position_m=path)
+    ready(robot_demos(native_root, targets="reached"))
+    assert "demo_05 frame 0, demo_05 frame 5, demo_05 frame 6" in caplog.text
 
 
 def test_pauses_can_be_dropped(native_root: Path, robot_demos: Make, change_archive: Any) -> None:
@@ -593,6 +647,12 @@ def test_pauses_can_be_dropped(native_root: Path, robot_demos: Make, change_arch
     assert len(module.train_samples) == 9 * count
     assert {int(f) for f in module.train_samples.sample_frame} == set(range(12)) - {6, 7, 8}
     assert len(module.val_samples) == 12 * len(module.val_indices)  # validation samples stay the same
+    whole, dropped = (each.train_samples for each in (ready(robot_demos(native_root)), module))
+    for frame in (2, 9):  # one that reaches into the pause, and the first one after it
+        one, other = (
+            samples[SampleKey(int(np.flatnonzero(samples.sample_frame == frame)[0]), 0)] for samples in (whole, dropped)
+        )
+        assert torch.equal(one.position, other.position), "the timing of plans stays"
 
 
 def test_a_closing_gripper_is_no_pause(native_root: Path, robot_demos: Make, change_archive: Any) -> None:

@@ -98,6 +98,13 @@ def test_shares_are_exact_and_equal_without_weights() -> None:
         GlobalBatchSampler(101, 10, groups=groups, weights=[1, 1])
 
 
+def test_max_demos_is_the_number_of_each_set(roots: list[str], robot_demos: Make) -> None:
+    data = ready(robot_demos(roots, val_fraction=0.0, max_demos=2))
+    assert [demo.name for demo in data.demos] == ["a/demo_0", "a/demo_1", "b/demo_0", "b/demo_1"]
+    with pytest.raises(ValueError, match=r"data\.max_demos=3, but .*b holds 2 readable demos"):
+        robot_demos(roots, max_demos=3).setup("fit")
+
+
 def test_a_broken_set_is_not_hidden_by_a_good_one(roots: list[str], robot_demos: Make) -> None:
     (Path(roots[1]) / "demo_0" / "metadata.json").unlink()
     with pytest.raises(ValueError, match=r"1 of 2 demos in .*b are broken"):

@@ -256,6 +256,8 @@ LAYOUTS: dict[str, tuple[Members, dict[str, int]]] = {
     "frames from 2": ([("a.02.jpg", jpeg()), ("a.03.jpg", jpeg()), ("a.json", CAPTION)], {}),
     "one number twice": ([("a.00.jpg", jpeg()), ("a.0.png", picture(1)), ("a.json", CAPTION)], {}),
     "upper and lower case": ([("a.jpg", jpeg()), ("a.JPG", jpeg()), ("a.json", CAPTION)], {}),
+    "a key in upper and lower case": ([("IMG1.JPG", jpeg()), ("img1.json", CAPTION)], {}),
+    "a part in upper case": ([("img1.JPG", jpeg()), ("img1.json", CAPTION)], {"img1": 1}),
     "video and images": ([("a.mp4", small_video()), ("a.jpg", jpeg()), ("a.json", CAPTION)], {}),
     "two videos": ([("a.mp4", small_video()), ("a.webm", small_video()), ("a.json", CAPTION)], {}),
     "unknown image": ([("a.gif", b"GIF89a"), ("a.json", CAPTION)], {}),

@@ -21,6 +21,7 @@ from shard_sets import conversations, picture, small_video
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.shards.index import MANIFEST, index_path
 from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.set_writer import SETTINGS_FILE
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import describe_video_text, read_sample, video_text_parts
 from keygrip.data.video_text.sources.cauldron import cauldron
@@ -94,7 +95,7 @@ def test_damaged_shards(tmp_path: Path, rounds: int) -> None:
             if found is not None and file == "a.tar":
                 assert sum(whole.get(key) != value for key, value in found.items()) <= 2
             shutil.rmtree(root)
-    outcomes.assert_clean(tmp_path / "ran")
+    outcomes.assert_clean()
     assert outcomes.counts["refused"] + outcomes.counts["skipped"] > rounds
 
 
@@ -127,7 +128,7 @@ def test_hostile_members(tmp_path: Path) -> None:
         root = write(tmp_path / str(number), changes)
         found = outcomes.run(f"{[*changes][-1]} {number}", lambda root=root: everything(root), whole)
         assert found == others, (changes, outcomes.unexpected)  # neither refused nor different
-    outcomes.assert_clean(tmp_path / "ran")
+    outcomes.assert_clean()
 
 
 def test_a_pipe_in_place_of_a_shard_is_refused(tmp_path: Path) -> None:
@@ -201,23 +202,33 @@ SOURCE_ROUNDS = [pytest.param(5, id="quick"), pytest.param(40, id="large", marks
 def test_damaged_sources(tmp_path: Path, make: Callable[[Path], dict[str, Any]], rounds: int) -> None:
     """If a list, table or archive is damaged, entries are counted as failed, or the step ends with one line.
 
-    Lists and texts have no checksum: a changed letter gives another text.
+    Lists and texts have no checksum: a changed letter gives another text, and a changed end of a line gives other rows.
+    Every row of a list is written or counted as failed; a table or archive whose samples are lost has failures.
     """
     rng, outcomes = np.random.default_rng(1), Outcomes()
     ((file, prepare),) = make(tmp_path / "source").items()
 
     def outcome(out: Path) -> dict[str, Any]:
-        prepare(out)
+        reports[out] = prepare(out)
         return everything_in(out)
 
+    reports: dict[Path, dict[str, Any]] = {}
     whole = outcome(tmp_path / "whole")
     assert whole
+    assert (reports[tmp_path / "whole"]["samples"], reports[tmp_path / "whole"]["failed"]) == (len(whole), 0)
     content = (tmp_path / "source" / file).read_bytes()
     for number in range(rounds):
         (tmp_path / "source" / file).write_bytes(flipped(content, rng))
         out = tmp_path / f"out{number}"
-        outcomes.run(f"{file} {number}", lambda out=out: outcome(out), whole)
-    outcomes.assert_clean(tmp_path / "ran")
+        found = outcomes.run(f"{file} {number}", lambda out=out: outcome(out), whole)
+        if found is not None:
+            written, failed = reports[out]["samples"], reports[out]["failed"]
+            assert written == len(found) > 0, number
+            if file.startswith("list."):
+                assert written + failed == json.loads((out / SETTINGS_FILE).read_text())["items"], number
+            else:
+                assert failed or whole.keys() <= found.keys(), number
+    outcomes.assert_clean()
 
 
 def everything_in(root: Path) -> dict[str, Any]:

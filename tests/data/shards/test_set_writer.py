@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import shutil
+import socket
 import tarfile
 import time
 from collections.abc import Iterable, Sequence
@@ -112,12 +113,22 @@ def test_a_killed_worker_is_an_error_that_says_what_to_do(tmp_path: Path, monkey
     assert code == 1
 
 
-def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
-    for name, age in (("old", 3600), ("young", 5)):
-        (tmp_path / f".{name}.tar.123.writing").write_bytes(b"half")
-        os.utime(tmp_path / f".{name}.tar.123.writing", (time.time() - age,) * 2)
+def test_what_a_process_killed_on_another_machine_left_is_removed_when_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of a live process of this machine stay: a sample may take longer than any age."""
+    here = socket.gethostname()
+    for host, age, name in (("there", 3600, "there_old"), ("there", 5, "there_young"), (here, 3600, "here")):
+        target = tmp_path / f"{name}.tar"
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        with artifacts.atomic_write(target) as file:
+            abandoned = Path(file.name)
+        target.unlink()
+        abandoned.write_bytes(b"half")
+        os.utime(abandoned, (time.time() - age,) * 2)
     written(tmp_path)
-    assert [path.name for path in tmp_path.glob(".*.writing")] == [".young.tar.123.writing"]
+    left = {path.name.split(".")[1] for path in tmp_path.glob(f".*{artifacts.WRITING}*")}
+    assert left == {"there_young", "here"}
 
 
 @dataclass(frozen=True)

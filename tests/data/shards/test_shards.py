@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 import shutil
 import tarfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ import pytest
 import webdataset
 from shard_sets import conversations, picture, write_set
 
+from keygrip.data import validation
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.shards import index
 from keygrip.data.shards.examination import ShardReport
@@ -35,6 +40,8 @@ from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.validation import validate
 from keygrip.data.video_text.conversations import describe_video_text, read_sample, video_text_parts
 from keygrip.data.video_text.examination import report_shared
+from keygrip.training.signals import Interrupted
+from keygrip.worker_processes import prepare_worker
 
 
 def overwrite(path: Path, offset: int, content: bytes) -> None:
@@ -238,6 +245,42 @@ def test_a_long_sample_is_indexed_from_its_tar_as_it_was_written(tmp_path: Path)
     assert ShardSet(tmp_path).columns["frames"].tolist() == [5, 1100]
     report = validate(tmp_path)
     assert (report["errors"], report["frames"]) == (0, {"5": 1, "1100": 1})
+
+
+def test_a_validation_that_is_stopped_does_not_examine_the_remaining_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examined, pools, stopped = list[int](), list[Any](), threading.Event()
+
+    class Threads(ThreadPoolExecutor):
+        """Threads in place of processes; after the first shard their work waits until the pool is shut down."""
+
+        def __init__(self, processes: int, context: Any, initializer: Any, arguments: Any) -> None:
+            super().__init__(processes)
+            pools.append((processes, initializer, arguments))
+
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            stopped.set()
+            super().shutdown(wait=wait)
+
+    def examine(place: str, number: int) -> ShardReport:
+        examined.append(number)
+        assert number == 0 or stopped.wait(60)
+        return ShardReport(f"{place}/{number}")
+
+    def stop(futures: Any, **options: Any) -> Iterator[Any]:
+        yield futures[0]
+        raise Interrupted("stopped by SIGTERM")
+
+    write_set(tmp_path, [1] * 40, per_shard=1)
+    for name, replacement in (("ProcessPoolExecutor", Threads), ("examine_shard", examine), ("Progress", stop)):
+        monkeypatch.setattr(validation, name, replacement)
+    monkeypatch.setattr(validation, "usable_cores", lambda: 3)
+    with pytest.raises(Interrupted):
+        validate(tmp_path, processes=None)  # one per usable core
+    assert pools == [(3, prepare_worker, (os.getpid(),))]
+    assert len(examined) <= 4  # the first one, and those in work at the signal
 
 
 def test_a_sample_may_have_as_many_parts_as_frames_are_documented() -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract_parts import observation, wrong_observations
+from lightning.pytorch import LightningDataModule, Trainer
 from policy_batches import observation_of, validated_in_pieces
+from torch.utils.data import DataLoader
 
 from keygrip.data.batches import PolicyBatch
 from keygrip.data.robot.augmentation import ImageGeometry
@@ -152,6 +154,32 @@ def test_a_validation_is_the_mean_over_all_elements(module: CoordinateRegression
     )
     assert parts == pytest.approx(whole, rel=1e-4)
     assert whole["val/pix_argmax"] > 0
+
+
+class OneBatch(LightningDataModule):
+    """The batch as data of a camera that is calibrated or not."""
+
+    def __init__(self, calibrated: bool) -> None:
+        super().__init__()
+        self.camera_is_calibrated = calibrated
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader([batch()], batch_size=None)  # type: ignore[arg-type]
+
+    val_dataloader = train_dataloader
+
+
+def test_without_calibration_there_is_no_error_in_pixels(module: CoordinateRegressionModule) -> None:
+    """Regression: it was computed with placeholders, which are in place of the matrices of such a camera."""
+    for calibrated in (False, True):
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = Trainer(accelerator="cpu", enable_model_summary=False, max_steps=1, **options)
+        trainer.fit(module, datamodule=OneBatch(calibrated))
+        metrics = {name for name in trainer.callback_metrics if not name.startswith("lr-")}
+        assert ("train/pix_argmax" in metrics, "val/pix_argmax" in metrics) == (calibrated, calibrated)
+        assert {"train/position_cm", "val/position_cm", "val/loss"} <= metrics
+        (evaluated,) = trainer.validate(module, datamodule=OneBatch(not calibrated), verbose=False)
+        assert ("val/pix_argmax" in evaluated) != calibrated, "the data that are read decide"
 
 
 def test_picture_and_state_both_reach_the_output(module: CoordinateRegressionModule) -> None:

@@ -19,6 +19,7 @@ from vlm_parts import small_module
 from keygrip import evaluate, generate, train
 from keygrip.config import compose
 from keygrip.data.batches import VideoTextBatch
+from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.evaluation import text_metrics as metrics
 from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
@@ -406,7 +407,8 @@ def test_a_stage_begins_with_the_weights_of_the_one_before(overrides: Callable[.
     for name, value in scaled.items():
         torch.testing.assert_close(value, first[name], atol=1e-6, rtol=0, msg=name)
     replace_tokenizer(tmp_path / "videos")
-    with pytest.raises(ValueError, match="another tokenizer"):
+    remedies = r"language\.tokenizer\.init_from=.* before 30 November 2026, begin again with stage 1"
+    with pytest.raises(ValueError, match=f"another tokenizer.*{remedies}"):
         train.run(compose("train", overrides("three", *frozen)))
     train.run(compose("train", overrides("four", *frozen, "language.tokenizer.init_from=${model.init_from}")))
     first_words, taken = (read_checkpoint(tmp_path / name)["language"]["tokenizer"] for name in ("one", "four"))
@@ -424,6 +426,34 @@ def test_the_baseline_trains_on_the_same_data(overrides: Callable[..., list[str]
 def test_the_fused_loss_on_a_cpu_is_refused_in_a_sentence(overrides: Callable[..., list[str]]) -> None:
     with pytest.raises(ValueError, match=r"model\.loss_kernel=liger computes on a GPU and this run is on the CPU"):
         train.run(compose("train", overrides("run", "max_steps=1", "model.loss_kernel=liger")))
+
+
+@pytest.mark.parametrize("dry_run", [[], ["dry_run=true"]], ids=["training", "dry run"])
+def test_batches_smaller_than_the_number_of_processes_are_named_before_training(
+    overrides: Callable[..., list[str]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    dry_run: list[str],
+) -> None:
+    """The data module is set up before there is a trainer, so it has to be told the number of processes."""
+    found: list[tuple[int, int]] = []
+
+    def stop(module: Any, datamodule: VideoTexts, *_: Any) -> None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        assert datamodule.mixture is not None
+        sizes = [len(batch) for batch in datamodule.mixture.batches_of(0)]
+        found.append((sum(size < 4 for size in sizes), len(sizes)))
+        raise InterruptedError
+
+    monkeypatch.setattr("keygrip.training.fit._set_statistics", stop)
+    several = ["strategy=ddp_cpu", "strategy.devices=4", "data.batch_size=8", BUDGET, *dry_run]
+    with caplog.at_level("WARNING"), pytest.raises(InterruptedError):
+        train.run(compose("train", overrides("run", *several)))
+    ((small, batches),) = found
+    assert small > 0
+    said = f"{small} of {batches} batches hold fewer samples than there are processes (4), so that some"
+    assert sum(said in message for message in caplog.messages) == 1
 
 
 def test_a_dry_run_writes_no_checkpoint_and_says_what_it_does(

@@ -135,8 +135,13 @@ def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
     for recompute in (False, True):
         vlm = small_vlm(gradient_checkpointing=recompute).train()
         vlm.prepare(tmp_path, INSTRUCTIONS)
+        calls: list[str] = []
+        for name, part in (("language", vlm.model.language_model.layers[0]), ("vision", vlm.model.visual.blocks[0])):
+            part.mlp.register_forward_pre_hook(lambda *_, calls=calls, name=name: calls.append(name))
         layers = vlm(batch.images, batch.instruction, 3).layers
+        assert sorted(calls) == ["language", "vision"]
         sum(layer.square().mean() for layer in layers).backward()  # type: ignore[union-attr]
+        assert sorted(calls) == sorted(["language", "vision"] * (2 if recompute else 1))
         gradients = [parameter.grad for parameter in vlm.parameters() if parameter.grad is not None]
         found.append([*(layer.detach() for layer in layers), *gradients])
     assert len(found[0]) == len(found[1])

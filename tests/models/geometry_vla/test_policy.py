@@ -47,6 +47,10 @@ def furthest(one: Tensor, other: Tensor) -> float:
 def test_demonstrations_without_an_instruction_are_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Some demonstrations have no instruction"):
         small_module().set_statistics(small_statistics(tmp_path, ["open the drawer", " "]))
+    statistics = small_statistics(tmp_path, ["open the drawer"])
+    # a short demonstration in a large set: none of the evenly chosen frames is of it
+    with pytest.raises(ValueError, match="Some demonstrations have no instruction"):
+        small_module().set_statistics(replace(statistics, instructions=("", "open the drawer")))
 
 
 @pytest.mark.parametrize("inject", [True, False])
@@ -308,6 +312,14 @@ def test_a_temperature_of_zero_draws_nothing_by_chance(module: GeometryVLAModule
     assert np.abs(coarse.plan(seen).position - first.position).max() > 0
     with pytest.raises(ValueError, match="temperature must not be negative"):
         replace(module.policy(), temperature=-1.0)
+
+
+def test_a_solver_of_a_single_step_is_refused(module: GeometryVLAModule) -> None:
+    for solver in ("heun", "adams_bashforth"):
+        with pytest.raises(ValueError, match=rf"policy\.solver={solver} has no effect with a single step"):
+            replace(module.policy(), steps=1, solver=solver)
+        replace(module.policy(), steps=2, solver=solver)
+    replace(module.policy(), steps=1, solver="euler")
 
 
 def test_what_an_observation_lacks_is_named(module: GeometryVLAModule) -> None:

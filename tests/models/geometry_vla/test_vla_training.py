@@ -17,8 +17,8 @@ from vla_parts import CAMERAS, INSTRUCTIONS, ready_module, small_batch, small_mo
 from keygrip import train
 from keygrip.config import compose
 from keygrip.data.batches import MultiViewPolicyBatch
-from keygrip.data.robot.datamodule import split_demos
 from keygrip.data.robot.native import read_native
+from keygrip.data.robot.split import split_demos
 from keygrip.models.geometry_vla.actions import LEAST_RANGE
 from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.geometry_vla.network import ActionSampling, Scene

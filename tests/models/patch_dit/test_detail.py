@@ -113,14 +113,17 @@ def test_in_the_network(size: tuple[int, int]) -> None:
         torch.testing.assert_close(velocity(network, cache), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_checkpointed_gradients_are_the_same() -> None:
+def test_checkpointed_gradients_are_the_same_and_the_head_is_computed_twice() -> None:
     conditions, both = conditions_of(), flags(True, True)
     x, level = torch.randn(2, CHANNELS, 8, 8), torch.tensor([0.3, 0.8])
     found = []
     for option in (False, True):
         network = small_dit(detail=HEAD, gradient_checkpointing=option).train()
-        told = network.context_builder(conditions, both, both, 1.0)
+        told, calls = network.context_builder(conditions, both, both, 1.0), []
+        assert network.detail is not None
+        network.detail.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         network(x, level, told).velocity.square().mean().backward()
+        assert len(calls) == 1 + option
         found.append({name: value.grad for name, value in network.named_parameters() if value.grad is not None})
     assert {"detail.image_in.weight", "detail.token_in.weight"} <= set(found[0])
     for name, gradient in found[0].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -92,11 +93,11 @@ def test_padding_of_the_text_does_not_count() -> None:
 
 
 def test_the_unconditional_branch_does_not_know_the_caption() -> None:
-    """Trap 2, at the output: it depends neither on the words nor on their number."""
-    network = small_dit()
+    """Trap 2, at the output: it depends neither on the words nor on their number, nor on the CLS or the patches."""
+    network, short, long = small_dit(), conditions_of(lengths=(1, 2), seed=4), conditions_of(lengths=(8, 7), seed=5)
     nothing = {"text": flags(False, False), "dino": flags(False, False)}
-    short, long = (velocity(network, conditions_of(lengths=lengths, seed=4), **nothing) for lengths in ((1, 2), (8, 7)))
-    torch.testing.assert_close(short, long)
+    torch.testing.assert_close(velocity(network, short, **nothing), velocity(network, long, **nothing))
+    assert difference(velocity(network, short), velocity(network, long)) > 0.01
 
 
 def test_cls_drives_the_norms_and_is_a_token() -> None:
@@ -260,14 +261,23 @@ def test_routed_tokens_pass_by_the_middle() -> None:
             TokenRouting(share, start, stop).check(3)
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
+def test_gradient_checkpointing_computes_blocks_twice_and_changes_no_gradient() -> None:
     gradients = []
     for option in (False, True):
         network = small_dit(gradient_checkpointing=option).train()
+        calls = [0] * len(network.blocks)
+        for number, block in enumerate(network.blocks):
+            block.register_forward_pre_hook(partial(count_call, calls, number))
         output = network(latents(), torch.tensor([0.3, 0.8]), context(network, conditions_of()))
+        assert calls == [1] * len(calls)
         output.velocity.pow(2).mean().backward()
+        assert calls == [1 + option] * len(calls)
         gradients.append([p.grad for p in network.parameters()])
     torch.testing.assert_close(*gradients)
+
+
+def count_call(calls: list[int], number: int, *_: object) -> None:
+    calls[number] += 1
 
 
 def test_errors_name_the_setting() -> None:

@@ -252,6 +252,22 @@ def test_an_interval_is_that_of_the_steps_from_the_start_image(
         drawn(*start, "strength=0.3", "interval=[0.5,1]")
 
 
+@pytest.mark.parametrize("solver", ["heun", "adams_bashforth"])
+def test_a_solver_that_takes_a_single_step_is_refused(
+    solver: str, drawn: Callable[..., dict[str, Any]], trained: Path
+) -> None:
+    """Three steps at strength 0.3 become one."""
+    with pytest.raises(
+        ValueError, match=rf"solver={solver} has no effect with a single step \(steps=1\): leave it out"
+    ):
+        drawn("prompt=thing", "steps=1", f"solver={solver}")
+    start = [f"start_image={trained / 'one.png'}", "prompt=thing", "steps=3", f"solver={solver}"]
+    with pytest.raises(ValueError, match=r"has no effect with a single step \(steps=3, strength=0\.3\)"):
+        drawn(*start, "strength=0.3")
+    assert drawn(*start, "strength=0.5")["sampling"]["solver"] == solver
+    assert drawn("prompt=thing", "steps=1", "solver=euler", name="once")["sampling"]["steps"] == 1
+
+
 def test_a_start_image_of_which_nothing_is_left_is_refused(drawn: Callable[..., dict[str, Any]], trained: Path) -> None:
     with pytest.raises(ValueError, match="strength=1 without redraw leaves nothing of start_image"):
         drawn(f"start_image={trained / 'one.png'}", "prompt=thing", "strength=1")

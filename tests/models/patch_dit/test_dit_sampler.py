@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -316,6 +318,28 @@ def test_a_guide_alone_costs_two_evaluations_and_one_that_is_the_network_changes
     guided = sample(network, conditions, SIZE, sampling, seeds=[1, 2], guide=network)
     usual = sample(network, conditions, SIZE, replace(sampling, guide_scale=0.0), seeds=[1, 2])
     torch.testing.assert_close(guided, usual, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "more"),
+    [
+        ("both", {"guidance": "dino_then_text"}, 1),
+        ("both", {"guidance": "text_then_dino"}, 1),
+        ("both", {"guidance": "independent"}, 2),
+        ("both", {"guidance": "independent", "full_scale": 1.0}, 1),
+        ("text", {"guidance": "independent"}, 1),
+        ("dino", {"guidance": "independent"}, 1),
+    ],
+)
+def test_a_guide_costs_what_the_page_says(given: str, options: dict[str, Any], more: int) -> None:
+    """Its own prediction, and that of the network with all conditions where guidance does not need it otherwise."""
+    conditions, sampling = only(conditions_of(), given), Sampling(steps=3, **options)
+    guided = replace(sampling, guide_scale=0.4)
+    assert guided.evaluations(conditions) - sampling.evaluations(conditions) == 3 * more
+    page = " ".join((Path(__file__).parents[3] / "docs" / "patch_dit.md").read_text(encoding="utf-8").split())
+    assert re.search(
+        "one more evaluation per step, or two where .* `guidance=independent` on text and image together", page
+    )
 
 
 def test_equal_scales_one_after_the_other_are_guidance_on_both_together() -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import lightning
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from policy_batches import observation_of, validated_in_pieces
+from torch.utils.data import DataLoader
 
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch
 from keygrip.data.robot.augmentation import ImageGeometry
@@ -195,6 +197,20 @@ def test_pictures_show_the_prediction_and_can_be_switched_off(tmp_path: Path) ->
     assert (picture != other).any()
     with pytest.raises(ValueError, match="log_images_every_n_steps"):
         build(log_images_every_n_steps=-1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_picture_is_drawn_once_per_due_step(tmp_path: Path) -> None:
+    """Not once per batch whose gradients are accumulated for it."""
+    module, drawn = build(("right",), tmp_path, log_images_every_n_steps=2), []
+    module._show = lambda split, *_: drawn.append((split, module.global_step))  # type: ignore[method-assign]
+    trainer = lightning.Trainer(
+        max_epochs=1, accumulate_grad_batches=3, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([batch()] * 9, batch_size=None))  # type: ignore[arg-type]
+    assert trainer.global_step == 3
+    assert drawn == [("train", 0), ("train", 2)]
 
 
 def test_policy_sees_what_validation_sees_and_plans_in_metres(tmp_path: Path) -> None:

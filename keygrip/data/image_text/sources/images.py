@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from keygrip.artifacts import write_text
+from keygrip.artifacts import remove_stale, write_text
 from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import NAMED_AT_MOST
 from keygrip.data.image_text.bucket_folders import INFO, ITEMS_FILE, write_info
@@ -40,7 +40,7 @@ from keygrip.data.image_text.sources.jobs import (
 from keygrip.data.image_text.sources.listing import Item, frozen_items, last_entries
 from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.sampling import start_worker
-from keygrip.data.shards.set_writer import check_settings, remove_stale
+from keygrip.data.shards.set_writer import check_settings
 from keygrip.data.shards.writer import write_manifest
 from keygrip.data.source_files import refuse_written_into_source
 from keygrip.progress import Progress
@@ -216,7 +216,7 @@ def encode_folder(
         )
     for name in {job.path.parent for job in jobs}:
         if name.is_dir():
-            remove_stale(name)
+            remove_stale(name, of_any_machine=True)
     result = Prepared(str(root), rank=rank.rank)
     open_items = sum(len(job.items) for job in jobs if not job.done)
     log.info("%d images, %d of them to do, on %s", len(last_entries(items)), open_items, encoding_device)

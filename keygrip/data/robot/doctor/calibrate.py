@@ -19,6 +19,7 @@ from keygrip.data.bad_samples import BadSample
 from keygrip.data.robot.calibration import NAMES, SCHEMA, read_mapping
 from keygrip.data.robot.corrections import entry
 from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.doctor.examination import yam_model
 from keygrip.data.robot.doctor.not_compared import LEAST_FRAMES, lacking
 from keygrip.data.robot.doctor.registration import FOCAL, NUMBERS, PRIOR, Fit, agreement_of, fit
 from keygrip.data.robot.doctor.search import LONG_PRIOR, starts
@@ -61,16 +62,21 @@ def calibrate(
         FileNotFoundError: no demonstrations, or the model of an arm in the calibration file is missing.
     """
     root = Path(root)
-    target = Path(output) if output is not None else root.parent / f"{root.resolve().name}_calibration.yaml"
+    folder = root.resolve() if root.name in ("", "..") else root  # Path(".").parent is `.`
+    target = Path(output) if output is not None else folder.parent / f"{root.resolve().name}_calibration.yaml"
     if target.exists():
         raise FileExistsError(f"{target} exists: name another file with output=PATH, or remove it")
     references = find_demos(root, format, calibration)
     demos: list[Demo] = []
     for index in Progress(evenly(len(references), max_demos), desc="reading demos", unit="demo"):
         try:
-            demos.append(references[index].read())
+            demo = references[index].read()
+            for arm in demo.arms if model is None else ():
+                yam_model(demo, arm)  # raises here: later, one invalid demo would end the step for all demos
         except BadSample as error:
             log.warning("left out: %s", error)
+            continue
+        demos.append(demo)
     camera_names = sorted({camera for demo in demos for camera in demo.cameras})
     if unknown := [camera for camera in cameras or () if camera not in camera_names]:
         raise ValueError(f"no demo has camera {unknown[0]!r}; there are {', '.join(camera_names)}")

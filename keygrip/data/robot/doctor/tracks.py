@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from keygrip.data.robot.checks import pose_outliers
+from keygrip.data.robot.checks import pose_outliers, reached_outliers
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.schema import ArmTrajectory
 
@@ -96,22 +96,28 @@ def check_joint_unit(exam: Examination) -> None:
 
 
 def check_outlier_poses(exam: Examination) -> None:
-    """Report single frames whose pose is off the path of their neighbours, in either track."""
+    """Report single frames, and two in succession, whose pose is off the path of their neighbours, in either track."""
     for arm in exam.arms:
         for track in ("reached", "commanded"):
             outliers: dict[str, list[int]] = {}
             for demo in exam.with_arm(arm):
-                poses = demo.arms[arm] if track == "reached" else demo.arms[arm].commanded
-                if poses is not None and len(frames := _outlier_frames(poses)):
-                    outliers[demo.name] = [int(frame) for frame in frames]
+                reached, commanded = demo.arms[arm], demo.arms[arm].commanded
+                if track == "reached":
+                    frames = _outlier_frames(reached, reached_outliers(reached, demo.timestamps, demo.fps))
+                elif commanded is not None:
+                    frames = _outlier_frames(commanded, pose_outliers(commanded))
+                else:
+                    continue
+                if frames:
+                    outliers[demo.name] = frames
             if outliers:
                 name, first_frames = next(iter(outliers.items()))
                 exam.add(
                     "outlier_pose",
                     "error",
-                    f"single {track} poses leave the path of their neighbours: {name} at frame "
+                    f"{track} poses leave the path of their neighbours: {name} at frame "
                     f"{', '.join(map(str, first_frames[:5]))}",
-                    "Replace them by the mean of their neighbours or cut the demo there",
+                    "Replace them by the mean of the sound frames before and after, or cut the demo there",
                     cause=f"outlier {track} pose",
                     demos=outliers,
                     arm=arm,
@@ -119,12 +125,13 @@ def check_outlier_poses(exam: Examination) -> None:
                 )
 
 
-def _outlier_frames(poses: ArmTrajectory) -> np.ndarray:
-    """Return frames whose position or rotation is far from both neighbours, which agree with each other."""
-    outliers = set(pose_outliers(poses).tolist())
+def _outlier_frames(poses: ArmTrajectory, known: np.ndarray) -> list[int]:
+    """Return the `known` outliers [M], and frames whose position or rotation is far from both neighbours, which agree
+    with each other."""
+    outliers = set(known.tolist())
     path = poses.position
     if len(path) < 5:
-        return np.array(sorted(outliers), dtype=int)
+        return sorted(outliers)
     offset = np.linalg.norm(path[1:-1] - (path[:-2] + path[2:]) / 2, axis=1)
     spread = np.linalg.norm(path[2:] - path[:-2], axis=1)
     usual = max(float(np.quantile(offset, 0.9)), 1e-3)
@@ -135,7 +142,7 @@ def _outlier_frames(poses: ArmTrajectory) -> np.ndarray:
     angle = np.minimum(before, after)
     usual = max(float(np.quantile(angle, 0.9)), 0.02)
     outliers |= set((np.flatnonzero((angle > 0.35) & (angle > 4 * usual) & (angle > 1.5 * across)) + 1).tolist())
-    return np.array(sorted(outliers), dtype=int)
+    return sorted(outliers)
 
 
 def check_instructions(exam: Examination) -> None:

@@ -46,6 +46,7 @@ ROWS = "[!.]*.pkl"  # without hidden files
 MAX_PICKLE_BYTES = 1 << 26  # limit for one frame's values
 MOST_SHARED = 1_000_000  # a pickle with shared containers may expand to its number of bytes plus this many values
 RIGID_WRIST_SPREAD_M = 0.02  # with the wrong transform a hand-mounted camera moves by decimetres on its gripper
+NOT_CALIBRATED = "it was not calibrated when the episode was converted"
 PLAIN_KINDS = "biufcOUS"  # numpy's letters of the kinds of arrays that are loaded: no records, no times
 
 
@@ -381,13 +382,25 @@ def _left_from_right(
 def _wrist_spread(rows: list[dict[str, Any]], values: np.ndarray, to_left: np.ndarray) -> float | None:
     """Return how far the right wrist camera moves relative to its gripper, m; None without such a camera or motion."""
     camera = next((key for key in rows[0]["extrinsics"] if "right" in key and "wrist" in key), None)
-    if camera is None:
+    if camera is None or not _has_pose(rows, camera):
         return None
+    if not all(camera in row["extrinsics"] for row in rows):
+        return None  # `_read_camera` reports it
     extrinsics = np.stack([np.asarray(row["extrinsics"][camera], dtype=np.float64) for row in rows])
     gripper = to_left @ transform(values[:, 13:16], values[:, 16:25].reshape(-1, 3, 3))
     if np.ptp(extrinsics[:, :3, 3], axis=0).max() < 2 * RIGID_WRIST_SPREAD_M:
         return None
     return float(np.ptp((invert(gripper) @ extrinsics)[:, :3, 3], axis=0).max())
+
+
+def _has_pose(rows: list[dict[str, Any]], camera: str) -> bool:
+    """Return whether any frame has a pose of the camera; NaN and zeros are none."""
+    for row in rows:
+        if camera in row["extrinsics"]:
+            pose = np.asarray(row["extrinsics"][camera], dtype=np.float64)
+            if np.isfinite(pose).all() and pose.any():
+                return True
+    return False
 
 
 def _read_camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -> CameraTrack:
@@ -403,6 +416,14 @@ def _read_camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any
         )
     with open_image(folder / f"{0:010d}{suffixes[0]}") as image:
         width, height = image.size
+    depth_folder = episode / "depth" / camera
+    depth: FrameSource | None = None
+    if (depth_folder / f"{len(rows) - 1:010d}.npz").is_file():
+        depth = NpzDepth(depth_folder, "%010d.npz", len(rows))
+    frames = JpegFrames(folder, f"%010d{suffixes[0]}", len(rows))
+    if not _has_pose(rows, camera):
+        reason = f"its extrinsics are absent, NaN or zero in all frames: {NOT_CALIBRATED}"
+        return CameraTrack.without_calibration(width, height, frames, len(rows), reason, depth)
     try:
         intrinsics = np.stack([np.asarray(row["intrinsics"][camera], dtype=np.float64) for row in rows])
         extrinsics = rigid(np.stack([row["extrinsics"][camera] for row in rows]), f"extrinsics of camera {camera!r}")
@@ -414,13 +435,8 @@ def _read_camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any
     world_to_camera, uncalibrated = invert(extrinsics), ""
     if (extrinsics == extrinsics[0]).all():
         if (extrinsics[0] == np.eye(4)).all():
-            uncalibrated = "its pose is the identity: it was not calibrated when the episode was converted"
+            uncalibrated = f"its pose is the identity: {NOT_CALIBRATED}"
         world_to_camera = CameraTrack.broadcast(world_to_camera[0], len(rows))
-    depth_folder = episode / "depth" / camera
-    depth: FrameSource | None = None
-    if (depth_folder / f"{len(rows) - 1:010d}.npz").is_file():
-        depth = NpzDepth(depth_folder, "%010d.npz", len(rows))
-    frames = JpegFrames(folder, f"%010d{suffixes[0]}", len(rows))
     return CameraTrack(width, height, intrinsics, world_to_camera, frames, depth, uncalibrated)
 
 

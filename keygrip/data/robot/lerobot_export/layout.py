@@ -29,7 +29,7 @@ from keygrip.data.robot.schema import ArmTrajectory, Demo, DemoError
 IMAGES = "observation.images."
 POSE = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
 USUAL_MODELS = (ArmCalibration().arm, ArmCalibration().gripper)  # used if a demo or a calibration file names none
-RATE_TOLERANCE = 0.01  # frames per second; LeRobot stores whole rates
+RATE_TOLERANCE = 0.01  # share of the rate; LeRobot stores whole rates
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from image_sets import small_encoders
 from PIL import Image
 from torch import Tensor
 
+from keygrip.artifacts import WRITING, atomic_write
 from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.data.image_text.decoding import decode_image, size_of
@@ -26,6 +29,7 @@ from keygrip.data.image_text.sources.encoding import prepare_image
 from keygrip.data.image_text.sources.images import Rank, encode_folder
 from keygrip.data.image_text.sources.jobs import Claims, jobs_of
 from keygrip.data.image_text.sources.listing import key_of, list_items
+from keygrip.data.manifests import make_manifests
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.writer import ShardWriter
 from keygrip.data.validation import validate
@@ -245,7 +249,9 @@ class Counting(Encoders):
         return super().encode_images(pictures)
 
 
-def test_an_interrupted_run_goes_on_without_doing_anything_twice(source: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_without_doing_anything_twice(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     prepared(source, whole)
     first = Counting(limit=6)
@@ -253,11 +259,18 @@ def test_an_interrupted_run_goes_on_without_doing_anything_twice(source: Path, t
         prepared(source, parts, first)
     assert not (parts / "images.json").exists()
     assert list(contents(parts)) == ["bucket_32x32/shard-000000.tar"]  # 4 images; those of the open shard are lost
-    assert not list(parts.rglob("*.writing"))
+    assert not list(parts.rglob(f"*{WRITING}*"))
+    with monkeypatch.context() as patch:  # a process that was killed on another node
+        patch.setattr(socket, "gethostname", lambda: "elsewhere")
+        with atomic_write(parts / "bucket_32x32" / "shard-000001.tar") as file:
+            abandoned = Path(file.name)
+    (parts / "bucket_32x32" / "shard-000001.tar").rename(abandoned)
+    os.utime(abandoned, (0, 0))
     second = Counting()
     report = prepared(source, parts, second)
     assert second.count == report["items"] == 9
     assert contents(parts) == contents(whole)
+    assert not list(parts.rglob(f"*{WRITING}*"))
     third = Counting()
     assert prepared(source, parts, third)["samples"] == 13
     assert third.count == 0
@@ -340,6 +353,29 @@ def test_too_many_broken_pictures_leave_a_set_that_nobody_trains_on(source: Path
     with pytest.raises(ValueError, match=r"root is not complete .* run the same step=images command again"):
         ImageShards(batch_size=2, root=tmp_path / "root", num_workers=0).setup()
     assert any("root is not complete" in problem for problem in validate(tmp_path / "root")["problems"])
+    with pytest.raises(ValueError, match="root is not complete"):
+        make_manifests(tmp_path / "root", again=True)
+    assert not (tmp_path / "root" / "images.json").exists()
+
+
+def test_an_interrupted_set_is_neither_validated_nor_indexed(source: Path, tmp_path: Path) -> None:
+    """A manifest and an images.json made from the finished shards would make it complete for training."""
+    root = tmp_path / "root"
+    with pytest.raises(KeyboardInterrupt):
+        prepared(source, root, Counting(limit=6))
+    assert len(contents(root)) == 1
+    report = validate(root)
+    assert (report["errors"], report["shards"], report["samples"]) == (1, 0, 0)
+    assert "root is not complete" in report["problems"][0]
+    assert Path(report["problems_file"]).read_text().startswith(report["problems"][0])
+    with pytest.raises(ValueError, match=r"root is not complete .* run the same step=images command again"):
+        make_manifests(root)
+    assert not list(root.rglob("manifest.json"))
+    assert not (root / "images.json").exists()
+    assert prepared(source, root)["samples"] == 13
+    assert make_manifests(root)["samples"] == 13
+    assert json.loads((root / "images.json").read_text())["encoders"]["fingerprint"]
+    assert validate(root)["errors"] == 0
 
 
 def test_a_split_that_is_not_complete_is_refused(source: Path, tmp_path: Path) -> None:

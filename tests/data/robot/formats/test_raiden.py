@@ -436,6 +436,46 @@ def uncalibrate(row: dict) -> None:
     row["extrinsics"]["scene_camera"] = np.eye(4, dtype=np.float32)
 
 
+def without_pose(row: dict) -> None:
+    del row["extrinsics"]["right_wrist_camera"]
+
+
+def filled(value: float):
+    return lambda row: row["extrinsics"]["right_wrist_camera"].fill(value)
+
+
+@pytest.mark.parametrize("damage", [without_pose, filled(np.nan), filled(0.0)], ids=["absent", "NaN", "zeros"])
+def test_a_camera_without_a_pose_is_left_out_and_the_others_are_read(tmp_path, scene, check_geometry, damage):
+    episode = tmp_path / "pick" / "0000"
+    write_episode(episode, scene, transform_in_rows=False)
+    write_calibration(episode / "calibration_results.json")
+    edit(episode, damage, every=True)
+    (reference,) = find_demos(tmp_path)
+    demo = reference.read()
+    check_geometry(demo, "scene_camera", "right")
+    assert list(demo.cameras) == ["scene_camera"]
+    (note,) = demo.source["notes"]
+    assert note.startswith(
+        "camera right_wrist_camera is left out: its extrinsics are absent, NaN or zero in all frames"
+    )
+    wrist = reference.read(uncalibrated=True).cameras["right_wrist_camera"]
+    assert "was not calibrated" in wrist.uncalibrated
+    assert wrist.frames.read(3).shape == (72, 96, 3)
+    assert wrist.depth.read(3)[0, 0] == 703
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(without_pose, "no intrinsics or extrinsics in some frames"), (filled(np.nan), "NaN"), (filled(0.0), "last row")],
+    ids=["absent", "NaN", "zeros"],
+)
+def test_a_camera_without_a_pose_in_one_frame_is_damaged(tmp_path, scene, damage, message):
+    write_episode(tmp_path / "pick" / "0000", scene)
+    edit(tmp_path / "pick" / "0000", damage)
+    with pytest.raises(DemoError, match=message):
+        find_demos(tmp_path)[0].read(uncalibrated=True)
+
+
 def test_two_arms_without_a_transform_are_refused(tmp_path, scene):
     write_episode(tmp_path / "pick" / "0000", scene, transform_in_rows=False)
     with pytest.raises(DemoError, match="calibrate both wrist cameras together"):

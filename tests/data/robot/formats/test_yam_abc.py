@@ -367,5 +367,6 @@ def test_import_to_native(tmp_path, write_episode, calibrate, check_geometry):
 @ROUNDS
 def test_damage_is_named_or_left_out(tmp_path, write_episode, calibrate, rounds):
     write_episode(tmp_path / "set" / "pick" / "0")
+    write_episode(tmp_path / "set" / "pick" / "1", arms=("right",))
     calibrate(tmp_path / "set", BASES)
     assert_damage_is_found(tmp_path / "set", rounds, unnoticed=(".json", ".yaml", ".npy", ".mp4"))
