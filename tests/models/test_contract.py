@@ -109,9 +109,8 @@ def test_a_model_keeps_its_promises(name: str, home: Path, monkeypatch: pytest.M
         scalars = table.read_text().partition("\n")[0].split(",")
         assert {"train/loss", "val/loss"} <= set(scalars)
         assert unexplained(scalars) == [], "add a row to the table of docs/training.md"
-    trained = {key: value for key, value in result["metrics"].items() if key.startswith("train/")}
-    assert trained
-    assert all(np.isfinite(value) for value in trained.values()), trained
+    assert any(metric.startswith("train/") for metric in result["metrics"])
+    assert [metric for metric, value in result["metrics"].items() if not np.isfinite(value)] == []
 
     report = keygrip.train.run(  # type: ignore[attr-defined]
         compose("train", [*chosen, *QUICK, *kind.toy_overrides, f"run_dir={run}-dry", "dry_run=true"])

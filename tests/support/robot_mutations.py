@@ -127,8 +127,11 @@ def assert_damage_is_found(root: Path, rounds: int, unnoticed: tuple[str, ...]) 
             others = {part: value for part, value in whole.items() if not part.startswith(f"{owner} ")}
             assert {part: value for part, value in found.items() if not part.startswith(f"{owner} ")} == others, name
             assert reasons.keys() <= {owner, *(part for part in reasons if part.startswith(f"{owner} "))}, name
-        for demo in {part.removesuffix(" poses") for part in whole if part.endswith(" poses")}:
-            assert f"{demo} poses" in found or reasons.get(demo), f"{name}: {demo} is left out without a word"
+        before, now = ({part.removesuffix(" poses") for part in of if part.endswith(" poses")} for of in (whole, found))
+        now |= reasons.keys() & before
+        # changed bytes may be those of a name: a demonstration of a new name is then there instead
+        renamed = now - before if path.suffix in unnoticed else set()
+        assert len(before - now) <= len(renamed), f"{name}: {before - now} are left out without a word"
         for reason in reasons.values():
             assert reason.strip(), name
             assert "\n" not in reason, name

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from dit_parts import write_images
+from shard_sets import write_set
 
 from keygrip import train
 from keygrip.config import compose
@@ -181,7 +184,7 @@ STORED_DATA = {
 
 @pytest.mark.parametrize("kind", STORED_DATA)
 def test_an_address_and_a_cache_are_the_callers_to_name(kind: str, trained: Path, tmp_path: Path) -> None:
-    """A checkpoint must not cause requests to a server, or files next to its data."""
+    """A checkpoint must not cause requests to a server, or files in a cache folder that it names."""
     from omegaconf import OmegaConf
 
     from keygrip.evaluation.kinds import Evaluated
@@ -211,6 +214,15 @@ def test_an_address_and_a_cache_are_the_callers_to_name(kind: str, trained: Path
         built.prepare_data()
         built.setup("validate")
     assert not list(tmp_path.iterdir())
+    if kind == "image_text":
+        write_images(tmp_path / "set", train=1, val=1)
+    else:
+        write_set(tmp_path / "set" / "train", [2, 1, 2])
+        write_set(tmp_path / "set" / "val", [2], prefix="v")
+    built = data(str(tmp_path / "set"))
+    built.prepare_data()
+    built.setup("validate")
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_stored_data_take_no_more_of_the_machine_than_by_default(trained: Path, tmp_path: Path) -> None:
@@ -264,6 +276,7 @@ def test_stored_robot_data_write_beside_their_demonstrations_alone(
 ) -> None:
     from omegaconf import OmegaConf
 
+    from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
     from keygrip.evaluation.kinds import Evaluated
 
     stored: dict[str, Any] = {"_target_": "keygrip.data.robot.datamodule.RobotDemos", "root": str(tmp_path / "demos")}
@@ -285,6 +298,17 @@ def test_stored_robot_data_write_beside_their_demonstrations_alone(
     with pytest.raises(FileNotFoundError, match="holds 0 of 100 demonstrations"):
         data.prepare_data()
     assert not list(tmp_path.iterdir())
+    camera = CameraPose(np.array([[30.0, 0, 16], [0, 30.0, 16], [0, 0, 1]]), np.diag([1.0, -1, -1, 1]))
+    for demo in ("a", "b"):
+        with DemoWriter(tmp_path / "demos" / demo, "yam", "pick", "pick it up", 10.0) as writer:
+            for index in range(8):
+                arms = {"right": ArmPose(np.array([0.0, 0.01 * index, -1.0]), np.array([1.0, 0, 0, 0]), 0.5)}
+                writer.add(index * 10**8, {"over": np.zeros((32, 32, 3), np.uint8)}, {"over": camera}, arms, arms)
+    data = evaluated.stored_data({"val_fraction": 0.5, "num_workers": 0})
+    data.setup("validate")
+    assert len(list(data.val_dataloader())) > 0
+    assert data.cache_dir.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["demos"]
 
 
 def test_what_is_missing_is_made_where_the_caller_says_so_by_keygrips_own_functions(

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from lightning import LightningModule, Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from keygrip.training import strategies
 from keygrip.training.distributed import global_mean
@@ -251,17 +255,49 @@ def test_the_cpus_own_description_decides_about_bf16(tmp_path: object, monkeypat
         assert strategies.cpu_is_faster_in_bf16() is expected
 
 
-def test_autocast_to_bf16_trains_on_this_cpu() -> None:
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 1))
-    x = torch.randn(64, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = (network(x).float() ** 2).mean()
-    loss.backward()
-    reference = (network(x) ** 2).mean()
-    torch.testing.assert_close(loss, reference, rtol=0.02, atol=1e-3)
-    assert network[0].weight.grad is not None
-    assert network[0].weight.grad.dtype == torch.float32
+class Line(LightningModule):
+    """Fits a line; notes its loss and the types of what is computed and of the gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(8, 1)
+        self.losses: list[float] = []
+        self.types: list[torch.dtype] = []
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        output = self.layer(batch)
+        loss = (output.float() ** 2).mean()
+        self.losses.append(float(loss.detach()))
+        self.types.append(output.dtype)
+        return loss
+
+    def on_after_backward(self) -> None:
+        assert self.layer.weight.grad is not None
+        self.types.append(self.layer.weight.grad.dtype)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def trained_line(precision: str) -> Line:
+    line = Line()
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = Trainer(**Strategy("cpu", precision=precision).trainer_arguments(), max_steps=3, **quiet)
+    trainer.fit(line, DataLoader(torch.randn(192, 8, generator=torch.Generator().manual_seed(1)), batch_size=64))  # type: ignore[arg-type]
+    return line
+
+
+def test_bf16_trains_on_this_cpu() -> None:
+    """The products are in bf16, gradients and weights in float32, and the losses close to those in float32."""
+    mixed, reference = trained_line("bf16-mixed"), trained_line("32-true")
+    assert mixed.types == [torch.bfloat16, torch.float32] * 3
+    assert reference.types == [torch.float32] * 6
+    assert mixed.layer.weight.dtype == torch.float32
+    assert mixed.losses == pytest.approx(reference.losses, rel=0.02, abs=1e-3)
+    assert mixed.losses[-1] < mixed.losses[0]
 
 
 def test_global_mean_in_one_process_is_the_mean() -> None:
