@@ -7,9 +7,8 @@ or ill-typed setting is an error that names the nearest one. No slow imports her
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, Node, OmegaConf, open_dict
 
-from keygrip.override_values import texts_quoted
+from keygrip.nearest_setting import nearest
+from keygrip.override_values import quoted, texts_quoted
 from keygrip.renamed_settings import ABLATED, RENAMED, new_name
 
 OPTIONS = "options.yaml"
@@ -41,7 +41,7 @@ class EntrySchema:
 @dataclass
 class TrainSchema(EntrySchema):
     """Root of ``conf/train.yaml``: the settings of training itself. A model adds further groups (its backbone, its
-    language model, ...); `refuse_unread` rejects settings that nothing uses."""
+    language model, ...); `keygrip.unread_settings` rejects settings that nothing uses."""
 
     seed: int = 0
     run_dir: str | None = None
@@ -116,13 +116,23 @@ def complete_overrides(config_name: str, overrides: Sequence[str]) -> list[str]:
             if f"{group}=null" in _WITHOUT:
                 raise SettingError(f"{override}: a sweep takes no null: run {group}=null as a command of its own")
             raise SettingError(
-                f"{override}: a group is chosen, not emptied: its options are {', '.join(group_options(group))}; a "
-                f"part of it is left out with {group}.NAME=null"
+                f"{override}: a group is chosen, not emptied: its options are {', '.join(group_options(group))}"
+                f"{_ways_to_leave_out(group)}"
             )
     overrides = texts_quoted(overrides, [*_TEXTS_OF_HYDRA, *_text_settings(config_name)])
     complete = _COMPLETIONS.get(config_name)
     flags_start = next((index for index, each in enumerate(overrides) if each.startswith("-")), len(overrides))
     return [*overrides[:flags_start], *(complete(overrides) if complete else []), *overrides[flags_start:]]
+
+
+def _ways_to_leave_out(group: str) -> str:
+    """Describe how a part of a group's option is left out, or all of it if its section has another name."""
+    section = _package_of(next((config_folder() / group).rglob("*.yaml"))) or group
+    if section == "_global_":  # its settings have no common section
+        return ""
+    if section == group:
+        return f"; a part of it is left out with {section}.NAME=null"
+    return f"; all of it is left out with {section}=null, a part with {section}.NAME=null"
 
 
 def _text_settings(config_name: str) -> set[str]:
@@ -162,16 +172,53 @@ def overrides_of(arguments: Sequence[str]) -> list[str]:
         name, _, value = argument.partition("=")
         if name in ("--config-dir", "-cd"):
             folders.append(Path(value or next(waiting, "")).resolve())
-        elif "=" in argument and not argument.startswith("-"):
+        elif argument.startswith("~") or ("=" in argument and not argument.startswith("-")):
             overrides.append(argument)
-    return [*overrides, *(f"hydra.searchpath=[file://{folder}]" for folder in folders)]
+    return [*overrides, *(f"hydra.searchpath=[{quoted(f'file://{folder}')}]" for folder in folders)]
+
+
+def first_job(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a sweep's first job: ``seed=0,1`` becomes ``seed=0``. An override that Hydra cannot parse
+    is left as it is; composing reports it.
+
+    Raises:
+        HydraException: a sweep that lists no values, ``interval(0,1)``.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
+    from hydra.errors import OverrideParseException
+
+    parser = OverridesParser.create()
+    job = []
+    for given in texts_quoted([*overrides, "-m"], ())[:-1]:  # -m: a comma separates values in sentences too
+        try:
+            override = parser.parse_override(given)
+        except OverrideParseException:
+            job.append(given)
+            continue
+        if override.is_sweep_override():
+            pattern = override.value()
+            values = (
+                iter(pattern.filter(group_options(override.key_or_group, overrides)))
+                if isinstance(pattern, Glob)
+                else override.sweep_string_iterator()
+            )
+            given = next((f"{override.get_key_element()}={value}" for value in values), given)
+        job.append(given)
+    return job
 
 
 def config_folders(overrides: Sequence[str] = ()) -> list[Path]:
-    """Return `config_folder` and the folders added by ``hydra.searchpath``."""
-    added = [each.partition("=")[2] for each in overrides if each.startswith("hydra.searchpath=")]
-    named = [path.strip() for each in added for path in re.findall(r"[^,\[\]'\"]+", each)]
-    paths = [path.removeprefix("file://") for path in named if path]
+    """Return `config_folder` and the folders added by ``hydra.searchpath``.
+
+    Raises:
+        OverrideParseException: Hydra cannot parse that override.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    added = [each for each in overrides if each.startswith("hydra.searchpath=")]
+    lists = [each.value() for each in OverridesParser.create().parse_overrides(added)] if added else []
+    paths = [str(path).removeprefix("file://") for each in lists if isinstance(each, list) for path in each]
     return [config_folder(), *(Path(path) for path in paths if "://" not in path)]
 
 
@@ -230,13 +277,17 @@ def _read_options(folder: Path, file: Path) -> dict[str, Any]:
     return {f"{group}/{name!s}": node for name, node in options.items()}
 
 
-def _store_options(file: Path, options: Mapping[str, Any]) -> None:
+def _package_of(file: Path) -> str | None:
+    """Return the section of the config where a first line ``# @package ...`` puts a file's settings."""
     package = re.match(r"# @package (\S+)", file.read_text(encoding="utf-8"))
+    return package.group(1) if package else None
+
+
+def _store_options(file: Path, options: Mapping[str, Any]) -> None:
+    package = _package_of(file)
     for option, node in options.items():
         group, _, name = option.rpartition("/")
-        ConfigStore.instance().store(
-            name=name, node=node, group=group, package=package.group(1) if package else None, provider="keygrip"
-        )
+        ConfigStore.instance().store(name=name, node=node, group=group, package=package, provider="keygrip")
 
 
 def _refuse_without_value(*, _node_: Node) -> None:
@@ -342,34 +393,6 @@ def _refuse_renamed(override: str) -> None:
         raise SettingError(f"the setting {key!r} is now {new!r}")
 
 
-def refuse_unread(cfg: DictConfig, schema: type) -> None:
-    """Reject settings, other than those of ``schema``, that the run does not use directly or through ``${...}``.
-
-    Args:
-        cfg: composed and unresolved.
-
-    Raises:
-        SettingError: there is such a setting; the message names the first one.
-    """
-    root_names = {setting.name for setting in fields(schema)}
-    leaves = list(leaves_of(OmegaConf.to_container(cfg, resolve=False), ()))
-    used_paths: set[tuple[str, ...]] = {(name,) for name in root_names}
-    left = leaves
-    while True:
-        live = [path for path, _ in left if any(path[: len(each)] == each for each in used_paths)]
-        references = {target for path, value in left if path in set(live) for target in references_in(path, value)}
-        left = [leaf for leaf in left if leaf[0] not in set(live)]
-        if not references - used_paths:
-            break
-        used_paths |= references
-    if left:
-        key = ".".join(left[0][0])
-        raise SettingError(
-            f"nothing in this run reads {key!r}: leave it out, or choose a model that has it"
-            + (f" ({with_group(left[0][0][0])})" if models_with(left[0][0][0]) else "")
-        )
-
-
 def leaves_of(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield the paths and values of the settings below a node at ``path``."""
     if isinstance(node, dict) and node:
@@ -385,87 +408,6 @@ def references_in(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, ...]
         dots = len(reference) - len(reference.lstrip("."))
         name = re.sub(r"\[(\w+)\]", r".\1", reference.lstrip("."))
         yield (*(path[:-dots] if dots else ()), *name.split("."))
-
-
-def models_with(group: str) -> list[str]:
-    """Return the options of the group ``model`` whose defaults lists add this group or root setting."""
-    folder = config_folder()
-    return [path.stem for path in sorted((folder / "model").glob("*.yaml")) if group in _names_added_by(path)]
-
-
-@cache
-def _names_added_by(path: Path) -> frozenset[str]:
-    """Return the groups and root settings that a config file with the package ``_global_`` adds, including those of its
-    bases and groups."""
-    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    if not isinstance(content, dict):
-        return frozenset()
-    is_global = path.read_text(encoding="utf-8").startswith("# @package _global_")
-    names = {str(key) for key in content if is_global} - {"defaults"}
-    for entry in content.get("defaults", []):
-        if isinstance(entry, str) and entry != "_self_":
-            names |= _names_added_by(path.parent / f"{entry}.yaml")
-        for key, choice in entry.items() if isinstance(entry, dict) else ():
-            group = str(key).lstrip("/").partition("@")[0]
-            if str(key).startswith("/"):
-                names.add(group)
-                file = config_folder() / group / f"{choice}.yaml"
-                names |= _names_added_by(file) if file.is_file() else frozenset()
-    return frozenset(names)
-
-
-def with_group(group: str) -> str:
-    """Return a text that lists the models with a group or root setting."""
-    kind = "group" if (config_folder() / group).is_dir() else "setting"
-    return f"{group} is a {kind} of {', '.join(f'model={name}' for name in models_with(group))}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known dotted key nearest to a misspelt one, or None: siblings first, then whole keys, then last parts.
-
-    Equal initials, an equal last word and a common word also count as near: ``learning_rate`` finds ``lr``,
-    ``seed`` finds ``first_seed``, ``gradient_clip_val`` finds ``clip_norm``.
-    """
-    known = sorted(key for key in set(known) if not name.startswith(f"{key}."))
-    parent, _, last = name.rpartition(".")
-    siblings = [key for key in known if key.rpartition(".")[0] == parent]
-    initials = "".join(word[:1] for word in last.split("_"))
-    by_last = {key.rpartition(".")[2]: key for key in siblings if parent}
-    matches = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
-    if matches:
-        return by_last[matches[0]]
-    if "_" in last and initials in by_last:
-        return by_last[initials]
-    words = {word for word in last.split("_") if len(word) > 3}
-    if sharing := [key for key in by_last if parent and words & set(key.split("_"))]:
-        return by_last[sharing[0]]
-    whole_matches = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    if whole_matches:
-        return whole_matches[0]
-    by_last = {}
-    for key in sorted(known, key=lambda key: (key.count("."), key)):
-        by_last.setdefault(key.rpartition(".")[2], key)
-    matches = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
-    matches = matches or [each for each in by_last if each.endswith(f"_{last}")]
-    return by_last[matches[0]] if matches else None
-
-
-def known_keys(config_name: str, overrides: Sequence[str] = ()) -> list[str]:
-    """Return all dotted keys of a composed config."""
-    try:
-        config = compose(config_name, overrides)
-    except Exception:
-        config = compose(config_name)
-    keys: list[str] = []
-
-    def walk(node: Any, prefix: str) -> None:
-        if isinstance(node, dict):
-            for name, child in node.items():
-                keys.append(f"{prefix}{name}")
-                walk(child, f"{prefix}{name}.")
-
-    walk(OmegaConf.to_container(config, resolve=False), "")
-    return keys
 
 
 def group_options(group: str, overrides: Sequence[str] = ()) -> list[str]:

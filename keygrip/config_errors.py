@@ -9,16 +9,19 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
+from omegaconf import OmegaConf
+
 from keygrip.config import (
     SettingError,
+    compose,
+    config_folders,
+    first_job,
     group_options,
-    known_keys,
-    models_with,
-    nearest,
     overrides_of,
-    with_group,
 )
+from keygrip.nearest_setting import nearest
 from keygrip.override_values import quoted
+from keygrip.unread_settings import models_with, with_group
 
 # Error message of ${oc.env:NAME} for an environment variable that is not set.
 UNSET = re.compile(r"Environment variable '([^']+)' not found")
@@ -91,7 +94,7 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         other_overrides = [o for o in settings if o.lstrip("+~").split("=")[0] != full]
         valid_keys = known_keys(config_name, other_overrides)
         left_out = next((o for o in overrides if o.startswith("~") and f"{full}.".startswith(f"{o[1:]}.")), None)
-        if full in valid_keys and left_out is not None:
+        if left_out is not None and full in known_keys(config_name, [o for o in other_overrides if o != left_out]):
             return f"{left_out} leaves out {full}, which this run needs: a setting is given another value, NAME=VALUE"
         if config_name == "prepare":  # the arguments of a step's function are set by the step's own settings
             valid_keys = [each for each in valid_keys if each.partition(".")[0] != "call"]
@@ -107,7 +110,8 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
             hint = f"add closed_loop=NAME, one of {', '.join(group_options('closed_loop', settings))}"
         group = full.partition(".")[0].partition("@")[0]
         if models_with(group) and group not in valid_keys:
-            if "." in full and not close_key:  # a setting of another model, so only the spelling can be compared
+            # a setting of another model, so only the spelling can be compared
+            if "." in full and valid_keys and not close_key:
                 closest = difflib.get_close_matches(full, valid_keys, n=1, cutoff=0.0)[0]
                 hint = f"of what this run reads the nearest is {closest!r}; {hint}"
             hint = f"{with_group(group)}; {hint}"
@@ -120,7 +124,7 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
                 "(--config-path): a folder of yours is added to these with --config-dir FOLDER"
             )
         return f"there is no {without.group(1)}.yaml in keygrip's configs, nor in a folder added by --config-dir FOLDER"
-    continuous = re.search(r"does not support sweep type : (\w+)_SWEEP", causes)
+    continuous = re.search(r"(?:does not support sweep type : |type is ValueType\.)(\w+)_SWEEP", causes)
     if continuous:
         kind = continuous.group(1).lower()
         given = " ".join(each for each in overrides if each.partition("=")[2].startswith(f"{kind}(")) or "a setting"
@@ -140,6 +144,39 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
             f"{_quote_override(key, value)}, for a sweep add -m"
         )
     return text
+
+
+def known_keys(config_name: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Return all dotted keys of a composed config, of a sweep's first job.
+
+    If the overrides contain a further mistake, only the options that they choose of groups are applied, since these
+    decide which settings there are. If these cannot be composed either, there are no keys.
+    """
+    for select in (list, _choices_of_groups):
+        with contextlib.suppress(Exception):
+            keys: list[str] = []
+            config = compose(config_name, select(first_job(overrides)))
+            _collect_keys(OmegaConf.to_container(config, resolve=False), "", keys)
+            return keys
+    return []
+
+
+def _collect_keys(node: object, prefix: str, keys: list[str]) -> None:
+    if isinstance(node, dict):
+        for name, child in node.items():
+            keys.append(f"{prefix}{name}")
+            _collect_keys(child, f"{prefix}{name}.", keys)
+
+
+def _choices_of_groups(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that choose an option of a group or leave a group out, and those that add folders."""
+    folders = config_folders(overrides)
+    keys = {each: each.lstrip("+~").partition("=")[0].partition("@")[0] for each in overrides}
+    return [
+        each
+        for each, key in keys.items()
+        if key == "hydra.searchpath" or any((folder / key).is_dir() for folder in folders)
+    ]
 
 
 def _describe_parse_error(override: str, reason: str) -> str:

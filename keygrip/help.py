@@ -16,6 +16,7 @@ from keygrip.config import (
     compose_with_choices,
     config_folder,
     config_folders,
+    first_job,
     group_options,
     overrides_of,
 )
@@ -71,12 +72,15 @@ LONGEST_SETTING = 72  # longer values are truncated, so that the comment stays v
 
 
 def help_text(command: str, overrides: Sequence[str]) -> str:
-    """Return the help of a command: its settings, for the options that ``overrides`` choose.
+    """Return the help of a command: its settings, for the options that ``overrides`` choose; with ``-m``, the settings
+    of the sweep's first job.
 
     Raises:
         keygrip.config.SettingError, HydraException: the overrides cannot be composed.
     """
     plain_overrides = overrides_of(overrides)
+    if {"-m", "--multirun"} & set(overrides):
+        plain_overrides = first_job(plain_overrides)
     lines = [f"keygrip {command} [group=option ...] [setting=value ...]", ""]
     for line in _head_comment(config_folder() / f"{command}.yaml"):
         lines += _wrap_lines("  ", line)

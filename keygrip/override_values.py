@@ -9,6 +9,8 @@ from omegaconf import OmegaConf
 
 # Strings that Hydra reads as numbers and would change: 2025_01_02 to 20250102, 1.10 to 1.1.
 NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d[\d_]*)?")
+# Settings that hold sentences, in whichever command.
+SENTENCES = frozenset({"question", "prompt", "robot.instruction", "env.instruction", "task.instruction"})
 
 
 def values_of(key: str, value: str) -> list[str]:
@@ -38,9 +40,24 @@ def quoted(text: str) -> str:
 
 
 def texts_quoted(overrides: Sequence[str], texts: Container[str]) -> list[str]:
-    """Return the overrides with number-like values of the settings `texts` quoted, so that they stay strings:
-    ``run_dir=2025_01_02`` names a folder, not 20250102."""
-    return [_quote_number(each) if each.lstrip("+").partition("=")[0] in texts else each for each in overrides]
+    """Return the overrides with those strings quoted that Hydra would read in another way, or not at all.
+
+    Always: number-like values of the settings `texts` (``run_dir=2025_01_02`` names a folder, not 20250102), and values
+    with letters outside ASCII (``data.root=/home/jürgen``). Outside a sweep also sentences, whatever they hold:
+    ``question=What's left, red or blue?``.
+    """
+    is_sweep = bool({"-m", "--multirun"} & set(overrides))
+    complete = []
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0]
+        if key in texts:
+            override = _quote_number(override)
+        if key in SENTENCES and not is_sweep:
+            override = _quote_sentence(override)
+        elif not override.isascii():
+            override = _quote_letters(override)
+        complete.append(override)
+    return complete
 
 
 def _quote_number(override: str) -> str:
@@ -49,3 +66,29 @@ def _quote_number(override: str) -> str:
         return override  # the user has quoted the strings
     parts = [part.strip() for part in value.split(",")]  # several parts for a sweep
     return f"{key}={','.join(quoted(each) if NUMBER.fullmatch(each) else each for each in parts)}"
+
+
+def _quote_letters(override: str) -> str:
+    """Return an override whose values are names with letters outside ASCII, which Hydra accepts in quotes only."""
+    key, equals, value = override.partition("=")
+    if not equals or not key.isascii() or re.search(r"[\"'\[\](){}$]", value):
+        return override  # the user has quoted the strings, or the value has a structure
+    parts = [part.strip() for part in value.split(",")]  # several parts for a sweep
+    return f"{key}={','.join(each if each.isascii() else quoted(each) for each in parts)}"
+
+
+def _quote_sentence(override: str) -> str:
+    """Return the override of a setting that holds a sentence, quoted if Hydra cannot read it as one value. Lists and
+    quoted strings are left to Hydra, and so are its functions, ``choice(a,b)``."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ChoiceSweep
+    from hydra.errors import HydraException
+
+    key, _, value = override.partition("=")
+    if value[:1] in ("[", "'", '"') and value[-1:] in ("]", "'", '"'):
+        return override
+    try:
+        parsed = OverridesParser.create().parse_override(override).value()
+    except HydraException:
+        return f"{key}={quoted(value)}"
+    return f"{key}={quoted(value)}" if isinstance(parsed, ChoiceSweep) and parsed.simple_form else override

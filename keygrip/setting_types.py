@@ -18,8 +18,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from keygrip.config import SettingError, nearest
+from keygrip.config import SettingError
 from keygrip.config_errors import causes_of
+from keygrip.nearest_setting import nearest
 from keygrip.renamed_settings import new_name
 
 # Names of sizes and counts that must be at least 1; 0 or less would build an empty part or none.

@@ -77,6 +77,15 @@ def test_a_model_is_trained_loaded_and_exported_from_python(
         card = (tmp_path / name / "README.md").read_text()
         assert "val/loss" not in card
         assert f"The run's figures were measured {measured}, not with these weights, and are left out." in card
+    again = f"checkpoint={tmp_path / 'toy'}"
+    with pytest.raises(ValueError, match=r"ema=false has no effect: .*toy is an export of the EMA weights alone"):
+        export.run(compose("export", [again, f"to={tmp_path / 'x'}", "trust=[toy_parts]", "ema=false"]))
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match="ema=false has no effect"):
+        keygrip.load(tmp_path / "toy", trust=["toy_parts"], ema=False)
+    own = keygrip.load(result["run_dir"], trust=["toy_parts"], ema=False)
+    last = keygrip.load(tmp_path / "last", trust=["toy_parts"], ema=False)  # the weights of the last step
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in last.state_dict().items())
     with pytest.raises(ValueError, match="which drives no robot"):
         keygrip.load_policy(tmp_path / "toy", trust=["toy_parts"])
 

@@ -18,12 +18,12 @@ from keygrip.config import (
     compose,
     compose_with_choices,
     config_folder,
-    known_keys,
     leaves_of,
-    nearest,
-    refuse_unread,
 )
+from keygrip.config_errors import known_keys
+from keygrip.nearest_setting import nearest
 from keygrip.override_values import quoted, texts_quoted, values_of
+from keygrip.unread_settings import refuse_unread
 
 CONF = config_folder()
 SUPPORT = Path(__file__).parent / "support"
@@ -132,6 +132,39 @@ def test_a_step_of_a_run_is_asked_for_by_step() -> None:
 def test_a_quoted_text_is_the_text_whatever_it_holds(text: str) -> None:
     assert composed("evaluate", ["evaluate=policy", f"checkpoint={quoted(text)}"]).checkpoint == text
     assert values_of("checkpoint", quoted(text)) == ([text] if text else [])
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        *("At second 2, which digit?", "What's left, red or blue?", "Is it {x}?", "a = b\\", "Wo ist der Würfel!"),
+        *('"Yes", he said', "How many? 1; 2", "x: 1"),
+    ],
+)
+def test_a_sentence_needs_no_quotes_for_hydra(sentence: str) -> None:
+    import keygrip.generate
+    import keygrip.run
+    import keygrip.sample  # noqa: F401  (registers its schema)
+
+    assert compose("generate", ["checkpoint=x", "video=null", f"question={sentence}"]).question == sentence
+    assert compose("sample", ["checkpoint=x", f"prompt={sentence}"]).prompt == sentence
+    assert compose("run", ["checkpoint=x", "robot=yam", f"robot.instruction={sentence}"]).robot.instruction == sentence
+
+
+def test_lists_and_quotes_of_sentences_are_hydras_and_so_are_sweeps() -> None:
+    given = ["question=[a, b]", "question='a, b'", "question=null", "question=choice(a,b)", "question=[a, b"]
+    assert texts_quoted(given, ()) == [*given[:4], "question='[a, b'"]
+    assert texts_quoted(["prompt=a,b", "-m"], ()) == ["prompt=a,b", "-m"]
+    assert texts_quoted(["data.root=a,b"], ()) == ["data.root=a,b"]
+
+
+def test_folders_may_have_letters_outside_ascii() -> None:
+    given = ["run_dir=läufe/a", "data.root=/home/jürgen/数据, b", "+x.y=ä,é", "lr=1", "a='ä'", "b=[ä]", "ä", "-m"]
+    assert texts_quoted(given, ("run_dir",)) == [
+        *("run_dir='läufe/a'", "data.root='/home/jürgen/数据',b", "+x.y='ä','é'", "lr=1", "a='ä'", "b=[ä]", "ä", "-m"),
+    ]
+    cfg = compose("train", ["model=volume_query", "data=yam", "run_dir=läufe", "data.root=/home/jürgen/x y"])
+    assert (cfg.run_dir, cfg.data.root) == ("läufe", "/home/jürgen/x y")
 
 
 def test_values_of_an_override(monkeypatch: pytest.MonkeyPatch) -> None:

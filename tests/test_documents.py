@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import textwrap
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from metric_table import unexplained
 
@@ -27,6 +29,7 @@ from keygrip.config import check_overrides, compose_with_choices, group_options
 from keygrip.data.robot.doctor.images import HUES
 from keygrip.help import EXAMPLES
 from keygrip.models.patch_dit.monitor import RANGES, attention_figures
+from keygrip.override_values import texts_quoted
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")])
@@ -120,6 +123,22 @@ def test_commands_survive_the_shell(path: Path) -> None:
     assert [line for line in inline if re.search(r"^[\w.+]+=\{\w+:[^}]*,", unquoted(line))] == []
     commands = [line for line in inline if re.search(r"^[\w.+]+=\S+\s.*=|^(python|keygrip) ", line)]
     assert [line for line in commands if re.search(r"=\[[^\]]*,", unquoted(line))] == []
+
+
+@pytest.mark.parametrize("path", PRESENT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_hydra_reads_the_settings_of_commands(path: Path) -> None:
+    """A comma outside quotes and brackets is a sweep, which needs ``-m``."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for block in re.findall(r"(?ms)^ *```bash\n(.*?)```", text) for line in block.splitlines()]
+    parser = OverridesParser.create()
+    for line in lines:
+        found = re.search(r"(?:\bkeygrip |python -m keygrip[. ])\w+( .*)?$", line)
+        arguments = shlex.split(found[1] or "", comments=True) if found else []
+        settings = [each for each in arguments if re.match(r"[+~\w.]+=", each)]
+        flags = [each for each in arguments if each.startswith("-")]
+        for setting in texts_quoted([*settings, *flags], ())[: len(settings)]:
+            is_sweep = parser.parse_override(setting).is_sweep_override()
+            assert not is_sweep or {"-m", "--multirun"} & set(flags), line
 
 
 def test_commands_of_help_and_of_configurations_survive_the_shell() -> None:

@@ -58,6 +58,19 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
             2,
             r"rotation is a group of model=volume_query.* the nearest is 'model.rotation_weight'",
         ),
+        # With another mistake, or in a sweep, the nearest setting is still of the chosen model.
+        (["model=geometry_vla", "data=yam_language", "geometry.dimm=1", "sed=0"], 2, r"the nearest is 'geometry.dim'$"),
+        (
+            ["-m", "model=geometry_vla", "data=yam_language", "seed=0,1", "geometry.dimm=64"],
+            2,
+            r"no setting 'geometry\.dimm' in train\.yaml: the nearest is 'geometry\.dim'$",
+        ),
+        (
+            ["-m", "seed=interval(0,9)"],
+            2,
+            r"seed=interval\(0,9\): a sweep runs listed values and does not search an int",
+        ),
+        (["-m", "seed=interval(0,9)", "--help"], 2, r"seed=interval\(0,9\): a sweep runs listed values and does not s"),
         (["model=coordinate_regression", "rotation=kmeans"], 2, r"rotation is a group of model=volume_query"),
         (["language=smollm2_135m"], 2, r"language is a group of model=foveated_vlm"),
         (["model=foveated_vlm", "data=robot_videos", "closed_loop=yam"], 2, r"closed_loop is a group of model=coord"),
@@ -71,10 +84,10 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["seed=abc"], 2, r"seed.*abc.*Integer"),
         (["max_steps=["], 2, r"cannot read max_steps=\[: no viable alternative"),
         (["run_dir=lr=0.1"], 2, r"cannot read run_dir=lr=0.1: .*in quotes, inside .* \"run_dir='lr=0.1'\"$"),
-        (["run_dir=läufe"], 2, r"cannot read run_dir=läufe: .*in quotes, inside .* \"run_dir='läufe'\"$"),
+        (["run_dir=läufe(1)"], 2, r"cannot read run_dir=läufe\(1\): .*in quotes, inside .* \"run_dir='läufe\(1\)'\"$"),
         (["run_dir=it's"], 2, r"inside the shell's own: \"run_dir='it\\'s'\"$"),
         (["data.root=a,b"], 2, r"holds a comma: as a list write 'data.root=\[a,b\]', as one text \"data.root='a,b'\""),
-        (["data.root=Übung"], 2, r"cannot read data.root=Übung: a value .* \"data.root='Übung'\"$"),
+        (["data.root=Übung{1}"], 2, r"cannot read data.root=Übung\{1\}: a value .* \"data.root='Übung\{1\}'\"$"),
         (["data.root=a&b"], 2, r"cannot read data.root=a&b: a value .* \"data.root='a&b'\"$"),
         (["data.root=~/demos"], 2, r"cannot read data.root=~/demos: .* write data.root=\$HOME/demos$"),
         (["data.root=~anna/demos"], 2, r"cannot read data.root=~anna/demos: .* write the full path$"),
@@ -89,6 +102,7 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
             2,
             r"callbacks=null: a group is chosen, not emptied: .* options are default; .*callbacks\.NAME=null$",
         ),
+        (["model=null"], 2, r"model=null: a group is chosen, not emptied: its options are .*, volume_query_tuned$"),
         (
             ["-m", "ablation=null, volume_query/no_state"],
             2,
@@ -136,6 +150,37 @@ def test_options_of_a_folder_that_is_added_are_listed(cli: Callable[..., Any], t
     assert " | mine |" in cli("--help", "--config-dir=mine").out
     assert "nearest is experiment=mine; options are demo," in cli(*added, "experiment=mime").err
     assert "the nearest is 'optimizer.lr'" in cli(*added, "experiment=mine", "optimizer.lrr=1").err
+
+
+@pytest.mark.parametrize("folder", ["Übung (1), a'b", "com~apple/c&d=e"])
+def test_the_path_of_an_added_folder_may_hold_any_signs(
+    folder: str, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = tmp_path / folder / "conf" / "experiment"
+    experiment.mkdir(parents=True)
+    name = f"as_file_{len(folder)}"
+    (experiment / f"{name}.yaml").write_text("# @package _global_\nmax_steps: 8\n")
+    (experiment / "options.yaml").write_text(f"# @package _global_\n{name}_section:\n  max_steps: 9\n")
+    monkeypatch.chdir(tmp_path / folder)
+    added = ("--config-dir", "conf")
+    assert re.search(r"^  max_steps=8\b", cli(*added, f"experiment={name}", "--help").out, re.MULTILINE)
+    assert re.search(r"^  max_steps=9\b", cli(*added, f"experiment={name}_section", "--help").out, re.MULTILINE)
+    step = tmp_path / folder / "conf" / "step" / "weigh.yaml"
+    step.parent.mkdir()
+    step.write_text("# @package _global_\ngrams: 5\n")
+    error = cli(*added, "step=weigh", "gramms=3", "other=4", of="prepare").err
+    assert error == "keygrip: there is no setting 'gramms' in prepare.yaml: the nearest is 'grams'\n"
+
+
+def test_motion_limits_are_left_out_by_the_name_of_their_section(cli: Callable[..., Any]) -> None:
+    outcome = cli("checkpoint=x", "robot=yam", "motion_limits=null", of="run")
+    assert outcome.code == 2
+    assert outcome.err.endswith(
+        "its options are default, slow; all of it is left out with limits=null, a part with limits.NAME=null\n"
+    )
+    run = ["checkpoint=x", "robot=yam"]
+    assert compose("run", [*run, "limits=null"]).limits is None
+    assert compose("run", [*run, "limits.table_height_m=null"]).limits.table_height_m is None
 
 
 @pytest.mark.parametrize("added", [("--config-dir", "mine"), ("hydra.searchpath=[file://more, file://mine]",)])
@@ -544,6 +589,9 @@ def test_a_signal_while_the_classes_of_a_configuration_are_imported_ends_the_com
         (["step=doctor", "root=.", "frames_per_demo=few"], r"^keygrip: frames_per_demo='few': must be a whole number$"),
         (["step=doctor", "root=.", "+frames_per_demos=3"], r"there is no setting 'frames_per_demos' in prepare\.yaml"),
         (["step=record", "root=x", "seed=5"], r"no setting 'seed'.*first_seed"),
+        (["step=record", "rot=x", "demso=5"], r"^keygrip: there is no setting 'rot' in prepare\.yaml: .*is 'root'$"),
+        (["step=import", "folder=A", "out=B"], r"^keygrip: there is no setting 'folder' in prepare\.yaml: "),
+        (["-m", "step=record", "root=a,b", "demso=5"], r"^keygrip: there is no setting 'demso' .* is 'demos'$"),
     ],
 )
 def test_mistakes_of_a_step(

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from hydra.errors import ConfigCompositionException
 
 from keygrip.config import compose, group_options
 from keygrip.help import EXAMPLES, help_text
@@ -63,6 +64,27 @@ def test_every_setting_has_its_reason(command: str, overrides: list[str]) -> Non
 
 def test_a_setting_that_passes_another_on_is_not_listed_under_its_sections_comment() -> None:
     assert "model.network.image_size=" not in help_text("train", [])  # ${backbone.image_size}, which is listed
+
+
+def test_a_group_that_is_left_out_has_no_settings_in_the_help() -> None:
+    with_it = help_text("train", ["experiment=demo"])
+    assert "\n  callbacks.closed_loop." in with_it
+    without = help_text("train", ["experiment=demo", "~closed_loop"])
+    assert "closed_loop" not in without.partition("\nSettings:\n")[2].partition("\n\n")[0]
+    assert without == help_text("train", ["experiment=demo", "closed_loop=null"])
+    with pytest.raises(ConfigCompositionException, match="closed_lop"):
+        help_text("train", ["experiment=demo", "~closed_lop"])
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_the_help_of_a_sweep_is_that_of_its_first_job(flag: str) -> None:
+    job = help_text("train", ["model=coordinate_regression", "seed=3", "optimizer.lr=1e-4", "data.root='a,b'"])
+    assert re.search(r"^  seed=3 .*\n(.*\n)*  optimizer\.lr=0\.0001 ", job, re.MULTILINE)
+    sweep = ["model=glob(coord*)", "seed=range(3,6)", "optimizer.lr=1e-4,5e-5", "data.root='a,b'"]
+    assert help_text("train", [flag, *sweep]) == job
+    assert "\n  data.root=Übung " in help_text("train", [flag, "data.root=Übung,b"])
+    with pytest.raises(ConfigCompositionException, match=r"Ambiguous value for argument 'optimizer\.lr=1e-4,5e-5'"):
+        help_text("train", ["optimizer.lr=1e-4,5e-5"])
 
 
 def test_examples_of_the_server_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from keygrip.config import TrainSchema, config_folder, group_options, leaves_of, models_with, refuse_unread
+from keygrip.config import TrainSchema, config_folder, group_options, leaves_of
 from keygrip.setting_types import refuse_ill_typed
 from keygrip.training.checkpoints import build_module
 from keygrip.training.compatibility import refuse_unfit
 from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.sweeps import planned_jobs
+from keygrip.unread_settings import models_with, refuse_unread
 
 CONF = config_folder()
 MODELS = group_options("model")

@@ -70,6 +70,14 @@ def test_a_run_reports_and_a_stopped_one_is_an_error(monkeypatch: pytest.MonkeyP
         run(compose("run", SMALL))
 
 
+def test_blending_without_effect_is_refused_before_the_policy_and_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An arm that is connected holds itself, and sinks when the connection is closed."""
+    monkeypatch.setattr(driving, "_policy", lambda cfg: pytest.fail("the policy was loaded"))
+    for idle in (["execution=blocking", "~execution.blend_seconds"], ["execution.asynchronous=false"]):
+        with pytest.raises(ValueError, match=r"execution\.blend_seconds=0\.2 has no effect with execution\.async"):
+            run(compose("run", [*SMALL, *idle]))
+
+
 def test_a_plan_far_outside_the_training_positions_holds_the_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     class Sideways(Steady):
         """Plans to move 16 cm along y. In training no position was more than 1 cm from the start along y."""

@@ -85,7 +85,7 @@ def episode(checkpoint: str, options: dict[str, Any], condition: str, seed: int)
     extra = options["asynchronous"] | {"continue_chunks": of.continued} if of.asynchronous else {}
     loop = ControlLoop(robot, ChunkExecution(planner, robot.control_hz, of.asynchronous, **extra), LIMITS)
     limit_s = robot.cell.task.time_limit_s
-    report = loop.run(limit_s, over=lambda: robot.cell.outcome()[0] or robot.cell.outcome()[1])
+    report = loop.run(limit_s, over=lambda: any(map(bool, robot.outcome())))
     success, failure = robot.outcome()
     return {
         "condition": condition,

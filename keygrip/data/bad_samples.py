@@ -101,6 +101,15 @@ def is_of_the_machine(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in OF_THE_MACHINE
 
 
+def raise_connection_error(error: BaseException) -> None:
+    """Raise the connection error that caused an error, if one did: the sample may be readable later."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConnectionError):
+            raise cause
+        cause = cause.__cause__
+
+
 @contextlib.contextmanager
 def convert_errors(where: object, error: Callable[[str, str], Exception] = BadSample) -> Iterator[None]:
     """Convert every exception that a broken sample raises inside the block into one error.

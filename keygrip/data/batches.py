@@ -284,6 +284,8 @@ class ImageTextBatch(Movable):
         records: B dicts with the metadata of an image in the shards: "caption", "size" and "crop" (of the source image,
             pixels), and optionally "evidence".
         images: uint8 [B, 3, H, W], the pixels of the images, if they were requested and the shards contain them.
+        numbers: B places of the images in the data set that was loaded, which depend neither on the size nor on the
+            order of batches. Empty for a batch that was not loaded from shards.
     """
 
     latents: Tensor
@@ -296,6 +298,7 @@ class ImageTextBatch(Movable):
     keys: list[str]
     records: list[dict[str, Any]]
     images: Tensor | None = None
+    numbers: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -316,6 +319,7 @@ class ImageTextBatch(Movable):
             captions=[caption for batch in batches for caption in batch.captions],
             keys=[key for batch in batches for key in batch.keys],
             records=[record for batch in batches for record in batch.records],
+            numbers=[number for batch in batches for number in batch.numbers],
         )
 
 

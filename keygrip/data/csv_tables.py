@@ -21,9 +21,13 @@ def table_rows(
         needed: required columns. kind: the expected kind of table, for the message.
 
     Raises:
-        ValueError: a required column is missing, a column occurs twice, or a row has more fields than the header.
-            csv.Error: quotes are not closed, or text follows a closing quote.
+        ValueError: the text contains a NUL byte, a required column is missing, a column occurs twice, or a row has more
+            fields than the header. csv.Error: quotes are not closed, or text follows a closing quote.
     """
+    before, nul, _ = text.partition("\0")
+    if nul:  # a block of zeros in a damaged file takes the place of line ends, which would join rows
+        line = len(io.StringIO(before + "x", newline="").readlines())
+        raise ValueError(f"line {line} contains a NUL byte: the file is damaged or not UTF-8; write it anew, as UTF-8")
     table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     table.fieldnames = names = [name.strip() for name in table.fieldnames or ()]
     missing = [name for name in needed if name not in names]

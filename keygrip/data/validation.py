@@ -51,6 +51,10 @@ def examine_shard(place: str, number: int) -> ShardReport:
                 problem = f"{report.name}: its index is not of this tar ({attribute} differ): step=manifest again=true"
                 report.problems.append(problem)
                 return report
+        if missing := sorted(set(fresh.columns) - set(stored.columns)):
+            problem = f"{report.name}: its index is of an earlier version (no {', '.join(missing)})"
+            report.problems.append(f"{problem}: step=manifest again=true")
+            return report
         for name, values in fresh.columns.items():
             for row in np.flatnonzero(values != stored.columns[name]).tolist():
                 stated = stored.columns[name][row]

@@ -63,9 +63,19 @@ I_SAY = (
 JOINS = (
     r"(?:(?:or|and)(?:\s*/\s*(?:or|and))?|as\s+well\s+as|plus|(?:along|together)\s+with|(?:and\s+)?then|to|through)\b"
 )
+MY_ANSWER = (
+    r"(?:my\s+(?:\w+\s+)?(?:answer|choice|guess|mind|opinion|option|response|selection)|"
+    r"the\s+(?:\w+\s+)?(?:answer|choice|option))"
+)
 # Words before the first of two letters that only the second replaces ("I change my answer from A to B").
 CHANGES = re.compile(
-    r"\b(?:chang|correct|revis|switch|updat)(?:es?|ed|ing)?\s+(?:(?:my|the)\s+(?:\w+\s+)?(?:answer|choice|option)\s+)?"
+    rf"\b(?:(?:chang|correct|revis|switch|updat)(?:es?|ed|ing)?\s+(?:{MY_ANSWER}\s*[:,]?\s*)?|"
+    rf"(?:adjust|alter|amend|modif|mov|shift)(?:e|ed|ied|ing|y|ying)?\s+{MY_ANSWER}\s*[:,]?\s*|"
+    rf"{MY_ANSWER}\s+(?:(?:has|is|was)\s+)?(?:goes|moved|moves|shifted|shifts|went)\s+|correction\s*[:,]\s*|"
+    # "it" is the answer only in the first person and the imperative: "He changes it from A to B" describes something
+    r"(?:^|[.:;,!?–—-]|\b(?:actually|but|let\s+me|no|please|so|wait|"
+    r"i(?:\s+(?:am|d|going|have|like|ll|m|must|need|should|to|want|will|would))*))\s*"
+    r"(?:chang|correct|revis|switch|updat)(?:e|ed|ing)?\s+(?:it|that|this)\s+)"
     r"(?:from\s+)?(?:option\s+)?[(\[]?$",
     re.IGNORECASE,
 )

@@ -218,8 +218,8 @@ def has_truth(data: ImageShards, split: str = "val", counts: Iterable[int] = ())
             its buckets.
 
     Raises:
-        ValueError: There are no validation images to test the classifier on, only some of the images to test it on or
-            to classify have ground truth, or they have a colour that no training image has.
+        ValueError: There are no validation images to test the classifier on, only some of the images of a split have
+            ground truth, or those to test it on or to classify have a colour that no training image has.
     """
     first_records = {name: next(data.samples(name).records(), None) for name in ("train", "val")}
     if not all(record is None or has_evidence([record]) for record in first_records.values()):
@@ -235,6 +235,7 @@ def has_truth(data: ImageShards, split: str = "val", counts: Iterable[int] = ())
         return False
     if first_records["val"] is None:
         raise ValueError(f"{data.place} has no validation images: a classifier could not be tested")
+    _refuse_partial_truth(data, "train", data.samples("train").records())
     for name, records in (("val", list(data.samples("val").records())), (split, classified)):
         _refuse_partial_truth(data, name, records)
         _refuse_new_colours(data, name, {record["evidence"]["colour"] for record in records})

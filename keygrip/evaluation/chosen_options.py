@@ -14,7 +14,6 @@ from keygrip.evaluation.answer_forms import (
     ASKS,
     BEFORE_SAID,
     BESIDE_CJK,
-    CHANGES,
     CONCLUDES,
     CORRECTS,
     GOES_ON,
@@ -41,6 +40,7 @@ from keygrip.evaluation.answer_forms import (
     VERDICT,
     WRONG,
 )
+from keygrip.evaluation.joined_letters import another_letter_pattern, joins_letters, without_joined_letters
 from keygrip.evaluation.named_options import option_by_number, option_by_words, remove_yes_or_no
 from keygrip.evaluation.option_texts import (
     Options,
@@ -153,7 +153,7 @@ def _remove_answer_mark(answer: str, options: Options) -> str:
     line = rest.partition("\n")[0].strip()
     last, called = options.last, r"(?:(?i:option|choice|letter)\s+)?"
     letter = re.match(rf"{called}[(\[]?(?:([B-{last}])(?:[)\].:]|$)|[b-{last.lower()}][)\].]*$)", line)
-    if letter is not None and not (letter[1] and re.match(_another_letter_pattern(last), line[letter.end(1) :])):
+    if letter is not None and not (letter[1] and re.match(another_letter_pattern(last), line[letter.end(1) :])):
         return rest
     reasons = re.match(REASON, line, re.IGNORECASE) or re.search(r"[.;!?]\W*\w", line)
     return answer if reasons or option_by_words(line, options) in (None, 0) else rest
@@ -239,26 +239,9 @@ def _find_conclusion(answer: str, options: Options, announcements: Sequence[str]
     return _find_letter_called_right(text, options.last) if announced is None else announced
 
 
-def _another_letter_pattern(last_letter: str) -> str:
-    """Return a pattern of a further letter ("B or C", "(B), (C)", "B, maybe C"); then no letter is the answer."""
-    return (
-        rf"[)\]}}.:]?\s*(?:[,;/&]|[,;]?\s*\b{JOINS})\s*(?:(?:maybe|possibly|perhaps|also|even)\s+)?"
-        rf"(?:(?:the\s+)?(?i:option|opt\.?|choice|letter)\s+)?[(\[{{]*[A-{last_letter}]"
-        r"(?:[)\]}]|\b(?!\s+[a-z])|\b(?=\s+(?:or|and)\b))"
-    )
-
-
 def _denied_letter_pattern(last_letter: str) -> str:
     """Return a pattern of another letter that is not the answer, after the letter that is ("C rather than D")."""
     return rf"\s+(?:rather\s+than|instead\s+of|not|over)\s+(?:(?i:option|choice)\s+)?[(\[]?[A-{last_letter}]\b"
-
-
-def _joins_letters(text: str, joined: str) -> bool:
-    """Return whether a text has letters that are joined ("B or C"), apart from "not A, then B" and changes of mind."""
-    return any(
-        (NOT if re.search(r"\bthen\b", match.group()) else CHANGES).search(before_place(text, match.start())) is None
-        for match in re.finditer(joined, text)
-    )
 
 
 def _parse_letter_list(text: str, options: Options) -> set[int] | None:
@@ -283,7 +266,7 @@ def _find_leading_letter(text: str, options: Options) -> int | None:
     the text discusses several options ("A: wrong. B: right. The answer is B."), return the letter of its conclusion."""
     last, plain = options.last, options.plain
     match = re.match(
-        rf"[(\[{{]?\s*([A-{last}a-{last.lower()}])(?!{_another_letter_pattern(last)})\s*(?:[)\]}}.:]|[,;]|\s[-–—]\s|-\s)",
+        rf"[(\[{{]?\s*([A-{last}a-{last.lower()}])(?!{another_letter_pattern(last)})\s*(?:[)\]}}.:]|[,;]|\s[-–—]\s|-\s)",
         text,
     )
     if match:
@@ -365,7 +348,7 @@ def _find_announced_letter(announcements: Sequence[str], text: str, options: Opt
     hypothetical letter counts only if there is no other."""
     last, supposed = options.last, None
     upper, lower = rf"([A-{last}])\b", rf"([a-{last.lower()}])(?:\s*(?:[)\]}}.,;:]|$)|(?={RIGHT}))"
-    not_listed = rf"(?!{_another_letter_pattern(last)})"
+    not_listed = rf"(?!{another_letter_pattern(last)})"
     said_of_letter = rf"\s+{REASON}|{RIGHT}|{_denied_letter_pattern(last)}|{SURE}\s*(?:[.,;:!)]|$)"
     for says in announcements:
         announced: list[tuple[int, int]] = []
@@ -374,7 +357,7 @@ def _find_announced_letter(announcements: Sequence[str], text: str, options: Opt
                 preceding, behind = before_place(text, match.start()), _text_after(text, match.end(1), options)
                 if re.search(r"\bor\s*$", preceding) or NOT.search(preceding) or re.match(WRONG, behind):
                     continue
-                if _joins_letters(preceding, rf"\b[A-{last}][)\]]?,?\s+{JOINS}\s*$"):  # "option B and option C"
+                if joins_letters(preceding, rf"\b[A-{last}][)\]]?,?\s+{JOINS}\s*$"):  # "option B and option C"
                     continue
                 if re.match(r"\s*\?", behind):  # a question
                     continue
@@ -470,7 +453,7 @@ def _find_letter_called_fitting(text: str, last_letter: str) -> int | None:
 
 def _find_bracketed_letter(text: str, options: Options) -> int | None:
     """Return the letter in brackets, if it is only one and not joined to a further letter ("(B) or C")."""
-    if re.search(rf"[(\[][A-{options.last}]{_another_letter_pattern(options.last)}", text):
+    if re.search(rf"[(\[][A-{options.last}]{another_letter_pattern(options.last)}", text):
         return None
     found = {number_of(letter) for letter in re.findall(rf"[(\[]([A-{options.last}])[)\]]", text)}
     return found.pop() if len(found) == 1 else None
@@ -480,8 +463,10 @@ def _find_capitals(text: str, options: Options) -> tuple[set[int], set[int]]:
     """Return the capitals that are not words of a sentence: those that stand alone, and those after a word that they
     may label ("clip A")."""
     standalone, labelling = set[int](), set[int]()
-    if _joins_letters(text, rf"\b[A-{options.last}]\b{_another_letter_pattern(options.last)}"):
+    unjoined = without_joined_letters(text, options.last)
+    if unjoined is None:
         return standalone, labelling
+    text = unjoined
     for match in re.finditer(rf"\b([A-{options.last}])\b(?!['’])", text):
         preceding = before_place(text, match.start())
         if NOT.search(preceding) or re.match(WRONG, text[match.end() :]):

@@ -23,6 +23,7 @@ from keygrip.data.robot.hub import hub_name
 from keygrip.data.untrusted_files import read_json
 from keygrip.envs.gymnasium_environment import GymnasiumTask
 from keygrip.envs.metaworld.tasks import HZ, MT10, MT50, MetaWorldTask, newly_rotated_cameras, task_names
+from keygrip.envs.yam.camera_moves import refuse_unseen_moves
 from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation.closed_loop import HELD_OUT_SEED, ClosedLoop
@@ -73,15 +74,17 @@ class EnvironmentSettings:
             changes: to the task.
 
         Raises:
-            ValueError: Conditions are given together with several tasks, or a setting does not exist.
+            ValueError: Conditions are given together with several tasks, or a setting does not exist or has no effect.
         """
         conditions = {name: grid for name, grid in make.keywords.get("conditions", {}).items() if grid is not None}
         if self.tasks and conditions:
             raise ValueError(f"conditions are for one task, and {len(self.tasks)} tasks are conditions themselves")
         refuse_invalid(self.control or {}, RecedingHorizon)
         control = make.keywords.get("control", partial(RecedingHorizon))
+        task = changed(self.task, changes or {})
+        self.refuse_unseen_moves(self.task, task)
         evaluation = make(
-            task=changed(self.task, changes or {}),
+            task=task,
             conditions=task_conditions(self.tasks) if self.tasks else conditions,
             image_size=self.image_size,
             hz=self.hz,
@@ -90,6 +93,12 @@ class EnvironmentSettings:
             python=self.python,
             of_tasks=bool(self.tasks),
         )
+        for name, grid in conditions.items():
+            for cell in grid:
+                try:
+                    self.refuse_unseen_moves(task, changed(task, cell))
+                except ValueError as error:
+                    raise ValueError(f"condition {name}: {error}") from error
         episodes = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes)
         cells = [cell for grid in conditions.values() for cell in grid]
         recorded = self._recorded_seeds([changed(evaluation.task, cell) for cell in cells] or [evaluation.task])
@@ -100,6 +109,11 @@ class EnvironmentSettings:
                 *(recorded_count, episodes[0], episodes[-1], HELD_OUT_SEED),
             )
         return evaluation
+
+    def refuse_unseen_moves(self, task: Any, condition: Any) -> None:
+        """Raise ValueError if a condition (a task with changes) moves only a camera that the policy does not see."""
+        if self.cameras is not None and isinstance(task, TaskOptions) and isinstance(condition, TaskOptions):
+            refuse_unseen_moves(condition, self.cameras, before=task)
 
     def _recorded_seeds(self, tasks: Sequence[Any]) -> Container[int]:
         """Return the recorded seeds of one of these tasks, or of `tasks`. Another task's episode of a seed differs."""
@@ -191,7 +205,9 @@ def _resolve_settings(
             f"and env={name} now turns them upright: record into a new folder, and train on "
             "that; simulate=false evaluates it on its recording"
         )
-    return EnvironmentSettings(task, image_size, hz, cameras, names, env["control"], env["python"], recorded)
+    settings = EnvironmentSettings(task, image_size, hz, cameras, names, env["control"], env["python"], recorded)
+    settings.refuse_unseen_moves(TaskOptions() if recorded is None or recorded.task is None else recorded.task, task)
+    return settings
 
 
 def _refuse_changes(env: Mapping[str, Any]) -> None:

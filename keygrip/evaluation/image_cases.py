@@ -172,12 +172,14 @@ class AskedConditions:
         records: whose layout is requested, B of them. colours: of the cube, in the text.
         describes_sides: whether the text also contains the cube's side.
         seeds: B seeds of the sampled images; an image of the data has the same seed in every case.
+        rows: B positions of the images in their batch.
     """
 
     conditions: Conditions
     target: Tensor
     records: list[dict[str, Any]]
     seeds: list[int]
+    rows: list[int]
     colours: list[str] | None
     captions: list[str]
     describes_sides: bool = True
@@ -265,24 +267,26 @@ class Suite:
         """
         return possible_cases(self.module, self.options, self.sampling, self.classifier is not None)
 
-    def batches(self, limit: int) -> Iterator[tuple[ImageTextBatch, Tensor, range]]:
-        """Yield held-out batches on the model's device, their real images, and the indices of their images."""
-        offset, size = 0, self.options.batch_size or max(self.data.batch_size, PAIRED)
+    def batches(self, limit: int) -> Iterator[tuple[ImageTextBatch, Tensor, list[int]]]:
+        """Yield held-out batches on the model's device, their real images, and the numbers of their images, which
+        seeds and changed colours depend on: an image has the same ones in batches of any size."""
+        empty, size = True, self.options.batch_size or max(self.data.batch_size, PAIRED)
         for batch in self.data.held_out(self.options.split, limit, with_images=True, batch_size=size):
             batch = batch.to(self.module.device)
             real = self.encoders.decode_latents(batch.latents) if batch.images is None else batch.images / 255
-            yield batch, real, range(offset, offset + len(batch))
-            offset += len(batch)
-        if not offset:
+            yield batch, real, batch.numbers
+            empty = False
+        if empty:
             refuse_empty(self.data, self.options.split)
 
     # ------------------------------------------------------------------------------------------------------------ cases
 
-    def ask(self, case: str, batch: ImageTextBatch, real: Tensor, numbers: range) -> AskedConditions | None:
+    def ask(self, case: str, batch: ImageTextBatch, real: Tensor, numbers: Sequence[int]) -> AskedConditions | None:
         """Return the conditions of a case for a batch; None if it applies to none of its images."""
         conditions = self.module.statistics.conditions(batch)
         colours = [r["evidence"]["colour"] for r in batch.records] if self.classifier is not None else None
-        asked = AskedConditions(conditions, real, batch.records, list(numbers), colours, list(batch.captions))
+        seeds, rows = list(numbers), list(range(len(batch)))
+        asked = AskedConditions(conditions, real, batch.records, seeds, rows, colours, list(batch.captions))
         if case == "reconstruction":
             return asked
         if case == "text_only":
@@ -302,18 +306,17 @@ class Suite:
             )
         if case == "shuffled_patches":
             assert conditions.patches is not None
-            order = torch.randperm(conditions.patches.shape[1], generator=torch.Generator().manual_seed(numbers.start))
-            return replace(
-                asked,
-                conditions=replace(conditions, patches=conditions.patches[:, order.to(conditions.patches.device)]),
-            )
-        return self._change_captions(asked, numbers)
+            patches, count = conditions.patches, conditions.patches.shape[1]
+            orders = [torch.randperm(count, generator=torch.Generator().manual_seed(number)) for number in numbers]
+            index = torch.stack(orders).to(patches.device)[..., None].expand_as(patches)
+            return replace(asked, conditions=replace(conditions, patches=patches.gather(1, index)))
+        return self._change_captions(asked)
 
-    def _change_captions(self, asked: AskedConditions, indices: range) -> AskedConditions | None:
+    def _change_captions(self, asked: AskedConditions) -> AskedConditions | None:
         words = self.options.words
         all_changes = [
             change_caption(caption, record, number, self.colours, words)
-            for caption, record, number in zip(asked.captions, asked.records, indices, strict=True)
+            for caption, record, number in zip(asked.captions, asked.records, asked.seeds, strict=True)
         ]
         changed_rows = [i for i, change in enumerate(all_changes) if change is not None]
         if not changed_rows:
@@ -331,7 +334,7 @@ class Suite:
         colours = [str(colour) for _, colour in changes] if not words and self.classifier is not None else None
         records, seeds = [asked.records[i] for i in changed_rows], [asked.seeds[i] for i in changed_rows]
         return AskedConditions(
-            conditions, asked.target[index], records, seeds, colours, captions, describes_sides=not words
+            conditions, asked.target[index], records, seeds, changed_rows, colours, captions, describes_sides=not words
         )
 
     def draw(self, asked: AskedConditions, size: tuple[int, int], sampling: Sampling | None = None) -> Tensor:
@@ -384,7 +387,8 @@ class Suite:
         cases = self.cases()
         values: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         sets: dict[str, list[Tensor]] = defaultdict(list)
-        drawn_of: dict[str, list[int]] = defaultdict(list)  # indices of the images, by case
+        drawn_of: dict[str, list[int]] = defaultdict(list)  # by case, positions of its images among the real ones
+        done = 0
         total = min(self.options.images, len(self.data.samples(self.options.split)))
         with Progress(total=total, desc="evaluate", unit="image") as bar:
             for batch, real, numbers in self.batches(self.options.images):
@@ -406,8 +410,9 @@ class Suite:
                     drawn = self.draw(asked_of, size)
                     self._add(values[case], self.measure(drawn, asked_of))
                     sets[case].append(self.features.features(drawn).float().cpu())
-                    drawn_of[case] += asked_of.seeds
-                    rows.append(self._row(case, asked_of, drawn, numbers))
+                    drawn_of[case] += [done + row for row in asked_of.rows]
+                    rows.append(self._row(case, asked_of, drawn))
+                done += len(batch)
                 self.samples.offer(len(batch), rows)
                 bar.update(len(batch))
         for case in cases:
@@ -440,12 +445,12 @@ class Suite:
         return torch.cat([features(part.to(device).float() / 255).float().cpu() for part in parts])
 
     def _references(
-        self, batch: ImageTextBatch, real: Tensor, indices: range
+        self, batch: ImageTextBatch, real: Tensor, numbers: Sequence[int]
     ) -> Iterator[tuple[str, AskedConditions, Tensor]]:
         """Yield real images in place of generated ones: another one of the set; each as reconstructed by the
         autoencoder, which no generated image can surpass; and each itself, which gives the classifier's own error and
         the distance between sets of real images."""
-        asked = self.ask("reconstruction", batch, real, indices)
+        asked = self.ask("reconstruction", batch, real, numbers)
         assert asked is not None
         if len(batch) > 1:
             yield UNRELATED, asked, real.roll(-1, dims=0)
@@ -459,12 +464,11 @@ class Suite:
             values[name].append(numbers)
 
     @staticmethod
-    def _row(case: str, asked: AskedConditions, drawn: Tensor, indices: range) -> SampleRow:
+    def _row(case: str, asked: AskedConditions, drawn: Tensor) -> SampleRow:
         title = case.replace("_", " ")
         if case == "dino_swap":
             title = f"{title}: own text, layout of the next image"
-        places = [number - indices.start for number in asked.seeds]
-        return SampleRow(title, places, drawn, asked.colours if case == "changed_words" else None)
+        return SampleRow(title, asked.rows, drawn, asked.colours if case == "changed_words" else None)
 
     @property
     def scaled_case(self) -> str:

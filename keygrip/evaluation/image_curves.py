@@ -24,7 +24,7 @@ class Curves:
     def __init__(self, suite: Suite) -> None:
         self.suite, self.options, self.sampling = suite, suite.options, suite.sampling
         self._grids: dict[str, list[tuple[AskedConditions, tuple[int, int]]]] = {}
-        self._anchors: dict[tuple[int, ...], dict[str, float]] = {}  # by the indices of the images
+        self._anchors: dict[tuple[int, ...], dict[str, float]] = {}  # by the numbers of the images
 
     def scales(self) -> tuple[list[dict[str, Any]], list[tuple[str, Tensor]]]:
         """Return the figures of `Suite.scaled_case` for each pair of scales, and a row of images per text scale."""
@@ -84,8 +84,8 @@ class Curves:
         if case not in self._grids:
             self._grids[case] = [
                 (asked, (batch.latents.shape[2], batch.latents.shape[3]))
-                for batch, real, indices in self.suite.batches(self.options.grid_images)
-                if (asked := self.suite.ask(case, batch, real, indices)) is not None
+                for batch, real, numbers in self.suite.batches(self.options.grid_images)
+                if (asked := self.suite.ask(case, batch, real, numbers)) is not None
             ]
         return self._grids[case]
 

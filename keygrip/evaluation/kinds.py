@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from keygrip.config import EntrySchema, SettingError, leaves_of, nearest, register
+from keygrip.config import EntrySchema, SettingError, leaves_of, register
+from keygrip.nearest_setting import nearest
 from keygrip.override_values import values_of
 from keygrip.setting_types import hints_of, type_problem
 from keygrip.training.parts import build_stored

@@ -13,14 +13,14 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 
-from keygrip.data.bad_samples import HOSTILE, BadSamples
+from keygrip.data.bad_samples import HOSTILE, BadSamples, is_of_the_machine
 from keygrip.data.batches import Turn
 from keygrip.data.spacing import evenly
 from keygrip.data.video_text.conversations import image_frames_of, shown_image
@@ -38,10 +38,23 @@ log = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 64  # default where a task gives none
 # SystemExit: the task of Video-MME exits Python if a video does not exist
 FAILS: tuple[type[BaseException], ...] = (*HOSTILE, SystemExit)
+ACCELERATOR_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors, but no document's fault
 FAILED = "-"  # names no option. MVBench's task skips empty answers, which would improve the result
 Given = TypeVar("Given")
 EncodedVideo = tuple[torch.Tensor, list[int], list[tuple[float, ...]], Any]  # a video with its keys and values
 Timed = tuple[np.ndarray, tuple[float, ...]]  # frames and their times; () for several images or videos
+
+
+class Likelihood(NamedTuple):
+    """The likelihood of a text, and whether greedy decoding gives the text, as the pair that a task receives."""
+
+    value: float
+    greedy: bool
+
+    def strip(self) -> tuple[()]:
+        """Return an empty value. The response cache of lmms-eval (since 0.7) calls this on the `text` of every
+        `GenerationResult`, and does not store what is empty then. A stored pair would reach the task as a string."""
+        return ()
 
 
 class KeygripModel(lmms):
@@ -54,7 +67,7 @@ class KeygripModel(lmms):
         device: None or "cuda": this process's GPU, if there is one.
         max_failed_share: failed requests (a video that does not exist or cannot be decoded, a row that does not fit)
             are named in the log and counted as wrong. If there are at least 200 and more than this fraction fails, the
-            evaluation ends.
+            evaluation ends. Errors of the machine (no GPU memory, a full disk) always end it.
         batch_size, max_batch_size: passed by lmms-eval; requests are processed one
             by one, because each has its own video.
 
@@ -97,6 +110,7 @@ class KeygripModel(lmms):
         If a task's `max_new_tokens` (32768 in some) exceeds the language model's context, the rest of the context is
         used. If tokens are sampled (`temperature`, unless `do_sample` is false; `top_k` and `top_p`), the seed is 0,
         and for a request that is repeated (`repeats`) 1, 2, ... after that. Settings without effect are logged.
+        With the response cache of lmms-eval, a failed request is asked again in the next run.
 
         Raises:
             ValueError: Too many requests fail, or all.
@@ -111,7 +125,7 @@ class KeygripModel(lmms):
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Return the likelihood of each target's text, without the end of the turn: a value, and whether greedy
-        decoding gives the text, as the pair (`text`) that a task receives.
+        decoding gives the text, as the pair (`text`) that a task receives. The response cache stores none.
 
         lmms-eval 0.7.3 (`ConfigurableTask.process_results`, and the tasks' own `..._mc_ppl`) uses the value in two
         ways, which are distinguished by the form of the target:
@@ -119,15 +133,19 @@ class KeygripModel(lmms):
         - an option of a `multiple_choice` task, a text: the lowest value is chosen, because its models return losses.
           The value is the mean cross-entropy per token, nats. A failed option has infinity and is never preferred. If
           all options of a question fail, `multiple_choice` chooses the first, and the tasks' own functions none.
+          `acc` is thus normalised by tokens; `acc_norm` divides once more, by characters, and prefers long options.
         - the target of a `loglikelihood` task, a function of the document: `perplexity` is exp(-mean). The value is the
           sum of the tokens' log-likelihoods, nats, as in lmms-eval's base class; minus infinity if the request fails.
 
         Raises:
             ValueError: Too many requests fail, or all.
         """
+        pairs = self._answer_each(requests, self._likelihood, _failed_likelihood)
+        for request in requests:
+            _keep_from_cache(request)
         # its evaluator converts a bare pair to a string (`unwrap_generation_output`, 0.7 to 0.7.3), which no task can
         # read
-        return [GenerationResult(pair) for pair in self._answer_each(requests, self._likelihood, _failed_likelihood)]
+        return [GenerationResult(Likelihood(*pair)) for pair in pairs]
 
     def _answer_each(
         self, requests: Sequence[Any], answer: Callable[[Any], Given], failed: Callable[[Any], Given]
@@ -140,7 +158,11 @@ class KeygripModel(lmms):
                 answers.append(answer(request))
             except FAILS as error:
                 _, _, _, index, task, split = request.args
+                if isinstance(error, ACCELERATOR_ERRORS) or is_of_the_machine(error):
+                    error.add_note(f"at document {index} of {task}, {split}")
+                    raise
                 answers.append(failed(request))
+                _keep_from_cache(request)
                 self._last = None
                 bad.add(1, [f"document {index} of {task}, {split}: {error}"])
             else:
@@ -199,7 +221,13 @@ class KeygripModel(lmms):
             tokens=self.module.tokenizer.size,
         )
         total, greedy = float(likelihoods.total[0]), bool(likelihoods.greedy[0])
-        return total if callable(target) else -total / int(likelihoods.tokens[0]), greedy
+        if callable(target):
+            return total, greedy
+        self._warn_once(
+            "acc compares options by their mean loss per token; ignore acc_norm, where a task has it: it divides this "
+            "loss once more, by the option's characters"
+        )
+        return -total / int(likelihoods.tokens[0]), greedy
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Raise NotImplementedError: the rounds of such tasks depend on task-specific forms of answers."""
@@ -257,6 +285,13 @@ class KeygripModel(lmms):
 def _concatenate(parts: Sequence[Timed]) -> Timed:
     """Concatenate frames; several parts have no common time."""
     return np.concatenate([frames for frames, _ in parts]), parts[0][1] if len(parts) == 1 else ()
+
+
+def _keep_from_cache(request: Any) -> None:
+    """Give a request another task name, under which no run looks for a response: the next run asks again. Only
+    lmms-eval's response cache (since 0.7) reads the name. To make it refuse a response is not enough: it still writes
+    the response to its log, from which a run with the same identifier (usual with several processes) restores it."""
+    request.task_name = f"{request.args[4]} (not from the cache)"
 
 
 def _remove_image_marks(text: str) -> str:

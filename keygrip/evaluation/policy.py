@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from keygrip.config import config_folder
 from keygrip.data.robot.roots import refuse_renamed
 from keygrip.evaluation.closed_loop import ClosedLoop
-from keygrip.evaluation.environments import environment_settings
+from keygrip.evaluation.environments import EnvironmentSettings, environment_settings
 from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_invalid
 from keygrip.evaluation.rollout_report import write_report
 from keygrip.evaluation.trained_policy import check_policy
@@ -116,7 +116,7 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
     conditions: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     if not env.tasks:
-        conditions, left_out = _select_conditions(cfg, changed(env.task, changes))
+        conditions, left_out = _select_conditions(cfg, env, changed(env.task, changes))
     elif plain(cfg.suites) != DEFAULT_SUITES:
         raise ValueError(f"suites are for one task: the tasks of env={cfg.env.name} are its conditions")
     elif own := _suites_with_own_conditions(cfg):
@@ -157,9 +157,9 @@ def closed_loop(evaluated: Evaluated, settings: ClosedLoop) -> dict[str, Any]:
     return {"tasks": figures, "all": report["all"]} if settings.of_tasks else figures
 
 
-def _select_conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict[str, str]]:
+def _select_conditions(cfg: DictConfig, env: EnvironmentSettings, task: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the conditions of the chosen suites for a task, and the conditions of the default suites that it does not
-    support, with the reason.
+    support, with the reason. A moved camera that the policy does not see is not supported either.
 
     Raises:
         ValueError: A suite does not exist, or a chosen suite has a condition that the task does not support.
@@ -178,7 +178,7 @@ def _select_conditions(cfg: DictConfig, task: Any) -> tuple[dict[str, Any], dict
             entries = [_add_camera_moves(task, entry) for entry in grid]
             try:
                 for entry in entries:
-                    changed(task, entry)
+                    env.refuse_unseen_moves(task, changed(task, entry))
             except ValueError as error:
                 place = f"conditions.{suite}.{name}"
                 if plain(cfg.suites) != DEFAULT_SUITES:

@@ -4,8 +4,10 @@ can't see the video") or reject all options ("None of the above")."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from keygrip.evaluation.option_texts import Options, plain_text
+from keygrip.evaluation.answer_forms import FITTING
+from keygrip.evaluation.option_texts import Options, number_of, plain_text
 
 # The patterns are matched against texts without quotes, in which "don't" is "don t".
 NEGATED = r"(?:\s?not|n\s?t)"
@@ -21,23 +23,34 @@ UNABLE = rf"(?:{SUBJECT}(?:ca|can|could){NEGATED}|{I_AM}(?:not\s+able|unable)\s+
 FIND = r"(?:answer|determine|identify|infer|know|say|tell)\b"
 # The refusal is complete, so that "Unknown people walk" and "None of the people walk" are no refusals.
 ENDS = r"(?=\s*(?:$|(?:at|based|by|for|from|given|here|in|on|with|without)\b))"
+ALL_OPTIONS = (
+    r"(?:it|them|these|those|(?:(?:the|these|those)\s+)?(?:(?:available|given|listed|provided)\s+)?"
+    r"(?:above|answers|choices|options))"
+)
+# After "I cannot tell", "it is impossible to tell" and the like, these words say what is seen ("them apart").
+NOT_DESCRIBING = (
+    r"(?!\s+(?:(?:an?|any)\s+(?!more\b|(?:\w+\s+){0,2}(?:answers?|choice|option)\b|"
+    rf"of\s+(?:that|this|{ALL_OPTIONS})\b)|other\b|the\s+difference\b|"
+    r"(?:both|the|them|these|those)\s+(?:\w+\s+){0,2}apart\b|why\b))"
+)
+# These may follow an answer: "I don't know why", "I don't know if that is right".
+NOT_OF_REASONS = r"(?!\s+(?:why|(?:if|whether)\s+(?:it|that|this))\b)"
 REFUSES = re.compile(
     "|".join(
         (
             rf"{I_AM}(?:(?:really|so|very)\s+)?sorry\b(?!\s+(?:about|for)\b)",
             r"(?:(?:i\s+apologi[sz]e|my\s+apologies|apologies)\b(?!\s+(?:about|for)\b))",
             r"as\s+an?\s+(?:ai|(?:large\s+)?language\s+model)\b",
-            rf"{UNABLE}{FIND}(?!\s+(?:an?|any|other|the\s+difference|them\s+apart|why)\b)",
+            rf"{UNABLE}{FIND}{NOT_DESCRIBING}",
             rf"{UNABLE}(?:(?:assist|help)|(?:access|process|see|view|watch)\s+{VIDEO}){ENDS}",
             rf"(?:(?:it|that|the\s+(?:answer|question)|this)\s+)?(?:ca|can|could){NEGATED}\s+be\s+"
-            r"(?:answered|determined|inferred|known|told)\b",
-            # These may follow an answer: "I don't know why", "I don't know if that is right".
-            rf"{SUBJECT}do(?:es)?{NEGATED}\s+know\b(?!\s+(?:why|(?:if|whether)\s+(?:it|that|this))\b)",
-            rf"{SUBJECT}(?:have\s+)?no\s+(?:clue|idea)\b",
+            r"(?:answered|determined|inferred|known|told)\b(?!\s+apart\b)",
+            rf"{SUBJECT}do(?:es)?{NEGATED}\s+know\b{NOT_OF_REASONS}",
+            rf"{SUBJECT}(?:have\s+)?no\s+(?:clue|idea)\b{NOT_OF_REASONS}",
             rf"{I_AM}(?:not\s+sure|uncertain|unsure)(?:{ENDS}|\s+(?:about|how|what|when|where|which|who)\b)",
             rf"{IT_IS}(?:not\s+clear|unanswerable|unclear|undetermined|unknown|unspecified){ENDS}",
-            rf"{IT_IS}(?:impossible|not\s+possible)\s+to\s+{FIND}",
-            rf"there\s*(?:is|s)\s+no\s+way\s+(?:of\s+(?:knowing|telling)|to\s+{FIND})",
+            rf"{IT_IS}(?:impossible|not\s+possible)\s+to\s+{FIND}{NOT_DESCRIBING}",
+            rf"there\s*(?:is|s)\s+no\s+way\s+(?:of\s+(?:knowing|telling)|to\s+{FIND}){NOT_DESCRIBING}",
             rf"(?:there\s*(?:is|s)\s+)?(?:insufficient|not\s+enough)\s+{INFORMATION}",
             rf"there\s+isn\s?t\s+(?:enough|sufficient)\s+{INFORMATION}",
             rf"(?:{VIDEO}\s+do(?:es)?|{SUBJECT}do){NEGATED}\s+(?:contain|give|have|provide|show)\s+"
@@ -46,10 +59,6 @@ REFUSES = re.compile(
         )
     ),
     re.IGNORECASE,
-)
-ALL_OPTIONS = (
-    r"(?:it|them|these|those|(?:(?:the|these|those)\s+)?(?:(?:available|given|listed|provided)\s+)?"
-    r"(?:above|answers|choices|options))"
 )
 REJECTS_ALL = re.compile(
     rf"none(?:\s+of\s+{ALL_OPTIONS})?(?:\s+(?:appl(?:y|ies)|fits?|match(?:es)?|(?:are|is)\s+(?:correct|right|shown)))?{ENDS}|"
@@ -91,7 +100,24 @@ PLAINLY_REFUSES = re.compile(
     rf"(?:access|process|see|view|watch)\s+{VIDEO})",
     re.IGNORECASE,
 )
-CLAUSE_END = re.compile(r"[.,;:!?\n]+|\s(?=(?:because|but|however|so|though)\b)", re.IGNORECASE)
+# After a refusal, words that call the option named before them the answer ("I'm not sure, but this is my best guess").
+AFFIRMS = re.compile(
+    r"(?!(?:correct|my|right)$)(?:i\s+(?:believe|guess|suppose|think)\s+(?:that\s+)?)?"
+    r"(?:(?:(?:it|that|this)(?:\s+(?:answer|choice|one|option))?|the\s+(?:answer|choice|option))\s*"
+    r"(?:appears|is|looks|s|seems|sounds|(?:could|may|might|must|should|would)\s+be)\s+(?:to\s+be\s+)?)?"
+    r"(?:(?:likely|most\s+likely|probably)\s+)?"
+    rf"(?:(?:an?|my|the)\s+)?(?:best|closest|correct|likely|(?:more|most)\s+{FITTING}|my|plausible|probable|probably|right)"
+    r"(?:\s+(?:answer|bet|choice|fit|guess|match|one|option))?"
+    rf"(?:\s+(?:to\s+me|in\s+my\s+(?:opinion|view)|(?:among|of|out\s+of)\s+{ALL_OPTIONS}|(?:based|given|judging)\b.*))?|"
+    r"i\s+(?:believe|guess|suppose|think)\s+so|"
+    r"i(?:\s+(?:d|ll|will|would))?\s+(?:choose|go\s+(?:for|with)|pick|select)\s+(?:it|that|this)(?:\s+(?:one|option))?",
+    re.IGNORECASE,
+)
+CLAUSE_END = re.compile(
+    r"[.,;:!?\n]+|\s(?=(?:because|but|however|though)\b)|"
+    r"(?<!believe)(?<!guess)(?<!suppose)(?<!think)\s(?=so\b)",  # "I think so" is one clause
+    re.IGNORECASE,
+)
 INTRODUCES = re.compile(
     r"\s*(?:(?:because|but|however|i\s*(?:am|m)\s+afraid(?:\s+that)?|since|so|though|unfortunately)\b\s*)*",
     re.IGNORECASE,
@@ -113,9 +139,10 @@ def text_after_refusal(text: str, options: Options) -> str | None:
     """Return the text after the refusing clause at the beginning of a text that follows "A:"; None if the text does not
     begin with a refusal or may explain option A.
 
-    It may explain option A if a further clause contains words of this option and no denial, or if the option denies
-    something or states that something is not known ("Not revealed", "He never sits"). With the option "No", only plain
-    refusals ("I don't know") explain nothing: "The video does not show this" does.
+    It may explain option A if a further clause contains words of this option and no denial, or calls it the answer
+    ("but this is my best guess"), or if the option denies something or states that something is not known ("Not
+    revealed", "He never sits"). With the option "No", only plain refusals ("I don't know") explain nothing: "The video
+    does not show this" does.
     """
     ends = [match.span() for match in CLAUSE_END.finditer(text)]
     begins = [0, *(end for _, end in ends)]
@@ -137,4 +164,22 @@ def text_after_refusal(text: str, options: Options) -> str | None:
         for clause in clauses[1:]
         if not (REFUSES.match(clause) or DENIED.search(clause))
     )
-    return None if explained else text[spans[0][1] :]
+    return None if explained or _affirms(clauses[1:], options) else text[spans[0][1] :]
+
+
+def _affirms(clauses: Sequence[str], options: Options) -> bool:
+    """Return whether a clause after a refusal calls the option before it the answer, and neither this clause nor a
+    later one names another option or refuses again."""
+    first = next((index for index, clause in enumerate(clauses) if AFFIRMS.fullmatch(clause)), None)
+    return first is not None and not any(
+        REFUSES.match(clause) or _names_another_option(clause, options) for clause in clauses[first:]
+    )
+
+
+def _names_another_option(clause: str, options: Options) -> bool:
+    """Return whether a clause contains the letter or the words of an option other than A."""
+    # "I" is a pronoun here. A clause may have small letters that are no option ("I d say").
+    small = re.fullmatch(r"(?:(?:choice|option)\s+)?[(\[]?([a-z])[)\]]?", clause, re.IGNORECASE)
+    letters = [small[1]] if small else re.findall(rf"\b(?!I\b)[A-{options.last}]\b", clause)
+    words = f" {plain_text(clause)} "
+    return any(map(number_of, letters)) or any(own and f" {own} " in words for own in options.plain[1:])

@@ -308,10 +308,12 @@ def evaluate_answers(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"split={cfg.split}: choose val, test or none")
     data_changes = plain(cfg.get("data")) or {}
     frames = {} if cfg.max_frames is None else {"max_frames": cfg.max_frames}
+    trained_frames = module.image_options.get("image_frames", 1)
     if module.image_options:
         module.image_options = _preparation(module.image_options, data_changes, frames)
-    if module.image_options.get("image_frames", 1) != 1:
-        frames["image_frames"] = image_frames_of(module.image_options)
+    image_frames = module.image_options.get("image_frames", 1)
+    if (trained_frames, image_frames) != (1, 1):  # also 1 in place of more: the run's data have the number of training
+        frames["image_frames"] = image_frames
     # checked before anything that takes hours
     benchmark_roots = {name: root for name, root in (plain(cfg.vqa_benchmarks) or {}).items() if root is not None}
     benchmarks = {name: read_benchmark(name, root) for name, root in benchmark_roots.items()}

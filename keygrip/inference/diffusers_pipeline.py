@@ -41,11 +41,9 @@ from PIL import Image
 from torch import Tensor
 
 from keygrip.artifacts import atomic_write, write_json
-from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.exporting.folder import model_card, read_export, write_export
-from keygrip.inference.references import warn_of_cut
 from keygrip.inference.schedulers import OWN_SCHEDULER, set_levels, take_step
-from keygrip.inference.steered_images import MOST_PIXELS, SteeredImages
+from keygrip.inference.steered_images import SteeredImages, bucket_of
 from keygrip.models.nn.flow_matching import integrate
 from keygrip.models.patch_dit.figures import as_bytes
 from keygrip.models.patch_dit.module import PatchDiTModule
@@ -65,10 +63,8 @@ __all__ = ["{CLASS}"]
 '''
 # Keywords that diffusers passes to every model of a pipeline: how weights are loaded, which keygrip does in one way.
 # Keywords that name other files are not listed, because the folder does not hold those: variant and use_flashpack.
-LOADING = (
-    *("device_map", "max_memory", "offload_folder", "offload_state_dict"),
-    *("low_cpu_mem_usage", "use_safetensors", "disable_mmap"),
-)
+LOADING = ("offload_folder", "offload_state_dict", "low_cpu_mem_usage", "use_safetensors", "disable_mmap")
+ONE_DEVICE = "the pipeline keeps its weights on one device"
 # Keywords for fetching a model from the hub, without effect on a local folder.
 FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 # The caller's options for the transformer: diffusers passes no keyword on to the models that it loads.
@@ -102,24 +98,29 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
         torch_dtype: torch.dtype | None = None,  # its name in older versions of diffusers
         external: Mapping[str, Any] | None = None,
         trust: Sequence[str] = (),
+        device_map: Any = None,
+        max_memory: Any = None,
         **others: Any,
     ) -> Self:
         """Load an exported folder.
 
         Args:
-            external, trust: as in `keygrip.load`. others: what diffusers passes to every model; see `LOADING`
-                and `FETCHING`.
+            external, trust: as in `keygrip.load`. device_map: the device of the weights; None: the CPU. max_memory:
+                refused, as it is for a model on several devices. others: what diffusers passes to every model; see
+                `LOADING` and `FETCHING`.
 
         Raises:
             FileNotFoundError, ValueError: It is not an export, a byte of it has changed, it needs files that were not
-                given, images cannot be generated in this dtype, or a keyword has no effect.
+                given, images cannot be generated in this dtype, it would be on several devices, or a keyword has no
+                effect.
         """
+        device = _one_device(device_map, max_memory)
         idle = sorted(name for name, value in others.items() if value and name not in LOADING + FETCHING)
         if idle:
             raise ValueError(f"{', '.join(idle)}: no effect on {cls.__name__}.from_pretrained, leave it out")
         load_options = {"external": external, "trust": trust} if external or trust else _named.get() or {}
         try:
-            module = load_module(pretrained_model_name_or_path, expected=PatchDiTModule, **load_options)
+            module = load_module(pretrained_model_name_or_path, device, PatchDiTModule, **load_options)
         except UntrustedPartError as error:
             raise UntrustedPartError(
                 f"{error} ({CLASS}.from_pretrained of {__name__} takes external and trust; diffusers' own "
@@ -158,6 +159,14 @@ class PatchDiTTransformer(ModelMixin, ConfigMixin):
     def float(self) -> Self:
         """Convert the network to float32 with `to`."""
         return self.to(torch.float32)
+
+    def cuda(self, device: int | torch.device | None = None) -> Self:
+        """Move to a GPU with `to`."""
+        return self.to("cuda" if device is None else device)
+
+    def cpu(self) -> Self:
+        """Move to the CPU with `to`."""
+        return self.to("cpu")
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the network is evaluated."""
@@ -202,6 +211,8 @@ class PatchDiTPipeline(DiffusionPipeline):
             FileNotFoundError, ValueError: as in `PatchDiTTransformer.from_pretrained`, or files are given together with
                 a transformer.
         """
+        if kwargs.get("device_map") == "balanced":  # diffusers resolves it before the model is loaded
+            _one_device("balanced", None)
         if (external or trust) and kwargs.get("transformer") is not None:
             raise ValueError("external and trust have no effect on a transformer that is given: leave them out")
         parent: Any = super()
@@ -235,7 +246,7 @@ class PatchDiTPipeline(DiffusionPipeline):
 
     def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
         """Raise ValueError: diffusers' offload hooks do not cover the calls that generate an image."""
-        raise ValueError("the pipeline keeps its weights on one device: give pipeline.to('cuda')")
+        raise ValueError(f"{ONE_DEVICE}: give pipeline.to('cuda')")
 
     enable_sequential_cpu_offload = enable_group_offload = enable_model_cpu_offload
 
@@ -338,7 +349,7 @@ class PatchDiTPipeline(DiffusionPipeline):
             raise ValueError("redraw keeps pixels, and output_type='latent' gives none: choose another output_type")
         steered = SteeredImages(module, prompt, image, image_mask, blend, start_image, strength, redraw)
         steered.refuse_idle({name for name, value in options.items() if value is not None}, sampling)
-        bucket = self._bucket(module, steered.shown, height, width)
+        bucket = bucket_of(module, steered.shown, height, width)
         encoders, device = module.ready_encoders(), module.device
         conditions = steered.conditions(bucket).interleaved(num_images_per_prompt)
         total, stride = steered.count * num_images_per_prompt, encoders.latent_stride
@@ -362,7 +373,8 @@ class PatchDiTPipeline(DiffusionPipeline):
             times = start.edit.strength
             x = (1 - times) * start.edit.latents + times * noise
             mask_and_latents = None if start.edit.mask is None else (start.edit.mask, start.edit.latents)
-        set_levels(self.scheduler, sampling.steps, module.shift_of(noise), times, device)
+        student = module.few_steps is not None
+        set_levels(self.scheduler, sampling, module.shift_of(noise), times, device, student)
         module.eval()
         aspect = bucket.width / bucket.height
         velocities = Velocities(module.network, conditions, total, aspect, guide=module.guide_network)
@@ -420,33 +432,17 @@ class PatchDiTPipeline(DiffusionPipeline):
             output = samples.permute(0, 2, 3, 1).numpy()
         return ImagePipelineOutput(images=output) if return_dict else (output,)
 
-    @staticmethod
-    def _bucket(
-        module: PatchDiTModule, images: Mapping[str, Image.Image], height: int | None, width: int | None
-    ) -> Bucket:
-        stride = module.encoders.latent_stride
-        if height is not None or width is not None:
-            sides = (height if width is None else width), (width if height is None else height)
-            if any(side is not None and side != int(side) for side in sides):
-                raise ValueError(f"height={height}, width={width}: both are whole numbers of pixels")
-            bucket = Bucket(int(sides[0] or 0), int(sides[1] or 0))
-            step = stride * module.network.patch_size
-            if bucket.width * bucket.height > MOST_PIXELS:
-                raise ValueError(
-                    f"height={bucket.height}, width={bucket.width}: an image has at most {MOST_PIXELS} pixels"
-                )
-            if min(bucket.width, bucket.height) < step or bucket.width % step or bucket.height % step:
-                raise ValueError(
-                    f"height={bucket.height}, width={bucket.width}: both must be multiples of {step} pixels"
-                )
-            return bucket
-        trained = [Bucket(w * stride, h * stride) for h, w in module.statistics.latent_sizes]
-        if not images:
-            return trained[0]
-        bucket = nearest_bucket(*next(iter(images.values())).size, trained)
-        for name, image in images.items():
-            warn_of_cut(image.size, bucket, name, "height and width")
-        return bucket
+
+def _one_device(device_map: Any, max_memory: Any) -> torch.device:
+    """Return the device that diffusers' keyword `device_map` names; None: the CPU. Raises ValueError if it names
+    several devices, or no device of torch."""
+    instead = f"{ONE_DEVICE}: give device_map='cuda', or pipeline.to('cuda')"
+    if max_memory is not None:
+        raise ValueError(f"max_memory={max_memory!r}: {instead}")
+    try:
+        return torch.device("cpu" if device_map is None else device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device_map={device_map!r}: {instead}") from error
 
 
 def _refuse_type(name: str, value: Any, kind: type | None) -> None:

@@ -47,6 +47,7 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
     """
     refuse_left_out(cfg, "watchdog", "bounds")
     refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
+    _refuse_idle_blending(cfg.execution)
     if not cfg.seconds > 0:
         raise ValueError(f"seconds={cfg.seconds}: must be above 0")
     idle = [name for name in ("takeover", "record") if cfg[name] is not None]
@@ -74,7 +75,6 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
         planner = ThreadPlanner(planning, awaited=cfg.server is None)
         execution = instantiate(cfg.execution)(planner=planner, control_hz=robot.control_hz)
         _refuse_no_continuing(execution, policy)
-        _refuse_idle_blending(execution)
         needs = getattr(policy, "needs", None)
         refuse_idle_follow(execution.follow, "execution.follow", needs, isinstance(robot, JointRobot))
         if cfg.dry_run is not None:
@@ -211,10 +211,11 @@ def _refuse_no_continuing(execution: ChunkExecution, policy: Any) -> None:
         )
 
 
-def _refuse_idle_blending(execution: ChunkExecution) -> None:
-    if execution.blend_seconds > 0 and not execution.asynchronous:
+def _refuse_idle_blending(execution: DictConfig) -> None:
+    blend_seconds = execution.get("blend_seconds", ChunkExecution.blend_seconds)
+    if blend_seconds > 0 and not execution.get("asynchronous", ChunkExecution.asynchronous):
         raise ValueError(
-            f"execution.blend_seconds={execution.blend_seconds:g} has no effect with execution.asynchronous=false: a "
+            f"execution.blend_seconds={blend_seconds:g} has no effect with execution.asynchronous=false: a "
             "plan starts after the previous plan has ended; give execution.blend_seconds=0, or execution=blocking alone"
         )
 

@@ -126,7 +126,7 @@ class KeygripProcessor(ProcessorMixin):
 
         Args:
             images, text, videos: arguments of transformers' processors; refused, because images and videos are part of
-                the conversations here. return_tensors: "pt"; None has the same effect.
+                the conversations here. return_tensors: "pt"; None and "auto" have the same effect.
             others: further arguments of transformers' processors. Accepted only if they request what is done anyway
                 (`DONE`): `padding=True`.
 
@@ -272,7 +272,7 @@ def _refuse_audio_tokenizer(source: str, location: Mapping[str, Any]) -> None:
 
 
 def _check_tensors(return_tensors: str | None) -> None:
-    if return_tensors not in ("pt", None):
+    if return_tensors not in ("pt", "auto", None):  # "auto": transformers' default for conversations
         raise ValueError(f"return_tensors={return_tensors!r}: inputs are PyTorch's tensors, give 'pt' or leave it out")
 
 
@@ -284,6 +284,9 @@ DONE: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
     "continue_final_message": (False,),
     "return_attention_mask": (True,),
+    "return_assistant_tokens_mask": (False,),
+    "load_audio_from_video": (False,),
+    "sanitize_control_tokens": (False,),  # the default; ids never contain control tokens that words spell
 }
 REASONS = {
     "padding": "rows are padded on the right to the longest of them",

@@ -13,18 +13,25 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from keygrip.models.nn.flow_matching import noise_levels, shifted
+from keygrip.models.patch_dit.sampler import Sampling
 
 OWN_SCHEDULER = "leave the pipeline the scheduler that it came with"
 LEVEL_TOLERANCE = 1e-4  # of noise levels; schedulers compute them in float32
 START_TOLERANCE = 0.01  # of the initial noise level, if a scheduler's own options choose the other levels
 
 
-def set_levels(scheduler: Any, steps: int, shift: float, strength: float, device: torch.device) -> None:
+def set_levels(
+    scheduler: Any, sampling: Sampling, shift: float, strength: float, device: torch.device, student: bool = False
+) -> None:
     """Set a scheduler's noise levels, from `strength` to 0, to those that `sample` uses. The scheduler applies its own
     configured shift to the levels given here; two shifts in sequence equal one shift by their product.
 
+    The options of a `FlowMatchEulerDiscreteScheduler`, its shift included, may choose other levels, but not for a
+    few-steps student (`student`), which is trained for its own alone.
+
     Args:
-        steps: from pure noise; a lower `strength` takes fewer. shift: the resolution's.
+        sampling: the model's; its steps are from pure noise, and a lower `strength` takes fewer. shift: the
+            resolution's.
 
     Raises:
         ValueError: The scheduler cannot take noise levels, would sample at others, or does not interpret the model's
@@ -33,10 +40,13 @@ def set_levels(scheduler: Any, steps: int, shift: float, strength: float, device
     own_shift = _own_shift(scheduler)
     if not isinstance(own_shift, int | float) or isinstance(own_shift, bool) or not 0 < own_shift < math.inf:
         raise ValueError(f"the scheduler's shift is {own_shift!r} (scheduler_config.json, set_shift): a number above 0")
-    own_options = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)  # whose options may change the levels
+    own = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    own_options = own and not student  # which may change the levels
     class_name = type(scheduler).__name__
-    levels = torch.tensor(noise_levels(max(1, round(steps * strength)), shift)[:-1], dtype=torch.float64)
-    if strength != 1 and not own_options:
+    levels = torch.tensor(noise_levels(max(1, round(sampling.steps * strength)), shift)[:-1], dtype=torch.float64)
+    expected_shift = own_shift if own_options else sampling.timestep_shift
+    expected = [*(strength * shifted(levels, expected_shift)).tolist(), 0.0]
+    if strength != 1 and not own:
         raise ValueError(
             f"strength={strength:g} starts between noise and data, where {class_name} cannot: {OWN_SCHEDULER}"
         )
@@ -53,12 +63,13 @@ def set_levels(scheduler: Any, steps: int, shift: float, strength: float, device
         scheduler.set_timesteps(sigmas=levels.numpy(), device=device)  # some compute with arrays only
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{class_name} does not take the model's noise levels ({error}): {OWN_SCHEDULER}") from error
-    expected = [*shifted(levels, own_shift).tolist(), 0.0]
     actual = scheduler.sigmas.tolist()
     difference = _first_difference(actual, expected)
     if difference and not own_options:
+        setting = _shift_setting(scheduler)
+        advice = f"give {setting}={expected_shift:g}, or " if setting and own_shift != expected_shift else ""
         raise ValueError(
-            f"{class_name} would draw at other noise levels than the model's ({difference}): {OWN_SCHEDULER}"
+            f"{class_name} would draw at other noise levels than the model's ({difference}): {advice}{OWN_SCHEDULER}"
         )
     falls = all(left > right for left, right in pairwise(actual)) and abs(actual[-1]) <= LEVEL_TOLERANCE
     if not falls or not abs(actual[0] - expected[0]) <= START_TOLERANCE:
@@ -85,8 +96,18 @@ def take_step(
 
 def _own_shift(scheduler: Any) -> Any:
     """Return the shift that a scheduler applies to the given levels; 1 if it has none."""
-    name = "flow_shift" if _has_setting(scheduler, "flow_shift") else "shift"
-    return getattr(scheduler, "shift", scheduler.config.get(name, 1.0))  # set_shift may change it
+    setting = _shift_setting(scheduler)
+    if setting is None:
+        return 1.0
+    if setting == "shift":
+        return getattr(scheduler, "shift", scheduler.config.shift)  # set_shift may change it
+    return scheduler.config[setting]
+
+
+def _shift_setting(scheduler: Any) -> str | None:
+    """Return the name of the scheduler's setting for the shift. `from_config` of a scheduler that has another name for
+    it keeps that other setting without effect."""
+    return next((name for name in ("flow_shift", "shift") if _has_setting(scheduler, name)), None)
 
 
 def _has_setting(scheduler: Any, setting: str) -> bool:

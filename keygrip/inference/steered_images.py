@@ -5,7 +5,7 @@ The same as `keygrip sample` does with files, for callers that have PIL images.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from keygrip.data.bad_samples import convert_errors
-from keygrip.data.image_text.crops import Bucket
+from keygrip.data.image_text.crops import Bucket, nearest_bucket
 from keygrip.data.image_text.decoding import refuse_frames, refuse_transparency, upright
-from keygrip.inference.references import conditions_of, edit_of, mask_of, reference_of
+from keygrip.inference.references import conditions_of, edit_of, mask_of, reference_of, warn_of_cut
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.idle_guidance import GivenConditions, refuse_idle_guidance, warn_of_untrained
 from keygrip.models.patch_dit.module import PatchDiTModule
@@ -186,3 +186,33 @@ def open_images(images: Images, name: str, mask: bool = False) -> list[Image.Ima
                 refuse_transparency(image)
             upright_images.append(upright(image))
     return upright_images
+
+
+def bucket_of(
+    module: PatchDiTModule, images: Mapping[str, Image.Image], height: int | None, width: int | None
+) -> Bucket:
+    """Return the size of the images to generate: the given one, or else the trained size that is closest in aspect
+    ratio to the first image, without images the most common.
+
+    Raises:
+        ValueError: The size is too large, not whole or not divisible.
+    """
+    stride = module.encoders.latent_stride
+    if height is not None or width is not None:
+        sides = (height if width is None else width), (width if height is None else height)
+        if any(side is not None and side != int(side) for side in sides):
+            raise ValueError(f"height={height}, width={width}: both are whole numbers of pixels")
+        bucket = Bucket(int(sides[0] or 0), int(sides[1] or 0))
+        step = stride * module.network.patch_size
+        if bucket.width * bucket.height > MOST_PIXELS:
+            raise ValueError(f"height={bucket.height}, width={bucket.width}: an image has at most {MOST_PIXELS} pixels")
+        if min(bucket.width, bucket.height) < step or bucket.width % step or bucket.height % step:
+            raise ValueError(f"height={bucket.height}, width={bucket.width}: both must be multiples of {step} pixels")
+        return bucket
+    trained = [Bucket(w * stride, h * stride) for h, w in module.statistics.latent_sizes]
+    if not images:
+        return trained[0]
+    bucket = nearest_bucket(*next(iter(images.values())).size, trained)
+    for name, image in images.items():
+        warn_of_cut(image.size, bucket, name, "height and width")
+    return bucket

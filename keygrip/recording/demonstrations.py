@@ -21,6 +21,7 @@ import numpy as np
 from keygrip.artifacts import locked
 from keygrip.cores import usable_cores
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
+from keygrip.envs.yam.camera_moves import refuse_unseen_moves
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.expert import expert_actions
 from keygrip.envs.yam.handover import HandoverTask
@@ -99,8 +100,8 @@ def record(
         progress: show a progress bar on standard error.
 
     Raises:
-        ValueError: A setting is out of range, `root` holds a recording made with other settings, or the expert fails
-            in more than half of the episodes.
+        ValueError: A setting is out of range or has no effect, `root` holds a recording made with other settings, or
+            the expert fails in more than half of the episodes.
         RenderingUnavailableError: This machine cannot render off screen.
         ChildProcessError: A worker process died.
     """
@@ -111,6 +112,8 @@ def record(
     if depth and isinstance(task, HandoverTask):
         raise ValueError("depth=true: the two-arm handover is recorded without depth")
     settings = RecordSettings(task, image_size, float(hz), tuple(cameras or (task.camera,)), depth, video, jpeg_quality)
+    if isinstance(task, TaskOptions):
+        refuse_unseen_moves(task, settings.cameras)
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / LOCK_FILE):  # a second recorder of this folder waits and then finds the demos

@@ -29,7 +29,15 @@ from keygrip.runtime.plan_terms import (
     waypoints_of,
 )
 from keygrip.runtime.planners import Planner, PlanOutcome, PlanRequest
-from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, blended, check_grip, executed_steps, gripped
+from keygrip.runtime.trajectory import (
+    ROUNDING_S,
+    Trajectory,
+    blended,
+    check_grip,
+    executed_steps,
+    gripped,
+    initial_grip,
+)
 
 LATENCIES_KEPT = 8  # the expected latency of the next plan is the largest of this many
 
@@ -97,7 +105,7 @@ class ChunkExecution:
 
     def reset_gripper(self, opening: np.ndarray) -> None:
         """Set the gripper's command [A] after another controller has changed it."""
-        self._gripper = np.array(opening) if self.grip_below is None else np.where(opening < 0.5, 0.0, 1.0)
+        self._gripper = initial_grip(opening, self.grip_below)
 
     def drop(self) -> None:
         """Forget the current plan and any plan being computed: the arm was held, or moved by another controller."""

@@ -1,7 +1,8 @@
 """The control loop: observation, plan, limits, watchdog, command, at a fixed rate on the robot's clock.
 
 In every control period the arm receives a command within the limits. After a fault it brakes within the limits and
-holds. A lasting fault ends in `Robot.stop`. The robot is stopped at the end of the loop, whatever ends it.
+holds. A lasting fault ends in `Robot.stop`. The robot is stopped at the end of the loop, whatever ends it: at an
+ordinary end and after a fault it first brakes within the limits, an exception (Ctrl-C, a signal) stops it at once.
 
 Shape legend: A arms.
 """
@@ -9,6 +10,7 @@ Shape legend: A arms.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
@@ -125,7 +127,9 @@ class ControlLoop:
         self._lost = False  # True if no observation of the arm has been accepted since it failed to respond
 
     def run(self, seconds: float, over: Callable[[], bool] = lambda: False) -> RunReport:
-        """Run for the given seconds of the robot's clock, or until `over`.
+        """Run for the given seconds of the robot's clock, or until `over`; then brake, and stop the robot.
+
+        The report's time ends before the braking.
 
         Raises:
             RobotLostError: The robot does not respond at the start; nothing has moved.
@@ -135,24 +139,27 @@ class ControlLoop:
         start = due = now = robot.now()
         ticks = late = corrected = 0
         try:
-            while now - start < seconds - 1e-9 and not over():
+            # `over` also sees the state at the end of the seconds, before the arm brakes
+            while not over() and now - start < seconds - 1e-9:
                 tick = self._tick(now, max(0.0, now - due))
                 ticks += 1
                 late += tick.late_s > 0.5 * period
                 corrected += tick.corrected
-                if tick.state is State.STOPPED:
-                    break
                 # lost time is not caught up, because the arm would exceed its limits
                 due = max(due, now) + period
+                if tick.state is State.STOPPED:
+                    break
                 robot.wait_until(due)
                 now = robot.now()
+            ended = robot.now()
+            self._come_to_rest(due)
         finally:
             robot.stop()
         state = self.watchdog.state
         return RunReport(
             state,
             self.watchdog.reason if state is State.STOPPED else None,
-            robot.now() - start,
+            ended - start,
             ticks,
             self.execution.plans,
             self.execution.joint_plans,
@@ -187,7 +194,7 @@ class ControlLoop:
         state = self.watchdog.update(now, fault or self._plan_fault)
         if state is not State.RUNNING:
             target = None
-        self._send(target)
+        self._send(target, correction)
         if correction is not None:
             self.execution.reset_gripper(self._command[:, 7])
         # frames seen while the arm was held are recorded too; otherwise the poses before and after would be adjacent
@@ -276,8 +283,12 @@ class ControlLoop:
         if self.limits is not None:
             self._motions = [LimitedMotion(self.limits, pose) for pose in self._command]
 
-    def _send(self, target: np.ndarray | None) -> None:
-        """Send the limited command towards a target [A, 8], or [A, 8 + J] with its joints. None: brake and hold."""
+    def _send(self, target: np.ndarray | None, correction: Correction | None = None) -> None:
+        """Send the limited command towards a target [A, 8], or [A, 8 + J] with its joints. None: brake and hold.
+
+        Args:
+            correction: of which `target` is the target: the arm takes its velocity.
+        """
         period, joints = 1.0 / self.robot.control_hz, None
         if target is not None and target.shape[1] > POSE:
             target, joints = target[:, :POSE], target[:, POSE:]
@@ -288,7 +299,14 @@ class ControlLoop:
         elif target is None:
             command = np.stack([motion.hold(period) for motion in self._motions])
         else:
-            command = np.stack([motion.step(pose, period) for motion, pose in zip(self._motions, target, strict=True)])
+            command = np.stack(
+                [
+                    motion.step(pose, period)
+                    if correction is None or arm != correction.arm
+                    else motion.drive(correction.velocity, correction.turn, float(pose[7]), period)
+                    for arm, (motion, pose) in enumerate(zip(self._motions, target, strict=True))
+                ]
+            )
         try:
             self._command = self._command_robot(command, joints)
         except JointMotionError as error:
@@ -297,6 +315,33 @@ class ControlLoop:
                 self._brake(previous_motions)
         except RobotLostError as error:
             self._handle_lost_robot(error)
+
+    def _come_to_rest(self, due: float) -> None:
+        """Brake within the limits at the end of a run, period by period; without limits, do nothing.
+
+        This takes at most as long as braking from the largest speed, and at most as long as a hold. A command that is
+        refused, or that the robot does not answer, ends it.
+
+        Args:
+            due: begin of the first of these periods, on the robot's clock.
+        """
+        if self.limits is None or self._at_rest():
+            return
+        robot, period = self.robot, 1.0 / self.robot.control_hz
+        self._plan_fault = None
+        until = due + self.watchdog.settings.hold_seconds
+        for _ in range(math.ceil(self.limits.braking_s * robot.control_hz) + 1):
+            robot.wait_until(due)
+            self._send(None)
+            due = max(due, robot.now()) + period
+            if self._at_rest() or due >= until:
+                break
+        robot.wait_until(due)
+        if self._plan_fault is not None:
+            log.error("the run ended, and the arm was not braked within the limits: %s", self._plan_fault)
+
+    def _at_rest(self) -> bool:
+        return all(motion.at_rest for motion in self._motions)
 
     def _command_robot(self, command: np.ndarray, joints: np.ndarray | None) -> np.ndarray:
         """Send poses [A, 8], with joints [A, J] if a plan has them. Return the commanded tool poses: those of the

@@ -33,7 +33,7 @@ from keygrip.runtime.limits import (
 from keygrip.runtime.plan_terms import POSE, as_followed, observed_poses, waypoints_of
 from keygrip.runtime.plausibility import PlausiblePolicy
 from keygrip.runtime.robot import JointRobot, Robot
-from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, control_periods
+from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, control_periods, gripped, initial_grip
 
 LINES = ("-", "--", ":")  # line styles of the first arm, the second, ...
 TIMED_PLANS = 5  # the first plan is slower, because memory is allocated and kernels are selected
@@ -48,8 +48,9 @@ class Rehearsal:
             part that is followed and blended out, would be refused; None: it would not. refused_later: why a command
             after that part would be refused; the next plan normally replaces that part.
         times: [K] seconds from the observation to the plan's end, or to 60 s.
-        targets, commands: [K, A, 8] of the plan, and within the limits. Joint limits apply up to a refused command
-            only. The current pose if the plan is not a valid path.
+        targets, commands: [K, A, 8] of the plan, and within the limits, from the observed pose. After it, openings are
+            those that `execution` commands for the plan's. Joint limits apply up to a refused command only. The current
+            pose if the plan is not a valid path.
         plan_ms: of each timed plan.
         arms: names of the A arms, as in the robot and its calibration.
     """
@@ -109,13 +110,17 @@ def rehearse(policy: Policy, robot: Robot, limits: MotionLimits | None, executio
     until = math.inf
     if _is_path(plan, len(start)):
         periods = max(1, control_periods(min(seconds * steps, LONGEST_PLAN_S), robot.control_hz))
-        begin = start
+        begin, opening = start.copy(), initial_grip(start[:, 7], execution.grip_below)
+        begin[:, 7] = opening
         if plan.joints is not None:
             assert arms is not None
-            begin = np.concatenate([start, arms.commanded_joints], axis=1)
+            begin = np.concatenate([begin, arms.commanded_joints], axis=1)
         waypoints = np.concatenate([begin[None], waypoints_of(plan).transpose(1, 0, 2)])
         path = Trajectory(seconds * np.arange(steps + 1), waypoints, arms)
         sampled_poses = np.stack([path.at(tick * period) for tick in range(periods + 1)])
+        sampled_poses[0, :, 7] = start[:, 7]
+        for pose in sampled_poses[1:]:
+            pose[:, 7] = opening = gripped(pose[:, 7], opening, execution.grip_below, execution.release_above)
         until = seconds * execution.steps_followed(plan, start) + ROUNDING_S
         if execution.asynchronous:  # the next plan starts one period later, and this plan is blended out
             until += execution.blend_seconds + period

@@ -29,6 +29,7 @@ from keygrip.models.policy import Plan
 QUATERNION_TOLERANCE = 0.05  # deviation of the norm from 1; a larger one is not a rounding error
 ROUNDING_M = 1e-9
 ROUNDING_RAD = 1e-12
+REST_M_S, REST_RAD_S = 1e-6, 1e-6  # a slower motion is a rounding error of an arm at rest
 # longer plans are refused: a plan is simulated before it is followed, while the arm waits for its next command
 LONGEST_PLAN_S = 60.0
 
@@ -87,6 +88,12 @@ class MotionLimits:
         """Acceleration of each axis: if all three axes have it, the norm is `acceleration_m_s2`."""
         return self.acceleration_m_s2 / math.sqrt(3)
 
+    @property
+    def braking_s(self) -> float:
+        """Longest time that braking to a stop takes."""
+        turn_s = self.turn_rad_s / self.turn_acceleration_rad_s2
+        return max(self.speed_m_s / self.axis_acceleration_m_s2, turn_s)
+
     def box(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the lower and upper corner [3] of the allowed tool positions, metres; infinite without a bound."""
         low = np.array(self.workspace_low or (-np.inf,) * 3, dtype=np.float64)
@@ -131,6 +138,11 @@ class LimitedMotion:
         self.position, self.rotation = pose[:3].copy(), Rotation.from_quat(pose[3:7], scalar_first=True)
         self.turn_velocity = (self.rotation * previous_rotation.inv()).as_rotvec() / seconds
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the command stands still."""
+        return bool(np.abs(self.velocity).max() <= REST_M_S and np.abs(self.turn_velocity).max() <= REST_RAD_S)
+
     def command(self) -> np.ndarray:
         """Return the current command [8]."""
         quaternion = self.rotation.as_quat(canonical=True, scalar_first=True)
@@ -154,8 +166,33 @@ class LimitedMotion:
         target = _checked_pose(np.asarray(target, dtype=np.float64))
         self.move(target[:3], seconds)
         self._turn(Rotation.from_quat(target[3:7], scalar_first=True), seconds)
-        change = self.limits.gripper_per_s * seconds
-        self.gripper += float(np.clip(np.clip(target[7], 0.0, 1.0) - self.gripper, -change, change))
+        self._move_gripper(float(target[7]), seconds)
+        return self.command()
+
+    def drive(self, velocity: np.ndarray, turn_velocity: np.ndarray, opening: float, seconds: float) -> np.ndarray:
+        """Move at a velocity for one control period, or as close to it as the limits permit.
+
+        A target one period ahead would not do: `step` moves so slowly that it can stop at its target.
+
+        Args:
+            velocity: [3] m/s. turn_velocity: [3] rad/s, about world axes. opening: of the gripper.
+            seconds: length of the period.
+
+        Returns:
+            [8] the command at the end of the period.
+
+        Raises:
+            ValueError: A velocity or the opening is not finite.
+        """
+        velocity, turn_velocity = np.asarray(velocity, np.float64), np.asarray(turn_velocity, np.float64)
+        if not np.isfinite([*velocity, *turn_velocity, opening]).all():
+            raise ValueError(
+                f"a velocity is finite, got {velocity.tolist()} m/s, {turn_velocity.tolist()} rad/s and an opening of "
+                f"{opening}"
+            )
+        self._accelerate(_shortened(velocity, self.limits.speed_m_s), seconds)
+        self._accelerate_turn(_shortened(turn_velocity, self.limits.turn_rad_s), seconds)
+        self._move_gripper(opening, seconds)
         return self.command()
 
     def hold(self, seconds: float) -> np.ndarray:
@@ -168,17 +205,22 @@ class LimitedMotion:
 
     def move(self, goal: np.ndarray, seconds: float) -> None:
         """Move only the position towards a goal [3] for one control period."""
-        limits, max_change = self.limits, self.limits.axis_acceleration_m_s2 * seconds
+        limits = self.limits
         offset = np.clip(goal, self._low, self._high) - self.position
         distance = float(np.linalg.norm(offset))
         target_velocity = np.zeros(3)
         if distance > ROUNDING_M:
             speed = min(distance / seconds, limits.speed_m_s)
             # a target closer than one period's braking distance is reached exactly
-            if distance / seconds > max_change:
+            if distance / seconds > limits.axis_acceleration_m_s2 * seconds:
                 speed = min(speed, _speed_that_stops_within(distance, limits.axis_acceleration_m_s2, seconds))
             target_velocity = offset * (speed / distance)
-        change = target_velocity - self.velocity
+        self._accelerate(target_velocity, seconds)
+
+    def _accelerate(self, wanted_velocity: np.ndarray, seconds: float) -> None:
+        """Move for one period at a velocity [3] m/s, or as close to it as acceleration and workspace permit."""
+        change = wanted_velocity - self.velocity
+        max_change = self.limits.axis_acceleration_m_s2 * seconds
         share = min(1.0, max_change / max(float(np.abs(change).max()), 1e-300))
         self._advance(self.velocity + share * change, seconds)
 
@@ -215,6 +257,10 @@ class LimitedMotion:
             1.0, max_change / max(float(np.linalg.norm(change)), 1e-300)
         )
         self.rotation = Rotation.from_rotvec(self.turn_velocity * seconds) * self.rotation
+
+    def _move_gripper(self, opening: float, seconds: float) -> None:
+        change = self.limits.gripper_per_s * seconds
+        self.gripper += float(np.clip(np.clip(opening, 0.0, 1.0) - self.gripper, -change, change))
 
 
 def held_back(
@@ -292,6 +338,11 @@ def _speed_that_stops_within(distance: float, deceleration: float, seconds: floa
     if math.isinf(distance):
         return math.inf
     return deceleration * (math.sqrt(seconds * seconds + 2 * max(distance, 0.0) / deceleration) - seconds)
+
+
+def _shortened(vector: np.ndarray, length: float) -> np.ndarray:
+    """Return a vector with at most the given length, in the same direction."""
+    return vector * min(1.0, length / max(float(np.linalg.norm(vector)), 1e-300))
 
 
 def _checked_pose(pose: np.ndarray) -> np.ndarray:

@@ -50,6 +50,7 @@ class SimulatedYam:
         self._observation, info = self.cell.reset(seed=seed)
         self.instruction = str(info["instruction"])
         self.stopped = self._refused = False
+        self._outcome: tuple[bool, str | None] | None = None
         self._ticks = 0
         self._motion = None
         if self.joint_limits is not None:
@@ -117,9 +118,15 @@ class SimulatedYam:
         self._ticks += not self.real_time
 
     def outcome(self) -> tuple[bool, str | None]:
-        """Return whether the task is done, and why it has failed; None while it continues."""
+        """Return whether the task is done, and why it has failed; None while it continues. The first result that
+        decides an episode stays, because the arm still moves while it brakes."""
+        if self._outcome is not None:
+            return self._outcome
         success, truncated, info = self.cell.outcome()
-        return success, info["failure_reason"] if truncated else None
+        outcome = bool(success), info["failure_reason"] if truncated else None
+        if success or truncated:
+            self._outcome = outcome
+        return outcome
 
     def stop(self) -> None:
         self.stopped = True

@@ -91,6 +91,12 @@ def check_grip(below: float | None, above: float | None, settings: str) -> None:
         raise ValueError(f"{settings}.grip_below must not exceed {settings}.release_above.")
 
 
+def initial_grip(opening: np.ndarray, below: float | None) -> np.ndarray:
+    """Return [A] the gripper's command before the first plan, for an opening [A] that was observed or commanded.
+    `below`: None: there is no dead band."""
+    return np.array(opening) if below is None else np.where(opening < 0.5, 0.0, 1.0)
+
+
 def gripped(opening: np.ndarray, before: np.ndarray, below: float | None, above: float | None) -> np.ndarray:
     """Return [A] the gripper's command: closed below the first opening, open above the second, in between as `before`
     [A].

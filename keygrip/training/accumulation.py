@@ -30,9 +30,10 @@ class WindowMean:
         self._weight: float | None = None  # of the current batch
 
     def weighted(self, mean: Tensor, count: Tensor) -> Tensor:
-        """Return the value that a training step must return instead of its batch's mean over `count` local terms."""
-        everywhere = global_sum(count.float()).clamp(min=1.0)
-        self.first = everywhere if self.first is None else self.first
+        """Return the value that a training step must return instead of its batch's mean over `count` local terms. A
+        batch without terms has weight 0."""
+        everywhere = global_sum(count.float())
+        self.first = everywhere.clamp(min=1.0) if self.first is None else self.first
         weight = everywhere / self.first
         self._weight = float(weight)
         return mean * weight
@@ -48,7 +49,7 @@ class WindowMean:
         Args:
             accumulated: number by which Lightning has divided, also at the end of an epoch with fewer batches.
         """
-        if self.weights != accumulated:
+        if self.weights not in (0, accumulated):  # 0: no batch of the window has a term, and all gradients are 0
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(accumulated / self.weights)

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 HEADER = "keygrip"
 FORMAT = 3
 WEIGHTS_ARE = "weights_are"  # in an export: a text that describes which weights it contains
+EMA_WEIGHTS = "EMA of"  # how the text begins for EMA weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LARGE = ("state_dict", EMA_STATE, "optimizer_states")  # parts of a checkpoint that are as large as the weights
 
@@ -226,12 +227,18 @@ def load_module(
     Raises:
         FileNotFoundError: no checkpoint there.
         ValueError: the checkpoint is truncated, not written by keygrip or of another model, its weights do not fit the
-            code, this machine lacks the device, or there is no such dtype.
+            code, it is an export of EMA weights and `use_ema` is False, this machine lacks the device, or there is no
+            such dtype.
     """
     file = find_checkpoint(path)
     refuse_missing_device(map_location)
     requested_dtype = _checked_dtype(dtype)
     checkpoint = read_checkpoint(file, mapped=True)
+    if not use_ema and EMA_STATE not in checkpoint and str(checkpoint.get(WEIGHTS_ARE)).startswith(EMA_WEIGHTS):
+        raise ValueError(
+            f"ema=false has no effect: {file} is an export of the EMA weights alone; give the run that it was exported "
+            "from, or leave ema=false out"
+        )
     config = _model_config(checkpoint, file)
     if refuse is not None:
         refuse(config)
@@ -324,7 +331,7 @@ def weights_of(checkpoint: dict[str, Any], use_ema: bool = True) -> tuple[dict[s
     if not use_ema or ema is None or ema["updates"] == 0:
         return state, str(checkpoint.get(WEIGHTS_ARE, "of the last step"))
     state.update({name: value.to(state[name].dtype) for name, value in ema["parameters"].items()})
-    return state, f"EMA of {ema['updates']} steps"
+    return state, f"{EMA_WEIGHTS} {ema['updates']} steps"
 
 
 def build_module(config: dict[str, Any]) -> LightningModule:

@@ -20,7 +20,7 @@ LARGEST_SEED = 1 << 32  # numpy's generator accepts smaller seeds only
 
 
 def refuse_unfit(cfg: DictConfig) -> None:
-    """Reject data that the model cannot be trained on, and two sources of the encoder's weights, before a pretraining
+    """Reject data that the model cannot be trained on, and two sources of an encoder's weights, before a pretraining
     stage for one of them is trained for hours.
 
     Args:
@@ -37,11 +37,20 @@ def refuse_unfit(cfg: DictConfig) -> None:
             f"{data_batch.__name__}: choose {fitting}"
         )
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
-    encoder = plain.get("backbone") or {}
-    if encoder.get("init_from") not in (None, "${mandatory:}") and encoder.get("weights") == "pretrained":
+    encoder, geometry = plain.get("backbone") or {}, plain.get("geometry") or {}
+    pretrained, initialised = encoder.get("weights") == "pretrained", _is_given(encoder.get("init_from"))
+    if initialised and pretrained:
         raise ValueError(
             f"backbone.init_from and backbone.weights={encoder['weights']} both give the encoder's weights: set "
             "backbone.weights=random, or backbone.init_from=null"
+        )
+    # the run of geometry.init_from contains the backbone too, if the geometry encoder has one
+    contains_backbone = geometry.get("backbone") == "${backbone}" and _is_given(geometry.get("init_from"))
+    if contains_backbone and (pretrained or initialised):
+        setting, without = ("weights=pretrained", "weights=random") if pretrained else ("init_from", "init_from=null")
+        raise ValueError(
+            f"geometry.init_from and backbone.{setting} both give the weights of the geometry encoder's backbone: set "
+            f"backbone.{without}, or geometry=dino_multiview geometry.init_from=null"
         )
 
 
@@ -164,6 +173,11 @@ def _read_merged_config(path: Path) -> dict[str, Any]:
         if isinstance(base, str) and base != "_self_":
             merged |= _read_merged_config(path.parent / f"{base}.yaml")
     return merged | content
+
+
+def _is_given(start: Any) -> bool:
+    """Return whether initial weights are chosen: neither null nor left to the user."""
+    return start not in (None, "${mandatory:}")
 
 
 def _class_name(node: DictConfig) -> str:

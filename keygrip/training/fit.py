@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import write_json, write_text
-from keygrip.config import SettingError, TrainSchema, group_options, refuse_unread
+from keygrip.config import SettingError, TrainSchema, group_options
 from keygrip.launch import set_rendezvous_of_step, tasks_of_srun
 from keygrip.setting_types import refuse_ill_typed, written
 from keygrip.training import run_folder
@@ -49,6 +49,7 @@ from keygrip.training.strategies import MissingGPUError, Strategy
 from keygrip.training.system import System, parameters_m
 from keygrip.training.time_limit import TimeLimit
 from keygrip.training.validating import ValidateBySteps
+from keygrip.unread_settings import refuse_unread
 
 log = logging.getLogger(__name__)
 

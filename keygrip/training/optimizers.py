@@ -259,10 +259,11 @@ def _layers_below_the_end(module: nn.Module) -> dict[int, int]:
 
 def _ids_without_decay(module: nn.Module) -> set[int]:
     """Return the ids of embeddings and learned tokens or positions, which have several dimensions but no weight decay,
-    because they are not matrices of a product."""
+    because they are not matrices of a product. Apart from embeddings, they are recognised by their names; `slots` and
+    `views` are those of geometry_vla's pointed tokens."""
     undecayed = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     for name, parameter in module.named_parameters():
         last = name.rpartition(".")[2]
-        if last.endswith(("token", "tokens", "pos_embed", "query", "queries")):
+        if last.endswith(("token", "tokens", "pos_embed", "query", "queries", "slots", "views")):
             undecayed.add(id(parameter))
     return undecayed

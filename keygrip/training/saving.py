@@ -165,7 +165,7 @@ class SaveLatest(Checkpoint):
         due = bool(self.every_n_steps) and step % (self.every_n_steps or 1) == 0
         due |= bool(self.every_n_epochs) and last_batch and epoch % (self.every_n_epochs or 1) == 0
         due |= step == trainer.max_steps or (last_batch and epoch == trainer.max_epochs) or trainer.should_stop
-        if self.every_n_minutes is not None and (trainer.world_size == 1 or step % 10 == 0):
+        if self.every_n_minutes is not None:
             late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
             due = _is_true_on_any_process(trainer, late) or due
         if due:

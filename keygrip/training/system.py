@@ -90,6 +90,12 @@ class System(LightningModule):
             if completes_step(self.trainer):
                 self.window.finish(self.parameters(), accumulated)
 
+    def mean_of_step(self, mean: Tensor, count: Tensor) -> Tensor:
+        """Return the value that `training_step` returns for a loss that is a mean over `count` local terms, if their
+        number differs between batches: with accumulated gradients, weighted so that the step's gradient is that of the
+        mean over the terms of all its batches (`WindowMean`), otherwise ``mean``. Log the mean itself."""
+        return mean if self.trainer.accumulate_grad_batches == 1 else self.window.weighted(mean, count)
+
     # -- before training ----------------------------------------------------------------------------------------------
 
     def check_run(self, max_steps: int, begins: bool) -> None:

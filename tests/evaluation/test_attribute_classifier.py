@@ -214,6 +214,16 @@ def test_ground_truth_is_needed_in_the_split_to_classify_too(tmp_path: Path, cap
         has_truth(shards(tmp_path))
 
 
+def test_training_images_of_which_only_some_have_ground_truth_are_refused_before_training(tmp_path: Path) -> None:
+    write_images(tmp_path, {SQUARE: 4}, small_encoders(), {"train": 0, "val": 100})
+    assert has_truth(shards(tmp_path))
+    write_images(tmp_path, {WIDE: 2}, small_encoders(), {"train": 300}, evidence=False)
+    data = shards(tmp_path)
+    assert has_evidence([next(data.samples("train").records())])
+    with pytest.raises(ValueError, match=r"some train images of .* have ground truth \(evidence: .* or for none"):
+        has_truth(data)
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_colour_that_no_training_image_shows_is_refused(
     split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from keygrip.evaluation import chosen_options, named_options
+from keygrip.evaluation import chosen_options, joined_letters, named_options
 from keygrip.evaluation.chosen_options import chosen_option
 
 COLOURS = ["blue", "red", "dark green", "a person jumps"]
@@ -356,6 +356,41 @@ ROADS, MOVES = ["A to B", "B to C", "C to D", "B then A"], ["to the left", "to t
 )
 def test_words_that_join_letters_may_be_other_words(said: str, options: list[str], option: int) -> None:
     assert chosen_option(said, options) == option
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        *(("I change my mind from A to B", 1), ("I changed my mind from B to C", 2), ("Changing my mind: A to B", 1)),
+        *(("I changed my selection from A to B", 1), ("I revise my first guess from B to C", 2)),
+        *(("I'd change it from A to B", 1), ("Change that from A to B.", 1), ("No, switch this from A to C", 2)),
+        *(("I would like to change it from A to C", 2), ("I have to correct my response from A to B", 1)),
+        *(("I modify my answer from A to B", 1), ("I amended my choice: A to C.", 2), ("Correction: A to B", 1)),
+        *(("My answer moved from B to C", 2), ("My final answer has shifted from (A) to (B)", 1)),
+        *(("I changed my answer from (B) to (C).", 2), ("I change my answer from option A to option C", 2)),
+        *(("I change my answer from A to B or C", None), ("I change my answer from A to B and C", None)),
+        *(("I change my answer: A and C", None), ("Correction: B and C", None), ("My answer is A to C", None)),
+        *(("He changes his mind from A to B", None), ("She changed it from A to B", None)),
+        *(("He wants to change it from A to B", None), ("The man moved that from B to C", None)),
+        *(("He moves my selection from A to B", None), ("My cat moved from B to C", None), ("I switch A and B", None)),
+    ],
+)
+def test_of_two_letters_joined_by_a_change_of_mind_the_second_is_the_answer(said: str, option: int | None) -> None:
+    assert chosen_option(said, COLOURS) == option
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        *(("He moves from A to B. B", 1), ("He moves from B to C. A", 0), ("He moves from A to B\nC", 2)),
+        *(("It turns from A through C: D", 3), ("He moves from (A) to (B). (C).", 2)),
+        *(("He moves from A to B", None), ("He moves from A to B and stops at B", None)),
+        *(("He moves from A to B or C. B", None), ("He moves from A to B to C", None)),
+        *(("It goes from A to C. B or D", None), ("It goes from A to C. B. D", None), ("From A to C, D", None)),
+    ],
+)
+def test_after_a_way_between_two_letters_only_a_letter_alone_is_the_answer(said: str, option: int | None) -> None:
+    assert chosen_option(said, COLOURS) == option
 
 
 @pytest.mark.parametrize(
@@ -830,7 +865,7 @@ def test_the_work_on_a_model_that_repeats_itself_grows_with_its_text(
         denial, normal = Counted(chosen_options.NOT), Counted(re.compile(""))
         with monkeypatch.context() as patch:
             patch.setattr(chosen_options, "normal_text", lambda text, normal=normal: normal.search(text) and text)
-            for module in (chosen_options, named_options):
+            for module in (chosen_options, joined_letters, named_options):
                 patch.setattr(module, "NOT", denial)
             chosen_option(said * (length // len(said)), SHADES)
         looked.append(denial.characters + normal.characters)
@@ -989,6 +1024,96 @@ def test_an_option_that_is_a_refusal_keeps_its_letter(mark: str) -> None:
 )
 def test_a_before_words_that_resemble_a_refusal(said: str, options: list[str], option: int | None) -> None:
     assert chosen_option(said, options) == option
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *(
+            "I'm not sure, but this is my best guess.",
+            "It's not clear, but this is the most likely.",
+            "Unclear, I think so",
+        ),
+        *("It is unclear, but most likely.", "I don't know for certain, but this is the most likely option."),
+        *("I am not sure, but it seems right", "I'm not sure but this one looks correct to me", "Unknown; probably."),
+        *(
+            "I don't know, but I think so.",
+            "I'm not sure. I would go with this option.",
+            "It's unclear. My best guess.",
+        ),
+        *("Sorry, I can't see the video, but this would be the most plausible answer given the question.",),
+        *(
+            "I'm not sure, but it is most likely the right answer of these.",
+            "I don't know. I guess that is the closest.",
+        ),
+    ],
+)
+def test_words_after_a_refusal_may_call_the_option_before_them_the_answer(said: str) -> None:
+    for first in ("One person", "They are identical"):
+        options = [first, "Two persons", "Three persons", "Four persons"]
+        for number, letter in enumerate("ABC"):
+            for mark in (". ", ": ", ") "):
+                assert chosen_option(letter + mark + said, options) == number
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        *(("I'm not sure, but this is my best guess: C", 2), ("I'm not sure, but my best guess is C.", 2)),
+        *(("I'm not sure. Probably c", 2), ("I don't know, but most likely two persons", 1)),
+        *(("I'm not sure, but this is my best guess. Three persons", 2), ("It is unclear, but most likely: (D)", 3)),
+        *(
+            (said, None)
+            for said in ("I'm not sure, but this is my best guess. I don't know.", "Unclear. Is this the best?")
+        ),
+        *((said, None) for said in ("I'm not sure, but this is not the best answer", "I don't know, I don't think so")),
+        *((said, None) for said in ("Unclear, but it is right behind the car", "Unclear. It is likely on the table.")),
+        *(
+            (said, None)
+            for said in (
+                "I cannot tell. This is the best I can do.",
+                "I don't know, this is difficult",
+                "Unclear, right?",
+            )
+        ),
+        *((said, None) for said in ("I'm not sure, but it is right. Maybe B or C.", "I'm not sure, I think... no")),
+    ],
+)
+def test_words_after_a_refusal_that_do_not_call_the_option_before_them_the_answer(
+    said: str, option: int | None
+) -> None:
+    options = ["One person", "Two persons", "Three persons", "Four persons"]
+    assert chosen_option(f"A: {said}", options) == option
+
+
+ALIKE = ["They are identical", "The left one is larger", "The right one is larger", "They overlap"]
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        *((f"{unable} tell them apart.", 0) for unable in ("I cannot", "It is impossible to", "There is no way to")),
+        *((f"{unable} tell the difference", 0) for unable in ("I can't", "It's not possible to", "There's no way to")),
+        *((f"{unable} identify a difference", 0) for unable in ("I am unable to", "It is not possible to")),
+        *(("There is no way of telling them apart", 0), ("It is impossible to tell the two apart", 0)),
+        *(("They cannot be told apart", 0), ("It can't be told apart", 0), ("I have no idea why they differ", 0)),
+        *(("No clue why.", 0), ("I have no idea if that is right", 0), ("There is no way to know why", 0)),
+        *((f"{unable} tell", None) for unable in ("I cannot", "It is impossible to", "There is no way to")),
+        *((f"{unable} tell which is larger", None) for unable in ("I cannot", "It is impossible to")),
+        *(
+            (f"{unable} determine an answer.", None)
+            for unable in ("I cannot", "It is impossible to", "There's no way to")
+        ),
+        *((f"{unable} identify any of the options", None) for unable in ("I cannot", "It is not possible to")),
+        *((f"{unable} say any more", None) for unable in ("I cannot", "It is impossible to", "There is no way to")),
+        *(("There is no way of knowing", None), ("It is impossible to tell how far they are apart", None)),
+        *(("It cannot be told", None), ("I have no idea", None), ("No idea how they differ", None)),
+    ],
+)
+def test_words_that_find_things_the_same_are_no_refusal(said: str, option: int | None) -> None:
+    for mark in ("A. ", "A: "):
+        assert chosen_option(mark + said, ALIKE) == option
+    assert chosen_option(f"B. {said}", ALIKE) == 1
 
 
 NOT_KNOWN = [

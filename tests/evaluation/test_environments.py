@@ -382,6 +382,17 @@ def test_a_policy_is_evaluated_with_the_camera_that_it_was_trained_on(tmp_path: 
     assert chosen(trained_on(tmp_path, camera="side"), "gymnasium", task=task, cameras=["over"]).cameras == ["over"]
 
 
+def test_conditions_after_training_move_a_camera_that_the_policy_sees(tmp_path: Path) -> None:
+    write_recording(tmp_path, task={"name": "pick"}, image_size=96, hz=5.0)
+    make = partial(ClosedLoop, conditions={"views": [{"camera_jitter_deg": 25.0}]})
+    for camera in ("front", "wrist"):
+        settings = environment_settings(trained_on(tmp_path, camera=camera), RECORDED)
+        with pytest.raises(ValueError, match=f"condition views: camera_jitter_deg: .* only {camera} is used"):
+            settings.closed_loop(make)
+    both = trained_on(tmp_path, camera="front", cameras=["front", "over"])
+    assert environment_settings(both, RECORDED).closed_loop(make).cameras == ["front", "over"]
+
+
 def test_figures_over_tasks_are_means_of_tasks_with_pooled_intervals() -> None:
     def result(name: str, wins: int, of: int) -> ConditionResult:
         return ConditionResult(

@@ -19,6 +19,7 @@ from PIL import Image
 
 from keygrip.config import check_overrides, compose
 from keygrip.data.image_text.datamodule import ImageShards
+from keygrip.data.shards.sampling import SampleKey
 from keygrip.evaluation import image_callback, image_features
 from keygrip.evaluation import image_text as validation
 from keygrip.evaluation.attribute_classifier import (
@@ -189,10 +190,58 @@ def test_an_image_has_the_same_seed_in_every_case_also_where_others_are_left_out
     own, changed = (suite.ask(case, batch, real, numbers) for case in ("reconstruction", "changed_words"))
     assert own is not None
     assert changed is not None
-    assert own.seeds == list(numbers)
+    assert own.seeds == numbers
     named = [i for i, caption in enumerate(batch.captions) if colour in caption.lower().split()]
     assert 0 < len(named) < len(own.seeds)
     assert changed.seeds == [own.seeds[i] for i in named]
+    assert changed.rows == named
+
+
+def test_an_image_is_asked_for_equally_in_batches_of_any_size(root: Path) -> None:
+    """Its seed, its changed caption and the order of its patches are those of its number in the data."""
+
+    def asked_by_key(size: int) -> dict[str, tuple[int, str, torch.Tensor]]:
+        suite, found = suite_of(root, batch_size=size), {}
+        for batch, real, numbers in suite.batches(12):
+            changed, shuffled = (suite.ask(c, batch, real, numbers) for c in ("changed_words", "shuffled_patches"))
+            assert changed is not None
+            assert shuffled is not None
+            assert changed.seeds == shuffled.seeds == batch.numbers
+            assert changed.rows == list(range(len(batch)))
+            assert shuffled.conditions.patches is not None
+            parts = zip(changed.seeds, changed.captions, shuffled.conditions.patches, strict=True)
+            found |= dict(zip(batch.keys, parts, strict=True))
+        return found
+
+    two, four = asked_by_key(2), asked_by_key(4)
+    assert len(two) == 12
+    samples = shards(root).samples("test", 12)
+    numbers = {samples[SampleKey(number, 0)].key: number for number in range(12)}
+    assert {key: seed for key, (seed, *_) in two.items()} == numbers
+    for key, (seed, caption, patches) in four.items():
+        assert (seed, caption) == two[key][:2]
+        assert torch.equal(patches, two[key][2])
+
+
+def test_the_number_of_an_image_is_the_same_in_each_of_several_processes(root: Path) -> None:
+    def numbers(rank: int, ranks: int) -> dict[str, int]:
+        data = shards(root)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks)  # type: ignore[assignment]
+        return {key: n for batch in data.held_out("test") for key, n in zip(batch.keys, batch.numbers, strict=True)}
+
+    alone, first, second = numbers(0, 1), numbers(0, 2), numbers(1, 2)
+    assert sorted(alone.values()) == list(range(12))
+    assert set(first).isdisjoint(second)
+    assert first | second == alone
+
+
+def test_figures_of_drawn_images_do_not_depend_on_the_size_of_batches(root: Path) -> None:
+    data = shards(root)
+    module, cases = module_for(data), ["changed_words", "shuffled_patches"]
+    options = quick(cases=cases, precision="32-true", sampling={"steps": 2})
+    two, four = (Suite(module, data, SEEN, replace(options, batch_size=size)).evaluate() for size in (2, 4))
+    for case in (*cases, "real"):
+        assert two[case] == pytest.approx(four[case], rel=1e-3, abs=1e-4), case
 
 
 def test_what_is_drawn_is_compared_with_what_was_asked_for(root: Path) -> None:

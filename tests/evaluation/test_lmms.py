@@ -181,6 +181,38 @@ def test_requests_that_fail_are_named_and_the_others_answered(
     assert model.loglikelihood([options[0]])[0].text[0] > -float("inf")
 
 
+def test_the_response_cache_asks_failed_requests_again(
+    model: KeygripModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the cache restores responses from its log, as in a second run of several processes."""
+    from lmms_eval.api.instance import unwrap_generation_output
+    from lmms_eval.caching.response_cache import ResponseCache
+
+    def run(kind: str, second: Any) -> list[Any]:
+        cache = ResponseCache(str(tmp_path / "cache.db"), str(tmp_path / "cache.jsonl"), "keygrip|checkpoint=run")
+        try:
+            found = cache.execute(model, kind, instances(model, kind, second))
+        finally:
+            cache.close()
+        return [unwrap_generation_output(each)[0] for each in found]
+
+    settings = {"max_new_tokens": 4}
+    wanted = model.generate_until(instances(model, "generate_until", settings))
+    pairs = [each.text for each in model.loglikelihood(instances(model, "loglikelihood", " red"))]
+    (tmp_path / "b").rename(tmp_path / "away")
+    assert run("generate_until", settings) == [wanted[0], "-"]
+    assert run("loglikelihood", " red") == [pairs[0], (float("inf"), False)]
+    (tmp_path / "away").rename(tmp_path / "b")
+    asked: list[int] = []
+    answer = type(model)._answer.__get__(model)
+    monkeypatch.setattr(model, "_answer", lambda *given: (asked.append(given[0].doc_id), answer(*given))[1])
+    assert run("generate_until", settings) == wanted
+    assert asked == [1]
+    assert run("generate_until", settings) == wanted
+    assert asked == [1]
+    assert [run("loglikelihood", " red") for _ in range(2)] == [pairs] * 2
+
+
 def test_each_process_of_several_knows_its_place(
     model: KeygripModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,10 +3,11 @@ stand-ins."""
 
 from __future__ import annotations
 
+import errno
 import importlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -50,7 +51,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def request(target: Any, number: int = 0) -> Any:
-    return SimpleNamespace(args=("What is it?", target, lambda document: [document["video"]], number, "mini", "test"))
+    see = lambda document: [document["video"]]  # noqa: E731
+    return SimpleNamespace(args=("What is it?", target, see, number, "mini", "test"), task_name="mini")
 
 
 def values(model: Any, *requests: Any) -> list[float]:
@@ -90,6 +92,73 @@ def test_what_fails_is_never_the_option_chosen(model: Any, caplog: pytest.LogCap
     assert (found[0], found[1], found[3]) == (math.inf, math.inf, -math.inf)
     assert int(np.argmin(found[:3])) == 2
     assert "its target is empty" in caplog.text
+
+
+def test_the_response_cache_gets_no_likelihood_and_no_error(model: Any) -> None:
+    """lmms-eval's `_is_valid_response` is bool(text and text.strip()) for every `GenerationResult`; a stored pair would
+    be given to the task as a string. It finds responses by the task's name, also those that only its log has."""
+    asked = [request(" red"), request(lambda document: "dark"), request(" dark", 1)]
+    found = model.loglikelihood(asked)
+    assert [bool(each.text and each.text.strip()) for each in found] == [False] * 3
+    losses, greedy = zip(*(each.text for each in found), strict=True)
+    assert losses[0] > 0 > losses[1]
+    assert losses[2] == math.inf
+    assert {type(each) for each in greedy} == {bool}
+    assert all(isinstance(each.text, tuple) and len(each.text) == 2 for each in found)
+    assert "mini" not in [each.task_name for each in asked]
+
+
+def test_the_response_cache_serves_answers_but_no_failed_request(model: Any) -> None:
+    asked = [request({"max_new_tokens": 4}), request({"max_new_tokens": 4}, 1), request({"max_new_tokens": 4})]
+    answers = model.generate_until(asked)
+    assert answers[1] == "-" != answers[0] == answers[2]
+    assert [each.task_name == "mini" for each in asked] == [True, False, True]
+    assert asked[1].args[4] == "mini"
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EMFILE, "Too many open files"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (MemoryError("a video of 2**40 frames"), False),
+        (RuntimeError("a broken stream"), False),
+    ],
+)
+def test_an_error_of_the_machine_is_no_wrong_answer(
+    error: Exception, ends: bool, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = model._video
+
+    def second_fails(get_visuals: Any, task: str, split: str, index: int) -> Any:
+        if index == 1:
+            raise error
+        return read(get_visuals, task, split, index)
+
+    monkeypatch.setattr(model, "_video", second_fails)
+    asked: dict[Any, Callable[[], list[Any]]] = {
+        "-": lambda: model.generate_until([answering(max_new_tokens=2), request({"max_new_tokens": 2}, 1)]),
+        math.inf: lambda: values(model, request(" red"), request(" red", 1)),
+    }
+    for wrong, ask in asked.items():
+        if ends:
+            with pytest.raises(type(error)) as raised:
+                ask()
+            assert raised.value is error
+            assert error.__notes__[-1] == "at document 1 of mini, test"
+        else:
+            assert ask()[1] == wrong
+
+
+def test_acc_norm_is_said_to_be_no_result_once(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """lmms-eval divides the loss per token by the characters of the option: acc_norm prefers the longest."""
+    values(model, request(lambda document: "dark"))
+    assert "acc_norm" not in caplog.text
+    values(model, request(" red"), request(" dark"))
+    assert caplog.text.count("ignore acc_norm, where a task has it") == 1
 
 
 def answering(**settings: Any) -> Any:

@@ -31,9 +31,9 @@ class NothingHeldOut(LightningDataModule):
         return []
 
 
-def evaluated(kind: str, **task: Any) -> Any:
+def evaluated(kind: str, cameras: Sequence[str] | None = None, **task: Any) -> Any:
     stored = {"_target_": f"keygrip.envs.yam.{kind}", **task}
-    data = {"root": None, "cameras": None, "record": {"task": stored, "image_size": 32, "hz": 10.0}}
+    data = {"root": None, "cameras": cameras, "record": {"task": stored, "image_size": 32, "hz": 10.0}}
     return SimpleNamespace(
         module=Model(),
         checkpoint=Path("run"),
@@ -66,12 +66,17 @@ VIEWPOINT = ["azimuth_10", "azimuth_20", "elevation_10"]
             {f"viewpoint.{name}": "cannot move the wrist camera" for name in VIEWPOINT},
         ),
         (
+            evaluated("tasks.TaskOptions", ["front"], name="pick"),
+            {f"viewpoint.{name}": "moves camera 'over', and only front is used" for name in VIEWPOINT},
+        ),
+        (evaluated("tasks.TaskOptions", ["front", "over"], name="pick"), {}),
+        (
             evaluated("handover.HandoverTask"),
             {f"position.{name}": "HandoverTask has no setting 'region'" for name in POSITION}
             | {f"viewpoint.{name}": "HandoverTask has no setting 'camera_" for name in VIEWPOINT},
         ),
     ],
-    ids=["pick", "steep", "wrist", "handover"],
+    ids=["pick", "steep", "wrist", "other_camera", "two_cameras", "handover"],
 )
 def test_default_conditions_that_a_task_cannot_do_are_left_out_and_said(
     run: Any, missing: dict[str, str], caplog: pytest.LogCaptureFixture
@@ -183,6 +188,25 @@ def test_viewpoints_are_moved_from_the_view_of_the_recordings() -> None:
 
 
 @pytest.mark.filterwarnings("error:Total length")
+def test_a_camera_that_the_policy_does_not_see_is_not_moved() -> None:
+    """The conditions had the episodes of in_distribution, and were reported as success from other viewpoints."""
+    front = evaluated("tasks.TaskOptions", ["front"], name="pick")
+    with pytest.raises(ValueError, match=r"conditions\.views\.views: camera_jitter_deg, camera_views: this moves"):
+        settings(front, ["suites=[views]"])
+    with pytest.raises(ValueError, match=r"camera_azimuth_deg: this moves camera 'over'.*option camera=front moves"):
+        settings(front, ["suites=[in_distribution]", "task.camera_azimuth_deg=10"])
+    with pytest.raises(ValueError, match="camera_azimuth_deg: this moves camera 'over'"):
+        settings(front, ["suites=[in_distribution]", "env=yam", "env.task.camera_azimuth_deg=10"])
+    turned, left_out = settings(front, ["task.camera=front"])
+    assert not left_out
+    assert turned.grids["azimuth_10"] == [{"camera_azimuth_deg": -10.0}, {"camera_azimuth_deg": 10.0}]
+    # moves that were recorded, of a camera that the policy does not see, are no condition
+    recorded = evaluated("tasks.TaskOptions", ["front"], name="pick", camera_jitter_deg=5.0)
+    assert settings(recorded)[0].task.camera_jitter_deg == 5.0
+    every = evaluated("tasks.TaskOptions", ["front"], name="pick", camera_jitter_deg=5.0, jitter_every_camera=True)
+    assert "views" in settings(every, ["suites=[views]"])[0].grids
+
+
 def test_a_run_that_holds_nothing_out_has_no_open_loop(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

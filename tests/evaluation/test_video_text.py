@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from PIL import Image
-from shard_sets import picture
+from shard_sets import picture, write_set
 from vlm_parts import small_backbone, small_language, small_module
 
 from keygrip.config import compose
@@ -220,6 +220,27 @@ def test_another_set_is_shown_as_the_model_was_trained(
         video_text.evaluate_answers(evaluated, compose("evaluate", overrides))
         expected, _ = read_timed_frames(tmp_path / "wide.png", 28, fit, 8)
         assert torch.equal(shown.pop().frames[0].permute(0, 2, 3, 1), torch.from_numpy(np.array(expected)))
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_fewer_frames_than_in_training_show_an_image_of_the_split_as_fewer(
+    most: int, module: FoveatedVLMModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's data show an image as 4 frames."""
+    write_set(tmp_path / "set" / "train", [1])
+    write_set(tmp_path / "set" / "val", [1])
+    module.image_options = {"image_size": 28, "fit": "stretch", "max_frames": 8, "image_frames": 4}
+
+    def stored(changes: dict[str, Any]) -> VideoTexts:
+        settings = {"max_frames": 8, "image_frames": 4, "num_workers": 0, **changes}
+        return VideoTexts({"s": ShardSource(tmp_path / "set")}, module.collator, 28, 1, **settings)
+
+    shown: list[VideoTextBatch] = []
+    monkeypatch.setattr(video_text, "evaluate_modes", lambda module, batches, *_: shown.extend(batches) or {})
+    evaluated: Any = SimpleNamespace(module=module, stored_data=stored)
+    overrides = ["evaluate=video_text", "checkpoint=run", "split=val", f"max_frames={most}"]
+    video_text.evaluate_answers(evaluated, compose("evaluate", overrides))
+    assert [int(batch.frame_mask.sum()) for batch in shown] == [min(most, 4)]
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,28 @@ class Unlike(torch.nn.Module):
         return (x + (1.0 if torch.compiler.is_exporting() else 0.0),)
 
 
+class PartlyBroken(torch.nn.Module):
+    """When it is traced, the second output is NaN for batches of this size or larger."""
+
+    def __init__(self, from_batch: int) -> None:
+        super().__init__()
+        self.from_batch = from_batch
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not torch.compiler.is_exporting():
+            return x, x
+        return x, x + 0 * torch.sqrt(self.from_batch - 0.5 - torch.ones_like(x).sum(0, keepdim=True))
+
+
+@pytest.mark.parametrize("from_batch", [1, 2])
+def test_a_graph_of_which_any_output_is_not_finite_is_not_written(from_batch: int, tmp_path: Path) -> None:
+    """Also if the first output is right, or the first batch."""
+    made = ExportGraph(PartlyBroken(from_batch), {"x": torch.rand(2, 3)}, ("y", "z"))
+    with pytest.raises(ValueError, match="differs from the network by nan"):
+        write_torch_export(made, tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_graph_that_differs_is_not_written(tmp_path: Path) -> None:
     made = ExportGraph(Unlike(), {"x": torch.rand(2, 3)}, ("y",))
     with pytest.raises(ValueError, match="differs from the network"):

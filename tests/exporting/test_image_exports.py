@@ -26,6 +26,7 @@ from keygrip.data.image_text.crops import Bucket, cut_out, shared_crop
 from keygrip.models.nn.flow_matching import noise_levels, seeded_noise
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.figures import as_bytes
+from keygrip.models.patch_dit.sampler import Sampling
 from keygrip.training.checkpoints import read_checkpoint, weights_of
 
 
@@ -238,6 +239,40 @@ def test_how_diffusers_would_fetch_and_keep_the_weights_is_left_to_us(piped: Pat
     for name, value in {"variant": "fp16", "use_flashpack": True}.items():
         with pytest.raises(ValueError, match=f"{name}: no effect on PatchDiTTransformer"):
             PatchDiTTransformer.from_pretrained(piped / "pipe" / "transformer", **{name: value})
+
+
+@pytest.mark.slow
+def test_the_weights_are_on_the_one_device_that_diffusers_keyword_names(
+    piped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keygrip.inference import diffusers_pipeline
+    from keygrip.inference.diffusers_pipeline import PatchDiTPipeline, PatchDiTTransformer
+
+    load, devices = diffusers_pipeline.load_module, []
+
+    def load_on_the_cpu(path: Any, device: Any, *given: Any, **named: Any) -> Any:
+        devices.append(str(device))
+        return load(path, "cpu", *given, **named)
+
+    monkeypatch.setattr(diffusers_pipeline, "load_module", load_on_the_cpu)
+    folder = piped / "pipe" / "transformer"
+    for given in (None, "cpu", "cuda", "cuda:1"):
+        PatchDiTTransformer.from_pretrained(folder, device_map=given)
+    assert devices == ["cpu", "cpu", "cuda", "cuda:1"]
+    for named in ({"device_map": "balanced"}, {"device_map": {"": 0}}, {"max_memory": {0: "1GB"}}):
+        with pytest.raises(ValueError, match="keeps its weights on one device: give device_map='cuda', or"):
+            PatchDiTTransformer.from_pretrained(folder, **named)
+    for named in ({"device_map": "balanced"}, {"max_memory": {0: "1GB"}}):
+        with pytest.raises(ValueError, match="keeps its weights on one device"):
+            PatchDiTPipeline.from_pretrained(str(piped / "pipe"), **named)
+
+    transformer = PatchDiTTransformer.from_pretrained(folder)
+    transformer.module._device = torch.device("meta")  # what noise and conditions are made on
+    assert transformer.cpu().module.device == torch.device("cpu")
+    moved: list[Any] = []
+    monkeypatch.setattr(PatchDiTTransformer, "to", lambda self, device: moved.append(device) or self)
+    assert transformer.cuda().cuda(1) is transformer
+    assert moved == ["cuda", 1]
 
 
 # ---- in the hands of diffusers ---------------------------------------------------------------------------------------
@@ -560,9 +595,11 @@ def test_schedulers_draw_at_the_model_s_noise_levels_or_are_refused() -> None:
 
     from keygrip.inference.schedulers import set_levels
 
+    sampling = Sampling(steps=10, timestep_shift=6.0)
+
     def levels(kind: str, strength: float = 1.0, **options: Any) -> list[float]:
         scheduler = getattr(diffusers, kind)(**options)
-        set_levels(scheduler, 10, 1.0, strength, torch.device("cpu"))
+        set_levels(scheduler, sampling, 1.0, strength, torch.device("cpu"))
         return list(scheduler.sigmas.tolist())
 
     wanted = noise_levels(10, 6.0)
@@ -593,6 +630,41 @@ def test_schedulers_draw_at_the_model_s_noise_levels_or_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             levels(kind, strength, **options)
+
+
+@pytest.mark.slow
+def test_a_scheduler_made_from_the_pipeline_s_configuration_has_the_model_s_shift_or_is_refused() -> None:
+    """`from_config` drops a setting that the other scheduler calls otherwise, and keeps it in the configuration."""
+    import diffusers
+
+    from keygrip.inference.schedulers import set_levels
+
+    config = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0).config
+    sampling = Sampling(steps=4, timestep_shift=6.0)
+    flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+    def levels(scheduler: Any, strength: float = 1.0, student: bool = False) -> list[float]:
+        set_levels(scheduler, sampling, 1.0, strength, torch.device("cpu"), student)
+        return list(scheduler.sigmas.tolist())
+
+    unipc = diffusers.UniPCMultistepScheduler
+    for scheduler in (unipc.from_config(config, **flow), unipc(**flow), diffusers.FlowMatchLCMScheduler(shift=2.0)):
+        name = "flow_shift" if isinstance(scheduler, unipc) else "shift"
+        with pytest.raises(ValueError, match=rf"\(level 2 of 5 is 0\.\d+ in place of 0\.947\d*\): give {name}=6, or"):
+            levels(scheduler)
+    for scheduler in (unipc.from_config(config, **flow, flow_shift=6.0), diffusers.FlowMatchLCMScheduler(shift=6.0)):
+        assert levels(scheduler) == pytest.approx(noise_levels(4, 6.0), abs=1e-5)
+
+    own = diffusers.FlowMatchEulerDiscreteScheduler
+    assert levels(own(shift=1.0)) == pytest.approx([1, 0.75, 0.5, 0.25, 0])  # as requested
+    assert levels(own(shift=6.0), student=True) == pytest.approx(noise_levels(4, 6.0), abs=1e-5)
+    with pytest.raises(ValueError, match=r"\(level 2 of 5 is 0\.75 in place of 0\.947\d*\): give shift=6, or leave"):
+        levels(own(shift=1.0), student=True)
+    with pytest.raises(ValueError, match=r"in place of 0\.\d+\): leave the pipeline the scheduler"):
+        levels(own(shift=6.0, use_karras_sigmas=True), student=True)
+    with pytest.raises(ValueError, match=r"\(level 2 of 3 is 0\.25 in place of 0\.428\d*\): give shift=6"):
+        levels(own(shift=1.0), 0.5, student=True)
+    assert levels(own(shift=6.0), 0.5, student=True) == pytest.approx([0.5, 3 / 7, 0], abs=1e-5)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,11 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         record(PICK, tmp_path, 0)
     with pytest.raises(ValueError, match="jpeg_quality"):
         record(PICK, tmp_path, 1, jpeg_quality=50)
+    for moves in ({"camera_jitter_deg": 15.0}, {"camera_azimuth_deg": 20.0}):
+        (name,) = moves
+        with pytest.raises(ValueError, match=f"{name}: this moves camera 'over', and only front is used; task option"):
+            record(replace(PICK, **moves), tmp_path / "new", 1, cameras=("front",))
+    assert not (tmp_path / "new").exists()
 
 
 def test_camera_jitter_moves_the_camera_in_file_and_picture(tmp_path: Path) -> None:

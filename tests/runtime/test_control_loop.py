@@ -161,7 +161,7 @@ def test_plans_are_followed_by_the_time_of_their_observation() -> None:
     for asynchronous in (True, False):
         robot = PointArm()
         report = loop_of(Clockwork(), robot, 0.4, execution={"asynchronous": asynchronous}).run(20.0)
-        x = np.array([pose[0] for pose in robot.sent])
+        x = np.array([pose[0] for pose in robot.sent])[: report.ticks]  # then the arm brakes
         times = (np.arange(len(x)) + 1) / 10
         errors[asynchronous] = np.abs(x - path(times))[20:].max()
         still[asynchronous] = int((np.abs(np.diff(x))[20:] < 1e-9).sum())
@@ -281,14 +281,22 @@ def test_every_fault_ends_in_a_held_then_stopped_arm(fault: str, said: str) -> N
     assert robot.stops == 1
 
 
+class Away(Clockwork):
+    """Plans towards one point, at 0.44 m/s after 0.4 s."""
+
+    def plan(self, observation: Observation) -> Plan:
+        plan = super().plan(observation)
+        plan.position[:] = [0.3, 0.29, 0.2]
+        return replace(plan, step_seconds=0.8)
+
+
+def velocities_of(robot: PointArm) -> np.ndarray:
+    """Return [N, 3] m/s of the commands that were sent."""
+    return np.diff(np.concatenate([START[None, :3], np.stack(robot.sent)[:, :3]]), axis=0) * robot.control_hz
+
+
 def test_a_refused_command_brakes_the_arm_within_the_limits() -> None:
     """The arm used to stop at once: from 0.44 m/s within a thirtieth of a second."""
-
-    class Away(Clockwork):
-        def plan(self, observation: Observation) -> Plan:
-            plan = super().plan(observation)
-            plan.position[:] = [0.3, 0.29, 0.2]
-            return replace(plan, step_seconds=0.8)
 
     class Choosy(PointArm):
         control_hz = 30.0
@@ -302,11 +310,84 @@ def test_a_refused_command_brakes_the_arm_within_the_limits() -> None:
     robot = Choosy()
     report = loop_of(Away(), robot).run(0.8)
     assert robot.refusals == 1
-    assert len(robot.sent) == report.ticks == 24
-    velocity = np.diff(np.concatenate([START[None, :3], np.stack(robot.sent)[:, :3]]), axis=0) * 30
+    assert report.ticks == 24
+    velocity = velocities_of(robot)[:24]
     assert velocity[10, 1] > 0.4
     assert 0.1 < velocity[11, 1] < velocity[10, 1] - 0.1  # it braked in the period of the refused command
     assert np.linalg.norm(np.diff(velocity, axis=0) * 30, axis=1).max() <= LIMITS.acceleration_m_s2 * (1 + 1e-6)
+
+
+class Quick(PointArm):
+    """Counts the commands that were sent before the stop."""
+
+    control_hz = 30.0
+    sent_before_stop = 0
+
+    def stop(self) -> None:
+        super().stop()
+        self.sent_before_stop = len(self.sent)
+
+
+@pytest.mark.parametrize("end", ["seconds", "over", "first fault", "second fault"])
+def test_a_moving_arm_brakes_within_the_limits_before_it_is_stopped(end: str) -> None:
+    """It used to be stopped from 0.44 m/s at once at the end of every run, and after too many holds."""
+    robot, most_holds = Quick(), {"first fault": 0, "second fault": 1}.get(end, 10)
+
+    def plant() -> bool:
+        late = robot.now() > 0.39
+        robot.frozen_at = -1.0 if "fault" in end and (late or (most_holds and robot.ticks == 1)) else None
+        return end == "over" and late
+
+    settings = WatchdogSettings(most_holds=most_holds)
+    loop = loop_of(Away(), robot, watchdog=Watchdog(settings), execution={"still_distance_m": 0.0})
+    report = loop.run(0.4 if end == "seconds" else 5.0, over=plant)
+    assert report.state is (State.STOPPED if "fault" in end else State.RUNNING)
+    assert report.seconds == pytest.approx(0.4, abs=1e-6)  # without the braking
+    velocity = np.linalg.norm(velocities_of(robot), axis=1)
+    assert velocity[11] > 0.3
+    assert velocity[-1] == pytest.approx(0.0, abs=1e-9)
+    assert len(robot.sent) - report.ticks <= np.ceil(LIMITS.braking_s * 30) + 1
+    assert np.abs(np.diff(velocities_of(robot), axis=0)).max() * 30 <= LIMITS.axis_acceleration_m_s2 * (1 + 1e-6)
+    assert (robot.stops, robot.sent_before_stop) == (1, len(robot.sent))
+    assert robot.ticks == len(robot.sent)  # the last command has had its period
+
+
+def test_braking_at_the_end_lasts_no_longer_than_a_hold() -> None:
+    weak = replace(LIMITS, acceleration_m_s2=0.2, lag_m=1.0)
+    for hold_seconds, periods in ((0.3, 9), (60.0, None)):
+        robot = Quick()
+        loop = loop_of(Away(), robot, limits=weak, watchdog=Watchdog(WatchdogSettings(hold_seconds=hold_seconds)))
+        report = loop.run(1.0)
+        speed = np.linalg.norm(velocities_of(robot), axis=1)
+        assert speed[report.ticks - 1] > 0.1
+        assert (speed[-1] < 1e-9) == (periods is None)
+        needed = np.ceil(speed[report.ticks - 1] / weak.axis_acceleration_m_s2 * 30 - 1e-6)
+        assert needed > 20
+        assert len(robot.sent) - report.ticks == (periods or needed)
+
+
+def test_an_exception_stops_the_arm_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Braking that fails ends at the last command, and says so."""
+
+    def pressed(tick: Tick) -> None:
+        if tick.time_s > 0.39:
+            raise KeyboardInterrupt
+
+    robot = Quick()
+    with pytest.raises(KeyboardInterrupt):
+        loop_of(Away(), robot, on_tick=pressed).run(5.0)
+    assert (len(robot.sent), robot.stops) == (13, 1)
+    assert np.linalg.norm(velocities_of(robot)[-1]) > 0.3
+
+    robot = Quick()
+
+    def lose() -> bool:
+        robot.lost = robot.now() > 0.39
+        return robot.lost
+
+    loop_of(Away(), robot).run(5.0, over=lose)
+    assert (len(robot.sent), robot.stops) == (12, 1)
+    assert "was not braked within the limits: lost the robot: no answer" in caplog.text
 
 
 def test_a_fault_that_ends_lets_the_arm_go_on() -> None:
@@ -476,6 +557,77 @@ class Script:
         return Correction(np.array([0.0, 0.0, 0.1]), gripper=0.0) if 1.0 <= now < 2.0 else None
 
     def close(self) -> None: ...
+
+
+SLOW = replace(LIMITS, speed_m_s=0.15, acceleration_m_s2=1.5, turn_rad_s=0.8, turn_acceleration_rad_s2=8.0)
+
+
+@pytest.mark.parametrize("limits", [LIMITS, SLOW])
+@pytest.mark.parametrize("control_hz", [10.0, 30.0])
+def test_a_person_moves_the_arm_at_the_speed_that_is_set(limits: MotionLimits, control_hz: float) -> None:
+    """It was 0.069 m/s in place of 0.15 with the slow limits at 30 Hz, because each period's target was only one period
+    ahead. Released, the arm stops within the limits."""
+
+    class Stick:
+        """Full deflection from 0.5 to 1.5 s; then released."""
+
+        def read(self, now: float, command: np.ndarray) -> Correction:
+            wanted = 0.5 <= now + 1e-6 < 1.5
+            return Correction(wanted * np.array([0.0, 0.15, 0.0]), wanted * np.array([0.0, 0.0, -0.8]))
+
+        def close(self) -> None: ...
+
+    robot = PointArm()
+    robot.control_hz = control_hz
+    loop_of(Clockwork(), robot, limits=limits, takeover=Stick()).run(2.5)
+    velocity = velocities_of(robot)
+    turns = Rotation.from_quat(np.stack([START, *robot.sent])[:, 3:7], scalar_first=True)
+    turn_velocity = (turns[1:] * turns[:-1].inv()).as_rotvec() * control_hz
+    steady = slice(round(1.0 * control_hz), round(1.5 * control_hz))
+    np.testing.assert_allclose(velocity[steady], np.tile([0.0, 0.15, 0.0], (len(velocity[steady]), 1)), atol=1e-9)
+    np.testing.assert_allclose(turn_velocity[steady, 2], -0.8, atol=1e-6)
+    assert np.linalg.norm(velocity, axis=1).max() <= 0.15 + 1e-9
+    change, turn_change = np.diff(velocity, axis=0) * control_hz, np.diff(turn_velocity, axis=0) * control_hz
+    assert np.linalg.norm(change, axis=1).max() <= limits.acceleration_m_s2 * (1 + 1e-6)
+    assert np.linalg.norm(turn_change, axis=1).max() <= limits.turn_acceleration_rad_s2 * (1 + 1e-6)
+    released = round((1.5 + limits.braking_s) * control_hz) + 1
+    assert np.abs(velocity[released:]).max() < 1e-9
+    assert np.abs(turn_velocity[released:]).max() < 1e-6
+
+
+def test_a_person_cannot_move_the_arm_beyond_the_limits() -> None:
+    class Stick:
+        def read(self, now: float, command: np.ndarray) -> Correction:
+            return Correction(np.array([0.0, 5.0, 0.0]), np.array([0.0, 0.0, 50.0]), gripper=3.0)
+
+        def close(self) -> None: ...
+
+    robot = PointArm()
+    robot.control_hz = 30.0
+    loop_of(Clockwork(), robot, takeover=Stick()).run(3.0)
+    velocity = velocities_of(robot)
+    assert velocity[:, 1].max() == pytest.approx(LIMITS.speed_m_s)
+    assert np.abs(np.diff(velocity, axis=0)).max() * 30 <= LIMITS.axis_acceleration_m_s2 * (1 + 1e-6)
+    sent = np.stack([START, *robot.sent])
+    assert sent[:, 1].max() <= 0.3  # the wall
+    assert sent[-1, 1] > 0.299
+    turns = Rotation.from_quat(sent[:, 3:7], scalar_first=True)
+    fastest = (turns[1:] * turns[:-1].inv()).magnitude().max() * 30
+    assert fastest == pytest.approx(LIMITS.turn_rad_s)
+    assert sent[:, 7].max() == 1.0
+
+
+def test_a_correction_that_is_not_finite_ends_the_run() -> None:
+    class Stick:
+        def read(self, now: float, command: np.ndarray) -> Correction:
+            return Correction(np.array([0.0, np.nan, 0.0]))
+
+        def close(self) -> None: ...
+
+    robot = PointArm()
+    with pytest.raises(ValueError, match=r"a velocity is finite, got \[0\.0, nan, 0\.0\] m/s"):
+        loop_of(Clockwork(), robot, takeover=Stick()).run(1.0)
+    assert (robot.sent, robot.stops) == ([], 1)
 
 
 def test_a_correction_moves_the_arm_and_is_recorded_and_weighted(tmp_path: Path) -> None:

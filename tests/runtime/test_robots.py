@@ -1020,6 +1020,45 @@ def test_a_dry_run_moves_nothing_and_says_what_would_happen(tmp_path: Path, cali
     json.dumps(result)
 
 
+@pytest.mark.parametrize(("planned", "commanded"), [(0.45, 1.0), (0.35, 0.0), (0.7, 1.0)])
+def test_a_dry_run_shows_the_gripper_commands_of_a_run(planned: float, commanded: float, calibration: Path) -> None:
+    """It showed the planned openings, so that a policy that never closes the gripper seemed to grip."""
+
+    class Half(Sideways):
+        def plan(self, observation: Observation) -> Plan:
+            plan = super().plan(observation)
+            return replace(plan, gripper=np.full_like(plan.gripper, planned))
+
+    for dead_band, last in (({}, commanded), ({"grip_below": None, "release_above": None}, planned)):
+        camera = Still()
+        arm = YamArms({"right": Driver()}, {"over": camera}, calibration)
+        camera.taken = arm.now
+        execution = ChunkExecution(SimulatedPlanner(Half(), lambda: 0.0), arm.control_hz, **dead_band)
+        found = rehearse(Half(), arm, WIDE, execution)
+        assert found.commands[0, 0, 7] == found.targets[0, 0, 7] == 1.0  # as observed
+        assert found.commands[-1, 0, 7] == pytest.approx(last)
+        assert found.targets[-1, 0, 7] == last
+        if dead_band:
+            continue
+        observation = arm.observe()
+        run_targets = [execution.target(observation | {"time_s": 0.0}, tick / 30.0)[0, 7] for tick in range(20)]
+        np.testing.assert_array_equal(found.targets[1:21, 0, 7], run_targets)
+
+
+def test_the_result_of_a_simulated_task_is_that_before_the_arm_brakes() -> None:
+    robot = SimulatedYam(TaskOptions(name="reach"), image_size=16, real_time=False, seed=3)
+    assert robot.outcome() == (False, None)
+    for success in (True, False):
+        robot.cell.progress.success = success
+        assert robot.outcome() == (True, None)
+    robot.reset(3)
+    robot.cell.elapsed = 1000
+    assert robot.outcome() == (False, "missed")
+    robot.cell.progress.success = True
+    assert robot.outcome() == (False, "missed")
+    robot.close()
+
+
 def test_a_dry_run_reports_plans_and_starts_far_from_the_training_data(tmp_path: Path, calibration: Path) -> None:
     class Boxed(Sideways):
         workspace = np.array([[5.0, 5.0, 5.0], [6.0, 6.0, 6.0]])

@@ -221,6 +221,33 @@ def test_a_damaged_record_of_the_best_is_named(content: str, tmp_path: Path) -> 
     assert saving.best == 0.5
 
 
+def test_a_save_that_is_due_on_any_process_waits_for_no_later_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More work than `every_n_minutes` would otherwise be lost where steps are long."""
+    saved: list[int] = []
+    monkeypatch.setattr(SaveLatest, "save", lambda self, trainer: saved.append(trainer.global_step))
+    other_is_late = torch.tensor(0.0)
+    epoch_loop = SimpleNamespace(_should_accumulate=lambda: False, batch_progress=SimpleNamespace(is_last_batch=False))
+    trainer: Any = SimpleNamespace(
+        world_size=2,
+        global_step=3,
+        current_epoch=0,
+        max_steps=100,
+        max_epochs=-1,
+        should_stop=False,
+        fit_loop=SimpleNamespace(epoch_loop=epoch_loop),
+        strategy=SimpleNamespace(root_device="cpu", reduce=lambda own, reduce_op: max(own, other_is_late)),
+    )
+    saving = SaveLatest(str(tmp_path), every_n_minutes=60)
+    module: Any = None
+    saving.on_train_batch_end(trainer, module)
+    assert saved == []
+    other_is_late += 1
+    saving.on_train_batch_end(trainer, module)
+    assert saved == [3]
+
+
 def test_the_last_checkpoints_by_step_stay(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     overrides = toy_overrides("run", "callbacks.checkpoint.every_n_steps=2", "callbacks.checkpoint.keep=2")
     train.run(compose("train", overrides))

@@ -50,6 +50,25 @@ def test_two_sources_of_an_encoders_weights_are_refused_before_a_stage_is_traine
     refuse_unfit(compose("train", [*choices, "backbone.init_from=null"]))
 
 
+@pytest.mark.parametrize(
+    ("choices", "said", "without"),
+    [
+        (["backbone=dinov3_small"], "weights=pretrained", "weights=random"),
+        (["backbone.init_from=RUN"], "init_from", "init_from=null"),
+        (["backbone=dinov3_small", "geometry.init_from=RUN"], "weights=pretrained", "weights=random"),
+    ],
+)
+def test_a_depth_reader_beside_other_weights_of_its_backbone_is_refused_before_it_is_trained(
+    choices: list[str], said: str, without: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(PretrainingStage, "complete", lambda self: pytest.fail("it began"))
+    overrides = ["experiment=vla_yam_language", *choices]
+    with pytest.raises(ValueError, match=rf"geometry\.init_from and backbone\.{said} .*: set backbone\.{without}, or"):
+        train.run(compose("train", [*overrides, f"run_dir={tmp_path / 'run'}"]))
+    refuse_unfit(compose("train", [*overrides, f"backbone.{without}"]))
+    refuse_unfit(compose("train", [*overrides, "geometry=dino_multiview", "geometry.init_from=null"]))
+
+
 def test_a_start_that_is_not_there_is_refused_before_a_stage_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

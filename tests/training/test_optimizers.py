@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from vla_parts import small_module
 
 from keygrip.models.backbone import DinoBackbone
 from keygrip.training.muon import MuonAndAdamW
@@ -42,6 +43,15 @@ def test_every_trainable_parameter_is_in_one_group_and_only_matrices_decay() -> 
     decayed = {name for name, group in found.items() if group["weight_decay"] == 0.1}
     assert decayed == {"backbone.0.weight", "head.weight"}
     assert set(found) == {name for name, p in Network().named_parameters() if p.requires_grad}
+
+
+def test_learned_tokens_of_the_pointed_places_do_not_decay() -> None:
+    network = small_module(pointing_cells=2, pointed_tokens=True).network
+    found = groups_of(AdamW(lr=1.0, weight_decay=0.1), network)
+    pointed = {name: group["weight_decay"] for name, group in found.items() if name.startswith("pointed.")}
+    matrices = {name for name, parameter in network.named_parameters() if parameter.ndim == 2} & pointed.keys()
+    tokens = {"pointed.slots", "pointed.views"}
+    assert {name for name in matrices if pointed[name] == 0.0} == tokens < matrices
 
 
 def test_multipliers_apply_to_a_part_wherever_it_is_nested() -> None:

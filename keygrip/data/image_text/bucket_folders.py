@@ -53,9 +53,8 @@ def buckets_of_folder(folder: Path) -> list[Bucket]:
 
 def incomplete_sets(root: Path) -> list[str]:
     """Return a message for each set of `step=images`, the root or a split of it, whose shards are not all finished, or
-    from which too many images were left out; none if the root has `images.json`."""
-    if (root / INFO).is_file():
-        return []
+    from which too many images were left out. A set that is complete has `images.json` in its own folder; that of a root
+    does not make its splits complete."""
     folders = [root, *(root / split for split in SPLITS)]
     return [
         f"{folder} is not complete (no {INFO}): step=images was interrupted there, or it left out too many images; run "
@@ -70,15 +69,15 @@ def read_info(root: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such folder, or no bucket in it. ValueError: the file is damaged or of another
-            kind, or the folder is a set of `step=images` that is not complete.
+            kind, or the local folder or a split of it is a set of `step=images` that is not complete.
     """
+    if not is_remote(root) and (incomplete := incomplete_sets(Path(root))):
+        raise ValueError(incomplete[0])
     if is_remote(root):
         content = _read_object(cache_of(root, cache_dir).fetch(INFO, fresh=True), root)
     elif (Path(root) / INFO).is_file():
         content = _read_object(Path(root) / INFO, root)
     else:
-        if incomplete := incomplete_sets(Path(root)):
-            raise ValueError(incomplete[0])
         splits = buckets_by_split(Path(root))
         if not splits:
             raise FileNotFoundError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -145,7 +145,7 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
         for name, size in self.sizes.items():
             if actual_sizes[name] != size:
                 raise BadSample(f"{part.shards.where(index)}: {name} is {actual_sizes[name]}, elsewhere {size}")
-        return sample
+        return replace(sample, number=key.sample)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Yield the records of the samples, in order and without their arrays; unreadable ones are left out."""
@@ -186,6 +186,7 @@ def make_batch(samples: Sequence[ImageTextSample], trim_text: bool = False) -> I
         patch_grid=samples[0].patch_grid,
         captions=[str(sample.record.get("caption", "")) for sample in samples],
         keys=[sample.key for sample in samples],
+        numbers=[sample.number for sample in samples],
         records=[sample.record for sample in samples],
         images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if len(images) == len(samples) else None,
     )

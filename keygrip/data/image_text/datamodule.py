@@ -28,7 +28,7 @@ from keygrip.data.image_text.samples import missing_parts
 from keygrip.data.image_text.statistics import measure
 from keygrip.data.shards.index import SPLITS
 from keygrip.data.shards.made_shards import held_out
-from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.reader import ShardSet, share_cache_limit
 from keygrip.data.shards.remote import folder_beside
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler
@@ -54,7 +54,7 @@ class ImageShards(ResumableData):
         val_fraction: validation share of a set without splits; chosen by a hash of the keys: always the same samples.
         max_val_samples: the largest number of validation samples, spread evenly over each bucket; None: all.
         max_skipped_share: a larger share of samples without a needed part, or of unreadable ones, stops the run.
-        cache_dir, cache_gb: for remote shards.
+        cache_dir, cache_gb: for remote shards: folder of the local copies, and the limit of all of them together.
         num_workers: loader processes; None: the number of cores minus one, at most 4.
         prefetch_batches: batches that each worker prepares in advance.
         trim_text: pad texts to the longest caption of the batch; False: to the encoder's full length.
@@ -123,14 +123,17 @@ class ImageShards(ResumableData):
         if info["encoders"] is not None:
             self.encoders = str(info["encoders"]["fingerprint"])
         opened: dict[str, list[BucketPart]] = {split: [] for split in SPLITS}
+        sets: list[ShardSet] = []
         for split, names in info["splits"].items():
             for name in names:
                 folder = "/".join(part for part in (self.place.rstrip("/"), split, name) if part)
                 shards = ShardSet(folder, self.cache_dir, self.cache_gb, spares_copies=self.spares_copies)
+                sets.append(shards)
                 usable = self._usable(shards, folder)
                 for part, chosen in self._divide_samples(split, shards, usable):
                     if len(chosen):
                         opened[part].append(BucketPart(Bucket.from_name(name), shards, chosen))
+        share_cache_limit(sets)
         if not opened["train"]:
             raise ValueError(f"no sample at {self.place} can be trained on: run step=validate root={self.place}")
         for split, parts in opened.items():

@@ -14,6 +14,7 @@ import io
 import tarfile
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -267,6 +268,8 @@ def _index_tar(path: Path, describe: Describe) -> ShardIndex:
                     rows[key] = _check_row(describe(content))
             except BadSample as error:
                 bad[key] = error.what
+    bad |= (others := _of_another_kind(rows))
+    rows = {key: row for key, row in rows.items() if key not in others}
     complete_parts = [[(*part, crc) for part, crc in zip(gathered_parts[key], crcs[key], strict=True)] for key in rows]
     index = make_index([*rows], complete_parts, [*rows.values()], members.size, bad)
     return replace(
@@ -395,6 +398,21 @@ def _escape_key(key: str) -> tuple[str, int]:
     and its original number of characters."""
     text = key.encode("utf-8", "backslashreplace").decode()
     return (text if len(text) <= LONGEST_KEY else sample_key(text)), len(text)
+
+
+def _of_another_kind(rows: Mapping[str, Row]) -> dict[str, str]:
+    """Return the samples whose columns are not those of most samples in their tar, by key with the reason: an index has
+    one set of columns."""
+    most_common = Counter(frozenset(row) for row in rows.values()).most_common(1)
+    reasons = {}
+    for key, row in rows.items():
+        usual = most_common[0][0]
+        if different := [*sorted(usual - set(row)), *sorted(set(row) - usual)]:
+            reasons[key] = (
+                "it is of another kind than most samples of its tar (only one of the two has "
+                f"{', '.join(different[:3])}): add the parts that it lacks, or move it to a set of its own"
+            )
+    return reasons
 
 
 def _check_row(row: Row) -> Row:

@@ -15,7 +15,7 @@ import numpy as np
 
 from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.shards.index import INDEX_SUFFIX, MANIFEST, SCHEMA, Parts, ShardError, ShardIndex
-from keygrip.data.shards.remote import ShardCache, cache_of, is_remote
+from keygrip.data.shards.remote import ShardCache, cache_of, is_remote, share_limit
 from keygrip.data.untrusted_files import read_json
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ class ShardSet:
 
     Args:
         root: folder or URL with a manifest.
-        cache_dir: for remote sets, the folder of local copies. cache_gb: their limit. spares_copies: see `ShardCache`.
+        cache_dir: for remote sets, the folder of local copies. cache_gb: their limit (of several sets together after
+            `share_cache_limit`). spares_copies: see `ShardCache`.
         quiet: do not log what the manifest leaves out.
 
     Attributes:
@@ -210,6 +211,11 @@ class ShardSet:
     def __del__(self) -> None:
         if "_files" in self.__dict__:
             self.close()
+
+
+def share_cache_limit(sets: Iterable[ShardSet]) -> None:
+    """Make `cache_gb` limit the local copies of several sets together, not those of each set."""
+    share_limit(shards._cache for shards in sets if shards._cache is not None)
 
 
 def all_samples(sets: Iterable[ShardSet]) -> Iterator[tuple[ShardSet, int]]:

@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from keygrip.artifacts import DiskFullError, full_disk_errors, locked, temporary_beside
@@ -52,22 +54,48 @@ def _means_file_is_missing(error: Exception) -> bool:
     return not isinstance(cause, OSError)
 
 
+@dataclass(eq=False)
+class LimitedCopies:
+    """Copies of shards that have one limit together.
+
+    Args:
+        folders: of the copies, one per shard set.
+        made: those that this process made. removal_logged: whether a removal was logged.
+    """
+
+    folders: set[Path]
+    made: set[Path] = field(default_factory=set)
+    removal_logged: bool = False
+
+
+def share_limit(caches: Iterable[ShardCache]) -> None:
+    """Make the limit of each cache apply to the copies of all of them together, as if they were one set."""
+    caches = list(caches)
+    copies = LimitedCopies(
+        {folder for cache in caches for folder in cache.copies.folders},
+        {path for cache in caches for path in cache.copies.made},
+    )
+    for cache in caches:
+        cache.copies = copies  # the caches of a run are pickled together, so that its workers share it too
+
+
 class ShardCache:
     """Copies of remote files on a local disk, up to a limit; several processes may share the folder.
 
     Args:
         url: of the shard set; anything fsspec opens (https, s3 and gs with their packages, file).
         folder: of the copies.
-        limit: bytes of shards; the least recently used copies are removed first. The requested copy always stays.
-        spares_copies: to stay within the limit, remove only copies that this cache object made, and none from other
+        limit: bytes of shards, of this set and of those that `share_limit` adds; the least recently used copies are
+            removed first. The requested copy always stays.
+        spares_copies: to stay within the limit, remove only copies that this process made, and none from other
             processes, whose limit may be higher.
     """
 
     def __init__(self, url: str, folder: Path, limit: int, spares_copies: bool = False) -> None:
         self.url, self.folder, self.limit = url.rstrip("/"), folder, limit
         self.spares_copies = spares_copies
-        self._copied: set[str] = set()
-        self._said_removal = False
+        self.copies = LimitedCopies({folder})
+        self._checked = False  # whether the copies of earlier runs were compared with the limit
 
     def fetch(self, name: str, size: int | None = None, fresh: bool = False) -> Path:
         """Return the local copy of a file; copy it now if it is missing or has another size.
@@ -80,19 +108,23 @@ class ShardCache:
             FileNotFoundError: there is no such file. ConnectionError: it cannot be read, or it is unknown whether it
             exists. ShardError: it has another size than `size`.
         """
-        target = self.folder / name
+        target, copied = self.folder / name, False
         # one process copies, the others wait for it
         with locked(self.folder / f".{name}.lock", together_without=True):
             if not target.is_file() or (size is not None and target.stat().st_size != size):
                 self._copy(name, target, size)
+                copied = True
             elif fresh:
                 try:
                     self._copy(name, target, size)
+                    copied = True
                 except (FileNotFoundError, ConnectionError) as error:
                     log.warning("%s is read as it was when it was copied: %s", self.url, error)
             os.utime(target)
-        if target.suffix.lower() == SHARD:  # other files do not count towards the limit
+        # other files do not count towards the limit; a copy that was there already takes no more space
+        if target.suffix.lower() == SHARD and (copied or not self._checked):
             self._evict(keep=target)
+            self._checked = True
         return target
 
     def fetch_optional(self, name: str) -> Path | None:
@@ -159,14 +191,14 @@ class ShardCache:
                     f"{self.url}/{name} has {temporary.stat().st_size} bytes, its manifest says {size}: it is cut off"
                 )
             temporary.replace(target)
-            self._copied.add(name)
+            self.copies.made.add(target)
         finally:
             temporary.unlink(missing_ok=True)
 
     def _evict(self, keep: Path) -> None:
         """Remove the least recently used copies. Readers are not affected: open files stay readable until closed."""
         copies = []
-        for path in files_in(self.folder, SHARD):
+        for path in (path for folder in self.copies.folders for path in files_in(folder, SHARD)):
             try:
                 status = path.stat()
             except FileNotFoundError:
@@ -177,14 +209,16 @@ class ShardCache:
         for _, size, path in sorted(copies):
             if total - freed <= self.limit:
                 break
-            if path != keep and not (self.spares_copies and path.name not in self._copied):
+            if path != keep and not (self.spares_copies and path not in self.copies.made):
                 path.unlink(missing_ok=True)
-                self._copied.discard(path.name)
+                self.copies.made.discard(path)
                 removed, freed = removed + 1, freed + size
-        if removed and not self._said_removal:  # log only once: later removals make room for one shard each
-            self._said_removal = True
+        if removed and not self.copies.removal_logged:  # log only once: later removals make room for one shard each
+            self.copies.removal_logged = True
+            sets = len(self.copies.folders)
+            of, place = (self.url, self.folder) if sets == 1 else (f"{sets} shard sets", self.folder.parent)
             log.info(
                 "%d of %d copies of the shards of %s, %.3g of %.3g GB, are removed from %s, the least recently used "
                 "first, and so on as others come: data.cache_gb=%g is the limit",
-                *(removed, len(copies), self.url, freed / 1e9, total / 1e9, self.folder, self.limit / 1e9),
+                *(removed, len(copies), of, freed / 1e9, total / 1e9, place, self.limit / 1e9),
             )

@@ -156,7 +156,7 @@ def write_manifest(
         if columns and len(index) and set(kinds) != set(columns):
             raise ValueError(
                 f"{path} has the columns {sorted(kinds)}, the shards before it {sorted(columns)}: an earlier version "
-                "indexed some of them; index all anew (step=manifest again=true)"
+                "indexed some of them (index all anew: step=manifest again=true), or their samples are of another kind"
             )
         columns = columns or kinds
         if index.bad:

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from keygrip.data.bad_samples import BadSample
+from keygrip.data.shards.index import MOST_FRAMES
 from keygrip.data.spacing import evenly
 from keygrip.data.video_text.batching import Questions, uses_kind
-from keygrip.data.video_text.clips import SubClips
-from keygrip.data.video_text.conversations import read_conversations, read_timed_conversations
+from keygrip.data.video_text.clips import SubClips, one_second_apart
+from keygrip.data.video_text.conversations import read_timed_conversations
 from keygrip.data.video_text.lengths import TokenLengths, spread_samples
 from keygrip.data.video_text.samples import Part
 
@@ -45,41 +46,57 @@ def check_clips(parts: Sequence[Part], questions: Questions) -> None:
     for clips in {id(part.clips): part.clips for part in parts if part.clips is not None}.values():
         if unknown := sorted(set(clips.lookback) - source_kinds):
             raise ValueError(f"clips.lookback names {unknown[0]!r}; the sources hold {', '.join(sorted(source_kinds))}")
-        tried, cut = _count_cuttable(clips, [part for part in parts if part.clips is clips], questions)
+        tried, timed, cut = _count_cuttable(clips, [part for part in parts if part.clips is clips], questions)
         if not cut:
+            lacking = (
+                "has a conversation, of the kinds that are used, that says of which frame it speaks (evidence: frame) "
+                f"and that a clip of at most {clips.frames[1]} frames can keep: with its lookback, the seconds that it "
+                "names, and no time in another form"
+            )
+            if tried and not timed:
+                lacking = "has frames that are one second apart (fps: 1)"
             raise ValueError(
-                f"data.clips: none of {tried} training videos of more than {clips.frames[0]} frames that were "
-                "tried has a conversation, of the kinds that are used, that says of which frame it speaks "
-                "(evidence: frame), so that none can be cut: leave data.clips (or data.sources.NAME.clips) out"
+                f"data.clips: none of {tried} training videos of more than {clips.frames[0]} frames that were tried "
+                f"{lacking}, so that none can be cut: leave data.clips (or data.sources.NAME.clips) out"
             )
         log.info("clips: %d of %d longer videos that were tried can be cut", cut, tried)
 
 
-def _count_cuttable(clips: SubClips, parts: Sequence[Part], questions: Questions) -> tuple[int, int]:
-    """Return how many longer training videos were tested, and how many of them can be cut."""
-    tried = cut = 0
+def _count_cuttable(clips: SubClips, parts: Sequence[Part], questions: Questions) -> tuple[int, int, int]:
+    """Return how many longer training videos were tested, how many of them have frames one second apart, and how many
+    can be cut."""
+    tried = timed = cut = 0
     for part in parts:
         longer_samples = part.chosen[part.column("frames") > clips.frames[0]]
         for sample in longer_samples[evenly(len(longer_samples), TRIED)].tolist():
             with contextlib.suppress(BadSample):  # counted when they are read
-                conversations = read_conversations(part.shards, sample)
-                cut += clips.may_be_cut([c for c in conversations if uses_kind(c.kind, part.kinds, questions)])
+                conversations, seconds = read_timed_conversations(part.shards, sample, MOST_FRAMES)
                 tried += 1
-    return tried, cut
+                frames = int(part.shards.columns["frames"][sample])
+                if one_second_apart(seconds, frames):
+                    timed += 1
+                    used = [each for each in conversations if uses_kind(each.kind, part.kinds, questions)]
+                    cut += clips.may_be_cut(used, frames)
+    return tried, timed, cut
 
 
 def usable_parts(split: str, parts: Sequence[Part], questions: Questions, fitting: bool = True) -> list[Part]:
-    """Return the parts without samples that are too long to be used, as far as this is known beforehand.
+    """Return the parts without samples that hold only kinds that are not used, or that are too long to be used, as far
+    as this is known beforehand.
 
     Args:
-        questions: chosen conversations of each sample. fitting: whether training will begin.
+        questions: chosen conversations of each sample of this split. fitting: whether training will begin.
 
     Raises:
         ValueError: no sample of a source is left for training.
     """
     usable = []
     trained = fitting and split == "train"
-    for part in parts:
+    for opened in parts:
+        part = opened.of_used_kinds(questions)
+        _report_unused_kinds(split, opened, part, questions, trained)
+        if not len(part):
+            continue
         within_tokens, usable_part = part.within_max_tokens(), part.usable()
         basis = "by estimate " if isinstance(part.lengths, TokenLengths) else ""
         if part.lengths is not None and len(within_tokens) < len(part):
@@ -103,6 +120,29 @@ def usable_parts(split: str, parts: Sequence[Part], questions: Questions, fittin
         if len(usable_part):
             usable.append(usable_part)
     return usable
+
+
+def _report_unused_kinds(split: str, part: Part, used: Part, questions: Questions, trained: bool) -> None:
+    """Log how many samples of a source are left out since `questions` excludes all their kinds. Raise ValueError if
+    none is left for training.
+
+    Args:
+        part: the source's samples. used: those that are not left out.
+    """
+    if len(used) == len(part):
+        return
+    setting = f"data.{'questions' if split == 'train' else 'val_questions'}={questions}"
+    if trained and not len(used):
+        raise ValueError(
+            f"no sample of the source {part.name!r} has a conversation of a kind that is used: they hold "
+            f"{', '.join(sorted(part.kinds_present()))}, and {setting}: raise a number of 0 there, or leave the source "
+            f"out (data.sources.{part.name}=null)"
+        )
+    log.log(
+        logging.INFO if len(used) else logging.WARNING,
+        "%s: %d of %d samples of %s are left out: they hold only %s, and %s",
+        *(split, len(part) - len(used), len(part), part.name, ", ".join(sorted(used.excluded)), setting),
+    )
 
 
 def _refuse_too_long(part: Part, usable: Part, questions: Questions) -> None:

@@ -98,15 +98,23 @@ class SubClips:
             if not isinstance(frames, int) or frames < 0:
                 raise ValueError(f"data.clips.lookback.{kind}={frames!r}: a number of frames, from 0 on")
 
-    def may_be_cut(self, conversations: Sequence[Conversation]) -> bool:
-        """Whether some conversation's evidence names the frame that it is about."""
-        return any(isinstance(each.evidence.get("frame"), int) for each in conversations)
+    def may_be_cut(self, conversations: Sequence[Conversation], frames: int) -> bool:
+        """Whether some clip of a video with `frames` frames, one second apart, keeps one of its conversations."""
+        return frames > self.frames[0] and any(self._fits_some_clip(each, frames) for each in conversations)
+
+    def _fits_some_clip(self, conversation: Conversation, frames: int) -> bool:
+        frame, length = conversation.evidence.get("frame"), min(self.frames[1], frames)  # the longest clips keep most
+        if not isinstance(frame, int):
+            return False
+        first = min([frame - self.lookback.get(conversation.kind, 0), *_named_seconds(conversation)])
+        start = max(0, min(first, frames - length))  # the clip that ends last of those with all the frames required
+        return self._convert_to_clip(conversation, start, start + length) is not None
 
     def of(self, sample: VideoTextSample, seed: int, key: SampleKey) -> VideoTextSample:
         """Return the sample, or a clip of it: a pure function of the seed, the sample and the epoch."""
         fewest, most = self.frames
         count = len(sample.frames)
-        if count <= fewest or sample.seconds != tuple(float(n) for n in range(count)):
+        if count <= fewest or not one_second_apart(sample.seconds, count):
             return sample
         entropy = np.random.SeedSequence((seed, key.epoch, key.sample, STREAM))
         rng = np.random.Generator(np.random.PCG64(entropy))
@@ -135,8 +143,7 @@ class SubClips:
         frame = conversation.evidence.get("frame")
         if not isinstance(frame, int) or not start <= frame - self.lookback.get(conversation.kind, 0) <= frame < stop:
             return None
-        mentioned_seconds = [int(match[2]) for turn in conversation.turns for match in SECOND.finditer(turn.text)]
-        if not all(start <= second < stop for second in mentioned_seconds):
+        if not all(start <= second < stop for second in _named_seconds(conversation)):
             return None
         turns = conversation.turns
         if self.rebased:
@@ -147,6 +154,16 @@ class SubClips:
                 for turn in turns
             )
         return replace(conversation, turns=turns, evidence={**conversation.evidence, "frame": frame - start})
+
+
+def one_second_apart(seconds: Sequence[float] | None, frames: int) -> bool:
+    """Whether the times of `frames` frames are 0, 1, 2, ... seconds."""
+    return seconds is not None and tuple(seconds) == tuple(float(n) for n in range(frames))
+
+
+def _named_seconds(conversation: Conversation) -> list[int]:
+    """Return the seconds that a conversation names in the form "second 12"."""
+    return [int(match[2]) for turn in conversation.turns for match in SECOND.finditer(turn.text)]
 
 
 def _contains_other_times(turns: Sequence[Turn]) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from keygrip.data.bad_samples import BadSample, convert_errors, join_first
+from keygrip.data.bad_samples import BadSample, convert_errors, join_first, raise_connection_error
 from keygrip.data.image_text.decoding import refuse_frames, upright
 from keygrip.data.shards.index import MOST_FRAMES, Parts, lower_case
 from keygrip.data.shards.reader import ShardSet, all_samples
@@ -476,11 +476,13 @@ def read_timed_conversations(
 
 
 def iterate_texts(sets: Sequence[ShardSet]) -> Iterator[str]:
-    """Yield the text of every turn of some shard sets, in order (to train a tokenizer); skips unreadable samples."""
+    """Yield the text of every turn of some shard sets, in order (to train a tokenizer); skips unreadable samples.
+    Raises ConnectionError if a remote shard cannot be reached: the tokenizer is stored as that of all texts."""
     for shards, sample in all_samples(sets):
         try:
             conversations = read_conversations(shards, sample)
-        except BadSample:
+        except BadSample as error:
+            raise_connection_error(error)
             continue
         for conversation in conversations:
             for turn in conversation.turns:

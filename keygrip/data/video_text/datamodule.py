@@ -27,6 +27,7 @@ from keygrip.data.shards.mixing import (
     MixedBatchSampler,
     Mixture,
 )
+from keygrip.data.shards.reader import share_cache_limit
 from keygrip.data.shards.remote import folder_beside
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
@@ -75,12 +76,13 @@ class VideoTexts(ResumableData):
         image_frames: a sample with one image is shown as this number of equal frames, also in inference: queries then
             learn from images too if the frames come first. Not with time stamps.
         questions: conversations per video in training: all (null), this number at random, or numbers by kind
-            ({mark: 4}: 4 of this kind and all of other kinds).
+            ({mark: 4}: 4 of this kind and all of other kinds). Samples of which all kinds have the number 0 are left
+            out beforehand.
         val_questions: the same for validation, where the choice never changes.
         max_val_samples: size limit of the validation set, which always has the same samples; None: no limit. The test
             set has none.
         window_shards: shuffle within windows of this many shards (remote shards); None: over everything.
-        cache_dir, cache_gb: for remote shards.
+        cache_dir, cache_gb: for remote shards: folder of the local copies, and the limit of all of them together.
         max_skipped_share: a larger share of unreadable samples stops the run. Samples that the collator cannot use (too
             long by themselves or for the language model's context) are left out beforehand if the index shows it;
             otherwise training replaces them by shorter ones. They are counted separately.
@@ -204,12 +206,15 @@ class VideoTexts(ResumableData):
             return
         self.fit = common_fit(self.sources, self.given_fit, self.cache_dir)
         opened: dict[str, list[Part]] = {split: self._open(split) for split in SPLITS}
+        share_cache_limit(part.shards for parts in opened.values() for part in parts)
         chosen = {"questions": self.questions, "val_questions": self.val_questions}
         check_kinds([part for parts in opened.values() for part in parts], chosen)
         if isinstance(self.collator, PreparedCollator):  # on every rank: loads the files that the first process created
             self._prepare_collator(self.collator, opened["train"])
         opened = self._measured(opened, fitting)
-        opened = {each: usable_parts(each, parts, self.questions, fitting) for each, parts in opened.items()}
+        for split, parts in opened.items():
+            asked = self.questions if split == "train" else self.val_questions
+            opened[split] = usable_parts(split, parts, asked, fitting)
         if fitting:
             check_clips(opened["train"], self.questions)
             self.mixture = self._make_mixture(opened["train"])
@@ -251,6 +256,7 @@ class VideoTexts(ResumableData):
                 parts.append(replace(part, context=self._context_of(part)))
             elif split == "train":
                 raise ValueError(f"the source {name!r} at {source.place} holds no training samples")
+        share_cache_limit(part.shards for part in parts)
         return parts
 
     def _context_of(self, part: Part) -> Context | None:
@@ -464,7 +470,9 @@ class VideoTexts(ResumableData):
                 leads = {name: source.val_fraction for name, source in self.sources.items() if source.share is None}
                 settings = ", ".join(f"data.sources.{name}.val_fraction={share:g}" for name, share in leads.items())
                 log.warning(
-                    "no validation, and no val/ figures: there is no val/, and %s takes none (raise it)", settings
+                    "no validation, and no val/ figures: there is no val/, and %s takes none (raise it); or all "
+                    "samples are left out, as logged before",
+                    settings,
                 )
             return []
         shares = sum(part.share or 0.0 for part in parts)

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from keygrip.artifacts import atomic_write, locked, sha256_bytes
-from keygrip.data.bad_samples import BadSample, convert_errors
+from keygrip.data.bad_samples import BadSample, convert_errors, raise_connection_error
 from keygrip.data.shards.packing import ranges
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.resuming import ensure_enough_files
@@ -111,7 +111,8 @@ def count_lengths(
             longer samples; the text of a row may contain their times. workers: loader processes; 0: this process.
 
     Raises:
-        ValueError: the file of counts is damaged.
+        ValueError: the file of counts is damaged. ConnectionError: a remote shard cannot be reached; the counts so
+            far are stored.
     """
     kind_names = None if kinds is None else sorted(kinds)
     identity = (FORMAT, shards.fingerprint, collator.lengths_depend_on(), kind_names, max_frames)
@@ -125,14 +126,21 @@ def count_lengths(
             blocks = [missing[start : start + BLOCK] for start in range(0, len(missing), BLOCK)]
             source, unwritten = Counting(shards, collator, kinds, max_frames, blocks), 0
             bar = Progress(total=len(missing), desc=f"count tokens of {shards.root}", unit="sample")
-            for block, block_counts in zip(blocks, _counting_loader(source, workers), strict=True):
-                longest[block], rows[block], added = block_counts
-                groups.append((block, added))
-                bar.update(len(block))
-                unwritten += len(block)
-                if unwritten >= KEPT_EVERY:
+            try:
+                for block, block_counts in zip(blocks, _counting_loader(source, workers), strict=True):
+                    if isinstance(block_counts, ConnectionError):
+                        raise block_counts
+                    longest[block], rows[block], added = block_counts
+                    groups.append((block, added))
+                    bar.update(len(block))
+                    unwritten += len(block)
+                    if unwritten >= KEPT_EVERY:
+                        _write_counts(file, longest, rows, _together(longest, rows, groups))
+                        unwritten = 0
+            except ConnectionError:
+                if unwritten:
                     _write_counts(file, longest, rows, _together(longest, rows, groups))
-                    unwritten = 0
+                raise
             bar.close()
             tokens = _together(longest, rows, groups)
             if unwritten:
@@ -153,8 +161,9 @@ def _together(longest: np.ndarray, rows: np.ndarray, groups: Sequence[tuple[np.n
 Counted = tuple[np.ndarray, np.ndarray, np.ndarray]  # longest, row_counts and row_tokens of `ExactLengths`
 
 
-class Counting(Dataset[Counted]):
-    """Blocks of samples, each as the arrays that `ExactLengths` stores: int32 [n], [n] and [R]."""
+class Counting(Dataset[Counted | ConnectionError]):
+    """Blocks of samples, each as the arrays that `ExactLengths` stores: int32 [n], [n] and [R]; or as the error of a
+    remote shard that cannot be reached. It is not raised here: the loader would add a worker's stack trace to it."""
 
     def __init__(
         self,
@@ -170,27 +179,32 @@ class Counting(Dataset[Counted]):
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def __getitem__(self, number: int) -> Counted:
-        row_tokens = [self._count(sample) for sample in self.blocks[number].tolist()]
+    def __getitem__(self, number: int) -> Counted | ConnectionError:
+        try:
+            row_tokens = [self._count(sample) for sample in self.blocks[number].tolist()]
+        except ConnectionError as error:
+            return error
         longest = [UNREADABLE if rows is None else max(rows, default=0) for rows in row_tokens]
         counts = [1 if rows is None else len(rows) for rows in row_tokens]
         tokens = [each for rows in row_tokens for each in rows or [0]]
         return np.array(longest, np.int32), np.array(counts, np.int32), np.array(tokens, np.int32)
 
     def _count(self, sample: int) -> list[int] | None:
-        """Return the tokens of each row of a sample; None if it cannot be read."""
+        """Return the tokens of each row of a sample; None if it cannot be read. Raise ConnectionError if its remote
+        shard cannot be reached: UNREADABLE would be stored, and the sample not counted by later runs either."""
         try:
             conversations, seconds = read_timed_conversations(self.shards, sample, self.max_frames)
             with convert_errors(self.shards.where(sample)):
                 times = seconds if self.shards.columns["frames"][sample] else ()
                 selected = [each for each in conversations if self.kinds is None or each.kind in self.kinds]
                 tokens = [self.collator.text_tokens(each, times) for each in selected]
-        except BadSample:
+        except BadSample as error:
+            raise_connection_error(error)
             return None
         return [each for each in tokens if each > 0]
 
 
-def _counting_loader(source: Counting, workers: int) -> DataLoader[Counted]:
+def _counting_loader(source: Counting, workers: int) -> DataLoader[Counted | ConnectionError]:
     ensure_enough_files(workers)
     # a separate generator: counting must not change the run's random numbers
     options: dict[str, Any] = {"worker_init_fn": start_worker, "generator": torch.Generator()}
@@ -198,7 +212,7 @@ def _counting_loader(source: Counting, workers: int) -> DataLoader[Counted]:
     return DataLoader(source, batch_size=None, num_workers=workers, **options)
 
 
-def _return_unchanged(block: Counted) -> Counted:
+def _return_unchanged(block: Counted | ConnectionError) -> Counted | ConnectionError:
     return block
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample, convert_errors
+from keygrip.data.bad_samples import BadSample, convert_errors, raise_connection_error
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.spacing import evenly
 from keygrip.data.video_text.batching import MeasuringCollator
@@ -121,7 +121,8 @@ def measure_lengths(
         chosen: int64 [N], samples of `shards`. kinds: of their conversations; None: all.
 
     Raises:
-        ValueError: none of the samples that are read has a text that can be encoded.
+        ValueError: none of the samples that are read has a text that can be encoded. ConnectionError: a remote shard
+            cannot be reached; with fewer samples the lengths, and so the order of batches, would be others.
     """
     template = collator.text_tokens(SHORTEST, (0.0, 1.0), whole=True) - 2
     characters, tokens, problem = [], [], "no conversation"
@@ -134,6 +135,7 @@ def measure_lengths(
                 tokens.append(collator.text_tokens(longest, seconds, whole=True) - template)
                 characters.append(max(1, text_length([longest])))
         except BadSample as error:
+            raise_connection_error(error)
             problem = str(error)
     if not tokens:
         raise ValueError(f"{shards.root}: none of its texts that were tried can be encoded; the last: {problem}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,7 @@ class Part:
         clips: settings for clips cut out of the videos; None: videos stay whole.
         context: of the language model, if rows may be longer than it; None: no row can be longer.
         image_frames: number of frames as which a sample with one image is shown.
+        excluded: kinds of the samples that `of_used_kinds` left out.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Part:
     clips: SubClips | None = None
     context: Context | None = None
     image_frames: int = 1
+    excluded: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -72,7 +74,20 @@ class Part:
 
     def kinds_present(self) -> set[str]:
         """Return the kinds of the samples' conversations, including those that are not used."""
-        return {kind for kinds in set(self.column("kinds").tolist()) for kind in kinds_of(kinds)}
+        return set(self.excluded).union(*map(kinds_of, set(self.column("kinds").tolist())))
+
+    def of_used_kinds(self, questions: Questions) -> Part:
+        """Return the part without samples that only have conversations of kinds that are not used (`uses_kind`)."""
+        if not isinstance(questions, Mapping) or 0 not in questions.values():
+            return self  # the source has already been filtered by its `kinds`
+        columns = self.column("kinds")
+        unused = [
+            kinds
+            for kinds in set(columns.tolist())
+            if kinds and not any(uses_kind(kind, self.kinds, questions) for kind in kinds_of(kinds))
+        ]
+        excluded = self.excluded.union(*map(kinds_of, unused))
+        return replace(self, chosen=self.chosen[~np.isin(columns, unused)], excluded=excluded) if unused else self
 
     def component(self, max_frames: int, questions: Questions = None) -> Component:
         """Return the component for a mixture without a budget: buckets by number of frames, and estimated text lengths.
@@ -176,7 +191,8 @@ class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
             sample = replace(sample, frames=frames, seconds=None if sample.seconds is None else times)
         conversations = choose_conversations(sample.conversations, self.questions, sample_generator(self.seed, key))
         if not conversations:
-            raise BadSample(f"{part.shards.where(int(part.chosen[position]))}: no conversation of the kinds asked for")
+            problem_type = UnusableSample if whole.conversations else BadSample
+            raise problem_type(part.shards.where(int(part.chosen[position])), "no conversation of the kinds asked for")
         seconds = sample.seconds if len(sample.frames) else ()
         too_long = [self._too_long(part, c, len(sample.frames), seconds) for c in conversations]
         problems = [long or self._problem(c, seconds) for c, long in zip(conversations, too_long, strict=True)]

@@ -64,7 +64,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         cameras: names among "over", "front", "wrist"; the task's own camera by default.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  (gymnasium's own declaration)
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  (gymnasium's own declaration)
 
     def __init__(
         self,
@@ -75,6 +75,7 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         render_images: bool = True,
     ) -> None:
         self.task, self.hz = task, float(hz)
+        self.metadata = {**self.metadata, "render_fps": self.hz}
         self._set_cameras(cameras or (task.camera,), tasks.CAMERAS, image_size, task.shadows, render_images)
         self.render_mode = "rgb_array" if render_images else None
         self.lenses: dict[str, Lens] = {c: scene.lens_of(c, image_size, image_size) for c in self.cameras}

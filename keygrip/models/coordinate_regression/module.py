@@ -175,11 +175,12 @@ class CoordinateRegressionModule(System):
     def metrics(self, output: RegressionOutput, batch: PolicyBatch) -> dict[str, Tensor]:
         """Errors in the same units as those of the volume-query policy.
 
-        Each is a mean over all steps, including steps past a demo's end, whatever `mask_padded_steps` is; `pix_argmax`
-        is a mean over the steps inside the image, and is left out for an uncalibrated camera, see `setup`. (The
-        volume-query policy's errors are means over the steps inside the image that count in its loss.)
-        `gripper_open_acc` is the share of steps where open or closed is right. There is no `gripper_acc`, which in the
-        volume-query policy requires the exact bin: here the opening has no bins.
+        Each is a mean over the steps that count in the loss: all, or with `mask_padded_steps` those before the demo's
+        end; NaN without any. `pix_argmax` is a mean over those of them inside the image, and is left out for an
+        uncalibrated camera, see `setup`. (All errors of the volume-query policy are means over steps inside the image,
+        because others have no loss there.) `gripper_open_acc` is the share of steps where open or closed is right.
+        There is no `gripper_acc`, which in the volume-query policy requires the exact bin: here the opening has no
+        bins.
         """
         return self._metrics_and_counts(output, batch)[0]
 
@@ -187,24 +188,27 @@ class CoordinateRegressionModule(System):
     def _metrics_and_counts(
         self, output: RegressionOutput, batch: PolicyBatch
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """`metrics`, and for those that are not means over the samples the number of targets over which they are."""
+        """`metrics`, and by the same names the number of steps over which each is a mean."""
         position = self.denormalise(output.position)
         angle = torch.rad2deg(geodesic_angle(columns_to_quaternion(output.rotation), batch.quaternion))
-        metrics = {
-            "height_m": (position[..., 2] - batch.position[..., 2]).abs().mean(),
-            "position_cm": (position - batch.position).norm(dim=-1).mean() * 100,
-            "rotation_deg": angle.mean(),
-            "gripper_open_acc": ((output.gripper.sigmoid() > CLOSED) == (batch.gripper > CLOSED)).float().mean(),
+        counted = self._counted(batch)
+        errors = {
+            "height_m": (position[..., 2] - batch.position[..., 2]).abs(),
+            "position_cm": (position - batch.position).norm(dim=-1) * 100,
+            "rotation_deg": angle,
+            "gripper_open_acc": ((output.gripper.sigmoid() > CLOSED) == (batch.gripper > CLOSED)).float(),
         }
+        metrics = {name: error.masked_fill(~counted, 0.0).sum() / counted.sum() for name, error in errors.items()}
+        counts = dict.fromkeys(metrics, counted.sum())
         if not self.logs_pixels:
-            return metrics, {}
+            return metrics, counts
         intrinsics, extrinsics = batch.intrinsics[:, None, None], batch.world_to_camera[:, None, None]
         true_pixels, _ = project(batch.position, intrinsics, extrinsics)
         pixels, _ = project(position, intrinsics, extrinsics)
         size = self.network.image_size
-        visible = inside_image(true_pixels, size, size) & torch.isfinite(pixels).all(-1)
+        visible = counted & inside_image(true_pixels, size, size) & torch.isfinite(pixels).all(-1)
         pixel_error = (pixels - true_pixels).norm(dim=-1).masked_fill(~visible, 0.0)
-        return {"pix_argmax": pixel_error.sum() / visible.sum(), **metrics}, {"pix_argmax": visible.sum()}
+        return {"pix_argmax": pixel_error.sum() / visible.sum()} | metrics, {"pix_argmax": visible.sum()} | counts
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         return self.losses(self(batch), batch)["total"]
@@ -214,7 +218,7 @@ class CoordinateRegressionModule(System):
             output = self(batch)
         losses = self.losses(output, batch)
         self.log_values("train", losses | self.metrics(output, batch), len(batch), BAR)
-        return losses["total"]
+        return self.mean_of_step(losses["total"], self._counted(batch).sum())
 
     def validation_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         output = self(batch)

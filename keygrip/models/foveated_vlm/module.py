@@ -379,7 +379,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
         if self._shown(self.log_images_every_n_steps) and completes_step(self.trainer):
             self._show("train", batch)
-        return loss if self.trainer.accumulate_grad_batches == 1 else self.window.weighted(loss, scores.tokens)
+        return self.mean_of_step(loss, scores.tokens)
 
     def on_validation_epoch_start(self) -> None:
         self._scores = defaultdict(Scores)

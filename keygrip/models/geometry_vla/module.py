@@ -404,7 +404,9 @@ class GeometryVLAModule(System):
         with trained_on(self.device):
             losses = self.losses(self(batch), batch)
         self.log_values("train", losses, len(batch), BAR)
-        return losses["total"]
+        # With accumulated batches this is exact for the action loss. The losses of depth and of maps, which are means
+        # over other numbers of elements, get the same weights: one factor per batch cannot correct several means.
+        return self.mean_of_step(losses["total"], self.actions.mask(batch).sum())
 
     def validation_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> None:
         scene = self(batch)

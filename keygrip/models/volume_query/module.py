@@ -353,7 +353,7 @@ class VolumeQueryModule(System):
         due = self.log_images_every_n_steps and self.global_step % self.log_images_every_n_steps == 0
         if due and completes_step(self.trainer):
             self._show("train", output, batch, targets)
-        return losses["total"]
+        return self.mean_of_step(losses["total"], targets.valid.sum())
 
     def validation_step(self, batch: PolicyBatch, batch_idx: int) -> None:
         targets = self.targets(batch)

@@ -479,6 +479,16 @@ def test_copies_that_a_training_made_are_spared(
     assert all(path.is_file() for path in before) is spares  # else removed in the folders that it read
 
 
+def test_the_copies_of_all_buckets_and_splits_stay_within_one_limit(root: Path, tmp_path: Path) -> None:
+    largest = max(path.stat().st_size for path in root.rglob("*.tar"))
+    limit = 2.2 * largest
+    data = module(f"file://{root}", cache_dir=tmp_path, cache_gb=limit / 1e9)  # type: ignore[arg-type]
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for _ in loader:
+            assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= limit
+    assert len({path.parent for path in root.rglob("*.tar")}) == 6
+
+
 def make_drawn(root: Path, options: dict[str, Any]) -> None:
     """A function that makes a set, with the arguments that `MadeImages` passes."""
     write_images(Path(root), {SQUARE: options["train"]}, small_encoders(), {"train": 0})

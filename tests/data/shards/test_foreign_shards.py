@@ -19,6 +19,7 @@ from PIL import Image
 from shard_sets import conversations, picture, small_video, write_set
 
 from keygrip.data.bad_samples import BadSample
+from keygrip.data.image_text.samples import image_text_parts, read_image_text
 from keygrip.data.manifests import make_manifests
 from keygrip.data.shards.index import split_name
 from keygrip.data.shards.reader import ShardSet
@@ -712,6 +713,30 @@ def test_folders_that_training_does_not_read_are_not_counted(
     for step in (make_manifests, validate):
         with pytest.raises(ValueError, match=named):
             step(tmp_path)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_sample_of_another_kind_costs_itself_alone(first: bool, tmp_path: Path) -> None:
+    """An image whose features are missing looks like a video of one frame; the columns of the two differ."""
+    arrays = (np.zeros((3, 2, 2)), np.ones((5, 6)), np.array([True, *[False] * 4]), np.ones(7), np.zeros((4, 7)))
+    encoded: Members = []
+    for number in range(3):
+        parts, _ = image_text_parts(*arrays, {"caption": f"number {number}", "patch_grid": [2, 2]})
+        encoded += [(f"a{number}.{name}", content) for name, content in parts.items()]
+    plain = pair("plain", content=CAPTION)
+    write_tar(tmp_path / "a.tar", [*plain, *encoded] if first else [*encoded, *plain])
+    make_manifests(tmp_path, max_broken_share=0.5)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["samples"], manifest["broken"]) == (3, {})
+    assert manifest["bad_samples"]["a.tar"]["plain"] == (
+        "it is of another kind than most samples of its tar (only one of the two has caption_length, dino, grid_height)"
+        ": add the parts that it lacks, or move it to a set of its own"
+    )
+    shards = ShardSet(tmp_path)
+    assert [shards.key(number) for number in range(3)] == ["a0", "a1", "a2"]
+    assert [read_image_text(shards, number).record["caption"] for number in range(3)] == [
+        *("number 0", "number 1", "number 2")
+    ]
 
 
 def test_a_list_of_files_in_place_of_a_video_is_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

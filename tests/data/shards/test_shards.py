@@ -34,7 +34,7 @@ from keygrip.data.shards.index import (
     members_of,
     split_name,
 )
-from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.reader import ShardSet, share_cache_limit
 from keygrip.data.shards.remote import ShardCache, cache_of
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.validation import validate
@@ -247,6 +247,24 @@ def test_a_long_sample_is_indexed_from_its_tar_as_it_was_written(tmp_path: Path)
     assert (report["errors"], report["frames"]) == (0, {"5": 1, "1100": 1})
 
 
+def test_validation_names_an_index_of_an_earlier_version(tmp_path: Path) -> None:
+    """It may lack columns that were added later; the other shards are examined."""
+    write_set(tmp_path, [1] * 4, per_shard=2)
+    old = ("s-000.tar", "s-001.tar")
+    for name in old:
+        stored = ShardIndex.from_bytes(index_path(tmp_path / name).read_bytes(), name)
+        columns = {
+            key: values for key, values in stored.columns.items() if key not in ("conversations", "first_answer")
+        }
+        index_path(tmp_path / name).write_bytes(replace(stored, columns=columns).to_bytes())
+    write_manifest(tmp_path, describe_video_text, progress=False)
+    report = validate(tmp_path)
+    said = "its index is of an earlier version (no conversations, first_answer): step=manifest again=true"
+    assert report["problems"] == [f"{tmp_path}/{name}: {said}" for name in old]
+    write_manifest(tmp_path, describe_video_text, again=True, progress=False)
+    assert validate(tmp_path)["errors"] == 0
+
+
 def test_a_validation_that_is_stopped_does_not_examine_the_remaining_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,6 +460,30 @@ def test_a_limit_that_spares_copies_removes_its_own_alone(tmp_path: Path, caplog
     assert copies() == {3, 4}
     assert f"3 of 5 copies of the shards of {url}" in caplog.text
     assert f"removed from {folder}" in caplog.text
+
+
+@pytest.mark.parametrize("spares", [False, True])
+def test_several_sets_share_one_limit(spares: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The least recently used copy of all is removed first, also in worker processes, which unpickle the sets."""
+    urls = [f"file://{write_set(tmp_path / name, [3] * 9, per_shard=3)}" for name in ("a", "b")]
+    size = (tmp_path / "a" / "s-000.tar").stat().st_size
+    options = {"cache_gb": 2.5 * size / 1e9, "spares_copies": spares}
+    sets = [ShardSet(url, tmp_path / "near", **options) for url in urls]  # type: ignore[arg-type]
+    share_cache_limit([*sets, ShardSet(tmp_path / "a")])
+    sets = pickle.loads(pickle.dumps(sets))
+    folders = [cache_of(url, tmp_path / "near").folder for url in urls]
+    order = [(0, 0, "a0"), (1, 3, "a0 b1"), (1, 6, "b1 b2"), (0, 3, "a1 b2"), (1, 6, "a1 b2"), (0, 6, "a2 b2")]
+    with caplog.at_level("INFO"):
+        for seconds, (number, sample, expected) in enumerate(order):
+            assert read_sample(sets[number], sample, 8).key == f"s{sample}"
+            sets[number].close()
+            os.utime(folders[number] / f"s-00{sample // 3}.tar", (seconds, seconds))  # the clock of files is coarse
+            copies = [
+                name + path.stem[-1] for name, each in zip("ab", folders, strict=True) for path in each.glob("*.tar")
+            ]
+            assert sorted(copies) == expected.split()
+    assert caplog.text.count("1 of 3 copies of the shards of 2 shard sets") == 1
+    assert f"removed from {tmp_path / 'near'}," in caplog.text
 
 
 def test_to_look_whether_a_remote_set_is_there_removes_no_shard(tmp_path: Path) -> None:

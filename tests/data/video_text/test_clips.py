@@ -231,6 +231,42 @@ def test_clips_are_refused_where_no_question_that_is_used_names_a_frame(tmp_path
         data.setup("fit")
 
 
+@pytest.mark.parametrize("fps", [2, None])
+def test_clips_are_refused_where_frames_are_not_one_second_apart(fps: int | None, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "train" / "t-000.tar") as writer:
+        for number in range(4):
+            images = [picture(6 * n, 4) for n in range(8)]
+            writer.add(f"t{number}", *video_text_parts(images, [asked(n) for n in range(8)], "tours", fps, "png"))
+    write_manifest(tmp_path / "train", describe_video_text, progress=False)
+    with pytest.raises(
+        ValueError, match=r"data\.clips: none of 4 .*more than 2 frames .* has frames that are one second apart"
+    ):
+        batches(tmp_path, SubClips([2, 3], share=1.0))
+
+
+@pytest.mark.parametrize(
+    ("clips", "words", "can"),
+    [
+        (SubClips([1, 2], lookback={"cue": 1}), "What?", True),
+        (SubClips([1, 1], lookback={"cue": 1}), "What?", False),  # a clip of one frame lacks the frame before
+        (SubClips([2, 8], lookback={"cue": 4}), "What?", False),  # the video has only 3 frames before
+        (SubClips([2, 3]), "From second 1 to second 3, what?", True),
+        (SubClips([2, 3]), "From second 3 to second 5, what?", True),
+        (SubClips([2, 3]), "From second 2 to second 5, what?", False),
+        (SubClips([2, 8]), "From second 3 to second 8, what?", False),  # the video ends at second 7
+        (SubClips([2, 3]), "At 00:03, what?", False),
+        (SubClips([2, 3], rebased=False), "At 00:03, what?", True),
+        (SubClips([8, 9]), "What?", False),  # no longer than the shortest clip
+    ],
+)
+def test_a_video_may_be_cut_if_one_of_all_its_clips_keeps_a_question(clips: SubClips, words: str, can: bool) -> None:
+    said = answer(words, "x", "cue", {"frame": 3})
+    assert clips.may_be_cut([caption("all of it"), said], 8) == can
+    lengths = range(clips.frames[0], min(clips.frames[1], 7) + 1)
+    all_clips = [clips.cut(tour(8, said), start, start + length) for length in lengths for start in range(9 - length)]
+    assert any(clip is not None for clip in all_clips) == can
+
+
 def test_clips_of_a_batch_are_counted(tmp_path: Path) -> None:
     collator = ConversationCollator(TrainedTokenizer(400), "question_first", "answers")
     whole = tour(8, *[asked(n) for n in range(8)])

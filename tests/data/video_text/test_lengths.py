@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from shard_sets import write_conversations
+from shard_sets import write_conversations, write_set
 
 from keygrip.data.batches import Turn, VideoTextBatch
 from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.mixing import padding_of
 from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.remote import ShardCache
 from keygrip.data.shards.sampling import SampleKey
 from keygrip.data.shards.substitution import UnusableSample
 from keygrip.data.video_text import exact_lengths
@@ -24,7 +25,7 @@ from keygrip.data.video_text.context import Context
 from keygrip.data.video_text.conversations import answer, iterate_texts, read_sample
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.exact_lengths import NOT_COUNTED, UNREADABLE, Counting, count_lengths
-from keygrip.data.video_text.lengths import TokenLengths
+from keygrip.data.video_text.lengths import TokenLengths, measure_lengths
 from keygrip.data.video_text.sample_types import Conversation
 from keygrip.data.video_text.samples import Part
 from keygrip.data.video_text.shard_source import ShardSource
@@ -597,6 +598,40 @@ def test_a_sample_whose_text_cannot_be_read_is_counted_as_bad_when_it_is_its_tur
     seen = keys(list(data.train_dataloader()), "videos")
     assert "v7" not in seen
     assert data.skipped.count == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_cannot_be_reached_is_not_stored_as_unreadable(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was counted before is stored, and counting goes on from there."""
+    monkeypatch.setattr(exact_lengths, "BLOCK", 4)
+    root = write_set(tmp_path / "far", [0] * 12, per_shard=6)
+    shards = ShardSet(f"file://{root}", tmp_path / "near")
+    collator = ConversationCollator(TrainedTokenizer(500), "visual_first", "answers", 256)
+    collator.prepare(tmp_path / "tokenizer", lambda: iterate_texts([ShardSet(root)]))
+    everything, folder = np.arange(12), tmp_path / "counts"
+    fetch = ShardCache.fetch
+
+    def fetch_before_the_failure(self: ShardCache, name: str, *rest: Any, **options: Any) -> Path:
+        if name == "s-001.tar":
+            raise ConnectionError(f"{self.url}/{name} cannot be read")
+        return fetch(self, name, *rest, **options)
+
+    monkeypatch.setattr(ShardCache, "fetch", fetch_before_the_failure)
+    with pytest.raises(ConnectionError, match=r"^file://.*s-001\.tar cannot be read$"):
+        count_lengths(shards, everything, collator, folder, workers=workers)
+    (file,) = folder.glob("lengths-*.npz")
+    longest = np.load(file)["longest"]
+    assert (longest[:4] > 0).all()
+    assert (longest[4:] == NOT_COUNTED).all()  # the second block holds samples of both shards
+    with pytest.raises(ConnectionError):
+        list(iterate_texts([shards]))
+    with pytest.raises(ConnectionError):
+        measure_lengths(shards, everything, collator)
+    monkeypatch.setattr(ShardCache, "fetch", fetch)
+    again = count_lengths(shards, everything, collator, folder, workers=workers)
+    assert again.longest.tolist() == count_lengths(ShardSet(root), everything, collator, tmp_path).longest.tolist()
 
 
 def test_evaluation_counts_no_training_texts(tmp_path: Path) -> None:

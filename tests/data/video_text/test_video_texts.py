@@ -27,6 +27,8 @@ from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.curriculum import Stage
 from keygrip.data.shards.made_shards import MadeShards
 from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.sampling import SampleKey
+from keygrip.data.shards.substitution import UnusableSample
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video import write_video
 from keygrip.data.video_text.batching import choose_conversations
@@ -298,6 +300,72 @@ def test_kinds_choose_samples_and_conversations(tmp_path: Path) -> None:
         module(tmp_path, sources={"a": ShardSource(tmp_path / "a", kinds=["cue", "captoin"], val_fraction=0.0)})
 
 
+def write_mixed(root: Path) -> Path:
+    """Write 24 samples with only marks and 14 with only captions for training, and 3 and 2 for validation."""
+    for split, marks, captions in (("train", 24, 14), ("val", 3, 2)):
+        write_set(root / split, [1] * marks, prefix=f"{split}-mark", kinds=("mark",))
+        write_set(root / split, [1] * captions, prefix=f"{split}-caption", kinds=("caption",))
+    return root
+
+
+@pytest.mark.parametrize("budget", [None, Budget(frames=12, positions=4096, exact_lengths=False)])
+def test_samples_without_a_kind_that_is_used_are_left_out_beforehand(
+    budget: Budget | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training and validation leave them out by separate settings, and do not count them as unreadable."""
+    sources = {"mine": ShardSource(write_mixed(tmp_path / "mine"))}
+    asked = {"questions": {"caption": 0, "mark": 4}, "val_questions": {"mark": 0}}
+    with caplog.at_level(logging.INFO):
+        data = module(tmp_path, sources=sources, max_skipped_share=0.0, budget=budget, **asked)
+    train = [batch.key for batch in data.train_dataloader()]
+    assert sorted(key for keys in train for key in keys) == sorted(f"train-mark{n}" for n in range(24))
+    held_out = sorted(key for batch in data.val_dataloader() for key in batch.key)
+    assert held_out == ["val-caption0", "val-caption1"]
+    assert (data.skipped.count, data.unusable.count) == (0, 0)
+    assert "train: 14 of 38 samples of mine are left out: they hold only caption, and data.questions={" in caplog.text
+    assert "val: 3 of 5 samples of mine are left out: they hold only mark, and data.val_questions={" in caplog.text
+    assert data.statistics.kinds == {"mark"}
+    assert data.statistics.partial_kinds == {"mark", "caption"}  # also a kind all of whose samples are left out
+
+
+def test_the_order_changes_only_where_samples_are_left_out(root: Path, tmp_path: Path) -> None:
+    for place, questions in ((root, {"mark": 1}), (root, {"cue": 0}), (tmp_path, {"caption": 0})):
+        if place == tmp_path:  # each sample also has a kind that is used
+            write_set(tmp_path / "videos" / "train", [1] * 40, kinds=("mark", "caption"))
+        assert module(place, questions=questions).fingerprint == module(place).fingerprint
+    sources = {"mine": ShardSource(write_mixed(tmp_path / "mine"))}
+    with pytest.raises(ValueError, match=r"fingerprint=.*; the order of samples cannot be continued"):
+        module(tmp_path, sources=sources, questions={"caption": 0}).load_state_dict(
+            module(tmp_path, sources=sources).state_dict()
+        )
+
+
+def test_a_source_without_a_kind_that_is_used_is_refused_for_training_and_named_for_validation(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for split in ("train", "val"):
+        write_set(tmp_path / "captions" / split, [1] * 20, prefix="c", kinds=("caption",))
+    sources = {"videos": ShardSource(root / "videos"), "demos": ShardSource(tmp_path / "captions")}
+    with pytest.raises(
+        ValueError,
+        match=r"no sample of the source 'demos' has .*they hold caption, and data\.questions=\{'caption': 0\}: raise .*"
+        r"\(data\.sources\.demos=null\)",
+    ):
+        module(tmp_path, sources=sources, questions={"caption": 0})
+    only = {"demos": sources["demos"]}
+    assert module(tmp_path, sources=only, val_questions={"caption": 0}).val_dataloader() == []
+    said = {record.message: record.levelno for record in caplog.records}
+    told = "val: 20 of 20 samples of demos are left out: they hold only caption, and data.val_questions={'caption': 0}"
+    assert said[told] == logging.WARNING
+
+
+def test_a_readable_sample_without_a_kind_that_is_used_is_unusable(root: Path) -> None:
+    """This remains where the index does not say it."""
+    data = module(root)
+    with pytest.raises(UnusableSample, match=r"s7 of .*s-000\.tar: no conversation of the kinds asked for"):
+        data._samples(data.parts["train"], {"mark": 0})[SampleKey(7, 0)]
+
+
 def test_questions_are_chosen_anew_each_epoch() -> None:
     asked = [answer(f"{kind} {n}", "x", kind) for kind in ("mark", "cue", "caption") for n in range(6)]
     rng = np.random.default_rng(0)
@@ -565,6 +633,16 @@ def test_copies_that_a_training_made_are_spared(
         pass
     assert before
     assert all(path.is_file() for path in before) is spares  # else removed in the folders that it read
+
+
+def test_the_copies_of_all_sources_stay_within_one_limit(root: Path, tmp_path: Path) -> None:
+    limit = 1.2 * max(path.stat().st_size for path in root.rglob("*.tar"))
+    sources = {name: ShardSource(f"file://{root}/{name}") for name in ("videos", "texts")}
+    data = module(root, sources=sources, cache_dir=tmp_path, cache_gb=limit / 1e9)
+    assert sum(path.stat().st_size for path in root.rglob("*.tar")) > 2 * limit
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for _ in loader:
+            assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= limit
 
 
 class FailingHandler(QuietHandler):

@@ -116,6 +116,13 @@ def test_observation_is_what_the_space_says_and_reached_trails_commanded() -> No
     cell.close()
 
 
+def test_videos_of_gymnasium_play_at_the_rate_of_the_cell() -> None:
+    for hz in (5.0, 20.0):
+        cell = YamCell(TaskOptions(name="reach"), hz=hz, render_images=False)
+        assert cell.metadata["render_fps"] == hz
+        cell.close()
+
+
 def test_reset_without_a_seed_draws_one_and_reports_it() -> None:
     cell = blind(TaskOptions(name="reach"))
     _, info = cell.reset()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from contract_parts import observation, wrong_observations
 from lightning.pytorch import LightningDataModule, Trainer
-from policy_batches import observation_of, validated_in_pieces
+from policy_batches import observation_of, trained_in_pieces, validated_in_pieces
 from torch.utils.data import DataLoader
 
 from keygrip.data.batches import PolicyBatch
@@ -154,6 +154,49 @@ def test_a_validation_is_the_mean_over_all_elements(module: CoordinateRegression
     )
     assert parts == pytest.approx(whole, rel=1e-4)
     assert whole["val/pix_argmax"] > 0
+
+
+def test_errors_are_those_of_the_steps_with_loss(module: CoordinateRegressionModule) -> None:
+    """As the volume query's, whose figures have the same names."""
+    data = batch()
+    data.action_is_pad[0, 0, 1:] = True
+    whole = {"pix_argmax", "height_m", "position_cm", "rotation_deg", "gripper_open_acc"}
+    counted, output = ~data.action_is_pad, module(data)
+    alone = replace(data, action_is_pad=torch.zeros_like(data.action_is_pad))
+    errors = {"position_cm": (module.denormalise(output.position) - data.position).norm(dim=-1) * 100}
+    errors["gripper_open_acc"] = ((output.gripper > 0) == (data.gripper > 0.5)).float()
+    metrics = module.metrics(output, data)
+    assert metrics.keys() == whole
+    torch.testing.assert_close(metrics, module.metrics(output, alone))
+    torch.testing.assert_close(metrics["position_cm"], errors["position_cm"].mean())
+    module.mask_padded_steps = True
+    metrics = module.metrics(output, data)
+    for name, error in errors.items():
+        torch.testing.assert_close(metrics[name], error[counted].mean())
+    data.position[0, 0, 1:] += 0.05
+    data.quaternion[0, 0, 1:] = data.quaternion[1, 0, :1]
+    data.gripper[0, 0, 1:] = 1 - data.gripper[0, 0, 1:]
+    torch.testing.assert_close(module.metrics(output, data), metrics)
+
+
+def test_accumulated_batches_have_the_gradient_of_one_large_batch(module: CoordinateRegressionModule) -> None:
+    """Also if no step of the first of them counts; the logged values stay the means of the batches."""
+    two, module.mask_padded_steps = batch(), True
+    twice = {name: torch.cat([value, value]) for name, value in vars(two).items() if isinstance(value, torch.Tensor)}
+    data = replace(two, instruction=2 * two.instruction, **twice)
+    data.image = torch.randn(data.image.shape)
+    data.action_is_pad[0] = True
+    data.action_is_pad[2, :, 1:] = True
+    pieces = [slice(at, at + 1) for at in range(4)]
+    whole, _ = trained_in_pieces(module, data, [slice(4)])
+    parts, logged = trained_in_pieces(module, data, pieces)
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5)
+    counts = (~data.action_is_pad).sum(dim=(1, 2)).tolist()
+    assert counts == [0, 2, 1, 2]
+    mean = sum(each["total"] * count for each, count in zip(logged, counts, strict=True)) / 5
+    assert mean == pytest.approx(float(module.losses(module(data), data)["total"].detach()), rel=1e-5)
 
 
 class OneBatch(LightningDataModule):

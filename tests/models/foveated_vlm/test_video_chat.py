@@ -624,12 +624,16 @@ def test_the_processor_takes_transformers_batch_call(chat: VideoChat, tmp_path: 
     talks = [[user(video(pixels(2)), "Which digit?")], [user("Sure?")]]
     wanted = processor(talks)
     usual: dict[str, Any] = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    off = ("return_assistant_tokens_mask", "load_audio_from_video", "sanitize_control_tokens", "continue_final_message")
+    defaults: dict[str, Any] = {"return_tensors": "auto", **dict.fromkeys(off, False)}  # transformers'
+    assert processor.apply_chat_template(talks[1], **defaults) == processor.apply_chat_template(talks[1])
     for given in (
         processor(talks, padding=True),
         processor(talks, padding="longest", padding_side="right", truncation=False, return_tensors="pt"),
         processor.apply_chat_template(talks, **usual, return_tensors="pt", padding=True),
         processor.apply_chat_template(talks, **usual, continue_final_message=False, padding=None, tools=None),
         processor.apply_chat_template(talks, **usual, processor_kwargs={"padding": True}),
+        processor.apply_chat_template(talks, **usual, **defaults),
     ):
         assert given.keys() == wanted.keys()
         assert all(torch.equal(given[name], wanted[name]) for name in ("input_ids", "attention_mask", "pixel_values"))
@@ -642,6 +646,9 @@ def test_the_processor_takes_transformers_batch_call(chat: VideoChat, tmp_path: 
         ({"max_length": 64}, "max_length=64 is not taken"),
         ({"continue_final_message": True}, "continue_final_message=True is not taken .an answer begins anew"),
         ({"num_frames": 4}, "num_frames=4 is not taken"),
+        ({"return_assistant_tokens_mask": True}, "return_assistant_tokens_mask=True is not taken"),
+        ({"load_audio_from_video": True}, "load_audio_from_video=True is not taken"),
+        ({"sanitize_control_tokens": True}, "sanitize_control_tokens=True is not taken"),
         ({"tools": [{"name": "x"}]}, "tools=.* is not taken"),
     ):
         for refused, there in (

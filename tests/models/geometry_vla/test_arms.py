@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +167,7 @@ def test_recomputed_activations_train_on_a_processor(tmp_path: Path) -> None:
     for recompute in (False, True):
         module = ready_module(tmp_path, vlm=small_vlm(gradient_checkpointing=recompute)).train()
         module.log_values = lambda *args: None  # type: ignore[method-assign]
+        module.trainer = SimpleNamespace(accumulate_grad_batches=1)  # type: ignore[assignment]
         torch.manual_seed(0)
         module.training_step(batch, 0).backward()
         found.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
@@ -220,6 +222,7 @@ def test_recomputed_activations_train_on_a_gpu(trainable: str, tmp_path: Path) -
         vlm = small_vlm(layers=12, mlp_width=512, vision=deep, trainable=trainable, gradient_checkpointing=recompute)
         module = ready_module(tmp_path, vlm=vlm, pointing_cells=2, pointed_tokens=True).to("cuda").train()
         module.log_values = lambda *args: None  # type: ignore[method-assign]
+        module.trainer = SimpleNamespace(accumulate_grad_batches=1)  # type: ignore[assignment]
         torch.manual_seed(0)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

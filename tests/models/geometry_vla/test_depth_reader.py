@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from policy_batches import validated_in_pieces
 from vla_parts import (
@@ -152,6 +153,18 @@ def test_what_the_encoder_is_reaches_the_run_that_trains_it(overrides: list[str]
     for name in stage.geometry.keys() - free:
         assert stage.geometry[name] == policy.geometry[name], name
     assert stage.backbone == policy.backbone
+
+
+def test_another_backbone_reaches_the_run_that_trains_the_encoder() -> None:
+    chosen = ["experiment=vla_yam_language", "backbone=dinov3_small", "backbone.weights=random"]
+    policy = compose("train", chosen)
+    stage = compose("train", PretrainingStage(list(policy.geometry.init_from.overrides), "depth_reader").overrides)
+    refuse_ill_typed(OmegaConf.to_container(stage, resolve=True))
+    policy.geometry.init_from = None
+    with torch.device("meta"):
+        there, here = (instantiate(cfg.geometry, _convert_="all").state_dict() for cfg in (stage, policy))
+    assert here["backbone.net.cls_token"].shape[-1] == 384
+    assert {name: value.shape for name, value in there.items()} == {name: value.shape for name, value in here.items()}
 
 
 def test_the_command_trains_one_and_another_run_begins_with_it(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ trained."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ def step_and_validation(module: GeometryVLAModule) -> tuple[dict[str, Tensor], d
     module.log_values = lambda split, values, *_: logged.update(  # type: ignore[method-assign]
         {f"{split}/{name}": float(value.detach()) for name, value in values.items()}
     )
+    module.trainer = SimpleNamespace(accumulate_grad_batches=1)  # type: ignore[assignment]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     torch.manual_seed(0)
     module.train().training_step(small_batch(), 0).backward()

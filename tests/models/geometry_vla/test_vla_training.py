@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 import torch
 from hydra.errors import InstantiationException
-from policy_batches import validated_in_pieces
-from vla_parts import CAMERAS, INSTRUCTIONS, ready_module, small_batch, small_module, small_vlm, write_demos
+from policy_batches import trained_in_pieces, validated_in_pieces
+from vla_parts import (
+    CAMERAS,
+    INSTRUCTIONS,
+    ready_module,
+    small_batch,
+    small_geometry,
+    small_module,
+    small_vlm,
+    write_demos,
+)
 
 from keygrip import train
 from keygrip.config import compose
@@ -116,6 +125,25 @@ def test_train_resume_load_and_plan(overrides: Callable[..., list[str]], tmp_pat
     assert plan.position.shape == (1, 4, 3)
     assert np.isfinite(plan.position).all()
     assert loaded.evaluation_kind == "policy"
+
+
+def test_accumulated_batches_have_the_gradient_of_one_large_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without losses on depth and maps, as in the recipes that accumulate, and with the same noise in both."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    monkeypatch.setattr(BetaTimesteps, "__call__", lambda self, count, device: torch.full((count,), 0.5, device=device))
+    module = ready_module(tmp_path, geometry=small_geometry(point_weight=0.0, depth_weight=0.0))
+    data = small_batch(2 * INSTRUCTIONS)
+    data.action_is_pad[0, :, 1:] = True
+    data.action_is_pad[3, :, 2:] = True
+    whole, (all_together,) = trained_in_pieces(module, data, [slice(4)])
+    parts, logged = trained_in_pieces(module, data, [slice(at, at + 1) for at in range(4)])
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5)
+    mean = sum(each["total"] * count for each, count in zip(logged, (1, 4, 4, 2), strict=True)) / 11
+    assert mean == pytest.approx(all_together["total"], rel=1e-5)
 
 
 def with_mapanything(overrides: list[str], weights: Path, *more: str) -> list[str]:

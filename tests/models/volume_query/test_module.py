@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from policy_batches import observation_of, validated_in_pieces
+from policy_batches import observation_of, trained_in_pieces, validated_in_pieces
 from torch.utils.data import DataLoader
 
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch
@@ -178,12 +178,27 @@ def test_a_small_module_learns_a_batch_by_heart(tmp_path: Path) -> None:
     assert last < 0.6 * first
 
 
+def test_accumulated_batches_have_the_gradient_of_one_large_batch(tmp_path: Path) -> None:
+    """Steps outside the image and past a demo's end have no loss; the batches have 1, 3, 3 and 2 steps with loss."""
+    module, data = build(("right",), tmp_path, log_images_every_n_steps=0, mask_padded_steps=True), batch(4)
+    data.action_is_pad[0, 0, 1:] = True
+    data.position[3, 0, 1] = torch.tensor([5.0, 0.0, 0.1])
+    whole, (all_together,) = trained_in_pieces(module, data, [slice(4)])
+    parts, logged = trained_in_pieces(module, data, [slice(at, at + 1) for at in range(4)])
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5)
+    mean = sum(each["total"] * count for each, count in zip(logged, (1, 3, 3, 2), strict=True)) / 9
+    assert mean == pytest.approx(all_together["total"], rel=1e-5)
+
+
 def test_pictures_show_the_prediction_and_can_be_switched_off(tmp_path: Path) -> None:
     module = build(("right",), tmp_path, log_images_every_n_steps=0)
     data = batch()
     targets = module.targets(data)
     output = module(data, targets, teacher=True).detach()
     module.log = lambda *a, **k: None  # type: ignore[method-assign]
+    module.trainer = SimpleNamespace(accumulate_grad_batches=1)  # type: ignore[assignment]
     assert torch.isfinite(module.training_step(data, 0))  # 0 must neither draw nor divide
     arguments = (
         output.volume, output.gripper, output.rotation, targets, module.codec("right").encode(data.quaternion[:, 0]),

@@ -38,7 +38,6 @@ from keygrip.data.image_text.sources.jobs import (
     unread_images,
 )
 from keygrip.data.image_text.sources.listing import Item, frozen_items, last_entries
-from keygrip.data.shards.index import MANIFEST
 from keygrip.data.shards.sampling import start_worker
 from keygrip.data.shards.set_writer import check_settings
 from keygrip.data.shards.writer import write_manifest
@@ -342,8 +341,6 @@ def _write_manifests(
         result.buckets[folder.name] = manifest["samples"]
         result.shards += len(manifest["shards"])
         result.samples += manifest["samples"]
-        if not manifest["samples"]:
-            (folder / MANIFEST).unlink()
     result.failed, result.duplicates = len(failed), len(duplicates)
     if len(failed) > max_failed_share * len(last) or not result.samples:
         with contextlib.suppress(FileNotFoundError):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from keygrip.data.bad_samples import BadSample, convert_errors, reason_of
 from keygrip.data.parquet_tables import is_too_large, rows_of
 from keygrip.data.shards.keys import file_keys
+from keygrip.data.source_files import files_in
 from keygrip.data.untrusted_files import regular_file
 
 BATCH_ROWS = 64  # rows read at once
@@ -50,7 +52,7 @@ def _table_errors_as_value_error(path: Path) -> Iterator[None]:
 
 
 def row_groups(source: Path | str, pattern: str, columns: Sequence[str], what: str) -> list[RowGroup]:
-    """Return all row groups of the tables below a folder.
+    """Return all row groups of the tables below a folder. Linked folders are read, each once; hidden ones are not.
 
     Raises:
         FileNotFoundError: there are no tables. ValueError: a table cannot be read or lacks a column; `what` names the
@@ -59,7 +61,7 @@ def row_groups(source: Path | str, pattern: str, columns: Sequence[str], what: s
     import pyarrow.parquet as parquet
 
     source = Path(source)
-    paths = sorted(source.rglob(pattern)) if source.is_dir() else []
+    paths = [path for path in files_in(source, ".parquet", below=True) if fnmatchcase(path.name, pattern)]
     if not paths:
         raise FileNotFoundError(
             f"no {pattern} in {source}: download {what} there as its makers ship it (parquet files)"

@@ -346,6 +346,25 @@ def test_a_picture_that_breaks_while_it_is_read_is_listed(source: Path, tmp_path
     assert "square.5.png" in (tmp_path / "root" / "failed.jsonl").read_text()
 
 
+def test_a_bucket_of_broken_pictures_alone_is_examined_and_read(source: Path, tmp_path: Path) -> None:
+    picture(source / "tall.png", (45, 100))
+    (source / "tall.txt").write_text("a tall picture")
+    (source / "tall.png").write_bytes((source / "tall.png").read_bytes()[:200])  # only the header is complete
+    root = tmp_path / "root"
+    for _ in range(2):  # the second command finds nothing to do
+        report = prepared(source, root)
+        assert (report["samples"], report["failed"]) == (13, 4)
+    (empty,) = [name for name, count in report["buckets"].items() if not count]
+    assert ShardSet(root / empty).shards == []
+    examined = validate(root)
+    assert (examined["errors"], examined["samples"]) == (0, 13)
+    assert make_manifests(root)["samples"] == 13
+    data = ImageShards(batch_size=2, root=root, num_workers=0)
+    data.setup()
+    assert sum(len(data.samples(split)) for split in ("train", "val")) == 13
+    assert empty not in {part.bucket.name for parts in data.parts.values() for part in parts}
+
+
 def test_too_many_broken_pictures_leave_a_set_that_nobody_trains_on(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"3 of 16 images are left out .* more than max_failed_share=0\.1 allows"):
         prepared(source, tmp_path / "root", max_failed_share=0.1)
@@ -389,6 +408,28 @@ def test_a_split_that_is_not_complete_is_refused(source: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match="val is not complete"):
         ImageShards(batch_size=2, root=tmp_path / "root", num_workers=0).setup()
     assert any("val is not complete" in problem for problem in validate(tmp_path / "root")["problems"])
+
+
+def test_images_json_of_the_root_does_not_make_its_splits_complete(source: Path, tmp_path: Path) -> None:
+    """It is copied from one of the splits."""
+    root = tmp_path / "root"
+    prepared(source, root / "train")
+    with pytest.raises(KeyboardInterrupt):
+        prepared(source, root / "val", Counting(limit=6))
+    shutil.copy(root / "train" / "images.json", root)
+    with pytest.raises(ValueError, match="val is not complete"):
+        make_manifests(root)
+    assert any("val is not complete" in problem for problem in validate(root)["problems"])
+    with pytest.raises(ValueError, match="val is not complete"):
+        ImageShards(batch_size=2, root=root, num_workers=0).setup()
+    prepared(source, root / "val")
+    assert make_manifests(root)["samples"] == 26
+    data = ImageShards(batch_size=2, root=root, num_workers=0)
+    data.setup()
+    assert len(data.samples("val")) == 13
+    (root / "train" / "images.json").unlink()  # as while the command adds images to this split
+    with pytest.raises(ValueError, match="train is not complete"):
+        ImageShards(batch_size=2, root=root, num_workers=0).setup()
 
 
 def test_a_set_to_which_images_are_added_is_refused_until_they_are_encoded(

@@ -53,6 +53,8 @@ def prepared(source: Path, root: Path) -> dict[str, Any]:
         ("file_name,caption\na.png,a red cube, left of the block\n", "line 2: it has more fields than .* quotes"),
         ('file_name,caption\na.png,"a cube\nb.png,two\n', "unexpected end of data"),
         ("file_name,caption,caption\na.png,one,two\n", "the column caption stands there twice"),
+        ("file_name,caption\na.png,one\0\0\0\0\0\0two\n", "line 2 contains a NUL byte: the file is damaged"),
+        ("\0f\0i\0l\0e", "line 1 contains a NUL byte: .* not UTF-8; write it anew"),
     ],
 )
 def test_a_table_in_which_captions_would_be_lost_is_refused(tmp_path: Path, table: str, said: str) -> None:

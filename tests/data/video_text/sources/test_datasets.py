@@ -232,6 +232,21 @@ def test_cauldron_of_one_collection_alone_has_its_name_and_answers(tmp_path: Pat
         cauldron(source, tmp_path / "none", ["train"], SIZE, processes=1)
 
 
+def test_collections_of_the_cauldron_in_linked_folders_are_read(tmp_path: Path) -> None:
+    """Keys are those of the folder without links; notes of macOS are not read."""
+    texts = [{"user": "What?", "assistant": "That.", "source": "x"}]
+    table = arrow.Table.from_pylist([{"images": [{"bytes": picture(9, 4), "path": None}], "texts": texts}])
+    source = tmp_path / "download"
+    for folder in (source / "ai2d", source / "__MACOSX", tmp_path / "disk" / "vqav2"):
+        folder.mkdir(parents=True)
+        parquet.write_table(table, folder / "train-0.parquet")
+    (source / "vqav2").symlink_to(tmp_path / "disk" / "vqav2")
+    report = cauldron(source, tmp_path / "all", image_size=SIZE, processes=1)
+    assert report["samples"] == 2
+    assert sorted(samples(tmp_path / "all")) == ["ai2d-train-0-00000000", "vqav2-train-0-00000000"]
+    assert cauldron(source, tmp_path / "one", ["vqav2"], SIZE, processes=1)["samples"] == 1
+
+
 def test_cauldron_rows_of_many_images(tmp_path: Path) -> None:
     texts = [{"user": "What?", "assistant": "That.", "source": "x"}]
     rows = [{"images": [{"bytes": picture(9, 4), "path": None}] * count, "texts": texts} for count in (3, 64, 65, 70)]
@@ -292,6 +307,17 @@ def test_webvid_lists_with_videos(tmp_path: Path) -> None:
     assert [turn.text for turn in found["11"].conversations[0].turns] == [REQUEST, "A dog runs."]
     assert found["11"].conversations[0].kind == "caption"
     assert validate(tmp_path / "set")["errors"] == 0
+
+
+def test_a_webvid_list_with_zeros_over_line_ends_is_refused(tmp_path: Path) -> None:
+    """Two rows would be read as one."""
+    rows = ["videoid,page_dir,name", "11,a,A dog runs.", "12,a,A cat sleeps.", "13,a,Gone."]
+    (tmp_path / "list.csv").write_text("\r\n".join(rows))
+    assert [row.key for row in webvid_rows(tmp_path)] == ["11", "12", "13"]
+    damaged = "\r\n".join(rows).replace("cat sleeps.\r\n13,a,", "\0" * 18)
+    (tmp_path / "list.csv").write_text(damaged)
+    with pytest.raises(ValueError, match=r"list\.csv: line 3 contains a NUL byte: the file is damaged or not UTF-8"):
+        webvid_rows(tmp_path)
 
 
 def test_frames_of_long_videos_keep_their_seconds(tmp_path: Path) -> None:
