@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 # Strings that Hydra reads as numbers and would change: 2025_01_02 to 20250102, 1.10 to 1.1.
 NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d[\d_]*)?")
 # Settings that hold sentences, in whichever command.
-SENTENCES = frozenset({"question", "prompt", "robot.instruction", "env.instruction", "task.instruction"})
+SENTENCES = frozenset({"question", "prompt", "robot.instruction", "env.task.instruction", "task.instruction"})
 
 
 def values_of(key: str, value: str) -> list[str]:
@@ -78,17 +78,23 @@ def _quote_letters(override: str) -> str:
 
 
 def _quote_sentence(override: str) -> str:
-    """Return the override of a setting that holds a sentence, quoted if Hydra cannot read it as one value. Lists and
-    quoted strings are left to Hydra, and so are its functions, ``choice(a,b)``."""
+    """Return the override of a setting that holds a sentence, quoted unless Hydra reads the sentence as it stands.
+
+    Null, lists, quoted strings and functions such as ``choice(a,b)`` are left to Hydra, also those with a mistake.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import ChoiceSweep
     from hydra.errors import HydraException
 
     key, _, value = override.partition("=")
-    if value[:1] in ("[", "'", '"') and value[-1:] in ("]", "'", '"'):
-        return override
     try:
         parsed = OverridesParser.create().parse_override(override).value()
     except HydraException:
-        return f"{key}={quoted(value)}"
-    return f"{key}={quoted(value)}" if isinstance(parsed, ChoiceSweep) and parsed.simple_form else override
+        is_list = re.fullmatch(r"\[[^\[\]]*\]", value) is not None
+        is_quoted = value[:1] in ("'", '"') and value[-1:] == value[:1] and value.count(value[0]) % 2
+        return override if is_list or is_quoted else f"{key}={quoted(value)}"
+    if isinstance(parsed, str):
+        is_same = parsed == value or value.lstrip()[:1] in ("'", '"')
+    else:
+        is_same = not isinstance(parsed, int | float) and not (isinstance(parsed, ChoiceSweep) and parsed.simple_form)
+    return override if is_same else f"{key}={quoted(value)}"

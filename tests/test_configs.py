@@ -138,10 +138,12 @@ def test_a_quoted_text_is_the_text_whatever_it_holds(text: str) -> None:
     "sentence",
     [
         *("At second 2, which digit?", "What's left, red or blue?", "Is it {x}?", "a = b\\", "Wo ist der Würfel!"),
-        *('"Yes", he said', "How many? 1; 2", "x: 1"),
+        *('"Yes", he said', "How many? 1; 2", "x: 1", r"Is it 5 \ 3 or \(a\)?", "1.50", "true", "007", " a "),
+        *('"STOP" and "GO"', "'left' or 'right'", "[a] and [b]", "(1) a, (2) b"),
     ],
 )
 def test_a_sentence_needs_no_quotes_for_hydra(sentence: str) -> None:
+    import keygrip.evaluate
     import keygrip.generate
     import keygrip.run
     import keygrip.sample  # noqa: F401  (registers its schema)
@@ -149,11 +151,14 @@ def test_a_sentence_needs_no_quotes_for_hydra(sentence: str) -> None:
     assert compose("generate", ["checkpoint=x", "video=null", f"question={sentence}"]).question == sentence
     assert compose("sample", ["checkpoint=x", f"prompt={sentence}"]).prompt == sentence
     assert compose("run", ["checkpoint=x", "robot=yam", f"robot.instruction={sentence}"]).robot.instruction == sentence
+    given = ["evaluate=policy", "checkpoint=x", "env=gymnasium", f"env.task.instruction={sentence}"]
+    assert compose("evaluate", given).env.task.instruction == sentence
 
 
 def test_lists_and_quotes_of_sentences_are_hydras_and_so_are_sweeps() -> None:
-    given = ["question=[a, b]", "question='a, b'", "question=null", "question=choice(a,b)", "question=[a, b"]
-    assert texts_quoted(given, ()) == [*given[:4], "question='[a, b'"]
+    given = ["question=[a, b]", "question='a, b'", "question=null", "question=choice(a,b)", "question=${seed}"]
+    mistaken = ["question=[a!, b]", "question='it's'"]  # Hydra names the mistake
+    assert texts_quoted([*given, *mistaken, "question=[a, b"], ()) == [*given, *mistaken, "question='[a, b'"]
     assert texts_quoted(["prompt=a,b", "-m"], ()) == ["prompt=a,b", "-m"]
     assert texts_quoted(["data.root=a,b"], ()) == ["data.root=a,b"]
 

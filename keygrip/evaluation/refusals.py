@@ -28,11 +28,13 @@ ALL_OPTIONS = (
     r"(?:above|answers|choices|options))"
 )
 # After "I cannot tell", "it is impossible to tell" and the like, these words say what is seen ("them apart").
+SEEN = r"other\b|the\s+difference\b|(?:both|the|them|these|those)\s+(?:\w+\s+){0,2}apart\b|why\b"
 NOT_DESCRIBING = (
     r"(?!\s+(?:(?:an?|any)\s+(?!more\b|(?:\w+\s+){0,2}(?:answers?|choice|option)\b|"
-    rf"of\s+(?:that|this|{ALL_OPTIONS})\b)|other\b|the\s+difference\b|"
-    r"(?:both|the|them|these|those)\s+(?:\w+\s+){0,2}apart\b|why\b))"
+    rf"of\s+(?:that|this|{ALL_OPTIONS})\b)|{SEEN}))"
 )
+# Without "I", "a" and "any" begin what is seen only with these nouns: "impossible to tell a number" is a refusal.
+NOT_SEEN = rf"(?!\s+(?:(?:an?|any)\s+(?:\w+\s+)?(?:changes?|differences?|distinctions?)\b|{SEEN}))"
 # These may follow an answer: "I don't know why", "I don't know if that is right".
 NOT_OF_REASONS = r"(?!\s+(?:why|(?:if|whether)\s+(?:it|that|this))\b)"
 REFUSES = re.compile(
@@ -49,8 +51,8 @@ REFUSES = re.compile(
             rf"{SUBJECT}(?:have\s+)?no\s+(?:clue|idea)\b{NOT_OF_REASONS}",
             rf"{I_AM}(?:not\s+sure|uncertain|unsure)(?:{ENDS}|\s+(?:about|how|what|when|where|which|who)\b)",
             rf"{IT_IS}(?:not\s+clear|unanswerable|unclear|undetermined|unknown|unspecified){ENDS}",
-            rf"{IT_IS}(?:impossible|not\s+possible)\s+to\s+{FIND}{NOT_DESCRIBING}",
-            rf"there\s*(?:is|s)\s+no\s+way\s+(?:of\s+(?:knowing|telling)|to\s+{FIND}){NOT_DESCRIBING}",
+            rf"{IT_IS}(?:impossible|not\s+possible)\s+to\s+{FIND}{NOT_SEEN}",
+            rf"there\s*(?:is|s)\s+no\s+way\s+(?:of\s+(?:knowing|telling)|to\s+{FIND}){NOT_SEEN}",
             rf"(?:there\s*(?:is|s)\s+)?(?:insufficient|not\s+enough)\s+{INFORMATION}",
             rf"there\s+isn\s?t\s+(?:enough|sufficient)\s+{INFORMATION}",
             rf"(?:{VIDEO}\s+do(?:es)?|{SUBJECT}do){NEGATED}\s+(?:contain|give|have|provide|show)\s+"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from keygrip.envs.yam.camera_moves import refuse_unseen_moves
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.tasks import CAMERAS, TaskOptions
 from keygrip.robots.joint_motion import ArmMotions, JointLimits, JointMotion, JointMotionError
@@ -41,6 +42,7 @@ class SimulatedYam:
         real_time: bool = True,
     ) -> None:
         self.cell = YamCell(task, image_size, control_hz, None if cameras is None else tuple(cameras))
+        refuse_unseen_moves(task, self.cell.cameras)
         self.control_hz, self.real_time, self.joint_limits = float(control_hz), real_time, joints
         self.cameras = self.cell.cameras
         self.reset(seed)

@@ -1107,6 +1107,8 @@ ALIKE = ["They are identical", "The left one is larger", "The right one is large
         *((f"{unable} identify any of the options", None) for unable in ("I cannot", "It is not possible to")),
         *((f"{unable} say any more", None) for unable in ("I cannot", "It is impossible to", "There is no way to")),
         *(("There is no way of knowing", None), ("It is impossible to tell how far they are apart", None)),
+        *(("It is impossible to determine a number", None), ("There is no way to tell a person from a bag", None)),
+        *(("It is not possible to tell any real change", 0), ("I cannot tell any change", 0)),
         *(("It cannot be told", None), ("I have no idea", None), ("No idea how they differ", None)),
     ],
 )

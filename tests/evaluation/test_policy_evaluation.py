@@ -205,6 +205,8 @@ def test_a_camera_that_the_policy_does_not_see_is_not_moved() -> None:
     assert settings(recorded)[0].task.camera_jitter_deg == 5.0
     every = evaluated("tasks.TaskOptions", ["front"], name="pick", camera_jitter_deg=5.0, jitter_every_camera=True)
     assert "views" in settings(every, ["suites=[views]"])[0].grids
+    still = ["suites=[in_distribution]", "task.camera_jitter_deg=0", "task.jitter_every_camera=false"]
+    assert settings(every, still)[0].task.camera_jitter_deg == 0  # the front camera no longer moves
 
 
 def test_a_run_that_holds_nothing_out_has_no_open_loop(
@@ -260,3 +262,28 @@ def test_the_folder_to_which_demonstrations_have_moved_says_how_they_were_record
     assert settings(run, [f"data.root={tmp_path / 'new'}", *env])[0].image_size == 32
     with pytest.raises(ValueError, match=r"data\.root has no effect with open_loop=false"):
         settings(run, [f"data.root={tmp_path / 'new'}", "open_loop=false", *env])
+
+
+def test_the_open_loop_compares_its_demonstrations_with_those_of_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = []
+
+    class Demos(NothingHeldOut):
+        def setup(self, stage: str) -> None:
+            compared.append(stage)
+
+        def refuse_trained(self, state: Any, settings: Any) -> None:
+            compared.append((state, settings["record"]["hz"]))
+            raise ValueError("trained on")
+
+    content: dict[str, Any] = {Demos.__qualname__: {"demonstrations": {"a": "hash"}}}
+    monkeypatch.setattr("keygrip.evaluation.policy.read_checkpoint", lambda path, mapped: content)
+    run = evaluated("tasks.TaskOptions")
+    run.stored_data = lambda changes: Demos()
+    for state in ({"demonstrations": {"a": "hash"}}, {}):
+        with pytest.raises(ValueError, match="trained on"):
+            open_loop(run)
+        assert compared == ["validate", (state, 10.0)]
+        content.clear()  # an export holds no state of the data
+        compared.clear()

@@ -1045,6 +1045,11 @@ def test_a_dry_run_shows_the_gripper_commands_of_a_run(planned: float, commanded
         np.testing.assert_array_equal(found.targets[1:21, 0, 7], run_targets)
 
 
+def test_the_simulated_arm_moves_no_camera_that_is_not_seen() -> None:
+    with pytest.raises(ValueError, match="camera_azimuth_deg: this moves camera 'over', and only front is used"):
+        SimulatedYam(TaskOptions(name="reach", camera_azimuth_deg=20), image_size=16, cameras=["front"])
+
+
 def test_the_result_of_a_simulated_task_is_that_before_the_arm_brakes() -> None:
     robot = SimulatedYam(TaskOptions(name="reach"), image_size=16, real_time=False, seed=3)
     assert robot.outcome() == (False, None)

@@ -20,8 +20,9 @@ def refuse_unseen_moves(task: TaskOptions, cameras: Sequence[str], before: TaskO
     """
     if task.camera in cameras:
         return
-    jitter_is_seen = task.jitter_every_camera and not set(OUTER_CAMERAS).isdisjoint(cameras)
     before = before or TaskOptions()
+    jitters_others = task.jitter_every_camera or before.jitter_every_camera
+    jitter_is_seen = jitters_others and not set(OUTER_CAMERAS).isdisjoint(cameras)
     names = MOVES if jitter_is_seen else (*MOVES, *JITTER)
     unseen = [name for name in names if getattr(task, name) != getattr(before, name)]
     if not unseen:
