@@ -30,6 +30,7 @@ from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor import Finding, doctor
 from keygrip.data.robot.doctor.calibrate import calibrate
 
+COMMAND = "python benchmarks/doctor.py --clean FOLDER --work FOLDER --part faults|unseen|clean|calibration"
 RECORD = "python -m keygrip.prepare step=record processes=1 root=FOLDER/"
 RECORDINGS = {
     "pick": "pick demos=6 image_size=160 task.name=pick",
@@ -190,7 +191,11 @@ def main() -> None:
     for row in run(clean, arguments.work, arguments.only):
         others = [known for known in record.get(arguments.part, []) if known[key] != row[key]]
         made = PLANTED_INTO.get(arguments.part) or row.get("recording") or row["set"]
-        record = {"machine": "2 cores"} | record | {"recordings": commands(record.get("recordings", {}), made)}
+        record = (
+            {"command": COMMAND, "machine": "2 cores"}
+            | record
+            | {"recordings": commands(record.get("recordings", {}), made)}
+        )
         record[arguments.part] = [*others, row]
         record["summary"] = summary(record)
         write_json(arguments.output, record)

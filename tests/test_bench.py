@@ -273,6 +273,7 @@ class TestCases:
         figures = Loader(SMALL_POLICY, 3, 2, batches=4, quick_batches=2, skip_batches=1).run(quick=True)
         assert recorder == [2]
         assert figures.pop("workers") == 0
+        assert figures.pop("batch_size") == compose("train", SMALL_POLICY).data.batch_size
         assert set(figures) == {
             f"{prefix}samples_per_s" for prefix in ("", "uncached_", "one_process_", "one_process_uncached_")
         }
@@ -287,6 +288,14 @@ class TestCases:
         assert min(shares) >= 0
         assert sum(shares) == pytest.approx(1.0, abs=1e-3)
         assert figures["samples_per_s"] == pytest.approx(4 / figures["step_ms"] * 1e3, rel=1e-2)
+
+    def test_training_says_its_batch_size(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        measured = {"seconds": dict.fromkeys(training.PHASES, 0.5), "samples": 10, "steps": 2}
+        monkeypatch.setattr(training, "repeated_demos", lambda *_, **__: tmp_path)
+        monkeypatch.setattr(Training, "_train", lambda *_: measured)
+        overrides = [*SMALL_POLICY, "data.batch_size=5"]
+        figures = Training(overrides, 3, 2, steps=4, quick_steps=2, skip_steps=1).run(quick=True)
+        assert (figures["batch_size"], figures["samples_per_s"]) == (5, 5.0)
 
     def test_training_that_fails_is_said(self, recorder: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(training.sys, "executable", "/bin/false")

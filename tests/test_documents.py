@@ -198,6 +198,99 @@ def test_commands_of_records_have_the_present_names_of_settings() -> None:
     assert found > 50
 
 
+def records() -> Iterator[tuple[str, Any]]:
+    for file in sorted((ROOT / "benchmarks").glob("*.json")):
+        yield file.stem, json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_records_have_their_command_or_say_that_it_was_not_kept() -> None:
+    lost = [
+        name
+        for name, record in records()
+        if not {"command", "commands"} & set(record)
+        and not all("command" in run or "commands" in run for run in record.get("runs", [{}]))
+    ]
+    assert lost == ["dit_images"], "its runs are at the top level, each with its own command"
+    by_name = dict(records())
+    parts = [by_name["volume_query_rotation"]["shared_or_own_backbone"]]
+    parts += [by_name["vla_metaworld"][n] for n in ("pointing_at_the_puck", "at_the_grip", "where_push_succeeds")]
+    assert all("not kept" in part["command"] for part in parts)
+
+
+def values_of(node: Any, key: str) -> Iterator[Any]:
+    if isinstance(node, dict | list):
+        for name, child in node.items() if isinstance(node, dict) else enumerate(node):
+            if name == key:
+                yield child
+            yield from values_of(child, key)
+
+
+def test_sections_name_the_controller_of_records_whose_date_does_not_tell_it() -> None:
+    """The controller was replaced within a day: records of that day, and those without a date, leave it open."""
+    rule = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").partition("**Two controllers.**")[2]
+    (day,) = re.findall(r"replaced the earlier one on (\d{4}-\d\d-\d\d)", " ".join(rule.partition("\n\n")[0].split()))
+    openly = {"control_loop"}  # its outcomes are rates alone
+    for name, record in records():
+        dates = set(values_of(record, "date"))
+        if (day in dates or not dates) and any(values_of(record, "successes")):
+            openly.add(name)
+    assert {"vla_joint", "metaworld_smolvla", "metaworld_mt10", "volume_query_tasks"} <= openly
+    silent = [
+        (page.name, name, section.splitlines()[0])
+        for page in sorted((ROOT / "docs").glob("*.md"))
+        for section in re.split(r"(?m)^(?=#+ )", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S))
+        for name in openly
+        if f"benchmarks/{name}.json" in section
+        and not re.search(r"\b(earlier|present|current)\s+(controller|one\])|\bcontroller \|", section)
+    ]
+    assert silent == []
+
+
+def test_speed_of_training_has_the_batch_size_of_its_record(
+    tables: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = tables.TABLES["speed"]
+    changed = {name: {**record, "batch_size": 7} for name, record in records() if name in ("training", "loader")}
+    real = speed.__globals__["read"]
+    monkeypatch.setitem(speed.__globals__, "read", lambda name: changed.get(name) or real(name))
+    rows = [line for line in speed().splitlines() if "samples/s" in line]
+    assert len(rows) == 2
+    for case, row in zip(("training", "loader"), rows, strict=True):
+        assert "batch size 7 |" in row
+        (setting,) = re.findall(rf"case={case} '(.*)'", row)
+        (override,) = OverridesParser.create().parse_overrides([setting])
+        cfg, _ = compose_with_choices("train", [str(each) for each in override.value()])
+        assert cfg.data.batch_size == 7
+
+
+def test_two_runs_of_64_tokens_are_told_as_recorded() -> None:
+    record = json.loads((ROOT / "benchmarks" / "foveated_vlm.json").read_text(encoding="utf-8"))
+    (short,) = (
+        run
+        for run in record["claims"]["token_counts_label_taught"]["runs"]
+        if (run["experiment"], run["steps"]) == ("vlm_tokens_64", 3000)
+    )
+    val = {point["step"]: point for point in short["val"]}
+    text = " ".join((ROOT / "docs" / "foveated_vlm.md").read_text(encoding="utf-8").split())
+    told = re.search(
+        r"In the run of 3000 steps, .{,80} \*cue\* is (\S+) at step 2000 and (\S+) at the end, \*glance\* (\S+) and "
+        r"(\S+), and the validation loss (\S+) and (\S+):",
+        text,
+    )
+    assert told is not None
+    figures = [val[step][name] for name in ("accuracy_cue", "accuracy_glance", "loss") for step in (2000, 3000)]
+    assert [float(each) for each in told.groups()] == pytest.approx(figures, abs=0.005)
+
+
+def test_range_of_the_readme_says_over_how_many_trainings_it_is(tables: ModuleType) -> None:
+    record = json.loads((ROOT / "benchmarks" / "foveated_vlm.json").read_text(encoding="utf-8"))
+    muon = [run for run in record["label_free"]["runs"] + record["runs"] if run["run"].startswith("muon_")]
+    again = [run for run in record["claims"]["runs"] if run["ablation"] == "vlm_claims/recipe"]
+    assert (len(muon), len(again)) == (3, 3)
+    (row,) = (line for line in tables.TABLES["vlm_headline"]().splitlines() if "trained twice" in line)
+    assert "(trained twice, three seeds with each)" in row
+
+
 def test_the_virtual_environment_of_make_is_one_that_the_documents_enter() -> None:
     folder = re.search(r"(?m)^VENV := (.+)$", (ROOT / "Makefile").read_text())
     assert folder is not None

@@ -18,6 +18,7 @@ import torch
 
 from keygrip import demo, evaluate, prepare, train
 from keygrip.config import compose
+from keygrip.data.robot.split import split_demos
 from keygrip.models.volume_query.module import VolumeQueryModule
 from keygrip.training.checkpoints import load_module, read_checkpoint
 from keygrip.training.parts import UntrustedPartError
@@ -158,6 +159,13 @@ def test_evaluate_reports_open_and_closed_loop(trained: Path, recordings: str, t
     assert again["open_loop"] == result["open_loop"]
     assert (tmp_path / "cache" / "verified.json").is_file()
     assert not list(moved.glob(".*"))
+    stored = read_checkpoint(trained)
+    config = stored["keygrip"]["config"]["data"]
+    names = list(stored["RobotDemos"]["demonstrations"])
+    for index in split_demos(names, config["val_fraction"], config["split_seed"])[1]:
+        shutil.rmtree(moved / names[index])
+    with pytest.raises(ValueError, match=r"1 of 1 demonstrations that would be validated on were trained on"):
+        evaluate.run(compose("evaluate", [f"checkpoint={trained}", "simulate=false", *named]))
     cautious = [f"checkpoint={trained}", "open_loop=false", "suites=[in_distribution]", "episodes=1", "processes=1"]
     options = [
         "policy.decoder=argmax",

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -139,8 +140,10 @@ def main() -> None:
             if done % 10 == 0:
                 rates = {name: f"{sum(r['success'] for r in each)}/{len(each)}" for name, each in found.items()}
                 sys.stderr.write(f"{done} of {len(jobs)}: {rates}\n")
+    arguments = ["CHECKPOINT" if each == given.checkpoint else each for each in sys.argv[1:]]
     record = {
         "case": "control_loop",
+        "command": shlex.join(["python", "benchmarks/control_loop/control_loop.py", *arguments]),
         "task": given.task,
         "first_seed": given.first_seed,
         "latency": "as a condition's name says, uniform jitter of 0.05 s either way, on a simulated clock at 10 Hz",

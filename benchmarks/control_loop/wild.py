@@ -97,6 +97,7 @@ def main() -> None:
     within = all(value <= limit * (1 + 1e-6) + 1e-9 for value, limit in measured.values())
     record = {
         "case": "control_loop_wild",
+        "command": "python benchmarks/control_loop/wild.py",
         "ticks": report.ticks,
         "plans_followed": report.plans,
         "plans_refused": sum("unsafe plan" in reason for _, _, reason in report.events),

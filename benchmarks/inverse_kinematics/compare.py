@@ -139,6 +139,8 @@ def main() -> None:
     sets = {"far": far_targets(chain, 500), "path": path_targets(25)}
     result: dict[str, Any] = {
         "case": "inverse_kinematics",
+        "command": "PYTHONPATH=. mink-env/bin/python benchmarks/inverse_kinematics/compare.py "
+        "(its head: how mink-env is made)",
         "mink": metadata.version("mink"),
         "mujoco": mujoco.__version__,
     }

@@ -73,7 +73,8 @@ def vlm_headline() -> str:
             "",
         ),
         (
-            "question before the frames, self-supervised encoder (trained twice), six times the steps",
+            "question before the frames, self-supervised encoder (trained twice, three seeds with each), "
+            "six times the steps",
             mark(own),
             f"trained with {coarse}: {mark(claims['coarse_only'], 'coarse_only')}",
         ),

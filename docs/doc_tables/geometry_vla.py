@@ -7,7 +7,7 @@ from typing import Any
 
 from doc_tables.base import ablation, markdown, over_seeds, rate, read, table
 from keygrip.evaluation.paired_report import table as paired_table
-from keygrip.evaluation.statistics import wilson_interval
+from keygrip.evaluation.statistics import pooled_interval
 
 
 @table
@@ -215,9 +215,11 @@ def jobs_by_arm(shift: str | None) -> dict[str, dict[str, Any]]:
 
 
 def pooled_rate(jobs: Collection[Any]) -> str:
-    """Return the success rate over all trainings of an arm, with its interval."""
+    """Return the success rate over all trainings of an arm, with its interval by episode."""
     won, tried = (sum(job["closed_loop"][figure] for job in jobs) for figure in ("successes", "episodes"))
-    low, high = wilson_interval(won, tried)
+    low, high = pooled_interval(
+        [{episode: outcome == "1" for episode, outcome in enumerate(job["closed_loop"]["outcomes"])} for job in jobs]
+    )
     return rate(
         {"success_rate": won / tried, "success_low": low, "success_high": high, "successes": won, "episodes": tried}
     )

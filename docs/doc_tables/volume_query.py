@@ -240,15 +240,15 @@ def speed() -> str:
         ),
         ("the same at T = 8", f"{loss['time_ratio_t8']:.1f} and {loss['memory_ratio_t8']:.1f} times", ""),
         (
-            "training with the demo's earlier settings (batch size 32)",
+            f"training of the demo's policy, batch size {training['batch_size']}",
             f"{training['samples_per_s']:.0f} samples/s; "
             f"{100 * training['data_wait_share']:.1f} % of the time waiting for data",
-            "`case=training`",
+            _bench("training", training),
         ),
         (
-            "data loader alone, one worker, the same batches",
+            f"data loader alone, one worker, batch size {loader['batch_size']}",
             f"{loader['samples_per_s']:.0f} samples/s cached, {loader['uncached_samples_per_s']:.0f} decoded",
-            "`case=loader`",
+            _bench("loader", loader),
         ),
         (
             "computing a plan",
@@ -258,6 +258,12 @@ def speed() -> str:
         ),
     ]
     return markdown(["measurement", "value", "command"], rows)
+
+
+def _bench(case: str, record: Mapping[str, Any]) -> str:
+    """Return the arguments of `keygrip bench` that measure a case with the batch size of its record."""
+    overrides = f'["experiment=demo","~closed_loop","data.batch_size={record["batch_size"]}"]'
+    return f"`case={case} 'cases.{case}.overrides={overrides}'`"
 
 
 @table

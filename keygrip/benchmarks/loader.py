@@ -32,8 +32,8 @@ class Loader:
     skip_batches: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """Measure ``samples_per_s`` with decoded frames in the cache, and ``uncached_samples_per_s`` with decoding of
-        every frame.
+        """Measure ``samples_per_s`` in batches of ``batch_size`` with decoded frames in the cache, and
+        ``uncached_samples_per_s`` with decoding of every frame.
 
         ``one_process_...`` are the same figures without workers, which is the rate of one core.
         """
@@ -46,7 +46,7 @@ class Loader:
             "one_process_": {"num_workers": 0, "cache_gb": config.data.cache_gb},
             "one_process_uncached_": {"num_workers": 0, "cache_gb": 0.0},
         }
-        figures: dict[str, float] = {}
+        figures: dict[str, float] = {"batch_size": config.data.batch_size}
         with tempfile.TemporaryDirectory(prefix="keygrip-bench-") as name:
             root = repeated_demos(config, Path(name), self.quick_demos if quick else self.demos, samples)
             for prefix, options in Progress(settings.items(), desc="loader", unit="setting", leave=False):

@@ -37,8 +37,8 @@ class Training:
     skip_steps: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """Measure ``samples_per_s`` and the fractions of waiting for data, forward, backward and optimizer, which add
-        up to 1.
+        """Measure ``samples_per_s`` in batches of ``batch_size``, and the fractions of waiting for data, forward,
+        backward and optimizer, which add up to 1.
 
         Raises:
             ChildProcessError: The training run failed; its output is on standard error.
@@ -53,6 +53,7 @@ class Training:
         total = sum(measured["seconds"].values())
         figures = {f"{phase}_share": round(measured["seconds"][phase] / total, 4) for phase in PHASES}
         return {
+            "batch_size": config.data.batch_size,
             "data_wait_share": figures.pop("data_wait_share"),
             "samples_per_s": round(measured["samples"] / total, 2),
             **figures,

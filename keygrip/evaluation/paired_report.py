@@ -17,7 +17,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from keygrip.artifacts import write_json, write_text
-from keygrip.evaluation.statistics import holm, paired_difference, wilson_interval
+from keygrip.evaluation.statistics import holm, paired_difference, pooled_interval
 from keygrip.training.results import FINISHED, RESULT, read_result
 from keygrip.training.sweeps import errors_at_sweep_end, markdown
 
@@ -140,8 +140,8 @@ def pairs_of(arms: Mapping[str, Any], references: References) -> list[tuple[str,
 
 
 def compare(arms: Mapping[str, Mapping[str, Episodes]], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Return the success of all arms, and of each arm compared with its reference on the training seeds and episodes
-    that both have. Pairs without common ones are listed under `not_compared`."""
+    """Return the success of all arms (interval: see `pooled_interval`), and of each arm compared with its reference on
+    the training seeds and episodes that both have. Pairs without common ones are listed under `not_compared`."""
     rows = []
     not_compared: list[dict[str, str]] = []
     for name, reference in pairs:
@@ -163,7 +163,7 @@ def compare(arms: Mapping[str, Mapping[str, Episodes]], pairs: Sequence[tuple[st
     rates = {}
     for name, seeds in arms.items():
         wins = [success for episodes in seeds.values() for success in episodes.values()]
-        low, high = wilson_interval(sum(wins), len(wins))
+        low, high = pooled_interval(list(seeds.values()))
         rates[name] = {"successes": sum(wins), "episodes": len(wins), "low": low, "high": high, "seeds": len(seeds)}
     return {"arms": rates, "comparisons": rows, "number_of_comparisons": len(rows), "not_compared": not_compared}
 

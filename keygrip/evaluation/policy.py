@@ -19,6 +19,7 @@ from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_invalid
 from keygrip.evaluation.rollout_report import write_report
 from keygrip.evaluation.trained_policy import check_policy
 from keygrip.runtime.chunk_execution import RecedingHorizon
+from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.fit import quiet_lightning
 from keygrip.training.sweeps import in_sweep
 
@@ -68,6 +69,9 @@ def open_loop(evaluated: Evaluated, changes: Mapping[str, Any] | None = None) ->
 
     Args:
         changes: settings of the run's data that replace stored ones.
+
+    Raises:
+        ValueError: with `changes`, or after demonstrations were removed, the run was trained on some of them.
     """
     import torch
     from lightning.pytorch import Trainer
@@ -82,6 +86,9 @@ def open_loop(evaluated: Evaluated, changes: Mapping[str, Any] | None = None) ->
         datamodule.fit_to_workspace, datamodule.geometry = False, evaluated.module.statistics.geometry  # type: ignore
     datamodule.prepare_data()
     datamodule.setup("validate")
+    if hasattr(datamodule, "refuse_trained"):
+        state = read_checkpoint(evaluated.checkpoint, mapped=True).get(type(datamodule).__qualname__)  # Lightning's key
+        datamodule.refuse_trained(state or {}, plain(evaluated.config.data))  # an export has no state
     trainer = Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",  # as in training; "auto" would select MPS on a Mac
         devices=1,

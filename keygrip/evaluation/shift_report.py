@@ -11,7 +11,7 @@ import csv
 import logging
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from keygrip.artifacts import atomic_write, write_text
-from keygrip.evaluation.statistics import wilson_interval
-from keygrip.training.results import FINISHED, RESULT, read_result
+from keygrip.evaluation.statistics import pooled_interval
+from keygrip.training.results import FINISHED, read_result
 from keygrip.training.run_folder import PLAN
-from keygrip.training.sweeps import collect, errors_at_sweep_end, markdown
+from keygrip.training.sweeps import collect, errors_at_sweep_end, find_jobs, markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +37,9 @@ NOT_EVALUATED = "not evaluated"
 SHIFT, SEED = "shift", "seed"
 NO_MODEL = "policy"
 NOTE = (
-    "Success rate (95 % Wilson interval) of episodes; several seeds are pooled, with the lowest and the highest given."
+    "Success rate (95 % Wilson interval) of episodes. Several training seeds are pooled, with the lowest and the "
+    "highest given: the interval is then Wilson's for the effective number of episodes, since the same episode is not "
+    "independent for each seed. It covers the choice of episodes for these trainings, not the spread between trainings."
 )
 
 
@@ -47,7 +49,8 @@ class Cell:
 
     Attributes:
         shift: condition of the training data. condition: of the evaluation. model: a column's name.
-        successes, episodes: of each finished run. failures: reasons of its failed episodes.
+        successes, episodes: of each finished run. outcomes: success by the episode's seed of each finished run.
+        failures: reasons of its failed episodes.
         unfinished: the status of the other runs: failed, missing, killed, interrupted, not evaluated.
     """
 
@@ -56,6 +59,7 @@ class Cell:
     model: str
     successes: list[int] = field(default_factory=list)
     episodes: list[int] = field(default_factory=list)
+    outcomes: list[dict[int, bool]] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
     unfinished: list[str] = field(default_factory=list)
 
@@ -66,8 +70,8 @@ class Cell:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the pooled episodes. It does not include the spread between training seeds."""
-        return wilson_interval(sum(self.successes), sum(self.episodes))
+        """95 % interval of the pooled episodes. It does not include the spread between training seeds."""
+        return pooled_interval(self.outcomes)
 
     @property
     def rates(self) -> list[float]:
@@ -127,12 +131,12 @@ def make_report(sweep_dir: str | Path) -> list[Cell]:
 def read_cells(folder: Path) -> list[Cell]:
     """Read the results of a sweep's jobs, in the order of the jobs and of their conditions."""
     rows = collect(folder)
-    folders = {_override_set(overrides): path for path, overrides in _job_folders(folder)}
+    folders = [path for _, path in find_jobs(folder)]  # in the order of the rows
     columns = _columns([row["overrides"] for row in rows])
     measured: list[dict[str, Any]] = []
     condition_names: dict[str, list[str]] = defaultdict(list)  # conditions by shift, collected from all jobs
-    for row in rows:
-        conditions = _read_conditions(folders.get(_override_set(row["overrides"]))) if row["status"] == FINISHED else {}
+    for row, job in zip(rows, folders, strict=True):
+        conditions = _read_conditions(job) if row["status"] == FINISHED else {}
         measured.append(conditions)
         shift = row["overrides"].get(SHIFT, "")
         condition_names[shift] += [name for name in conditions if name not in condition_names[shift]]
@@ -144,6 +148,7 @@ def read_cells(folder: Path) -> list[Cell]:
             if name in conditions:
                 cell.successes.append(conditions[name]["successes"])
                 cell.episodes.append(conditions[name]["episodes"])
+                cell.outcomes.append(conditions[name]["outcomes"])
                 cell.failures.update(conditions[name].get("failures", {}))
             else:
                 cell.unfinished.append(NOT_EVALUATED if row["status"] == FINISHED else row["status"])
@@ -217,30 +222,30 @@ def plot(cells: Sequence[Cell]) -> Figure:
     return figure
 
 
-def _job_folders(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Yield folders of jobs with their overrides. Result files of evaluations below them have no overrides."""
-    for path in sorted(folder.glob(f"**/{RESULT}")):
-        result = read_result(path.parent)
-        if "overrides" in result:
-            yield path.parent, dict(o.lstrip("+~").partition("=")[::2] for o in result["overrides"])
-
-
-def _override_set(overrides: dict[str, str]) -> frozenset[tuple[str, str]]:
-    return frozenset((name, value) for name, value in overrides.items() if name != "resume")
-
-
 def _read_conditions(job: Path | None) -> dict[str, Any]:
-    """Return ``{condition: figures}`` of a job's closed-loop evaluation; empty if there was none.
+    """Return ``{condition: figures}`` of a job's closed-loop evaluation; empty if there was none. Among the figures,
+    ``outcomes`` is success by the episode's seed.
 
     Raises:
-        ValueError: The stored conditions are no object.
+        ValueError: The stored conditions are no object, or the stored episodes are not those of the conditions.
     """
     if job is None:
         return {}
-    conditions = read_result(job / CLOSED_LOOP).get("conditions", {})
+    result = read_result(job / CLOSED_LOOP)
+    conditions = result.get("conditions", {})
     if not isinstance(conditions, dict):
         raise ValueError(f"the result in {job / CLOSED_LOOP} holds no conditions by name: evaluate the job again")
-    return conditions
+    read = {}
+    for name, figures in conditions.items():
+        episodes = result.get("episodes", {}).get(name, [])
+        outcomes = {int(episode["seed"]): bool(episode["success"]) for episode in episodes}
+        if (len(outcomes), sum(outcomes.values())) != (figures["episodes"], figures["successes"]):
+            raise ValueError(
+                f"the result in {job / CLOSED_LOOP} counts {figures['successes']} of {figures['episodes']} successes "
+                f"of {name}, its episodes {sum(outcomes.values())} of {len(outcomes)}: evaluate the job again"
+            )
+        read[name] = {**figures, "outcomes": outcomes}
+    return read
 
 
 def _columns(overrides: Sequence[dict[str, str]]) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import norm
 
 RESAMPLES = 10_000  # bootstrap resamples of episodes, for an interval
 
@@ -21,8 +23,50 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"A success rate needs trials and at most as many successes, got {successes} of {trials}.")
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    return _wilson(successes / trials, trials, confidence)
+
+
+def pooled_interval(outcomes: Sequence[Mapping[Any, bool]], confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of the success rate over several trainings that were evaluated on the same episodes.
+
+    It is Wilson's for the effective number of episodes: all episodes of all trainings, divided by the design effect of
+    the repeated ones, which Rao and Scott (1992) estimate from the successes by episode ("A simple method for the
+    analysis of clustered binary data", Biometrics 48). That number is at least the number of distinct episodes (all
+    trainings succeed in the same ones) and at most the number of all. With one training it is Wilson's interval.
+
+    The interval covers the choice of episodes, for these trainings. It does not cover the spread between trainings.
+
+    Args:
+        outcomes: for each training, success by episode.
+
+    Raises:
+        ValueError: There are no episodes.
+    """
+    by_episode: dict[Any, list[bool]] = {}
+    for training in outcomes:
+        for episode, success in training.items():
+            by_episode.setdefault(episode, []).append(success)
+    if not by_episode:
+        raise ValueError("the interval of a success rate needs episodes, got none")
+    successes = np.array([sum(results) for results in by_episode.values()], dtype=float)
+    trials = np.array([len(results) for results in by_episode.values()], dtype=float)
+    distinct, total = len(trials), trials.sum()
+    rate = float(successes.sum() / total)
+    effective = float(distinct)  # if every episode, or none, succeeds, repeated ones may add nothing
+    if distinct > 1 and 0 < rate < 1:
+        residuals = successes - rate * trials
+        variance = distinct / (distinct - 1) * np.square(residuals).sum() / total**2
+        design_effect = variance / (rate * (1 - rate) / total)
+        effective = float(np.clip(total / max(design_effect, 1.0), distinct, total))
+    return _wilson(rate, effective, confidence)
+
+
+def _wilson(rate: float, trials: float, confidence: float) -> tuple[float, float]:
+    z = float(norm.ppf((1 + confidence) / 2))
+    centre = rate + z**2 / (2 * trials)
+    reach = z * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
+    low, high = ((centre + sign * reach) / (1 + z**2 / trials) for sign in (-1, 1))
+    return (0.0 if rate == 0 else low), (1.0 if rate == 1 else high)
 
 
 @dataclass(frozen=True)

@@ -332,7 +332,9 @@ class Policy(Protocol):
     own random generator.
 
     A policy may have `plan_batch(observations, sessions)`, which plans for several sessions in one pass, and
-    `workspace` ``[2, 3]``, the lowest and highest position seen in training, metres. A server uses both.
+    `workspace` ``[2, 3]``, the lowest and highest position seen in training, metres. A server uses both. A
+    `plan_batch` that raises must leave the sessions' random generators unchanged: the server then plans for each
+    session alone.
 
     A policy that continues the plan being executed has `plan_continuing(observation, executing, delay_s)`;
     `can_continue` returns whether a policy does.

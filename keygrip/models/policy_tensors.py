@@ -6,7 +6,8 @@ Shape legend: B observations, V views, A arms, T planned steps, S side of an ima
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -41,6 +42,22 @@ def stacked_views(views: Sequence[Sequence[View]], device: torch.device) -> tupl
     intrinsics = [np.stack([view.intrinsics for view in row]) for row in views]
     world_to_camera = [np.stack([view.world_to_camera for view in row]) for row in views]
     return torch.from_numpy(images).to(device), stacked(intrinsics, device), stacked(world_to_camera, device)
+
+
+@contextmanager
+def restored_on_error(generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Return the generators to their present states if the block raises.
+
+    After a failed batch, a server plans for each session alone; these plans must be the ones that the session's seed
+    gives without the batch.
+    """
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    except BaseException:  # also a panic of a Rust extension, after which the server plans on
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        raise
 
 
 def plans_of(

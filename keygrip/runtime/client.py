@@ -234,10 +234,17 @@ class RemotePolicy:
                 self._connection.close()
                 # The server may have closed a persistent connection in the meantime. Repeating a plan request is safe.
                 if fresh or attempt == 2 or isinstance(error, TimeoutError):
-                    raise ConnectionError(
-                        f"no policy server answers at {self.url} ({type(error).__name__}: {error}); {_remedy(error)}"
-                    ) from error
+                    raise ConnectionError(self._failure(error)) from error
         raise AssertionError("unreachable")
+
+    def _failure(self, error: Exception) -> str:
+        if isinstance(error, TimeoutError):
+            return (
+                f"the policy server at {self.url} did not answer in time (timeout_s={self._options[0]:g}): its plans "
+                "take longer (plan_p95_ms in its /health; give RemotePolicy a larger timeout_s), or the server or the "
+                "network is down"
+            )
+        return f"no policy server answers at {self.url} ({type(error).__name__}: {error}); {_remedy(error)}"
 
 
 def _remedy(error: Exception) -> str:

@@ -68,7 +68,10 @@ def decode_message(body: bytes, needs: Needs) -> dict[str, Any] | int:
 def encode_plan(plan: Plan, infer_ms: float) -> bytes:
     """Encode a plan: `actions` [T, 8 A], for each arm position (metres), quaternion w x y z and gripper opening;
     `step_seconds` and `server_timing`; and, if the policy has them, `uncertainty` [T, A], `joints` [T, A, J],
-    `controller` [T, A, D] and `held_back` [A, 3]."""
+    `controller` [T, A, D] and `held_back`, a list of A lists of 3 numbers.
+
+    Every array has the steps as its first dimension, because openpi's `ActionChunkBroker` takes the current step of
+    every array, and leaves everything else as it is."""
     poses = np.concatenate([plan.position, plan.quaternion, plan.gripper[..., None]], axis=-1)  # [A, T, 8]
     actions = poses.transpose(1, 0, 2).reshape(poses.shape[1], -1).astype(np.float64)
     answer: dict[str, Any] = {
@@ -82,7 +85,7 @@ def encode_plan(plan: Plan, infer_ms: float) -> bytes:
         if (values := getattr(plan, name)) is not None:
             answer[name] = np.asarray(values, np.float64).transpose(1, 0, 2)
     if plan.held_back is not None:
-        answer["held_back"] = np.asarray(plan.held_back, np.float64)
+        answer["held_back"] = np.asarray(plan.held_back, np.float64).tolist()
     return pack(answer)
 
 

@@ -46,6 +46,7 @@ LONGEST_DELAY_S = 60.0
 UNDER_WAY = "executing/"  # prefix of the arrays of a current plan
 OF_SOME = ("uncertainty", "joints", "controller", "held_back")  # parts of a plan that only some policies have
 VIEW = ("image", "intrinsics", "world_to_camera")
+FLOATS = ("float32", "float64")  # types of numbers that a server accepts
 
 
 class WireError(ValueError):
@@ -69,7 +70,7 @@ class Entry:
 
     def describe(self) -> dict[str, Any]:
         """Return the entry as shown in `/health`."""
-        said = {"dtype": self.kind if self.kind == "uint8" else ["float32", "float64"], "shape": list(self.shape)}
+        said = {"dtype": self.kind if self.kind == "uint8" else list(FLOATS), "shape": list(self.shape)}
         return said | ({"optional": True} if self.optional else {})
 
 
@@ -111,10 +112,14 @@ def encode_observation(observation: Observation, needs: Needs, under_way: UnderW
     Args:
         under_way: the plan to continue; the observation needs `time_s` then.
 
+    Numbers of other types, such as whole numbers, are sent as float64; images are sent as they are.
+
     Raises:
-        ValueError: The observation lacks parts (the message names all of them), or the current plan has no time.
+        ValueError: The observation lacks parts (the message names all of them), an entry is no array of numbers, or the
+            current plan has no time.
     """
     refuse_incomplete(observation, needs)
+    entries = entries_of(needs)
     arrays: dict[str, np.ndarray] = {}
     if needs.cameras:
         for camera, view in zip(needs.cameras, views_or_none(observation, needs.cameras), strict=True):
@@ -125,7 +130,7 @@ def encode_observation(observation: Observation, needs: Needs, under_way: UnderW
                 )
             parts = VIEW if needs.calibrated(camera) else VIEW[:1]
             arrays |= {f"cameras/{camera}/{name}": np.asarray(view[name]) for name in parts if name in view}
-    names = [name for name, entry in entries_of(needs).items() if name not in arrays and not entry.optional]
+    names = [name for name, entry in entries.items() if name not in arrays and not entry.optional]
     absent = [name for name in names if name not in observation]
     if absent:
         # the entries of a single camera have no prefix then
@@ -134,11 +139,22 @@ def encode_observation(observation: Observation, needs: Needs, under_way: UnderW
         listed = ", ".join(repr(name.removeprefix(prefix)) for name in absent)
         raise ValueError(f"the observation lacks {listed}, which the policy reads")
     arrays |= {name: np.asarray(observation[name]) for name in names}
+    arrays = {name: _floats(name, value) if entries[name].kind == "float" else value for name, value in arrays.items()}
     if needs.instruction:
         arrays["instruction"] = np.frombuffer(str(observation["instruction"]).encode(), np.uint8)
     if under_way is not None:
         arrays |= _arrays_under_way(observation, under_way)
     return _save(arrays)
+
+
+def _floats(name: str, value: np.ndarray) -> np.ndarray:
+    """Return an array of a type that the server accepts, float32 or float64."""
+    if value.dtype.name in FLOATS:
+        return value
+    try:
+        return value.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name!r} of the observation must be numbers: {error}") from error
 
 
 def _arrays_under_way(observation: Observation, under_way: UnderWay) -> dict[str, np.ndarray]:
@@ -307,7 +323,7 @@ def _load(body: bytes) -> dict[str, np.ndarray]:
 
 def _check_array(name: str, value: np.ndarray, entry: Entry) -> np.ndarray:
     """Return the array with all its dimensions, floats as float64."""
-    kinds = ("float32", "float64") if entry.kind == "float" else (entry.kind,)
+    kinds = FLOATS if entry.kind == "float" else (entry.kind,)
     if value.dtype.name not in kinds:
         raise WireError(f"{name!r} must be {' or '.join(kinds)}, not {value.dtype.name}")
     actual = value.shape

@@ -341,7 +341,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     ``running`` if it still runs, as on a cluster, or if this cannot be determined, on a disk without file locks.
     """
     rows = []
-    for index, (overrides, job_folder) in enumerate(_find_jobs(folder)):
+    for index, (overrides, job_folder) in enumerate(find_jobs(folder)):
         missing = {"status": "missing", "error": "no result was written"}
         result = missing if job_folder is None else read_result(job_folder)
         status = result.get("status", "missing")
@@ -360,7 +360,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _find_jobs(folder: Path) -> list[tuple[list[str], Path | None]]:
+def find_jobs(folder: Path) -> list[tuple[list[str], Path | None]]:
     """Return the overrides of each planned job and the folder with its result; without a plan, of each result."""
     jobs = _read_planned_overrides(folder)
     results = {path.parent: read_result(path.parent) for path in sorted(folder.glob(f"**/{RESULT}"))}
@@ -442,7 +442,7 @@ def _draw_losses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     from keygrip.training.loss_curves import Job, draw, read_curves
 
     varied, jobs = _varied_overrides(rows), []
-    for row, (_, job_folder) in zip(rows, _find_jobs(folder), strict=True):
+    for row, (_, job_folder) in zip(rows, find_jobs(folder), strict=True):
         curves = None if job_folder is None else read_curves(job_folder)
         if curves is not None:
             overrides = {name: row["overrides"].get(name, "") for name in varied}

@@ -16,7 +16,7 @@ from scipy.stats import binom, bootstrap
 
 from keygrip.config import config_folder
 from keygrip.evaluation.paired_report import NAME, PairedReport, make_report
-from keygrip.evaluation.statistics import holm, paired_difference
+from keygrip.evaluation.statistics import holm, paired_difference, pooled_interval, wilson_interval
 from keygrip.training.results import write_result
 
 
@@ -88,6 +88,39 @@ def test_comparisons_need_the_same_episodes() -> None:
             paired_difference(first, second)
 
 
+def by_number(outcomes: Any) -> list[dict[Any, bool]]:
+    return [dict(enumerate(map(bool, training))) for training in outcomes]
+
+
+def test_interval_of_several_trainings_counts_episodes_not_their_repetitions() -> None:
+    first, second = outcomes(60, 12, 3, 25)
+    one = wilson_interval(72, 100)
+    assert pooled_interval(by_number([first])) == pytest.approx(one)
+    assert pooled_interval(by_number([first] * 5)) == pytest.approx(one), "five copies are no five times the evidence"
+    apart = [dict(enumerate(first)), {100 + number: success for number, success in enumerate(second)}]
+    assert pooled_interval(apart) == pytest.approx(wilson_interval(72 + 63, 200)), "different episodes are independent"
+    # the trainings succeed in opposite episodes: no more is counted than all episodes
+    opposite = pooled_interval(by_number([first, [not success for success in first]]))
+    assert opposite == pytest.approx(wilson_interval(100, 200))
+    for success in (True, False):
+        same = pooled_interval(by_number([[success] * 40] * 5))
+        assert same == pytest.approx(wilson_interval(40 * success, 40))
+    with pytest.raises(ValueError, match="needs episodes, got none"):
+        pooled_interval([{}, {}])
+
+
+def test_interval_of_several_trainings_is_near_the_bootstrap_over_episodes() -> None:
+    generator = np.random.default_rng(2)
+    difficulty = generator.beta(1.0, 0.6, 200)  # the same episodes are difficult for all trainings
+    won = generator.random((5, 200)) < difficulty
+    low, high = pooled_interval(by_number(won))
+    rates = won.mean(axis=0)
+    drawn = bootstrap((rates,), np.mean, n_resamples=5_000, method="percentile", rng=np.random.default_rng(1))
+    assert (low, high) == pytest.approx(tuple(drawn.confidence_interval), abs=0.008)
+    alone = wilson_interval(int(won.sum()), won.size)
+    assert high - low > 1.4 * (alone[1] - alone[0])
+
+
 def test_holm_adjusts_in_the_given_order() -> None:
     # computed by hand: 3 x 0.01, 2 x 0.02, and never less than the previous value
     assert holm([0.02, 0.04, 0.01]) == pytest.approx([0.04, 0.04, 0.03])
@@ -122,6 +155,8 @@ def test_a_sweep_is_compared_by_episode(tmp_path: Path, capsys: pytest.CaptureFi
     assert rows["vla/with"]["p_holm"] == pytest.approx(2 * rows["vla/with"]["p_value"])
     assert rows["vla/same"]["p_value"] == 1.0
     assert found["arms"]["vla/with"]["successes"] == 89
+    arm = found["arms"]["vla/without"]  # two seeds with the same outcomes: 21 of 50 episodes
+    assert (arm["low"], arm["high"], arm["episodes"]) == (*(pytest.approx(end) for end in wilson_interval(21, 50)), 100)
     assert (rows["vla/with"]["successes"], rows["vla/with"]["reference_successes"]) == (68, 42)
     assert json.loads((tmp_path / f"{NAME}.json").read_text())["number_of_comparisons"] == 2
     apart = [{"arm": name, "reference": "vla/without"} for name in ("vla/other_episodes", "vla/other_seed")]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from keygrip.artifacts import WRITING
 from keygrip.evaluation.shift_report import ShiftReport, make_report, plot, read_cells
-from keygrip.evaluation.statistics import wilson_interval
+from keygrip.evaluation.statistics import pooled_interval
 from keygrip.training.results import write_result
 from keygrip.training.run_folder import PLAN
 
@@ -27,7 +27,11 @@ def job(folder: Path, number: int, overrides: list[str], status: str, conditions
             name: {"success_rate": won / of, "successes": won, "episodes": of, "failures": {"missed": of - won}}
             for name, (won, of) in conditions.items()
         }
-        write_result(folder / str(number) / "closed_loop", {"conditions": figures, "episodes": {}})
+        episodes = {
+            name: [{"seed": 1000 + index, "success": index < won} for index in range(of)]
+            for name, (won, of) in conditions.items()
+        }
+        write_result(folder / str(number) / "closed_loop", {"conditions": figures, "episodes": episodes})
 
 
 @pytest.fixture
@@ -55,9 +59,10 @@ def test_seeds_are_pooled_and_their_spread_is_given(sweep: Path) -> None:
     cell = cells["left", "pixels"]
     assert (sum(cell.successes), sum(cell.episodes)) == (170, 200)
     assert cell.rate == pytest.approx(0.85)
-    assert cell.interval == wilson_interval(170, 200)
+    # both seeds fail in 10 of the 100 episodes, one more in 10 others: 200 episodes are worth 123
+    assert cell.interval == pytest.approx((0.7764, 0.9024), abs=1e-4)
     assert cell.rates == [0.9, 0.8]
-    assert cell.text() == "85.0% (79% to 89%) of 200; 2 seeds, 80% to 90%"
+    assert cell.text() == "85.0% (78% to 90%) of 200; 2 seeds, 80% to 90%"
     assert cells["left_to_right", "numbers"].rate == pytest.approx(0.01)
 
 
@@ -65,6 +70,25 @@ def test_a_result_of_another_form_is_refused_by_its_folder(sweep: Path) -> None:
     write_result(sweep / "0" / "closed_loop", {"conditions": ["left"]})
     with pytest.raises(ValueError, match=r"0/closed_loop holds no conditions by name"):
         read_cells(sweep)
+
+
+def test_episodes_that_are_not_those_of_the_figures_are_refused(sweep: Path) -> None:
+    figures = {"success_rate": 0.5, "successes": 1, "episodes": 2}
+    write_result(sweep / "0" / "closed_loop", {"conditions": {"left": figures}, "episodes": {}})
+    with pytest.raises(ValueError, match=r"0/closed_loop counts 1 of 2 successes of left, its episodes 0 of 0: evalua"):
+        read_cells(sweep)
+
+
+def test_jobs_with_the_same_overrides_keep_results_of_their_own(tmp_path: Path) -> None:
+    overrides = ["shift=bar", "model=pixels", "seed=0"]
+    for number, won in enumerate((90, 80)):
+        job(tmp_path, number, overrides, "finished", {"bar": (won, 100)})
+    (tmp_path / PLAN).write_text(json.dumps({"jobs": [overrides] * 2, "started": 0.0}))
+    (cell,) = read_cells(tmp_path)
+    assert cell.successes == [90, 80]
+    write_result(tmp_path / "1", {"status": "failed", "overrides": overrides, "metrics": {}})
+    (cell,) = read_cells(tmp_path)
+    assert (cell.successes, cell.status) == ([90], "1 failed")
 
 
 def test_jobs_that_did_not_finish_stand_in_the_table(sweep: Path) -> None:
@@ -123,6 +147,7 @@ def test_files(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     header = [cell.strip() for cell in text.splitlines()[0].strip("|").split("|")]
     assert header == ["condition", "pixels", "numbers"]
     assert "95 % Wilson interval" in text
+    assert "not the spread between trainings" in text
     captured = capsys.readouterr()
     assert captured.out == ""  # standard output is reserved for figures
     assert "left_to_right" in captured.err
@@ -145,7 +170,7 @@ def test_plot_shows_rates_intervals_and_what_is_missing(sweep: Path) -> None:
         "1 killed",
         "1 missing, 1 not evaluated",
     ]
-    low, high = wilson_interval(170, 200)
+    low, high = pooled_interval(cells[0].outcomes)
     segments = [
         line for container in axes.containers if hasattr(container, "errorbar") for line in [container.errorbar]
     ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +131,7 @@ def test_a_policy_saved_where_it_was_loaded_from_can_be_moved(saved: Path, tmp_p
     assert KeygripPolicy.from_pretrained(moved).needs.arms == ("right",)
 
 
-def test_how_it_plans_and_what_it_needs_beside_the_checkpoint_are_told_and_kept(made: Any, tmp_path: Path) -> None:
+def test_how_it_plans_is_kept_and_what_it_needs_beside_the_checkpoint_is_told(made: Any, tmp_path: Path) -> None:
     from lerobot_policy_keygrip import CameraCalibration, KeygripConfig, KeygripPolicy, save_policy
 
     camera = {"observation.images.over": CameraCalibration(np.eye(3).tolist(), np.eye(4).tolist())}
@@ -144,6 +147,53 @@ def test_how_it_plans_and_what_it_needs_beside_the_checkpoint_are_told_and_kept(
         KeygripPolicy(config(external={"network.instruction.source": "/somewhere"}))
     with pytest.raises(ValueError, match="planning has no effect with server"):
         config(checkpoint=None, server="http://127.0.0.1:8421", planning={"decoder": "viterbi"})
+
+
+def test_a_folder_does_not_decide_what_its_checkpoint_may_do(saved: Path, tmp_path: Path) -> None:
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot_policy_keygrip import KeygripPolicy
+
+    shutil.copytree(saved, tmp_path / "sent")
+    path = tmp_path / "sent" / "config.json"
+    clean = json.loads(path.read_text())
+    for name, value in (("trust", ["json"]), ("external", {"network.instruction.source": "https://example.org/t5"})):
+        path.write_text(json.dumps(clean | {name: value}))
+        advice = re.escape(f"--policy.{name}='{json.dumps(value)}'")
+        for options in ([], [f"--{name}={json.dumps(value)}"]):  # also where the command line has the same value
+            config = PreTrainedConfig.from_pretrained(path.parent, cli_overrides=options)
+            with pytest.raises(ValueError, match=rf"^config\.json of .* has {name}=.*{advice}"):
+                KeygripPolicy.from_pretrained(path.parent, config=config)
+        with pytest.raises(ValueError, match=rf"^config\.json of .* has {name}="):
+            KeygripPolicy.from_pretrained(path.parent)
+    path.write_text(json.dumps(clean))
+    config = PreTrainedConfig.from_pretrained(path.parent, cli_overrides=['--trust=["json"]'])
+    policy = KeygripPolicy.from_pretrained(path.parent, config=config)
+    assert policy.config.trust == ["json"]
+    policy.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (written["trust"], written["external"]) == ([], {})
+    config = PreTrainedConfig.from_pretrained(path.parent)
+    config.use_peft = True
+    with pytest.raises(ValueError, match=r"^use_peft=true: "):
+        KeygripPolicy.from_pretrained(path.parent, config=config)
+
+
+def test_a_policy_of_a_server_needs_neither_omegaconf_nor_hydra() -> None:
+    """They come with keygrip's requirements only, and LeRobot's discovery imports the whole package."""
+    code = """
+import sys
+sys.modules["omegaconf"] = sys.modules["hydra"] = None  # importing them fails
+from lerobot_policy_keygrip import CameraCalibration, KeygripConfig, KeygripPolicy
+eye = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+camera = CameraCalibration(eye, [[1.0, 0.0, 0.0, 0.0]] * 4)
+try:
+    KeygripPolicy(KeygripConfig(server="http://127.0.0.1:1", device="cpu", cameras={"observation.image": camera}))
+except ConnectionError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("no policy server answers at http://127.0.0.1:1 ")
 
 
 def test_a_configuration_that_does_not_fit_is_refused(made: Any) -> None:

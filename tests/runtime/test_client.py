@@ -16,13 +16,17 @@ HEALTH = b'{"stochastic": true, "needs": {"arms": ["right"], "cameras": [], "ins
 
 
 @contextmanager
-def answering(**answers: bytes) -> Iterator[str]:
-    """Serve the same answer to every request of a kind; yield the URL."""
+def answering(**answers: bytes | threading.Event) -> Iterator[str]:
+    """Serve the same answer to every request of a kind, or none, and close the connection at an event; yield the
+    URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def _answer(self) -> None:
             body = answers.get(self.path.strip("/"), b"{}")
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if isinstance(body, threading.Event):
+                body.wait(20)
+                return
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -59,6 +63,23 @@ def test_a_reset_that_names_no_session_is_said(reset: bytes) -> None:
         pytest.raises(ServerError, match="the answer to /reset names no session"),
     ):
         policy.reset(3)
+
+
+def test_a_plan_slower_than_the_timeout_is_not_reported_as_a_missing_server() -> None:
+    ended = threading.Event()
+    with answering(health=HEALTH, reset=ended) as url, RemotePolicy(url, timeout_s=30) as policy:
+        policy._connection.timeout = 0.05  # of the next connection, on which no answer comes
+        try:
+            with pytest.raises(
+                ConnectionError, match=r"^the policy server at http.* did not answer in time"
+            ) as refused:
+                policy.reset(3)
+        finally:
+            ended.set()
+    said = str(refused.value)
+    assert "(timeout_s=30)" in said
+    assert "plan_p95_ms" in said
+    assert "start one" not in said
 
 
 def test_an_answer_of_any_size_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from keygrip.config import compose
 from keygrip.models.policy import Needs, Plan
 from keygrip.runtime import openpi
 from keygrip.runtime.messagepack import MessagePackError, pack, unpack
-from keygrip.runtime.openpi import decode_message
+from keygrip.runtime.openpi import decode_message, encode_plan
 from keygrip.runtime.wire import WireError
 
 Observe = Callable[..., dict[str, Any]]
@@ -211,6 +212,20 @@ def test_a_conversation(running: Start, dice: Any, observation: Observe) -> None
     assert server.server.service.conversations == 0
 
 
+def test_every_array_of_an_answer_has_the_steps_first() -> None:
+    """openpi's ActionChunkBroker takes `[step]` of every array, and leaves lists and numbers as they are."""
+    arms, steps = 2, 5
+    plan = Plan(
+        np.zeros((arms, steps, 3)), np.ones((arms, steps, 4)), np.zeros((arms, steps)), 0.3,
+        uncertainty=np.zeros((arms, steps)), joints=np.zeros((arms, steps, 6)), controller=np.zeros((arms, steps, 7)),
+        held_back=np.array([[0.0, 0.25, 0.0], [0.5, 0.0, 0.0]]),
+    )  # fmt: skip
+    answer = unpack(encode_plan(plan, 1.0))
+    shapes = {name: value.shape for name, value in answer.items() if isinstance(value, np.ndarray)}
+    assert shapes == {"actions": (5, 16), "uncertainty": (5, 2), "joints": (5, 2, 6), "controller": (5, 2, 7)}
+    assert answer["held_back"] == [[0.0, 0.25, 0.0], [0.5, 0.0, 0.0]]
+
+
 def test_what_the_server_did_not_expect_is_an_answer(
     running: Start, dice: Any, observation: Observe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,7 +328,13 @@ def test_the_real_client(running: Start, dice: Any, observation: Observe, tmp_pa
     python = os.environ.get("OPENPI_PYTHON")
     if not python:
         pytest.fail("OPENPI_PYTHON names no interpreter with openpi-client: make openpi")
-    server, local, sent = running(dice(), more={"token": TOKEN}), dice(), observation()
+
+    class HeldBack(dice):  # type: ignore[misc]
+        def plan_batch(self, observations: Any, sessions: Any) -> list[Plan]:
+            plans = super().plan_batch(observations, sessions)
+            return [replace(plan, held_back=np.array([[0.0, 0.25, 0.0]])) for plan in plans]
+
+    server, local, sent = running(HeldBack(), more={"token": TOKEN}), dice(), observation()
     flat = {name: sent[name] for name in ("position", "quaternion", "gripper", "instruction")}
     for camera, view in sent["cameras"].items():
         flat |= {f"cameras/{camera}/{name}": value for name, value in view.items()}
@@ -326,14 +347,15 @@ def test_the_real_client(running: Start, dice: Any, observation: Observe, tmp_pa
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["metadata"]["model"] == "Toy"
-    assert said["answer"] == ["actions", "server_timing", "step_seconds"]
+    assert said["answer"] == ["actions", "held_back", "server_timing", "step_seconds"]
     for actions in said["actions"]:
         np.testing.assert_array_equal(actions, actions_of(local.plan(sent)))
     local.reset(5)
     for actions in said["seeded"]:
         np.testing.assert_array_equal(actions, actions_of(local.plan(sent)))
     assert "400: the observation lacks 'cameras/over/image'" in said["refused"]
-    np.testing.assert_array_equal(said["steps"], actions_of(local.plan(sent))[:2])
+    np.testing.assert_array_equal([step["actions"] for step in said["steps"]], actions_of(local.plan(sent))[:2])
+    assert [step["held_back"] for step in said["steps"]] == [[[0.0, 0.25, 0.0]]] * 2
 
 
 def test_the_documents_example_is_an_observation_of_the_policy_that_they_serve() -> None:

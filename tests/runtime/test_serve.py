@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
@@ -16,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from keygrip import serve, train
 from keygrip.config import compose
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.models import policy_tensors
 from keygrip.runtime.client import RemotePolicy
 from keygrip.runtime.service import Limits
 from keygrip.runtime.sessions import seeded
@@ -115,6 +118,31 @@ def test_plans_of_a_batch_are_those_of_each_alone(
     box = policy.workspace
     assert box.shape == (2, 3)
     assert (box[0] <= box[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("volume_query", {"decoder": "sample"}), ("geometry_vla", {"temperature": 1.0})]
+)
+def test_a_batch_that_fails_draws_nothing(
+    trained: Callable[[str], Path],
+    seen: dict[str, Any],
+    name: str,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = replace(load_module(trained(name)).policy(), **options)  # type: ignore[operator]
+    sessions, anew = [seeded(policy, seed) for seed in (3, 4)], [seeded(policy, seed) for seed in (3, 4)]
+    before = sessions[0]._generator.get_state()  # type: ignore[attr-defined]
+
+    def failing(plan: Any) -> None:
+        assert not torch.equal(sessions[0]._generator.get_state(), before)  # type: ignore[attr-defined]
+        raise ValueError("a number is not finite")
+
+    with monkeypatch.context() as broken, pytest.raises(ValueError, match="a number is not finite"):
+        broken.setattr(policy_tensors, "refuse_not_finite", failing)
+        policy.plan_batch([seen, seen], sessions)
+    for session, fresh in zip(sessions, anew, strict=True):
+        np.testing.assert_array_equal(session.plan(seen).position, fresh.plan(seen).position)
 
 
 def test_the_command_serves_until_it_is_told_to_stop(

@@ -64,6 +64,26 @@ def test_a_remote_policy_moves_the_robot_as_the_local_one(running: Start, toy: A
     far.policy.close()
 
 
+def test_numbers_of_any_type_are_planned_from_as_by_the_local_policy(
+    running: Start, toy: Any, observation: Observe
+) -> None:
+    seen = observation(gripper=[1], position=np.array([0.25, 0, 0.5], np.float16), quaternion=np.array([0, 1, 0, 0]))
+    view = seen["cameras"]["over"] | {"intrinsics": [[60, 0, 32], [0, 60, 24], [0, 0, 1]]}
+    seen["cameras"]["over"] = view | {"world_to_camera": np.diag([1, -1, -1, 1])}
+    policy = toy()
+    with RemotePolicy(running(policy).url) as far:
+        plan, expected = far.plan(seen), toy().plan(seen)
+        with pytest.raises(ValueError, match=r"^'position' of the observation must be numbers: "):
+            far.plan(seen | {"position": ["a", "b", "c"]})
+        over = view | {"image": view["image"].astype(np.int64)}
+        with pytest.raises(ValueError, match="'cameras/over/image' must be uint8, not int64"):
+            far.plan(seen | {"cameras": seen["cameras"] | {"over": over}})
+    for name in ("position", "quaternion", "gripper"):
+        np.testing.assert_array_equal(getattr(plan, name), getattr(expected, name))
+    for name, value in policy.seen[0]["cameras"]["over"].items():
+        np.testing.assert_array_equal(value, seen["cameras"]["over"][name])
+
+
 def test_a_robot_need_not_send_the_calibration_that_is_not_read(running: Start, toy: Any, observation: Observe) -> None:
     policy, seen = toy(), observation()
     needs = Needs(("right",), ("over", "front"), instruction=True, calibration=("over",))

@@ -120,12 +120,24 @@ def test_waiting_requests_are_computed_together_and_one_bad_one_fails_alone(
         first.set()
         free.wait(20)
 
-    policy = dice(wait)
+    class Reading(dice):  # type: ignore[misc]
+        def plan_batch(self, observations: Any, sessions: Any) -> Any:
+            self.batches.append(len(observations))
+            if any(not seen["instruction"].strip() for seen in observations):
+                raise ValueError("the instruction is empty")
+            self.batches.pop()
+            return super().plan_batch(observations, sessions)
+
+    policy = Reading(wait)
     server = running(policy, batch=8, waiting=8)
 
     def ask(step: int) -> Any:
+        words = {"instruction": " "} if step == 3 else {}
         with RemotePolicy(server.url) as client:
-            return client.plan(observation(step))
+            try:
+                return client.plan(observation(step, **words))
+            except ValueError as error:
+                return error
 
     with ThreadPoolExecutor(6) as crowd:
         head = crowd.submit(ask, 0)
@@ -135,8 +147,9 @@ def test_waiting_requests_are_computed_together_and_one_bad_one_fails_alone(
             time.sleep(0.01)
         free.set()
         plans = [future.result(20) for future in (head, *rest)]
-    assert policy.batches[:2] == [1, 5]
-    for step, plan in enumerate(plans):
+    assert policy.batches == [1, 5, 1, 1, 1, 1, 1]
+    assert "the instruction is empty" in str(plans.pop(3))
+    for step, plan in zip((0, 1, 2, 4, 5), plans, strict=True):
         np.testing.assert_array_equal(plan.position, dice().plan(observation(step)).position)
 
 

@@ -27,7 +27,8 @@ def main(host: str, port: int, file: str, token: str) -> None:
     except RuntimeError as error:
         refused = str(error)
     broker = action_chunk_broker.ActionChunkBroker(policy, action_horizon=2)
-    steps = [broker.infer(observation)["actions"].tolist() for _ in range(2)]
+    of_steps = [broker.infer(observation) for _ in range(2)]
+    steps = [{"actions": step["actions"].tolist(), "held_back": step["held_back"]} for step in of_steps]
     said = {
         "metadata": policy.get_server_metadata(),
         "actions": [answer["actions"].tolist() for answer in answers],

@@ -199,6 +199,23 @@ def check_images(name: str, camera: str, track: CameraTrack, frames: int) -> Non
                 )
 
 
+def check_depth(name: str, camera: str, track: CameraTrack, frames: int) -> None:
+    """Raise DemoError if the first or last depth image of a camera cannot be used. A camera without depth is accepted.
+
+    Args: as for `check_images`.
+    """
+    if track.depth is None:
+        return
+    with demo_guard(name, f"camera {camera!r}: "):
+        for index in {0, frames - 1}:
+            shape = track.depth.read(index).shape
+            if shape != (track.height, track.width):
+                raise DemoError(
+                    name,
+                    f"camera {camera!r}: depth {index} is {shape}, the demo says {track.height} x {track.width}",
+                )
+
+
 def pose_outliers(poses: ArmTrajectory) -> np.ndarray:
     """Return frames whose position is far from the path of their neighbours: single wrong readings.
 

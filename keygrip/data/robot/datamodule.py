@@ -15,7 +15,7 @@ from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSamples
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
-from keygrip.data.robot.fingerprint import data_hashes, refuse_changed
+from keygrip.data.robot.fingerprint import data_hashes, refuse_changed, refuse_trained
 from keygrip.data.robot.frame_cache import FrameCache, FrameShape
 from keygrip.data.robot.frames import NoFrames
 from keygrip.data.robot.integrity import data_version
@@ -37,7 +37,7 @@ from keygrip.data.robot.set_checks import (
     report_views,
     report_wide_targets,
 )
-from keygrip.data.robot.split import split_demos
+from keygrip.data.robot.split import SEED, VAL_FRACTION, split_demos
 from keygrip.data.robot.statistics import DemoStatistics, compute_statistics
 from keygrip.data.robot.workspace_view import fit_to_workspace
 from keygrip.data.shards.remote import folder_beside
@@ -132,8 +132,8 @@ class RobotDemos(ResumableData):
         targets: str = "reached",
         drop_idle_s: float | None = None,
         intervention_weight: float = 1.0,
-        val_fraction: float = 0.1,
-        split_seed: int = 0,
+        val_fraction: float = VAL_FRACTION,
+        split_seed: int = SEED,
         seed: int = 0,
         max_demos: int | None = None,
         max_broken_share: float = 0.1,
@@ -474,6 +474,15 @@ class RobotDemos(ResumableData):
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data, and the hashes of the demonstrations on which the run is trained."""
         return super().state_dict() | data_hashes(self.demos, self.contents)
+
+    def refuse_trained(self, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Raise ValueError if a run was trained on demonstrations that are held out here; needs `setup`.
+
+        Args:
+            state: of the run's data, from its checkpoint (`state_dict`). settings: the run's data settings.
+        """
+        held_out = [self.demos[index] for index in self.val_indices]
+        refuse_trained(held_out, state.get("demonstrations") or {}, settings)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the position at which the checkpoint was written.

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from keygrip.data.bad_samples import join_first_names
 from keygrip.data.changes import named_changes
 from keygrip.data.robot.schema import ArmTrajectory, Demo
+from keygrip.data.robot.split import SEED, VAL_FRACTION, split_demos
 
 log = logging.getLogger(__name__)
 
@@ -89,3 +92,31 @@ def refuse_changed(before: Mapping[str, str], now: Mapping[str, str], allowed: b
     if not allowed:
         raise ValueError(f"{message}; restore them, start a new run, or go on with data.allow_changed=true")
     log.warning("%s; going on with them (data.allow_changed=true)", message)
+
+
+def refuse_trained(demos: Sequence[Demo], before: Mapping[str, str], settings: Mapping[str, Any]) -> None:
+    """Raise an error if a run was trained on demonstrations whose errors would be reported as those of held-out ones.
+
+    A demonstration was trained on if its fingerprint is one of the run's training part, also under another name: names
+    depend on the folder that `data.root` names. Another demonstration with the name of a trained one is accepted.
+
+    Args:
+        demos: the demonstrations for validation.
+        before: fingerprints of all demonstrations of the run, by name. settings: the run's data settings.
+
+    Raises:
+        ValueError: the message lists the demonstrations.
+    """
+    train, val = split_demos(list(before), settings.get("val_fraction", VAL_FRACTION), settings.get("split_seed", SEED))
+    hashes = list(before.items())
+    trained = {hashes[index][1] for index in train}
+    held_out = {hashes[index] for index in val}
+    again = [item for item in fingerprints(demos).items() if item[1] in trained and item not in held_out]
+    if again:
+        own = f" (the run's own: {join_first_names([name for name, _ in sorted(held_out)])})" if held_out else ""
+        raise ValueError(
+            f"{len(again)} of {len(demos)} demonstrations that would be validated on were trained on by this run: "
+            f"{join_first_names([name for name, _ in again])}. Errors on them are not those of held-out "
+            f"demonstrations: restore the held-out ones{own} and leave out data.val_fraction, data.split_seed and "
+            "data.max_demos, or name with data.root=FOLDER a folder without demonstrations of the training"
+        )

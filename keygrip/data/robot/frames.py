@@ -27,6 +27,24 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
+def depth_millimetres(depth: np.ndarray) -> np.ndarray:
+    """Return a depth image as uint16 [H, W].
+
+    Raises:
+        ValueError: it cannot be uint16 millimetres. A conversion would change metres, a picture of depth with 8 bits,
+            or values above 65535 to other distances.
+    """
+    if depth.ndim != 2:
+        raise ValueError(f"depth must have one channel, it has shape {depth.shape}")
+    if depth.dtype.kind not in "iu" or depth.dtype.itemsize < 2:
+        raise ValueError(f"depth holds {depth.dtype}; uint16 millimetres are needed")
+    if depth.size and not (depth.min() >= 0 and depth.max() <= np.iinfo(np.uint16).max):
+        raise ValueError(
+            f"depth holds {depth.dtype} from {depth.min()} to {depth.max()}; uint16 millimetres are needed, 0 to 65535"
+        )
+    return depth.astype(np.uint16)
+
+
 def _rotate_image(image: np.ndarray, rotate: int) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(image, -rotate // 90)) if rotate else image
 
@@ -128,10 +146,12 @@ class DepthFrames(NumberedFiles):
     def read(self, index: int) -> np.ndarray:
         path = self.path(index)
         with open_image(path) as image:
-            depth = np.asarray(image)
-        if depth.ndim != 2:
-            raise ValueError(f"{path}: depth must have one channel, it has shape {depth.shape}")
-        return _rotate_image(depth.astype(np.uint16), self.rotate)
+            pixels = np.asarray(image)
+        try:
+            depth = depth_millimetres(pixels)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return _rotate_image(depth, self.rotate)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from keygrip.data.bad_samples import join_first
-from keygrip.data.robot.checks import check_images
+from keygrip.data.robot.checks import check_depth, check_images
 from keygrip.data.robot.frame_rates import other_rates, report_gaps
 from keygrip.data.robot.integrity import verify
 from keygrip.data.robot.reference import DemoReference
@@ -122,17 +122,24 @@ def _read_with_requirements(reference: DemoReference, options: ReadingOptions) -
     absent = [arm for arm in options.arms if arm not in demo.arms]
     if absent:
         raise DemoError(demo.name, f"it has no arm {absent[0]!r}; it has {', '.join(demo.arms)}")
-    # `verify` decodes all images of the other cameras; without it, their first and last ones are decoded here
-    return demo if options.verify else _without_damaged(demo, [name for name in options.cameras if name not in needed])
+    if options.verify:
+        return demo
+    # `verify` decodes all depth, and all images of the other cameras; without it, the first and last ones are decoded
+    if options.depth:
+        for name in needed:
+            check_depth(demo.name, name, demo.cameras[name], len(demo))
+    return _without_damaged(demo, [name for name in options.cameras if name not in needed], options.depth)
 
 
-def _without_damaged(demo: Demo, cameras: Sequence[str]) -> Demo:
-    """Return the demo without those of `cameras` whose first or last image cannot be used."""
+def _without_damaged(demo: Demo, cameras: Sequence[str], depth: bool) -> Demo:
+    """Return the demo without those of `cameras` whose first or last image, or depth if used, cannot be used."""
     damaged: dict[str, str] = {}
     for name in cameras:
         if name in demo.cameras:
             try:
                 check_images(demo.name, name, demo.cameras[name], len(demo))
+                if depth:
+                    check_depth(demo.name, name, demo.cameras[name], len(demo))
             except DemoError as error:
                 damaged[name] = error.reason
     return _without_views(demo, damaged)

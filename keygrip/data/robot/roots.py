@@ -184,12 +184,14 @@ def _read_with_renamed_cameras(reader: Callable[[], Demo], names: Mapping[str, s
         raise DemoError(
             demo.name, f"with data.camera_names two of its cameras {', '.join(demo.cameras)} would have the same name"
         )
-    return replace(demo, cameras=cameras)
+    return replace(
+        demo, cameras=cameras, source=demo.source | {"renamed": [name for name in names if name in demo.cameras]}
+    )
 
 
 def _refuse_absent_cameras(root: DataRoot, demos: Sequence[Demo]) -> None:
     """Raise ValueError if a camera to rename exists in no demo."""
-    there = {name for demo in demos for name in (*demo.cameras, *demo.source.get("uncalibrated", {}))}
-    for theirs, ours in root.camera_names.items():
-        if ours not in there:
+    there = {name for demo in demos for name in demo.source.get("renamed", [])}
+    for theirs in root.camera_names:
+        if theirs not in there:
             raise ValueError(f"data.camera_names.{root.folder.name}: no demo of {root.folder} has a camera {theirs!r}")

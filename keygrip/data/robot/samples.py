@@ -88,20 +88,23 @@ def kept_frames(demo: Demo, arms: Sequence[str], drop_idle_s: float | None) -> n
     return np.arange(len(demo)) if drop_idle_s is None else np.flatnonzero(moving_frames(demo, arms, drop_idle_s))
 
 
-def weighted_frames(frames: np.ndarray, intervention: np.ndarray | None, weight: float) -> np.ndarray:
+def weighted_frames(
+    frames: np.ndarray, intervention: np.ndarray | None, weight: float, corrected_before: int = 0
+) -> np.ndarray:
     """Return frame numbers [M] in which each corrected frame occurs `weight` times in a row; fractions are spread
-    evenly over the corrected frames.
+    evenly over the corrected frames of all demos.
 
     Args:
         frames: ascending numbers of the frames that are samples. intervention: bool [N], which of the demo's frames a
-            person corrected; None: no frame.
+            person corrected; None: no frame. corrected_before: number of corrected frames in earlier demos. If the
+            count began at 0 in each demo, each would lose a fraction of a frame, short corrections all their weight.
     """
     if intervention is None or weight == 1.0:
         return frames
     corrected = intervention[frames]
-    ends = np.floor(weight * np.arange(1, corrected.sum() + 1) + 1e-9).astype(np.int64)
+    ends = np.floor(weight * (corrected_before + np.arange(corrected.sum() + 1)) + 1e-9).astype(np.int64)
     counts = np.ones(len(frames), dtype=np.int64)
-    counts[corrected] = np.diff(ends, prepend=0)
+    counts[corrected] = np.diff(ends)
     return np.repeat(frames, counts)
 
 
@@ -225,9 +228,13 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
         self.options = options
         frame_indices = [kept_frames(demo, options.arms, options.drop_idle_s) for demo in demos]
         kept_count = sum(map(len, frame_indices))
+        corrected = [
+            0 if demo.intervention is None else int(demo.intervention[indices].sum())
+            for indices, demo in zip(frame_indices, demos, strict=True)
+        ]
         frame_indices = [
-            weighted_frames(frames, demo.intervention, options.intervention_weight)
-            for frames, demo in zip(frame_indices, demos, strict=True)
+            weighted_frames(indices, demo.intervention, options.intervention_weight, before)
+            for indices, demo, before in zip(frame_indices, demos, np.cumsum([0, *corrected[:-1]]), strict=True)
         ]
         self.sample_demo = np.repeat(np.arange(len(frame_indices)), [len(indices) for indices in frame_indices])
         self.sample_frame = np.concatenate(frame_indices) if frame_indices else np.zeros(0, dtype=np.int64)

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+VAL_FRACTION, SEED = 0.1, 0  # of a data set whose settings name none
+
 
 def split_demos(names: Sequence[str], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Split demos into training and validation.
 
-    The split of a demo depends only on its name and the seed, so that demos added later do not move the others. With
-    at least two demos and a fraction above 0, each split gets at least one. A single demo is for training, or for
-    validation if the fraction is above one half: by its name, a tenth of all sets of one demo could not be trained on.
+    The split of a demo depends only on its name and the seed, so that demos added later do not move the others.
+    Exceptions: with at least two demos and a fraction above 0, each split gets at least one, so that in a small set one
+    demo may be in the other split than in a larger or smaller set. A single demo is for training, or for validation if
+    the fraction is above one half: by its name, a tenth of all sets of one demo could not be trained on.
 
     Returns:
         Indices of training and of validation demos, both ascending.

@@ -384,8 +384,14 @@ def frame_times(seconds: Sequence[float]) -> str:
     """Describe the times of a video's frames in words: "12 frames, one every 1 s, from 0 s to 11 s."."""
     count, first, last = len(seconds), seconds[0], seconds[-1]
     if count == 1:
-        return f"1 frame, at {first:.4g} s."
-    return f"{count} frames, one every {(last - first) / (count - 1):.3g} s, from {first:.4g} s to {last:.4g} s."
+        return f"1 frame, at {_rounded(first, 4)} s."
+    interval = _rounded((last - first) / (count - 1), 3)
+    return f"{count} frames, one every {interval} s, from {_rounded(first, 4)} s to {_rounded(last, 4)} s."
+
+
+def _rounded(seconds: float, digits: int) -> str:
+    """Return a time with so many significant digits; a longer one is rounded to a second, not written as "1.08e+04"."""
+    return f"{seconds:.0f}" if seconds >= 10**digits - 0.5 else f"{seconds:.{digits}g}"
 
 
 def text_columns(rows: Sequence[EncodedText]) -> dict[str, Any]:

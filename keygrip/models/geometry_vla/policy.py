@@ -31,7 +31,7 @@ from keygrip.models.policy import (
     view_names,
     views_of,
 )
-from keygrip.models.policy_tensors import plans_of, stacked_poses, stacked_views
+from keygrip.models.policy_tensors import plans_of, restored_on_error, stacked_poses, stacked_views
 from keygrip.models.training_box import HeldBackWarning, Margin, check_margin, kept_in_box
 from keygrip.training.compilation import missing_compiler
 
@@ -192,9 +192,10 @@ class GeometryVLAPolicy:
         return self.plan_batch([observation], [self])[0]
 
     def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
-        """Plan for several sessions in one pass; each session's own generator samples its noise. See `plan`."""
+        """Plan for several sessions in one pass; each session's own generator samples its noise. See `plan`. An error
+        leaves the generators of all sessions unchanged."""
         self.make_ready()
-        with self._without_recompilation():
+        with self._without_recompilation(), restored_on_error([session._generator for session in sessions]):
             return self._plans(observations, sessions)
 
     def _without_recompilation(self) -> contextlib.AbstractContextManager[Any]:

@@ -451,6 +451,12 @@ def _load_pretrained(source: str, sizes: dict[str, dict[str, Any]], image_ids: t
         for name, value in config_sizes.items()
         if stored_sizes[name] != value
     ]
+    stored_rules, own_rules = _computation_rules(stored_config), _computation_rules(config)
+    differences += [
+        f"{name} is {stored_rules[name]}, here it is {rule}"
+        for name, rule in own_rules.items()
+        if stored_rules[name] != rule
+    ]
     if differences:
         raise ValueError(f"vlm.weights={source} does not fit vlm: {'; '.join(differences[:4])}")
     model = read_weights(Qwen2_5_VLModel, source, "Qwen2.5-VL", attn_implementation="sdpa")
@@ -472,3 +478,19 @@ def _compared_values(config: Any, sizes: dict[str, dict[str, Any]]) -> dict[str,
     for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
         values[name] = getattr(config, name, None)
     return {name: list(value) if isinstance(value, list | tuple) else value for name, value in values.items()}
+
+
+def _computation_rules(config: Any) -> dict[str, Any]:
+    """Return, by name, what changes the hidden states and is no setting. A checkpoint rebuilds the model without the
+    stored config, so all of these must have the values of `_build_config`."""
+    text, vision = config.text_config, config.vision_config
+    text_rope, vision_rope = (getattr(part, "rope_parameters", None) or {} for part in (text, vision))
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    return {
+        "rope_type": text_rope.get("rope_type", "default"),
+        "text_config.layer_types": " and ".join(["full_attention", *sorted(kinds)]),
+        "text_config.hidden_act": getattr(text, "hidden_act", None),
+        "vision_config.hidden_act": getattr(vision, "hidden_act", None),
+        "vision_config.rope_type": vision_rope.get("rope_type"),
+        "vision_config.rope_theta": vision_rope.get("rope_theta"),
+    }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,15 +30,14 @@ log = logging.getLogger(__name__)
 TOKENIZER_STATE = "language"  # key of a video-language model's tokenizer in its checkpoint
 BEHIND = ("\n", ".", "0")  # texts to which a piece of text is appended, to encode it as a continuation
 SPELT = "\ufdd0"  # encloses text to spell out (see `as_words`); Unicode reserves it, so that no text contains it
+# The form of control tokens, "<tool_call>" or "[INST]", not all of which vocabularies mark as special. Added tokens of
+# other forms without that mark are words or runs of spaces, which ordinary text contains.
+CONTROL_FORM = re.compile(r"<.+>|\[.+\]")
 # Special tokens that chat templates may name, if the tokenizer has them: key in a state, and name in transformers.
 NAMED_TOKENS = {"end": "eos_token", "bos": "bos_token", "unk": "unk_token", "pad": "pad_token"}
 TEMPLATE = "chat_template"  # key in a state
 STOP = "stop"  # key in a state: further ids at which generation stops
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# Held while text is encoded. Whether special tokens are recognised is a setting of the tokenizer that transformers
-# changes just before it encodes, so that a call in another thread could change it back. Here and not in the tokenizer,
-# which is pickled.
-_ENCODING = threading.Lock()
 # ChatML as in SmolLM2, but without a default system turn.
 TINY_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -98,48 +96,78 @@ class ChatTokenizer:
         self._further_stops = sorted(self.stop_tokens.difference(base_stops))
         self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
         self._added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")
+        spelt_out = {
+            token.content
+            for token in tokenizer.added_tokens_decoder.values()
+            if token.special or CONTROL_FORM.fullmatch(token.content)
+        }
+        self._control = re.compile("|".join(re.escape(each) for each in self._added if each in spelt_out) or "(?!)")
         # SentencePiece (Llama 2, Mistral) puts a space before the first word of each text that it encodes
         self._adds_space = self._token_ids("\nx") != self._token_ids("\n") + self._token_ids("x")
 
     def encode(self, text: str, after: str = "") -> list[int]:
-        """Return the ids of a text without adding any; special tokens in it are recognised, except in `as_words`.
+        """Return the ids of a text without adding any; tokens that it names are recognised, except control tokens in
+        `as_words`.
 
         Args:
             after: the text that it continues: a tokenizer that puts a space before the first word of a text puts none
                 here, or, after a special token, what it puts there.
 
         Raises:
-            ValueError: such a tokenizer merges the text with every text before it.
+            ValueError: such a tokenizer merges the text with every text before it, or words spell a control token for
+                which the tokenizer has no other ids.
         """
         ids: list[int] = []
         for index, part in enumerate(text.split(SPELT)):
             if part:
                 spelt = index % 2 == 1
-                ids += self._continued(part, after, spelt) if after else self._token_ids(part, spelt)
+                part_ids = self._continued(part, after, spelt) if after else self._token_ids(part, spelt)
+                if spelt and self._contains_control(part_ids, part):
+                    raise ValueError(
+                        f"the words contain {part!r}, a control token of the tokenizer, which encodes it as that token "
+                        "even as plain text: remove it from the words"
+                    )
+                ids += part_ids
                 after = SPELT if spelt else part
         return ids
 
+    def _contains_control(self, ids: Sequence[int], name: str) -> bool:
+        """Return whether the ids of a control token's name contain the token itself. Unknown text has the id of the
+        unknown token, and padding may have that of a punctuation mark: both may stand in words."""
+        token: Any = self._tokenizer.convert_tokens_to_ids(name)
+        controls = CONTROL_FORM.fullmatch(name) is not None or token in self.stop_tokens
+        return controls and name != self._tokenizer.unk_token and token in ids
+
     def _token_ids(self, text: str, spelt: bool = False) -> list[int]:
-        options = {"split_special_tokens": True} if spelt else {}
-        with tokenizer_errors("the tokenizer"), _ENCODING:
-            ids: list[int] = self._tokenizer(text, add_special_tokens=False, **options)["input_ids"]
-        return ids
+        with tokenizer_errors("the tokenizer"):
+            if not spelt:
+                ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+                return ids
+            # The steps of the tokenizer without its added tokens. `split_special_tokens` of transformers would leave
+            # out only those marked as special, and is a setting of the tokenizer that other threads use meanwhile.
+            backend = self._tokenizer.backend_tokenizer
+            if backend.normalizer is not None:
+                text = backend.normalizer.normalize_str(text)
+            pieces = [text]
+            if backend.pre_tokenizer is not None:
+                pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+            return [token.id for piece in pieces for token in backend.model.tokenize(piece)]
 
     def _continued(self, text: str, after: str, spelt: bool) -> list[int]:
         if not self._adds_space:
             return self._token_ids(text, spelt)
         special = None if spelt else next(filter(after.endswith, self._added), None)
         for prefix in (special,) if special else BEHIND:
-            prefix_ids, ids = self._token_ids(prefix), self._token_ids(prefix + text, spelt)
+            prefix_ids, ids = self._token_ids(prefix, spelt), self._token_ids(prefix + text, spelt)
             if prefix_ids and ids[: len(prefix_ids)] == prefix_ids:
                 return ids[len(prefix_ids) :]
         raise ValueError(f"the tokenizer has no ids of its own for a text that continues another: {text[:40]!r}")
 
     def as_words(self, text: str) -> str:
-        """Mark special tokens in the words of a turn, so that `encode` encodes them as plain text. Words can then
-        neither end a turn nor begin one."""
-        return self._special.sub(lambda found: f"{SPELT}{found[0]}{SPELT}", text.replace(SPELT, ""))
+        """Mark control tokens in the words of a turn, so that `encode` encodes them as plain text: those that the
+        tokenizer marks as special, and those of the form `CONTROL_FORM`. Words can then neither end a turn nor begin
+        one."""
+        return self._control.sub(lambda found: f"{SPELT}{found[0]}{SPELT}", text.replace(SPELT, ""))
 
     def decode(self, ids: Sequence[int] | Tensor, special: bool = False) -> str:
         """Decode ids to text, with special tokens if `special` is set."""

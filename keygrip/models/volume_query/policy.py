@@ -27,7 +27,7 @@ from keygrip.models.policy import (
     views_of,
     views_or_none,
 )
-from keygrip.models.policy_tensors import plans_of, stacked, stacked_poses, stacked_views
+from keygrip.models.policy_tensors import plans_of, restored_on_error, stacked, stacked_poses, stacked_views
 from keygrip.models.training_box import HeldBackWarning, Margin, check_margin, kept_in_box
 from keygrip.models.volume_query.decoding import Decoder, DecoderName
 from keygrip.models.volume_query.second_look import SharpImage
@@ -147,9 +147,11 @@ class VolumeQueryPolicy:
         return self._plans([observation], [self])[0]
 
     def plan_batch(self, observations: Sequence[Observation], sessions: Sequence[Self]) -> list[Plan]:
-        """Plan for several sessions in one pass of the network, or one by one with the "sample" decoder; see `plan`."""
+        """Plan for several sessions in one pass of the network, or one by one with the "sample" decoder; see `plan`.
+        An error leaves the generators of all sessions unchanged."""
         if self.chosen_decoder().name == "sample":
-            return [session.plan(observation) for session, observation in zip(sessions, observations, strict=True)]
+            with restored_on_error([session._generator for session in sessions]):
+                return [session.plan(observation) for session, observation in zip(sessions, observations, strict=True)]
         return self._plans(observations, sessions)
 
     def _views(self, observation: Observation) -> list[Mapping[str, Any] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -98,3 +99,48 @@ def test_resuming_on_changed_demonstrations_stops_with_their_names(
         refuse_changed(other, dict(reversed(other.items())))  # roots of several data sets, given in another order
     with pytest.raises(ValueError, match=r"5 added \(a, b, c, ...\)"):
         refuse_changed({}, dict.fromkeys("abcde", ""))
+
+
+def test_demonstrations_that_a_run_trained_on_are_not_validated_on_as_held_out(
+    robot_demos: Callable[..., RobotDemos], native_root: Path, native_demo: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Which demo is held out depends on the others if none has a draw below the fraction."""
+    settings = {"val_fraction": 0.2, "split_seed": 0}
+    run = robot_demos(native_root)
+    run.setup("fit")
+    state = run.state_dict()
+
+    def evaluate(root: Path, **changes: Any) -> list[str]:
+        data = robot_demos(root, **changes)
+        data.setup("validate")
+        data.refuse_trained(state, settings)
+        return [data.demos[index].name for index in data.val_indices]
+
+    held_out = [run.demos[index].name for index in run.val_indices]
+    assert evaluate(native_root) == held_out
+    assert evaluate(Path(shutil.copytree(native_root, tmp_path / "moved", ignore=shutil.ignore_patterns(".*"))))
+    for folder in ("part", "part_named_otherwise/morning"):
+        for demo in run.train_demos[:3]:
+            shutil.copytree(demo.path, tmp_path / folder / demo.name)
+    with pytest.raises(
+        ValueError, match=r"1 of 1 demonstrations .* trained on by this run: (demo_\d+)\. Errors on them"
+    ):
+        evaluate(tmp_path / "part")
+    with pytest.raises(ValueError, match=rf": morning/demo_\d+\. .*run's own: {', '.join(held_out)}\).*data\.root="):
+        evaluate(tmp_path / "part_named_otherwise")
+    with pytest.raises(ValueError, match=r"of 9 demonstrations that would be validated on were trained on"):
+        evaluate(native_root, val_fraction=0.99)
+    with pytest.raises(ValueError, match="were trained on by this run"):
+        evaluate(native_root, split_seed=2)
+    for number, demo in enumerate(run.train_demos[:3]):  # other demonstrations, which happen to have the same names
+        native_demo(tmp_path / "new" / demo.name, level=0.3 + 0.01 * number, seed=20 + number)
+    assert len(evaluate(tmp_path / "new")) == 1
+    for number, demo in enumerate(run.val_indices):
+        shutil.copytree(run.demos[demo].path, tmp_path / "own" / run.demos[demo].name)
+        native_demo(tmp_path / "own" / f"later_{number}", level=0.4 + 0.01 * number, seed=30 + number)
+    assert set(held_out) <= set(evaluate(tmp_path / "own"))
+    settings["val_fraction"] = 0.0  # the run's own, not that of the evaluation: everything was trained on
+    with pytest.raises(ValueError, match=r"restore the held-out ones and leave out data\.val_fraction"):
+        evaluate(native_root)
+    del state["demonstrations"]  # an older checkpoint, or an export
+    assert evaluate(native_root, val_fraction=0.99)

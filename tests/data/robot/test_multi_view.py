@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -609,3 +610,35 @@ def test_recordings_of_the_tasks_own_camera_keep_their_folder() -> None:
     before = Recording(**plain).root  # type: ignore[arg-type]
     assert before == Recording(**plain, cameras=None).root  # type: ignore[arg-type]
     assert Recording(**plain, cameras=CAMERAS).root != before  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.full((40, 48), 200, np.uint8), r"000000\.png: depth holds uint8; uint16 millimetres are needed"),
+        (np.zeros((40, 48, 3), np.uint8), r"000000\.png: depth must have one channel, it has shape \(40, 48, 3\)"),
+    ],
+)
+def test_depth_images_that_are_not_uint16_are_refused(
+    root: Path, robot_demos: Make, values: np.ndarray, said: str, verify: bool
+) -> None:
+    """Values with 8 bits, such as a picture of depth, would count as distances up to 25 cm."""
+    for frame in range(12):
+        Image.fromarray(values).save(root / "demo_2" / "depth" / "over" / f"{frame:06d}.png")
+    settings = {"val_fraction": 0.0, "max_broken_share": 0.2, "verify": verify}
+    module = ready(robot_demos(root, **TWO, **settings))
+    (error,) = module.broken
+    assert error.name == "demo_2"
+    assert re.search(r"camera 'over': .*" + said, error.reason)
+    assert len(ready(robot_demos(root, cameras=CAMERAS, **settings)).demos) == 6  # depth is not used
+    Image.fromarray(np.full((20, 24), 900, np.uint16)).save(root / "demo_3" / "depth" / "front" / "000000.png")
+    module = ready(robot_demos(root, **TWO, **settings | {"max_broken_share": 0.4}))
+    assert [error.name for error in module.broken] == ["demo_2", "demo_3"]
+
+
+def test_optional_views_with_unusable_depth_are_masked_without_verification(root: Path, robot_demos: Make) -> None:
+    Image.fromarray(np.full((40, 48), 200, np.uint8)).save(root / "demo_2" / "depth" / "front" / "000011.png")
+    module = asked(robot_demos(root, **TWO, val_fraction=0.0, verify=False))
+    assert [demo.name for demo in module.demos if "damaged" in demo.source] == ["demo_2"]
+    assert "depth holds uint8" in module.origin["masked"]["demo_2"]["front"]

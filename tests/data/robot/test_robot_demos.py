@@ -366,6 +366,9 @@ def test_the_split_is_by_name_and_stable_under_added_demos() -> None:
     assert {names[i] for i in val} == {more[i] for i in val_of_more if i < 200}
     assert split_demos(names, 0.2, 1)[1] != val
     assert split_demos(names, 0.0, 0)[1] == []
+    few = [names[index] for index in train[:3]]  # one is held out, although the larger set trains on it
+    assert len(split_demos(few, 0.2, 0)[1]) == 1
+    assert split_demos([*few, names[val[0]]], 0.2, 0) == ([0, 1, 2], [3])
     for count in (2, 3):  # both sides get at least one demo, however small the set
         assert all(split_demos(names[:count], fraction, 0)[side] for fraction in (0.01, 0.99) for side in (0, 1))
 
@@ -968,3 +971,18 @@ def test_demonstrations_shorter_than_a_step_are_named(
     refuse_short([cut, *data.train_demos[1:]], 1, [4] * len(data.train_demos))
     assert f"1 of {len(data.train_demos)} training demos are shorter than one step" in caplog.text
     assert caplog.text.rstrip().endswith(short.name)
+
+
+@pytest.mark.parametrize(("weight", "corrected"), [(1.9, 15), (0.5, 4), (0.1, 0), (1.3, 10), (1.0, 8)])
+def test_fractions_of_a_weight_are_kept_over_short_corrections(
+    native_root: Path, robot_demos: Make, change_archive: Any, weight: float, corrected: int
+) -> None:
+    """One frame per demo is corrected: counted in each demo alone, 1.9 had the effect of 1 and 0.5 that of 0."""
+    flags = np.arange(12) == 4
+    for number in (0, 1, 2, 4, 5, 6, 8, 9):
+        change_archive(native_root / f"demo_{number:02d}" / "trajectory.npz", intervention=flags)
+    samples = ready(robot_demos(native_root, val_fraction=0.0, intervention_weight=weight)).train_samples
+    assert len(samples) == 10 * 12 - 8 + corrected
+    assert (samples.sample_frame == 4).sum() == 2 + corrected
+    counts = np.bincount(samples.sample_demo[samples.sample_frame == 4], minlength=10)[[0, 1, 2, 4, 5, 6, 8, 9]]
+    assert set(counts) <= {int(weight), int(weight) + 1}  # spread evenly

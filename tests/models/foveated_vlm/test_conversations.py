@@ -252,6 +252,81 @@ def test_words_that_spell_control_tokens_neither_end_a_turn_nor_begin_one(smollm
         assert smollm.decode(row.ids[: row.visual_at], special=True).endswith(forged)
 
 
+def with_added(tokenizer: ChatTokenizer, names: Sequence[str]) -> ChatTokenizer:
+    """Return a tokenizer with further tokens that are not marked as special, rebuilt as from a checkpoint."""
+    from tokenizers import AddedToken
+
+    fast = pickle.loads(pickle.dumps(tokenizer._tokenizer))
+    fast.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    assert not any(token.special for token in fast.added_tokens_decoder.values() if token.content in names)
+    return ChatTokenizer.from_state(ChatTokenizer(fast).state())
+
+
+MARKERS = ("<tool_call>", "<|file_sep|>", "[USER]")  # Qwen2.5 does not mark its first two as special
+
+
+@pytest.mark.parametrize("name", ["smollm", "prepend", "first"])
+@pytest.mark.parametrize("order", ["visual_first", "question_first"])
+def test_words_that_spell_markers_which_are_not_marked_as_special_are_words(
+    name: str, order: str, smollm: ChatTokenizer
+) -> None:
+    tokenizer = with_added(smollm if name == "smollm" else sentence_pieces(name), MARKERS)
+    peer = tokenizer._tokenizer
+    markers = [peer.convert_tokens_to_ids(marker) for marker in MARKERS]
+    assert [tokenizer.encode(marker)[-1] for marker in MARKERS] == markers  # those of a template are tokens
+    forged = "digit <tool_call> is<|file_sep|> [USER]red cube"
+    row = encode_conversation((Turn("user", forged), Turn("assistant", f"7{forged}")), tokenizer, order, "answers")
+    assert not set(markers) & set(row.ids)
+    text = tokenizer.decode(row.ids, special=True)
+    assert text.count(forged) == 2
+    # each marker has the ids that the model of the tokenizer gives its text, as special tokens have in transformers
+    for special in peer.all_special_tokens:
+        spelt = peer(special, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert tokenizer.encode(tokenizer.as_words(special)) == spelt
+        assert peer.convert_tokens_to_ids(special) not in spelt
+    plain = sentence_pieces(name) if name != "smollm" else smollm
+    for marker in MARKERS:
+        assert tokenizer.encode(tokenizer.as_words(marker)) == plain.encode(marker)
+
+
+@pytest.mark.parametrize("name", ["smollm", "prepend", "first"])
+def test_words_with_added_words_and_spaces_have_the_ids_of_transformers(name: str, smollm: ChatTokenizer) -> None:
+    """A vocabulary may be extended by words and runs of spaces; they are not marked as special either."""
+    added = ("kubectl", "    ", "\n\n", "\u00f5")
+    tokenizer = with_added(smollm if name == "smollm" else sentence_pieces(name), added)
+    peer = tokenizer._tokenizer
+    asked = "Run kubectl    on\n\nthe \u00f5 cube"
+    whole = peer(tokenizer.render([("user", asked)], answering=True), add_special_tokens=False)["input_ids"]
+    assert {peer.convert_tokens_to_ids(each) for each in added} <= set(whole)
+    assert encode_conversation((Turn("user", asked),), tokenizer, "visual_first", "answers").ids == whole
+
+
+def test_words_that_cannot_be_spelt_out_are_refused_and_counted(tmp_path: Path) -> None:
+    """A model of whole words has no other ids for a token's text; the unknown token and padding may stand in words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ("[UNK]", "</s>", "<tool_call>", "!", "red", "cube")
+    words = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        chat_template="{% for m in messages %}{{ m['content'] }} </s>{% endfor %}",
+        **{"unk_token": "[UNK]", "eos_token": "</s>", "pad_token": "!"},
+    )
+    fast.add_tokens(["<tool_call>"])
+    tokenizer = ChatTokenizer(fast)
+    assert tokenizer.encode(tokenizer.as_words("red ! [UNK] dog cube")) == [4, 3, 0, 0, 5]
+    for control in ("</s>", "<tool_call>"):
+        with pytest.raises(ValueError, match=rf"the words contain '{control}', a control token .*: remove it from"):
+            tokenizer.encode(tokenizer.as_words(f"red {control} cube"))
+    collator = ConversationCollator(Given(tokenizer), "visual_first", "answers")
+    collator.prepare(tmp_path, lambda: iter(()))
+    refused = Conversation((Turn("user", "red <tool_call>"), Turn("assistant", "cube")), "text", {})
+    assert "contain '<tool_call>'" in str(collator.problem(refused))
+    assert collator.problem(Conversation((Turn("user", "red"), Turn("assistant", "cube")), "text", {})) is None
+
+
 def test_conversations_without_a_whole_answer_are_no_rows_and_counted(tmp_path: Path) -> None:
     collator = ConversationCollator(TrainedTokenizer(400), "question_first", "answers", max_tokens=40)
     collator.prepare(tmp_path, lambda: iter([turn.text for turn in TALK]))

@@ -118,6 +118,11 @@ def test_time_stamps_are_told_before_the_question(tmp_path: Path) -> None:
     assert frame_times((0.0, 1.0, 2.0)) == "3 frames, one every 1 s, from 0 s to 2 s."
     assert frame_times((0.0, 2.5, 5.0)) == "3 frames, one every 2.5 s, from 0 s to 5 s."
     assert frame_times((4.0,)) == "1 frame, at 4 s."
+    assert frame_times((0.0, 999.4, 9999.4)) == "3 frames, one every 5000 s, from 0 s to 9999 s."
+    assert frame_times((0.0, 999.4)) == "2 frames, one every 999 s, from 0 s to 999.4 s."
+    assert frame_times((0.0, 10799.0)) == "2 frames, one every 10799 s, from 0 s to 10799 s."
+    assert frame_times((12345.4, 13345.2)) == "2 frames, one every 1000 s, from 12345 s to 13345 s."
+    assert frame_times((9999.6,)) == "1 frame, at 10000 s."
     plain, told = collator(tmp_path), collator(tmp_path, timestamps=True)
     samples = [sample(3, (0.0, 2.5, 5.0)), sample(0, ())]
     without, with_times = plain(samples), told(samples)

@@ -571,6 +571,34 @@ def test_the_chat_template_of_an_export_has_the_system_turn_of_training(
     assert tokenizer(processor.apply_chat_template(seen).replace("<video>", ""))["input_ids"] == ids
 
 
+def test_the_processor_reads_words_that_name_added_tokens_as_training_does(tmp_path: Path) -> None:
+    """Whatever words of the system turn become part of the exported template. Added words are tokens as in
+    transformers, and control tokens are not, marked as special or not."""
+    from tokenizers import AddedToken
+    from transformers import AutoProcessor, AutoTokenizer
+
+    module = small_module(tmp_path, TEXTS)
+    state = module.tokenizer.state()
+    fast = ChatTokenizer.from_state(state)._tokenizer
+    fast.add_tokens([AddedToken(each, special=False, normalized=False) for each in ("<tool_call>", "kubectl")])
+    module.collator.tokenizer = ChatTokenizer(fast)
+    module.collator.system = "Run kubectl, never <tool_call>."
+    files, facts = module.export_files()
+    facts["vocab_size"] += 2
+    folder = write_export(tmp_path / "out", {"keygrip": {}}, module.state_dict(), "card", files=files, facts=facts)
+    processor, tokenizer = AutoProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    control, word = tokenizer.convert_tokens_to_ids(["<tool_call>", "kubectl"])
+    talk = [user("Which kubectl <tool_call><|im_end|> digit?")]
+    (ids,) = processor([talk])["input_ids"].tolist()
+    assert ids == module.collator.prompt((Turn("user", talk[0]["content"][0]["text"]),)).ids
+    assert (ids.count(control), ids.count(word)) == (0, 2)
+    assert tokenizer.decode(ids) == processor.apply_chat_template(talk)
+    module.collator.system = processor.system = "Run kubectl."
+    (ids,) = processor([[user("Which kubectl?")]])["input_ids"].tolist()
+    rendered = processor.apply_chat_template([user("Which kubectl?")])
+    assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == ids
+
+
 def test_the_processor_takes_what_transformers_processors_are_given_or_says_what_to_give(
     chat: VideoChat, tmp_path: Path
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +189,40 @@ def test_weights_of_a_folder_as_the_hub_ships_it(tmp_path: Path) -> None:
         small_vlm(weights=str(tmp_path / "hub"), layers=2)
     with pytest.raises(ValueError, match=r"rope_theta is 10000.0, config says 1000000.0"):
         small_vlm(weights=str(tmp_path / "hub"), rope_theta=1e6)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "said"),
+    [
+        ("text_config", {"rope_parameters": YARN}, "rope_type is yarn, here it is default"),
+        (
+            "text_config",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
+            "layer_types is full_attention and sliding_attention, here it is full_attention",
+        ),
+        ("text_config", {"hidden_act": "gelu"}, "text_config.hidden_act is gelu, here it is silu"),
+        ("vision_config", {"hidden_act": "gelu"}, "vision_config.hidden_act is gelu, here it is silu"),
+    ],
+)
+def test_weights_that_would_be_computed_otherwise_are_refused(
+    part: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """The checkpoint of a run rebuilds the model without this file, so it would compute other hidden states."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    Qwen2_5_VLForConditionalGeneration(small_vlm().model.config).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    if "rope_parameters" in changes:
+        changes = {"rope_parameters": stored[part]["rope_parameters"] | changes["rope_parameters"]}
+    file.write_text(json.dumps(stored))
+    assert small_vlm(weights=str(tmp_path)).loaded_weights == str(tmp_path)
+    file.write_text(json.dumps(stored | {part: stored[part] | changes}))
+    with pytest.raises(ValueError, match=f"does not fit vlm: .*{said}$"):
+        small_vlm(weights=str(tmp_path))
 
 
 @pytest.mark.parametrize("order", ["images_first", "instruction_first"])

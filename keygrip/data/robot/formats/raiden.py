@@ -36,7 +36,7 @@ from keygrip.data.bad_samples import convert_errors
 from keygrip.data.robot.calibration import NAMES, SCHEMA, read_mapping, setting
 from keygrip.data.robot.demo_folders import demo_folders, folder_references, read_object
 from keygrip.data.robot.formats.poses import increasing, invert, opening, quaternions, rigid, rotations, transform
-from keygrip.data.robot.frames import JpegFrames, NumberedFiles
+from keygrip.data.robot.frames import JpegFrames, NumberedFiles, depth_millimetres
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
 from keygrip.data.untrusted_files import open_image, read_bytes, read_npy, read_npz
@@ -162,10 +162,12 @@ class NpzDepth(NumberedFiles):
     """One `.npz` file per frame with an array `depth`, [H, W] uint16 mm."""
 
     def read(self, index: int) -> np.ndarray:
-        depth = read_npz(self.path(index), {"depth"})["depth"]
-        if depth.ndim != 2:
-            raise ValueError(f"{self.folder}: depth of frame {index} has shape {depth.shape}")
-        return depth.astype(np.uint16)
+        path = self.path(index)
+        depth = read_npz(path, {"depth"})["depth"]
+        try:
+            return depth_millimetres(depth)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 # ---------------------------------------------------------------------- finding

@@ -101,13 +101,13 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
                 reason = f"{calibration.path} has no entry for it"
                 video = VideoFrames(episode / f"{role}-images-{key}.mp4")
                 try:
-                    source, width, height = _nearest_frames(video, entry, stamps, times)
+                    source, width, height = _nearest_frames(video, entry, stamps, times, rate)
                 except OSError:
                     continue  # ignored for a camera that the calibration file does not list
                 cameras[camera] = CameraTrack.without_calibration(width, height, source, len(times), reason)
                 continue
             video = VideoFrames(episode / f"{role}-images-{key}.mp4", rotate=calibration.cameras[camera].rotate)
-            cameras[camera] = _calibrated_camera(video, camera, entry, stamps, times, calibration, gripper_poses)
+            cameras[camera] = _calibrated_camera(video, camera, entry, stamps, times, rate, calibration, gripper_poses)
     if times is None:
         raise DemoError(name, "metadata.json names no camera")
     return Demo(
@@ -117,7 +117,7 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
         task=episode.parent.name,
         instruction=str(metadata.get("task_name") or episode.parent.name.replace("_", " ")),
         fps=rate,
-        timestamps=increasing((times * 1e6).round().astype(np.int64), round(1e9 / rate)),
+        timestamps=_increasing(times, rate),
         arms=arms,
         cameras=cameras,
         source={
@@ -186,10 +186,11 @@ def _calibrated_camera(
     entry: dict[str, Any],
     stamps: np.ndarray,
     times: np.ndarray,
+    rate: float,
     calibration: Calibration,
     gripper_poses: dict[str, np.ndarray],
 ) -> CameraTrack:
-    frames, width, height = _nearest_frames(video, entry, stamps, times)
+    frames, width, height = _nearest_frames(video, entry, stamps, times, rate)
     calibrated = calibration.camera(camera)
     return CameraTrack(
         width,
@@ -201,20 +202,45 @@ def _calibrated_camera(
 
 
 def _nearest_frames(
-    video: VideoFrames, entry: dict[str, Any], stamps: np.ndarray, times: np.ndarray
+    video: VideoFrames, entry: dict[str, Any], stamps: np.ndarray, times: np.ndarray, rate: float
 ) -> tuple[FrameSource, int, int]:
-    """Return frames of which frame i is the image nearest in time to tick i (if a camera has another number of frames,
-    frames are dropped or repeated), and their width and height."""
+    """Return frames of which frame i is the image of tick i, and their width and height.
+
+    This is image i if the camera has as many images as ticks, each at most half a tick away from its own. Otherwise it
+    is the image nearest in time: images are dropped or repeated.
+
+    Args:
+        stamps: ms, of the images. times: ms, of the ticks. rate: ticks per second.
+
+    Raises:
+        OSError: the video is cut off, or the stamps are not times of the ticks' clock.
+    """
     frame_count = video.frames_in_file()
     if frame_count != len(stamps):
         raise OSError(
             f"{video.path.name} holds {frame_count} frames, its time stamps are {len(stamps)}: the video is cut off"
         )
     frames: FrameSource = VideoFrames(video.path, frame_count, rotate=video.rotate)
-    if len(stamps) != len(times):
+    if not np.isfinite(stamps).all():
+        raise OSError(f"{video.path.name}: its time stamps hold NaN or infinite values")
+    # stamps are repeated where the image of a slower camera was stored at two ticks: compared without repetitions
+    if len(stamps) != len(times) or np.abs(_increasing(stamps, rate) - _increasing(times, rate)).max() > 5e8 / rate:
+        if (np.diff(stamps) < 0).any():
+            raise OSError(f"{video.path.name}: its time stamps decrease, so that images cannot be assigned to ticks")
+        if stamps[-1] < times[0] or stamps[0] > times[-1]:
+            raise OSError(
+                f"{video.path.name}: its time stamps begin {(stamps[0] - times[0]) / 1000:+.6g} s from those of the "
+                "first camera and none lies among them, so that no image belongs to a tick: correct the stamps (ms, "
+                "of one clock), or leave this camera out by giving null in the calibration file"
+            )
         right = np.clip(np.searchsorted(stamps, times), 1, len(stamps) - 1)
         nearest = right - (times - stamps[right - 1] <= stamps[right] - times)
         frames = SelectedFrames(frames, tuple(int(index) for index in nearest))
     entry_size = (int(entry["width"]), int(entry["height"]))
     width, height = entry_size if video.rotate in (0, 180) else entry_size[::-1]
     return frames, width, height
+
+
+def _increasing(stamps: np.ndarray, rate: float) -> np.ndarray:
+    """Return time stamps in ms as ns, repeated ones spread out (see `increasing`)."""
+    return increasing((stamps * 1e6).round().astype(np.int64), round(1e9 / rate))

@@ -60,7 +60,8 @@ class KeygripConfig(PreTrainedConfig):
         server: URL of `python -m keygrip.serve`, instead of a checkpoint.
         trust: packages other than keygrip whose model parts the checkpoint may name.
         external: files that the model needs and the checkpoint does not contain, by dotted setting, e.g.
-            `network.instruction.source` (a frozen text tower).
+            `network.instruction.source` (a frozen text tower). This and `trust` are not saved and not accepted from a
+            policy's folder: give them each time the policy is loaded.
         planning: changes to the policy's planning, e.g. `{"compiled": True}` (geometry_vla) or
             `{"decoder": "viterbi"}` (volume_query); only with a checkpoint, because a server has its own.
         control_hz: calls of `select_action` per second.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,9 @@ import numpy as np
 import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
-from omegaconf import OmegaConf
 from torch import Tensor
 
 import keygrip
-from keygrip import export
 from keygrip.artifacts import atomic_folder
 from keygrip.exporting.folder import is_export
 from keygrip.models.policy import Needs, Policy
@@ -26,6 +25,9 @@ from lerobot_policy_keygrip.configuration_keygrip import ArmLayout, CameraCalibr
 from lerobot_policy_keygrip.processor_keygrip import make_keygrip_pre_post_processors
 
 WEIGHTS = "keygrip"  # folder of the checkpoint, next to config.json
+GRANTS = ("trust", "external")  # settings that only the person who loads a policy may give, not its folder
+# Arguments of `from_pretrained` that decide which config.json is read.
+HUB_OPTIONS = ("force_download", "resume_download", "proxies", "token", "cache_dir", "local_files_only", "revision")
 
 
 class KeygripPolicy(PreTrainedPolicy):
@@ -85,10 +87,23 @@ class KeygripPolicy(PreTrainedPolicy):
     def from_pretrained(
         cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **options: Any
     ) -> KeygripPolicy:
-        """Load the policy from a folder that `save_policy` wrote."""
+        """Load the policy from a folder that `save_policy` wrote.
+
+        Args:
+            config: its configuration with changes, as from LeRobot's command line. `trust` and `external` are accepted
+                only here: a folder's own config.json must not contain them.
+
+        Raises:
+            ValueError: the folder's config.json has `trust` or `external`, or `use_peft` is set. Also the errors of the
+                class.
+        """
+        hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
+        stored = _refuse_grants(pretrained_name_or_path, **hub_options)
         if config is None:
-            config = PreTrainedConfig.from_pretrained(pretrained_name_or_path)
+            config = stored
         assert isinstance(config, KeygripConfig)
+        if getattr(config, "use_peft", False):  # the configuration would be that of another folder, the adapter's
+            raise ValueError("use_peft=true: keygrip's policies are trained by `python -m keygrip.train`, without peft")
         if not config.checkpoint and not config.server:
             config = dataclasses.replace(config, checkpoint=str(Path(pretrained_name_or_path) / WEIGHTS))
         return cls(config).eval()
@@ -144,13 +159,18 @@ class KeygripPolicy(PreTrainedPolicy):
         return {}
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the configuration and the checkpoint that it names."""
+        """Write the configuration, without `trust` and `external`, and the checkpoint that it names."""
         folder = Path(save_directory)
         config = self.config
         if config.checkpoint and Path(config.checkpoint).resolve() != (folder / WEIGHTS).resolve():
             if is_export(config.checkpoint):
                 shutil.copytree(config.checkpoint, folder / WEIGHTS)
             else:
+                # imported here, because a policy of a server must work without omegaconf and hydra
+                from omegaconf import OmegaConf
+
+                from keygrip import export
+
                 export.run(
                     OmegaConf.structured(
                         export.ExportSchema(
@@ -162,7 +182,7 @@ class KeygripPolicy(PreTrainedPolicy):
                     )
                 )
         # without the checkpoint's path, also for the folder it was loaded from: a path would be wrong after a move
-        dataclasses.replace(config, checkpoint=None)._save_pretrained(folder)
+        dataclasses.replace(config, checkpoint=None, trust=[], external={})._save_pretrained(folder)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
@@ -259,6 +279,23 @@ def save_policy(config: KeygripConfig, folder: str | Path) -> Path:
         for processor in make_keygrip_pre_post_processors(config):
             processor.save_pretrained(temporary)
     return Path(folder)
+
+
+def _refuse_grants(place: str | Path, **hub_options: Any) -> PreTrainedConfig:
+    """Return the configuration in a policy's folder. Raises ValueError if it has one of `GRANTS`.
+
+    The folder may be downloaded. `trust` lets a checkpoint run code of a package, and `external` lets it read files and
+    addresses, so that a folder with these settings would decide about its own checkpoint.
+    """
+    stored: PreTrainedConfig = PreTrainedConfig.from_pretrained(place, **hub_options)
+    for name in GRANTS:
+        if value := getattr(stored, name, None):
+            raise ValueError(
+                f"config.json of {place} has {name}={value}: which packages are trusted and which files are read is "
+                f"decided by who loads a policy, not by its folder. Remove {name} from that file; if you want it, give "
+                f"--policy.{name}='{json.dumps(value)}' on LeRobot's command line"
+            )
+    return stored
 
 
 def _load(config: KeygripConfig) -> Any:

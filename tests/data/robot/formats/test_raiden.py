@@ -539,3 +539,26 @@ def test_damage_is_named_or_left_out(tmp_path, scene, rounds):
     write_episode(tmp_path / "set" / "0000", scene)
     write_episode(tmp_path / "set" / "0001", scene, arms=1, protocol=2)
     assert_damage_is_found(tmp_path / "set", rounds, unnoticed=(".json", ".npy", ".pkl", ".jpg"))
+
+
+@pytest.mark.parametrize(
+    ("depth", "said"),
+    [
+        (np.full((72, 96), 0.62, np.float32), "depth holds float32; uint16 millimetres are needed"),
+        (np.full((72, 96), 200, np.uint8), "depth holds uint8; uint16 millimetres are needed"),
+        (np.full((72, 96), 70_000, np.int32), "depth holds int32 from 70000 to 70000; uint16 millimetres are needed"),
+        (np.full((72, 96), -1, np.int64), "depth holds int64 from -1 to -1; uint16 millimetres are needed"),
+        (np.zeros((72, 96, 1), np.uint16), r"depth must have one channel, it has shape \(72, 96, 1\)"),
+    ],
+)
+def test_depth_that_is_not_uint16_millimetres_is_refused(tmp_path, scene, depth, said):
+    """0.62 m would become 0 mm, which means "no reading", and 1.4 m would become 1 mm."""
+    write_episode(tmp_path / "pick" / "0000", scene)
+    file = tmp_path / "pick" / "0000" / "depth" / "scene_camera" / "0000000002.npz"
+    source = find_demos(tmp_path)[0].read().cameras["scene_camera"].depth
+    np.savez_compressed(file, depth=depth)
+    with pytest.raises(ValueError, match=rf"0000000002\.npz: {said}"):
+        source.read(2)
+    np.savez_compressed(file, depth=np.full((72, 96), 65_535, np.int32))
+    assert source.read(2).dtype == np.uint16
+    assert (source.read(2) == 65_535).all()

@@ -250,6 +250,38 @@ def test_a_slower_camera_gives_the_nearest_picture(tmp_path, write_episode, cali
     assert np.abs(frames.read(4).astype(int) - demo.cameras["top"].frames.read(4)).mean() < 2
 
 
+def test_a_camera_that_began_later_gives_the_nearest_image(tmp_path, write_episode, calibrate, calibration_text, scene):
+    """Regression: with equal numbers of images, each row had the image of its number, here two ticks after its pose."""
+    folder = tmp_path / "a" / "b"
+    write_episode(folder)
+    calibrate(tmp_path, BASES, wrist=calibration_text(scene))
+    (reference,) = find_demos(tmp_path)
+    times = np.load(folder / "wrist-timestamp.npy")
+
+    def images(stamps: np.ndarray) -> list[int]:
+        """Return which image of the video each row gets."""
+        np.save(folder / "wrist-timestamp.npy", stamps)
+        demo = reference.read()
+        top, wrist = demo.cameras["top"].frames, demo.cameras["wrist"].frames
+        every = np.stack([top.read(index) for index in range(N)]).astype(int)
+        return [int(np.abs(every - wrist.read(row)).mean(axis=(1, 2, 3)).argmin()) for row in range(N)]
+
+    tick = 1000 / 30
+    assert images(times + 2 * tick) == [0, 0, 0, 1, 2, 3]
+    assert images(times - 2 * tick) == [2, 3, 4, 5, 5, 5]
+    assert images(times + 0.4 * tick) == list(range(N))
+    repeated = times.copy()
+    repeated[1::2] = repeated[0::2]  # a slower camera, whose image was stored at two ticks
+    assert images(repeated) == list(range(N))
+    for stamps, said in (
+        (times - 1.7e12, r"begin -1\.7e\+09 s from those of the first camera"),
+        (times[::-1], "decrease"),
+        (np.append(times[1:], np.nan), "hold NaN"),
+    ):
+        with pytest.raises(DemoError, match=rf"wrist-images-rgb\.mp4: its time stamps {said}"):
+            images(stamps)
+
+
 def test_frames_of_another_resolution_scale_the_intrinsics(
     tmp_path, write_episode, calibrate, calibration_text, scene, check_geometry
 ):
