@@ -8,7 +8,7 @@ state, gh and gw rows and columns of the patch grid.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -340,6 +340,7 @@ class ImageTextStatistics:
             encoders with a different fingerprint.
         folder: where files derived from the shards (an attribute classifier) may be stored.
         val_latent_sizes: (h, w) by bucket of the validation split.
+        encoder_settings: description of those encoders, by part; empty: unknown.
     """
 
     latent_mean: Tensor
@@ -356,6 +357,7 @@ class ImageTextStatistics:
     encoders: str
     folder: str
     val_latent_sizes: Sequence[tuple[int, int]] = ()
+    encoder_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ class ImageShards(ResumableData):
         self.prepare_data_per_node = False  # every node can read the shards in the same place
         self.parts: dict[str, list[BucketPart]] = {}
         self.encoders = UNKNOWN
+        self.encoder_settings: dict[str, Any] = {}
         self.sizes: dict[str, int] = {}
         self.divided_by_keys = False  # True: the set has no splits of its own
 
@@ -122,6 +123,7 @@ class ImageShards(ResumableData):
         info = read_info(self.place, self.cache_dir)
         if info["encoders"] is not None:
             self.encoders = str(info["encoders"]["fingerprint"])
+            self.encoder_settings = info["encoders"].get("description") or {}
         opened: dict[str, list[BucketPart]] = {split: [] for split in SPLITS}
         sets: list[ShardSet] = []
         for split, names in info["splits"].items():
@@ -250,6 +252,7 @@ class ImageShards(ResumableData):
             encoders=self.encoders,
             folder=str(self.folder),
             val_latent_sizes=[_latent_size(part) for part in self.parts["val"]],
+            encoder_settings=self.encoder_settings,
         )
 
     def _measured(self) -> dict[str, np.ndarray]:

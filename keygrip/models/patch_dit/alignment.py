@@ -67,7 +67,7 @@ class FeatureAlignment(nn.Module):
                 "model.alignment.only_without_patches=true has no effect with model.network.use_dino_patches=false, "
                 "where no sample has patches: false"
             )
-        if not dropout.none + dropout.text + dropout.cls_alone:
+        if not dropout.without_patches:
             raise ValueError(
                 "model.alignment.only_without_patches=true finds no sample: model.dropout drops no patches; raise "
                 "none, text or cls_alone, or give false"
@@ -76,6 +76,10 @@ class FeatureAlignment(nn.Module):
     def counted(self, has_patches: Tensor) -> Tensor:
         """Which samples count in the loss, bool ``[B]``. has_patches: bool ``[B]``, which of them keep patches."""
         return ~has_patches if self.only_without_patches else torch.ones_like(has_patches)
+
+    def counted_share(self, dropout: ConditionDropout) -> float:
+        """The share of training samples that count in the loss, on average."""
+        return dropout.without_patches if self.only_without_patches else 1.0
 
     def forward(
         self, tapped: Tapped, token_grid: tuple[int, int], patches: Tensor, patch_grid: tuple[int, int]

@@ -37,6 +37,10 @@ class Autoencoder(Protocol):
 
     def to(self, device: torch.device | str) -> Self: ...
 
+    def settings(self) -> dict[str, Any]:
+        """The part of `description` that is known without loading weights."""
+        ...
+
     def description(self) -> dict[str, Any]:
         """Plain values that distinguish this part from others."""
         ...
@@ -65,8 +69,11 @@ class PixelPacking:
     def to(self, device: torch.device | str) -> Self:
         return self
 
-    def description(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         return {"kind": "pixel packing", "edge": self.stride}
+
+    def description(self) -> dict[str, Any]:
+        return self.settings()
 
 
 @model_part(external=["source"])
@@ -136,7 +143,10 @@ class FluxAutoencoder:
         raw = latents.float() / model.config.scaling_factor + (model.config.shift_factor or 0.0)
         return (model.decode(raw.to(self.device, self.dtype)).sample.float() + 1) / 2
 
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "AutoencoderKL"}
+
     def description(self) -> dict[str, Any]:
         names = ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor")
         config = {name: getattr(self.model.config, name) for name in names}
-        return {"kind": "AutoencoderKL", "config": config, **sample_of(self.model)}
+        return {**self.settings(), "config": config, **sample_of(self.model)}

@@ -262,6 +262,11 @@ class ConditionDropout:
     def shares(self) -> Sequence[float]:
         return self.none, self.text, self.dino, self.both
 
+    @property
+    def without_patches(self) -> float:
+        """The share of samples that keep no patches."""
+        return self.none + self.text + (self.dino + self.both) * self.cls_alone
+
     def draw(self, count: int, device: torch.device | str | None = None) -> Tensor:
         """Sample categories ``[count]`` int64, indices into ``CATEGORIES``, with torch's global generator."""
         edges = torch.tensor(self.shares, device=device).cumsum(0)[:-1]

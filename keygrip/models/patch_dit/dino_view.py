@@ -137,14 +137,17 @@ class DinoView:
         features = backbone((pixels - mean) / std)
         return features.cls.float(), features.patches.float()
 
-    def description(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """The part of `description` that is known without loading weights."""
         settings = {**self.options, "shape": self.shape}
         del settings["weights_path"], settings["init_from"]
         if self._stored:  # identified by their content
-            settings["weights"] = weights_digest(self.backbone)
-        else:
-            settings |= sample_of(self.backbone)
+            del settings["weights"]
         return settings
+
+    def description(self) -> dict[str, Any]:
+        weights = {"weights": weights_digest(self.backbone)} if self._stored else sample_of(self.backbone)
+        return {**self.settings(), **weights}
 
     @property
     def _stored(self) -> bool:

@@ -17,14 +17,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from keygrip.data.batches import ImageTextStatistics
 from keygrip.models.nn.precision import without_autocast
 from keygrip.models.patch_dit.autoencoders import Autoencoder, PixelPacking
 from keygrip.models.patch_dit.dino_view import COLOUR, GAMMA, GREY, DinoView, grey
+from keygrip.models.patch_dit.feature_statistics import UNKNOWN
 from keygrip.models.patch_dit.text_encoders import RandomWordVectors, TextEncoder
 from keygrip.models.patch_dit.trained_autoencoder import TrainedAutoencoder
 from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
+
+OPTIONS = {"view.image_size": "view.size", "text.kind": "text", "autoencoder.kind": "autoencoder"}  # of settings
 
 
 @model_part
@@ -119,9 +123,8 @@ class Encoders:
     @property
     def description(self) -> dict[str, Any]:
         """Plain values that identify these encoders. Loads the weights that are needed for it."""
-        view_settings = {"dino_view": self.dino_view} | ({"gamma": GAMMA} if self.dino_view == GREY else {})
         return {
-            **view_settings,
+            **self._view_settings,
             "autoencoder": self.autoencoder.description(),
             "text": self.text.description(),
             "view": self.view.description(),
@@ -138,6 +141,42 @@ class Encoders:
         small = isinstance(self.autoencoder, PixelPacking | TrainedAutoencoder)
         small = small and isinstance(self.text, RandomWordVectors)
         return self.fingerprint if small and self.view.state() is not None else None
+
+    @property
+    def _view_settings(self) -> dict[str, Any]:
+        return {"dino_view": self.dino_view} | ({"gamma": GAMMA} if self.dino_view == GREY else {})
+
+    def check_shards(self, statistics: ImageTextStatistics) -> None:
+        """Check that shards were made with these encoders, as far as this is known without loading large weights: large
+        encoders are compared as a whole when they are used (`load_state`).
+
+        Raises:
+            ValueError: they were made with other encoders, or with other options of them.
+        """
+        if statistics.text_dim != self.text_dim:
+            raise ValueError(
+                f"The shards' text states have {statistics.text_dim} numbers and the encoders' {self.text_dim}: choose "
+                "the encoders= that the shards were made with."
+            )
+        if statistics.encoders == UNKNOWN:
+            return
+        parts = {
+            "autoencoder": self.autoencoder.settings(),
+            "text": self.text.settings(),
+            "view": self.view.settings(),
+        }
+        different = differing_settings(statistics.encoder_settings, self._view_settings | parts)
+        if different:
+            raise ValueError(
+                f"The shards were made with other encoders than these ({'; '.join(different)}): choose the encoders= "
+                "and options that the shards were made with, or make the shards again."
+            )
+        fingerprint = self.quick_fingerprint
+        if fingerprint not in (None, statistics.encoders):
+            raise ValueError(
+                f"The shards were made with the encoders {statistics.encoders} and these are {fingerprint}: choose the "
+                "encoders= and options (encoders.dino_view, ...) that the shards were made with."
+            )
 
     @property
     def exact(self) -> bool:
@@ -176,3 +215,22 @@ class Encoders:
                 f"these encoders have the fingerprint {self.fingerprint}, those of the checkpoint "
                 f"{state['fingerprint']}: use the same encoders= with the same options as for its shards"
             )
+
+
+def differing_settings(stored: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return a text for each setting of encoders that has another value in the description that shards store; settings
+    that are not in both are skipped.
+
+    Args:
+        stored: of the shards. own: of these encoders. prefix: of the names, such as "view.".
+    """
+    texts = []
+    for name, value in own.items():
+        if name not in stored:
+            continue
+        if isinstance(value, Mapping):
+            texts += differing_settings(stored[name], value, f"{name}.") if isinstance(stored[name], Mapping) else []
+        elif stored[name] != value:
+            option = OPTIONS.get(prefix + name, prefix + name)
+            texts.append(f"encoders.{option} is {json.dumps(stored[name])} there and {json.dumps(value)} here")
+    return texts

@@ -18,7 +18,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from keygrip.artifacts import sha256_of
 from keygrip.models.nn.flow_matching import integrate, interpolate, noise_levels
@@ -30,6 +30,7 @@ from keygrip.models.patch_dit.guidance import SCALES, Guidance
 from keygrip.models.patch_dit.init_source import InitSource
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.sampler import FLOOR, Sampling, Velocities
+from keygrip.training.memory import is_counting
 from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class FewSteps:
                 f"model.few_steps.teacher.interval={list(teacher.interval)} has none of the teacher's steps in it: it "
                 "would be drawn without guidance, which is guidance=none"
             )
-        self._network: PatchDiT | None = None  # the teacher's network: neither trained nor stored
+        self._network: PatchDiT | None = None  # the teacher's network
         self._guide: PatchDiT | None = None  # the network that the teacher is guided away from
         self.teacher_digest: str | None = None  # hash of the teacher's weights
 
@@ -86,6 +87,10 @@ class FewSteps:
                 f"{self.windows}, guidance=none, solver=euler and timestep_shift={self.timestep_shift:g}, not with "
                 f"steps={chosen[0]}, guidance={chosen[1]}, solver={chosen[2]} and timestep_shift={chosen[3]:g}"
             )
+
+    def networks(self) -> list[nn.Module]:
+        """The teacher's network and its guide, as far as there are any: neither trained nor stored."""
+        return [network for network in (self._network, self._guide) if network is not None]
 
     def take_teacher(self, network: PatchDiT, source: InitSource) -> None:
         """Store a copy of a trained network as the teacher, and its guide if `teacher.guide_scale` requires one.
@@ -172,6 +177,18 @@ class FewSteps:
         noise, share = torch.randn_like(data), torch.rand(count, device=data.device)
         return self.chord_loss(student, data, conditions, window, noise, share, shift, kept_conditions)
 
+    def largest_loss(self, student: PatchDiT, data: Tensor, conditions: Conditions, shift: float = 1.0) -> Tensor:
+        """`chord_loss` in the middle of the chord, with all conditions, in the window in which the teacher has most
+        branches: the training step that needs the most memory."""
+        ends = list(itertools.pairwise(self.levels(shift)))
+        branch_counts = [
+            max(len(self.teacher.branches(conditions, level)) for level in self._inside(high, low)[:-1])
+            for high, low in ends
+        ]
+        window = branch_counts.index(max(branch_counts))
+        share = torch.full((len(data),), 0.5, device=data.device)
+        return self.chord_loss(student, data, conditions, window, torch.randn_like(data), share, shift)
+
     @torch.no_grad()
     def validation_loss(
         self,
@@ -227,7 +244,8 @@ class FewSteps:
         assert self._network is not None, "take_teacher comes first"
         network = self._network.to(start.device)
         guide = None if self._guide is None else self._guide.to(start.device)
-        velocities = Velocities(network, conditions, len(start), start.shape[3] / start.shape[2], guide=guide)
+        aspect, trimmed = start.shape[3] / start.shape[2], not is_counting()  # a counted mask has no content
+        velocities = Velocities(network, conditions, len(start), aspect, trimmed=trimmed, guide=guide)
 
         def velocity_at(x: Tensor, level: float) -> Tensor:
             by_branch = velocities(x, level, self.teacher.branches(conditions, level))

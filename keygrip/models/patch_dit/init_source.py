@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -144,6 +144,13 @@ def read_source(path: str | Path) -> InitSource:
     if key:
         log.info("init_from=%s: its weights are those under %r, of %s", file, key, ", ".join(map(str, content)))
     return InitSource(str(path), _network_weights(weights))
+
+
+def checked_statistics_of(asked: StatisticsOf) -> StatisticsOf:
+    """Return a value of `model.init_from_statistics`. Raise ValueError if it is not one of the choices."""
+    if asked not in get_args(StatisticsOf):
+        raise ValueError(f"model.init_from_statistics={asked} is not one of {', '.join(get_args(StatisticsOf))}")
+    return asked
 
 
 def normalise_as(source: InitSource, statistics: FeatureStatistics, asked: StatisticsOf) -> None:

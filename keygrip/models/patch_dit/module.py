@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from keygrip.models.patch_dit.feature_statistics import STATE, UNKNOWN, FeatureS
 from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.figures import image_grid
 from keygrip.models.patch_dit.guide import EarlyGuide
-from keygrip.models.patch_dit.init_source import StatisticsOf, normalise_as, read_source
+from keygrip.models.patch_dit.init_source import StatisticsOf, checked_statistics_of, normalise_as, read_source
 from keygrip.models.patch_dit.monitor import RANGES, LossTable, attention_at_half_noise, gradient_figures, velocity_norm
 from keygrip.models.patch_dit.network import DiTOutput, PatchDiT
 from keygrip.models.patch_dit.sampler import Edit, Sampling, sample
@@ -131,10 +131,7 @@ class PatchDiTModule(System):
         self.timesteps, self.dropout, self.sampling = timesteps, dropout, sampling
         self.init_from, self.init_from_min_share = init_from, init_from_min_share
         self.init_from_renames = rename_rules(init_from_renames)
-        if init_from_statistics not in get_args(StatisticsOf):
-            choices = ", ".join(get_args(StatisticsOf))
-            raise ValueError(f"model.init_from_statistics={init_from_statistics} is not one of {choices}")
-        self.init_from_statistics = init_from_statistics
+        self.init_from_statistics = checked_statistics_of(init_from_statistics)
         self.lora, self.few_steps = lora, few_steps
         if few_steps is not None:
             few_steps.check(sampling)
@@ -176,27 +173,12 @@ class PatchDiTModule(System):
         """Store the shards' normalisation, and load the weights to start from, if there are any.
 
         Raises:
-            ValueError: shards of other widths, or a warm start with no matching weights. FileNotFoundError: no such
+            ValueError: shards of other encoders, or a warm start with no matching weights. FileNotFoundError: no such
                 file.
         """
-        if statistics.text_dim != self.network.text_dim:
-            raise ValueError(
-                f"The shards' text states have {statistics.text_dim} numbers and the encoders' "
-                f"{self.network.text_dim}: choose the encoders= that the shards were made with."
-            )
-        fingerprint = self.encoders.quick_fingerprint  # large encoders are checked when they are used
-        if fingerprint is not None and statistics.encoders not in (UNKNOWN, fingerprint):
-            raise ValueError(
-                f"The shards were made with the encoders {statistics.encoders} and these are {fingerprint}: choose the "
-                "encoders= and options (encoders.dino_view, ...) that the shards were made with."
-            )
+        self.encoders.check_shards(statistics)
         self.statistics.take(statistics)
-        for latent in (*statistics.latent_sizes, *statistics.val_latent_sizes):
-            if latent[0] % self.network.patch_size or latent[1] % self.network.patch_size:
-                raise ValueError(
-                    f"Latents of {latent[0]} x {latent[1]} do not divide by model.network.patch_size="
-                    f"{self.network.patch_size}."
-                )
+        self.network.check_sizes([*statistics.latent_sizes, *statistics.val_latent_sizes])
         self._encoder_weights = dict(self.encoders.weights())
         if self.init_from is not None and (not self.resumed or self.few_steps is not None):
             source = read_source(self.init_from)
@@ -258,6 +240,10 @@ class PatchDiTModule(System):
             self._report(gradient_figures(self.network, with_patches=self.lora is None and self.few_steps is None))
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def outside_modules(self) -> list[nn.Module]:
+        """The teacher of a student, and the teacher's guide."""
+        return [] if self.few_steps is None else self.few_steps.networks()
+
     def sharded_parts(self) -> list[Any]:
         """Blocks, which are only called through their `forward`, and which FSDP may shard one by one."""
         return [*self.network.blocks, *([] if self.guide is None else self.guide.network.blocks)]
@@ -282,9 +268,11 @@ class PatchDiTModule(System):
         return output, error.pow(2).mean(dim=(1, 2, 3))
 
     def loss(self, batch: ImageTextBatch) -> Tensor:
-        """The loss at half noise, with nothing dropped."""
+        """The loss at half noise, with nothing dropped; of a student, in the window whose teacher computes most."""
         data = self.statistics.normalised("latent", batch.latents)
         conditions, count = self.statistics.conditions(batch), len(data)
+        if self.few_steps is not None:
+            return self.few_steps.largest_loss(self.network, data, conditions, self.shift_of(data))
         everything = torch.ones(count, dtype=torch.bool, device=data.device)
         noise, level = torch.randn_like(data), torch.full((count,), 0.5, device=data.device)
         context = self.network.context_builder(conditions, everything, everything, aspect_of(data))
@@ -344,6 +332,7 @@ class PatchDiTModule(System):
         context = self.network.context_builder(conditions, keep_text, keep_cls, aspect, keep_patches)
         output, losses = self.noised(data, torch.randn_like(data), level, context)
         loss = global_mean(losses.sum(), count)
+        alignment_loss = self._alignment_loss("train", output, data, conditions, keep_patches)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)
         self.losses.add(losses.detach(), level, category)
         if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
@@ -352,7 +341,7 @@ class PatchDiTModule(System):
         if self.due(self.monitor_every_n_steps):
             self._report({"velocity_norm": velocity_norm(output.velocity)})
             self._report(attention_at_half_noise(self.network, data, conditions, aspect))
-        return loss + self._alignment_loss("train", output, data, conditions, keep_patches)
+        return loss + alignment_loss
 
     def on_validation_epoch_start(self) -> None:
         self._to_show = []
@@ -411,12 +400,22 @@ class PatchDiTModule(System):
     def _alignment_loss(
         self, split: str, output: DiTOutput, data: Tensor, conditions: Conditions, has_patches: Tensor
     ) -> Tensor:
+        """The weighted loss of the alignment, and of val the mean over the samples that count.
+
+        In training it is divided by the number of samples that count on average, not in this batch: its expected value
+        is the same, also if the samples of a step come in small batches, of which some have no such sample.
+        """
         if self.alignment is None or output.tapped is None or conditions.patches is None:
             return torch.zeros((), device=self.device)
         losses = self.alignment(output.tapped, self.network.grid(data), conditions.patches, conditions.patch_grid)
         counted = self.alignment.counted(has_patches)
-        loss = global_mean((losses * counted).sum(), counted.sum())
-        self.log(f"{split}/alignment", loss.detach(), batch_size=len(losses), sync_dist=split == "val")
+        total = (losses * counted).sum()
+        if split == "val":
+            mean = global_mean(total, counted.sum())
+            self.log("val/alignment", mean.detach(), batch_size=len(losses), sync_dist=True)
+            return mean
+        self.losses.add_alignment(losses.detach(), counted)
+        loss = global_mean(total, len(losses) * self.alignment.counted_share(self.dropout))
         return loss * self.alignment.weight_at(self.progress())
 
     def _report(self, figures: dict[str, Tensor]) -> None:

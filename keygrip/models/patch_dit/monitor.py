@@ -37,7 +37,8 @@ RANGES = {
 
 
 class LossTable:
-    """Losses of single samples, summed by noise level and by dropout category since the last report.
+    """Losses of single samples, summed by noise level and by dropout category since the last report; also the losses of
+    the alignment.
 
     Args:
         bins: of equal width over the noise levels 0..1.
@@ -50,27 +51,37 @@ class LossTable:
     @torch.no_grad()
     def add(self, loss: Tensor, level: Tensor, category: Tensor) -> None:
         """Losses, noise levels and categories, ``[B]`` each."""
-        count = self.bins + len(CATEGORIES)
-        if self._sums is None:
-            self._sums = torch.zeros(2, count, dtype=torch.float64, device=loss.device)
+        sums = self._sums_on(loss.device)
         values = torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
         by_level = (level * self.bins).long().clamp(0, self.bins - 1)
-        self._sums.index_add_(1, by_level, values)
-        self._sums.index_add_(1, category + self.bins, values)
+        sums.index_add_(1, by_level, values)
+        sums.index_add_(1, category + self.bins, values)
+
+    @torch.no_grad()
+    def add_alignment(self, loss: Tensor, counted: Tensor) -> None:
+        """Losses of the alignment, and which samples count, ``[B]`` each."""
+        self._sums_on(loss.device)[:, -1] += torch.stack([(loss * counted).double().sum(), counted.double().sum()])
+
+    def _sums_on(self, device: torch.device) -> Tensor:
+        if self._sums is None:
+            self._sums = torch.zeros(2, self.bins + len(CATEGORIES) + 1, dtype=torch.float64, device=device)
+        return self._sums
 
     def report(self) -> dict[str, float]:
-        """``loss_level_<from>_<to>``, ``loss_<category>`` and ``share_<category>`` over all processes, and reset.
+        """``loss_level_<from>_<to>``, ``loss_<category>``, ``share_<category>`` and ``alignment`` over all processes,
+        and reset.
 
-        Bins without samples are left out. Every process must call this method at the same step.
+        Bins without samples are left out, and so is the alignment if no sample counted. Every process must call this
+        method at the same step.
         """
         if self._sums is None:
             return {}
         sums, counts = (row.tolist() for row in global_sum(self._sums).cpu())
         self._sums = None
         names = [f"loss_level_{i / self.bins:.1f}_{(i + 1) / self.bins:.1f}" for i in range(self.bins)]
-        names += [f"loss_{name}" for name in CATEGORIES]
+        names += [*(f"loss_{name}" for name in CATEGORIES), "alignment"]
         losses = {name: total / n for name, total, n in zip(names, sums, counts, strict=True) if n}
-        of_category = counts[self.bins :]
+        of_category = counts[self.bins : -1]
         shares = (n / sum(of_category) for n in of_category)
         return losses | {f"share_{name}": share for name, share in zip(CATEGORIES, shares, strict=True)}
 

@@ -12,7 +12,7 @@ et al., "PixArt-alpha" (2024).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -416,6 +416,14 @@ class PatchDiT(nn.Module):
         self(x, level, context, record=record)
         self.train(training)
         return torch.stack(record.shares)
+
+    def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Raise ValueError if latents of one of these sizes (h, w) do not divide by the patch size."""
+        for height, width in sizes:
+            if height % self.patch_size or width % self.patch_size:
+                raise ValueError(
+                    f"Latents of {height} x {width} do not divide by model.network.patch_size={self.patch_size}."
+                )
 
     def grid(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of latent tokens of latents ``[B, C, h, w]``."""

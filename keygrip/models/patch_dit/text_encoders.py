@@ -37,6 +37,10 @@ class TextEncoder(Protocol):
 
     def to(self, device: torch.device | str) -> Self: ...
 
+    def settings(self) -> dict[str, Any]:
+        """The part of `description` that is known without loading weights."""
+        ...
+
     def description(self) -> dict[str, Any]: ...
 
 
@@ -80,10 +84,13 @@ class RandomWordVectors:
     def to(self, device: torch.device | str) -> Self:
         return self
 
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "random word vectors", "length": self.length, "width": self.width}
+
     def description(self) -> dict[str, Any]:
         # one random value: another random generator would make another encoder
         probe = round(float(random_vector("word cube", self.width)[0]), 6)
-        return {"kind": "random word vectors", "length": self.length, "width": self.width, "probe": probe}
+        return {**self.settings(), "probe": probe}
 
 
 @lru_cache(maxsize=65536)
@@ -175,8 +182,11 @@ class T5Text:
         states = functional.pad(states * mask[..., None], (0, 0, 0, missing))
         return states, functional.pad(mask, (0, missing))
 
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "T5", "length": self.length}
+
     def description(self) -> dict[str, Any]:
         tokenizer, model = self.parts
         sizes = {name: getattr(model.config, name) for name in ("d_model", "d_ff", "num_layers", "num_heads")}
         probe = tokenizer("a red cube left of the blue block")["input_ids"]
-        return {"kind": "T5", "length": self.length, "config": sizes, "probe": probe, **sample_of(model)}
+        return {**self.settings(), "config": sizes, "probe": probe, **sample_of(model)}

@@ -179,6 +179,10 @@ class TrainedAutoencoder:
         """Load stored weights, independent of their original source. Raise ValueError for another network's weights."""
         self._load(state, "the stored autoencoder")
 
+    def settings(self) -> dict[str, Any]:
+        """The part of `description` that is known without its weights."""
+        return {"kind": "trained", "stride": self.stride}
+
     def description(self) -> dict[str, Any]:
         """Plain values that distinguish it from other autoencoders."""
-        return {"kind": "trained", "stride": self.stride, "weights": weights_digest(self.network)}
+        return {**self.settings(), "weights": weights_digest(self.network)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +23,13 @@ from keygrip.config import compose
 from keygrip.data.batches import ImageTextBatch
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.models.nn.flow_matching import noise_levels, shifted
-from keygrip.models.patch_dit.context import Conditions
+from keygrip.models.patch_dit.context import ConditionDropout, Conditions
 from keygrip.models.patch_dit.guide import EarlyGuide
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.monitor import LossTable
 from keygrip.models.patch_dit.network import DiTOutput, Tapped
 from keygrip.training.checkpoints import build_module, load_module, read_checkpoint
+from keygrip.training.results import read_result
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,22 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import keygrip.train  # noqa: F401  (registers the schema)
 
     return write_images(tmp_path_factory.mktemp("images"))
+
+
+FLUX = "{_target_: keygrip.models.patch_dit.autoencoders.FluxAutoencoder, source: /no_flux, channels: 48, stride: 4}"
+WITH_FLUX = [*(option for option in SMALL if option != "encoders.autoencoder.edge=4"), "~encoders.autoencoder"]
+WITH_FLUX += [f"+encoders.autoencoder={FLUX}"]
+
+
+@pytest.fixture
+def flux_shards(shards: Path, tmp_path: Path) -> Path:
+    """Return shards that name FLUX's autoencoder, with latents of an equal-sized packing."""
+    root = tmp_path / "flux_shards"
+    shutil.copytree(shards, root)
+    info = json.loads((root / "images.json").read_text())
+    info["encoders"]["description"]["autoencoder"] = {"kind": "AutoencoderKL"}
+    (root / "images.json").write_text(json.dumps(info))
+    return root
 
 
 @pytest.fixture
@@ -312,16 +331,12 @@ def test_joined_batches_are_one(shards: Path) -> None:
 
 
 def test_without_the_autoencoder_training_goes_on_without_samples(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    flux_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """FLUX's autoencoder is not on the training machine; the shards contain its latents, here those of an equal-sized
-    packing."""
-    flux = "keygrip.models.patch_dit.autoencoders.FluxAutoencoder"
-    missing = f"+encoders.autoencoder={{_target_: {flux}, source: {tmp_path / 'no_flux'}, channels: 48, stride: 4}}"
-    small = [override for override in SMALL if override != "encoders.autoencoder.edge=4"]
-    given = [f"data.root={shards}", f"run_dir={tmp_path / 'run'}", "max_steps=4", "~encoders.autoencoder", missing]
+    """FLUX's autoencoder is not on the training machine; the shards contain its latents."""
+    given = [f"data.root={flux_shards}", f"run_dir={tmp_path / 'run'}", "max_steps=4"]
     with caplog.at_level(logging.WARNING):
-        recorded = recorded_run(monkeypatch, [*small, *given])
+        recorded = recorded_run(monkeypatch, [*WITH_FLUX, *given])
     assert not recorded.images
     assert caplog.text.count("no samples are drawn in training") == 1
     assert "no_flux" in caplog.text
@@ -389,6 +404,44 @@ def test_the_checkpoint_draws_alone_and_refuses_other_encoders(
     other.encoders.dino_view = "colour"
     with pytest.raises(ValueError, match="fingerprint"):
         other.ready_encoders()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("encoders.dino_view=colour", r'encoders\.dino_view is "grey" there and "colour" here'),
+        ("encoders.view.size=64", "encoders.view.size is 48 there and 64 here"),
+        ("encoders.view.shape=aspect", r'encoders\.view\.shape is "square" there and "aspect" here'),
+        ("encoders.text.length=7", "encoders.text.length is 6 there and 7 here"),
+        ("T5", r'encoders\.text is "random word vectors" there and "T5" here'),
+    ],
+)
+def test_shards_of_large_encoders_with_other_options_are_refused_before_training(
+    option: str, said: str, flux_shards: Path
+) -> None:
+    """Training does not load FLUX's autoencoder or T5: of these, the options are compared with those of the shards."""
+
+    def built(options: list[str]) -> PatchDiTModule:
+        module = build_module(OmegaConf.to_container(compose("train", options), resolve=True))  # type: ignore[arg-type]
+        assert isinstance(module, PatchDiTModule)
+        return module
+
+    data = ImageShards(batch_size=2, root=str(flux_shards), num_workers=0)
+    data.setup("fit")
+    statistics = data.statistics
+    module = built(WITH_FLUX)
+    assert module.encoders.quick_fingerprint is None
+    module.set_statistics(statistics)
+    if option == "T5":
+        t5 = "{_target_: keygrip.models.patch_dit.text_encoders.T5Text, source: /no_t5, length: 6, width: 8}"
+        rest = [each for each in WITH_FLUX if not each.startswith("encoders.text.")]
+        other = built([*rest, "~encoders.text", f"+encoders.text={t5}"])
+    else:
+        other = built([*WITH_FLUX, option])
+    with pytest.raises(ValueError, match=rf"made with other encoders than these \({said}\): choose the encoders="):
+        other.set_statistics(statistics)
+    other.set_statistics(replace(statistics, encoders="unknown"))
+    other.set_statistics(replace(statistics, encoder_settings={}))
 
 
 def test_statistics_normalise_and_restore(overrides: Callable[..., list[str]], tmp_path: Path, shards: Path) -> None:
@@ -475,25 +528,84 @@ def test_noise_levels_are_shifted_by_the_resolution(monkeypatch: pytest.MonkeyPa
         build_module(OmegaConf.to_container(compose("train", [*SMALL, "model.shift_tokens=0"]), resolve=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("only", [False, True])
-def test_the_alignment_loss_is_of_the_samples_that_are_asked_for(only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `only_without_patches`, the loss ignores samples with patches; it is 0 if there are no others."""
+def aligned_module(only: bool) -> PatchDiTModule:
+    """Return a module whose alignment has the weight 0.5; 40 % of its training samples have no patches."""
     given = ["ablation=patch_dit/repa", f"model.alignment.only_without_patches={str(only).lower()}"]
     module = build_module(OmegaConf.to_container(compose("train", [*SMALL, *given]), resolve=True))  # type: ignore[arg-type]
     assert isinstance(module, PatchDiTModule)
-    assert module.alignment is not None
     module._trainer = SimpleNamespace(  # type: ignore[assignment]
         global_step=0, estimated_stepping_batches=10, lr_scheduler_configs=[]
     )
-    monkeypatch.setattr(module, "log", lambda *_, **__: None)
-    losses = torch.tensor([3.0, 1.0, 5.0])
-    monkeypatch.setattr(module.alignment, "forward", lambda *_: losses)
-    tapped = DiTOutput(torch.zeros(3, 48, 4, 4), Tapped(torch.zeros(3, 16, 32), None))
-    conditions = Conditions(None, None, torch.zeros(3, 16), torch.zeros(3, 9, 16), (3, 3))
-    for has_patches, expected in (((True, False, True), 1.0), ((False, False, True), 2.0), ((True, True, True), 0.0)):
-        told = torch.tensor(has_patches)
-        found = module._alignment_loss("train", tapped, torch.zeros(3, 48, 4, 4), conditions, told)
-        torch.testing.assert_close(found, torch.tensor(0.5 * (expected if only else 3.0)))
+    return module
+
+
+def alignment_loss(
+    module: PatchDiTModule, split: str, losses: torch.Tensor, has_patches: torch.Tensor, patch: pytest.MonkeyPatch
+) -> torch.Tensor:
+    count = len(losses)
+    patch.setattr(module.alignment, "forward", lambda *_: losses)
+    tapped = DiTOutput(torch.zeros(count, 48, 4, 4), Tapped(torch.zeros(count, 16, 32), None))
+    conditions = Conditions(None, None, torch.zeros(count, 16), torch.zeros(count, 9, 16), (3, 3))
+    return module._alignment_loss(split, tapped, torch.zeros(count, 48, 4, 4), conditions, has_patches)
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_the_alignment_loss_is_of_the_samples_that_are_asked_for(only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `only_without_patches`, the loss ignores samples with patches; it is 0 if there are no others. What is
+    logged is the mean over the samples that count, of all batches."""
+    module, losses, logged = aligned_module(only), torch.tensor([3.0, 1.0, 5.0]), []
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.append((name, float(value))))
+    for has_patches, total in (((True, False, True), 1.0), ((False, False, True), 4.0), ((True, True, True), 0.0)):
+        found = alignment_loss(module, "train", losses, torch.tensor(has_patches), monkeypatch)
+        torch.testing.assert_close(found, torch.tensor(0.5 * (total / (0.4 * 3) if only else 3.0)))
+    assert logged == []
+    of_flow = torch.tensor([2.0]), torch.tensor([0.5]), torch.tensor([3])
+    module.losses.add(*of_flow)
+    assert module.losses.report()["alignment"] == pytest.approx((1 + 4) / 3 if only else 3.0)
+    module.losses.add(*of_flow)
+    alignment_loss(module, "train", losses, torch.tensor((True, True, True)), monkeypatch)
+    assert ("alignment" in module.losses.report()) is not only
+    alignment_loss(module, "val", losses, torch.tensor((False, True, False)), monkeypatch)
+    assert logged == [("val/alignment", 4.0 if only else 3.0)]
+
+
+def test_the_alignment_loss_does_not_depend_on_the_batches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 samples of a step weigh the same as one batch and as 32 accumulated batches, most of which have no sample
+    without patches; on average they weigh as the mean over those samples."""
+    module = aligned_module(only=True)
+    assert module.alignment is not None
+    losses, category = torch.rand(32), module.dropout.draw(32)
+    has_patches = module.dropout.kept(category)[2]
+    whole = alignment_loss(module, "train", losses, has_patches, monkeypatch)
+    single = [
+        alignment_loss(module, "train", losses[i : i + 1], has_patches[i : i + 1], monkeypatch) for i in range(32)
+    ]
+    torch.testing.assert_close(whole, torch.stack(single).mean())
+    cls_alone = ConditionDropout(cls_alone=0.5, patches_alone=0.2)
+    for dropout, share in ((ConditionDropout(), 0.4), (cls_alone, 0.7), (ConditionDropout(0, 0, 0.2, 0.8), 0.0)):
+        assert module.alignment.counted_share(dropout) == pytest.approx(share)
+        without = ~dropout.kept(dropout.draw(20000))[2]
+        assert float(without.float().mean()) == pytest.approx(share, abs=0.02)
+
+
+def test_the_logged_alignment_is_of_the_samples_that_count(
+    overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With batches of one image, no step is logged as 0 because its last image has patches."""
+    added: list[tuple[float, int]] = []
+    add = LossTable.add_alignment
+
+    def noted(self: LossTable, loss: torch.Tensor, counted: torch.Tensor) -> None:
+        added.append((float((loss * counted).sum()), int(counted.sum())))
+        add(self, loss, counted)
+
+    monkeypatch.setattr(LossTable, "add_alignment", noted)
+    options = ["ablation=patch_dit/repa_without_patches", "data.batch_size=1", "accumulate_grad_batches=4"]
+    options += ["max_steps=2", "log_every_n_steps=2", "model.dropout={none: 0, text: 0.5, dino: 0, both: 0.5}"]
+    train.run(compose("train", overrides("run", *options)))
+    totals, counts = (sum(column) for column in zip(*added, strict=True))
+    assert 0 < counts < len(added) == 8
+    assert read_result(tmp_path / "run")["metrics"]["train/alignment"] == pytest.approx(totals / counts)
 
 
 def test_masks_of_patches_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from dit_parts import SMALL, write_images
+from omegaconf import OmegaConf
 
 from keygrip import export, train
 from keygrip.config import compose
+from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.models.nn.flow_matching import noise_levels, seeded_noise
 from keygrip.models.nn.lora import merged_weights
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions
@@ -21,7 +23,8 @@ from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.init_source import InitSource, read_source
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.sampler import Sampling, sample
-from keygrip.training.checkpoints import load_module, read_checkpoint
+from keygrip.training.checkpoints import build_module, load_module, read_checkpoint
+from keygrip.training.memory import held
 from keygrip.training.saving import AtomicCheckpointIO
 
 VELOCITIES = ["model.network.prediction=v", "model.network.timestep_floor=null", "model.network.rotary=false"]
@@ -309,6 +312,42 @@ def test_a_student_is_trained_validated_and_drawn(
         student.on_load_checkpoint(stored)
     with pytest.raises(ValueError, match=r"Give model\.network\.prediction=v model\.network\.rotary=false"):
         started("wrong", *options, f"model.init_from={runs / 'of_velocities'}")
+
+
+def test_a_dry_run_of_a_student_counts_its_teacher(runs: Path) -> None:
+    """The memory of the weights is that of student, teacher and the teacher's guide, and the step is that of the
+    teacher's chord, in the window in which the teacher is guided."""
+    options = ["experiment=dit_few_steps", "model.sampling.steps=4", "model.few_steps.teacher_steps=1"]
+    options += ["model.init_from=RUN", "model.network.depth=1"]
+    module = build_module(OmegaConf.to_container(compose("train", [*SMALL, *options]), resolve=True))  # type: ignore[arg-type]
+    assert isinstance(module, PatchDiTModule)
+    few, network = module.few_steps, module.network
+    assert few is not None
+    assert module.outside_modules() == []
+    alone = held(module, ema=False)
+    few.teacher = replace(few.teacher, guide_scale=0.5, interval=(0.0, 0.7))
+    few.take_teacher(network, InitSource("RUN", {}, guide=network.state_dict()))
+    teacher_bytes = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+    both = held(module, ema=False)
+    assert both == alone | {"weights": alone["weights"] + 2 * teacher_bytes, "undivided": 2 * teacher_bytes}
+
+    data = ImageShards(batch_size=2, root=str(runs / "images"), num_workers=0)
+    data.setup("fit")
+    module.statistics.take(data.statistics)
+    batch = next(iter(data.train_dataloader()))
+    levels: list[list[float]] = []
+    teacher_end = few.teacher_end
+
+    def noted(start: torch.Tensor, kept: Conditions, high: float, low: float) -> torch.Tensor:
+        levels.append([high, low])
+        return teacher_end(start, kept, high, low)
+
+    few.teacher_end = noted  # type: ignore[method-assign]
+    parameters = sum(value.numel() for value in (*module.parameters(), *(2 * list(network.parameters()))))
+    assert module.dry_run(batch)["parameters_m"]["all"]["all"] == round(parameters / 1e6, 3)
+    memory = module.step_memory(batch, bf16=False, ema=False)
+    assert levels == [few.levels()[-2:]] * 2  # the windows above are sampled without guidance
+    assert (memory.weights, memory.undivided) == (both["weights"], 2 * teacher_bytes)
 
 
 @pytest.mark.slow

@@ -218,7 +218,8 @@ def encode_folder(
             remove_stale(name, of_any_machine=True)
     result = Prepared(str(root), rank=rank.rank)
     open_items = sum(len(job.items) for job in jobs if not job.done)
-    log.info("%d images, %d of them to do, on %s", len(last_entries(items)), open_items, encoding_device)
+    listed = sum(not item.removed for item in last_entries(items).values())
+    log.info("%d images, %d of them to do, on %s", listed, open_items, encoding_device)
     if workers is None:
         workers = min(usable_cores() - 1, 16)
     sizes = ViewSizes.of(encoders, buckets)
@@ -323,8 +324,13 @@ def _write_manifests(
 ) -> None:
     """Write the manifests, the list of failed images and, last, images.json."""
     last = last_entries(items)
+    count = sum(not item.removed for item in last.values())
     left = {path: item for path, item in last.items() if item.bucket is None}
-    failed = [{"source": path, "reason": item.reason} for path, item in left.items() if not item.duplicate]
+    failed = [
+        {"source": path, "reason": item.reason}
+        for path, item in left.items()
+        if not item.duplicate and not item.removed
+    ]
     duplicates = [{"source": path, "reason": item.reason} for path, item in left.items() if item.duplicate]
     unread = unread_images(jobs)
     failed += [{"source": path, "reason": reason} for path, reason in unread.items() if path not in left]
@@ -333,7 +339,7 @@ def _write_manifests(
     for row in failed[:NAMED_AT_MOST]:
         log.warning("left out: %s: %s", row["source"], row["reason"])
     if failed:
-        log.warning("%d of %d images are left out; all are listed in %s", len(failed), len(last), root / FAILED_FILE)
+        log.warning("%d of %d images are left out; all are listed in %s", len(failed), count, root / FAILED_FILE)
     if duplicates:
         log.warning("%d files have the content of another one, which keeps their captions", len(duplicates))
     for folder in sorted({job.path.parent for job in jobs}):
@@ -342,13 +348,13 @@ def _write_manifests(
         result.shards += len(manifest["shards"])
         result.samples += manifest["samples"]
     result.failed, result.duplicates = len(failed), len(duplicates)
-    if len(failed) > max_failed_share * len(last) or not result.samples:
+    if len(failed) > max_failed_share * count or not result.samples:
         with contextlib.suppress(FileNotFoundError):
             (root / INFO).unlink()  # an incomplete set must not be trained on
         first = f"{failed[0]['source']}: {failed[0]['reason']}"
         raise ValueError(
-            f"{len(failed)} of {len(last)} images are left out of {root}, more than max_failed_share="
-            f"{max_failed_share:g} allows; the first: {first}. All are listed in {root / FAILED_FILE}: repair them or "
-            "raise max_failed_share, and run the same command again"
+            f"{len(failed)} of {count} images are left out of {root}, more than max_failed_share="
+            f"{max_failed_share:g} allows; the first: {first}. All are listed in {root / FAILED_FILE}: repair or "
+            "remove them, or raise max_failed_share, and run the same command again"
         )
     write_info(root, identity)

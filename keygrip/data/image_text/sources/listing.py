@@ -35,6 +35,7 @@ OTHER_SUFFIXES = (
 )
 BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".md")  # captions and notes, not images
 KEY_BYTES = 80
+REMOVED = "it could not be read and was removed from the source"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Item:
         content: SHA-256 of a file that is tried again after a shard could not include it; otherwise empty.
         sha256: hash of the file when it was listed; empty: unknown, or the file cannot be used.
         stamp: stamp of the file when it was listed, see `stamp_of`; empty: unknown, or the file cannot be used.
+        removed: a shard could not include the image, and it is not in the source any more: it does not count.
     """
 
     key: str
@@ -60,6 +62,7 @@ class Item:
     content: str = ""
     stamp: str = ""
     sha256: str = ""
+    removed: bool = False
 
 
 def stamp_of(path: Path) -> str:
@@ -342,13 +345,14 @@ def last_entries(items: Sequence[Item]) -> dict[str, Item]:
 
 
 def extend_items(items: Sequence[Item], found: Sequence[Item], source: Path, unread: Mapping[str, str]) -> list[Item]:
-    """Extend a list of items with the images found since: images that are new, are usable now, or were repaired.
+    """Extend a list of items with the images found since: images that are new, are usable now, or were repaired. Images
+    that were left out and are not in the source any more leave the list.
 
     Used items stay unchanged, since their shards are written. The log reports changes of their captions.
 
     Args:
         unread: paths that the shards could not include. Their entries stay, since shards are consecutive parts of the
-            list; a second entry is appended.
+            list; a second entry is appended, also if the file was removed.
     """
     if not items:
         return list(found)
@@ -358,8 +362,13 @@ def extend_items(items: Sequence[Item], found: Sequence[Item], source: Path, unr
     kept_items = []
     for item in items:
         new = current.get(item.path)
-        if item.bucket is None and new is not None and item is last[item.path]:
-            item = replace(new, key=item.key, generation=generation if new.bucket else item.generation)
+        if item.bucket is None:
+            if new is not None:
+                item = replace(new, key=item.key, generation=generation if new.bucket else item.generation)
+            elif item.path in unread:
+                item = replace(item, reason=REMOVED, duplicate=False, removed=True)
+            else:
+                continue  # no shard depends on it
         kept_items.append(item)
     encoded = [item for path, item in last.items() if item.bucket and path not in unread]
     changed = [item.path for item in encoded if item.path in current and current[item.path].captions != item.captions]
@@ -384,25 +393,31 @@ def extend_items(items: Sequence[Item], found: Sequence[Item], source: Path, unr
         repaired = [replace(item, generation=generation) for item in second_entries if item is not None]
     if any(item.bucket for item in repaired):
         log.info("%d images that could not be encoded were repaired", sum(item.bucket is not None for item in repaired))
+    removed = [
+        replace(last[path], bucket=None, reason=REMOVED, removed=True, generation=generation)
+        for path in unread
+        if path in last and last[path].bucket and path not in current
+    ]
     used_keys = {item.key for item in items}
     new_items = (item for path, item in current.items() if path not in last)
     added = [replace(item, key=key_of(item.path, used_keys), generation=generation) for item in new_items]
     if any(item.bucket for item in added):
         log.info("%d images came to the source since the list was made", sum(item.bucket is not None for item in added))
-    return [*kept_items, *repaired, *added]
+    return [*kept_items, *repaired, *removed, *added]
 
 
 def _mark_encoded_copies(items: Sequence[Item], encoded: Sequence[Item]) -> dict[str, Item]:
-    """Return the found items by path. Files whose content was already encoded from a file that is now missing (renamed
-    files, and copies of removed originals) become duplicates: their samples exist."""
-    paths = {item.path for item in items}
-    gone = {item.sha256: item.path for item in encoded if item.sha256 and item.path not in paths}
+    """Return the found items by path. Files whose content was already encoded from a file that is now missing, changed
+    or unusable (renamed files, and copies of originals that were removed or replaced) become duplicates: their samples
+    exist."""
+    hashes = {item.path: item.sha256 for item in items}
+    earlier = {item.sha256: item.path for item in encoded if item.sha256 and hashes.get(item.path) != item.sha256}
     encoded_paths = {item.path for item in encoded}
     by_path = {}
     for item in items:
-        first = gone.get(item.sha256) if item.bucket and item.path not in encoded_paths else None
+        first = earlier.get(item.sha256) if item.bucket and item.path not in encoded_paths else None
         if first is not None:
-            reason = f"the same file as {first}, which is gone and was encoded: its sample stays"
+            reason = f"the same content as {first} had when it was encoded: its sample stays"
             item = replace(item, bucket=None, reason=reason, duplicate=True)
         by_path[item.path] = item
     return by_path

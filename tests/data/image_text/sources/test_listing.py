@@ -191,7 +191,7 @@ def test_a_renamed_file_is_no_new_sample(tmp_path: Path) -> None:
     report = prepared(source, root)
     assert (report["samples"], report["duplicates"]) == (7, 1)
     reasons = {row["source"]: row["reason"] for row in map(json.loads, (root / "failed.jsonl").open())}
-    assert reasons == {"zz.png": "the same file as p0.png, which is gone and was encoded: its sample stays"}
+    assert reasons == {"zz.png": "the same content as p0.png had when it was encoded: its sample stays"}
     assert validate(root)["errors"] == 0
     for ending in ("png", "txt"):  # rename the files back
         (source / f"zz.{ending}").rename(source / f"p0.{ending}")
@@ -211,6 +211,41 @@ def test_a_copy_whose_original_was_removed_is_no_new_sample(tmp_path: Path) -> N
     assert validate(root)["errors"] == 0
     picture(source / "q.png", 7, "another picture")  # another image under the name of the copy
     assert prepared(source, root)["samples"] == 5
+
+
+def test_a_file_that_takes_another_ones_name_is_no_second_sample(tmp_path: Path) -> None:
+    """A renumbered folder, with a new picture in front: the last file is the only one under a new name, and its content
+    was encoded under the name before it."""
+    source, root = tmp_path / "source", tmp_path / "root"
+    for number in range(4):
+        picture(source / f"p{number}.png", number, f"picture {number}")
+    assert prepared(source, root)["samples"] == 4
+    for number in reversed(range(4)):
+        for ending in ("png", "txt"):
+            (source / f"p{number}.{ending}").rename(source / f"p{number + 1}.{ending}")
+    picture(source / "p0.png", 9, "picture 9")
+    report = prepared(source, root)
+    assert (report["items"], report["samples"], report["duplicates"]) == (0, 4, 1)
+    reasons = {row["source"]: row["reason"] for row in map(json.loads, (root / "failed.jsonl").open())}
+    assert reasons == {"p4.png": "the same content as p3.png had when it was encoded: its sample stays"}
+    assert validate(root)["errors"] == 0
+
+
+@pytest.mark.parametrize("change", ["replaced", "without a caption"])
+def test_a_copy_whose_original_changed_is_no_new_sample(change: str, tmp_path: Path) -> None:
+    source, root = tmp_path / "source", tmp_path / "root"
+    for number in range(3):
+        picture(source / f"p{number}.png", number, f"picture {number}")
+    shutil.copy(source / "p0.png", source / "q.png")
+    (source / "q.txt").write_text("a copy")
+    assert prepared(source, root)["samples"] == 3
+    if change == "replaced":
+        picture(source / "p0.png", 8)
+    else:
+        (source / "p0.txt").unlink()
+    report = prepared(source, root)
+    assert (report["items"], report["samples"], report["duplicates"]) == (0, 3, 1)
+    assert validate(root)["errors"] == 0
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------

@@ -91,6 +91,44 @@ def test_too_many_images_that_broke_are_repaired_by_the_same_command(tmp_path: P
     assert (root / "images.json").is_file()
 
 
+def test_images_that_were_removed_from_the_source_do_not_count(tmp_path: Path) -> None:
+    """Of two images without a caption and two that break after their headers, one of each is removed, then the rest:
+    the share and `failed.jsonl` are of the images that are there. An image that comes back is encoded."""
+    source, root = tmp_path / "source", tmp_path / "root"
+    for number in range(8):
+        picture(source / f"{number}.jpg", number)
+        (source / f"{number}.txt").write_text(f"number {number}")
+    whole = (source / "3.jpg").read_bytes()
+    for number in (0, 1):
+        (source / f"{number}.txt").unlink()
+    for number in (2, 3):
+        content = (source / f"{number}.jpg").read_bytes()
+        (source / f"{number}.jpg").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"4 of 8 images are left out .*: repair or remove them"):
+        prepared(source, root, max_failed_share=0.1)
+    before = contents(root)
+    for number in (0, 2):
+        (source / f"{number}.jpg").unlink()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="2 of 6 images are left out"):
+            prepared(source, root, max_failed_share=0.1)
+        assert set(failures(root)) == {"1.jpg", "3.jpg"}
+    for number in (1, 3):
+        (source / f"{number}.jpg").unlink()
+    for _ in range(2):
+        report = prepared(source, root, max_failed_share=0.1)
+        assert (report["items"], report["samples"], report["failed"], report["duplicates"]) == (0, 4, 0, 0)
+        assert failures(root) == {}
+        assert (root / "images.json").is_file()
+        assert contents(root) == before
+    (source / "3.jpg").write_bytes(whole)
+    report = prepared(source, root, max_failed_share=0.1)
+    assert (report["items"], report["samples"], report["failed"]) == (1, 5, 0)
+    (source / "3.jpg").unlink()  # encoded by now: its sample stays
+    assert prepared(source, root, max_failed_share=0.1)["samples"] == 5
+    assert validate(root)["errors"] == 0
+
+
 class Overflowing(Encoders):
     """Gives latents of black images that half precision cannot represent."""
 
