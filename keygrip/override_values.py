@@ -80,7 +80,8 @@ def _quote_letters(override: str) -> str:
 def _quote_sentence(override: str) -> str:
     """Return the override of a setting that holds a sentence, quoted unless Hydra reads the sentence as it stands.
 
-    Null, lists, quoted strings and functions such as ``choice(a,b)`` are left to Hydra, also those with a mistake.
+    Null, true, false, lists, quoted strings and functions such as ``choice(a,b)`` are left to Hydra, also those with a
+    mistake.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import ChoiceSweep
@@ -95,6 +96,8 @@ def _quote_sentence(override: str) -> str:
         return override if is_list or is_quoted else f"{key}={quoted(value)}"
     if isinstance(parsed, str):
         is_same = parsed == value or value.lstrip()[:1] in ("'", '"')
+    elif isinstance(parsed, int | float):
+        is_same = isinstance(parsed, bool)
     else:
-        is_same = not isinstance(parsed, int | float) and not (isinstance(parsed, ChoiceSweep) and parsed.simple_form)
+        is_same = not (isinstance(parsed, ChoiceSweep) and parsed.simple_form)
     return override if is_same else f"{key}={quoted(value)}"

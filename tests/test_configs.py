@@ -138,7 +138,7 @@ def test_a_quoted_text_is_the_text_whatever_it_holds(text: str) -> None:
     "sentence",
     [
         *("At second 2, which digit?", "What's left, red or blue?", "Is it {x}?", "a = b\\", "Wo ist der Würfel!"),
-        *('"Yes", he said', "How many? 1; 2", "x: 1", r"Is it 5 \ 3 or \(a\)?", "1.50", "true", "007", " a "),
+        *('"Yes", he said', "How many? 1; 2", "x: 1", r"Is it 5 \ 3 or \(a\)?", "1.50", "007", " a "),
         *('"STOP" and "GO"', "'left' or 'right'", "[a] and [b]", "(1) a, (2) b"),
     ],
 )
@@ -156,7 +156,14 @@ def test_a_sentence_needs_no_quotes_for_hydra(sentence: str) -> None:
 
 
 def test_lists_and_quotes_of_sentences_are_hydras_and_so_are_sweeps() -> None:
-    given = ["question=[a, b]", "question='a, b'", "question=null", "question=choice(a,b)", "question=${seed}"]
+    given = [
+        "question=[a, b]",
+        "question='a, b'",
+        "question=null",
+        "question=choice(a,b)",
+        "question=${seed}",
+        "prompt=true",
+    ]
     mistaken = ["question=[a!, b]", "question='it's'"]  # Hydra names the mistake
     assert texts_quoted([*given, *mistaken, "question=[a, b"], ()) == [*given, *mistaken, "question='[a, b'"]
     assert texts_quoted(["prompt=a,b", "-m"], ()) == ["prompt=a,b", "-m"]
