@@ -369,6 +369,14 @@ def nearest_existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
+def refuse_file(folder: str | Path, setting: str) -> None:
+    """Raise ValueError if a setting names a file, or a path below a file, where a folder is needed."""
+    existing = nearest_existing(Path(folder))
+    if not existing.is_dir():
+        place = "" if existing == Path(folder) else f": {existing}"
+        raise ValueError(f"{setting}={folder}{place} is a file: give a folder")
+
+
 def refuse_unwritable(target: str | Path, setting: str) -> None:
     """Check that a result file can be written, before hours are spent on computing it. No file is left behind.
 

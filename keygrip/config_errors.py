@@ -20,7 +20,7 @@ from keygrip.config import (
     overrides_of,
 )
 from keygrip.nearest_setting import nearest
-from keygrip.override_values import quoted
+from keygrip.override_values import as_typed
 from keygrip.unread_settings import models_with, with_group
 
 # Error message of ${oc.env:NAME} for an environment variable that is not set.
@@ -141,7 +141,7 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         key, _, value = ambiguous.group(1).partition("=")
         return (
             f"{key}={value} holds a comma: as a list write {shlex.quote(f'{key}=[{value}]')}, as one text "
-            f"{_quote_override(key, value)}, for a sweep add -m"
+            f"{as_typed(key, value)}, for a sweep add -m"
         )
     return text
 
@@ -202,15 +202,9 @@ def _describe_parse_error(override: str, reason: str) -> str:
         detail = "" if unread else f"{reason}; "
         return (
             f"cannot read {override}: {detail}a value with such signs stands in quotes, inside the shell's own: "
-            f"{_quote_override(key, value)}"
+            f"{as_typed(key, value)}"
         )
     return f"cannot read {override}: {reason}"
-
-
-def _quote_override(key: str, value: str) -> str:
-    """Return an override as it is typed in a shell, with its value as a single string."""
-    override = f"{key}={quoted(value)}"
-    return shlex.quote(override) if re.search(r'["$`!\\]', value) else f'"{override}"'
 
 
 def causes_of(error: BaseException) -> list[BaseException]:

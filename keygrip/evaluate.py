@@ -26,7 +26,7 @@ from keygrip.config_errors import setting_errors
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind, plain
 from keygrip.override_values import quoted
 from keygrip.training.main_guard import refuse_unguarded_script
-from keygrip.training.run_folder import CHECKPOINT, given_path, lock_folder
+from keygrip.training.run_folder import CHECKPOINT, given_folder, lock_folder
 from keygrip.training.strategies import use_tf32
 from keygrip.training.sweeps import in_sweep
 
@@ -81,7 +81,7 @@ def evaluation_output(checkpoint: str | Path, run_dir: str | None) -> Path:
     """Return the folder for an evaluation's files: ``run_dir`` if given, else ``evaluation`` in the checkpoint's run
     folder; for an earlier checkpoint a subfolder with its name, ``evaluation/step-N``."""
     if run_dir is not None:
-        return given_path("run_dir", run_dir)
+        return given_folder("run_dir", run_dir)
     path = Path(checkpoint)
     folder = path if path.is_dir() else path.parent
     if folder.name != CHECKPOINT.parent.name:

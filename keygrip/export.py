@@ -16,7 +16,7 @@ from typing import Any
 from hydra.utils import get_method
 from omegaconf import MISSING, DictConfig
 
-from keygrip.artifacts import atomic_folder, json_text, without_passwords
+from keygrip.artifacts import atomic_folder, json_text, refuse_file, without_passwords
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 
@@ -62,6 +62,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     if cfg.format not in FORMATS:
         raise ValueError(f"format={cfg.format!r}: choose {', '.join(FORMATS)}")
+    refuse_file(cfg.to, "to")
     file = checkpoints.find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     content = checkpoints.read_checkpoint(file)
     module: Any = checkpoints.load_module(  # errors are raised here, before anything is written

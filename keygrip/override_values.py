@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Container, Sequence
 
 from omegaconf import OmegaConf
@@ -39,22 +40,33 @@ def quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
+def as_typed(key: str, value: object) -> str:
+    """Return an override as it is typed in a shell, with its value as a single string: quoted only where it must be."""
+    text = str(value)
+    if re.fullmatch(r"[\w./:@%+-]+", text):
+        return f"{key}={text}"
+    override = f"{key}={quoted(text)}"
+    return shlex.quote(override) if re.search(r'["$`!\\]', text) else f'"{override}"'
+
+
 def texts_quoted(overrides: Sequence[str], texts: Container[str]) -> list[str]:
     """Return the overrides with those strings quoted that Hydra would read in another way, or not at all.
 
     Always: number-like values of the settings `texts` (``run_dir=2025_01_02`` names a folder, not 20250102), and values
     with letters outside ASCII (``data.root=/home/jürgen``). Outside a sweep also sentences, whatever they hold:
-    ``question=What's left, red or blue?``.
+    ``question=What's left, red or blue?``; other values with commas are then left as they are, so that Hydra's error
+    shows the value as it was given.
     """
     is_sweep = bool({"-m", "--multirun"} & set(overrides))
     complete = []
     for override in overrides:
-        key = override.lstrip("+").partition("=")[0]
-        if key in texts:
+        key, _, value = override.lstrip("+").partition("=")
+        separates = is_sweep or "," not in value
+        if key in texts and separates:
             override = _quote_number(override)
         if key in SENTENCES and not is_sweep:
             override = _quote_sentence(override)
-        elif not override.isascii():
+        elif not override.isascii() and separates:
             override = _quote_letters(override)
         complete.append(override)
     return complete

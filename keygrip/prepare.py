@@ -8,13 +8,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from keygrip.artifacts import json_text
+from keygrip.artifacts import json_text, refuse_file
 from keygrip.command import entry_point
 from keygrip.setting_types import refuse_ill_typed
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Run the chosen step and return its report."""
+    """Run the chosen step and return its report. Raises ValueError if its `root` or `to` is a file."""
     from hydra.utils import instantiate
 
     call_settings: Any = OmegaConf.to_container(cfg.call, resolve=False)
@@ -22,6 +22,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         f"call.{key}": value[2:-1] for key, value in call_settings.items() if re.fullmatch(r"\$\{[\w.]+\}", str(value))
     }
     refuse_ill_typed(OmegaConf.to_container(cfg.call, resolve=True), "call", passed_on)
+    for setting in ("root", "to"):
+        if isinstance(folder := cfg.get(setting), str):
+            refuse_file(folder, setting)
     report = instantiate(cfg.call, _convert_="all")
     return dataclasses.asdict(report) if dataclasses.is_dataclass(report) and not isinstance(report, type) else report
 

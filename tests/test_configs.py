@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from keygrip.config import (
 )
 from keygrip.config_errors import known_keys
 from keygrip.nearest_setting import nearest
-from keygrip.override_values import quoted, texts_quoted, values_of
+from keygrip.override_values import as_typed, quoted, texts_quoted, values_of
 from keygrip.unread_settings import refuse_unread
 
 CONF = config_folder()
@@ -134,6 +135,13 @@ def test_a_quoted_text_is_the_text_whatever_it_holds(text: str) -> None:
     assert values_of("checkpoint", quoted(text)) == ([text] if text else [])
 
 
+@pytest.mark.parametrize("folder", ["runs/a", "läufe/1.0", "Lauf, 1 (neu)", "it's", 'a "b" $c', "a\\", "x!y", " "])
+def test_an_override_is_shown_as_it_can_be_typed(folder: str) -> None:
+    (typed,) = shlex.split(as_typed("run_dir", Path(folder)))
+    assert compose("train", [typed]).run_dir == folder
+    assert as_typed("resume", "läufe/a-1") == "resume=läufe/a-1"
+
+
 @pytest.mark.parametrize(
     "sentence",
     [
@@ -175,6 +183,8 @@ def test_folders_may_have_letters_outside_ascii() -> None:
     assert texts_quoted(given, ("run_dir",)) == [
         *("run_dir='läufe/a'", "data.root='/home/jürgen/数据',b", "+x.y='ä','é'", "lr=1", "a='ä'", "b=[ä]", "ä", "-m"),
     ]
+    with_commas = ["run_dir=läufe, 1", "data.root=a, 1", "run_dir=out, 1"]  # Hydra's error shows them as they are
+    assert texts_quoted(with_commas, ("run_dir",)) == with_commas
     cfg = compose("train", ["model=volume_query", "data=yam", "run_dir=läufe", "data.root=/home/jürgen/x y"])
     assert (cfg.run_dir, cfg.data.root) == ("läufe", "/home/jürgen/x y")
 
@@ -224,7 +234,7 @@ def test_every_command_keeps_the_letters_of_such_a_folder() -> None:
 
 def test_numbers_stay_numbers_where_no_text_is_wanted() -> None:
     assert compose("train", ["max_steps=10_000", "run_dir=a"]).max_steps == 10_000
-    given = ["run_dir=1_0,b,2.50", "hydra.sweep.dir=2024_12_31", "run_dir='a, 1'", "seed=1_0", "+run_dir=3"]
+    given = ["run_dir=1_0,b,2.50", "hydra.sweep.dir=2024_12_31", "run_dir='a, 1'", "seed=1_0", "+run_dir=3", "-m"]
     assert texts_quoted(given, ("run_dir", "hydra.sweep.dir")) == [
-        *("run_dir='1_0',b,'2.50'", "hydra.sweep.dir='2024_12_31'", "run_dir='a, 1'", "seed=1_0", "+run_dir='3'"),
+        *("run_dir='1_0',b,'2.50'", "hydra.sweep.dir='2024_12_31'", "run_dir='a, 1'", "seed=1_0", "+run_dir='3'", "-m"),
     ]

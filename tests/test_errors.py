@@ -87,6 +87,8 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["run_dir=läufe(1)"], 2, r"cannot read run_dir=läufe\(1\): .*in quotes, inside .* \"run_dir='läufe\(1\)'\"$"),
         (["run_dir=it's"], 2, r"inside the shell's own: \"run_dir='it\\'s'\"$"),
         (["data.root=a,b"], 2, r"holds a comma: as a list write 'data.root=\[a,b\]', as one text \"data.root='a,b'\""),
+        (["run_dir=Läufe, 2"], 2, r"cannot read run_dir=Läufe, 2: a value .* \"run_dir='Läufe, 2'\"$"),
+        (["run_dir=out, 1"], 2, r"run_dir=out, 1 holds a comma: .*, as one text \"run_dir='out, 1'\", for a sweep"),
         (["data.root=Übung{1}"], 2, r"cannot read data.root=Übung\{1\}: a value .* \"data.root='Übung\{1\}'\"$"),
         (["data.root=a&b"], 2, r"cannot read data.root=a&b: a value .* \"data.root='a&b'\"$"),
         (["data.root=~/demos"], 2, r"cannot read data.root=~/demos: .* write data.root=\$HOME/demos$"),

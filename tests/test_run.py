@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from pathlib import Path
@@ -68,6 +69,22 @@ def test_a_run_reports_and_a_stopped_one_is_an_error(monkeypatch: pytest.MonkeyP
     policy.needs = Needs(("left", "right"))
     with pytest.raises(ValueError, match="the robot has right"):
         run(compose("run", SMALL))
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("plan.txt", r"the ending \.txt is that of no known format: give a figure \(.*png.*\) or a rerun recording"),
+        ("", "is a folder: name a file in it"),
+    ],
+)
+def test_the_file_of_a_dry_run_is_checked_before_the_policy_is_loaded(
+    file: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(driving, "_policy", lambda cfg: pytest.fail("the policy was loaded"))
+    with pytest.raises(ValueError, match=f"^dry_run={re.escape(str(tmp_path / file))}:? {said}"):
+        run(compose("run", [*SMALL, f"dry_run={tmp_path / file}"]))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_blending_without_effect_is_refused_before_the_policy_and_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:

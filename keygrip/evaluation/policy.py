@@ -16,7 +16,7 @@ from keygrip.data.robot.roots import refuse_renamed
 from keygrip.evaluation.closed_loop import ClosedLoop
 from keygrip.evaluation.environments import EnvironmentSettings, environment_settings
 from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_invalid
-from keygrip.evaluation.rollout_report import write_report
+from keygrip.evaluation.rollout_report import REPORT, remove_report, write_report
 from keygrip.evaluation.trained_policy import check_policy
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.checkpoints import read_checkpoint
@@ -59,6 +59,7 @@ def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
             )
         else:
             log.warning("open_loop is left out: %s", NONE_HELD_OUT)
+    remove_report(evaluated.output)  # not earlier: a refused evaluation leaves the results of the earlier one
     if settings is not None:
         result["closed_loop"] = closed_loop(evaluated, settings)
     return result
@@ -159,7 +160,7 @@ def _relocate_data(stored: Any, changes: Any) -> dict[str, Any]:
 def closed_loop(evaluated: Evaluated, settings: ClosedLoop) -> dict[str, Any]:
     """Return the success by condition; for several tasks `tasks` and `all`."""
     output = evaluated.output
-    report = write_report(settings.run(evaluated.checkpoint, output), output / "closed_loop.json", settings.of_tasks)
+    report = write_report(settings.run(evaluated.checkpoint, output), output / REPORT, settings.of_tasks)
     figures: dict[str, Any] = report["conditions"]
     return {"tasks": figures, "all": report["all"]} if settings.of_tasks else figures
 

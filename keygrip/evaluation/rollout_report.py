@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from keygrip.artifacts import write_json
 from keygrip.envs.metaworld.tasks import DIFFICULTY
-from keygrip.evaluation.closed_loop import ConditionResult, clamped, success_rates, summarise
+from keygrip.evaluation.closed_loop import EPISODES_FILE, ConditionResult, clamped, success_rates, summarise
 from keygrip.evaluation.rollout_grid import grid_of_rollouts
+
+log = logging.getLogger(__name__)
+
+REPORT = "closed_loop.json"
+VIDEOS, GRID = "videos", "rollouts.mp4"
 
 
 def write_report(results: list[ConditionResult], file: Path, tasks: bool) -> dict[str, Any]:
@@ -27,8 +34,34 @@ def write_report(results: list[ConditionResult], file: Path, tasks: bool) -> dic
     episodes = {result.name: [vars(episode) for episode in result.episodes] for result in results}
     write_json(file, {**report, "episodes": episodes})
     if tasks:
-        grid_of_rollouts(results, file.parent / "videos", file.parent / "rollouts.mp4")
+        grid_of_rollouts(results, file.parent / VIDEOS, file.parent / GRID)
     return report
+
+
+def remove_report(folder: Path) -> None:
+    """Remove the report, the episodes and the videos of an earlier evaluation, which would pass for those of the next.
+
+    A folder without the episodes of an evaluation is left as it is, and so are videos that the episodes do not name.
+    """
+    episodes = folder / EPISODES_FILE
+    if not episodes.is_file():
+        return
+    log.info("the closed-loop results of an earlier evaluation are removed from %s", folder)
+    for name in _named_videos(episodes):
+        (folder / VIDEOS / name).unlink(missing_ok=True)
+    for file in (folder / GRID, folder / REPORT, episodes):  # the episodes last: they name what else is to be removed
+        file.unlink(missing_ok=True)
+
+
+def _named_videos(episodes: Path) -> Iterator[str]:
+    """Yield the names of the videos in a file of episodes, whose last line may be cut off."""
+    for line in episodes.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            video = json.loads(line).get("video")
+        except (ValueError, AttributeError):
+            continue
+        if isinstance(video, str) and video == Path(video).name and video.endswith(".mp4"):
+            yield video
 
 
 def over_tasks(results: Sequence[ConditionResult]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from keygrip.artifacts import atomic_write
 
 TOLERANCE = 1e-4  # largest difference from the eager network, relative to 1 + its largest output
 LARGEST_BATCH = 1024
+EXPORTER_LOGGERS = ("onnxscript", "onnx_ir")  # they log each changed node as information
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,14 @@ def _check_tolerance(difference: float, runtime: str) -> float:
 
 @contextlib.contextmanager
 def _suppress_output() -> Iterator[None]:
-    """Suppress the progress of torch's exporter on standard output, which carries the command's JSON."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    """Suppress the progress of torch's exporter: on standard output, which carries the command's JSON, and in the log,
+    where its warnings are kept."""
+    levels = {name: logging.getLogger(name).level for name in EXPORTER_LOGGERS}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -20,7 +20,7 @@ from keygrip.models.policy import Policy, can_continue
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.client import RemotePolicy, ServerError
 from keygrip.runtime.control_loop import ControlLoop
-from keygrip.runtime.dry_run import dry_run
+from keygrip.runtime.dry_run import dry_run, refuse_dry_run_file
 from keygrip.runtime.plan_terms import refuse_idle_follow
 from keygrip.runtime.planners import Planner, ThreadPlanner
 from keygrip.runtime.plausibility import Bounds, PlausiblePolicy
@@ -53,6 +53,8 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
     idle = [name for name in ("takeover", "record") if cfg[name] is not None]
     if cfg.dry_run is not None and idle:
         raise ValueError(f"{idle[0]}=... has no effect with dry_run={cfg.dry_run}, which drives no arm: leave it out")
+    if cfg.dry_run is not None:
+        refuse_dry_run_file(cfg.dry_run)
     if cfg.record is not None and cfg.takeover is None:
         raise ValueError(
             f"record={cfg.record} keeps corrections, which need a person: give takeover=..., or leave it out"

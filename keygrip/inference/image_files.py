@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from keygrip.artifacts import atomic_write, nearest_existing
+from keygrip.artifacts import atomic_write, nearest_existing, refuse_file
 from keygrip.data.image_text.crops import Bucket
 from keygrip.inference.image_requests import SampleRequest
 from keygrip.models.patch_dit.figures import as_bytes, image_grid
@@ -90,9 +90,10 @@ def move_files(scratch: Path, folder: Path, files: ImageFiles) -> None:
 
 def refuse_folder(folder: Path) -> None:
     """Raise ValueError if the folder cannot be created. It is not created yet: a failed run leaves nothing behind."""
+    refuse_file(folder, "run_dir")
     existing = nearest_existing(folder)
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"run_dir={folder}: {existing} is {'not writable' if existing.is_dir() else 'no folder'}")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"run_dir={folder}: {existing} is not writable")
 
 
 def _grid_row(

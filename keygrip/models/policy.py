@@ -136,14 +136,14 @@ def image_of(view: Mapping[str, Any], camera: str = "") -> np.ndarray:
         camera: its name in the observation's `cameras`, for messages; "": the view is the observation.
 
     Raises:
-        ValueError: the image is missing, or of another shape or type.
+        ValueError: the image is missing, has no pixels, or is of another shape or type.
     """
     if view.get("image") is None:
         cameras = view.get("cameras") or {}
         hint = f"; it has the cameras {', '.join(cameras)}, and this policy reads one without a name" if cameras else ""
         raise ValueError(f"{_describe_origin(camera)} lacks 'image', which is H x W x 3 uint8, RGB{hint}")
     image = np.asarray(view["image"])
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         sides = " x ".join(map(str, image.shape)) or "a single value"
         raise ValueError(
             f"'image' of {_describe_origin(camera)} must be H x W x 3 uint8, RGB, not {sides} {image.dtype}"

@@ -100,8 +100,8 @@ def record(
         progress: show a progress bar on standard error.
 
     Raises:
-        ValueError: A setting is out of range or has no effect, `root` holds a recording made with other settings, or
-            the expert fails in more than half of the episodes.
+        ValueError: A setting is out of range or has no effect, `root` holds a recording made with other settings or
+            other data, or the expert fails in more than half of the episodes.
         RenderingUnavailableError: This machine cannot render off screen.
         ChildProcessError: A worker process died.
     """

@@ -55,8 +55,8 @@ def record_step(
         Counts and seconds.
 
     Raises:
-        ValueError: A setting is out of range, `root` holds another recording, the environment does not fit or has no
-            expert, or there are more failures than successes.
+        ValueError: A setting is out of range, `root` holds another recording or other data, the environment does not
+            fit or has no expert, or there are more failures than successes.
     """
     if demos < 1 or hz <= 0 or not 16 <= image_size <= 4096:
         raise ValueError("demos is at least 1, hz above 0, image_size within 16 .. 4096")

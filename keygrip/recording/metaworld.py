@@ -56,8 +56,8 @@ def record_step(
         Counts and seconds; failures of the expert by task.
 
     Raises:
-        ValueError: A setting is out of range, `root` holds another recording, the interpreter does not exist, or of at
-            least 20 episodes of a task fewer than a tenth succeeded.
+        ValueError: A setting is out of range, `root` holds another recording or other data, the interpreter does not
+            exist, or of at least 20 episodes of a task fewer than a tenth succeeded.
     """
     names = task_names(tasks)
     every = _control_steps_per_frame(hz)

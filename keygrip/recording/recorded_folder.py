@@ -25,17 +25,21 @@ def failed_seeds(root: Path, settings: dict[str, Any], none: Any) -> Any:
     seeds.
 
     Raises:
-        ValueError: `root` holds demonstrations with other settings (two recordings are never mixed), or its description
-            is damaged.
+        ValueError: `root` holds demonstrations with other settings or other data, which are never mixed with a
+            recording, or its description is damaged.
     """
     path = root / SETTINGS_FILE
+    if not path.is_file():
+        _refuse_other_data(root)
+        store(root, settings, none)
+        return none
     try:
-        stored = read_record(path) if path.is_file() else {}
+        stored = read_record(path)
     except ValueError as error:
         raise ValueError(f"{error}: record into another folder, or remove this one") from error
     # a recording that ended before its first demonstration (e.g. an invalid image size) does not fix the settings
     empty = not any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir())
-    if not stored or (empty and stored.get("settings") != json_values(settings)):
+    if empty and stored.get("settings") != json_values(settings):
         store(root, settings, none)
         return none
     stored_settings, failed = stored.get("settings"), stored.get("failed_seeds")
@@ -51,6 +55,18 @@ def failed_seeds(root: Path, settings: dict[str, Any], none: Any) -> Any:
 def store(root: Path, settings: dict[str, Any], failed: Any) -> None:
     """Write settings and failed seeds atomically."""
     write_json(root / SETTINGS_FILE, {"settings": json_values(settings), "failed_seeds": failed})
+
+
+def _refuse_other_data(root: Path) -> None:
+    """Raise ValueError if a folder without the description of a recording holds anything; hidden files (a lock, caches)
+    do not count. Other data would be trained on together with the recording, or no longer be found beside it."""
+    names = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
+    if names:
+        listed = ", ".join(names[:3] + ([f"and {len(names) - 3} more"] if len(names) > 3 else []))
+        raise ValueError(
+            f"{root} holds other data ({listed}) and no {SETTINGS_FILE} of a recording: record into "
+            "a new or empty folder"
+        )
 
 
 def _refuse_other_settings(root: Path, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.robot.discovery import find_demos
-from keygrip.data.robot.schema import Demo
+from keygrip.data.robot.schema import Demo, missing_camera
 from keygrip.data.robot.split import split_demos
 from keygrip.data.shards.keys import sample_key
 from keygrip.data.shards.set_writer import MadeSample, write_shards
@@ -136,7 +136,7 @@ class DemoMaker:
         camera = self.camera or _first_camera(reference.read(images=False, uncalibrated=True))
         demo = reference.read(cameras=(camera,), uncalibrated=True)  # a video needs no calibration
         if camera not in demo.cameras:
-            raise ValueError(f"it has no camera {camera!r}; it has {', '.join(demo.cameras)}")
+            raise ValueError(missing_camera(demo, camera))
         frame_indices = np.arange(0, len(demo), max(demo.fps, 1e-6)).round().astype(int)
         fps = 1.0
         if len(frame_indices) > self.max_frames:

@@ -16,9 +16,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
-from keygrip.artifacts import atomic_path, atomic_write
+from keygrip.artifacts import atomic_path, atomic_write, refuse_unwritable
 from keygrip.models.policy import Plan, Policy
 from keygrip.robots.joint_motion import ArmMotions, JointMotionError
 from keygrip.runtime.asynchronous import ChunkExecution
@@ -166,6 +167,22 @@ def _is_path(plan: Plan, arms: int) -> bool:
     arrays = (plan.position, plan.quaternion, plan.gripper, np.asarray(plan.step_seconds))
     finite = len(plan.gripper) == arms and all(np.isfinite(part).all() for part in arrays)
     return finite and plan.step_seconds > 0 and bool((np.linalg.norm(plan.quaternion, axis=-1) > 0).all())
+
+
+def refuse_dry_run_file(target: str) -> None:
+    """Check the file of a dry run, before a policy is loaded and plans.
+
+    Raises:
+        ValueError: The file's ending is that of no figure or rerun recording, or it cannot be written.
+    """
+    path = Path(target)
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix not in ("", ".rrd") and path.suffix[1:].lower() not in formats:
+        raise ValueError(
+            f"dry_run={target}: the ending {path.suffix} is that of no known format: give a figure "
+            f"({', '.join(formats)}) or a rerun recording (rrd)"
+        )
+    refuse_unwritable(path, "dry_run")
 
 
 def dry_run(

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from keygrip.config import leaves_of
 from keygrip.launch import is_first_process, restarted_by_scheduler
+from keygrip.override_values import as_typed
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import HEADER, read_checkpoint
 from keygrip.training.strategies import named_precision
@@ -71,7 +72,7 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
         log.warning("started again by the scheduler: resuming %s", latest)
         return latest
     raise run_folder.RunFolderError(
-        f"{folder} already holds a run: continue it with resume={folder}, or give another run_dir"
+        f"{folder} already holds a run: continue it with {as_typed('resume', folder)}, or give another run_dir"
     )
 
 

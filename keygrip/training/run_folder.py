@@ -19,8 +19,9 @@ from typing import TypeGuard
 
 from omegaconf import OmegaConf
 
-from keygrip.artifacts import is_locked, locked, read_record
+from keygrip.artifacts import is_locked, locked, read_record, refuse_file
 from keygrip.launch import is_first_process, is_slurm_shell
+from keygrip.override_values import as_typed
 from keygrip.training.results import RESULT
 
 RUNS = Path("runs")
@@ -61,7 +62,8 @@ def choose_folder(
     Raises:
         FileNotFoundError: nothing to resume.
         RunFolderError: another process is training in the folder. ValueError: the processes of this run cannot agree on
-            a folder, ``run_dir`` is not the folder that ``resume`` names, or one of the two is an empty string.
+            a folder, ``run_dir`` is a file or not the folder that ``resume`` names, or one of the two is an empty
+            string.
     """
     group = RUNS / f"{model}_{data}"
     resume = resume_setting(resume)
@@ -72,7 +74,7 @@ def choose_folder(
                 f"resume={resume} goes on in {folder}, and run_dir={run_dir} is another folder: leave out run_dir"
             )
     elif run_dir is not None:
-        folder = given_path("run_dir", run_dir)
+        folder = given_folder("run_dir", run_dir)
         if resume and not (folder / CHECKPOINT).is_file():
             remedy = resume_kept(folder) or "leave out resume=true"
             raise FileNotFoundError(f"nothing to resume: {folder / CHECKPOINT} does not exist; {remedy}")
@@ -97,6 +99,14 @@ def given_path(setting: str, path: str | Path) -> Path:
         )
     _refuse_dangling(Path(path), f"{setting}={path}")
     return Path(path)
+
+
+def given_folder(setting: str, path: str | Path) -> Path:
+    """Return the path of a setting that names a folder to write to. Raise ValueError as `given_path` does, and for a
+    file."""
+    folder = given_path(setting, path)
+    refuse_file(folder, setting)
+    return folder
 
 
 def _refuse_dangling(path: Path, description: str) -> None:
@@ -382,4 +392,4 @@ def _folder_of(path: Path) -> Path:
 def resume_kept(folder: Path) -> str:
     """Describe how to resume a run without `CHECKPOINT` from its newest other checkpoint; empty if there is none."""
     kept = list(kept_by_step((folder / CHECKPOINT).parent).values())
-    return f"go on from the newest one that is left with resume={kept[-1]}" if kept else ""
+    return f"go on from the newest one that is left with {as_typed('resume', kept[-1])}" if kept else ""

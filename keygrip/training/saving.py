@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from keygrip.artifacts import atomic_write, read_record, write_json
 from keygrip.launch import requeue_job
+from keygrip.override_values import as_typed
 from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.ema import EMA
@@ -299,7 +300,7 @@ class SaveOnInterrupt(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveLatest):
                 callback.save(trainer)
-                outcome = f"saved {callback.latest_path}; continue with resume={callback.folder.parent}"
+                outcome = f"saved {callback.latest_path}; continue with {as_typed('resume', callback.folder.parent)}"
         if number == signal.SIGUSR1 and trainer.is_global_zero:
             requeue_job()
         raise Interrupted(f"stopped by {signal.Signals(number).name} at step {trainer.global_step}: {outcome}", number)

@@ -37,7 +37,7 @@ from keygrip.training.run_folder import (
     CHECKPOINT,
     PLAN,
     RunFolderError,
-    given_path,
+    given_folder,
     is_held,
     newest_sweep,
     remove_if_empty,
@@ -162,7 +162,7 @@ class SweepSummary(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            folder = given_path("hydra.sweep.dir", config.hydra.sweep.dir)
+            folder = given_folder("hydra.sweep.dir", config.hydra.sweep.dir)
             jobs = planned_jobs(config)
             going_on = None
             if "resume" in config:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from keygrip.config import compose
 from keygrip.evaluation.closed_loop import ClosedLoop
 from keygrip.evaluation.policy import closed_loop_settings, evaluate_policy, open_loop
+from keygrip.evaluation.rollout_report import remove_report
 
 
 class Model(LightningModule):
@@ -219,6 +220,44 @@ def test_a_run_that_holds_nothing_out_has_no_open_loop(
     assert "open_loop is left out: the run holds out no demonstrations" in caplog.text
     with pytest.raises(ValueError, match=r"one demonstration\): nothing is left to evaluate; .*val_fraction=0\.99"):
         evaluate_policy(run, compose("evaluate", ["checkpoint=run", "evaluate=policy", "simulate=false"]))
+
+
+@pytest.mark.parametrize("simulate", [True, False])
+def test_an_evaluation_leaves_no_results_of_an_earlier_one(
+    simulate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused evaluation removes nothing, and no evaluation removes a file that is not one of its own."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    lines = [{"video": None}, {"video": "left-1.mp4"}, {"video": "../mine.mp4"}, {"video": "notes.txt"}, 3]
+    (tmp_path / "episodes.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"video": "cut-')
+    stale = {"episodes.jsonl", "closed_loop.json", "rollouts.mp4", "videos/left-1.mp4"}
+    own = {"result.json", "last.ckpt", "mine.mp4", "videos/mine.mp4", "videos/notes.txt"}
+    for name in (stale | own) - {"episodes.jsonl"}:
+        (tmp_path / name).write_text("")
+
+    def present() -> set[str]:
+        return {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+
+    run = evaluated("tasks.TaskOptions", name="pick")
+    run.output = tmp_path
+    seen: list[set[str]] = []
+    monkeypatch.setattr("keygrip.evaluation.policy.closed_loop", lambda *_: seen.append(present()))
+    overrides = ["checkpoint=run", "evaluate=policy", f"simulate={simulate}"]
+    with pytest.raises(ValueError, match="episodes=0: it must" if simulate else "nothing is left to evaluate"):
+        evaluate_policy(run, compose("evaluate", [*overrides, "episodes=0"] if simulate else overrides))
+    assert present() == stale | own
+    monkeypatch.setattr("keygrip.evaluation.policy.open_loop", lambda *_: {"loss": 1.0})
+    evaluate_policy(run, compose("evaluate", overrides))
+    assert present() == own
+    assert seen == [own] * simulate
+
+
+def test_a_folder_without_episodes_is_left_as_it_is(tmp_path: Path) -> None:
+    for name in ("closed_loop.json", "rollouts.mp4"):
+        (tmp_path / name).write_text("mine")
+    remove_report(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed_loop.json", "rollouts.mp4"]
 
 
 def test_the_open_loop_of_a_mac_computes_where_training_did(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from keygrip import export
+from keygrip.config import compose
 from keygrip.exporting.folder import CARD, CONFIG, PROCESSOR, WEIGHTS, is_export, model_card, read_export, write_export
 from keygrip.training.checkpoints import find_checkpoint
 
@@ -73,6 +76,13 @@ def test_values_that_are_no_data_are_refused_and_nothing_remains(tmp_path: Path)
     write(tmp_path / "model")
     with pytest.raises(FileExistsError, match="exists already"):
         write(tmp_path / "model")
+
+
+def test_a_file_in_place_of_the_folder_is_refused_before_the_checkpoint_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("")
+    with pytest.raises(ValueError, match=rf"^to={re.escape(f'{file}/below: {file}')} is a file: give a folder$"):
+        export.run(compose("export", ["checkpoint=none", f"to={file}/below"]))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,13 @@ def test_torch_export_equals_the_network(options: dict[str, Any], tmp_path: Path
         pytest.param("dinov2_vits14", {}, id="real backbone", marks=pytest.mark.slow),
     ],
 )
-def test_onnx_under_onnxruntime_equals_the_network(variant: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_onnx_under_onnxruntime_equals_the_network(
+    variant: str, options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     made = graph(variant, **options)
-    assert write_onnx(made, tmp_path / "model.onnx") < 1e-4
+    with caplog.at_level(logging.INFO):
+        assert write_onnx(made, tmp_path / "model.onnx") < 1e-4
+    assert [record.name for record in caplog.records if record.levelno < logging.WARNING] == []
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     assert [entry.name for entry in session.get_outputs()] == list(made.outputs)
     for inputs in fresh_inputs(made, (4,)):
@@ -90,6 +95,26 @@ def test_onnx_under_onnxruntime_equals_the_network(variant: str, options: dict[s
         outputs = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         for one, other in zip(outputs, expected, strict=True):
             assert np.abs(one - other.numpy()).max() <= 1e-4 * (1 + float(other.abs().max()))
+
+
+def test_the_exporters_log_of_single_nodes_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its warnings are, and a failed export leaves the loggers as they were."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript.optimizer", "onnx_ir.passes")]
+
+    def export(*_: object, **__: object) -> None:
+        for logger in loggers:
+            logger.info("a node is folded")
+            logger.warning("a node is left out")
+        raise RuntimeError("the export failed")
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with caplog.at_level(logging.INFO):
+        with pytest.raises(RuntimeError, match="the export failed"):
+            write_onnx(ExportGraph(Unlike(), {"x": torch.rand(2, 3)}, ("y",)), tmp_path / "model.onnx")
+        assert [record.getMessage() for record in caplog.records] == ["a node is left out"] * 2
+        assert [logger.getEffectiveLevel() for logger in loggers] == [logging.INFO] * 2
 
 
 @pytest.mark.slow

@@ -152,8 +152,33 @@ def test_other_settings_do_not_mix_into_a_folder(serial: Path) -> None:
         record(TaskOptions(name="pick", region="left"), serial, 4, image_size=SIZE, progress=False)
 
 
+@pytest.mark.parametrize("held", ["meta/info.json", "pick_0000000/metadata.json", "task_demo.hdf5"])
+def test_a_folder_with_data_that_nobody_recorded_is_refused(held: str, tmp_path: Path) -> None:
+    file = tmp_path / held
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("")
+    with pytest.raises(
+        ValueError, match=rf"holds other data \({held.split('/')[0]}\) .*record into a new or empty folder"
+    ):
+        record(PICK, tmp_path, 1, image_size=SIZE, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK_FILE, held.split("/")[0]]
+    for number in range(4):
+        (tmp_path / f"a_{number}").mkdir()
+    with pytest.raises(ValueError, match=r"\(a_0, a_1, a_2, and 2 more\)"):
+        failed_seeds(tmp_path, {}, {})
+
+
+def test_hidden_files_and_a_recording_that_ended_early_are_no_other_data(tmp_path: Path) -> None:
+    (tmp_path / ".keygrip").mkdir()
+    settings = {"task": "pick"}
+    assert failed_seeds(tmp_path, settings, []) == []
+    (tmp_path / "pick_0000000").mkdir()
+    recorded_folder.store(tmp_path, settings, [1])
+    assert failed_seeds(tmp_path, settings, []) == [1]
+
+
 @pytest.mark.parametrize(
-    "content", ["[" * 100_000, "{", "[]", '{"settings": {}}', '{"settings": 3, "failed_seeds": []}']
+    "content", ["[" * 100_000, "{", "[]", "{}", '{"settings": {}}', '{"settings": 3, "failed_seeds": []}']
 )
 def test_a_damaged_record_of_a_recording_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "pick_0000000").mkdir()
@@ -172,9 +197,9 @@ def test_a_try_that_failed_before_its_first_demonstration_binds_nobody(tmp_path:
 
 
 def test_numbers_that_are_not_finite_are_the_same_settings_again(tmp_path: Path) -> None:
-    (tmp_path / "pick_0").mkdir()
     limits = {"task": {"speed": float("inf"), "box": (1.0, float("nan"))}}
     assert failed_seeds(tmp_path, limits, []) == []
+    (tmp_path / "pick_0").mkdir()
     recorded_folder.store(tmp_path, limits, [3])
     assert failed_seeds(tmp_path, limits, []) == [3]
     with pytest.raises(ValueError, match=r"\(task\.speed: 'Infinity' there, None now\)"):

@@ -4,6 +4,7 @@ of any gymnasium environment is recorded."""
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,19 @@ def test_settings_without_effect_are_refused(tmp_path: object, overrides: list[s
     with pytest.raises(Exception, match=said):
         run(compose("prepare", ["step=record", f"root={tmp_path}/new", "demos=1", *overrides]))
     assert not list(tmp_path.iterdir())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("options", [["record", "demos=1"], ["import", "source=x"], ["export_lerobot"], ["images"]])
+def test_a_file_where_a_step_writes_a_folder_is_named_with_its_setting(tmp_path: Path, options: list[str]) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("")
+    setting = "to" if options == ["export_lerobot"] else "root"
+    needed = {"export_lerobot": [f"root={tmp_path}"], "images": ["source=x"]}.get(options[0], [])
+    for place, said in ((f"{file}", ""), (f"{file}/below", f": {file}")):
+        settings = [f"step={options[0]}", *options[1:], *needed, f"{setting}={place}"]
+        with pytest.raises(ValueError, match=rf"^{setting}={re.escape(place + said)} is a file: give a folder$"):
+            run(compose("prepare", settings))
+    assert file.read_text() == ""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def wrong_observations(seen: dict[str, Any]) -> Iterator[tuple[dict[str, Any], s
         whose = f"camera '{names[0]}' of the observation" if names else "the observation"
         for wrong, said in (
             (image[..., 0], f"^'image' of {whose} must be H x W x 3 uint8, RGB, not 96 x 128 uint8"),
+            (image[:0], f"^'image' of {whose} must be H x W x 3 uint8, RGB, not 0 x 128 x 3 uint8"),
             (image.astype(np.float32) / 255, f"^'image' of {whose} must be .*, not 96 x 128 x 3 float32"),
             (
                 None,

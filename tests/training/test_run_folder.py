@@ -106,6 +106,18 @@ def test_an_empty_text_is_not_the_present_folder() -> None:
     assert run_folder.choose_folder(".", False, "m", "d") == "."
 
 
+def test_a_file_in_place_of_a_folder_is_named_with_its_setting() -> None:
+    Path("p.txt").write_text("")
+    for choose in (
+        lambda folder: run_folder.choose_folder(folder, False, "m", "d"),
+        lambda folder: evaluation_output("run/checkpoints/last.ckpt", folder),
+    ):
+        with pytest.raises(ValueError, match=r"^run_dir=p\.txt is a file: give a folder$"):
+            choose("p.txt")
+        with pytest.raises(ValueError, match=r"^run_dir=p\.txt/a/b: \S+/p\.txt is a file: give a folder$"):
+            choose("p.txt/a/b")
+
+
 def test_a_link_to_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     Path("runs").symlink_to(tmp_path / "disk")
     with pytest.raises(ValueError, match=r"run_dir=runs/a: runs is a symbolic link to \S+/disk, which is not there"):

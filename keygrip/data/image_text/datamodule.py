@@ -27,7 +27,7 @@ from keygrip.data.image_text.crops import Bucket
 from keygrip.data.image_text.samples import missing_parts
 from keygrip.data.image_text.statistics import measure
 from keygrip.data.shards.index import SPLITS
-from keygrip.data.shards.made_shards import held_out
+from keygrip.data.shards.made_shards import complete_sets, held_out
 from keygrip.data.shards.reader import ShardSet, share_cache_limit
 from keygrip.data.shards.remote import folder_beside
 from keygrip.data.shards.resuming import ResumableData
@@ -109,7 +109,7 @@ class ImageShards(ResumableData):
     def prepare_data(self) -> None:
         """Generate the shards if they are missing and no `root` is given."""
         if self.root is None and self.make is not None:
-            self.make.complete()
+            complete_sets({"data.root": self.make})
 
     def setup(self, stage: str | None = None) -> None:
         """Open all splits; later calls do nothing.

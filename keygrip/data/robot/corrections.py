@@ -28,7 +28,7 @@ import numpy as np
 from keygrip.data.robot.calibration import Calibration, read_mapping
 from keygrip.data.robot.formats.poses import invert, rigid
 from keygrip.data.robot.frames import checked_index, verify_source
-from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
+from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, left_out_cameras
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def corrected(demo: Demo, corrections: Mapping[str, Correction], path: Path) -> 
         DemoError: the demo has none of the cameras, or fewer than two frames remain after shifting by the lags.
     """
     absent = [camera for camera in corrections if camera not in demo.cameras]
-    if len(absent) == len(corrections):
+    if len(set(absent) - left_out_cameras(demo).keys()) == len(corrections):
         raise DemoError(
             demo.name, f"{path} corrects camera {absent[0]!r}; the demo has {', '.join(sorted(demo.cameras))}"
         )

@@ -44,6 +44,7 @@ MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = "keygrip.manifest/1"
 VERIFIED = "verified.json"
 THREADS = 8  # more threads only wait for the disk
+DEPTH_CHECK = "uint16"  # changed with what depth must be: recordings that passed another check are checked again
 KEPT_ENTRIES = 200_000  # largest number of entries in the file of checked recordings
 KEPT_EVERY_S = 60.0  # interval at which results so far are stored: a first check may take hours
 AGAIN = "restore the file, or, where it was changed on purpose, run prepare step=manifest again=true"
@@ -244,8 +245,9 @@ def _load_valid_verdicts(path: Path) -> dict[str, Verdict]:
 
 
 def _recording_identity(demo: Demo, cameras: Sequence[str], depth: bool) -> str:
-    """Return a hash that changes with a recording's poses and with the names, sizes or times of its files."""
-    digest = hashlib.sha256(f"{demo_fingerprint(demo)}\n{list(cameras)}\n{depth}\n".encode())
+    """Return a hash that changes with a recording's poses, with the names, sizes or times of its files, and with
+    `DEPTH_CHECK` if depth is used."""
+    digest = hashlib.sha256(f"{demo_fingerprint(demo)}\n{list(cameras)}\n{depth and DEPTH_CHECK}\n".encode())
     if _is_native(demo):
         lines = sorted(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in _files(demo.path))
     else:

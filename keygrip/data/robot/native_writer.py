@@ -17,7 +17,17 @@ from PIL import Image
 from keygrip.artifacts import scratch_folder, write_json
 from keygrip.data.robot.frames import JpegFrames
 from keygrip.data.robot.integrity import write_manifest
-from keygrip.data.robot.schema import CONVENTIONS, SCHEMA, ArmTrajectory, Demo, DemoError
+from keygrip.data.robot.schema import (
+    CONVENTIONS,
+    SCHEMA,
+    ArmTrajectory,
+    Demo,
+    DemoError,
+    FrameSource,
+    demo_guard,
+    missing_camera,
+)
+from keygrip.data.untrusted_files import open_image
 from keygrip.data.video import VideoWriter
 
 # Arrays of an arm in trajectory.npz and the fields of `ArmPose` that they hold; the second group is for reached poses
@@ -311,7 +321,7 @@ def write_demo(
     names = list(demo.cameras) if cameras is None else list(cameras)
     absent = [name for name in names if name not in demo.cameras]
     if absent:
-        raise DemoError(demo.name, f"it has no camera {absent[0]!r}; it has {', '.join(demo.cameras)}")
+        raise DemoError(demo.name, missing_camera(demo, absent[0]))
     tracks = {name: demo.cameras[name] for name in names}
     source = {"imported_from": str(demo.path), **demo.source}
     uncalibrated = {name: track.uncalibrated for name, track in tracks.items() if track.uncalibrated}
@@ -320,8 +330,8 @@ def write_demo(
         for index in range(len(demo)):
             images: dict[str, np.ndarray | bytes] = {}
             for name, track in tracks.items():
-                encoded = track.frames.encoded(index) if isinstance(track.frames, JpegFrames) and not video else None
-                images[name] = track.frames.read(index) if encoded is None else encoded
+                with demo_guard(demo.name, f"camera {name!r}, frame {index}: "):
+                    images[name] = _image_to_write(track.frames, index, video)
             writer.add(
                 int(demo.timestamps[index]),
                 images,
@@ -335,6 +345,15 @@ def write_demo(
                 intervention=demo.intervention is not None and bool(demo.intervention[index]),
             )
     return Path(folder)
+
+
+def _image_to_write(frames: FrameSource, index: int, video: bool) -> np.ndarray | bytes:
+    """Return the bytes of an image file that is copied unchanged, else the pixels."""
+    encoded = frames.encoded(index) if isinstance(frames, JpegFrames) and not video else None
+    if not isinstance(frames, JpegFrames) or encoded is None:
+        return frames.read(index)
+    with open_image(encoded, frames.path(index)):  # reads the header; the message of the writer could not name the file
+        return encoded
 
 
 def _pose_at(arm: ArmTrajectory, index: int) -> ArmPose:

@@ -12,7 +12,7 @@ from keygrip.data.robot.checks import check_depth, check_images
 from keygrip.data.robot.frame_rates import other_rates, report_gaps
 from keygrip.data.robot.integrity import verify
 from keygrip.data.robot.reference import DemoReference
-from keygrip.data.robot.schema import Demo, DemoError
+from keygrip.data.robot.schema import Demo, DemoError, missing_camera
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def _read_with_requirements(reference: DemoReference, options: ReadingOptions) -
     if missing and (reason := demo.source.get("uncalibrated", {}).get(missing[0])):
         raise DemoError(demo.name, f"camera {missing[0]!r} is not calibrated, which this model needs: {reason}")
     if missing:
-        raise DemoError(demo.name, f"it has no camera {missing[0]!r}; it has {', '.join(demo.cameras)}")
+        raise DemoError(demo.name, missing_camera(demo, missing[0]))
     absent = [arm for arm in options.arms if arm not in demo.arms]
     if absent:
         raise DemoError(demo.name, f"it has no arm {absent[0]!r}; it has {', '.join(demo.arms)}")

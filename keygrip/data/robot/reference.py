@@ -8,7 +8,7 @@ from pathlib import Path
 
 from keygrip.data.bad_samples import HOSTILE, is_of_the_machine, reason_of
 from keygrip.data.robot.checks import check_demo, correct_deviations
-from keygrip.data.robot.schema import Demo, DemoError
+from keygrip.data.robot.schema import Demo, DemoError, left_out_cameras
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _drop_uncalibrated(demo: Demo, exempt_cameras: Collection[str]) -> Demo:
     if not without:
         return demo
     if len(without) == len(demo.cameras):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in without.items())
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in (left_out_cameras(demo) | without).items())
         raise DemoError(
             demo.name,
             f"no camera is calibrated ({reasons}), which only some models can do without (docs/data.md)",

@@ -12,7 +12,7 @@ from keygrip.data.robot import hub
 from keygrip.data.robot.discovery import find_demos, refuse_no_folder
 from keygrip.data.robot.frame_rates import checked_strides, refuse_unequal_steps
 from keygrip.data.robot.reading import ReadDemos, ReadingOptions, read_demos
-from keygrip.data.robot.schema import Demo, DemoError
+from keygrip.data.robot.schema import Demo, DemoError, left_out_cameras
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,11 @@ def _read_with_renamed_cameras(reader: Callable[[], Demo], names: Mapping[str, s
         raise DemoError(
             demo.name, f"with data.camera_names two of its cameras {', '.join(demo.cameras)} would have the same name"
         )
-    return replace(
-        demo, cameras=cameras, source=demo.source | {"renamed": [name for name in names if name in demo.cameras]}
-    )
+    source = demo.source | {"renamed": [name for name in names if name in demo.cameras]}
+    if left_out := left_out_cameras(demo):
+        source["renamed"] += [name for name in names if name in left_out]
+        source["left_out"] = {names.get(name, name): reason for name, reason in left_out.items()}
+    return replace(demo, cameras=cameras, source=source)
 
 
 def _refuse_absent_cameras(root: DataRoot, demos: Sequence[Demo]) -> None:

@@ -182,3 +182,16 @@ class Demo:
 
     def __len__(self) -> int:
         return len(self.timestamps)
+
+
+def left_out_cameras(demo: Demo) -> dict[str, str]:
+    """Return why the reader of a demo left out cameras that were recorded, by name."""
+    left_out = demo.source.get("left_out")
+    return {str(name): str(reason) for name, reason in left_out.items()} if isinstance(left_out, dict) else {}
+
+
+def missing_camera(demo: Demo, camera: str) -> str:
+    """Return why a demo lacks a camera: its reader left it out, or there is none."""
+    if camera in (left_out := left_out_cameras(demo)):
+        return f"its camera {camera!r} is left out: {left_out[camera]}"
+    return f"it has no camera {camera!r}; it has {', '.join(demo.cameras)}"

@@ -56,15 +56,33 @@ class MadeShards:
 
     def complete(self) -> None:
         """Generate missing shards and log this. Several processes may call it: one generates, the others wait."""
-        if not self.make_missing and not self.is_whole(self.root):
-            raise FileNotFoundError(
-                f"{self.root} has no complete shards of the run: train with the same settings again, which makes them"
-            )
         make_once(self.root, self.is_whole, self._make)
 
     def _make(self, root: Path) -> None:
         log.info("%s is not complete: making its shards", root)
         get_method(self.maker)(root=root, options=dict(self.options))
+
+
+def complete_sets(sets: Mapping[str, MadeShards]) -> None:
+    """Generate missing shards of several sets.
+
+    Args:
+        sets: by the setting that names the folder of existing shards instead.
+
+    Raises:
+        FileNotFoundError: Shards are missing that may not be generated; the message names those of all sets.
+    """
+    kept = {setting: made.root for setting, made in sets.items() if not made.make_missing}
+    missing = {setting: root for setting, root in kept.items() if not sets[setting].is_whole(root)}
+    if missing:
+        folders = dict.fromkeys(map(str, missing.values()))
+        raise FileNotFoundError(
+            f"no complete shards of the run in {', '.join(folders)}: if they are elsewhere, give "
+            f"{' '.join(f'{setting}=FOLDER' for setting in missing)}; otherwise train with the same settings again, "
+            "which makes them"
+        )
+    for made in sets.values():
+        made.complete()
 
 
 def held_out(shards: ShardSet, fraction: float) -> np.ndarray:

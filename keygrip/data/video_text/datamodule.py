@@ -21,6 +21,7 @@ from keygrip.data.batches import VideoTextBatch, VideoTextStatistics
 from keygrip.data.shards.budget import MEASURES, Budget, Load, costliest, queries
 from keygrip.data.shards.curriculum import Stage
 from keygrip.data.shards.index import MOST_FRAMES, SPLITS
+from keygrip.data.shards.made_shards import complete_sets
 from keygrip.data.shards.mixing import (
     BucketedSampler,
     Component,
@@ -183,9 +184,9 @@ class VideoTexts(ResumableData):
 
     def prepare_data(self) -> None:
         """Generate the missing sources that have a maker, and prepare the collator."""
+        made = {name: source.make for name, source in self.sources.items() if source.root is None}
+        complete_sets({f"data.sources.{name}.root": make for name, make in made.items() if make is not None})
         for source in self.sources.values():
-            if source.root is None and source.make is not None:
-                source.make.complete()
             source.prepared_fit(self.cache_dir)  # raises if there are no shards, before a lock file is created there
         if isinstance(self.collator, PreparedCollator):
             self._prepare_collator(self.collator, self._open("train"))

@@ -269,6 +269,18 @@ def test_imported_recordings_carry_their_manifest(native_root: Path, tmp_path: P
     assert {"metadata.json", "trajectory.npz", "cameras.npz", str(FRAME)} <= set(held or {})
 
 
+@pytest.mark.parametrize("video", [False, True])
+def test_a_damaged_image_of_an_import_is_named(native_root: Path, tmp_path: Path, video: bool) -> None:
+    damaged = native_root / "demo_00" / FRAME
+    damaged.write_bytes(b"")
+    summary = import_demos(
+        native_root, tmp_path / "imported", video=video, max_demos=2, max_broken_share=0.5, progress=False
+    )
+    reason = f"camera 'over', frame 5: {damaged}: it is not an image of a known format"
+    assert (summary.written, summary.broken) == (1, [("demo_00", reason)])
+    assert [path.name for path in (tmp_path / "imported").glob("demo*")] == ["demo_01"]
+
+
 def test_another_recording_of_the_same_name_is_not_taken_for_the_imported_one(
     native_root: Path, tmp_path: Path, change_metadata: Any
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -20,9 +21,11 @@ from keygrip.data.manifests import make_manifests
 from keygrip.data.robot import statistics as module_under_test
 from keygrip.data.robot.augmentation import Augmentation, Box, Colours, ImageGeometry, cut, cut_depth, recolour
 from keygrip.data.robot.datamodule import RobotDemos
+from keygrip.data.robot.fingerprint import demo_fingerprint
 from keygrip.data.robot.lerobot_export import files
 from keygrip.data.robot.lerobot_export.export import export_lerobot
 from keygrip.data.robot.recordings import Recording
+from keygrip.data.robot.schema import Demo
 from keygrip.data.shards.sampling import SampleKey
 
 Make = Callable[..., RobotDemos]
@@ -635,6 +638,30 @@ def test_depth_images_that_are_not_uint16_are_refused(
     Image.fromarray(np.full((20, 24), 900, np.uint16)).save(root / "demo_3" / "depth" / "front" / "000000.png")
     module = ready(robot_demos(root, **TWO, **settings | {"max_broken_share": 0.4}))
     assert [error.name for error in module.broken] == ["demo_2", "demo_3"]
+
+
+def test_depth_that_passed_an_earlier_check_is_checked_again(root: Path, robot_demos: Make, tmp_path: Path) -> None:
+    """Regression: `verified.json` of a version that cast any depth to uint16 kept 8-bit depth in use."""
+    for frame in range(12):
+        Image.fromarray(np.full((40, 48), 200, np.uint8)).save(root / "demo_2" / "depth" / "over" / f"{frame:06d}.png")
+    settings: dict[str, Any] = {"cameras": CAMERAS, "val_fraction": 0.0, "max_broken_share": 0.2}
+    demos = ready(robot_demos(root, **settings)).demos
+    (verified,) = tmp_path.rglob("verified.json")
+
+    def identity(demo: Demo, depth: bool) -> str:
+        """Return the identity of a recording in that version."""
+        files = [file for file in demo.path.rglob("*") if file.is_file()]
+        stats = [(file.relative_to(demo.path).as_posix(), file.stat()) for file in files]
+        lines = sorted(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
+        text = f"{demo_fingerprint(demo)}\n{list(CAMERAS)}\n{depth}\n" + "\n".join(lines)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    kept = json.loads(verified.read_text())
+    assert set(kept) == {identity(demo, depth=False) for demo in demos}  # these need no second check
+    verified.write_text(json.dumps({identity(demo, True): kept[identity(demo, False)] for demo in demos}))
+    (error,) = ready(robot_demos(root, **settings, depth=True)).broken
+    assert error.name == "demo_2"
+    assert "depth holds uint8" in error.reason
 
 
 def test_optional_views_with_unusable_depth_are_masked_without_verification(root: Path, robot_demos: Make) -> None:

@@ -25,7 +25,7 @@ from keygrip.command import describe_error
 from keygrip.data.manifests import make_manifests
 from keygrip.data.shards import set_writer, writer
 from keygrip.data.shards.index import MANIFEST
-from keygrip.data.shards.made_shards import MadeShards
+from keygrip.data.shards.made_shards import MadeShards, complete_sets
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.set_writer import Broken, MadeSample, Written, fingerprint, write_shards
 from keygrip.data.shards.writer import write_manifest
@@ -274,8 +274,8 @@ def test_tours_whose_making_was_interrupted_are_finished(tmp_path: Path, monkeyp
     for name in ("train", "val", "test"):
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path / name, name).complete()
-        with pytest.raises(FileNotFoundError, match="has no complete shards of the run"):
-            replace(make(tmp_path / name, None), make_missing=False).complete()
+        with pytest.raises(FileNotFoundError, match=r"no complete shards of the run in .* give data\.root=FOLDER; "):
+            complete_sets({"data.root": replace(make(tmp_path / name, None), make_missing=False)})
         made = make(tmp_path / name, None)
         made.complete()
         assert sorted(path.parent.name for path in made.root.rglob(MANIFEST)) == ["test", "train", "val"]

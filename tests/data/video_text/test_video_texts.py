@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -433,6 +434,23 @@ def test_sets_are_made_where_they_are_missing_and_only_there(tmp_path: Path) -> 
     assert {path: path.stat().st_mtime_ns for path in made.root.rglob("*") if path.is_file()} == before
     assert MadeShards(made.maker, {**made.options, "processes": 3}, tmp_path, "t").root == made.root
     assert MadeShards(made.maker, {**made.options, "train": 31}, tmp_path, "t").root != made.root
+
+
+def test_sets_of_a_run_that_are_elsewhere_are_named_with_the_settings_for_their_folders(tmp_path: Path) -> None:
+    """All at once, since the settings of a checkpoint generate none."""
+    options = {"train": 6, "val": 5, "test": 0}
+    here, moved, tours = (
+        MadeShards("keygrip.recording.video_text.make_texts", options, tmp_path, name, make_missing=False)
+        for name in ("here", "moved", "tours")
+    )
+    replace(here, make_missing=True).complete()
+    sources = {"here": ShardSource(make=here), "a": ShardSource(make=moved), "b": ShardSource(make=tours)}
+    with pytest.raises(FileNotFoundError) as raised:
+        module(tmp_path, sources=sources)
+    assert str(raised.value).startswith(f"no complete shards of the run in {moved.root}, {tours.root}: if they are ")
+    assert "give data.sources.a.root=FOLDER data.sources.b.root=FOLDER; otherwise train with" in str(raised.value)
+    elsewhere = {"a": replace(sources["a"], root=here.root), "b": replace(sources["b"], root=here.root)}
+    assert [len(part) for part in module(tmp_path, sources=sources | elsewhere).parts["train"]] == [6, 6, 6]
 
 
 class Learner(CharacterCollator):

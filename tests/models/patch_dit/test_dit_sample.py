@@ -289,7 +289,7 @@ def test_a_folder_that_cannot_be_is_refused_before_the_model_is_loaded(tmp_path:
     (tmp_path / "file").write_text("")
     for where in ("file", "file/below"):
         cfg = compose("sample", ["checkpoint=none", "prompt=thing", f"run_dir={tmp_path / where}"])
-        with pytest.raises(ValueError, match=r"run_dir=.*: .*file is no folder"):
+        with pytest.raises(ValueError, match=r"run_dir=.*file is a file: give a folder"):
             sample.run(cfg)
 
 

@@ -38,7 +38,7 @@ from keygrip.data.robot.doctor.trajectories import (
     check_times,
 )
 from keygrip.data.robot.reference import DemoReference
-from keygrip.data.robot.schema import Demo, DemoError
+from keygrip.data.robot.schema import Demo, DemoError, left_out_cameras
 from keygrip.data.spacing import evenly
 from keygrip.progress import Progress
 from keygrip.robots.surface import RobotSurface
@@ -210,6 +210,16 @@ def doctor(
             "Training leaves these demos out where it reads that camera",
             cause="damaged images of a camera that is not calibrated",
             demos=[error.name for error in camera_errors],
+        )
+    if left_out := {demo.name: cameras for demo in demos if (cameras := left_out_cameras(demo))}:
+        camera, reason = next(iter(next(iter(left_out.values())).items()))
+        exam.add(
+            "left_out_camera",
+            "warning",
+            f"a camera is left out in {len(left_out)} of {len(indices)} demos; the first, {camera!r}: {reason}",
+            "Training leaves these demos out where it needs that camera",
+            cause="images that cannot be assigned to poses",
+            demos=list(left_out),
         )
     output.mkdir(parents=True, exist_ok=True)
     sheets = {}

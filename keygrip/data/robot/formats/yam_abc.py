@@ -33,6 +33,10 @@ from keygrip.robots.kinematics import forward_kinematics
 FLAG = "write_complete.flag"
 
 
+class _UnusableStamps(OSError):
+    """The time stamps of a camera do not tell which of its images belongs to which tick."""
+
+
 def _is_episode(folder: Path) -> bool:
     """Return whether a folder is an episode; one that was cut off has one of the two parts and fails on reading."""
     return next(folder.glob("[!.]*-joint_pos.npy"), None) is not None or (folder / FLAG).is_file()
@@ -62,7 +66,7 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
     """Read one episode.
 
     Raises:
-        DemoError: the episode was cut off, arrays differ in length, or it names no camera.
+        DemoError: the episode was cut off, arrays differ in length, it names no camera, or none can be used.
     """
     if not (episode / FLAG).is_file():
         raise DemoError(name, f"no completion mark ({FLAG} is written last): the recording was cut off")
@@ -84,15 +88,18 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
     if any(len(trajectory) != frames for trajectory in arms.values()):
         raise DemoError(name, f"the arms have different lengths: {[len(t) for t in arms.values()]}")
 
-    times: np.ndarray | None = None
+    ticks: np.ndarray | None = None
     cameras: dict[str, CameraTrack] = {}
+    left_out: dict[str, str] = {}
     for entry in metadata.get("cameras") or []:
         role, keys = str(entry["role"]), [str(key) for key in entry["image_keys"]]
         stamps = read_npy(episode / f"{role}-timestamp.npy").reshape(-1)
-        if times is None:
+        if ticks is None:
             if len(stamps) != frames:
                 raise DemoError(name, f"{role}-timestamp.npy has {len(stamps)} stamps, the arms have {frames} frames")
-            times = stamps
+            if not np.isfinite(stamps).all():  # no camera to leave out: the arms have no time stamps of their own
+                raise DemoError(name, f"{role}-timestamp.npy, the times of all ticks, holds NaN or infinite values")
+            ticks = _increasing(stamps, rate)
         for key in keys:
             camera = role if len(keys) == 1 else f"{role}_{key}"
             if camera in calibration.left_out:
@@ -101,15 +108,26 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
                 reason = f"{calibration.path} has no entry for it"
                 video = VideoFrames(episode / f"{role}-images-{key}.mp4")
                 try:
-                    source, width, height = _nearest_frames(video, entry, stamps, times, rate)
+                    source, width, height = _nearest_frames(video, entry, stamps, ticks, rate)
+                except _UnusableStamps as error:
+                    left_out[camera] = str(error)
+                    continue
                 except OSError:
                     continue  # ignored for a camera that the calibration file does not list
-                cameras[camera] = CameraTrack.without_calibration(width, height, source, len(times), reason)
+                cameras[camera] = CameraTrack.without_calibration(width, height, source, len(ticks), reason)
                 continue
             video = VideoFrames(episode / f"{role}-images-{key}.mp4", rotate=calibration.cameras[camera].rotate)
-            cameras[camera] = _calibrated_camera(video, camera, entry, stamps, times, rate, calibration, gripper_poses)
-    if times is None:
+            try:
+                track = _calibrated_camera(video, camera, entry, stamps, ticks, rate, calibration, gripper_poses)
+            except _UnusableStamps as error:
+                left_out[camera] = str(error)
+                continue
+            cameras[camera] = track
+    if ticks is None:
         raise DemoError(name, "metadata.json names no camera")
+    if left_out and not cameras:
+        reasons = "; ".join(f"{camera}: {reason}" for camera, reason in left_out.items())
+        raise DemoError(name, f"no camera can be used ({reasons})")
     return Demo(
         name=name,
         path=episode,
@@ -117,7 +135,7 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
         task=episode.parent.name,
         instruction=str(metadata.get("task_name") or episode.parent.name.replace("_", " ")),
         fps=rate,
-        timestamps=_increasing(times, rate),
+        timestamps=ticks,
         arms=arms,
         cameras=cameras,
         source={
@@ -125,8 +143,15 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
             "arms": [str(arm) for arm in arm_names],
             "calibration": str(calibration.path),
             "models": models,
+            **_source_of_left_out(left_out),
         },
     )
+
+
+def _source_of_left_out(left_out: dict[str, str]) -> dict[str, Any]:
+    """Return the entries of a demo's `source` about cameras that were left out, by name with the reason."""
+    notes = [f"camera {camera} is left out: {reason}" for camera, reason in left_out.items()]
+    return {"notes": notes, "left_out": left_out} if left_out else {}
 
 
 def _read_array(episode: Path, name: str, stem: str, width: int) -> np.ndarray:
@@ -185,24 +210,24 @@ def _calibrated_camera(
     camera: str,
     entry: dict[str, Any],
     stamps: np.ndarray,
-    times: np.ndarray,
+    ticks: np.ndarray,
     rate: float,
     calibration: Calibration,
     gripper_poses: dict[str, np.ndarray],
 ) -> CameraTrack:
-    frames, width, height = _nearest_frames(video, entry, stamps, times, rate)
+    frames, width, height = _nearest_frames(video, entry, stamps, ticks, rate)
     calibrated = calibration.camera(camera)
     return CameraTrack(
         width,
         height,
-        CameraTrack.broadcast(calibrated.intrinsics_for(width, height), len(times)),
-        calibrated.poses(gripper_poses, len(times)),
+        CameraTrack.broadcast(calibrated.intrinsics_for(width, height), len(ticks)),
+        calibrated.poses(gripper_poses, len(ticks)),
         frames,
     )
 
 
 def _nearest_frames(
-    video: VideoFrames, entry: dict[str, Any], stamps: np.ndarray, times: np.ndarray, rate: float
+    video: VideoFrames, entry: dict[str, Any], stamps: np.ndarray, ticks: np.ndarray, rate: float
 ) -> tuple[FrameSource, int, int]:
     """Return frames of which frame i is the image of tick i, and their width and height.
 
@@ -210,10 +235,10 @@ def _nearest_frames(
     is the image nearest in time: images are dropped or repeated.
 
     Args:
-        stamps: ms, of the images. times: ms, of the ticks. rate: ticks per second.
+        stamps: ms, of the images. ticks: ns, the times of the demo. rate: ticks per second.
 
     Raises:
-        OSError: the video is cut off, or the stamps are not times of the ticks' clock.
+        OSError: the video is cut off. _UnusableStamps: the stamps are not times of the ticks' clock.
     """
     frame_count = video.frames_in_file()
     if frame_count != len(stamps):
@@ -222,19 +247,21 @@ def _nearest_frames(
         )
     frames: FrameSource = VideoFrames(video.path, frame_count, rotate=video.rotate)
     if not np.isfinite(stamps).all():
-        raise OSError(f"{video.path.name}: its time stamps hold NaN or infinite values")
+        raise _UnusableStamps(f"{video.path.name}: its time stamps hold NaN or infinite values")
     # stamps are repeated where the image of a slower camera was stored at two ticks: compared without repetitions
-    if len(stamps) != len(times) or np.abs(_increasing(stamps, rate) - _increasing(times, rate)).max() > 5e8 / rate:
+    if len(stamps) != len(ticks) or np.abs(_increasing(stamps, rate) - ticks).max() > 5e8 / rate:
         if (np.diff(stamps) < 0).any():
-            raise OSError(f"{video.path.name}: its time stamps decrease, so that images cannot be assigned to ticks")
-        if stamps[-1] < times[0] or stamps[0] > times[-1]:
-            raise OSError(
-                f"{video.path.name}: its time stamps begin {(stamps[0] - times[0]) / 1000:+.6g} s from those of the "
-                "first camera and none lies among them, so that no image belongs to a tick: correct the stamps (ms, "
-                "of one clock), or leave this camera out by giving null in the calibration file"
+            raise _UnusableStamps(
+                f"{video.path.name}: its time stamps decrease, so that images cannot be assigned to ticks"
             )
-        right = np.clip(np.searchsorted(stamps, times), 1, len(stamps) - 1)
-        nearest = right - (times - stamps[right - 1] <= stamps[right] - times)
+        taken = _nanoseconds(stamps)
+        if taken[-1] < ticks[0] or taken[0] > ticks[-1]:
+            raise _UnusableStamps(
+                f"{video.path.name}: its time stamps begin {(int(taken[0]) - int(ticks[0])) / 1e9:+.6g} s from those "
+                "of the first camera and none lies among them, so that no image belongs to a tick: correct the stamps "
+                "(ms, of one clock)"
+            )
+        nearest = np.searchsorted(taken[:-1] + np.diff(taken) // 2, ticks)  # of two equally near images the earlier
         frames = SelectedFrames(frames, tuple(int(index) for index in nearest))
     entry_size = (int(entry["width"]), int(entry["height"]))
     width, height = entry_size if video.rotate in (0, 180) else entry_size[::-1]
@@ -243,4 +270,9 @@ def _nearest_frames(
 
 def _increasing(stamps: np.ndarray, rate: float) -> np.ndarray:
     """Return time stamps in ms as ns, repeated ones spread out (see `increasing`)."""
-    return increasing((stamps * 1e6).round().astype(np.int64), round(1e9 / rate))
+    return increasing(_nanoseconds(stamps), round(1e9 / rate))
+
+
+def _nanoseconds(stamps: np.ndarray) -> np.ndarray:
+    """Return time stamps in ms as whole ns."""
+    return (stamps * 1e6).round().astype(np.int64)

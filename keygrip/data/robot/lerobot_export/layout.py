@@ -24,7 +24,7 @@ import numpy as np
 
 from keygrip.data.robot.arm_models import named_models
 from keygrip.data.robot.calibration import SCHEMA, ArmCalibration
-from keygrip.data.robot.schema import ArmTrajectory, Demo, DemoError
+from keygrip.data.robot.schema import ArmTrajectory, Demo, DemoError, missing_camera
 
 IMAGES = "observation.images."
 POSE = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
@@ -65,7 +65,7 @@ class Layout:
         """
         absent = [name for name in cameras or () if name not in demo.cameras]
         if absent:
-            raise DemoError(demo.name, f"it has no camera {absent[0]!r}; it has {', '.join(demo.cameras)}")
+            raise DemoError(demo.name, missing_camera(demo, absent[0]))
         fps = max(1, round(demo.fps))
         if abs(demo.fps - fps) > RATE_TOLERANCE * demo.fps:
             raise ValueError(f"demo {demo.name!r} has {demo.fps:g} frames per second; LeRobot takes whole rates")

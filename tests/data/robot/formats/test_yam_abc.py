@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,12 @@ from keygrip.data.robot.calibration import read_calibration
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.kinematics import check_kinematics
+from keygrip.data.robot.doctor.run import doctor
 from keygrip.data.robot.doctor.views import place
 from keygrip.data.robot.importing import import_demos
+from keygrip.data.robot.native_writer import write_demo
+from keygrip.data.robot.reading import ReadingOptions
+from keygrip.data.robot.roots import ReadRoots, data_roots, read_roots
 from keygrip.data.robot.schema import DemoError
 from keygrip.robots.kinematics import forward_kinematics
 
@@ -273,13 +278,84 @@ def test_a_camera_that_began_later_gives_the_nearest_image(tmp_path, write_episo
     repeated = times.copy()
     repeated[1::2] = repeated[0::2]  # a slower camera, whose image was stored at two ticks
     assert images(repeated) == list(range(N))
-    for stamps, said in (
-        (times - 1.7e12, r"begin -1\.7e\+09 s from those of the first camera"),
-        (times[::-1], "decrease"),
-        (np.append(times[1:], np.nan), "hold NaN"),
-    ):
-        with pytest.raises(DemoError, match=rf"wrist-images-rgb\.mp4: its time stamps {said}"):
-            images(stamps)
+    # the first camera is slower than the ticks, and its repeated stamps are spread out: so are the rows' times
+    np.save(folder / "top-timestamp.npy", repeated)
+    assert images(times + 0.6 * tick) == [0, 0, 1, 2, 3, 4]
+    assert images(times - 0.6 * tick) == [1, 2, 3, 4, 5, 5]
+
+
+UNUSABLE_STAMPS = [
+    (lambda times: times - 1.7e12, r"begin -1\.7e\+09 s from those of the first camera"),
+    (lambda times: times[::-1], "decrease"),
+    (lambda times: np.append(times[1:], np.nan), "hold NaN"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), UNUSABLE_STAMPS)
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_camera_whose_stamps_cannot_be_used_is_left_out(
+    tmp_path, write_episode, calibrate, calibration_text, scene, change, said, listed
+):
+    """A run that does not use it reads the demo; one that needs it is told why it is missing."""
+    root, folder = tmp_path / "data", tmp_path / "data" / "a" / "b"
+    write_episode(folder)
+    calibrate(root, BASES, **({"wrist": calibration_text(scene)} if listed else {}))
+    stamps = folder / "wrist-timestamp.npy"
+    np.save(stamps, change(np.load(stamps)))
+    reason = rf"wrist-images-rgb\.mp4: its time stamps {said}"
+    (reference,) = find_demos(root)
+    demo = reference.read()
+    assert list(demo.cameras) == ["top"]
+    (note,) = demo.source["notes"]
+    assert re.search(rf"camera wrist is left out: {reason}", note)
+
+    def read(*cameras: str, names: dict[str, str] | None = None) -> ReadRoots:
+        (data_root,) = data_roots([root], None, 1, {"data": names} if names else None)
+        return read_roots([data_root], "auto", ReadingOptions(cameras, ("right",)), tmp_path / "cache")
+
+    assert [demo.name for demo in read("top").demos] == ["a/b"]
+    with pytest.raises(ValueError, match=rf"its camera 'wrist' is left out: {reason}"):
+        read("top", "wrist")
+    with pytest.raises(ValueError, match=rf"its camera 'hand' is left out: {reason}"):
+        read("top", "hand", names={"wrist": "hand"})
+    assert len(read("top", names={"wrist": "hand"}).demos) == 1  # the set has this camera
+    with pytest.raises(DemoError, match=rf"its camera 'wrist' is left out: {reason}"):
+        write_demo(demo, tmp_path / "native", ["wrist"])
+    (finding,) = [
+        finding
+        for finding in doctor(root, tmp_path / "report", compare_images=False, progress=False).findings
+        if finding.check == "left_out_camera"
+    ]
+    assert re.search(rf"in 1 of 1 demos; the first, 'wrist': {reason}", finding.what)
+
+
+def test_without_any_usable_camera_the_reasons_are_named(tmp_path, write_episode, calibrate, calibration_text, scene):
+    folder = tmp_path / "a" / "b"
+    write_episode(folder)
+    np.save(folder / "wrist-timestamp.npy", np.arange(N)[::-1] * 33.0)
+    for top, said in ((None, r"no camera can be used \(wrist: .*decrease"), ({}, r"calibrated \(wrist: .*; top: ")):
+        content = calibrate(tmp_path, BASES, wrist=calibration_text(scene), front=calibration_text(scene))
+        content["cameras"].pop("top")
+        content["cameras"] |= {"top": None} if top is None else {}
+        (tmp_path / "calibration.yaml").write_text(yaml.safe_dump(content))
+        (reference,) = find_demos(tmp_path)
+        with pytest.raises(DemoError, match=said):
+            reference.read()
+    np.save(folder / "top-timestamp.npy", np.full(N, np.nan))
+    with pytest.raises(DemoError, match=r"top-timestamp\.npy, the times of all ticks, holds NaN"):
+        reference.read()
+
+
+def test_corrections_of_a_camera_that_is_left_out_leave_the_demo(
+    tmp_path, write_episode, calibrate, calibration_text, scene
+):
+    folder = tmp_path / "a" / "b"
+    write_episode(folder)
+    np.save(folder / "wrist-timestamp.npy", np.arange(N)[::-1] * 33.0)
+    content = calibrate(tmp_path, BASES, wrist=calibration_text(scene))
+    content["corrections"] = {"wrist": {"focal_factor": 1.1}}
+    (tmp_path / "calibration.yaml").write_text(yaml.safe_dump(content))
+    assert list(find_demos(tmp_path)[0].read().cameras) == ["top"]
 
 
 def test_frames_of_another_resolution_scale_the_intrinsics(
