@@ -23,6 +23,7 @@ from keygrip.artifacts import json_text
 from keygrip.command import entry_point
 from keygrip.config import compose
 from keygrip.launch import is_first_process
+from keygrip.override_values import as_typed
 from keygrip.training.results import RESULT, read_result, write_result
 from keygrip.training.run_folder import CHECKPOINT
 from keygrip.training.sweeps import in_sweep
@@ -156,7 +157,7 @@ def report(result: dict[str, Any], folder: Path) -> str:
         )
         + f"Videos:      {folder}/closed_loop/videos\n"
         f"TensorBoard: {python} -m tensorboard.main --logdir {folder}\n"
-        f"Next: {python} -m keygrip.evaluate checkpoint={folder}   (shifted positions and viewpoints)\n"
+        f"Next: {python} -m keygrip.evaluate {as_typed('checkpoint', folder)}   (shifted positions and viewpoints)\n"
         f"      {python} -m keygrip.train experiment=yam_dinov3 data.root=YOUR_DEMOS data.camera=NAME   "
         "(a real robot)\n"
     )

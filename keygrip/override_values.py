@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 
 # Strings that Hydra reads as numbers and would change: 2025_01_02 to 20250102, 1.10 to 1.1.
 NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d[\d_]*)?")
+# A sweep, as is ``sweep=NAME``, whose options set the mode.
+MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 # Settings that hold sentences, in whichever command.
 SENTENCES = frozenset({"question", "prompt", "robot.instruction", "env.task.instruction", "task.instruction"})
 
@@ -57,7 +59,7 @@ def texts_quoted(overrides: Sequence[str], texts: Container[str]) -> list[str]:
     ``question=What's left, red or blue?``; other values with commas are then left as they are, so that Hydra's error
     shows the value as it was given.
     """
-    is_sweep = bool({"-m", "--multirun"} & set(overrides))
+    is_sweep = any(each in MULTIRUN or each.startswith("sweep=") for each in overrides)
     complete = []
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")

@@ -183,6 +183,9 @@ def test_folders_may_have_letters_outside_ascii() -> None:
     assert texts_quoted(given, ("run_dir",)) == [
         *("run_dir='läufe/a'", "data.root='/home/jürgen/数据',b", "+x.y='ä','é'", "lr=1", "a='ä'", "b=[ä]", "ä", "-m"),
     ]
+    for sweep in ("sweep=vlm_claims", "hydra.mode=MULTIRUN"):
+        swept = texts_quoted(["data.root=/ä,/ö", "run_dir=1_0,2", sweep], ("run_dir",))
+        assert swept == ["data.root='/ä','/ö'", "run_dir='1_0','2'", sweep]
     with_commas = ["run_dir=läufe, 1", "data.root=a, 1", "run_dir=out, 1"]  # Hydra's error shows them as they are
     assert texts_quoted(with_commas, ("run_dir",)) == with_commas
     cfg = compose("train", ["model=volume_query", "data=yam", "run_dir=läufe", "data.root=/home/jürgen/x y"])

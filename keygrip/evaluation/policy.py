@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from keygrip.config import config_folder
 from keygrip.data.robot.roots import refuse_renamed
-from keygrip.evaluation.closed_loop import ClosedLoop
+from keygrip.evaluation.closed_loop import EPISODES_FILE, ClosedLoop
 from keygrip.evaluation.environments import EnvironmentSettings, environment_settings
 from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_invalid
 from keygrip.evaluation.rollout_report import REPORT, remove_report, write_report
@@ -59,7 +59,10 @@ def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
             )
         else:
             log.warning("open_loop is left out: %s", NONE_HELD_OUT)
-    remove_report(evaluated.output)  # not earlier: a refused evaluation leaves the results of the earlier one
+    if (evaluated.output / EPISODES_FILE).is_file():  # an evaluation that is refused leaves the results of the earlier
+        if settings is not None:
+            settings.check(None)
+        remove_report(evaluated.output)
     if settings is not None:
         result["closed_loop"] = closed_loop(evaluated, settings)
     return result

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from keygrip.artifacts import atomic_write, read_record, without_passwords, write_json, write_text
 from keygrip.config_errors import one_line, root_cause
 from keygrip.launch import is_first_process, restarted_by_scheduler, started_together
-from keygrip.override_values import quoted
+from keygrip.override_values import as_typed, quoted
 from keygrip.training.results import (
     DRY_RUN,
     FAILED,
@@ -196,8 +196,8 @@ def _refuse_other_sweep(folder: Path, resume: bool | None) -> None:
     planned = (folder / PLAN).is_file()
     if resume and not planned:
         newest = newest_sweep(folder.parent)
-        hint = "leave out resume=true" if newest is None else f"the newest beside it is hydra.sweep.dir={newest}"
-        raise ValueError(f"nothing to resume: {folder} holds no sweep; {hint}")
+        given = newest and f"the newest beside it is {as_typed('hydra.sweep.dir', newest)}"
+        raise ValueError(f"nothing to resume: {folder} holds no sweep; {given or 'leave out resume=true'}")
     if planned and not resume and not restarted_by_scheduler():
         hint = "" if resume is None else "continue it with its command and resume=true, or "
         raise ValueError(f"{folder} already holds a sweep: {hint}give another hydra.sweep.dir")

@@ -248,6 +248,12 @@ def test_an_evaluation_leaves_no_results_of_an_earlier_one(
         evaluate_policy(run, compose("evaluate", [*overrides, "episodes=0"] if simulate else overrides))
     assert present() == stale | own
     monkeypatch.setattr("keygrip.evaluation.policy.open_loop", lambda *_: {"loss": 1.0})
+    if simulate:
+        missing = [*overrides, "env=yam", "env.python=/no/python"]
+        with pytest.raises((OSError, ValueError), match="/no/python"):
+            evaluate_policy(run, compose("evaluate", missing))
+        assert present() == stale | own
+    monkeypatch.setattr(ClosedLoop, "check", lambda *_: None)
     evaluate_policy(run, compose("evaluate", overrides))
     assert present() == own
     assert seen == [own] * simulate
