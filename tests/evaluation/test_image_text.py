@@ -885,6 +885,7 @@ def test_the_callback_opens_the_run_with_the_files_that_the_run_itself_named(
     part = ["encoders.text._target_=keygrip.models.patch_dit.text_encoders.T5Text", f"+encoders.text.source={flux}"]
     part += ["+encoders.text.subfolder=text_encoder_2", "+encoders.text.tokenizer_subfolder=tokenizer_2"]
     part += ["encoders.text.width=24", "encoders.text.length=6", "+encoders.text.dtype=float32"]
+    part += ["encoders.dino_view=colour"]
     evaluated: list[PatchDiTModule] = []
 
     def suite_of(module: PatchDiTModule, *_: Any) -> tuple[dict[str, Any], list[Path]]:
