@@ -198,13 +198,19 @@ def test_a_renamed_file_is_no_new_sample(tmp_path: Path) -> None:
     assert prepared(source, root)["samples"] == 7
 
 
-def test_a_copy_whose_original_was_removed_is_no_new_sample(tmp_path: Path) -> None:
-    source, root = tmp_path / "source", tmp_path / "root"
+def prepared_with_a_copy(folder: Path) -> tuple[Path, Path]:
+    """Return a source of three pictures and a copy ``q.png`` of the first, and the set made of it."""
+    source, root = folder / "source", folder / "root"
     for number in range(3):
         picture(source / f"p{number}.png", number, f"picture {number}")
     shutil.copy(source / "p0.png", source / "q.png")
     (source / "q.txt").write_text("a copy")
     assert prepared(source, root)["samples"] == 3
+    return source, root
+
+
+def test_a_copy_whose_original_was_removed_is_no_new_sample(tmp_path: Path) -> None:
+    source, root = prepared_with_a_copy(tmp_path)
     (source / "p0.png").unlink()
     picture(source / "p5.png", 5, "picture 5")
     assert prepared(source, root)["samples"] == 4
@@ -233,12 +239,7 @@ def test_a_file_that_takes_another_ones_name_is_no_second_sample(tmp_path: Path)
 
 @pytest.mark.parametrize("change", ["replaced", "without a caption"])
 def test_a_copy_whose_original_changed_is_no_new_sample(change: str, tmp_path: Path) -> None:
-    source, root = tmp_path / "source", tmp_path / "root"
-    for number in range(3):
-        picture(source / f"p{number}.png", number, f"picture {number}")
-    shutil.copy(source / "p0.png", source / "q.png")
-    (source / "q.txt").write_text("a copy")
-    assert prepared(source, root)["samples"] == 3
+    source, root = prepared_with_a_copy(tmp_path)
     if change == "replaced":
         picture(source / "p0.png", 8)
     else:
