@@ -87,6 +87,15 @@ def test_the_file_of_a_dry_run_is_checked_before_the_policy_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_recording_for_rerun_is_refused_without_it_before_the_policy_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(driving, "_policy", lambda cfg: pytest.fail("the policy was loaded"))
+    monkeypatch.setattr("keygrip.runtime.dry_run.find_spec", lambda package: None)
+    with pytest.raises(ModuleNotFoundError, match=r"a \.rrd file needs rerun: pip install 'keygrip\[rerun\]'"):
+        run(compose("run", [*SMALL, f"dry_run={tmp_path / 'plan.rrd'}"]))
+
+
 def test_blending_without_effect_is_refused_before_the_policy_and_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     """An arm that is connected holds itself, and sinks when the connection is closed."""
     monkeypatch.setattr(driving, "_policy", lambda cfg: pytest.fail("the policy was loaded"))

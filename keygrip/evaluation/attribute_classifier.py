@@ -223,6 +223,7 @@ def has_truth(data: ImageShards, split: str = "val", counts: Iterable[int] = ())
     """
     first_records = {name: next(data.samples(name).records(), None) for name in ("train", "val")}
     if not all(record is None or has_evidence([record]) for record in first_records.values()):
+        log.info("the first image of %s has no ground truth (evidence): objects are in no figure", data.place)
         return False
     classified = [record for count in counts for record in data.samples(split, count).records()]
     if classified and not any(has_evidence([record]) for record in classified):

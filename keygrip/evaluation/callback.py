@@ -19,7 +19,7 @@ from keygrip.data.video import read_video
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult
 from keygrip.evaluation.environments import environment_settings
 from keygrip.evaluation.kinds import refuse_unknown
-from keygrip.evaluation.rollout_report import write_report
+from keygrip.evaluation.rollout_report import RESULT, remove_report, write_report
 from keygrip.models.policy import Needs, robot_number
 from keygrip.training.checkpoints import run_config
 from keygrip.training.loggers import log_final_figures
@@ -77,8 +77,9 @@ class EvaluateClosedLoop(Callback):
             return
         assert self.closed_loop is not None
         output = self.run_dir / "closed_loop"
+        remove_report(output)
         results = self.closed_loop.run(self.run_dir, output)
-        report = write_report(results, output / "result.json", self.closed_loop.of_tasks)
+        report = write_report(results, output / RESULT, self.closed_loop.of_tasks)
         figures = report["conditions"] | ({"all": report["all"]} if "all" in report else {})
         for name, summary in figures.items():
             for figure in ("success_rate", "plan_ms_median"):

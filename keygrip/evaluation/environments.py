@@ -20,12 +20,13 @@ from keygrip.config import SettingError, option_of
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.robot.hub import folder_of as hub_folder
 from keygrip.data.robot.hub import hub_name
+from keygrip.data.robot.native import RECORDING_FILE
 from keygrip.data.untrusted_files import read_json
 from keygrip.envs.gymnasium_environment import GymnasiumTask
 from keygrip.envs.metaworld.tasks import HZ, MT10, MT50, MetaWorldTask, newly_rotated_cameras, task_names
 from keygrip.envs.yam.camera_moves import refuse_unseen_moves
 from keygrip.envs.yam.handover import HandoverTask
-from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.envs.yam.tasks import CAMERAS, TaskOptions
 from keygrip.evaluation.closed_loop import HELD_OUT_SEED, ClosedLoop
 from keygrip.evaluation.kinds import changed, plain, refuse_invalid
 from keygrip.runtime.chunk_execution import RecedingHorizon
@@ -34,7 +35,6 @@ from keygrip.training.parts import UntrustedPartError, build_stored
 
 log = logging.getLogger(__name__)
 
-RECORDING_FILE = "recording.json"
 LARGEST_RECORDING_FILE = 10_000_000  # bytes
 # Option of the group env by the task class of its recordings.
 ENVIRONMENTS: dict[type, str] = {
@@ -358,6 +358,8 @@ def _trained_cameras(data: Mapping[str, Any], task: Any) -> list[str] | None:
         return None
     if isinstance(task, GymnasiumTask):
         return [name] if data.get("root") is not None else None  # simulated recordings have cameras of the YAM cell
+    if isinstance(task, TaskOptions):  # its moves of its own camera may be impossible for this one
+        return [name] if name in CAMERAS else None
     try:
         replace(task, camera=name)
     except (TypeError, ValueError):  # another robot's camera: the environment uses its own

@@ -15,7 +15,7 @@ from keygrip.evaluation.rollout_grid import grid_of_rollouts
 
 log = logging.getLogger(__name__)
 
-REPORT = "closed_loop.json"
+REPORT, RESULT = "closed_loop.json", "result.json"  # in a run folder's closed_loop/, the report is result.json
 VIDEOS, GRID = "videos", "rollouts.mp4"
 
 
@@ -49,7 +49,12 @@ def remove_report(folder: Path) -> None:
     log.info("the closed-loop results of an earlier evaluation are removed from %s", folder)
     for name in _named_videos(episodes):
         (folder / VIDEOS / name).unlink(missing_ok=True)
-    for file in (folder / GRID, folder / REPORT, episodes):  # the episodes last: they name what else is to be removed
+    for file in (
+        folder / GRID,
+        folder / REPORT,
+        folder / RESULT,
+        episodes,
+    ):  # the episodes last: they name what else is to be removed
         file.unlink(missing_ok=True)
 
 

@@ -89,6 +89,8 @@ def answer(cfg: DictConfig) -> dict[str, Any]:
     if cfg.conversations is not None and (given or cfg.figure is not None):
         raise ValueError("conversations=FILE stands in place of video and question, and has no figure: leave them out")
     if cfg.figure is not None:
+        if Path(cfg.figure).suffix.lower() not in ("", ".png"):
+            raise ValueError(f"figure={cfg.figure}: it is written as PNG: give a file name that ends in .png")
         refuse_unwritable(cfg.figure, "figure")
     if cfg.figure is not None and cfg.stream:
         raise ValueError("figure=... shows where queries attended, which stream=true does not keep: leave one out")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.artifacts import json_values, read_record, write_json
+from keygrip.data.robot.native import RECORDING_FILE
 
-SETTINGS_FILE = "recording.json"
 LOCK_FILE = ".recording.lock"
 
 
@@ -28,7 +28,7 @@ def failed_seeds(root: Path, settings: dict[str, Any], none: Any) -> Any:
         ValueError: `root` holds demonstrations with other settings or other data, which are never mixed with a
             recording, or its description is damaged.
     """
-    path = root / SETTINGS_FILE
+    path = root / RECORDING_FILE
     if not path.is_file():
         _refuse_other_data(root)
         store(root, settings, none)
@@ -54,7 +54,7 @@ def failed_seeds(root: Path, settings: dict[str, Any], none: Any) -> Any:
 
 def store(root: Path, settings: dict[str, Any], failed: Any) -> None:
     """Write settings and failed seeds atomically."""
-    write_json(root / SETTINGS_FILE, {"settings": json_values(settings), "failed_seeds": failed})
+    write_json(root / RECORDING_FILE, {"settings": json_values(settings), "failed_seeds": failed})
 
 
 def _refuse_other_data(root: Path) -> None:
@@ -64,7 +64,7 @@ def _refuse_other_data(root: Path) -> None:
     if names:
         listed = ", ".join(names[:3] + ([f"and {len(names) - 3} more"] if len(names) > 3 else []))
         raise ValueError(
-            f"{root} holds other data ({listed}) and no {SETTINGS_FILE} of a recording: record into "
+            f"{root} holds other data ({listed}) and no {RECORDING_FILE} of a recording: record into "
             "a new or empty folder"
         )
 

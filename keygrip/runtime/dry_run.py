@@ -11,6 +11,7 @@ import math
 import textwrap
 import time
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,7 @@ def refuse_dry_run_file(target: str) -> None:
 
     Raises:
         ValueError: The file's ending is that of no figure or rerun recording, or it cannot be written.
+        ModuleNotFoundError: It is a .rrd file and rerun is not installed.
     """
     path = Path(target)
     formats = sorted(FigureCanvasBase.get_supported_filetypes())
@@ -182,16 +184,17 @@ def refuse_dry_run_file(target: str) -> None:
             f"dry_run={target}: the ending {path.suffix} is that of no known format: give a figure "
             f"({', '.join(formats)}) or a rerun recording (rrd)"
         )
+    if path.suffix == ".rrd" and find_spec("rerun") is None:
+        raise ModuleNotFoundError("a .rrd file needs rerun: pip install 'keygrip[rerun]'")
     refuse_unwritable(path, "dry_run")
 
 
 def dry_run(
     policy: Policy, robot: Robot, limits: MotionLimits | None, path: Path, execution: ChunkExecution
 ) -> dict[str, Any]:
-    """Do a dry run, write the figure or the rerun recording, and return the results. `execution`: as in `rehearse`.
+    """Do a dry run, write the figure or the rerun recording, and return the results.
 
-    Raises:
-        ModuleNotFoundError: `path` is a .rrd file and rerun is not installed.
+    `path` was checked by `refuse_dry_run_file`. `execution`: as in `rehearse`.
     """
     rehearsal = rehearse(policy, robot, limits, execution)
     if path.suffix == ".rrd":
@@ -272,10 +275,8 @@ def describe_results(found: Rehearsal, limits: MotionLimits | None) -> list[str]
 
 def write_rerun(found: Rehearsal, path: Path) -> None:
     """Write a recording for `rerun FILE`: image, planned and limited path, speed, and the summary."""
-    try:
-        import rerun
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a .rrd file needs rerun: pip install 'keygrip[rerun]'") from error
+    import rerun
+
     recording = rerun.RecordingStream("keygrip_dry_run")
     with atomic_path(path) as file:
         recording.save(file)

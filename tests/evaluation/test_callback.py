@@ -24,6 +24,7 @@ from keygrip.config import compose
 from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation.callback import EvaluateClosedLoop, show_in_loggers
+from keygrip.evaluation.closed_loop import ClosedLoop
 from keygrip.evaluation.image_callback import EvaluateImages
 from keygrip.models.policy import Needs, Plan
 from keygrip.setting_types import refuse_ill_typed
@@ -138,6 +139,12 @@ def test_all_tasks_together_are_a_figure_of_the_run(tmp_path: Path, monkeypatch:
     assert stored["all"]["by_difficulty"]["hard"]["successes"] == 0
     assert (tmp_path / "closed_loop" / "rollouts.mp4").is_file()
     assert len((tmp_path / "closed_loop" / "episodes.jsonl").read_text().splitlines()) == 4
+    # a continued run whose second evaluation fails has no figures beside the new episodes
+    monkeypatch.setattr(ClosedLoop, "run", lambda *_: (_ for _ in ()).throw(OSError("no display")))
+    with pytest.raises(OSError, match="no display"):
+        callback.on_fit_end(trainer, Module())
+    assert [path.name for path in (tmp_path / "closed_loop").iterdir()] == ["videos"]
+    assert list((tmp_path / "closed_loop" / "videos").iterdir()) == []
 
 
 @pytest.mark.parametrize(

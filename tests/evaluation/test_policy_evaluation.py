@@ -231,8 +231,8 @@ def test_an_evaluation_leaves_no_results_of_an_earlier_one(
     videos.mkdir()
     lines = [{"video": None}, {"video": "left-1.mp4"}, {"video": "../mine.mp4"}, {"video": "notes.txt"}, 3]
     (tmp_path / "episodes.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"video": "cut-')
-    stale = {"episodes.jsonl", "closed_loop.json", "rollouts.mp4", "videos/left-1.mp4"}
-    own = {"result.json", "last.ckpt", "mine.mp4", "videos/mine.mp4", "videos/notes.txt"}
+    stale = {"episodes.jsonl", "closed_loop.json", "result.json", "rollouts.mp4", "videos/left-1.mp4"}
+    own = {"last.ckpt", "mine.mp4", "videos/mine.mp4", "videos/notes.txt"}
     for name in (stale | own) - {"episodes.jsonl"}:
         (tmp_path / name).write_text("")
 

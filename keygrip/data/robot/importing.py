@@ -15,7 +15,7 @@ from keygrip.data.bad_samples import BadSample, is_of_the_machine, join_first
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.fingerprint import hashed_arrays
 from keygrip.data.robot.frames import VideoFrames
-from keygrip.data.robot.native import read_native
+from keygrip.data.robot.native import RECORDING_FILE, read_native
 from keygrip.data.robot.native_writer import write_demo
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import Demo, DemoError
@@ -73,12 +73,18 @@ def import_demos(
         progress: show a progress bar on standard error.
 
     Raises:
-        FileNotFoundError: no data. ValueError: source and destination are one folder; too many broken demos; a demo of
-            the same name was imported from elsewhere, or with another calibration or other cameras.
+        FileNotFoundError: no data. ValueError: source and destination are one folder; the destination holds a
+            recording; too many broken demos; a demo of the same name was imported from elsewhere, or with another
+            calibration or other cameras.
     """
     source, destination = Path(source), Path(destination)
     if source.resolve() == destination.resolve() or source.resolve() in destination.resolve().parents:
         raise ValueError(f"the destination {destination} lies in the source {source}; choose another folder")
+    if (destination / RECORDING_FILE).is_file():
+        raise ValueError(
+            f"{destination} holds a recording ({RECORDING_FILE}), which is never mixed with other demos: import into "
+            "another folder"
+        )
     references = find_demos(source, format, calibration)[:max_demos]
     written, skipped = 0, 0
     broken: list[tuple[str, str]] = []

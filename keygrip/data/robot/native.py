@@ -30,8 +30,11 @@ from keygrip.data.robot.schema import (
 )
 from keygrip.data.untrusted_files import inside, read_json, read_npz
 
+RECORDING_FILE = "recording.json"  # next to the demos: settings of the recorder and its failed seeds
 POSES = ("position_m", "quaternion_wxyz", "gripper_opening")
 ARM_ARRAYS = (*POSES, *(f"commanded_{part}" for part in POSES), "joint_positions_rad", "controller_action")
+# Entries of a demo's source which readers write and read, and which an imported demo keeps.
+LISTS_OF_READERS, OBJECTS_OF_READERS = ("notes", "renamed"), ("damaged", "left_out", "uncalibrated")
 PATTERN = re.compile(r"[^%]*%(0\d{1,2})?d[^%]*")  # one frame number in a file name; a wider field could fill memory
 
 
@@ -160,6 +163,7 @@ def _read_metadata(folder: Path, name: str) -> dict[str, Any]:
     for key in ("robot", "task", "instruction", "fps", "frames", "arms", "cameras", "conventions"):
         if key not in metadata:
             raise DemoError(name, f"metadata.json has no {key!r}")
+    _check_source(name, metadata.get("source"))
     stated = metadata["conventions"]
     for key, value in CONVENTIONS.items():
         if not isinstance(stated, dict) or stated.get(key) != value:
@@ -168,6 +172,16 @@ def _read_metadata(folder: Path, name: str) -> dict[str, Any]:
                 name, f"convention {key!r} is {actual!r}, {value!r} is needed: convert the demo before loading it"
             )
     return metadata
+
+
+def _check_source(name: str, source: Any) -> None:
+    """Raise DemoError unless a demo's `source` is an object whose entries written by readers have their types."""
+    if source is not None and not isinstance(source, dict):
+        raise DemoError(name, f"metadata.json: source must be an object, not {source!r:.80}")
+    for keys, kind, words_of_kind in ((LISTS_OF_READERS, list, "a list"), (OBJECTS_OF_READERS, dict, "an object")):
+        for key in keys:
+            if not isinstance((source or {}).get(key, kind()), kind):
+                raise DemoError(name, f"metadata.json: source.{key} must be {words_of_kind}, not {source[key]!r:.80}")
 
 
 def read_native(folder: Path | str, name: str | None = None) -> Demo:

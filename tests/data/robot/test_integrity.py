@@ -25,7 +25,7 @@ from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.importing import import_demos
 from keygrip.data.robot.integrity import MANIFEST, VERIFIED, data_version, file_hashes, read_manifest
 from keygrip.data.robot.samples import DemoSamples
-from keygrip.data.robot.schema import Demo
+from keygrip.data.robot.schema import Demo, DemoError
 from keygrip.data.shards.sampling import SampleKey
 from keygrip.data.video import frames_between, read_frame, write_video
 from keygrip.launch import name_of_start
@@ -279,6 +279,32 @@ def test_a_damaged_image_of_an_import_is_named(native_root: Path, tmp_path: Path
     reason = f"camera 'over', frame 5: {damaged}: it is not an image of a known format"
     assert (summary.written, summary.broken) == (1, [("demo_00", reason)])
     assert [path.name for path in (tmp_path / "imported").glob("demo*")] == ["demo_01"]
+
+
+def test_nothing_is_imported_into_a_recording(native_root: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "recorded"
+    destination.mkdir()
+    (destination / "recording.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds a recording \(recording.json\), .* import into another folder"):
+        import_demos(native_root, destination, progress=False)
+    assert [path.name for path in destination.iterdir()] == ["recording.json"]
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("a tape", "source must be an object, not 'a tape'"),
+        ({"notes": "moved"}, "source.notes must be a list, not 'moved'"),
+        ({"uncalibrated": "over"}, "source.uncalibrated must be an object, not 'over'"),
+        ({"damaged": ["over"]}, r"source.damaged must be an object, not \['over'\]"),
+    ],
+)
+def test_a_source_that_readers_could_not_use_is_named(
+    native_root: Path, change_metadata: Any, source: Any, reason: str
+) -> None:
+    change_metadata(native_root / "demo_00", source=source)
+    with pytest.raises(DemoError, match=reason):
+        find_demos(native_root)[0].read(cameras=("side",), uncalibrated=True)
 
 
 def test_another_recording_of_the_same_name_is_not_taken_for_the_imported_one(

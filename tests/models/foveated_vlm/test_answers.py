@@ -332,6 +332,8 @@ def test_what_cannot_be_asked_is_said_before_the_model_is_loaded(
         run(listed(videos), "question=Sure?", "max_frames=0")
     with pytest.raises(ValueError, match=r"seed=9+ is no seed: give a whole number"):
         run(listed(videos), "question=Sure?", f"seed={'9' * 20}")
+    with pytest.raises(ValueError, match=r"figure=a\.txt: it is written as PNG"):
+        run(listed(videos), "question=Sure?", "figure=a.txt")
     with pytest.raises(ValueError, match=r"figure=/proc/x\.png cannot be written"):
         run(listed(videos), "question=Sure?", "figure=/proc/x.png")
     with pytest.raises(ValueError, match="leave one out"):
