@@ -140,5 +140,5 @@ lerobot: $(LEROBOT)/.installed gl ## LeRobot in .venv-lerobot, and the tests of 
 	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest -m lerobot tests/lerobot
 
 clean: ## remove the virtual environment and caches; data/ and runs/ stay
-	rm -rf $(VENV) $(OLDEST) .venv-openpi .venv-lmms .venv-opencv .venv-mapanything $(METAWORLD) $(LEROBOT) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) $(OLDEST) .venv-openpi .venv-lmms .venv-opencv .venv-mapanything $(METAWORLD) $(LEROBOT) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

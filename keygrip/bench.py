@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 import shlex
 import signal
@@ -23,6 +24,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from keygrip.artifacts import json_text, write_json
+from keygrip.benchmarks.deadline import QUICK_S, deadline
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, config_folder, register
 from keygrip.training.strategies import use_tf32
@@ -81,7 +83,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     figures = {}
     for name in names:
         log.info("measuring %s", name)
-        figures[name] = instantiate(cfg.cases[name], _convert_="all").run(cfg.quick)
+        case = instantiate(cfg.cases[name], _convert_="all")
+        with deadline(QUICK_S if cfg.quick else math.inf):
+            figures[name] = case.run(cfg.quick)
         for figure, value in figures[name].items():
             log.info("  %-36s %.5g", figure, value)
     result = {"case": cfg.case, **(figures if cfg.case == ALL else figures[cfg.case])}
@@ -154,7 +158,9 @@ def _run_suite(cfg: DictConfig) -> dict[str, Any]:
         _refuse_settings_of_others(cfg, "gpu", names, f"with part=[{parts}]: give part=[{parts},{{}}]")
         _refuse_settings_of_others(cfg, "cases", [], "with suite=gpu: give those of a part, gpu.PART.NAME=VALUE")
     commit = cfg.commit or suites.commit_of(Path(__file__).parent)
-    suite = suites.Suite(Path(cfg.output or "benchmarks/gpu"), commit, cfg.toy, tuple(sys.argv[1:]))
+    # toy figures replace no measured ones
+    folder = Path(cfg.output or ("runs/bench/gpu_toy" if cfg.toy else "benchmarks/gpu"))
+    suite = suites.Suite(folder, commit, cfg.toy, tuple(sys.argv[1:]))
     if os.environ.get(PART_PROCESS) == cfg.part:
         # The suite stops a part with SIGINT, which background jobs of a shell ignore by default.
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -26,6 +26,7 @@ from keygrip.config_errors import setting_errors
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind, plain
 from keygrip.override_values import quoted
 from keygrip.training.main_guard import refuse_unguarded_script
+from keygrip.training.results import RESULT, read_result
 from keygrip.training.run_folder import CHECKPOINT, given_folder, lock_folder
 from keygrip.training.strategies import use_tf32
 from keygrip.training.sweeps import in_sweep
@@ -54,7 +55,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     )
     from keygrip.training.metadata import machine
 
-    use_tf32(cfg.tf32, torch.cuda.is_available())
+    # `device` is a setting of robot policies only
+    use_tf32(cfg.tf32, torch.cuda.is_available() and cfg.get("device") != "cpu")
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     config = OmegaConf.create(read_checkpoint(file, mapped=True)["keygrip"]["config"])
     trust = trusted_packages(cfg)
@@ -72,16 +74,26 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     with lock_folder(output):  # two evaluations of one run would mix their results and videos
         result |= get_method(KINDS[name].run)(Evaluated(module, config, file, output, trust, external), cfg)
         result |= {"wall_s": round(time.perf_counter() - started, 1), "machine": machine()}
-        write_json(output / "result.json", result)
+        write_json(output / RESULT, result)
     log.info("written to %s", output)
     return result
 
 
 def evaluation_output(checkpoint: str | Path, run_dir: str | None) -> Path:
     """Return the folder for an evaluation's files: ``run_dir`` if given, else ``evaluation`` in the checkpoint's run
-    folder; for an earlier checkpoint a subfolder with its name, ``evaluation/step-N``."""
+    folder; for an earlier checkpoint a subfolder with its name, ``evaluation/step-N``.
+
+    Raises:
+        ValueError: ``run_dir`` is a file or a run folder, whose ``result.json`` would be overwritten.
+    """
     if run_dir is not None:
-        return given_folder("run_dir", run_dir)
+        chosen = given_folder("run_dir", run_dir)
+        if (chosen / CHECKPOINT).is_file() or "status" in read_result(chosen):
+            raise ValueError(
+                f"run_dir={run_dir} is a run folder, whose {RESULT} would be overwritten: leave out run_dir (the "
+                "results are then in the checkpoint's run folder, in evaluation/), or give another folder"
+            )
+        return chosen
     path = Path(checkpoint)
     folder = path if path.is_dir() else path.parent
     if folder.name != CHECKPOINT.parent.name:
@@ -104,7 +116,7 @@ def print_result(cfg: DictConfig) -> dict[str, Any]:
         cfg.run_dir = str(Path(HydraConfig.get().runtime.output_dir) / "evaluation")
     result = run(cfg)
     printed = {name: value for name, value in result.items() if name != "settings"}
-    file = evaluation_output(result["checkpoint"], cfg.run_dir) / "result.json"
+    file = evaluation_output(result["checkpoint"], cfg.run_dir) / RESULT
     print(json_text(printed | {"file": str(file)}, ascii_only=True))
     metrics = {name: value for name, value in printed.items() if name not in ("machine", "wall_s")}
     return {"/".join(path): value for path, value in leaves_of(metrics, ())}

@@ -119,6 +119,14 @@ def is_slurm_shell() -> bool:
     return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
+def scheduler_job() -> str:
+    """Return the id of the SLURM job that started this process, else torchrun's run id; empty without either. It stays
+    the same when the scheduler restarts the job. SLURM's has precedence, since torchrun may choose a new id for a job
+    that is queued again."""
+    job = "" if is_slurm_shell() else os.environ.get("SLURM_JOB_ID", "")
+    return job or os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
 def restarted_by_scheduler() -> bool:
     """Return whether torchrun or SLURM restarted this run, after a failure or a requeue."""
     return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))

@@ -13,7 +13,17 @@ NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d[\d_]*)?"
 # A sweep, as is ``sweep=NAME``, whose options set the mode.
 MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 # Settings that hold sentences, in whichever command.
-SENTENCES = frozenset({"question", "prompt", "robot.instruction", "env.task.instruction", "task.instruction"})
+SENTENCES = frozenset(
+    {
+        "question",
+        "prompt",
+        "collator.system",
+        "robot.instruction",
+        "task.instruction",
+        "env.task.instruction",
+        "callbacks.closed_loop.env.task.instruction",
+    }
+)
 
 
 def values_of(key: str, value: str) -> list[str]:

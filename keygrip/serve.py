@@ -82,17 +82,16 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
         raise ValueError(f"port={cfg.port}: must lie in 0 to {LAST_PORT}; 0 takes a free one")
     _refuse_openness(cfg)
     tls = tls_context(cfg.tls.cert, cfg.tls.key)
-    from keygrip.evaluation.trained_policy import load_policy
+    from keygrip.evaluation.trained_policy import default_device, load_policy
     from keygrip.training.checkpoints import external_files, find_checkpoint, trusted_packages
 
     try:
         from keygrip.runtime.server import PolicyServer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"serving needs {error.name}: pip install 'keygrip[serve]'") from error
-    import torch
     from hydra.utils import instantiate
 
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = cfg.device or default_device()
     use_tf32(cfg.tf32, device.startswith("cuda"))
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     limits, bounds = _with_batch(instantiate(cfg.limits), device), instantiate(cfg.bounds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import gc
@@ -13,17 +14,31 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from _pytest.pathlib import import_path
 
 for variable in [name for name in os.environ if name.startswith("SLURM_")]:
     del os.environ[variable]  # else a test that is stopped by a signal would requeue the Slurm job that runs the tests
 
 ROOT = Path(__file__).resolve().parents[1]
 SUPPORT = ROOT / "tests" / "support"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Where several processes collect all tests, let each import its share of the test files first: pytest then
+    rewrites the assertions of a file in one process, and the others read the result from the disk."""
+    worker = getattr(session.config, "workerinput", None)
+    if worker is None or session.config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return
+    number, count = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
+    for path in sorted((ROOT / "tests").rglob("test_*.py"))[number::count]:
+        with contextlib.suppress(Exception, pytest.skip.Exception):  # collecting the file reports it
+            import_path(path, mode="importlib", root=session.config.rootpath, consider_namespace_packages=False)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -63,6 +78,24 @@ def on_no_disk_that_fails() -> Iterator[None]:
     """Disable `os.fsync`: test files need not survive a power cut, so no test waits for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pictures_of_figures_are_small() -> Iterator[None]:
+    """Write matplotlib's figures with few pixels and without the search for a layout, which takes most of a second: no
+    test reads what is plotted from the picture."""
+    figure = importlib.import_module("matplotlib.figure").Figure
+    save = figure.savefig
+
+    def savefig(self: Any, *arguments: Any, **named: Any) -> None:
+        layout = self.get_layout_engine()
+        self.set_layout_engine("none")
+        save(self, *arguments, **named | {"dpi": 20})
+        self.set_layout_engine(layout)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure, "savefig", savefig)
         yield
 
 

@@ -93,7 +93,7 @@ def test_a_model_is_trained_loaded_and_exported_from_python(
 def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs as printed, with settings that make it small."""
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"(?s)```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text())
+    example, *_ = re.findall(r"(?s)```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text())
     settings = '["experiment=demo"]'
     assert example.count(settings) == 1
     one_arm = SimpleNamespace(needs=SimpleNamespace(arms=("right",), cameras=()))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from hydra.utils import instantiate
 import keygrip.bench  # noqa: F401  (registers its schema)
 from keygrip.benchmarks import inference, phases, training, volume_loss
 from keygrip.benchmarks.cpu_precision import CpuPrecision
+from keygrip.benchmarks.deadline import QUICK_S, deadline
 from keygrip.benchmarks.demos import repeated_demos
 from keygrip.benchmarks.inference import Inference
 from keygrip.benchmarks.loader import Loader
@@ -92,6 +95,14 @@ class TestMeasuring:
         seconds = interleaved_seconds({"only": lambda: calls.append(0)}, 100, CPU, limit_s=0, warm_up=10)
         assert len(seconds["only"]) == MIN_REPETITIONS
         assert len(calls) == MIN_REPETITIONS + 1
+
+    def test_measurements_after_the_deadline_have_the_least_number_of_repetitions(self) -> None:
+        with deadline(-1.0):
+            late = [len(interleaved_seconds({"only": lambda: None}, 9, CPU, limit_s=60)["only"]) for _ in range(2)]
+        assert late == [MIN_REPETITIONS] * 2
+        with deadline(60.0):
+            assert len(interleaved_seconds({"only": lambda: None}, 9, CPU, limit_s=60)["only"]) == 9
+        assert len(interleaved_seconds({"only": lambda: None}, 9, CPU, limit_s=60)["only"]) == 9  # it ends there
 
     def test_peak_counts_what_is_alive_at_once(self) -> None:
         def work() -> None:
@@ -234,9 +245,11 @@ class TestCases:
         monkeypatch.setattr(inference, "interleaved_seconds", once)
         monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Session))
         case = Inference(SMALL_POLICY, 1, repetitions=5, quick_repetitions=4, limit_s=60, quick_limit_s=60)
-        figures = case._time_exported(SimpleNamespace(export_graph=lambda: graph), quick=True)  # type: ignore[arg-type]
+        module: Any = SimpleNamespace(export_graph=lambda: graph)
+        figures = case._time_exported(module, quick=False)
         assert images == {"eager": [1, 1], "program": [1, 1], "onnx": [1, 1]}
         assert figures == dict.fromkeys(("graph_eager_p50_ms", "graph_torch_export_p50_ms", "graph_onnx_p50_ms"), 1.0)
+        assert set(case._time_exported(module, quick=True)) == set(figures) - {"graph_onnx_p50_ms"}
 
     def test_inference_refuses_another_model(self) -> None:
         case = Inference(
@@ -256,18 +269,25 @@ class TestCases:
             positions=[5],
             wide_positions=[6],
             uncausal_positions=[7],
+            quick_widths=[8],
+            quick_positions=[3, 4],
             rows=2,
             batch_positions=6,
             **dict.fromkeys(("repetitions", "quick_repetitions"), 3),
             **dict.fromkeys(("limit_s", "quick_limit_s"), 5.0),
         )
-        figures = case.run(quick=True)
+        figures = case.run(quick=False)
         assert torch.get_num_threads() == threads
         assert figures["chosen_bf16"] == float(cpu_is_faster_in_bf16())
         ratios = [figures[f"bf16_ms_{width}"] / figures[f"float32_ms_{width}"] for width in (8, 16)]
         assert figures["bf16_over_float32_time"] == pytest.approx(sum(ratios) / 2, abs=6e-4)
         for way in ("bf16", "float32", "plain"):
             assert all(figures[f"attention_ms_{way}_{kind}"] > 0 for kind in ("5", "6_wide", "7_uncausal"))
+        ways = ("bf16", "float32", "plain")
+        assert set(case.run(quick=True)) == {
+            *("bf16_over_float32_time", "chosen_bf16", "bf16_ms_8", "float32_ms_8"),
+            *(f"attention_ms_{way}_{kind}" for way in ways for kind in ("3", "4", "4_wide", "4_uncausal")),
+        }
 
     def test_loader(self, recorder: list[int]) -> None:
         figures = Loader(SMALL_POLICY, 3, 2, batches=4, quick_batches=2, skip_batches=1).run(quick=True)
@@ -305,9 +325,9 @@ class TestCases:
 
 class TestCommand:
     SMALL = (
-        *("case=cpu_precision", "quick=true", "cases.cpu_precision.widths=[8]", "cases.cpu_precision.tokens=4"),
-        *("cases.cpu_precision.positions=[5]", "cases.cpu_precision.rows=2", "cases.cpu_precision.quick_repetitions=1"),
-        *("cases.cpu_precision.wide_positions=[]", "cases.cpu_precision.uncausal_positions=[]"),
+        *("case=cpu_precision", "quick=true", "cases.cpu_precision.quick_widths=[8]", "cases.cpu_precision.tokens=4"),
+        *("cases.cpu_precision.quick_positions=[5]", "cases.cpu_precision.rows=2"),
+        "cases.cpu_precision.quick_repetitions=1",
     )
 
     @pytest.mark.slow
@@ -345,3 +365,34 @@ class TestCommand:
         assert says in err
         assert len(err.splitlines()) == 1
         assert not (tmp_path / "benchmarks").exists()
+
+    @pytest.mark.parametrize(("given", "seconds"), [("quick=true", QUICK_S), ("quick=false", math.inf)])
+    def test_a_quick_case_has_one_deadline(
+        self, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, given: str, seconds: float
+    ) -> None:
+        given_s: list[float] = []
+
+        @contextmanager
+        def recorded(limit_s: float) -> Iterator[None]:
+            given_s.append(limit_s)
+            yield
+
+        monkeypatch.setattr("keygrip.bench.deadline", recorded)
+        assert cli("case=vla_params", given, of="bench")[0] == 0
+        assert given_s == [seconds]
+
+    @pytest.mark.parametrize(
+        ("run_dir", "says"),
+        [
+            ("log.txt", "run_dir=log.txt is a file: give a folder"),
+            ("log.txt/below", "run_dir=log.txt/below: HERE/log.txt is a file: give a folder"),
+            ("null", "run_dir=null: the log needs a folder: leave run_dir out, or give a folder"),
+        ],
+    )
+    def test_a_run_dir_that_is_no_folder_is_refused_by_its_name(
+        self, cli: Callable[..., Any], tmp_path: Path, run_dir: str, says: str
+    ) -> None:
+        (tmp_path / "log.txt").write_text("mine")
+        code, out, err = cli("case=vla_params", f"run_dir={run_dir}", of="bench")
+        assert (code, out, err) == (1, "", f"keygrip: {says.replace('HERE', str(tmp_path))}\n")
+        assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]

@@ -161,6 +161,11 @@ def test_a_sentence_needs_no_quotes_for_hydra(sentence: str) -> None:
     assert compose("run", ["checkpoint=x", "robot=yam", f"robot.instruction={sentence}"]).robot.instruction == sentence
     given = ["evaluate=policy", "checkpoint=x", "env=gymnasium", f"env.task.instruction={sentence}"]
     assert compose("evaluate", given).env.task.instruction == sentence
+    key = "callbacks.closed_loop.env.task.instruction"
+    trained = compose("train", ["model=volume_query", "data=yam", "closed_loop=gymnasium", f"{key}={sentence}"])
+    assert trained.callbacks.closed_loop.env.task.instruction == sentence
+    trained = compose("train", ["model=foveated_vlm", "data=robot_videos", f"collator.system={sentence}"])
+    assert trained.collator.system == sentence
 
 
 def test_lists_and_quotes_of_sentences_are_hydras_and_so_are_sweeps() -> None:

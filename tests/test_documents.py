@@ -14,6 +14,7 @@ import subprocess
 import textwrap
 import tomllib
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,13 +24,18 @@ import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
-from metric_table import unexplained
+from metric_table import one_sided, unexplained
 
-from keygrip.config import check_overrides, compose_with_choices, group_options
+from keygrip.config import check_overrides, compose, compose_with_choices, group_options
+from keygrip.data.robot.doctor.frozen_poses import LEAST_FRAMES, LEAST_S
 from keygrip.data.robot.doctor.images import HUES
+from keygrip.data.robot.doctor.run import doctor
+from keygrip.data.robot.doctor.views import MOST_FRAMES
 from keygrip.help import EXAMPLES
 from keygrip.models.patch_dit.monitor import RANGES, attention_figures
+from keygrip.models.volume_query.module import BY_TASK
 from keygrip.override_values import texts_quoted
+from keygrip.training.task_metrics import MOST_TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")])
@@ -99,6 +105,29 @@ def test_colour_words_of_the_doctor_are_those_that_the_page_of_data_names() -> N
     text = " ".join((ROOT / "docs" / "data.md").read_text(encoding="utf-8").split())
     (told,) = re.findall(r"one of the colours ([\w, ]+) \(before", text)
     assert re.split(r", | or ", told) == list(HUES)
+
+
+def test_limits_of_the_doctor_are_those_that_the_page_of_data_names() -> None:
+    text = " ".join((ROOT / "docs" / "data.md").read_text(encoding="utf-8").split())
+    assert LEAST_S == 0.5
+    assert f"spans of half a second or more, and of at least {LEAST_FRAMES} frames" in text
+    not_covered = text.partition("Not covered:")[2]
+    configured = compose("prepare", ["step=doctor", "root=x"]).max_demos
+    for limit in (configured, signature(doctor).parameters["max_demos"].default):
+        assert f"Demonstrations beyond the {limit} that are examined" in not_covered
+    assert f"demonstrations of more than {MOST_FRAMES} frames" in not_covered
+
+
+def test_recordings_of_one_folder_have_the_same_task_in_every_document() -> None:
+    tasks: dict[str, set[str]] = {}
+    for path in PRESENT:
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        for settings in re.findall(r"keygrip prepare step=record ((?:[\w.]+=[\w./]+ ?)+)", text):
+            given = dict(each.split("=", 1) for each in settings.split())
+            if "root" in given:
+                tasks.setdefault(given["root"], set()).add(given.get("task.name", "the default"))
+    assert tasks["data/my_picks"] == {"pick"}
+    assert [root for root, names in tasks.items() if len(names) > 1] == []
 
 
 @pytest.mark.parametrize("path", PRESENT, ids=lambda path: str(path.relative_to(ROOT)))
@@ -187,15 +216,32 @@ def strings_of(node: Any) -> Iterator[str]:
 
 def test_commands_of_records_have_the_present_names_of_settings() -> None:
     """A record is evidence only as long as its command runs."""
-    found = 0
+    found, parts = 0, 0
     for file in sorted((ROOT / "benchmarks").rglob("*.json")):
-        for text in strings_of(json.loads(file.read_text())):
-            if not re.search(r"keygrip[ .](train|demo|evaluate|prepare|bench|sample|run)", text):
-                continue
+        record = json.loads(file.read_text())
+        commands = [
+            text
+            for text in strings_of(record)
+            if re.search(r"keygrip[ .](train|demo|evaluate|prepare|bench|sample|run)", text)
+        ]
+        found += len(commands)
+        settings = list(parts_of_commands(record))  # they stand for SETTINGS or OVERRIDES in such a command
+        parts += len(settings)
+        translated = [re.sub("[A-Z]+", r"\\S+", name) for name in record.get("names_today", {})]
+        for text in commands + settings:
             given = [word.strip("'\"`,;()") for word in text.split() if "=" in word]
-            check_overrides("train", [word for word in given if not word.startswith("+")])
-            found += 1
+            known = [word for word in given if any(re.fullmatch(f"(ablation=)?{name}", word) for name in translated)]
+            check_overrides("train", [word for word in given if not word.startswith("+") and word not in known])
     assert found > 50
+    assert parts > 100
+
+
+def parts_of_commands(record: Any) -> Iterator[str]:
+    for node in (*values_of(record, "settings"), *values_of(record, "overrides")):
+        if isinstance(node, dict):
+            yield from (f"{name}={value}" for name, value in node.items())
+        else:
+            yield from strings_of(node)
 
 
 def records() -> Iterator[tuple[str, Any]]:
@@ -339,8 +385,19 @@ def test_metrics_that_runs_are_compared_by_are_explained() -> None:
     for model in ("volume_query", "coordinate_regression", "patch_dit", "geometry_vla"):
         kind = get_class(compose_with_choices("train", [f"model={model}"])[0].model._target_)
         assert len(kind.headline_metrics) > 5
-        assert unexplained(kind.headline_metrics) == [], model
+        names = {name.replace("train/", "val/") for name in kind.headline_metrics}  # some are logged in validation only
+        assert unexplained(names) == [], model
     assert unexplained(["val/position_cn", "val/position_cm"]) == ["val/position_cn"]
+
+
+def test_a_prefix_that_the_table_of_metrics_has_wrong_is_found() -> None:
+    assert one_sided("patch_dit", ["train/share_both", "train/loss_both", "val/loss", "train/loss"]) == []
+    assert one_sided("patch_dit_base", ["train/share_both", "val/share_both", "val/loss"]) == ["loss", "train/share_*"]
+    assert one_sided("geometry_vla", ["val/position_cm"]) == []
+    assert one_sided("volume_query", ["val/position_cm", "val/off_screen_share"]) == [
+        "position_cm",
+        "train/off_screen_share",
+    ]
 
 
 def test_groups_of_a_model_are_those_that_training_names() -> None:
@@ -385,6 +442,67 @@ def test_ablations_of_the_sweep_are_those_that_the_page_of_patch_dit_names() -> 
     assert set(told) | {"none"} == options
     ran = {name.partition("/")[2] for name in swept("dit_ablations", "ablation")}
     assert {name for name, in_sweep in told.items() if in_sweep} | {"none"} == ran
+
+
+def test_ablations_that_the_page_of_patch_dit_calls_measured_are_in_a_record() -> None:
+    text = (ROOT / "docs" / "patch_dit.md").read_text(encoding="utf-8")
+    table = text.partition("| ablation | what it changes |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    rows = [(re.findall(r"`(\w+)`", line.split("|")[1]), line.split("|")[2]) for line in table]
+    claims = {job["overrides"]["ablation"].removeprefix("dit_") for job in dict(records())["dit_claims"]["jobs"]}
+    earlier = [name for names, change in rows if "measured with the earlier recipe" in change for name in names]
+    assert set(earlier) | {"none"} == claims
+    never = [name for names, change in rows if re.search("(never|not) measured", change) for name in names]
+    assert {"no_position", "no_resolution_shift"} == set(never)
+    written = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.json"))
+    assert [name for name in never if name in written] == []
+
+
+def test_records_of_frechet_distances_without_their_encoder_are_those_that_the_page_names() -> None:
+    text = " ".join((ROOT / "docs" / "patch_dit.md").read_text(encoding="utf-8").split())
+    told = text.partition("do not name the feature encoder")[2].partition("The default encoder")[0]
+    named = set(re.findall(r"`(\w+)`", told))
+    for name in ("dit_images", "dit_ablations"):
+        record = dict(records())[name]
+        sections = record if name == "dit_images" else {"all": record}
+        lacking = {
+            section
+            for section, node in sections.items()
+            if any(values_of(node, "frechet")) and not any("sha256" in each for each in values_of(node, "features"))
+        }
+        assert lacking == (named if name == "dit_images" else {"all"})
+    assert "all of `benchmarks/dit_ablations.json`" in told
+
+
+def test_sweeps_of_the_foveated_model_without_a_record_are_those_that_its_page_names() -> None:
+    text = " ".join((ROOT / "docs" / "foveated_vlm.md").read_text(encoding="utf-8").split())
+    told = set(re.findall(r"`sweep=(\w+)`", text.partition("Never run: ")[2]))
+    record = dict(records())["foveated_vlm"]
+    sweeps = {name for name in group_options("sweep") if name.startswith("vlm_")}
+    assert told == {name for name in sweeps if not any(values_of(record, name.removeprefix("vlm_")))}
+
+
+def test_distances_of_demonstrations_of_metaworld_are_those_of_the_expert() -> None:
+    """The expert itself cannot be imported without Meta-World."""
+    text = " ".join((ROOT / "docs" / "metaworld.md").read_text(encoding="utf-8").split())
+    code = (ROOT / "keygrip" / "envs" / "metaworld" / "expert.py").read_text(encoding="utf-8")
+    limits = {
+        name: [
+            [round(100 * float(number), 1) for number in side.split(",")]
+            for side in re.findall(r"\[([^\[\]]+)\]", told)
+        ]
+        for name, told in re.findall(r"(?m)^(START_NOISE_M|DISTURBANCE_M) = np\.array\((.+)\)$", code)
+    }
+    assert limits["START_NOISE_M"] == [[-6.0, -6.0, -1.5], [6.0, 6.0, 4.5]]
+    assert "up to 6 cm from its default position along x and along y, and up to 4.5 cm above or 1.5 cm below it" in text
+    assert limits["DISTURBANCE_M"] == [[-8.0, -8.0, -2.0], [8.0, 8.0, 8.0]]
+    assert "pushed away by up to 8 cm along each axis (2 cm downwards)" in text
+
+
+def test_metrics_by_task_are_those_that_training_names() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"(?m)^\| `val_by_task/\*` \|.*", text)
+    assert set(re.findall(r"`(\w+)`", row)) == set(BY_TASK)
+    assert f"with 2 to {MOST_TASKS} instructions" in row
 
 
 def test_shifts_of_the_sweep_are_those_that_training_names() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from pretended_gpu import pretended_gpu
 
 import keygrip.bench  # noqa: F401  (registers its schema)
 from keygrip.benchmarks.gpu import Figures
-from keygrip.benchmarks.gpu.suite import Suite, refuse_without_gpu
+from keygrip.benchmarks.gpu.suite import Suite, commit_of, refuse_without_gpu
 from keygrip.benchmarks.gpu.training_steps import TrainingSteps, peak_tflops
 from keygrip.config import compose
 
@@ -201,6 +202,31 @@ class TestSuite:
         calls: list[str] = []
         assert Suite(tmp_path, "abc", toy=True).run(["one", "two"], self.command(calls), minutes=0.0) == {}
         assert calls == []
+
+    def test_toy_figures_do_not_take_the_place_of_measured_ones(
+        self, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folders: list[Path] = []
+
+        def run(suite: Suite, *_: Any) -> dict[str, Any]:
+            folders.append(suite.folder)
+            return {}
+
+        monkeypatch.setattr(Suite, "run", run)
+        monkeypatch.setattr("keygrip.benchmarks.gpu.suite.refuse_without_gpu", lambda toy: None)
+        for given in (["toy=true"], ["toy=true", "output=mine"], []):
+            assert cli("suite=gpu", "part=plan_vla", *given, of="bench")[0] == 0
+        assert folders == [Path("runs/bench/gpu_toy"), Path("mine"), Path("benchmarks/gpu")]
+
+    def test_the_commit_is_not_that_of_a_repository_around_an_installed_package(self, tmp_path: Path) -> None:
+        git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run([*git, "init", "-q"], check=True)
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+        for package in ("checkout", ".venv/site-packages/keygrip"):
+            (tmp_path / package).mkdir(parents=True)
+        revision = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+        assert commit_of(tmp_path / "checkout") == revision.strip()
+        assert commit_of(tmp_path / ".venv/site-packages/keygrip") is None
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_without_a_gpu(self, cli: Callable[..., Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,8 +173,15 @@ def assert_configures(cfg: DictConfig) -> tuple[type, int]:
         for pretrained in (cfg.get("backbone"), cfg.get("vlm"), (cfg.get("language") or {}).get("model")):
             if pretrained is not None:
                 pretrained.weights = "random"
-    with torch.device("meta") if large else torch.device("cpu"):
-        module = build_module(without_stages(OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]
+    model = without_stages(OmegaConf.to_container(cfg, resolve=True)["model"])  # type: ignore[index, call-overload]
+    return configured_once("meta" if large else "cpu", json.dumps(model))
+
+
+@cache
+def configured_once(device: str, model: str) -> tuple[type, int]:
+    """Build a model from its configuration, which many options leave as it is, and check its optimiser."""
+    with torch.device(device):
+        module = build_module({"model": json.loads(model)})
     module._trainer = SimpleNamespace(estimated_stepping_batches=1000)  # type: ignore[assignment]
     configured: Any = module.configure_optimizers()
     owned = [id(p) for group in configured["optimizer"].param_groups for p in group["params"]]
@@ -341,6 +350,18 @@ def test_the_jobs_of_the_scaling_sweep_have_batches_of_one_size() -> None:
         longest_row = frames * cfg.collator.tokens_per_frame + cfg.collator.max_tokens
         batches.add(min(data.batch_size, data.budget.frames // frames, data.budget.positions // longest_row))
     assert batches == {24}
+
+
+def test_stages_whose_batches_differ_are_validated_on_all_held_out_samples() -> None:
+    """A number of batches would hold other samples with another budget, number of frames or number of processes."""
+    names = [name for name in group_options("experiment") if name.startswith("vlm_stage")]
+    assert len(names) > 15
+    options = [[f"experiment={name}", *GIVEN.get(f"experiment={name}", [])] for name in names]
+    for overrides in [*options, ["sweep=vlm_scaling"]]:
+        cfg = composed("train", overrides)
+        assert cfg.data.budget is not None
+        assert cfg.data.max_val_samples == 10_000
+        assert cfg.limit_val_batches is None, overrides
 
 
 MANY_JOBS = (  # 3 s or more

@@ -56,7 +56,7 @@ def in_metaworld(
         for seed in seeds
     ]
     setup = settings.as_dict() | {"url": arguments.server}
-    for number, report in run_jobs(arguments.python, WORKER, setup, jobs, arguments.processes, ADVICE):
+    for number, report in run_jobs(arguments.python, WORKER, setup, jobs, arguments.processes or 1, ADVICE):
         yield jobs[number]["task"]["name"], EpisodeResult(**report)
 
 
@@ -70,12 +70,18 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=20, help="of each task")
     parser.add_argument("--first-seed", type=int, default=HELD_OUT_SEED, help="settings are chosen on 500000 and up")
     parser.add_argument("--image-size", type=int, default=224, help="as recorded")
-    parser.add_argument("--hz", type=float, default=None, help="control periods per second; the YAM cell's default: 10")
+    parser.add_argument(
+        "--hz", type=float, default=None, help="control periods per second of the YAM cell, 10 by default"
+    )
     parser.add_argument("--execute-seconds", type=float, default=1.2, help="of a plan before the next one")
     parser.add_argument("--cameras", nargs="+", default=None)
     parser.add_argument("--python", default=str(PYTHON), help="interpreter with metaworld: make metaworld-install")
-    parser.add_argument("--processes", type=int, default=1, help="workers of Meta-World")
+    parser.add_argument("--processes", type=int, default=None, help="workers of Meta-World, 1 by default")
     arguments = parser.parse_args()
+    if arguments.env == "metaworld" and arguments.hz is not None:
+        parser.error(f"--hz is for the YAM cell: Meta-World has one rate, {HZ:g} Hz")
+    if arguments.env == "yam" and arguments.processes is not None:
+        parser.error("--processes is for Meta-World: the YAM cell runs in one process")
     if arguments.env == "metaworld" and not Path(arguments.python).is_file():
         sys.exit(
             f"there is no Python interpreter at {arguments.python}: `make metaworld-install` makes an environment of "

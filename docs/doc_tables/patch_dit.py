@@ -11,7 +11,7 @@ from doc_tables.base import gigabytes, markdown, over_seeds, read, table
 # Cases of the image evaluation suite, and the heads of their columns.
 IMAGE_CASES = {
     "real": "real images",
-    "another_picture": "an unrelated real image",
+    "unrelated_image": "an unrelated real image",
     "autoencoder": "autoencoder alone",
     "reconstruction": "words and features",
     "text_only": "words alone",
@@ -48,7 +48,7 @@ def dit_claims() -> str:
         ("words alone: requested colour", "text_only/colour_as_asked", 2, "", ""),
         ("words alone: requested side", "text_only/side_as_asked", 2, "", ""),
     )
-    unrelated = jobs[0]["suite"]["cases"]["another_picture"]
+    unrelated = jobs[0]["suite"]["cases"]["unrelated_image"]
     rows = []
     for title, figure, digits, unit, wanted in lines:
         case, _, name = figure.partition("/")
@@ -119,7 +119,7 @@ def dit_latents(run: str = "run_latents", pixels: int = 64) -> str:
     runs = read("dit_images")[run]["runs"]
     columns = []
     for case, title in IMAGE_CASES.items():
-        own = runs[:1] if case in ("real", "another_picture", "autoencoder") else runs  # the same for all seeds
+        own = runs[:1] if case in ("real", "unrelated_image", "autoencoder") else runs  # the same for all seeds
         if case in runs[0]["cases"]:
             columns.append((title, [trained["cases"][case] for trained in own]))
     return _image_figures(columns, pixels)
@@ -141,7 +141,7 @@ def dit_headline() -> str:
         return f"{named}; Frechet distance {distance}, other real images {real}"
 
     ssim, distance = (of(small, "reconstruction", name) for name in ("ssim", "frechet"))
-    unrelated = of(small[:1], "another_picture", "ssim")
+    unrelated = of(small[:1], "unrelated_image", "ssim")
     colour, place = (of(small, "changed_words", name) for name in ("colour_as_asked", "cube_within_4px"))
     rows = (
         ("**words alone** (the shortcoming)", words(small)),
@@ -291,7 +291,7 @@ def dit_recipes() -> str:
                 *(f"{changed['colour_as_asked']:.2f}", f"{changed['cube_within_4px']:.2f}"),
             )
         )
-    real, other = (read("dit_images")["explored"][0]["cases"][name] for name in ("real", "another_picture"))
+    real, other = (read("dit_images")["explored"][0]["cases"][name] for name in ("real", "unrelated_image"))
     anchor = ("an unrelated real image", "", f"{other['ssim']:.2f}", f"{other['grain']:.2f}")
     rows.append((*anchor, "", "", f"{other['objects_as_named']:.2f}", "", ""))
     frechet = f"{real['frechet']:.2f}"
@@ -357,7 +357,7 @@ def dit_ablations() -> str:
     for name in [first, *sorted(by_name.keys() - {first}, key=words_alone)]:
         title = "unchanged recipe" if name == first else f"`{name.removeprefix('patch_dit/')}`"
         rows.append([title, len(by_name[name]), *(cell(by_name[name], place) for place in columns.values())])
-    for title, anchor in (("an unrelated real image", "another_picture"), ("real images", "real")):
+    for title, anchor in (("an unrelated real image", "unrelated_image"), ("real images", "real")):
         found = record[anchor]
         known = [found.get(figure) if case == "reconstruction" else None for case, figure in columns.values()]
         rows.append([title, "", *("" if value is None else f"{value:.2f}" for value in known)])

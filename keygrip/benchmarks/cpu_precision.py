@@ -26,6 +26,7 @@ class CpuPrecision(Timed):
 
     Args (in addition to those of `Timed`, whose limits in seconds apply to each width and each number of positions):
         widths: token widths; the hidden layer of the MLP is four times as wide. tokens: tokens per step.
+        quick_widths, quick_positions: those with `quick`; of the latter the two other kinds of rows have the last one.
         positions: row lengths for causal attention with 4 heads of width 32. wide_positions: row lengths for causal
             attention with 4 heads of width 64. uncausal_positions: row lengths for attention without a causal mask.
         rows: largest number of rows of a batch. batch_positions: largest number of positions of all rows of a batch.
@@ -38,6 +39,8 @@ class CpuPrecision(Timed):
     uncausal_positions: Sequence[int]
     rows: int
     batch_positions: int
+    quick_widths: Sequence[int]
+    quick_positions: Sequence[int]
 
     def run(self, quick: bool) -> dict[str, float]:
         """`bf16_over_float32_time` is the mean over widths; `chosen_bf16` is 1 if ``auto`` chooses bf16 here.
@@ -47,12 +50,14 @@ class CpuPrecision(Timed):
         (``float32``; keygrip trains rows of up to `FLOAT32_KEYS` positions this way), or separate matrix products in
         bf16 (``plain``).
         """
+        lengths = {"": self.positions, "_wide": self.wide_positions, "_uncausal": self.uncausal_positions}
+        if quick:
+            last = self.quick_positions[-1:]
+            lengths = {"": self.quick_positions, "_wide": last, "_uncausal": last}
         with threads(1):
-            times = {width: self._measure(width, quick) for width in self.widths}
+            times = {width: self._measure(width, quick) for width in (self.quick_widths if quick else self.widths)}
             attention = [
-                *(self._time_attention(positions, "", quick) for positions in self.positions),
-                *(self._time_attention(positions, "_wide", quick) for positions in self.wide_positions),
-                *(self._time_attention(positions, "_uncausal", quick) for positions in self.uncausal_positions),
+                self._time_attention(positions, kind, quick) for kind, each in lengths.items() for positions in each
             ]
         ratios = [bf16 / float32 for bf16, float32 in times.values()]
         figures = {

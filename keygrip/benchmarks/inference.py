@@ -40,7 +40,7 @@ class Inference(Timed):
 
     def run(self, quick: bool) -> dict[str, float]:
         """Return the figures of all settings, for the policy, the network alone (`network_*`), and the exported network
-        (`graph_*`)."""
+        (`graph_*`; with `quick` without onnxruntime, for which the export takes longest)."""
         config = compose("train", self.overrides)
         observation = looking_down(config.data.record.image_size)
         module = untrained(config)
@@ -66,7 +66,7 @@ class Inference(Timed):
             "graph_torch_export_": lambda: program(*inputs.values()),
         }
         with tempfile.TemporaryDirectory(prefix="keygrip-bench-") as folder:
-            if find_spec("onnxruntime") and find_spec("onnxscript"):  # the extra onnx
+            if not quick and find_spec("onnxruntime") and find_spec("onnxscript"):  # the extra onnx
                 import onnxruntime
 
                 file = Path(folder) / "policy.onnx"

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import LightningModule
 from omegaconf import DictConfig, OmegaConf
 
+from keygrip.benchmarks.deadline import deadlines
 from keygrip.training.checkpoints import build_module
 
 Work = Callable[[], object]
@@ -38,7 +39,7 @@ class Timed:
 
     Args:
         repetitions, quick_repetitions: repetitions of every side after the warm-up; the latter with `quick`.
-        limit_s, quick_limit_s: seconds after which no further repetition is started.
+        limit_s, quick_limit_s: seconds after which no further repetition of a measurement is started.
     """
 
     repetitions: int
@@ -62,13 +63,14 @@ def interleaved_seconds(
     """Return the seconds of every repetition of every side, ``[repetitions]`` each.
 
     The sides run alternately, so that other load on the machine slows all of them down equally. If the machine is too
-    slow for all repetitions within ``limit_s``, fewer are run, but at least ``MIN_REPETITIONS``. ``clock`` measures the
-    seconds: wall time, or ``time.thread_time`` for work on one thread of a processor that other processes use too.
+    slow for all repetitions within ``limit_s``, or before the `deadline`, fewer are run, but at least
+    ``MIN_REPETITIONS``. ``clock`` measures the seconds: wall time, or ``time.thread_time`` for work on one thread of a
+    processor that other processes use too.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    began = time.perf_counter()
+    end = min([time.perf_counter() + limit_s, *deadlines])
     for repetition in range(-warm_up, repetitions):
-        late = time.perf_counter() - began > limit_s
+        late = time.perf_counter() > end
         if late and repetition >= MIN_REPETITIONS:
             break
         if late and -warm_up < repetition < 0:

@@ -284,8 +284,8 @@ class ImageTextBatch(Movable):
         records: B dicts with the metadata of an image in the shards: "caption", "size" and "crop" (of the source image,
             pixels), and optionally "evidence".
         images: uint8 [B, 3, H, W], the pixels of the images, if they were requested and the shards contain them.
-        numbers: B places of the images in the data set that was loaded, which depend neither on the size nor on the
-            order of batches. Empty for a batch that was not loaded from shards.
+        numbers: B places of the images in their split, which depend neither on the size and order of batches nor on how
+            many images were loaded. Empty for a batch that was not loaded from shards.
     """
 
     latents: Tensor

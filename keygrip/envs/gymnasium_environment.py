@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
+from gymnasium.wrappers import TimeLimit
 
 CAMERA = ("image", "intrinsics", "world_to_camera")
 NEEDED = (*CAMERA, "position", "quaternion", "gripper")
@@ -28,19 +29,25 @@ class GymnasiumTask:
     Args:
         id: as for `gymnasium.make`; "my_lab.envs:Lift-v0" imports the module that registers it.
         name: for reports. instruction: used if the environment's `info` has none.
-        time_limit_s: of an episode. options: arguments of `gymnasium.make`.
+        time_limit_s: of an episode. None: the environment's own, the `max_episode_steps` that gymnasium counts.
+        options: arguments of `gymnasium.make`.
+
+    Raises:
+        ValueError: `id` is empty, or the limit is not above 0.
     """
 
     environment: ClassVar[str] = "keygrip.envs.gymnasium_environment.GymnasiumEnvironment"
     id: str
     name: str = "task"
     instruction: str = ""
-    time_limit_s: float = 20.0
+    time_limit_s: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.id:
             raise ValueError("env.task.id is missing: the environment as gymnasium.make takes it, my_lab.envs:Lift-v0")
+        if self.time_limit_s is not None and not self.time_limit_s > 0:
+            raise ValueError(f"env.task.time_limit_s={self.time_limit_s}: give seconds above 0, or null")
         # a plain dictionary, which other processes can unpickle
         object.__setattr__(self, "options", dict(self.options))
 
@@ -49,12 +56,12 @@ class GymnasiumEnvironment:
     """See the module.
 
     Args:
-        task: selects the environment. image_size: shorter edge of the images, which the environment must provide. hz:
-            its control rate. cameras: must be in the observation's `cameras`, if it has any; the first is then the main
-            one.
+        task: selects the environment. image_size: shorter edge of the observation's `image`, which the environment must
+            provide; images in `cameras` may have other sizes. hz: its control rate. cameras: must be in the
+            observation's `cameras`, if it has any; the first is then the main one.
 
     Raises:
-        ValueError: The environment does not exist.
+        ValueError: The environment does not exist, or has no limit of its own and the task none.
     """
 
     arms = ("left", "right")  # names of two arms; a single arm has no name
@@ -65,6 +72,12 @@ class GymnasiumEnvironment:
             self.env = gymnasium.make(task.id, disable_env_checker=True, **dict(task.options))
         except (gymnasium.error.Error, ImportError, TypeError) as error:  # TypeError: options that it does not accept
             raise ValueError(f"gymnasium cannot make {task.id!r}: {error}") from error
+        if task.time_limit_s is None and not _limits_steps(self.env):
+            self.env.close()
+            raise ValueError(
+                f"{task.id} has no max_episode_steps, so that an episode might never end: give "
+                "env.task.time_limit_s=SECONDS"
+            )
         self._elapsed = 0
 
     def reset(self, *, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -102,6 +115,15 @@ class GymnasiumEnvironment:
                 f"camera {name!r} of {self.task.id}" if name else f"the observation of {self.task.id}", view
             )
 
+        height, width = np.shape(observation["image"])[:2]
+        # of this image alone: whichever cameras a policy reads, evaluation and recording have the same image_size
+        if min(height, width) != self.image_size:
+            raise ValueError(
+                f"images of the observation of {self.task.id} are {height} x {width}: give "
+                f"env.image_size={min(height, width)}, their shorter edge (image_size where they are recorded), or "
+                "render other images"
+            )
+
     def _check_view(self, view_name: str, view: Mapping[str, Any]) -> None:
         absent = [part for part in CAMERA if part not in view]
         if absent:
@@ -111,11 +133,6 @@ class GymnasiumEnvironment:
         image = np.asarray(view["image"])
         if image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"images of {view_name} have shape {image.shape}: give H x W x 3")
-        if (shorter := min(image.shape[:2])) != self.image_size:
-            raise ValueError(
-                f"images of {view_name} are {image.shape[0]} x {image.shape[1]}: give env.image_size={shorter}, "
-                "their shorter edge (image_size where they are recorded), or render other images"
-            )
         if image.dtype != np.uint8:
             raise ValueError(f"images of {view_name} are {image.dtype}: give uint8 RGB")
         for part, shape in (("intrinsics", (3, 3)), ("world_to_camera", (4, 4))):
@@ -134,7 +151,8 @@ class GymnasiumEnvironment:
     def outcome(self) -> tuple[bool, bool, dict[str, Any]]:
         """Return success according to the environment's `info`."""
         success = bool(self._info.get("success", self._info.get("is_success", False)))
-        over = not success and (self._over or self._elapsed / self.hz >= self.task.time_limit_s)
+        limit = self.task.time_limit_s
+        over = not success and (self._over or (limit is not None and self._elapsed / self.hz >= limit))
         reason = self._info.get("failure_reason") or "timeout"
         info = {**self._info, "success": success, "failure_reason": reason if over else None}
         return success, over, info | {"instruction": self._instruction}
@@ -164,3 +182,12 @@ class GymnasiumEnvironment:
     def close(self) -> None:
         """Close the gymnasium environment."""
         self.env.close()
+
+
+def _limits_steps(env: gymnasium.Env[Any, Any]) -> bool:
+    """Return whether gymnasium ends episodes after a number of steps, in this environment or in one that it wraps."""
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, TimeLimit):
+            return True
+        env = env.env
+    return False

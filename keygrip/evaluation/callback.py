@@ -68,7 +68,8 @@ class EvaluateClosedLoop(Callback):
         # Packages and files in the user's own configuration are trusted: the checkpoint is opened with them.
         trust, external = named_packages([config["model"], config["data"]]), external_settings(config["model"])
         env = environment_settings(config["data"], self.env, trust)
-        make = partial(ClosedLoop, **{"trust": trust, "external": external, **self.settings})
+        device = self.settings.get("device") or str(trainer.strategy.root_device)  # where training computes
+        make = partial(ClosedLoop, **{"trust": trust, "external": external, **self.settings, "device": device})
         self.closed_loop = env.closed_loop(make)
         self.closed_loop.check(_policy_needs(pl_module, self.closed_loop.policy))
 

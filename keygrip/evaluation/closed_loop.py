@@ -1,7 +1,8 @@
 """Closed-loop evaluation: a trained policy drives a robot in an environment over held-out seeds.
 
-Episodes are distributed over processes; each process loads the checkpoint once. An episode depends only on (checkpoint,
-task, seed, control), so the number of processes does not change the result.
+Episodes are distributed over processes. On the CPU each process loads the checkpoint; on a GPU this process holds the
+only copy, and the others request plans from it. An episode depends only on (checkpoint, task, seed, control) and the
+device, so the number of processes does not change the result.
 """
 
 from __future__ import annotations
@@ -22,18 +23,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from keygrip.artifacts import json_text, write_text
 from keygrip.cores import usable_cores
 from keygrip.envs.environment import Environment, Task, open_environment
 from keygrip.evaluation.kinds import changed
-from keygrip.evaluation.remote_rollouts import RemoteSettings, check_remote, run_remote
+from keygrip.evaluation.remote_rollouts import RemoteSettings, check_remote, run_remote, served, server_classes
+from keygrip.evaluation.rollout_worker import policy_at
 from keygrip.evaluation.rollouts import EpisodeResult, check_environment, run_episode
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.evaluation.trained_policy import load_policy
 from keygrip.models.policy import Needs
 from keygrip.progress import Progress
 from keygrip.runtime.chunk_execution import RecedingHorizon
+from keygrip.runtime.client import ServerError
+from keygrip.training.torch_files import refuse_missing_device
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +144,10 @@ class ClosedLoop:
         python: interpreter of another Python environment with the simulator: episodes run there, the policy here.
             None: both run in this one.
         of_tasks: the conditions are the tasks of a benchmark, and their mean is reported too.
+        device: where the policy plans; None: the CPU.
+
+    Raises:
+        ValueError: A setting is out of range, or this machine does not have the device.
     """
 
     task: Task
@@ -156,6 +165,7 @@ class ClosedLoop:
     external: Mapping[str, Any] = field(default_factory=dict)
     python: str | None = None
     of_tasks: bool = False
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
@@ -167,6 +177,7 @@ class ClosedLoop:
                 f"closed_loop.videos is at least 0, image_size at least 1 and hz above 0, got {self.videos}, "
                 f"{self.image_size} and {self.hz}."
             )
+        refuse_missing_device(self.device or "cpu")
         self.control(policy=None, control_hz=self.hz)  # refuses invalid settings now, not in a worker
         if not self.grids:
             raise ValueError("closed_loop.conditions is empty: name at least one, e.g. {in_distribution: [{}]}.")
@@ -190,12 +201,15 @@ class ClosedLoop:
 
         Raises:
             ValueError: The environment cannot be opened, or does not provide the policy's inputs.
+            ModuleNotFoundError: Serving the policy to several processes needs a package.
         """
-        job = self._jobs(None)[0]
-        task = changed(self.task, job.overrides)
+        jobs = self._jobs(None)
+        job, task = jobs[0], changed(self.task, jobs[0].overrides)
         if self.python is not None:
             check_remote(self._remote_settings(), task, job.seed, needs)
             return
+        if not self._on_cpu and self._count_processes(jobs) > 1:
+            server_classes()
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             cameras = None if self.cameras is None else tuple(self.cameras)
             follow = self.control(policy=None, control_hz=self.hz).follow
@@ -207,11 +221,11 @@ class ClosedLoop:
 
     def run(self, checkpoint: Path, output: Path | None = None) -> list[ConditionResult]:
         """Run every episode with the policy in ``checkpoint``. Videos are written to ``output`` / videos, and each
-        episode's result to ``output`` / episodes.jsonl as soon as it has ended. If a process dies, it is started again
-        once.
+        episode's result to ``output`` / episodes.jsonl as soon as it has ended. If a process dies, its episode is run
+        again once.
 
         Raises:
-            FileNotFoundError, ValueError: The checkpoint cannot be loaded, or a worker process died twice.
+            FileNotFoundError, ValueError: The checkpoint cannot be loaded, or a process died twice at an episode.
         """
         for name, grid in self.grids.items():
             if len(grid) > self.episodes:
@@ -223,7 +237,7 @@ class ClosedLoop:
                     name,
                 )
         jobs = self._jobs(output)
-        processes = min(self.processes or usable_cores(), len(jobs))
+        processes = self._count_processes(jobs)
         with _Results(self.grids, len(jobs), None if output is None else output / EPISODES_FILE) as results:
             if self.python is not None:
                 self._run_remotely(checkpoint, jobs, processes, results)
@@ -234,35 +248,61 @@ class ClosedLoop:
                         results.add(job, worker.episode(job))
                 finally:
                     worker.close()
-            else:
+            elif self._on_cpu:
                 self._run_parallel(checkpoint, jobs, processes, results)
+            else:
+                self._run_served(checkpoint, jobs, processes, results)
         ordered = {name: sorted(found, key=lambda episode: episode.seed) for name, found in results.episodes.items()}
         return [
             ConditionResult(name, {"grid": [dict(entry) for entry in self.grids[name][: self.episodes]]}, episodes)
             for name, episodes in ordered.items()
         ]
 
-    def _run_parallel(self, checkpoint: Path, jobs: list[_Job], processes: int, results: _Results) -> None:
-        try:
-            self._run_in_pool(checkpoint, jobs, processes, results)
-        except BrokenProcessPool:
-            remaining = [job for job in jobs if job not in results.done]
-            log.warning(
-                "a process of the closed-loop evaluation %s; the %d episodes left are run again", DIED, len(remaining)
-            )
-            try:
-                self._run_in_pool(checkpoint, remaining, processes, results)
-            except BrokenProcessPool as error:
-                raise ValueError(
-                    f"a process of the closed-loop evaluation {DIED}, twice: run with processes=1 (in training "
-                    "callbacks.closed_loop.closed_loop.processes=1) to see why"
-                ) from error
+    def _run_served(self, checkpoint: Path, jobs: list[_Job], processes: int, results: _Results) -> None:
+        """Run the jobs in several processes, for which one policy plans in this process.
 
-    def _run_in_pool(self, checkpoint: Path, jobs: list[_Job], processes: int, results: _Results) -> None:
+        Raises:
+            ValueError: as `_run_parallel`; also if the policy fails.
+        """
+        log.info("closed loop: one policy on %s plans for %d processes", self.device, processes)
+        restarts = processes * len(jobs)  # a death ends all processes, and an episode may be running at one death only
+        with served(self.policy_in(checkpoint), processes, restarts) as url:
+            try:
+                self._run_parallel(_Server(url), jobs, processes, results)
+            except (ServerError, ConnectionError) as error:
+                raise ValueError(f"closed loop with device={self.device}: {error}") from error
+
+    def _run_parallel(self, source: Path | _Server, jobs: list[_Job], processes: int, results: _Results) -> None:
+        """Run the jobs in several processes; if one dies, run those left again in new ones.
+
+        Raises:
+            ValueError: The same episode was running at two deaths.
+        """
+        remaining, interrupted = jobs, list[_Job]()
+        while remaining:
+            try:
+                self._run_in_pool(source, remaining, processes, results)
+                return
+            except BrokenProcessPool as error:
+                remaining = [job for job in jobs if job not in results.done]
+                running = remaining[:processes]  # jobs are begun in their order; which process died is not known
+                if again := [job for job in running if job in interrupted]:
+                    raise ValueError(
+                        f"a process of the closed-loop evaluation {DIED}, twice at an episode (condition "
+                        f"{again[0].condition}, seed {again[0].seed}, or another one that ran then): run with "
+                        "processes=1 (in training callbacks.closed_loop.closed_loop.processes=1) to see why"
+                    ) from error
+                interrupted += running
+                log.warning(
+                    "a process of the closed-loop evaluation %s; the %d episodes left are run again",
+                    *(DIED, len(remaining)),
+                )
+
+    def _run_in_pool(self, source: Path | _Server, jobs: list[_Job], processes: int, results: _Results) -> None:
         # Spawned, not forked: a GL context and torch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         earlier_processes = multiprocessing.active_children()
-        with ProcessPoolExecutor(processes, context, _start_worker, (checkpoint, self)) as pool:
+        with ProcessPoolExecutor(processes, context, _start_worker, (source, self)) as pool:
             with _deaf_to_the_terminal():  # this process ends them, so that each does not print a traceback
                 waiting: dict[Future[EpisodeResult], _Job] = {pool.submit(_work, job): job for job in jobs}
             try:
@@ -287,8 +327,27 @@ class ClosedLoop:
         return RemoteSettings(str(self.python), name, self.image_size, self.hz, self.cameras, self.control)
 
     def policy_in(self, checkpoint: Path) -> Any:
-        """Load the policy of a checkpoint, with the changes in the settings; raises the errors of `load_policy`."""
-        return load_policy(checkpoint, self.policy, trust=self.trust, external=self.external)
+        """Load the policy of a checkpoint on the device, with the changes in the settings.
+
+        Raises:
+            FileNotFoundError, ValueError: as in `load_policy`; also if it does not fit into the GPU's memory.
+        """
+        if not self._on_cpu:
+            torch.cuda.empty_cache()  # what training or the open loop no longer uses; without effect without a GPU
+        try:
+            return load_policy(checkpoint, self.policy, self.device or "cpu", self.trust, self.external)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the policy does not fit into the free memory of device={self.device}: give device=cpu (in training "
+                "callbacks.closed_loop.closed_loop.device=cpu), or for a geometry_vla policy.vlm_precision=int8"
+            ) from error
+
+    @property
+    def _on_cpu(self) -> bool:
+        return torch.device(self.device or "cpu").type == "cpu"
+
+    def _count_processes(self, jobs: Sequence[_Job]) -> int:
+        return min(self.processes or usable_cores(), len(jobs))
 
     def _jobs(self, output: Path | None) -> list[_Job]:
         jobs = []
@@ -334,11 +393,18 @@ class _Job:
     video: Path | None
 
 
-class _Worker:
-    """One loaded policy and the environment of its last episode."""
+@dataclass(frozen=True)
+class _Server:
+    """Where another process serves the policy."""
 
-    def __init__(self, checkpoint: Path, settings: ClosedLoop) -> None:
-        self.policy = settings.policy_in(checkpoint)
+    url: str
+
+
+class _Worker:
+    """A policy, loaded here or served by another process, and the environment of its last episode."""
+
+    def __init__(self, source: Path | _Server, settings: ClosedLoop) -> None:
+        self.policy = policy_at(source.url) if isinstance(source, _Server) else settings.policy_in(source)
         self.settings = settings
         self._environment: tuple[tuple[tuple[str, Any], ...], Environment] | None = None
 
@@ -366,12 +432,10 @@ _worker: _Worker | None = None
 _closes_at_exit = False
 
 
-def _start_worker(checkpoint: Path, settings: ClosedLoop) -> None:
-    import torch
-
+def _start_worker(source: Path | _Server, settings: ClosedLoop) -> None:
     torch.set_num_threads(1)  # one process per core: more threads would slow each other down
     global _worker
-    _worker = _Worker(checkpoint, settings)
+    _worker = _Worker(source, settings)
 
 
 def _work(job: _Job) -> EpisodeResult:

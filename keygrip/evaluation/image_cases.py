@@ -58,7 +58,7 @@ NEEDS = {
 }
 # Parts of `sampling` that a case does not use, because it varies them itself or generates from text only.
 UNREAD = {"scales": ("text_scale", "dino_scale"), "steps": ("steps",), "text_only": NOT_OF_WORDS}
-UNRELATED, REAL, DECODED = "another_picture", "real", "autoencoder"
+UNRELATED, REAL, DECODED = "unrelated_image", "real", "autoencoder"
 
 
 def real_of(case: str) -> str:
@@ -73,7 +73,7 @@ class ImageSuite:
     Args:
         cases: of `CASES`; None: all that the model and the data allow.
         split: of the run's data. images: number of its images, spread evenly over its buckets.
-        batch_size: images generated at once, of one bucket; `dino_swap` and the anchor `another_picture` pair the
+        batch_size: images generated at once, of one bucket; `dino_swap` and the anchor `unrelated_image` pair the
             images of a batch. None: that of the run's training, but at least 8.
         text_scales, dino_scales: of the case `scales`. step_counts: of the case `steps`. grid_images: images for each
             pair of scales and each number of steps.
@@ -269,7 +269,7 @@ class Suite:
 
     def batches(self, limit: int) -> Iterator[tuple[ImageTextBatch, Tensor, list[int]]]:
         """Yield held-out batches on the model's device, their real images, and the numbers of their images, which
-        seeds and changed colours depend on: an image has the same ones in batches of any size."""
+        seeds and changed colours depend on: an image has the same ones whatever the limit and the batches' size."""
         empty, size = True, self.options.batch_size or max(self.data.batch_size, PAIRED)
         for batch in self.data.held_out(self.options.split, limit, with_images=True, batch_size=size):
             batch = batch.to(self.module.device)

@@ -23,8 +23,8 @@ EXPLAINED = {
     "text_only": "own text, no features",
     "changed_words": "a word of the caption changed, own features",
     "shuffled_patches": "own text, own patches in random order",
-    "autoencoder": "the real images as the autoencoder brings them back: no drawn image can be better",
-    "another_picture": "a real image, another one than asked for",
+    "autoencoder": "the real images as the autoencoder decodes them: no generated image can be better",
+    "unrelated_image": "a real image, not the requested one",
     "real": "the real images themselves: the classifier's own error, and the distance of real sets from each other",
 }
 FIGURES = {
@@ -100,7 +100,7 @@ def shortcomings(cases: Mapping[str, Mapping[str, float]], split: str = "test") 
                 f"The {quantity} is {value:.3g}, {value / max(base, 1e-9):.3g} times that {source} ({base:.3g})."
             )
     for case, name, least, quantity in SHARES:
-        value, other = cases.get(case, {}).get(name), cases.get("another_picture", {}).get(name)
+        value, other = cases.get(case, {}).get(name), cases.get("unrelated_image", {}).get(name)
         if value is not None and value < least:
             note = f"; that of an unrelated real image is {other:.2f}" if other is not None and name == "ssim" else ""
             sentences.append(f"The {quantity} is {value:.2f}, below {least:.2f}{note}.")

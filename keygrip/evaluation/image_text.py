@@ -12,12 +12,12 @@ Cases, each on the same held-out images and seeds:
 - `steps`: `reconstruction` and `text_only` over numbers of steps, with the evaluations and seconds per image.
 
 Each figure is reported with two anchors: `real`, the held-out images themselves compared with other real ones, and
-`another_picture`, an unrelated real image in place of the requested one. A case that applies to some images only
+`unrelated_image`, an unrelated real image in place of the requested one. A case that applies to some images only
 (`changed_words` if few captions hold a word) has its own anchor, `real_of_changed_words`: the real images of these
 only. Sets of images are compared in the features of a frozen encoder that no model was trained with (`features`).
 
 If a CLIP is given (`clip`, or `features.kind=clip`), the images of every case are compared with the text that they
-were generated from. `real` then compares a real image with its own caption, `another_picture` with the caption of
+were generated from. `real` then compares a real image with its own caption, `unrelated_image` with the caption of
 another image.
 
 Single images are compared with the real images in the shards. If the shards store none, they are compared with the

@@ -84,6 +84,7 @@ class PolicySchema(EvaluateSchema):
     task: dict[str, Any] = field(default_factory=dict)
     control: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
+    device: str | None = MISSING
 
 
 @dataclass

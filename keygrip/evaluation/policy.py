@@ -17,11 +17,12 @@ from keygrip.evaluation.closed_loop import EPISODES_FILE, ClosedLoop
 from keygrip.evaluation.environments import EnvironmentSettings, environment_settings
 from keygrip.evaluation.kinds import Evaluated, changed, plain, refuse_invalid
 from keygrip.evaluation.rollout_report import REPORT, remove_report, write_report
-from keygrip.evaluation.trained_policy import check_policy
+from keygrip.evaluation.trained_policy import check_policy, default_device
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.fit import quiet_lightning
 from keygrip.training.sweeps import in_sweep
+from keygrip.training.torch_files import refuse_missing_device
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
         if left_out:
             result["conditions_left_out"] = left_out
     if cfg.open_loop:
-        errors = open_loop(evaluated, plain(cfg.data))
+        errors = open_loop(evaluated, plain(cfg.data), cfg.device)
         if errors:
             result["open_loop"] = errors
         elif settings is None:
@@ -68,18 +69,24 @@ def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def open_loop(evaluated: Evaluated, changes: Mapping[str, Any] | None = None) -> dict[str, float]:
+def open_loop(
+    evaluated: Evaluated, changes: Mapping[str, Any] | None = None, device: str | None = None
+) -> dict[str, float]:
     """Return the errors on the run's validation demonstrations, as in training's validation; empty if there are none.
 
     Args:
-        changes: settings of the run's data that replace stored ones.
+        changes: settings of the run's data that replace stored ones. device: None: the GPU if there is one.
 
     Raises:
-        ValueError: with `changes`, or after demonstrations were removed, the run was trained on some of them.
+        ValueError: This machine does not have the device; with `changes`, or after demonstrations were removed, the run
+            was trained on some of them.
     """
     import torch
     from lightning.pytorch import Trainer
 
+    device = device or default_device()  # Lightning's "auto" would select MPS on a Mac
+    refuse_missing_device(device)
+    place = torch.device(device)
     quiet_lightning(warnings_too=True)
     if changes and "root" in changes:
         refuse_renamed(plain(evaluated.config.data.get("root")), changes["root"])
@@ -94,8 +101,8 @@ def open_loop(evaluated: Evaluated, changes: Mapping[str, Any] | None = None) ->
         state = read_checkpoint(evaluated.checkpoint, mapped=True).get(type(datamodule).__qualname__)  # Lightning's key
         datamodule.refuse_trained(state or {}, plain(evaluated.config.data))  # an export has no state
     trainer = Trainer(
-        accelerator="cuda" if torch.cuda.is_available() else "cpu",  # as in training; "auto" would select MPS on a Mac
-        devices=1,
+        accelerator=place.type,
+        devices=1 if place.type == "cpu" or place.index is None else [place.index],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -148,6 +155,7 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
         policy=policy,
         trust=evaluated.trust,
         external=evaluated.external,
+        device=cfg.device or default_device(),
     )
     return env.closed_loop(make, changes), left_out
 

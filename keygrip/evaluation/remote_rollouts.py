@@ -1,4 +1,5 @@
-"""Episodes in another Python environment: this process serves the policy, and workers there request plans from it."""
+"""Episodes in other processes than the policy: this process serves the policy, and workers, which may run in another
+Python environment, request plans from it."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def run_remote(
         {"task": asdict(task), "seed": seed, "video": None if video is None else str(video.resolve())}
         for task, seed, video in episodes
     ]
-    with _served(policy, processes, len(jobs)) as url:
+    with served(policy, processes, len(jobs)) as url:
         for index, report in run_jobs(settings.python, WORKER, plain | {"url": url}, jobs, processes, ADVICE):
             yield index, EpisodeResult(**report)
 
@@ -83,13 +84,13 @@ def check_remote(settings: RemoteSettings, task: Any, seed: int, needs: Needs | 
     Raises:
         ValueError: also if the interpreter is missing. ModuleNotFoundError: Serving needs a package.
     """
-    _server_classes()  # a package missing for an evaluation after training is reported now
+    server_classes()  # a package missing for an evaluation after training is reported now
     job = {"task": asdict(task), "seed": seed, "needs": None if needs is None else asdict(needs)}
     for _ in run_jobs(settings.python, WORKER, settings.as_dict() | {"url": None}, [job], 1, ADVICE):
         pass
 
 
-def _server_classes() -> tuple[type[Limits], type[PolicyServer]]:
+def server_classes() -> tuple[type[Limits], type[PolicyServer]]:
     """Return the classes that serve the policy. Raises ModuleNotFoundError if a package is missing."""
     try:
         from keygrip.runtime.server import Limits, PolicyServer
@@ -99,14 +100,14 @@ def _server_classes() -> tuple[type[Limits], type[PolicyServer]]:
 
 
 @contextlib.contextmanager
-def _served(policy: Any, processes: int, episodes: int) -> Iterator[str]:
+def served(policy: Any, processes: int, restarts: int) -> Iterator[str]:
     """Yield the address of a server of a policy for that many workers, running until the block ends. A worker that dies
-    leaves its session open and is started again once per episode, so the limit of sessions allows for these."""
-    limits_class, server_class = _server_classes()
+    leaves its session open; the limit of sessions allows for `restarts` of them."""
+    limits_class, server_class = server_classes()
     limits = limits_class(
         requests=processes + 4,
         waiting=processes + 1,
-        sessions=processes + episodes,
+        sessions=processes + restarts,
         plan_s=300.0,
         stuck_s=600.0,
         idle_s=600.0,

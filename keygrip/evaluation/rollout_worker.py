@@ -28,7 +28,7 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[
     have no server address, return the function that checks an environment."""
     if settings["url"] is None:
         return partial(_check_job, settings)
-    policy = RemotePolicy(settings["url"], timeout_s=PLAN_TIMEOUT_S, patience_s=PLAN_TIMEOUT_S)
+    policy = policy_at(settings["url"])
     control = partial(RecedingHorizon, **settings["control"])
     kind: Any = pkgutil.resolve_name(settings["task_class"])
     cameras = _parse_cameras(settings)
@@ -43,6 +43,11 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[
         yield asdict(run_episode(_opened[key], policy, control, job["seed"], video))
 
     return work
+
+
+def policy_at(url: str) -> RemotePolicy:
+    """Return a client of the server of an evaluation; it waits for the plans of other workers."""
+    return RemotePolicy(url, timeout_s=PLAN_TIMEOUT_S, patience_s=PLAN_TIMEOUT_S)
 
 
 def close_environments() -> None:

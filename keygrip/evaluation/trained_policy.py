@@ -6,10 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from keygrip.evaluation.kinds import changed, refuse_invalid
 from keygrip.models.policy import robot_number
 from keygrip.training.checkpoints import load_module
 from keygrip.training.torch_files import refuse_missing_device
+
+
+def default_device() -> str:
+    """Return the device of a policy for which none is given: the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_policy(

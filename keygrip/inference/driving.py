@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from keygrip.evaluation.kinds import plain
-from keygrip.evaluation.trained_policy import load_policy
+from keygrip.evaluation.trained_policy import default_device, load_policy
 from keygrip.models.policy import Policy, can_continue
 from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.client import RemotePolicy, ServerError
@@ -127,7 +126,7 @@ def _policy(cfg: DictConfig) -> Policy:
     for name in ("token", "ca"):
         if cfg[name] is not None:
             raise ValueError(f"{name} has no effect with checkpoint=...: it is for server=https://HOST:PORT")
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = cfg.device or default_device()
     use_tf32(cfg.tf32, device.startswith("cuda"))
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)
     policy: Policy = load_policy(file, plain(cfg.policy) or {}, device, trusted_packages(cfg), external_files(cfg))

@@ -110,7 +110,7 @@ class VideoCamera:
             self._repeats_warned = True
             log.warning(
                 "the camera %s has repeated its image for %.1f s, which counts as that old. Its setting "
-                "repeats_are_new=true is for live images that may be equal: a drawn film, a strongly compressed stream",
+                "repeats_are_new=true is for live images that may be equal: an animation, a strongly compressed stream",
                 self.source,
                 now - newest[1],
             )

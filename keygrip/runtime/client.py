@@ -34,8 +34,11 @@ class ServerError(RuntimeError):
     """The server refused or failed. `status` is the HTTP status; the text is the server's message."""
 
     def __init__(self, status: int, message: str) -> None:
-        super().__init__(f"the policy server answers {status}: {message}")
-        self.status = status
+        super().__init__(status, message)  # the arguments, with which another process can unpickle it
+        self.status, self.message = status, message
+
+    def __str__(self) -> str:
+        return f"the policy server answers {self.status}: {self.message}"
 
 
 class RemotePolicy:

@@ -52,6 +52,19 @@ def global_mean(total: Tensor, count: Tensor | float) -> Tensor:
     return total * (world_size() / everywhere.clamp(min=1e-12)) * (everywhere > 0)
 
 
+def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the mean of each value over all processes, without gradient. Losses from `global_mean` are logged as this
+    mean, because in training a process has only its own share of them.
+
+    Args:
+        values: scalars; every process must give the same names, in the same order.
+    """
+    if world_size() == 1 or not values:
+        return {name: value.detach() for name, value in values.items()}
+    means = global_sum(torch.stack([value.float() for value in values.values()])) / world_size()
+    return dict(zip(values, means.unbind(), strict=True))
+
+
 def check_weights(weights: Mapping[str, float]) -> None:
     """Reject weights of losses with which nothing would be learned, or a loss would be maximised.
 

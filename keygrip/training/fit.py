@@ -87,6 +87,8 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     if resume is None:
         refuse_missing_weights(plain)
     origin = run_metadata()
+    if job := run_folder.resuming_job(cfg.resume):
+        origin[run_folder.RESUMED_BY] = job
     _seed_generators(cfg)
 
     # Before the stages, which may take hours, unless the data are encoded with the weights of a stage.
@@ -368,7 +370,8 @@ def _write_start(
     began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
     (folder / "error.txt").unlink(missing_ok=True)  # from an earlier start
     start = {"status": RUNNING, "command": command, "overrides": list(overrides), "metrics": {}, "run_dir": str(folder)}
-    write_result(folder, start | {"started_at": began} | trained)
+    job = {name: origin[name] for name in (run_folder.RESUMED_BY,) if name in origin}
+    write_result(folder, start | {"started_at": began} | job | trained)
     return metadata
 
 
@@ -431,6 +434,7 @@ def _write_final_result(folder: Path, trainer: Trainer, metrics: dict[str, float
         "checkpoint": str(checkpoint) if checkpoint.is_file() else None,
         "started_at": start.get("started_at"),
     }
+    result |= {name: start[name] for name in (run_folder.RESUMED_BY,) if name in start}
     write_result(folder, result)
     for name, value in metrics.items():
         log.info("  %-28s %.5g", name, value)

@@ -45,8 +45,8 @@ class StepMemory:
 
     Attributes:
         weights: parameters and buffers, including those of `outside_modules`. optimizer: its moments; without a recipe
-            the two of AdamW (`AdamW.moments`). ema: the averaged weights. step: the maximum of activations, gradients
-            and copies in lower precision together. measured: whether it was measured on a GPU.
+            the two of AdamW (`AdamW.moments`). ema: the EMA of the weights. step: the maximum of activations,
+            gradients and copies in lower precision together. measured: whether it was measured on a GPU.
         undivided: the part of the weights that is not sharded (`outside_modules`). cache: the maximum that the run
             additionally keeps from step to step.
     """
@@ -189,9 +189,9 @@ def count_step(module: nn.Module, step: Step, bf16: bool, ema: bool, accumulated
         module: its parameters do not change; they may be on torch's device `meta`.
         step: returns the loss, with the module's own `forward` called through `torch.nn.Module.__call__`; its argument
             is a function that replaces a real tensor of the batch, unless it is small, by a tensor without content.
-        bf16: whether to use autocast as Lightning does: each use of a weight creates a copy. ema: whether there are
-            averaged weights. accumulated: whether gradients of another batch already exist, as from the second batch of
-            a step on (`accumulate_grad_batches`).
+        bf16: whether to use autocast as Lightning does: each use of a weight creates a copy. ema: whether there is
+            an EMA of the weights. accumulated: whether gradients of another batch already exist, as from the second
+            batch of a step on (`accumulate_grad_batches`).
     """
     with _count_live_bytes(module) as (live, change):
         if accumulated:

@@ -51,13 +51,24 @@ MUST_AGREE = ("callbacks.ema",)  # all other callbacks only monitor and save
 def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     """Return the checkpoint from which a run resumes; None for a new run.
 
+    A job that began from a checkpoint file, has saved, and is restarted by the scheduler with the same command resumes
+    its own latest checkpoint, not that file.
+
     Raises:
         RunFolderError: the folder contains a run, and resuming was not requested. FileNotFoundError: there is nothing
             to resume.
     """
     latest = folder / run_folder.CHECKPOINT
     resume = run_folder.resume_setting(cfg.resume)
-    if isinstance(resume, str) and Path(resume).is_file():
+    if isinstance(resume, str) and not Path(resume).is_dir():
+        if restarted_by_scheduler() and _was_saved_by_this_job(latest, resume):
+            log.warning("started again by the scheduler: resuming %s", latest)
+            return latest
+        if not Path(resume).is_file():
+            raise FileNotFoundError(
+                f"nothing to resume: {resume} does not exist, and {latest} was not saved by an earlier start of this "
+                "job: give resume=<run folder>"
+            )
         return Path(resume)
     if resume:
         return latest
@@ -74,6 +85,14 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     raise run_folder.RunFolderError(
         f"{folder} already holds a run: continue it with {as_typed('resume', folder)}, or give another run_dir"
     )
+
+
+def _was_saved_by_this_job(checkpoint: Path, resume: str) -> bool:
+    """Return whether an earlier start of this job, with the same setting ``resume``, wrote a checkpoint."""
+    job = run_folder.resuming_job(resume)
+    if not job or not checkpoint.is_file():
+        return False
+    return bool(read_checkpoint(checkpoint, mapped=True)[HEADER].get(run_folder.RESUMED_BY) == job)
 
 
 def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from omegaconf import OmegaConf
 
 from keygrip.artifacts import is_locked, locked, read_record, refuse_file
-from keygrip.launch import is_first_process, is_slurm_shell
+from keygrip.launch import is_first_process, is_slurm_shell, restarted_by_scheduler, scheduler_job
 from keygrip.override_values import as_typed
 from keygrip.training.results import RESULT
 
@@ -29,6 +29,7 @@ CHECKPOINT = Path("checkpoints") / "last.ckpt"
 LOCK = ".lock"
 HYDRA = ".hydra"  # the settings as Hydra writes them, before a command begins
 PLAN = "sweep.json"  # command and jobs of a sweep
+RESUMED_BY = "resumed_by"  # in result.json and in checkpoints: see `resuming_job`
 
 
 class RunFolderError(ValueError):
@@ -36,9 +37,11 @@ class RunFolderError(ValueError):
 
 
 def register_resolvers() -> None:
-    """Register the resolvers that ``conf/train.yaml`` uses: ``run_folder``, ``sweep_folder``."""
+    """Register the resolvers that ``conf/train.yaml`` uses, ``run_folder`` and ``sweep_folder``, and that of
+    ``conf/bench.yaml``, ``log_folder``."""
     OmegaConf.register_new_resolver("run_folder", choose_folder, replace=True)
     OmegaConf.register_new_resolver("sweep_folder", choose_for_sweep, replace=True)
+    OmegaConf.register_new_resolver("log_folder", log_folder, replace=True)
 
 
 def choose_folder(
@@ -53,8 +56,8 @@ def choose_folder(
 
     Args:
         run_dir: given by the user, or None.
-        resume: False, True (newest run of this model and data that has a checkpoint), or a run folder or checkpoint
-            file.
+        resume: False, True (newest run of this model and data that has a checkpoint; for a job that the scheduler has
+            restarted, the run that it resumed before), or a run folder or checkpoint file.
         model, data: names of the chosen configs.
         start: index, from 1, of this training among those started by this process; 0: a command, which has only one.
         overrides: overrides of this training; None: those of the command line.
@@ -109,6 +112,13 @@ def given_folder(setting: str, path: str | Path) -> Path:
     return folder
 
 
+def log_folder(run_dir: str | None) -> str:
+    """Return the folder of a command that always has one. Raise ValueError as `given_folder` does, and for None."""
+    if run_dir is None:
+        raise ValueError("run_dir=null: the log needs a folder: leave run_dir out, or give a folder")
+    return str(given_folder("run_dir", run_dir))
+
+
 def _refuse_dangling(path: Path, description: str) -> None:
     """Raise ValueError if a path, or a folder above it, is a dangling symbolic link."""
     for parent in (path, *path.parents):
@@ -130,6 +140,13 @@ def resume_setting(resume: bool | str | None) -> bool | str:
     if isinstance(resume, str):
         return {"true": True, "false": False}.get(resume.lower(), resume)
     return bool(resume)
+
+
+def resuming_job(resume: bool | str | None) -> str:
+    """Return the scheduler's job of this start with its setting ``resume``, by which a restart of the job recognises
+    what its earlier starts wrote; empty without a scheduler, or if no run is resumed."""
+    resume, job = resume_setting(resume), scheduler_job()
+    return f"job {job} with resume={resume}" if job and resume else ""
 
 
 def choose_for_sweep(resume: bool | str | None, *names: str) -> str:
@@ -316,7 +333,8 @@ def _describe_running_run(folder: Path) -> str:
 
 
 def newest(group: Path) -> Path:
-    """Return the newest run folder in ``group`` with a checkpoint: by the recorded start time, then by its name.
+    """Return the newest run folder in ``group`` with a checkpoint: by the recorded start time, then by its name. If the
+    scheduler has restarted this job, a run that the job resumed before has precedence over newer ones.
 
     Raises:
         FileNotFoundError: there is none.
@@ -327,16 +345,24 @@ def newest(group: Path) -> Path:
             f"nothing to resume: no run with a checkpoint in {group}/; leave out resume=true, or give "
             "resume=<run folder>"
         )
+    if restarted_by_scheduler():
+        job = resuming_job(True)
+        run_folders = [each for each in run_folders if _read_value(each / RESULT, RESUMED_BY) == job] or run_folders
     return max(run_folders, key=lambda folder: (_read_start_time(folder / RESULT, "started_at"), folder.name))
 
 
 def _read_start_time(file: Path, key: str) -> float:
     """Return the recorded start of a run or a sweep in seconds since the epoch; 0 if it is not recorded."""
-    try:
-        value = read_record(file).get(key)
-    except (OSError, ValueError):
-        return 0.0
+    value = _read_value(file, key)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+
+
+def _read_value(file: Path, key: str) -> Any:
+    """Return a value of a record; None if it is not there, or if the record cannot be read."""
+    try:
+        return read_record(file).get(key)
+    except (OSError, ValueError):
+        return None
 
 
 @cache
@@ -379,8 +405,11 @@ def _parent_start_time() -> str:
 
 
 def _folder_of(path: Path) -> Path:
-    if path.is_file():
-        return path.parent.parent if path.parent.name == CHECKPOINT.parent.name else path.parent
+    folder = path.parent.parent if path.parent.name == CHECKPOINT.parent.name else path.parent
+    # A job's own saves may have removed the file from which it began (`keep_by_step`): see `checkpoint_to_resume`.
+    removed = path.suffix == CHECKPOINT.suffix and not path.exists() and (folder / CHECKPOINT).is_file()
+    if path.is_file() or (removed and restarted_by_scheduler()):
+        return folder
     if (path / CHECKPOINT).is_file():
         return path
     if path.is_dir():

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 LATEST = CHECKPOINT.name
 BEST = "best.ckpt"
+OF_TRAINING = ("train/", "lr-")  # names of values that are logged in training, not in validation
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -67,7 +68,8 @@ class SaveLatest(Checkpoint):
         every_n_steps: optimiser steps between saves.
         every_n_epochs: epochs between saves.
         every_n_minutes: minutes between saves; the most that is lost after kill -9.
-        monitor: name of a validation metric whose best state is also kept; None: only the latest.
+        monitor: name of a validation metric whose best state is also kept; None: only the latest. If processes have
+            logged different values, that of the first process decides.
         mode: ``min`` or ``max``: whether lower or higher values are better.
         keep: how many checkpoints by step are kept; 0: only ``last.ckpt``.
     """
@@ -88,6 +90,11 @@ class SaveLatest(Checkpoint):
             raise ValueError(f"callbacks.checkpoint.keep={keep}: must be 0 or more")
         if mode not in ("min", "max"):
             raise ValueError(f"callbacks.checkpoint.mode={mode!r}: must be min or max")
+        if monitor is not None and monitor.startswith(OF_TRAINING):
+            raise ValueError(
+                f"callbacks.checkpoint.monitor={monitor!r} is a value of single training steps: give a metric of "
+                "validation, as val/loss"
+            )
         for name, value in (
             ("every_n_steps", every_n_steps),
             ("every_n_epochs", every_n_epochs),
@@ -175,14 +182,18 @@ class SaveLatest(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor is None or trainer.sanity_checking:
             return
-        if self.monitor not in trainer.callback_metrics:
-            logged_names = ", ".join(sorted(trainer.callback_metrics)) or "none"
+        # All processes must decide alike, because they save together. A module may log a value for each process alone,
+        # and on disks that nodes do not share, only the first process has read the record of the best.
+        if _is_true_on_any_process(trainer, self.monitor not in trainer.callback_metrics):
+            names = (name for name in trainer.callback_metrics if not name.startswith(OF_TRAINING))
             raise ValueError(
-                f"callbacks.checkpoint.monitor={self.monitor!r} is not logged in validation; logged: {logged_names}"
+                f"callbacks.checkpoint.monitor={self.monitor!r} is not logged in validation"
+                f"{' by every process' if trainer.world_size > 1 else ''}; logged: {', '.join(sorted(names)) or 'none'}"
             )
         value = float(trainer.callback_metrics[self.monitor])
         better = self.best is None or (value < self.best if self.mode == "min" else value > self.best)
-        if math.isfinite(value) and better:
+        value, better = trainer.strategy.broadcast((value, math.isfinite(value) and better))
+        if better:
             self.best = value
             trainer.save_checkpoint(self.best_path, weights_only=False)
             if trainer.is_global_zero:

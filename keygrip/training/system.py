@@ -206,7 +206,7 @@ class System(LightningModule):
             counts: for values that are means over elements whose number differs between batches: the number of elements
                 in this process's batch. The mean of val is then that over all elements, and NaN if there is none. Other
                 values are weighted by the batch's samples. A batch of val without elements is not part of the mean,
-                whatever its value; train logs the value unchanged.
+                whatever its value; train logs the value unchanged (of losses the `mean_over_processes`).
         """
         for name, value in values.items():
             weight = float(batch_size)

@@ -87,6 +87,21 @@ def test_the_environment_is_that_of_the_recording(tmp_path: Path) -> None:
     assert (module.training, module.frozen.training) == (True, False)  # not changed by the check of the policy
 
 
+def test_the_policy_plans_where_training_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = recorded(tmp_path / "pick", task={"name": "pick"}, image_size=64, hz=5.0)
+    monkeypatch.setattr(ClosedLoop, "check", lambda *_: None)
+    monkeypatch.setattr("keygrip.evaluation.closed_loop.refuse_missing_device", lambda device: None)
+    callback, trainer = set_up(Module(), tmp_path, "closed_loop=yam", root, f"{LOOP}.device=cuda:1")
+    assert callback.closed_loop is not None
+    assert callback.closed_loop.device == "cuda:1"
+    callback.settings["device"] = None  # the default
+    for place in ("cpu", "cuda:2"):
+        device = torch.device(place)
+        monkeypatch.setattr(type(trainer.strategy), "root_device", property(lambda self, device=device: device))
+        callback.setup(trainer, Module(), "fit")
+        assert callback.closed_loop.device == place
+
+
 @pytest.mark.slow
 def test_two_arms_are_judged_with_two_arms(tmp_path: Path) -> None:
     root = recorded(tmp_path / "handover", task={"name": "handover"}, image_size=64, hz=10.0)

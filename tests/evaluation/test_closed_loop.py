@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import slow_episodes
+from scripts import imported
 
 from keygrip.data.video import read_video
 from keygrip.envs.gymnasium_environment import GymnasiumTask
@@ -211,6 +212,34 @@ def test_episodes_of_a_process_that_died_are_run_again_once(deaths: int, monkeyp
     assert asked == [[1_000_000, 1_000_001, 1_000_002], [1_000_001, 1_000_002]]
 
 
+def test_processes_may_die_at_several_episodes_but_once_at_each(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[list[int]] = []
+    ends = {1: 2, 2: 4}  # attempt -> its number of results before a process dies
+
+    def in_order(self: ClosedLoop, checkpoint: Path, jobs: Any, processes: int, results: Any) -> None:
+        asked.append([job.seed - 1_000_000 for job in jobs])
+        for job in jobs[: ends.get(len(asked))]:
+            results.add(job, EpisodeResult(job.seed, True, None, 1.0, 1, 1.0, None, None))
+        if len(asked) in ends:
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(ClosedLoop, "_run_in_pool", in_order)
+    (result,) = run(monkeypatch, None, processes=2, episodes=8)
+    assert [episode.seed for episode in result.episodes] == list(range(1_000_000, 1_000_008))
+    assert asked == [[0, 1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7], [6, 7]]
+    assert [text for text in caplog.messages if "are run again" in text] == [
+        f"a process of the closed-loop evaluation {closed_loop.DIED}; the {left} episodes left are run again"
+        for left in (6, 2)
+    ]
+    asked.clear()
+    ends |= {2: 1}  # of episodes 2 and 3, which ran at the first death, episode 3 has not ended
+    with pytest.raises(ValueError, match=r"twice at an episode \(condition as_trained, seed 1000003, or another"):
+        run(monkeypatch, None, processes=2, episodes=8)
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
 def test_processes_of_an_evaluation_leave_a_terminals_signals_to_the_first_one(name: str) -> None:
     number = signal.Signals[name]
@@ -277,3 +306,20 @@ def test_unknown_options_and_empty_conditions_are_named() -> None:
         ClosedLoop(TaskOptions(), conditions={"a": [{}]}, episodes=0)
     with pytest.raises(ValueError, match="together"):
         ClosedLoop(TaskOptions(), conditions={"a": [{}]}, control=partial(RecedingHorizon, grip_below=None))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--env", "metaworld", "--hz", "20"], "--hz is for the YAM cell: Meta-World has one rate, 80 Hz"),
+        (["--env", "yam", "--processes", "2"], "--processes is for Meta-World: the YAM cell runs in one process"),
+    ],
+)
+def test_options_of_the_other_environment_are_refused_for_a_peer(
+    given: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--server", "http://127.0.0.1:1", "--python", "/nowhere", *given])
+    with pytest.raises(SystemExit) as ended:
+        imported("benchmarks/peers/evaluate.py").main()
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err

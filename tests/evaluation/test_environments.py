@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gym_lab import GOAL
 
 from keygrip.config import option_of
@@ -22,6 +23,7 @@ from keygrip.envs.workers import run_jobs
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.evaluation import closed_loop
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult
 from keygrip.evaluation.environments import EnvironmentSettings, environment_settings, task_conditions
 from keygrip.evaluation.rollout_grid import grid_of_rollouts
@@ -57,7 +59,7 @@ def _loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def drive(output: Path | None, **settings: Any) -> list[ConditionResult]:
-    loop = ClosedLoop(POINT, {"point": [{}]}, episodes=3, image_size=32, processes=1, videos=1, **settings)
+    loop = ClosedLoop(POINT, {"point": [{}]}, episodes=3, image_size=32, videos=1, **{"processes": 1, **settings})
     return loop.run(Path("checkpoint"), output)
 
 
@@ -88,6 +90,73 @@ def test_episodes_in_another_process_are_those_of_this_one(tmp_path: Path, monke
     assert len(list((tmp_path / "elsewhere" / "videos").iterdir())) == 1
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let this machine have a device "cuda"; returns the devices to which policies are moved, one for each copy."""
+    places: list[str] = []
+
+    class Placed(Module):
+        def to(self, place: str) -> None:
+            places.append(place)
+
+    monkeypatch.setattr("keygrip.evaluation.trained_policy.load_module", lambda path, **options: Placed())
+    for module in ("closed_loop", "trained_policy"):
+        monkeypatch.setattr(f"keygrip.evaluation.{module}.refuse_missing_device", lambda device: None)
+    return places
+
+
+def work_here(self: ClosedLoop, source: Any, jobs: Any, processes: int, results: Any) -> None:
+    """Do what the processes of an evaluation do, in this one."""
+    worker = closed_loop._Worker(source, self)
+    for job in jobs:
+        results.add(job, worker.episode(job))
+    worker.close()
+
+
+def test_on_a_gpu_one_copy_plans_for_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: list[str]
+) -> None:
+    """Seeds and episodes are those of the CPU."""
+    expected = fixed(drive(tmp_path / "here"))
+    monkeypatch.setattr(ClosedLoop, "_run_in_pool", work_here)
+    served = drive(tmp_path / "served", device="cuda", processes=2)
+    assert fixed(served) == expected
+    assert gpu == ["cuda"]
+    assert fixed(drive(tmp_path / "one", device="cuda")) == expected  # one process plans itself
+    assert gpu == ["cuda", "cuda"]
+
+
+@pytest.mark.slow
+def test_processes_request_plans_from_the_copy_on_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: list[str]
+) -> None:
+    expected = fixed(drive(tmp_path / "here"))
+    assert fixed(drive(tmp_path / "served", device="cuda", processes=2)) == expected
+    assert gpu == ["cuda"]
+
+
+def test_a_policy_that_fails_on_the_gpu_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, gpu: list[str]) -> None:
+    def fails(self: Any, observation: Any) -> Plan:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ClosedLoop, "_run_in_pool", work_here)
+    with monkeypatch.context() as context:
+        context.setattr(ToGoal, "plan", fails)
+        said = "closed loop with device=cuda: the policy server answers 500: the policy failed: OutOfMemoryError: CUDA"
+        with pytest.raises(ValueError, match=said):
+            drive(None, device="cuda", processes=2)
+    monkeypatch.setattr(Module, "policy", lambda self: fails(self, None))
+    with pytest.raises(ValueError, match=r"does not fit into the free memory of device=cuda: give device=cpu"):
+        drive(None, device="cuda")
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_episode() -> None:
+    with pytest.raises(ValueError, match="device=cuda:99: this machine has"):
+        ClosedLoop(POINT, {"point": [{}]}, device="cuda:99")
+    with pytest.raises(ValueError, match="device=gpu: torch has no such device; give cpu or cuda"):
+        ClosedLoop(POINT, {"point": [{}]}, device="gpu")
+
+
 def test_an_environment_is_checked_where_its_episodes_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", ":".join([str(Path(__file__).parents[2]), SUPPORT]))
     there = ClosedLoop(POINT, {"point": [{}]}, image_size=32, python=sys.executable)
@@ -104,6 +173,9 @@ def test_a_package_that_serving_needs_is_missed_before_training(monkeypatch: pyt
     there = ClosedLoop(POINT, {"point": [{}]}, image_size=32, python="nowhere/python")
     with pytest.raises(ModuleNotFoundError, match=r"serving needs aiohttp: pip install 'keygrip\[serve\]'"):
         there.check(None)
+    monkeypatch.setattr("keygrip.evaluation.closed_loop.refuse_missing_device", lambda device: None)
+    with pytest.raises(ModuleNotFoundError, match=r"serving needs aiohttp: pip install 'keygrip\[serve\]'"):
+        replace(there, python=None, processes=2, device="cuda").check(None)
 
 
 def test_a_missing_interpreter_and_a_failing_worker_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +216,45 @@ def test_the_first_named_camera_is_the_main_one() -> None:
     assert cell.observation()["instruction"] == cell.outcome()[2]["instruction"] == "go to the goal"
     with pytest.raises(ValueError, match=r"no camera 'wrist' .* over, side: give env\.cameras"):
         open_environment(TWO, 32, 10.0, ("over", "wrist")).reset(seed=0)
+
+
+def test_cameras_may_have_images_of_other_sizes(tmp_path: Path) -> None:
+    """The image size is that of the observation's `image`, whichever cameras are used."""
+    small = replace(TWO, id="gym_lab:SmallSidePointMass-v0")
+    for cameras, size in ((None, 32), (("side",), 16), (("over", "side"), 32)):
+        cell = open_environment(small, 32, 10.0, cameras)
+        seen = cell.reset(seed=0)[0]
+        assert seen["image"].shape == (size, size, 3)
+        assert seen["cameras"]["side"]["intrinsics"][0, 0] == 20.0
+        with pytest.raises(ValueError, match=r"are 32 x 32: give env\.image_size=32"):
+            open_environment(small, 16, 10.0, cameras).reset(seed=0)
+    loop = ClosedLoop(small, {"a": [{}]}, episodes=1, image_size=32, processes=1, cameras=["side", "over"])
+    assert loop.run(Path("checkpoint"), tmp_path)[0].episodes[0].success
+
+
+def test_an_episode_ends_when_the_environment_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PointMass-v0 is registered with 40 steps; a limit in seconds may end the episode earlier."""
+
+    def steps(limit: float | None, hz: float, name: str = "CalibratedPointMass-v0") -> int:
+        cell = open_environment(GymnasiumTask(f"gym_lab:{name}", time_limit_s=limit), 32, hz)
+        cell.reset(seed=0)
+        for step in range(1, 100):
+            cell.advance(np.array([0.0, 0, 0, 1, 0, 0, 0, 1]))
+            success, over, info = cell.outcome()
+            if success or over:
+                assert info["failure_reason"] == "timeout"
+                return step
+        raise AssertionError("it has not ended")
+
+    assert GymnasiumTask("gym_lab:CalibratedPointMass-v0").time_limit_s is None
+    assert steps(None, 1.0) == 40  # 40 s
+    assert steps(3.0, 10.0) == 30
+    assert steps(9.0, 10.0) == 40
+    assert steps(1.5, 10.0, "EndlessPointMass-v0") == 15
+    with pytest.raises(ValueError, match=r"has no max_episode_steps, .*: give env\.task\.time_limit_s=SECONDS"):
+        steps(None, 10.0, "EndlessPointMass-v0")
+    with pytest.raises(ValueError, match=r"env\.task\.time_limit_s=0: give seconds above 0, or null"):
+        steps(0, 10.0)
 
 
 @pytest.mark.parametrize("given", [None, "go to the goal"])
@@ -380,6 +491,26 @@ def test_a_policy_is_evaluated_with_the_camera_that_it_was_trained_on(tmp_path: 
     side = chosen(trained_on(tmp_path, camera="side"), "gymnasium", task=task)
     assert (side.cameras, side.image_size, side.hz) == (["side"], 32, 20.0)
     assert chosen(trained_on(tmp_path, camera="side"), "gymnasium", task=task, cameras=["over"]).cameras == ["over"]
+
+
+@pytest.mark.parametrize(
+    ("camera", "moves"),
+    [
+        ("wrist", {"camera_jitter_deg": 5.0}),  # the wrist camera cannot be moved
+        ("front", {"camera_elevation_deg": -30.0}),  # possible for over, and too low for front
+    ],
+)
+def test_moves_of_the_recorded_camera_do_not_exchange_the_camera_of_the_policy(
+    camera: str, moves: dict[str, float], tmp_path: Path
+) -> None:
+    write_recording(tmp_path, task={"name": "pick", **moves}, image_size=96, hz=5.0)
+    for name in ("recorded", "yam"):
+        settings = chosen(trained_on(tmp_path, camera=camera), name)
+        assert (settings.cameras, settings.task) == ([camera], TaskOptions(name="pick", **moves))
+    make = partial(ClosedLoop, conditions={"views": [{"camera_azimuth_deg": 25.0}]})
+    with pytest.raises(ValueError, match=f"condition views: camera_azimuth_deg: .* only {camera} is used"):
+        settings.closed_loop(make)
+    assert chosen(trained_on(tmp_path, camera="somewhere"), "yam").cameras is None
 
 
 def test_conditions_after_training_move_a_camera_that_the_policy_sees(tmp_path: Path) -> None:

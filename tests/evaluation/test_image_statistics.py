@@ -191,7 +191,7 @@ def test_the_report_says_first_what_is_wrong() -> None:
     real = {"frechet": 1.0, "grain": 1.0}
     assert not shortcomings({"reconstruction": good, "real": real})
     found = shortcomings(
-        {"reconstruction": good | {"grain": 4.0, "ssim": 0.45}, "real": real, "another_picture": {"ssim": 0.69}}
+        {"reconstruction": good | {"grain": 4.0, "ssim": 0.45}, "real": real, "unrelated_image": {"ssim": 0.69}}
     )
     assert found == [
         "The grain of reconstructions is 4, 4 times that of real images (1).",

@@ -223,6 +223,27 @@ def test_an_image_is_asked_for_equally_in_batches_of_any_size(root: Path) -> Non
         assert torch.equal(patches, two[key][2])
 
 
+def test_an_image_is_asked_for_equally_among_any_number_of_images(root: Path) -> None:
+    """Also in the curves, which read fewer images than the cases."""
+
+    def seeds_by_key(limit: int) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for batch, real, numbers in suite.batches(limit):
+            asked = suite.ask("reconstruction", batch, real, numbers)
+            assert asked is not None
+            found |= dict(zip(batch.keys, asked.seeds, strict=True))
+        return found
+
+    suite = suite_of(root)
+    every, six = seeds_by_key(12), seeds_by_key(6)
+    assert sorted(every.values()) == list(range(12))  # 8 square images, then 4 wide ones
+    assert sorted(six.values()) == [0, 2, 5, 7, 8, 11]
+    assert six == {key: every[key] for key in six}
+    assert list(shards(root).samples("test", 1).numbers) == [0]  # a bucket without an image
+    curves = Curves(suite_of(root, grid_images=6))._list_conditions("reconstruction")
+    assert sorted(seed for asked, _ in curves for seed in asked.seeds) == sorted(six.values())
+
+
 def test_the_number_of_an_image_is_the_same_in_each_of_several_processes(root: Path) -> None:
     def numbers(rank: int, ranks: int) -> dict[str, int]:
         data = shards(root)
@@ -441,7 +462,7 @@ def test_a_run_trained_on_one_image_at_a_time_is_evaluated_on_pairs(root: Path, 
     data.setup()
     options = {"batch_size": None, "cases": ["dino_swap"]}
     cases = run_suite(module_for(data), data, quick(**options), tmp_path)[0]["cases"]
-    assert cases["dino_swap"]["images"] == cases["another_picture"]["images"] == 6
+    assert cases["dino_swap"]["images"] == cases["unrelated_image"]["images"] == 6
     with pytest.raises(ValueError, match="batch_size=1: at least 2"):
         ImageSuite(batch_size=1)
     for empty in ({"cases": []}, {"text_scales": []}, {"dino_scales": []}, {"step_counts": []}):
@@ -541,7 +562,7 @@ def test_means_are_over_pictures_and_not_over_batches() -> None:
 def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> None:
     data = shards(root)
     figures, pictures = run_suite(module_for(data), data, quick(), tmp_path / "out")
-    assert set(figures["cases"]) == {*CASES, "another_picture", "real"} - {"scales", "steps"}
+    assert set(figures["cases"]) == {*CASES, "unrelated_image", "real"} - {"scales", "steps"}
     curve = [(row["case"], row["steps"], row["evaluations"]) for row in figures["steps"]]  # three and two branches
     assert curve == [("reconstruction", 1, 3), ("reconstruction", 2, 6), ("text_only", 1, 2), ("text_only", 2, 4)]
     assert all({"frechet", "ssim", "s_per_image"} <= set(row) for row in [*figures["steps"], *figures["scales"]])
@@ -592,7 +613,7 @@ def test_images_of_every_case_are_compared_with_their_words(root: Path, tmp_path
     suite = Suite(module_for(shards(root)), shards(root), None, quick(**told))
     found = suite.evaluate()
     assert {"clip_similarity"} <= set.intersection(*(set(figures) for figures in found.values()))
-    assert found["real"]["clip_similarity"] != found["another_picture"]["clip_similarity"]
+    assert found["real"]["clip_similarity"] != found["unrelated_image"]["clip_similarity"]
     own = [suite.clip(real, list(batch.captions)) for batch, real, _ in suite.batches(6)]  # type: ignore[misc]
     assert found["real"]["clip_similarity"] == pytest.approx(float(torch.cat(own).mean()), abs=1e-4)
     assert found["changed_words"]["clip_similarity"] != found["reconstruction"]["clip_similarity"]

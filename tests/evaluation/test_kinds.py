@@ -201,6 +201,18 @@ def test_jobs_of_a_sweep_over_one_checkpoint_keep_their_results_apart(
         assert result["metrics"] == {"closed_loop/left/success_rate": rate}
 
 
+@pytest.mark.parametrize("file", ["result.json", "checkpoints/last.ckpt"])
+def test_an_evaluation_does_not_overwrite_the_result_of_a_training(file: str, tmp_path: Path) -> None:
+    checkpoint, run = "run/checkpoints/last.ckpt", tmp_path / "run"
+    (run / file).parent.mkdir(parents=True)
+    (run / file).write_text(json.dumps({"status": "finished", "started_at": 1.0}))
+    with pytest.raises(ValueError, match=rf"run_dir={run} is a run folder, whose result\.json would be overwritten"):
+        evaluate.evaluation_output(checkpoint, str(run))
+    (tmp_path / "result.json").write_text(json.dumps({"checkpoint": checkpoint, "settings": {}}))
+    for folder in (tmp_path, run / "evaluation", tmp_path / "new"):  # an earlier evaluation is replaced
+        assert evaluate.evaluation_output(checkpoint, str(folder)) == folder
+
+
 def test_two_evaluations_do_not_write_into_one_folder(
     holding: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

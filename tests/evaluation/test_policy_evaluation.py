@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import OmegaConf
 
 from keygrip.config import compose
+from keygrip.evaluate import run as evaluate
 from keygrip.evaluation.closed_loop import ClosedLoop
 from keygrip.evaluation.policy import closed_loop_settings, evaluate_policy, open_loop
 from keygrip.evaluation.rollout_report import remove_report
@@ -282,6 +283,48 @@ def test_the_open_loop_of_a_mac_computes_where_training_did(monkeypatch: pytest.
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     open_loop(SimpleNamespace(stored_data=lambda changes: data, module=None))  # type: ignore[arg-type]
     assert chosen["accelerator"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("given", "available", "device", "accelerator"),
+    [
+        ([], False, "cpu", ("cpu", 1)),
+        ([], True, "cuda", ("cuda", 1)),
+        (["device=cpu"], True, "cpu", ("cpu", 1)),
+        (["device=cuda:1"], True, "cuda:1", ("cuda", [1])),
+    ],
+)
+def test_a_policy_is_evaluated_on_the_gpu_if_there_is_one(
+    given: list[str], available: bool, device: str, accelerator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: dict[str, Any] = {}
+
+    class Recorder:
+        def __init__(self, **settings: Any) -> None:
+            chosen.update(settings)
+
+        def validate(self, *_: Any, **__: Any) -> list[Any]:
+            return []
+
+    monkeypatch.setattr("lightning.pytorch.Trainer", Recorder)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: available)
+    for module in ("closed_loop", "policy"):
+        monkeypatch.setattr(f"keygrip.evaluation.{module}.refuse_missing_device", lambda device: None)
+    run = evaluated("tasks.TaskOptions", name="pick")
+    assert settings(run, given)[0].device == device
+    with pytest.raises(ValueError, match="nothing is left to evaluate"):
+        evaluate_policy(run, compose("evaluate", ["checkpoint=run", "evaluate=policy", "simulate=false", *given]))
+    assert (chosen["accelerator"], chosen["devices"]) == accelerator
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, given = evaluated("tasks.TaskOptions", name="pick"), ["checkpoint=run", "evaluate=policy", "device=cuda:99"]
+    for overrides in ([], ["simulate=false"]):
+        with pytest.raises(ValueError, match="device=cuda:99: this machine has"):
+            evaluate_policy(run, compose("evaluate", [*given, *overrides]))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(ValueError, match="tf32=true is for GPUs, and this process computes on the CPU"):
+        evaluate(compose("evaluate", ["checkpoint=run", "evaluate=policy", "tf32=true", "device=cpu"]))
 
 
 @pytest.mark.parametrize("env", [[], ["env=yam"]])

@@ -19,7 +19,7 @@ import torch
 from contract_parts import EVALUATE, OPTIONS, QUICK, observation, wrong_observations
 from hydra.utils import get_class
 from lightning.pytorch import LightningModule
-from metric_table import unexplained
+from metric_table import one_sided, unexplained
 from PIL import Image
 
 import keygrip
@@ -42,6 +42,7 @@ STAGES = ("depth_reader", "image_autoencoder", "vlm_encoder_self_supervised")
 LONGEST = ("foveated_vlm", "geometry_vla", "patch_dit", "volume_query")  # their tests train, load and evaluate them too
 PRETRAINING = ("vlm_encoder_pretraining",)
 FOLDERS = ("data", "runs")
+DRAWN = {"loss_text", "loss_dino", "loss_none"}  # in training only where a sample with these conditions was drawn
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,8 @@ def test_a_model_keeps_its_promises(name: str, home: Path, monkeypatch: pytest.M
         scalars = table.read_text().partition("\n")[0].split(",")
         assert {"train/loss", "val/loss"} <= set(scalars)
         assert unexplained(scalars) == [], "add a row to the table of docs/training.md"
+        wrong = set(one_sided(name, scalars)) - DRAWN
+        assert wrong == set(), "correct the prefix in the table of docs/training.md"
     assert any(metric.startswith("train/") for metric in result["metrics"])
     assert [metric for metric, value in result["metrics"].items() if not np.isfinite(value)] == []
 

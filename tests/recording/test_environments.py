@@ -18,13 +18,13 @@ from keygrip.config import compose
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.video import read_video
 from keygrip.envs.environment import open_environment
-from keygrip.envs.gymnasium_environment import GymnasiumTask
+from keygrip.envs.gymnasium_environment import GymnasiumEnvironment, GymnasiumTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation import rollouts
 from keygrip.evaluation.rollouts import check_environment, run_episode
 from keygrip.models.policy import Needs, Plan
 from keygrip.prepare import run
-from keygrip.recording import metaworld
+from keygrip.recording import gymnasium_worker, metaworld
 from keygrip.runtime.chunk_execution import RecedingHorizon
 
 ROOT = Path(__file__).parents[2]
@@ -159,6 +159,15 @@ def test_the_expert_of_two_arms_is_recorded(tmp_path: Path, monkeypatch: pytest.
         check_environment(task, 32, 10.0, None, 1, Needs(arms))
     with pytest.raises(ValueError, match=r"data\.arms=\[left,right\]"):
         check_environment(task, 32, 10.0, None, 1, Needs(("right", "left")))
+
+
+def test_cameras_of_different_sizes_are_recorded(tmp_path: Path) -> None:
+    cell = GymnasiumEnvironment(GymnasiumTask("gym_lab:SmallSidePointMass-v0"), 32, 10.0)
+    assert gymnasium_worker.record_episode(cell, tmp_path / "task_0000000", 0, video=False)
+    (reference,) = find_demos(tmp_path, format="native")
+    over, side = (reference.read().cameras[name] for name in ("over", "side"))
+    assert (over.frames.read(0).shape, side.frames.read(0).shape) == ((32, 32, 3), (16, 16, 3))
+    assert side.intrinsics[0].tolist() == [[20, 0, 8], [0, 20, 8], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("arms", [2, None, ("left", "right"), (object(), object())])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,11 @@ def test_a_reset_that_names_no_session_is_said(reset: bytes) -> None:
         pytest.raises(ServerError, match="the answer to /reset names no session"),
     ):
         policy.reset(3)
+
+
+def test_an_error_of_the_server_reaches_another_process() -> None:
+    error = pickle.loads(pickle.dumps(ServerError(503, "the policy is stuck")))
+    assert (str(error), error.status) == ("the policy server answers 503: the policy is stuck", 503)
 
 
 def test_a_plan_slower_than_the_timeout_is_not_reported_as_a_missing_server() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import pty
 import signal
@@ -13,11 +14,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
+from scripts import imported
 
 from keygrip.data.robot.native import read_native
 from keygrip.data.robot.samples import weighted_frames
@@ -958,3 +961,79 @@ def test_plans_that_the_policy_held_back_are_counted() -> None:
     figures = loop_of(Free(), PointArm()).run(6.0).summary()
     assert (figures["clamped_plans"], figures["clamped_most_m"]) == (0, 0.0)
     assert "clamped_plans" not in loop_of(Clockwork(), PointArm()).run(6.0).summary(), "it holds none back"
+
+
+@pytest.fixture(scope="module")
+def wild() -> ModuleType:
+    return imported("benchmarks/control_loop/wild.py")
+
+
+class TestRandomPlans:
+    """benchmarks/control_loop/wild.py."""
+
+    def test_excesses_are_counted_by_their_first_cause(self, wild: ModuleType) -> None:
+        speeds, jumps = np.array([1.0, 3.0, 1.1, 2.5, 1.0]), np.array([0.0, 5.0, 0.0, 5.0])  # of 6 periods
+        causes = {
+            "refused": np.array([False, False, True, False, False, False]),
+            "slowed": np.array([False, False, False, False, True, False]),
+        }
+        motion = {"speed": (speeds, 1.0), "jump": (jumps, 4.0)}
+        found = wild.excesses(motion, {"speed": 0.2}, causes)
+        assert found["speed"] == {
+            "largest": 3.0,
+            "limit": 1.0,
+            "tolerance": 0.2,
+            "periods_over": {"refused": 1, "slowed": 1, "otherwise": 0},
+            "excess_median": 1.75,
+            "excess_largest": 2.0,
+        }
+        assert found["jump"]["periods_over"] == {"refused": 1, "slowed": 1, "otherwise": 0}
+        left = wild.excesses(motion, {}, {"slowed": causes["slowed"]})
+        assert left["speed"]["periods_over"] == {"slowed": 1, "otherwise": 2}
+
+    @pytest.mark.parametrize(
+        ("settings", "measured"),
+        [
+            (["--ticks", "100"], "largest_and_limit"),
+            (["--arm", "--ticks", "40"], "limits"),
+        ],
+    )
+    def test_a_short_run_has_every_limit(
+        self,
+        wild: ModuleType,
+        settings: list[str],
+        measured: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["wild.py", *settings])
+        with pytest.raises(SystemExit) as ended:
+            wild.main()
+        record = json.loads(capsys.readouterr().out)
+        assert ended.value.code == 0
+        assert record["command"] == f"python benchmarks/control_loop/wild.py {' '.join(settings)}"
+        assert record["ticks"] == int(settings[-1])
+        assert record["plans_followed"] > 0
+        names = {"speed_m_s", "acceleration_m_s2", "turn_rad_s", "turn_acceleration_rad_s2", "gripper_per_s"}
+        of_joints = {"joint_speed_rad_s"} if "--arm" in settings else set()
+        assert set(record[measured]) == names | {"outside_workspace_m"} | of_joints
+        if "--arm" in settings:
+            assert 0.1 < record["limits"]["joint_speed_rad_s"]["largest"] <= 3.0 + 1e-6
+            assert record["limits"]["speed_m_s"]["largest"] > 0.1
+
+    def test_poses_of_the_arm_are_compared_with_its_commands(self, wild: ModuleType, tmp_path: Path) -> None:
+        robot = wild.WildYam(tmp_path)
+        pose = robot.commands[0].copy()
+        pose[:3] += [0.01, 0, 0]
+        robot.command(pose[None])
+        robot.wait_until(1 / robot.control_hz)
+        robot.wait_until(2 / robot.control_hz)
+        (found, within) = wild.of_arm(robot)
+        # at 0.3 m/s from the first period on, and then at rest at once
+        assert found["limits"]["acceleration_m_s2"]["periods_over"]["otherwise"] == 1
+        assert found["limits"]["acceleration_m_s2"]["largest"] == pytest.approx(9.0, rel=0.02)
+        assert not within
+        with pytest.raises(JointMotionError):
+            robot.command(np.array([[3.0, 0, 0.2, 0, 1, 0, 0, 1]]))
+        robot.wait_until(3 / robot.control_hz)
+        assert robot.refused == [False, False, False, True]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keygrip.evaluation.remote_rollouts import _served
+from keygrip.evaluation.remote_rollouts import served
 from keygrip.models.policy import Needs
 from keygrip.runtime.client import RemotePolicy, ServerError
 from keygrip.runtime.service import Limits
@@ -225,7 +225,7 @@ def test_limits_that_contradict_each_other_are_refused() -> None:
 def test_every_worker_of_rollouts_elsewhere_has_a_session_and_one_that_died_again(dice: Any, needs: Needs) -> None:
     policy = dice()
     policy.needs = needs
-    with _served(policy, 66, 4) as url, contextlib.ExitStack() as left:
+    with served(policy, 66, 4) as url, contextlib.ExitStack() as left:
         for seed in range(70):
             client = RemotePolicy(url)
             left.callback(client._connection.close)

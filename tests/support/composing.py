@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import omegaconf.base
 import pytest
 from hydra._internal import config_loader_impl, defaults_list
-from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.config_repository import ConfigRepository, IConfigRepository
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
@@ -25,8 +26,8 @@ SUPPORT = Path(__file__).parent
 
 def memoized(patch: pytest.MonkeyPatch) -> None:
     """Cache each configuration file as read until the file changes, each interpolation as parsed, and the merge of the
-    same options before settings are given. Build the choices that a defaults list may refer to only where one does.
-    None of this changes the composed configuration."""
+    same options before settings are given, also of the first options that two configurations have in common. Build the
+    choices that a defaults list may refer to only where one does. None of this changes the composed configuration."""
     Plugins.instance()  # imports the sources again: it does not use the classes imported before
     known: dict[tuple[object, ...], bytes] = {}
     for scheme in ("file", "pkg"):
@@ -35,7 +36,9 @@ def memoized(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(omegaconf.base, "parse", functools.lru_cache(maxsize=None)(omegaconf.base.parse))
     patch.setattr(defaults_list, "_create_interpolation_map", _where_needed(defaults_list._create_interpolation_map))
     patch.setattr(config_loader_impl, "create_defaults_list", _chosen_once(config_loader_impl.create_defaults_list))
+    patch.setattr(ConfigRepository, "load_config", _found_once(ConfigRepository.load_config))
     loader = config_loader_impl.ConfigLoaderImpl
+    patch.setattr(loader, "_load_single_config", _or_merged(loader._load_single_config))
     patch.setattr(loader, "_compose_config_from_defaults_list", _merged_once(loader._compose_config_from_defaults_list))
 
 
@@ -89,18 +92,66 @@ def _chosen_once(create: Callable[..., defaults_list.DefaultsList]) -> Callable[
     return create_defaults_list
 
 
-def _merged_once(compose: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+def _found_once(load: Callable[..., ConfigResult | None]) -> Callable[..., ConfigResult | None]:
     known: dict[tuple[object, ...], bytes] = {}
+    states: weakref.WeakKeyDictionary[ConfigRepository, tuple[object, object]] = weakref.WeakKeyDictionary()
+
+    def load_config(self: ConfigRepository, config_path: str) -> ConfigResult | None:
+        sources, state = states.get(self, (None, None))
+        if sources is not self.sources:  # each composition has its own repository and may change its sources
+            state = _state(self)
+            states[self] = self.sources, state
+        if state is None:
+            return load(self, config_path)
+        if (state, config_path) not in known:
+            known[state, config_path] = pickle.dumps(load(self, config_path))
+        found: ConfigResult | None = pickle.loads(known[state, config_path])
+        return found
+
+    return load_config
+
+
+class _Merged(NamedTuple):
+    """The merge of the first options of a configuration, in place of these options."""
+
+    pickled: bytes
+    config_path: str = "the options merged before"
+
+
+def _or_merged(load: Callable[..., ConfigResult]) -> Callable[..., ConfigResult]:
+    def load_single_config(self: Any, default: Any, repo: IConfigRepository) -> ConfigResult:
+        if isinstance(default, _Merged):
+            return ConfigResult(provider="", path="", config=pickle.loads(default.pickled), header={})
+        return load(self, default, repo)
+
+    return load_single_config
+
+
+def _merged_once(compose: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+    known: dict[tuple[object, tuple[str, ...]], bytes] = {}
+    begun: set[tuple[object, tuple[str, ...]]] = set()  # the first options of all configurations, by their number
 
     @functools.wraps(compose)
     def merge(self: Any, defaults: list[Any], repo: IConfigRepository) -> DictConfig:
         state = _state(repo)
         if state is None:
             return compose(self, defaults=defaults, repo=repo)
-        key = (state, repr(defaults))
-        if key not in known:
-            known[key] = pickle.dumps(compose(self, defaults=defaults, repo=repo))
-        merged: DictConfig = pickle.loads(known[key])
+        names = tuple(map(repr, defaults))
+
+        def keep(number: int) -> None:
+            """Merge the first options, beginning with as many as were merged before."""
+            start = max((n for n in range(number) if (state, names[:n]) in known), default=0)
+            before = [_Merged(known[state, names[:start]])] if start else []
+            merged = compose(self, defaults=[*before, *defaults[start:number]], repo=repo)
+            known[state, names[:number]] = pickle.dumps(merged)
+
+        if (state, names) not in known:
+            common = max((n for n in range(1, len(names)) if (state, names[:n]) in begun), default=0)
+            if common and (state, names[:common]) not in known:
+                keep(common)
+            keep(len(names))
+            begun.update((state, names[:n]) for n in range(1, len(names)))
+        merged: DictConfig = pickle.loads(known[state, names])
         return merged
 
     return merge

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -36,10 +37,14 @@ def nodes(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
             yield from nodes(child, f"{path}[{number}]")
 
 
+@cache
+def _signature(target: str) -> inspect.Signature:
+    return inspect.signature(get_object(target))
+
+
 def assert_fits(path: str, node: dict[str, Any]) -> None:
     """Assert that the keys of a config node are parameters of its target, and that all required ones are given."""
-    target = get_object(node["_target_"])
-    signature = inspect.signature(target)
+    signature = _signature(node["_target_"])
     given = {key: value for key, value in node.items() if not (key.startswith("_") and key.endswith("_"))}
     if node["_target_"].startswith("keygrip."):
         kinds = [parameter.kind for parameter in signature.parameters.values()]

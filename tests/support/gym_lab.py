@@ -128,6 +128,16 @@ class TwoCameras(gymnasium.Wrapper[Any, Any, Any, Any]):
         return (self._seen(seen), *rest)  # type: ignore[return-value]
 
 
+class SmallSide(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """Two cameras, of which the second has images of half the size."""
+
+    def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
+        side = observation["cameras"]["side"]
+        intrinsics = side["intrinsics"] * [[0.5], [0.5], [1]]
+        small = {**side, "image": side["image"][::2, ::2], "intrinsics": intrinsics}
+        return {**observation, "cameras": {**observation["cameras"], "side": small}}
+
+
 gymnasium.register("PointMass-v0", PointMass, max_episode_steps=40)
 gymnasium.register(
     "CalibratedPointMass-v0", lambda: Calibrated(gymnasium.make("PointMass-v0", render_mode="rgb_array"))
@@ -136,4 +146,6 @@ gymnasium.register("Blind-v0", lambda: Calibrated(gymnasium.make("PointMass-v0")
 gymnasium.register("WidePointMass-v0", lambda: Wide(gymnasium.make("CalibratedPointMass-v0")))
 gymnasium.register("TwoArmPointMass-v0", lambda: TwoArms(gymnasium.make("CalibratedPointMass-v0")))
 gymnasium.register("TwoCameraPointMass-v0", lambda: TwoCameras(gymnasium.make("CalibratedPointMass-v0")))
+gymnasium.register("SmallSidePointMass-v0", lambda: SmallSide(gymnasium.make("TwoCameraPointMass-v0")))
+gymnasium.register("EndlessPointMass-v0", lambda: Calibrated(PointMass(render_mode="rgb_array")))
 gymnasium.register("Inexpert-v0", lambda: Inexpert(gymnasium.make("PointMass-v0", render_mode="rgb_array")))

@@ -221,6 +221,65 @@ def test_a_damaged_record_of_the_best_is_named(content: str, tmp_path: Path) -> 
     assert saving.best == 0.5
 
 
+def of_two_processes(other: dict[str, Any], first: bool, **logged: float) -> Any:
+    """Return the trainer of one of two processes.
+
+    Args:
+        other: what the other process gives: `missing` for the reduction, `decision` for the broadcast. first: whether
+            it is the first process, whose decision holds.
+    """
+    strategy = SimpleNamespace(
+        root_device="cpu",
+        reduce=lambda own, reduce_op: max(own, torch.tensor(float(other.get("missing", 0)))),
+        broadcast=lambda own: own if first else other["decision"],
+    )
+    metrics = {name.replace("_", "/"): torch.tensor(value) for name, value in logged.items()}
+    return SimpleNamespace(
+        world_size=2,
+        global_step=4,
+        is_global_zero=first,
+        sanity_checking=False,
+        callback_metrics=metrics,
+        strategy=strategy,
+    )
+
+
+def test_the_first_process_decides_for_all_which_state_is_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value that each process logs for itself used to let one wait for ever in a save that the other left out."""
+    module: Any = None
+    saved: list[int] = []
+
+    def validated(saving: SaveLatest, trainer: Any) -> None:
+        trainer.save_checkpoint = lambda path, weights_only: saved.append(trainer.is_global_zero)
+        saving.on_validation_end(trainer, module)
+
+    first, second = (SaveLatest(str(tmp_path / name), monitor="val/loss") for name in ("first", "second"))
+    first.best = second.best = 1.0
+    (tmp_path / "first").mkdir()
+    validated(first, of_two_processes({}, True, val_loss=0.5))
+    validated(second, of_two_processes({"decision": (0.5, True)}, False, val_loss=2.0))
+    assert (saved, first.best, second.best) == ([True, False], 0.5, 0.5)
+    assert json.loads((tmp_path / "first" / "best.json").read_text()) == {"val/loss": 0.5, "step": 4}
+    validated(first, of_two_processes({}, True, val_loss=float("nan")))
+    validated(second, of_two_processes({"decision": (float("nan"), False)}, False, val_loss=0.1))
+    assert (saved, first.best, second.best) == ([True, False], 0.5, 0.5)
+
+
+def test_a_metric_that_another_process_has_not_logged_is_refused_by_all(tmp_path: Path) -> None:
+    module: Any = None
+    trainer = of_two_processes({"missing": 1}, True, val_loss=0.5, train_loss=0.1)
+    with pytest.raises(ValueError, match=r"'val/loss' is not logged in validation by every process; logged: val/loss$"):
+        SaveLatest(str(tmp_path), monitor="val/loss").on_validation_end(trainer, module)
+
+
+@pytest.mark.parametrize("name", ["train/loss", "lr-AdamW"])
+def test_a_value_of_training_steps_chooses_no_best_state(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"monitor='{name}' is a value of single training steps: give a metric of"):
+        SaveLatest(str(tmp_path), monitor=name)
+
+
 def test_a_save_that_is_due_on_any_process_waits_for_no_later_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

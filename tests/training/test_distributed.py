@@ -15,13 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from fake_ranks import on_two_ranks
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import keygrip
 from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.distributed import mean_over_processes, weighted_means
 from keygrip.training.monitors import gradient_norm
 from keygrip.training.optimizers import AdamW
 from keygrip.training.sharding import load_optimizer, named_state
@@ -251,3 +253,21 @@ def test_torchrun_agrees_on_a_folder_and_resumes_after_a_signal(command: Callabl
     done = command(*torchrun, *ranks, "resume=true")
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "one", folder)
+
+
+def test_a_logged_loss_is_the_mean_over_the_elements_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process has 10 elements, the other 90, of another loss."""
+    values, weights = (1.0, 3.0), {"a": 1.0, "b": 0.5}
+
+    def losses(rank: int) -> dict[str, Tensor]:
+        counted = torch.zeros(100, dtype=torch.bool)
+        counted[: (10, 90)[rank]] = True
+        loss = torch.full((100,), values[rank], requires_grad=True)
+        return weighted_means({"a": loss, "b": 2 * loss}, counted, weights)
+
+    for logged in on_two_ranks(monkeypatch, lambda rank: mean_over_processes(losses(rank))):
+        assert not any(value.requires_grad for value in logged.values())
+        found = {name: float(value) for name, value in logged.items()}
+        assert found == pytest.approx({"a": 2.8, "b": 5.6, "total": 5.6})
+    alone = {name: float(value) for name, value in mean_over_processes(losses(1)).items()}
+    assert alone == pytest.approx({"a": 3.0, "b": 6.0, "total": 6.0})

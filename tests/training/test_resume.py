@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from keygrip.config import compose
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.fit import TrainedMetrics
-from keygrip.training.results import read_result
+from keygrip.training.results import read_result, write_result
 from keygrip.training.resuming import differing_settings
 from keygrip.training.saving import SaveLatest, SaveOnInterrupt
 from keygrip.training.signals import Interrupted
@@ -313,9 +314,9 @@ def test_a_warning_that_another_process_got_queues_the_job_again(monkeypatch: py
 @pytest.fixture
 def started_by_slurm(
     toy_overrides: Callable[..., list[str]], cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], int]]:
-    """Train as a job of SLURM, whose scontrol writes its arguments into called.txt; the function returns the exit
-    code."""
+) -> Iterator[Callable[..., int]]:
+    """Train as a job of SLURM, whose scontrol writes its arguments into called.txt; the function takes overrides and
+    returns the exit code."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text('#!/bin/sh\necho "$@" >> called.txt\n')
@@ -324,10 +325,10 @@ def started_by_slurm(
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
 
-    def start() -> int:
+    def start(*more: str) -> int:
         for names in (run_folder.run_name, run_folder._claimed):
             names.cache_clear()
-        return int(cli(*(each for each in toy_overrides("") if not each.startswith("run_dir="))).code)
+        return int(cli(*(each for each in toy_overrides("", *more) if not each.startswith("run_dir="))).code)
 
     yield start
     for names in (run_folder.run_name, run_folder._claimed):
@@ -350,6 +351,59 @@ def test_a_slurm_job_that_is_warned_saves_is_queued_again_and_goes_on(
     (folder,) = (tmp_path / "runs" / "toy_toy").iterdir()
     assert not list(folder.glob("hpc_ckpt*"))  # Lightning's checkpoint, which no resumed run reads
     assert_equal(state_of(folder), uninterrupted)
+
+
+@pytest.mark.parametrize("keep", [1, 9])
+def test_a_job_that_began_from_a_checkpoint_file_goes_on_from_its_own_latest(
+    started_by_slurm: Callable[..., int],
+    toy_overrides: Callable[..., list[str]],
+    uninterrupted: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keep: int,
+) -> None:
+    """Its saves have removed the file, or (`keep`) not yet. The run had been trained further before."""
+    folder = tmp_path / "run"
+    saves = "callbacks.checkpoint.every_n_steps=2"
+    train.run(compose("train", toy_overrides("run", saves, "callbacks.checkpoint.keep=9")))
+    file = folder / "checkpoints" / "step-00000004.ckpt"
+    job = (saves, f"callbacks.checkpoint.keep={keep}", f"resume={file}")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # its first start ended before it saved
+    with monkeypatch.context() as patch:
+        patch.setenv("TOY_STOP_AT", "7")
+        patch.setenv("TOY_SIGNAL", "SIGUSR1")
+        assert started_by_slurm(*job) == 128 + signal.SIGUSR1
+    assert read_checkpoint(folder)["global_step"] == 8
+    assert file.is_file() == (keep == 9)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert started_by_slurm(*job) == 0
+    assert f"resuming {folder / 'checkpoints' / 'last.ckpt'} at step 8" in (folder / "train.log").read_text()
+    assert_equal(state_of(folder), uninterrupted)
+    assert read_result(folder)["resumed_by"] == f"job 42 with resume={file}"
+
+
+def test_a_job_that_resumed_the_newest_run_goes_on_with_that_run(
+    started_by_slurm: Callable[..., int],
+    toy_overrides: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs = tmp_path / "runs" / "toy_toy"
+    with monkeypatch.context() as patch:
+        patch.setenv("TOY_SIGNAL", "SIGTERM")
+        patch.setenv("TOY_STOP_AT", "3")
+        with pytest.raises(Interrupted, match="at step 4"):
+            train.run(compose("train", toy_overrides("runs/toy_toy/a")))
+        shutil.copytree(runs / "a", tmp_path / "b")
+        patch.setenv("TOY_SIGNAL", "SIGUSR1")
+        patch.setenv("TOY_STOP_AT", "7")
+        assert started_by_slurm("resume=true") == 128 + signal.SIGUSR1
+    (tmp_path / "b").rename(runs / "b")
+    other = read_result(runs / "b")
+    write_result(runs / "b", other | {"started_at": other["started_at"] + 9})
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert started_by_slurm("resume=true") == 0
+    assert [read_checkpoint(runs / name)["global_step"] for name in ("a", "b")] == [13, 4]
 
 
 def test_a_slurm_job_that_is_warned_before_it_trains_is_queued_again(

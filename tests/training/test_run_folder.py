@@ -250,6 +250,47 @@ def test_a_slurm_job_finds_its_folders_when_it_is_queued_again(tasks: str, monke
     assert again == before
 
 
+@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"])
+def test_a_job_that_is_restarted_resumes_the_run_that_it_resumed_before(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job has trained a newer run in the meantime."""
+    restart = "SLURM_RESTART_COUNT" if variable.startswith("SLURM") else "TORCHELASTIC_RESTART_COUNT"
+    monkeypatch.setenv(variable, "42")
+    for name, started in (("a", 100.0), ("b", 200.0)):
+        checkpoint_in(f"runs/m_d/{name}")
+        write_result(Path(f"runs/m_d/{name}"), {"started_at": started})
+    monkeypatch.setenv(restart, "1")
+    assert run_folder.choose_folder(None, True, "m", "d") == "runs/m_d/b"  # it ended before it resumed anything
+    job = run_folder.resuming_job("true")
+    write_result(Path("runs/m_d/a"), {"started_at": 100.0, run_folder.RESUMED_BY: job})
+    assert run_folder.choose_folder(None, True, "m", "d") == "runs/m_d/a"
+    monkeypatch.setenv(variable, "43")
+    assert run_folder.choose_folder(None, True, "m", "d") == "runs/m_d/b"
+    monkeypatch.setenv(variable, "42")
+    monkeypatch.setenv(restart, "0")
+    assert run_folder.choose_folder(None, True, "m", "d") == "runs/m_d/b"
+    monkeypatch.delenv(variable)
+    assert run_folder.resuming_job("true") == run_folder.resuming_job(False) == ""
+
+
+def test_a_checkpoint_that_is_gone_is_missed_unless_the_job_itself_replaced_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, gone = Path("runs/m_d/a"), "runs/m_d/a/checkpoints/step-00001000.ckpt"
+    saved_by = {run_folder.RESUMED_BY: ""}
+    monkeypatch.setattr("keygrip.training.resuming.read_checkpoint", lambda *_, **__: {"keygrip": saved_by})
+    latest = checkpoint_in(str(folder))
+    in_slurm(monkeypatch)
+    with pytest.raises(FileNotFoundError, match=r"step-00001000\.ckpt does not exist"):
+        run_folder.choose_folder(None, gone, "m", "d")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert Path(run_folder.choose_folder(None, gone, "m", "d")) == folder
+    settings = OmegaConf.create({"resume": gone})
+    with pytest.raises(FileNotFoundError, match=r"last\.ckpt was not saved by an earlier start of this job"):
+        checkpoint_to_resume(settings, folder)
+    saved_by[run_folder.RESUMED_BY] = run_folder.resuming_job(gone)
+    assert checkpoint_to_resume(settings, folder) == latest
+
+
 def test_a_second_start_of_the_same_settings_in_a_slurm_job_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the job were queued again, it could not distinguish their folders."""
     started = in_slurm(monkeypatch)

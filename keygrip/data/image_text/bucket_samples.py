@@ -37,14 +37,18 @@ class BucketBatchSampler(GlobalBatchSampler):
     """Yield global batches from one bucket each; otherwise the same as :class:`GlobalBatchSampler`.
 
     In training, samples that do not fill a batch of their bucket are left out of the epoch; these are different samples
-    in every epoch. In validation (`shuffle=False`, `drop_last=False`) every sample occurs once. The last batch of a
-    bucket may then be smaller, or larger by fewer samples than there are ranks.
+    in every epoch. With `window_shards`, the shards of all buckets are grouped into windows in random order, and the
+    batches come window after window; samples that do not fill a batch of their bucket move to the next window that has
+    samples of this bucket. In validation (`shuffle=False`, `drop_last=False`) every sample occurs once. The last batch
+    of a bucket may then be smaller, or larger by fewer samples than there are ranks.
 
     Args:
         bucket: [N] int, bucket of each sample.
+        shard: [N] int, shard of each sample, used only with `window_shards`.
+        window_shards: number of shards in a window, over all buckets; None: shuffle over everything.
 
     Raises:
-        ValueError: no bucket fills a batch, or an error of the parent class.
+        ValueError: no bucket fills a batch, `window_shards` is below 1, or an error of the parent class.
     """
 
     def __init__(
@@ -56,9 +60,13 @@ class BucketBatchSampler(GlobalBatchSampler):
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = True,
+        shard: np.ndarray | None = None,
+        window_shards: int | None = None,
     ) -> None:
         super().__init__(len(bucket), batch_size, rank, ranks, seed, shuffle, drop_last)
-        self.bucket = bucket
+        self.bucket, self.shard, self.window_shards = bucket, shard, window_shards
+        if window_shards is not None and (shard is None or window_shards < 1):
+            raise ValueError(f"window_shards must be at least 1, with the shard of each sample, not {window_shards}")
         self.counts = np.unique(bucket, return_counts=True)[1] if len(bucket) else np.zeros(0, int)
         if drop_last and not len(self):
             raise ValueError(
@@ -75,16 +83,30 @@ class BucketBatchSampler(GlobalBatchSampler):
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the global batches (for all ranks together) of an epoch, in order."""
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch if self.shuffle else 0))))
+        window = self._windows(rng)
         all_batches = []
         for bucket in np.unique(self.bucket):
             members = rng.permutation(np.flatnonzero(self.bucket == bucket))
+            if window is not None:
+                members = members[np.argsort(window[members], kind="stable")]
             stop = len(members) // self.batch_size * self.batch_size if self.drop_last else len(members)
             parts = [members[start : start + self.batch_size] for start in range(0, stop, self.batch_size)]
             if len(parts) > 1 and len(parts[-1]) < self.ranks:
                 # an empty batch keeps the position, so that the order is the same as with one process
                 parts[-2:] = [np.concatenate(parts[-2:]), members[:0]]
             all_batches += parts
-        return [all_batches[index] for index in rng.permutation(len(all_batches)) if len(all_batches[index])]
+        order = rng.permutation(len(all_batches))
+        if window is not None:  # each batch in the window that completes it
+            last = np.array([window[batch].max(initial=0) for batch in all_batches])
+            order = order[np.argsort(last[order], kind="stable")]
+        return [all_batches[index] for index in order if len(all_batches[index])]
+
+    def _windows(self, rng: np.random.Generator) -> np.ndarray | None:
+        """Return the window of each sample, int [N]; None without `window_shards`."""
+        if self.window_shards is None or self.shard is None:
+            return None
+        shards, shard = np.unique(self.shard, return_inverse=True)
+        return (rng.permutation(len(shards)) // self.window_shards)[shard]
 
     def parts_of(self, epoch: int, first: int = 0) -> Iterator[Sequence[np.ndarray]]:
         for batch in self.batches(epoch)[first:]:
@@ -99,6 +121,7 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
         vary_captions: use the captions of an image with several captions in turn, one per epoch; otherwise always the
             first caption.
         with_images: also return the images' pixels, if the shards contain them.
+        numbers: [N], place of each sample in its split (`ImageTextSample.number`); None: these are the whole split.
     """
 
     def __init__(
@@ -107,10 +130,12 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
         sizes: dict[str, int],
         vary_captions: bool = False,
         with_images: bool = False,
+        numbers: np.ndarray | None = None,
     ) -> None:
         self.parts, self.sizes, self.vary_captions = list(parts), sizes, vary_captions
         self.with_images = with_images
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.numbers = np.arange(len(self)) if numbers is None else numbers
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -119,6 +144,13 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
     def bucket(self) -> np.ndarray:
         """[N], index of each sample's bucket."""
         return np.repeat(np.arange(len(self.parts)), [len(part) for part in self.parts])
+
+    @property
+    def shard(self) -> np.ndarray:
+        """[N], shard of each sample, with the shards numbered consecutively over all buckets."""
+        first = np.cumsum([0, *(len(part.shards.shards) for part in self.parts)]).tolist()
+        chosen = [part.shards.shard[part.chosen].astype(np.int64) for part in self.parts]
+        return np.concatenate([start + shard for start, shard in zip(first[:-1], chosen, strict=True)])
 
     def __getitem__(self, key: SampleKey) -> ImageTextSample:
         """Read a sample. Raise BadSample if it cannot be read or its sizes differ from the rest of its bucket."""
@@ -145,7 +177,7 @@ class ImageTextSamples(SubstitutingSamples[ImageTextSample]):
         for name, size in self.sizes.items():
             if actual_sizes[name] != size:
                 raise BadSample(f"{part.shards.where(index)}: {name} is {actual_sizes[name]}, elsewhere {size}")
-        return replace(sample, number=key.sample)
+        return replace(sample, number=int(self.numbers[key.sample]))
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Yield the records of the samples, in order and without their arrays; unreadable ones are left out."""

@@ -28,7 +28,7 @@ from keygrip.data.image_text.samples import missing_parts
 from keygrip.data.image_text.statistics import measure
 from keygrip.data.shards.index import SPLITS
 from keygrip.data.shards.made_shards import complete_sets, held_out
-from keygrip.data.shards.reader import ShardSet, share_cache_limit
+from keygrip.data.shards.reader import ShardSet, share_cache_limit, warn_of_small_cache
 from keygrip.data.shards.remote import folder_beside
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler
@@ -54,6 +54,8 @@ class ImageShards(ResumableData):
         val_fraction: validation share of a set without splits; chosen by a hash of the keys: always the same samples.
         max_val_samples: the largest number of validation samples, spread evenly over each bucket; None: all.
         max_skipped_share: a larger share of samples without a needed part, or of unreadable ones, stops the run.
+        window_shards: shuffle within windows of this many shards, over all buckets (remote shards); None: over
+            everything.
         cache_dir, cache_gb: for remote shards: folder of the local copies, and the limit of all of them together.
         num_workers: loader processes; None: the number of cores minus one, at most 4.
         prefetch_batches: batches that each worker prepares in advance.
@@ -62,7 +64,7 @@ class ImageShards(ResumableData):
 
     read_where: ClassVar = {"make": ReadWhere("root", None)}
     batch_type = ImageTextBatch
-    order_depends_on = ("batch_size", "seed", "fingerprint")
+    order_depends_on = ("batch_size", "seed", "fingerprint", "window_shards")
     compares_contents = True
 
     def __init__(
@@ -79,14 +81,17 @@ class ImageShards(ResumableData):
         num_workers: int | None = None,
         prefetch_batches: int = 4,
         trim_text: bool = False,
+        window_shards: int | None = None,
     ) -> None:
         super().__init__()
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction={val_fraction:g} must lie between 0 and 1")
+        if window_shards is not None and window_shards < 1:
+            raise ValueError(f"data.window_shards must be at least 1, not {window_shards}; null shuffles everything")
         self.root, self.make, self.batch_size, self.seed = root, make, batch_size, seed
         self.val_fraction, self.max_val_samples = val_fraction, max_val_samples
         self.max_skipped_share = max_skipped_share
-        self.cache_dir, self.cache_gb = cache_dir, cache_gb
+        self.cache_dir, self.cache_gb, self.window_shards = cache_dir, cache_gb, window_shards
         self.num_workers = min(usable_cores() - 1, 4) if num_workers is None else num_workers
         self.prefetch_batches, self.trim_text = prefetch_batches, trim_text
         self.skipped = BadSamples(max_skipped_share)
@@ -143,6 +148,9 @@ class ImageShards(ResumableData):
             opened[split] = parts
         self.sizes = self._common_sizes(opened)
         self.parts, self.divided_by_keys = opened, "" in info["splits"]
+        if stage == "fit":
+            used = {id(part.shards): part.shards for split in ("train", "val") for part in opened[split]}
+            warn_of_small_cache(used.values(), self.cache_gb, self.window_shards)
         self._report()
 
     def _usable(self, shards: ShardSet, folder: str) -> np.ndarray:
@@ -202,6 +210,10 @@ class ImageShards(ResumableData):
     def _is_trained_on(self, part: BucketPart) -> bool:
         """Whether a part of the training split fills a batch."""
         return len(part) >= self.batch_size
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `ResumableData`; checkpoints from before there was `window_shards` were trained without it."""
+        super().load_state_dict({"window_shards": None, **state_dict})
 
     # ------------------------------------------------------------------------------------------------------- statistics
 
@@ -270,18 +282,21 @@ class ImageShards(ResumableData):
     def samples(
         self, split: str, limit: int | None = None, vary_captions: bool = False, with_images: bool = False
     ) -> ImageTextSamples:
-        """Return the samples of a split, or `limit` of them, spread evenly over each bucket."""
-        parts = self.parts[split]
-        total = sum(len(part) for part in parts)
+        """Return the samples of a split, or `limit` of them, spread evenly over each bucket. The number of a sample is
+        its place in the whole split, whatever the limit."""
+        parts, numbers = self.parts[split], None
+        starts = np.cumsum([0, *(len(part) for part in parts)])
+        total = int(starts[-1])
         if limit is not None and limit < total:
-            ends = np.cumsum([0, *(len(part) for part in parts)]) * limit / total
-            counts = np.diff(ends.round().astype(int))
+            counts = np.diff((starts * limit / total).round().astype(int))
+            kept = [np.array(evenly(len(part), n), dtype=int) for part, n in zip(parts, counts, strict=True)]
+            numbers = np.concatenate([start + places for start, places in zip(starts[:-1], kept, strict=True)])
             parts = [
-                BucketPart(p.bucket, p.shards, p.chosen[evenly(len(p), n)])
-                for p, n in zip(parts, counts, strict=True)
-                if n
+                BucketPart(p.bucket, p.shards, p.chosen[places])
+                for p, places in zip(parts, kept, strict=True)
+                if len(places)
             ]
-        return ImageTextSamples(parts, self.sizes, vary_captions, with_images)
+        return ImageTextSamples(parts, self.sizes, vary_captions, with_images, numbers)
 
     def _loader(self, samples: ImageTextSamples, sampler: GlobalBatchSampler) -> DataLoader[Any]:
         loader = CountingLoader(
@@ -292,7 +307,14 @@ class ImageShards(ResumableData):
 
     def train_dataloader(self) -> DataLoader[Any]:
         samples = self.samples("train", vary_captions=True)
-        sampler = BucketBatchSampler(samples.bucket, self.batch_size, *self.ranks, seed=self.seed)
+        sampler = BucketBatchSampler(
+            samples.bucket,
+            self.batch_size,
+            *self.ranks,
+            seed=self.seed,
+            shard=samples.shard,
+            window_shards=self.window_shards,
+        )
         if self.trainer is not None:
             sampler.follow(self.batches_done)
         return self._loader(samples, sampler)
@@ -309,9 +331,9 @@ class ImageShards(ResumableData):
         if not len(samples):
             return []
         samples.leaves_out, samples.never_empty = True, self.ranks[1] > 1
-        order = {"shuffle": False, "drop_last": False}
         size = batch_size or self.batch_size
-        return self._loader(samples, BucketBatchSampler(samples.bucket, size, *self.ranks, **order))
+        sampler = BucketBatchSampler(samples.bucket, size, *self.ranks, shuffle=False, drop_last=False)
+        return self._loader(samples, sampler)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if not self.parts["val"]:

@@ -45,7 +45,7 @@ MORE_TEXT = re.compile(r"^t5[hm]_[1-9]\d*\.npy$")
 @dataclass(frozen=True)
 class ImageTextSample:
     """One image with its text; see :class:`keygrip.data.batches.ImageTextBatch` for the shapes, here without B. `image`
-    is uint8 [H, W, 3], if it was requested and the shard contains it. `number` is its place in its data set, if any."""
+    is uint8 [H, W, 3], if it was requested and the shard contains it. `number` is its place in its split, if any."""
 
     latent: np.ndarray
     text_states: np.ndarray

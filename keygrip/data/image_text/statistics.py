@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from keygrip.data.bad_samples import BadSample
+from keygrip.data.bad_samples import BadSample, raise_connection_error
 from keygrip.data.image_text.bucket_samples import ImageTextSamples
 from keygrip.data.shards.sampling import SampleKey
 from keygrip.data.spacing import evenly
@@ -41,13 +41,19 @@ class Moments:
 
 def measure(samples: ImageTextSamples, progress: bool = True) -> dict[str, np.ndarray]:
     """Compute means and standard deviations of latents, CLS vectors and patches, per channel, over evenly spaced
-    samples."""
+    samples.
+
+    Raises:
+        ConnectionError: samples of a remote set cannot be reached; without them the statistics, which are stored, would
+            be those of another set. ValueError: none can be read.
+    """
     latent, cls, patches = Moments(), Moments(), Moments()
     chosen = evenly(len(samples), MEASURED)
     for index in Progress(chosen, desc="statistics", unit="image", leave=False, shown=progress):
         try:
             sample = samples[SampleKey(index, 0)]
-        except BadSample:
+        except BadSample as error:
+            raise_connection_error(error)
             continue  # counted when training reads it
         latent.add(sample.latent.reshape(len(sample.latent), -1).T)
         cls.add(sample.dino_cls[None])

@@ -1,7 +1,7 @@
 """Calibrates cameras with a ChArUco board and OpenCV: the intrinsics, and the camera's pose by hand-eye calibration.
 
 Either the board is fixed and the camera moves with the gripper (`mounted`), or the camera is fixed and the gripper
-holds the board. The recording's poses are gripper poses in the world. Needs `pip install opencv-python-headless`.
+holds the board. The recording's poses are gripper poses in the world. Needs the extra `charuco`.
 Legend: N frames in which the board was found, M corners.
 """
 
@@ -80,7 +80,7 @@ def opencv() -> ModuleType:
         import cv2
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "a board is found by OpenCV, which is missing: pip install opencv-python-headless"
+            "a board is found by OpenCV, which is missing: pip install 'keygrip[charuco]'"
         ) from error
     return cv2
 

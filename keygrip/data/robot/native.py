@@ -176,11 +176,12 @@ def _read_metadata(folder: Path, name: str) -> dict[str, Any]:
 
 def _check_source(name: str, source: Any) -> None:
     """Raise DemoError unless a demo's `source` is an object whose entries written by readers have their types."""
-    if source is not None and not isinstance(source, dict):
+    source = {} if source is None else source
+    if not isinstance(source, dict):
         raise DemoError(name, f"metadata.json: source must be an object, not {source!r:.80}")
     for keys, kind, words_of_kind in ((LISTS_OF_READERS, list, "a list"), (OBJECTS_OF_READERS, dict, "an object")):
         for key in keys:
-            if not isinstance((source or {}).get(key, kind()), kind):
+            if not isinstance(source.get(key, kind()), kind):
                 raise DemoError(name, f"metadata.json: source.{key} must be {words_of_kind}, not {source[key]!r:.80}")
 
 

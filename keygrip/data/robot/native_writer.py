@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from keygrip.artifacts import scratch_folder, write_json
-from keygrip.data.robot.frames import JpegFrames
+from keygrip.data.robot.frames import JpegFrames, depth_millimetres
 from keygrip.data.robot.integrity import write_manifest
 from keygrip.data.robot.schema import (
     CONVENTIONS,
@@ -155,12 +155,12 @@ class DemoWriter:
             reached: measured pose by arm.
             commanded: the command given at this frame, by arm (the target pose for the next frame); in all frames or in
                 none.
-            depth: by camera, H x W uint16 millimetres; in all frames or in none.
+            depth: by camera, H x W uint16 millimetres, of the size of its image; in all frames or in none.
             intervention: a person moved the arm at this frame instead of the policy.
 
         Raises:
-            ValueError: cameras or arms differ from those of the first frame, an image size changes, or depth or
-                commands are given in some frames only.
+            ValueError: cameras or arms differ from those of the first frame, an image size changes, depth or commands
+                are given in some frames only, or depth is not in millimetres or of another size than the image.
         """
         index = len(self._timestamps)
         commanded, depth = commanded or {}, depth or {}
@@ -184,13 +184,15 @@ class DemoWriter:
             raise ValueError(
                 f"{self.folder.name}: commands or depth given for an arm or camera that has no pose or image"
             )
+        # before an image is written: a frame of a video cannot be removed again
+        checked_depth = {camera: _checked_depth(camera, values, images[camera]) for camera, values in depth.items()}
         files = len(self._files)
         try:
             for camera, image in images.items():
                 self._add_image(camera, index, image)
-            for camera, values in depth.items():
+            for camera, millimetres in checked_depth.items():
                 path = self._register_file("depth", camera, f"{index:06d}.png")
-                Image.fromarray(np.ascontiguousarray(values, dtype=np.uint16)).save(path, compress_level=1)
+                Image.fromarray(millimetres).save(path, compress_level=1)
             self._timestamps.append(int(timestamp_ns))
             self._interventions.append(bool(intervention))
             for store, given_poses in ((self._reached, reached), (self._commanded, commanded)):
@@ -301,6 +303,23 @@ class DemoWriter:
         write_json(self._temporary / "metadata.json", metadata)
         write_manifest(self._temporary)
         self._temporary.rename(self.folder)
+
+
+def _checked_depth(camera: str, values: np.ndarray, image: np.ndarray | bytes) -> np.ndarray:
+    """Return a camera's depth as uint16 [H, W]. Raise ValueError if it is not in millimetres or not of the size of the
+    camera's image."""
+    try:
+        millimetres = depth_millimetres(np.asarray(values))
+    except ValueError as error:
+        raise ValueError(f"camera {camera!r}: {error}") from error
+    if isinstance(image, bytes):
+        with Image.open(io.BytesIO(image)) as opened:
+            shape = opened.size[::-1]
+    else:
+        shape = image.shape[:2]
+    if millimetres.shape != shape:
+        raise ValueError(f"camera {camera!r}: depth is {millimetres.shape}, its image {shape}")
+    return np.ascontiguousarray(millimetres)
 
 
 def write_demo(

@@ -234,7 +234,7 @@ class DemoSamples(SubstitutingSamples[PolicyTargets]):
         ]
         frame_indices = [
             weighted_frames(indices, demo.intervention, options.intervention_weight, before)
-            for indices, demo, before in zip(frame_indices, demos, np.cumsum([0, *corrected[:-1]]), strict=True)
+            for indices, demo, before in zip(frame_indices, demos, np.cumsum([0, *corrected])[:-1], strict=True)
         ]
         self.sample_demo = np.repeat(np.arange(len(frame_indices)), [len(indices) for indices in frame_indices])
         self.sample_frame = np.concatenate(frame_indices) if frame_indices else np.zeros(0, dtype=np.int64)

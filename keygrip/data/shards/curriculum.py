@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from keygrip.training.parts import data_part
+
+log = logging.getLogger(__name__)
 
 
 @data_part
@@ -61,6 +64,27 @@ def check_stages(stages: Sequence[Stage], names: Collection[str]) -> None:
     ends = [stage.steps is not None for stage in stages]
     if ends != [True] * (len(ends) - 1) + [False]:
         raise ValueError("every stage of the curriculum but the last needs steps, and the last has none")
+
+
+def first_steps(stages: Sequence[Stage]) -> list[int]:
+    """Return for each stage of a checked curriculum the optimiser step at which it begins."""
+    return np.cumsum([0, *(stage.steps or 0 for stage in stages[:-1])]).tolist()
+
+
+def warn_of_unreached(stages: Sequence[Stage], end: float) -> None:
+    """Log a warning for each stage that begins at step `end`, after which training stops, or later; it names the
+    sources of the stage that no earlier stage uses."""
+    seen: set[str] = set()
+    for number, (stage, first) in enumerate(zip(stages, first_steps(stages), strict=True), 1):
+        used = {name for name, weight in stage.weights.items() if weight}
+        if first >= end:
+            new = ", ".join(sorted(used - seen))
+            log.warning(
+                "data.curriculum: stage %d begins at optimizer step %d, but training ends at step %d, so the stage is "
+                "not reached%s; train for more steps (max_steps), or shorten the stages before it (steps)",
+                *(number, first, end, f" and nothing is trained on {new}" if new else ""),
+            )
+        seen |= used
 
 
 @dataclass(frozen=True)

@@ -218,6 +218,29 @@ def share_cache_limit(sets: Iterable[ShardSet]) -> None:
     share_limit(shards._cache for shards in sets if shards._cache is not None)
 
 
+def warn_of_small_cache(sets: Iterable[ShardSet], cache_gb: float, window_shards: int | None) -> None:
+    """Log a warning if training would copy remote shards again and again, because the cache holds too few of them.
+
+    Args:
+        sets: those that training reads. window_shards: number of shards within which it shuffles; None: all.
+    """
+    sizes = sorted((shard["bytes"] for each in sets if each._cache is not None for shard in each.shards), reverse=True)
+    if sum(sizes) <= cache_gb * 1e9:
+        return
+    if window_shards is None:
+        log.warning(
+            "the remote shards have %.3g GB, and data.cache_gb=%g: in an order over all of them, most are copied many "
+            "times in an epoch; set data.window_shards=64 (or fewer), or raise data.cache_gb",
+            *(sum(sizes) / 1e9, cache_gb),
+        )
+    elif (needed := sum(sizes[: 2 * window_shards])) > cache_gb * 1e9:
+        log.warning(
+            "two windows of data.window_shards=%d remote shards have up to %.3g GB, and data.cache_gb=%g: shards are "
+            "copied again while their window lasts; lower data.window_shards, or raise data.cache_gb",
+            *(window_shards, needed / 1e9, cache_gb),
+        )
+
+
 def all_samples(sets: Iterable[ShardSet]) -> Iterator[tuple[ShardSet, int]]:
     """Yield every sample of several sets, in order."""
     for shards in sets:

@@ -88,7 +88,8 @@ class ShardCache:
         limit: bytes of shards, of this set and of those that `share_limit` adds; the least recently used copies are
             removed first. The requested copy always stays.
         spares_copies: to stay within the limit, remove only copies that this process made, and none from other
-            processes, whose limit may be higher.
+            processes, whose limit may be higher. Sets of which it made no copy then do not count towards the limit:
+            their copies would take the place of its own.
     """
 
     def __init__(self, url: str, folder: Path, limit: int, spares_copies: bool = False) -> None:
@@ -106,7 +107,8 @@ class ShardCache:
 
         Raises:
             FileNotFoundError: there is no such file. ConnectionError: it cannot be read, or it is unknown whether it
-            exists. ShardError: it has another size than `size`.
+            exists. ModuleNotFoundError: a package that reads such addresses is missing. ShardError: it has another size
+            than `size`.
         """
         target, copied = self.folder / name, False
         # one process copies, the others wait for it
@@ -121,8 +123,9 @@ class ShardCache:
                 except (FileNotFoundError, ConnectionError) as error:
                     log.warning("%s is read as it was when it was copied: %s", self.url, error)
             os.utime(target)
-        # other files do not count towards the limit; a copy that was there already takes no more space
-        if target.suffix.lower() == SHARD and (copied or not self._checked):
+        # other files do not count towards the limit; a copy that was there already takes no more space, and may not be
+        # removed if copies of others are spared
+        if target.suffix.lower() == SHARD and (copied or not (self._checked or self.spares_copies)):
             self._evict(keep=target)
             self._checked = True
         return target
@@ -174,6 +177,10 @@ class ShardCache:
                     break
                 except DiskFullError:
                     raise
+                except ImportError as error:  # of fsspec: "Install s3fs to access S3", caused by the package's absence
+                    package = getattr(error.__cause__ or error, "name", None)
+                    remedy = f" (pip install {package})" if package else ""
+                    raise ModuleNotFoundError(f"{self.url} cannot be read: {error}{remedy}") from error
                 except Exception as error:  # whatever the transport raises
                     if _means_file_is_missing(error):
                         raise FileNotFoundError(
@@ -191,14 +198,16 @@ class ShardCache:
                     f"{self.url}/{name} has {temporary.stat().st_size} bytes, its manifest says {size}: it is cut off"
                 )
             temporary.replace(target)
-            self.copies.made.add(target)
+            if target.suffix.lower() == SHARD:
+                self.copies.made.add(target)
         finally:
             temporary.unlink(missing_ok=True)
 
     def _evict(self, keep: Path) -> None:
         """Remove the least recently used copies. Readers are not affected: open files stay readable until closed."""
+        folders = {path.parent for path in self.copies.made} if self.spares_copies else self.copies.folders
         copies = []
-        for path in (path for folder in self.copies.folders for path in files_in(folder, SHARD)):
+        for path in (path for folder in folders for path in files_in(folder, SHARD)):
             try:
                 status = path.stat()
             except FileNotFoundError:
@@ -215,7 +224,7 @@ class ShardCache:
                 removed, freed = removed + 1, freed + size
         if removed and not self.copies.removal_logged:  # log only once: later removals make room for one shard each
             self.copies.removal_logged = True
-            sets = len(self.copies.folders)
+            sets = len(folders)
             of, place = (self.url, self.folder) if sets == 1 else (f"{sets} shard sets", self.folder.parent)
             log.info(
                 "%d of %d copies of the shards of %s, %.3g of %.3g GB, are removed from %s, the least recently used "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -72,6 +73,15 @@ class ResumableData(LightningDataModule):
     def batches_per_step(self) -> int:
         """Number of batches whose gradients are accumulated for one optimiser step."""
         return self.accumulated if self.trainer is None else int(self.trainer.accumulate_grad_batches)
+
+    def last_step(self, batches: int) -> float:
+        """Return the optimiser step at which the trainer stops, with `batches` batches per epoch; infinity if neither
+        steps nor epochs limit it, or without a trainer."""
+        if self.trainer is None:
+            return math.inf
+        steps, epochs = self.trainer.max_steps, self.trainer.max_epochs
+        per_epoch = math.ceil(batches / self.batches_per_step)
+        return min(steps if steps >= 0 else math.inf, epochs * per_epoch if epochs and epochs > 0 else math.inf)
 
     def loader_options(self, samples: Dataset[Any], sampler: GlobalBatchSampler) -> dict[str, Any]:
         """Return the DataLoader options that all loaders share, without the collate function.

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from keygrip.data.bad_samples import BadSample
+from keygrip.data.bad_samples import BadSample, raise_connection_error
 from keygrip.data.shards.index import MOST_FRAMES
 from keygrip.data.spacing import evenly
 from keygrip.data.video_text.batching import Questions, uses_kind
@@ -64,19 +64,22 @@ def check_clips(parts: Sequence[Part], questions: Questions) -> None:
 
 def _count_cuttable(clips: SubClips, parts: Sequence[Part], questions: Questions) -> tuple[int, int, int]:
     """Return how many longer training videos were tested, how many of them have frames one second apart, and how many
-    can be cut."""
+    can be cut. Raise ConnectionError if one of them cannot be reached."""
     tried = timed = cut = 0
     for part in parts:
         longer_samples = part.chosen[part.column("frames") > clips.frames[0]]
         for sample in longer_samples[evenly(len(longer_samples), TRIED)].tolist():
-            with contextlib.suppress(BadSample):  # counted when they are read
+            try:
                 conversations, seconds = read_timed_conversations(part.shards, sample, MOST_FRAMES)
-                tried += 1
-                frames = int(part.shards.columns["frames"][sample])
-                if one_second_apart(seconds, frames):
-                    timed += 1
-                    used = [each for each in conversations if uses_kind(each.kind, part.kinds, questions)]
-                    cut += clips.may_be_cut(used, frames)
+            except BadSample as error:
+                raise_connection_error(error)
+                continue  # counted when it is read
+            tried += 1
+            frames = int(part.shards.columns["frames"][sample])
+            if one_second_apart(seconds, frames):
+                timed += 1
+                used = [each for each in conversations if uses_kind(each.kind, part.kinds, questions)]
+                cut += clips.may_be_cut(used, frames)
     return tried, timed, cut
 
 

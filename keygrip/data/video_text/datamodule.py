@@ -19,7 +19,7 @@ from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSample, BadSamples
 from keygrip.data.batches import VideoTextBatch, VideoTextStatistics
 from keygrip.data.shards.budget import MEASURES, Budget, Load, costliest, queries
-from keygrip.data.shards.curriculum import Stage
+from keygrip.data.shards.curriculum import Stage, first_steps, warn_of_unreached
 from keygrip.data.shards.index import MOST_FRAMES, SPLITS
 from keygrip.data.shards.made_shards import complete_sets
 from keygrip.data.shards.mixing import (
@@ -28,7 +28,7 @@ from keygrip.data.shards.mixing import (
     MixedBatchSampler,
     Mixture,
 )
-from keygrip.data.shards.reader import share_cache_limit
+from keygrip.data.shards.reader import share_cache_limit, warn_of_small_cache
 from keygrip.data.shards.remote import folder_beside
 from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, SampleKey
@@ -100,7 +100,7 @@ class VideoTexts(ResumableData):
     """
 
     batch_type = VideoTextBatch
-    order_depends_on = ("batch_size", "seed", "fingerprint")
+    order_depends_on = ("batch_size", "seed", "fingerprint", "window_shards")
     compares_contents = True
 
     def __init__(
@@ -208,6 +208,9 @@ class VideoTexts(ResumableData):
         self.fit = common_fit(self.sources, self.given_fit, self.cache_dir)
         opened: dict[str, list[Part]] = {split: self._open(split) for split in SPLITS}
         share_cache_limit(part.shards for parts in opened.values() for part in parts)
+        if fitting:
+            read = {id(part.shards): part.shards for split in ("train", "val") for part in opened[split]}
+            warn_of_small_cache(read.values(), self.cache_gb, self.window_shards)
         chosen = {"questions": self.questions, "val_questions": self.val_questions}
         check_kinds([part for parts in opened.values() for part in parts], chosen)
         if isinstance(self.collator, PreparedCollator):  # on every rank: loads the files that the first process created
@@ -282,11 +285,11 @@ class VideoTexts(ResumableData):
         if self.mixture is None:
             return
         if self.curriculum:
-            begins = np.cumsum([0, *(stage.steps for stage in self.curriculum if stage.steps is not None)])
             per_step, batches = self.batches_per_step, self.mixture.batches
             delay = f" (or up to a step later for each epoch before: {batches} batches do not divide by {per_step})"
-            starts = ", ".join(map(str, begins.tolist())) + (delay if batches % per_step else "")
+            starts = ", ".join(map(str, first_steps(self.curriculum))) + (delay if batches % per_step else "")
             log.info("stages of the curriculum begin at optimizer steps %s", starts)
+            warn_of_unreached(self.curriculum, self.last_step(batches))
         shares = {p.name: p.share for p in self.mixture.components if p.share is not None}
         exact = self.budget is not None and self.budget.exact_lengths
         log.info(
@@ -386,7 +389,7 @@ class VideoTexts(ResumableData):
                 "the stages of data.curriculum count optimizer steps now, and batches in the run of the checkpoint: "
                 f"divide their steps by accumulate_grad_batches={self.batches_per_step}"
             )
-        super().load_state_dict(state_dict)
+        super().load_state_dict({"window_shards": self.window_shards, **state_dict})  # older checkpoints lack it
 
     # ---------------------------------------------------------------------------------------------------------- loading
 

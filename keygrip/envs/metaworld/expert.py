@@ -1,10 +1,10 @@
 """Meta-World's scripted policies as experts for demonstrations, with necessary corrections.
 
 Demonstrations differ from the benchmark's own rollouts as follows. The arm starts up to 6 cm away from its usual
-place. The goals of reaching and placing tasks are raised for the expert, which moves the hand, not the fingertips, to
-them. The gripper closes while the arm stands still. Some tasks are done more slowly. The lead of the mocap body over
-the hand is limited. Some episodes are recoveries, which start in the middle, after a disturbance. An episode continues
-after success until the arm stands still.
+place along x and along y. The goals of reaching and placing tasks are raised for the expert, which moves the hand, not
+the fingertips, to them. The gripper closes while the arm stands still. Some tasks are done more slowly. The lead of the
+mocap body over the hand is limited. Some episodes are recoveries, which start in the middle, after a disturbance. An
+episode continues after success until the arm stands still.
 """
 
 from __future__ import annotations

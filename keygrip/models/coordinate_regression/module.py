@@ -28,7 +28,7 @@ from keygrip.models.policy import Needs, Observation, Plan, image_of, refuse_inc
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.models.policy_tensors import plans_of, stacked_poses
 from keygrip.training.checkpoints import stored_beside_weights
-from keygrip.training.distributed import check_weights, weighted_means
+from keygrip.training.distributed import check_weights, mean_over_processes, weighted_means
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System, check_names
@@ -217,7 +217,7 @@ class CoordinateRegressionModule(System):
         with trained_on(self.device):
             output = self(batch)
         losses = self.losses(output, batch)
-        self.log_values("train", losses | self.metrics(output, batch), len(batch), BAR)
+        self.log_values("train", mean_over_processes(losses) | self.metrics(output, batch), len(batch), BAR)
         return self.mean_of_step(losses["total"], self._counted(batch).sum())
 
     def validation_step(self, batch: PolicyBatch, batch_idx: int) -> None:

@@ -18,7 +18,7 @@ class FrameClock(nn.Module):
         super().__init__()
         self.waves = waves
         self.linear = nn.Linear(2 * waves, language.width, bias=False)
-        nn.init.normal_(self.linear.weight, std=float(language.embedding_std) * waves**-0.5)
+        nn.init.normal_(self.linear.weight, std=language.embedding_scale() * waves**-0.5)
 
     def forward(self, first: int, count: int) -> Tensor:
         """Return the embeddings [count, C] of `count` frames from number `first` on."""

@@ -26,7 +26,7 @@ from keygrip.data.batches import Movable, VideoTextBatch, VideoTextSample, norma
 from keygrip.models.backbone import DinoBackbone
 from keygrip.models.nn.processor_attention import trained_on
 from keygrip.models.nn.standardise import RunningStandardisation
-from keygrip.training.distributed import check_weights, global_mean, global_sum
+from keygrip.training.distributed import check_weights, global_mean, global_sum, mean_over_processes
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -314,8 +314,8 @@ class EncoderPretrainingModule(System):
     def training_step(self, batch: EncoderPretrainingBatch, batch_idx: int) -> Tensor:
         losses, right = self.losses(batch)
         loss = self._total(losses)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
-        good, count = right["digit"]
+        self.log_values("train", mean_over_processes({"total": loss}), len(batch))
+        good, count = global_sum(torch.stack(right["digit"]))
         self.log("train/digit", good / count.clamp_min(1), prog_bar=True, batch_size=len(batch))
         return loss
 

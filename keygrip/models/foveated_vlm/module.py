@@ -364,10 +364,10 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         loss = global_mean(scores.loss, scores.tokens)
         size, name = len(batch), "train/" if mode == self.mode else "train/coarse_"
         global_loss = global_sum(loss) / world_size()  # processes hold different shares of the batch's rows
+        right, answered = global_sum(torch.stack([scores.exact.sum(), scores.answered.sum()]))
         if not self._learns_nothing:  # otherwise a loss and an accuracy of 0, of no question
             self.log(f"{name}loss", global_loss, prog_bar=True, batch_size=size)
-            accuracy = scores.exact.sum() / scores.answered.sum().clamp_min(1)
-            self.log(f"{name}accuracy", accuracy, prog_bar=True, batch_size=size)
+            self.log(f"{name}accuracy", right / answered.clamp_min(1), prog_bar=True, batch_size=size)
         self.row_counts.add(batch, rows)
         if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             for figure, value in self.row_counts.report(self.device).items():

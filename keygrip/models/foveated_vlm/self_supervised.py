@@ -35,7 +35,7 @@ from keygrip.models.backbone import DinoBackbone
 from keygrip.models.foveated_vlm.objects import SIDE, crops_of, draw_objects
 from keygrip.models.nn.precision import without_autocast
 from keygrip.models.nn.processor_attention import trained_on
-from keygrip.training.distributed import check_weights, global_mean, world_size
+from keygrip.training.distributed import check_weights, global_mean, mean_over_processes, world_size
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -246,11 +246,11 @@ class SelfSupervisedModule(System):
 
     def training_step(self, batch: FramesBatch, batch_idx: int) -> Tensor:
         losses = self.losses(batch, self._seed(batch_idx))
-        loss = global_mean(self._total(losses) * len(batch), len(batch))  # processes differ in their number of frames
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
-        for name, value in losses.items():
-            self.log(f"train/{name}", value.detach(), batch_size=len(batch))
-        return loss
+        means = torch.stack([*losses.values(), self._total(losses)])
+        shares = global_mean(means * len(batch), len(batch))  # processes differ in their number of frames
+        logged = mean_over_processes(dict(zip((*losses, "total"), shares.unbind(), strict=True)))
+        self.log_values("train", logged, len(batch))
+        return shares[-1]
 
     def sharded_parts(self) -> list[nn.Module]:
         """Return no part: the encoder's blocks are also called in parts, not only through their ``forward``."""

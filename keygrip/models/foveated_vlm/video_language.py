@@ -125,7 +125,7 @@ class VideoLanguageNetwork(nn.Module):
         self.visual_scale = visual_scale
         self.connector = Connector(backbone.embed_dim, language, visual_scale)
         self.frame_tokens = (
-            nn.Parameter(torch.randn(frame_numbers, language.width) * float(language.embedding_std))
+            nn.Parameter(torch.randn(frame_numbers, language.width) * language.embedding_scale())
             if frame_numbers
             else None
         )

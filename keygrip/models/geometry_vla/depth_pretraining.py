@@ -18,6 +18,7 @@ from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.models.geometry_vla.figures import scene_figure
 from keygrip.models.geometry_vla.geometry import DinoMultiView, GeometryFeatures
 from keygrip.models.nn.processor_attention import trained_on
+from keygrip.training.distributed import mean_over_processes
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System
@@ -81,7 +82,7 @@ class DepthReaderModule(System):
     def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:
         with trained_on(self.device):
             losses = self.losses(self(batch), batch)
-        self.log_values("train", losses, len(batch), BAR)
+        self.log_values("train", mean_over_processes(losses), len(batch), BAR)
         return losses["loss"]
 
     def validation_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> None:

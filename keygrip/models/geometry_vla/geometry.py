@@ -326,11 +326,12 @@ class DinoMultiView(GeometryEncoder):
         with torch.no_grad():
             point_error = (features.points - points).norm(dim=-1).masked_fill(~known, 0.0)
             depth_error = (features.log_depth.exp() - metres).abs().masked_fill(~known, 0.0)
+            point_cm, depth_cm = (100 * global_mean(error.sum(), count) for error in (point_error, depth_error))
         return {
             "points": self.weights["points"] * DECIMETRES * global_mean(distance.sum(), count),
             "depth": self.weights["depth"] * global_mean(ratio.sum(), count),
-            "point_cm": 100 * point_error.sum() / count.clamp(min=1),
-            "depth_cm": 100 * depth_error.sum() / count.clamp(min=1),
+            "point_cm": point_cm,
+            "depth_cm": depth_cm,
         }
 
     def counts(

@@ -29,7 +29,7 @@ from keygrip.models.nn.lora import Adapter
 from keygrip.models.nn.processor_attention import trained_on
 from keygrip.models.policy_statistics import PolicyStatistics
 from keygrip.training.checkpoints import stored_beside_weights
-from keygrip.training.distributed import global_mean, global_sum
+from keygrip.training.distributed import global_mean, global_sum, mean_over_processes
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import ReadWhere, model_part
 from keygrip.training.system import System, check_names, parameters_m
@@ -403,7 +403,7 @@ class GeometryVLAModule(System):
     def training_step(self, batch: MultiViewPolicyBatch, batch_idx: int) -> Tensor:
         with trained_on(self.device):
             losses = self.losses(self(batch), batch)
-        self.log_values("train", losses, len(batch), BAR)
+        self.log_values("train", mean_over_processes(losses), len(batch), BAR)
         # With accumulated batches this is exact for the action loss. The losses of depth and of maps, which are means
         # over other numbers of elements, get the same weights: one factor per batch cannot correct several means.
         return self.mean_of_step(losses["total"], self.actions.mask(batch).sum())

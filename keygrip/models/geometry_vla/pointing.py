@@ -335,7 +335,8 @@ def _map_losses(logits: Tensor, pixels: Tensor, counted: Tensor, size: int, name
     cross_entropy = -(gather_pixels(logs, corners) * weights).sum(dim=-1)
     with torch.no_grad():
         pixel_error = (size * map_means(logs.exp()) - pixels.nan_to_num(0.0)).norm(dim=-1).masked_fill(~counted, 0.0)
+        mean_error = global_mean(pixel_error.sum(), counted.sum())
     return {
         name: global_mean(cross_entropy.masked_fill(~counted, 0.0).sum(), counted.sum()),
-        f"{name}_px": pixel_error.sum() / counted.sum().clamp(min=1),
+        f"{name}_px": mean_error,
     }

@@ -105,6 +105,10 @@ class LanguageModel(KeptBuffers):
         """Standard deviation of the token embeddings now, []."""
         return self.model.embed_tokens.weight.detach().float().std()
 
+    def embedding_scale(self) -> float:
+        """Return `embedding_std` as a number to initialise with; 1 on the meta device, where weights have no value."""
+        return 1.0 if self.model.embed_tokens.weight.is_meta else float(self.embedding_std)
+
     def forward(self, embeddings: Tensor) -> Tensor:
         """Hidden states after the last norm, [B, T, C] -> [B, T, C]. Rows begin at position 0; padding is on the right.
 

@@ -12,7 +12,7 @@ from keygrip.models.patch_dit.autoencoders import PixelPacking
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.figures import image_grid
 from keygrip.models.patch_dit.trained_autoencoder import ConvAutoencoder, ResidualBlock
-from keygrip.training.distributed import global_mean
+from keygrip.training.distributed import global_mean, mean_over_processes
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import ReadWhere, model_part
 from keygrip.training.system import System
@@ -137,9 +137,9 @@ class AutoencoderModule(System):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         losses = self.losses(self.pixels(batch), sampled=True)
-        loss = global_mean(losses["total"].sum(), len(batch))
-        self.log_values("train", {name: value.mean() for name, value in losses.items()}, len(batch))
-        return loss
+        means = {name: global_mean(value.sum(), len(batch)) for name, value in losses.items()}
+        self.log_values("train", mean_over_processes(means), len(batch))
+        return means["total"]
 
     @torch.no_grad()
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:

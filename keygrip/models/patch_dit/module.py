@@ -28,7 +28,7 @@ from keygrip.models.patch_dit.network import DiTOutput, PatchDiT
 from keygrip.models.patch_dit.sampler import Edit, Sampling, sample
 from keygrip.models.patch_dit.warm_start import rename_rules, warm_start
 from keygrip.training.checkpoints import stored_beside_weights
-from keygrip.training.distributed import global_mean
+from keygrip.training.distributed import global_mean, mean_over_processes
 from keygrip.training.loggers import takes_images
 from keygrip.training.monitors import RangeChecks
 from keygrip.training.optimizers import AdamW
@@ -324,7 +324,7 @@ class PatchDiTModule(System):
         conditions = self.dropout.masked(conditions)
         if self.few_steps is not None:
             loss = self.few_steps.loss(self.network, data, conditions, self.dropout, self.shift_of(data))
-            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)
+            self.log_values("train", mean_over_processes({"total": loss}), count)
             return loss
         level, category = self.timesteps(count, self.device), self.dropout.draw(count, self.device)
         level = shifted(level, self.shift_of(data))
@@ -333,7 +333,7 @@ class PatchDiTModule(System):
         output, losses = self.noised(data, torch.randn_like(data), level, context)
         loss = global_mean(losses.sum(), count)
         alignment_loss = self._alignment_loss("train", output, data, conditions, keep_patches)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)
+        self.log_values("train", mean_over_processes({"total": loss}), count)
         self.losses.add(losses.detach(), level, category)
         if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             for name, value in self.losses.report().items():

@@ -38,7 +38,7 @@ from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entrop
 from keygrip.models.volume_query.world import FurtherViews
 from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import stored_beside_weights
-from keygrip.training.distributed import check_weights, weighted_means
+from keygrip.training.distributed import check_weights, mean_over_processes, weighted_means
 from keygrip.training.figures import figure_to_image
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
@@ -348,7 +348,7 @@ class VolumeQueryModule(System):
         with trained_on(self.device):
             output = self(batch, targets, teacher=True)
         losses = self.losses(output, batch, targets)
-        self.log_values("train", losses | self.metrics(output, batch, targets), len(batch), BAR)
+        self.log_values("train", mean_over_processes(losses) | self.metrics(output, batch, targets), len(batch), BAR)
         self.log("train/off_screen_share", 1 - targets.inside.float().mean(), batch_size=len(batch))
         due = self.log_images_every_n_steps and self.global_step % self.log_images_every_n_steps == 0
         if due and completes_step(self.trainer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +35,7 @@ from keygrip.data.image_text.sources.encoding import as_tensor, prepare_image
 from keygrip.data.image_text.statistics import Moments
 from keygrip.data.manifests import make_manifests
 from keygrip.data.shards.reader import ShardSet
+from keygrip.data.shards.remote import ShardCache
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.validation import validate
 
@@ -208,6 +209,57 @@ def test_epochs_differ_and_leave_out_others() -> None:
     np.testing.assert_array_equal(epochs[3], np.concatenate(sampler.batches(3)))
 
 
+def copies_in_epoch(batches: list[np.ndarray], shard: np.ndarray, room: int) -> int:
+    """Return how many shards a cache with room for `room` of them copies if it removes the least recently used."""
+    cached: OrderedDict[int, None] = OrderedDict()
+    copies = 0
+    for number in shard[np.concatenate(batches)].tolist():
+        copies += number not in cached
+        cached[number] = None
+        cached.move_to_end(number)
+        if len(cached) > room:
+            cached.popitem(last=False)
+    return copies
+
+
+def test_windows_of_shards_need_a_cache_of_two_windows() -> None:
+    """Buckets of 40, 14 and 1 shards; the last shard holds fewer samples than two batches."""
+    sizes = [50] * 54 + [30]
+    shard, bucket = np.repeat(np.arange(55), sizes), np.repeat([0, 1, 2], [2000, 700, 30])
+    everywhere, windows = (BucketBatchSampler(bucket, 16, shard=shard, window_shards=each) for each in (None, 8))
+    assert len(everywhere) == len(windows) == 125 + 43 + 1
+    for epoch in range(3):
+        batches = windows.batches(epoch)
+        assert [len(batch) for batch in batches] == [16] * 169
+        assert len(np.unique(np.concatenate(batches))) == 169 * 16
+        assert all(len(np.unique(bucket[batch])) == 1 for batch in batches)
+        assert 55 <= copies_in_epoch(batches, shard, 16) <= 75  # a few for batches that span several windows
+        assert copies_in_epoch(everywhere.batches(epoch), shard, 16) > 1500
+    first, second = (set(shard[np.concatenate(windows.batches(epoch)[:10])].tolist()) for epoch in (0, 1))
+    assert max(len(first), len(second)) <= 8
+    assert first != second  # other windows in each epoch
+    np.testing.assert_array_equal(everywhere.batches(1), BucketBatchSampler(bucket, 16).batches(1))
+    parts = [list(BucketBatchSampler(bucket, 16, 0, 2, shard=shard, window_shards=8).parts_of(2, n)) for n in (0, 100)]
+    assert [np.concatenate(part).tolist() for part in parts[0]] == [batch.tolist() for batch in windows.batches(2)]
+    assert [np.concatenate(part).tolist() for part in parts[1]] == [b.tolist() for b in windows.batches(2)[100:]]
+
+
+def test_training_shuffles_in_windows_of_the_shards_of_all_buckets(root: Path) -> None:
+    """The training split has 3 and 2 shards, of 5, 5, 1 and 5, 1 samples."""
+    data = module(root, window_shards=2, batch_size=2)
+    samples = data.samples("train")
+    assert np.unique(samples.shard, return_counts=True)[1].tolist() == [5, 5, 1, 5, 1]
+    names = [samples.parts[number].shards for number in samples.bucket]
+    for sample, (shards, shard) in enumerate(zip(names, samples.shard, strict=True)):
+        assert shards is samples.parts[int(shard >= 3)].shards, sample
+    expected = BucketBatchSampler(samples.bucket, 2, shard=samples.shard, window_shards=2).batches(0)
+    loader = data.train_dataloader()
+    assert [batch.numbers for batch in loader] == [batch.tolist() for batch in expected]
+    assert len(loader) == 5 + 3
+    with pytest.raises(ValueError, match=r"data\.window_shards must be at least 1, not 0"):
+        module(root, window_shards=0)
+
+
 def test_held_out_samples_come_once_in_a_fixed_order(root: Path) -> None:
     data = module(root)
     first, second = keys(data.val_dataloader()), keys(data.val_dataloader())
@@ -268,14 +320,15 @@ class Fit:
         self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
 
 
-def test_training_goes_on_in_the_middle_of_an_epoch(root: Path) -> None:
-    data = module(root)
+@pytest.mark.parametrize("window", [None, 2])
+def test_training_goes_on_in_the_middle_of_an_epoch(window: int | None, root: Path) -> None:
+    data = module(root, window_shards=window)
     data.trainer = Fit()  # type: ignore[assignment]
     loader = data.train_dataloader()
     whole = [keys(loader)]
     data.trainer = Fit(3)  # type: ignore[assignment]
     whole += [keys(loader)]
-    resumed = module(root)
+    resumed = module(root, window_shards=window)
     data.trainer = Fit(4)  # type: ignore[assignment]
     resumed.load_state_dict(data.state_dict())
     resumed.trainer = Fit()  # type: ignore[assignment]
@@ -289,6 +342,12 @@ def test_other_data_cannot_continue_the_order(root: Path) -> None:
         ValueError, match=r"trained with data.batch_size=4, this run has 2; the order of samples cannot"
     ):
         module(root, batch_size=2).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"trained with data.window_shards=None, this run has 2; the order of samples"):
+        module(root, window_shards=2).load_state_dict(state)
+    before = {name: value for name, value in state.items() if name != "window_shards"}  # an earlier version's
+    module(root).load_state_dict(before)
+    with pytest.raises(ValueError, match=r"data.window_shards=None, this run has 2"):
+        module(root, window_shards=2).load_state_dict(before)
     name = min(state["shards"])
     assert re.fullmatch(r"bucket_\d+x\d+/shard-\d+\.tar", name)
     changed = {**state, "shards": {**state["shards"], name: "0" * 16}}
@@ -462,6 +521,37 @@ def test_a_set_is_read_from_a_url(root: Path, tmp_path: Path) -> None:
     here, there = module(root), module(f"file://{root}", cache_dir=tmp_path)  # type: ignore[arg-type]
     assert there.fingerprint == here.fingerprint
     assert keys(there.train_dataloader()) == keys(here.train_dataloader())
+
+
+def test_statistics_of_a_set_that_cannot_be_reached_are_not_stored(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    fetch = ShardCache.fetch
+
+    def fetch_what_is_reached(self: ShardCache, name: str, *rest: Any, **options: Any) -> Path:
+        if name == "shard-000001.tar":
+            raise ConnectionError(f"{self.url}/{name} cannot be read")
+        return fetch(self, name, *rest, **options)
+
+    data = module(f"file://{root}", cache_dir=tmp_path / "cache")  # type: ignore[arg-type]
+    monkeypatch.setattr(ShardCache, "fetch", fetch_what_is_reached)
+    with pytest.raises(ConnectionError, match=r"^file://.*shard-000001\.tar cannot be read$"):
+        data.statistics  # noqa: B018
+    monkeypatch.setattr(ShardCache, "fetch", fetch)
+    assert torch.equal(data.statistics.latent_mean, module(root).statistics.latent_mean)
+
+
+def test_a_cache_smaller_than_a_remote_set_is_said(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        module(f"file://{root}", cache_dir=tmp_path, cache_gb=1e-6, window_shards=1)  # type: ignore[arg-type]
+        module(f"file://{root}", cache_dir=tmp_path, cache_gb=1e-6)  # type: ignore[arg-type]
+    two, everything = (record.getMessage() for record in caplog.records)
+    assert two.startswith("two windows of data.window_shards=1 remote shards have up to")
+    read = sum(path.stat().st_size for split in ("train", "val") for path in (root / split).rglob("*.tar"))
+    assert everything.startswith(f"the remote shards have {read / 1e9:.3g} GB, and data.cache_gb=1e-06: ")
 
 
 @pytest.mark.parametrize("spares", [True, False])

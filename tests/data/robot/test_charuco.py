@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -261,6 +262,12 @@ def test_the_only_image_that_turns_about_a_second_axis_is_kept(seed: int) -> Non
     place, used, _, _ = camera_place(poses, invert(true) @ invert(poses) @ fixed @ noise, True)
     assert 6 in used
     assert np.abs(place - true)[:3, 3].max() < 0.01
+
+
+def test_without_opencv_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ModuleNotFoundError, match=r"OpenCV, which is missing: pip install 'keygrip\[charuco\]'$"):
+        charuco_board(BOARD)
 
 
 def test_turns_about_one_axis_determine_no_place() -> None:

@@ -477,6 +477,38 @@ def test_the_writer_refuses_what_would_not_read_back(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
+@pytest.mark.parametrize("video", [False, True])
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.full((16, 32), 1.5, np.float32), "depth holds float32; uint16 millimetres are needed"),
+        (np.full((16, 32), 70_000, np.int32), "depth holds int32 from 70000 to 70000"),
+        (np.full((8, 16), 900, np.uint16), r"depth is \(8, 16\), its image \(16, 32\)"),
+    ],
+)
+def test_depth_that_the_readers_would_refuse_is_not_written(
+    values: np.ndarray, said: str, video: bool, tmp_path: Path
+) -> None:
+    """The frames before and after it are a whole demo."""
+    record(tmp_path / "jpeg")
+    picture = (tmp_path / "jpeg/rgb/over/000003.jpg").read_bytes()
+    view = CameraPose(np.array([[30.0, 0, 16], [0, 30.0, 8], [0, 0, 1]]), np.eye(4))
+    pose = ArmPose(np.zeros(3), np.array([1.0, 0, 0, 0]), 0.0)
+    with DemoWriter(tmp_path / "demos/demo", "yam", "pick", "", 10.0, video=video) as writer:
+        for index in range(3):
+            image = np.full((16, 32, 3), 40 * index, np.uint8)
+            for wrong in (image, picture):
+                with pytest.raises(ValueError, match=f"camera 'over': {said}"):
+                    writer.add(index, {"over": wrong}, {"over": view}, {"right": pose}, depth={"over": values})
+            good = {"over": np.full((16, 32), 900 + index)}  # int64
+            writer.add(index * 10**8, {"over": image}, {"over": view}, {"right": pose}, depth=good)
+    (reference,) = find_demos(tmp_path / "demos")
+    camera = reference.read().cameras["over"]
+    assert [int(camera.depth.read(index).min()) for index in range(3)] == [900, 901, 902]
+    means = [float(camera.frames.read(index).mean()) for index in range(3)]
+    np.testing.assert_allclose(means, [0, 40, 80], atol=6)
+
+
 def test_import_copies_jpeg_bytes_and_keeps_everything(tmp_path: Path, native_demo: Any) -> None:
     source = native_demo(tmp_path / "a" / "demo", arms=("left", "right"), cameras=("over", "wrist"))
     demo = read_native(source)

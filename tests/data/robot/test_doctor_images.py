@@ -29,7 +29,7 @@ from keygrip.data.robot.doctor.images_and_poses import ComparedCamera, _check_de
 from keygrip.data.robot.doctor.not_compared import EXPLAINED
 from keygrip.data.robot.doctor.overlays import FITTED, RECORDED
 from keygrip.data.robot.doctor.registration import NUMBERS, Fit, half_contrast_offsets
-from keygrip.data.robot.doctor.run import examine
+from keygrip.data.robot.doctor.run import examine, no_fault_in
 from keygrip.data.robot.doctor.search import starts
 from keygrip.data.robot.doctor.silhouettes import move_camera, project_points, splat
 from keygrip.data.robot.doctor.views import make_view, place, place_all
@@ -410,6 +410,20 @@ def test_the_last_line_says_that_images_were_left_out(tmp_path, caplog):
     _, last = examined(root, tmp_path / "out", caplog, compare_images=False)
     assert last == (
         f"no fault found in what was compared of {root}; images were not compared with poses (compare_images=false)"
+    )
+
+
+@pytest.mark.parametrize(("examined_count", "left_out"), [(50, True), (250, False)])
+def test_the_last_line_says_how_many_demonstrations_were_examined(examined_count, left_out):
+    exam = Examination([], 12, 32, 56, measures={"demos": 250, "examined": examined_count})
+    part = "the 50 of 250 demonstrations of data/x that were examined (max_demos=null: all)" if left_out else "data/x"
+    assert no_fault_in(exam, "data/x", True) == f"no fault found in {part}"
+    assert no_fault_in(exam, "data/x", False) == (
+        f"no fault found in what was compared of {part}; images were not compared with poses (compare_images=false)"
+    )
+    exam.add("not_compared", "note", "", "", cause="", demos=["a"], camera="over")
+    assert no_fault_in(exam, "data/x", True) == (
+        f"no fault found in what was compared of {part}; images were not compared with poses: camera over, a"
     )
 
 

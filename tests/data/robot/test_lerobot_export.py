@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 from keygrip.data.robot.discovery import find_demos
@@ -49,6 +50,8 @@ def test_our_reader_reads_back_what_was_written(demos: Path, tmp_path: Path) -> 
     summary = export_lerobot(demos, tmp_path / "set", progress=False)
     assert (summary.episodes, summary.frames, summary.tasks, summary.broken) == (3, 33, 2, [])
     written = [reference.read() for reference in find_demos(demos)]
+    entries = yaml.safe_load((tmp_path / "set/calibration.yaml").read_text())["lerobot"]["arms"]
+    assert {arm: entry["joints"]["units"] for arm, entry in entries.items()} == dict.fromkeys(entries, "radians")
     back = [reference.read() for reference in find_demos(tmp_path / "set")]
     assert [demo.source["format"] for demo in back] == ["lerobot_v3"] * 3
     for ours, theirs in zip(written, back, strict=True):

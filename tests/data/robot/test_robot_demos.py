@@ -383,6 +383,7 @@ def test_a_single_demo_is_trained_on_whatever_its_name(
     data = ready(robot_demos(root, val_fraction=0.1))
     assert data.statistics.frames == len(data.train_samples) == 12
     assert data.val_dataloader() == []
+    assert (len(data.val_samples), data.val_samples.dropped) == (0, 0)
     with pytest.raises(
         ValueError, match=r"val_fraction=0\.99 holds out the only demonstration, demo_002: set data\.val_fraction=0 to"
     ):

@@ -34,7 +34,7 @@ from keygrip.data.shards.index import (
     members_of,
     split_name,
 )
-from keygrip.data.shards.reader import ShardSet, share_cache_limit
+from keygrip.data.shards.reader import ShardSet, share_cache_limit, warn_of_small_cache
 from keygrip.data.shards.remote import ShardCache, cache_of
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.validation import validate
@@ -484,6 +484,63 @@ def test_several_sets_share_one_limit(spares: bool, tmp_path: Path, caplog: pyte
             assert sorted(copies) == expected.split()
     assert caplog.text.count("1 of 3 copies of the shards of 2 shard sets") == 1
     assert f"removed from {tmp_path / 'near'}," in caplog.text
+
+
+def test_copies_of_a_training_take_no_place_of_an_evaluation_of_another_split(tmp_path: Path) -> None:
+    """Otherwise each shard of the evaluation would be removed as soon as the next one is copied."""
+    train, val = (f"file://{write_set(tmp_path / name, [3] * 9, per_shard=3)}" for name in ("train", "val"))
+    near, gb = tmp_path / "near", (tmp_path / "train" / "s-000.tar").stat().st_size / 1e9
+    training = ShardSet(train, near, cache_gb=10 * gb)
+    for sample in (0, 3, 6):
+        read_sample(training, sample, 8)
+    sets = [ShardSet(url, near, cache_gb=2.5 * gb, spares_copies=True) for url in (train, val)]
+    share_cache_limit(sets)
+
+    def copies(url: str) -> list[str]:
+        return sorted(path.name for path in cache_of(url, near).folder.glob("*.tar"))
+
+    for sample, there in ((0, ["s-000.tar"]), (3, ["s-000.tar", "s-001.tar"]), (0, ["s-000.tar", "s-001.tar"])):
+        read_sample(sets[1], sample, 8)
+        sets[1].close()
+        assert copies(val) == there
+    read_sample(sets[1], 6, 8)
+    assert len(copies(val)) == 2  # its own copies stay within the limit
+    read_sample(sets[0], 0, 8)
+    assert copies(train) == ["s-000.tar", "s-001.tar", "s-002.tar"]
+
+
+def test_a_cache_that_is_too_small_for_the_order_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_set(tmp_path / "far", [3] * 18, per_shard=3)
+    gb = (root / "s-000.tar").stat().st_size / 1e9
+    here, far = ShardSet(root), ShardSet(f"file://{root}", tmp_path / "near")
+    with caplog.at_level("WARNING"):
+        for sets, cache, window in (([here], 0.0, None), ([here, far], 6.5, None), ([far], 4.5, 2)):
+            warn_of_small_cache(sets, cache * gb, window)
+        assert not caplog.text
+        warn_of_small_cache([here, far], 5.5 * gb, None)
+        warn_of_small_cache([far], 3.5 * gb, 2)
+    both, windows = (record.getMessage() for record in caplog.records)
+    assert both.startswith(f"the remote shards have {6 * gb:.3g} GB, and data.cache_gb={5.5 * gb:g}: ")
+    assert both.endswith("set data.window_shards=64 (or fewer), or raise data.cache_gb")
+    assert windows.startswith(f"two windows of data.window_shards=2 remote shards have up to {4 * gb:.3g} GB")
+
+
+def test_a_missing_package_for_an_address_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if there is a copy, which would otherwise be read without looking for changes."""
+    tries: list[str] = []
+
+    def without_package(url: str, mode: str) -> None:
+        tries.append(url)
+        error = ImportError("Install s3fs to access S3")
+        raise error from ModuleNotFoundError("No module named 's3fs'", name="s3fs")
+
+    monkeypatch.setattr("fsspec.open", without_package)
+    cache = ShardCache("s3://bucket/set", tmp_path, 1000)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ModuleNotFoundError) as caught:
+        cache.fetch("manifest.json", fresh=True)
+    assert str(caught.value) == "s3://bucket/set cannot be read: Install s3fs to access S3 (pip install s3fs)"
+    assert tries == ["s3://bucket/set/manifest.json"]
 
 
 def test_to_look_whether_a_remote_set_is_there_removes_no_shard(tmp_path: Path) -> None:

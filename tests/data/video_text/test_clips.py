@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from shard_sets import CharacterCollator, picture, write_set
 
+from keygrip.data.shards.remote import ShardCache
 from keygrip.data.shards.sampling import SampleKey
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.clips import SubClips
@@ -185,6 +187,29 @@ def test_clips_are_refused_where_no_video_can_be_cut(tmp_path: Path) -> None:
         batches(tmp_path, SubClips([3, 8]))
     with pytest.raises(ValueError, match=r"data\.clips: none of 0 training videos of more than 9 frames"):
         batches(tmp_path, SubClips([9, 20]))
+
+
+def test_videos_that_cannot_be_reached_are_not_taken_for_uncut_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ShardWriter(tmp_path / "far" / "train" / "t-000.tar") as writer:
+        images = [picture(6 * n, 4) for n in range(8)]
+        for number in range(4):
+            writer.add(f"t{number}", *video_text_parts(images, [asked(n) for n in range(8)], "tours", extension="png"))
+    write_manifest(tmp_path / "far" / "train", describe_video_text, progress=False)
+    fetch = ShardCache.fetch
+
+    def fetch_without_tars(self: ShardCache, name: str, *rest: Any, **options: Any) -> Path:
+        if name == "t-000.tar":
+            raise ConnectionError(f"{self.url}/{name} cannot be read")
+        return fetch(self, name, *rest, **options)
+
+    monkeypatch.setattr(ShardCache, "fetch", fetch_without_tars)
+    source = {"tours": ShardSource(f"file://{tmp_path / 'far'}")}
+    how = {"image_size": 4, "batch_size": 4, "clips": SubClips([2, 3]), "cache_dir": tmp_path / "near"}
+    data = VideoTexts(source, CharacterCollator(), num_workers=0, **how)  # type: ignore[arg-type]
+    with pytest.raises(ConnectionError, match=r"^file://.*t-000\.tar cannot be read$"):
+        data.setup("fit")
 
 
 @pytest.mark.parametrize(

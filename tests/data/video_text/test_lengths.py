@@ -471,7 +471,9 @@ def test_the_batch_with_the_most_queries_is_among_the_worst(tmp_path: Path) -> N
 def as_rank(data: VideoTexts, rank: int, ranks: int, done: int = 0) -> VideoTexts:
     progress = SimpleNamespace(total=SimpleNamespace(processed=done))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    trainer = SimpleNamespace(global_rank=rank, world_size=ranks, fit_loop=loop, accumulate_grad_batches=1)
+    trainer = SimpleNamespace(
+        global_rank=rank, world_size=ranks, fit_loop=loop, accumulate_grad_batches=1, max_steps=-1, max_epochs=-1
+    )
     data.trainer = trainer  # type: ignore[assignment]
     return data
 

@@ -47,6 +47,7 @@ from keygrip.data.video_text.sample_types import thinned
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.rows import text_rows
 
+LENGTH = {"accumulated": 1, "max_steps": -1, "max_epochs": -1}
 FRAMES = [1, 2, 3, 1] * 40  # 160 samples; in a known error, four workers saw only 40 of them
 
 
@@ -74,12 +75,17 @@ def module(root: Path, rank: int = 0, ranks: int = 1, share: float | None = None
     if share is not None:
         sources["texts"] = ShardSource(root / "texts", share=share)
     settings: dict[str, Any] = {"sources": sources, "image_size": 8, "batch_size": 12, "num_workers": 0, **options}
-    accumulated = settings.pop("accumulated", 1)
+    accumulated, steps, epochs = (settings.pop(name, none) for name, none in LENGTH.items())
     data = VideoTexts(collator=CharacterCollator(), **settings)
     progress = SimpleNamespace(total=SimpleNamespace(processed=0))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=rank, world_size=ranks, fit_loop=loop, accumulate_grad_batches=accumulated
+        global_rank=rank,
+        world_size=ranks,
+        fit_loop=loop,
+        accumulate_grad_batches=accumulated,
+        max_steps=steps,
+        max_epochs=epochs,
     )
     data.prepare_data()
     data.setup("fit")
@@ -130,6 +136,31 @@ def test_stages_count_optimizer_steps_also_where_an_earlier_run_goes_on(
         data.load_state_dict(of(7, 1).state_dict())
 
 
+@pytest.mark.parametrize(
+    ("length", "end"),
+    [
+        ({"max_steps": 3}, None),  # the second stage has the last step
+        ({"max_steps": 2}, 2),
+        ({"max_steps": 1}, 1),
+        ({"max_epochs": 1, "accumulated": 7}, 2),  # 13 batches
+        ({"max_epochs": 1, "accumulated": 6}, None),
+        ({"max_epochs": 1, "max_steps": 2}, 2),
+        ({}, None),
+    ],
+)
+def test_a_stage_that_the_training_does_not_reach_is_warned_of(
+    root: Path, caplog: pytest.LogCaptureFixture, length: dict[str, int], end: int | None
+) -> None:
+    sources = {"videos": ShardSource(root / "videos"), "others": ShardSource(root / "videos")}
+    stages = [Stage({"videos": 1.0}, 2), Stage({"videos": 0.5, "others": 0.5})]
+    module(root, sources=sources, curriculum=stages, batch_size=24, **length)
+    told = [record.getMessage() for record in caplog.records if "data.curriculum" in record.getMessage()]
+    assert len(told) == (end is not None)
+    if end is not None:
+        assert f"stage 2 begins at optimizer step 2, but training ends at step {end}," in told[0]
+        assert "nothing is trained on others;" in told[0]
+
+
 def test_pixels_belong_to_their_text(root: Path) -> None:
     for batch in module(root).train_dataloader():
         assert batch.frames.dtype == torch.uint8
@@ -154,6 +185,16 @@ def test_text_retention_comes_as_samples_without_frames(root: Path) -> None:
         advance(data, 15)
     assert rows == 3 * 180
     assert abs(text_only - 0.14 * rows) <= 1
+
+
+def test_a_run_goes_on_with_the_same_windows_only(root: Path) -> None:
+    state = module(root, window_shards=1).state_dict()
+    with pytest.raises(
+        ValueError, match=r"trained with data\.window_shards=1, this run has None; the order of samples"
+    ):
+        module(root).load_state_dict(state)
+    del state["window_shards"]  # checkpoints of earlier versions
+    module(root, window_shards=1).load_state_dict(state)
 
 
 def test_one_number_resumes_in_mid_epoch_with_other_workers_and_ranks(root: Path) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from keygrip.envs.yam import scene, tasks
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.expert import expert_actions
 from keygrip.envs.yam.tasks import TaskOptions
@@ -55,6 +58,23 @@ def test_the_expert_succeeds(task: TaskOptions, first: int) -> None:
         assert terminated, (seed, info)
         assert info["success"]
         assert info["failure_reason"] is None
+
+
+def test_a_camera_beside_the_table_needs_what_the_page_for_contributors_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).resolve().parents[3] / "CONTRIBUTING.md"
+    told = page.read_text(encoding="utf-8").partition("- **A camera** ")[2].partition("\n- ")[0]
+    for name in re.findall(r"`([A-Z_]+)`", told):
+        module = tasks if hasattr(tasks, name) else scene
+        known = getattr(module, name)
+        added = known | {"left": known["front"]} if isinstance(known, dict) else (*known, "left")
+        monkeypatch.setattr(module, name, added)
+    cell = YamCell(TaskOptions(camera="left"), render_images=False)
+    cell.reset(seed=0)
+    assert set(cell.lenses) == {"left"}
+    jittered = YamCell(TaskOptions(camera_jitter_deg=5.0, jitter_every_camera=True), render_images=False)
+    jittered.reset(seed=0)
+    assert jittered.layout is not None
+    assert set(jittered.layout.other_cameras) == {"front", "left"}
 
 
 def test_experts_differ_like_people() -> None:

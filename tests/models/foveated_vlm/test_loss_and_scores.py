@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_ranks import logged_by, on_two_ranks
 from torch.utils.data import DataLoader
 from vlm_parts import small_backbone, small_language
 
@@ -121,6 +122,32 @@ def test_a_module_with_the_fused_kernel_evaluates_on_any_machine(parts: Callable
         found, expected = (module.score(module(batch, "coarse_fine"), batch) for module in (fused, chunked))
     assert torch.equal(found.row_loss, expected.row_loss)
     assert torch.equal(found.exact, expected.exact)
+
+
+def test_processes_log_loss_and_accuracy_of_all_rows(
+    parts: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process has one answer of 10 tokens, which is wrong; the other has three right ones of 30."""
+    built = [parts(mode="coarse_only", refinement=0, log_images_every_n_steps=0) for _ in range(2)]
+
+    def step(rank: int) -> dict[str, float]:
+        module, batch = built[rank]
+        answers = torch.ones(2 * rank + 1, dtype=torch.bool)
+        scores = SimpleNamespace(
+            loss=torch.tensor((10.0, 90.0)[rank]),
+            tokens=torch.tensor((10, 30)[rank]),
+            answered=answers,
+            exact=answers & bool(rank),
+        )
+        module.score = lambda *_: scores
+        module.due = module._is_health_due = lambda *_: False
+        module.trainer = SimpleNamespace(accumulate_grad_batches=1, log_every_n_steps=1, global_step=0)
+        logged = logged_by(module)
+        module.training_step(batch, 0)
+        return logged
+
+    expected = {"train/loss": pytest.approx(100 / 40), "train/accuracy": pytest.approx(3 / 4)}
+    assert on_two_ranks(monkeypatch, step) == [expected] * 2
 
 
 def test_an_answer_is_exact_only_with_all_its_tokens_and_its_end(parts: Callable[..., tuple]) -> None:

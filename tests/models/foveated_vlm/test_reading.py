@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_ranks import logged_by
 from shard_sets import CharacterCollator, picture, write_set
 from torch import distributed
 from torch import multiprocessing as mp
 from vlm_parts import small_backbone
 
+from keygrip.artifacts import read_record, write_json
 from keygrip.data.batches import VideoTextSample, VideoTextStatistics
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.writer import ShardWriter, write_manifest
@@ -134,17 +136,19 @@ def cubes(frames: int, asked: int) -> EncoderPretrainingBatch:
     )
 
 
-def a_loss(batch: EncoderPretrainingBatch) -> float:
+def a_step(batch: EncoderPretrainingBatch) -> dict[str, float]:
+    """Return the loss of a training step and what it logs."""
     torch.manual_seed(0)
     weights = dict.fromkeys(("colour", "digit", "pointed", "frame_colour", "frame_digit", "asked"), 1.0)
     network = EncoderPretraining(small_backbone("tiny"), 2)
     module = EncoderPretrainingModule(network, EncoderPretrainingCollator(COLOURS), AdamW(lr=1e-3), weights)
-    return float(module.loss(batch).detach())
+    logged = logged_by(module)
+    return {"loss": float(module.training_step(batch, 0).detach())} | logged
 
 
 def _part(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    Path(folder, f"{rank}.txt").write_text(str(a_loss(cubes(2, 1) if rank == 0 else cubes(6, 6))))
+    write_json(Path(folder, f"{rank}.json"), a_step(cubes(2, 1) if rank == 0 else cubes(6, 6)))
     distributed.destroy_process_group()
 
 
@@ -154,9 +158,11 @@ def test_two_processes_have_the_loss_of_one(tmp_path: Path) -> None:
     few, many = cubes(2, 1), cubes(6, 6)
     names = ("frames", "pixel", "area", "colour", "digit", "pointed")
     whole = {name: torch.cat([getattr(few, name), getattr(many, name)]) for name in names}
-    together = a_loss(EncoderPretrainingBatch(frame=torch.cat([few.frame, many.frame + 2]), **whole))
-    parts = [float((tmp_path / f"{rank}.txt").read_text()) for rank in (0, 1)]
-    assert sum(parts) / 2 == pytest.approx(together, rel=1e-5)  # as DDP averages the gradients
+    together = a_step(EncoderPretrainingBatch(frame=torch.cat([few.frame, many.frame + 2]), **whole))
+    parts = [read_record(tmp_path / f"{rank}.json") for rank in (0, 1)]
+    assert sum(part.pop("loss") for part in parts) / 2 == pytest.approx(together.pop("loss"), rel=1e-5)  # as DDP does
+    assert together.keys() == {"train/loss", "train/digit"}
+    assert parts == [pytest.approx(together, rel=1e-5)] * 2
 
 
 def test_standardised_heads_see_how_features_differ_and_not_how_much() -> None:

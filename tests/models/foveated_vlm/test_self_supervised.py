@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fake_ranks import logged_by, on_two_ranks
 from shard_sets import write_set
 from vlm_parts import self_supervised_module as module
 
@@ -183,6 +184,28 @@ def test_processes_and_batches_of_an_accumulated_step_draw_otherwise(monkeypatch
     assert len(set(seeds)) == 12
     assert seeds[0] == 0  # one process without accumulation: the seed is the step
     assert seeds[6] == 1
+
+
+def test_processes_log_the_mean_over_the_frames_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process has 1 frame, the other 3. The logged total is the weighted sum of the logged losses."""
+    modules = [module(), module()]
+    values = [{name: torch.tensor(float(rank + 1)) for name in LOSSES} for rank in (0, 1)]
+
+    def step(rank: int) -> dict[str, float]:
+        own = modules[rank]
+        own.losses = lambda *_: values[rank]  # type: ignore[method-assign]
+        own._seed = lambda _: 0  # type: ignore[method-assign]
+        logged = logged_by(own)
+        frames = squares().frames[:1].repeat(2 * rank + 1, 1, 1, 1)
+        logged["returned"] = float(own.training_step(replace(squares(), frames=frames), 0))
+        return logged
+
+    found = on_two_ranks(monkeypatch, step)
+    weight = sum(modules[0].weights.values())
+    for logged, share in zip(found, (0.5, 3.0), strict=True):
+        assert logged == pytest.approx(
+            {f"train/{name}": 1.75 for name in LOSSES} | {"train/loss": 1.75 * weight, "returned": share * weight}
+        )
 
 
 @pytest.mark.slow

@@ -55,6 +55,15 @@ def test_cases_at_the_published_sizes_need_no_weights(monkeypatch: pytest.Monkey
         assert (network["language"]["layers"], network["backbone"]["variant"]) == (30, "dinov2_vits14")
 
 
+@pytest.mark.parametrize("numbers", [{"frame_clock": "seconds"}, {"frame_clock": True}, {"frame_numbers": 8}])
+def test_memory_of_a_network_that_numbers_frames_is_counted_without_weights(numbers: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        counted = FoveatedVLM(small_backbone(), small_language(), **numbers)
+    built = FoveatedVLM(small_backbone(), small_language(), **numbers)
+    assert all(parameter.is_meta for parameter in counted.parameters())
+    assert [(n, p.shape) for n, p in counted.named_parameters()] == [(n, p.shape) for n, p in built.named_parameters()]
+
+
 def test_peak_of_a_step_has_the_gradients(network: FoveatedVLM) -> None:
     """The weights take more memory than anything else in the step."""
     images = torch.randn(1, 1, 3, network.backbone.image_size, network.backbone.image_size)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_ranks import on_two_ranks
 from vla_parts import S, V, ready_module, small_batch, small_geometry, small_module
 
 from keygrip.data.batches import MultiViewPolicyBatch
@@ -18,6 +19,7 @@ from keygrip.models.geometry.rotations import quaternion_to_matrix, rotation_exp
 from keygrip.models.geometry_vla.feature_cache import FeatureCache
 from keygrip.models.geometry_vla.geometry import depth_targets
 from keygrip.models.geometry_vla.mapanything import COMMIT, MapAnythingGeometry
+from keygrip.training.distributed import mean_over_processes
 from keygrip.training.memory import SMALL, count_forward, is_counting
 
 
@@ -76,6 +78,24 @@ def test_losses_ignore_what_is_unknown_and_vanish_for_the_truth() -> None:
     points, _, metres = depth_targets(batch.depth, *cameras, 4, 2.0)
     true = type(features)(features.tokens, points, metres.log())
     assert all(float(value) < 1e-5 for value in encoder.losses(true, batch.depth, *cameras).values())
+
+
+def test_logged_losses_and_errors_are_means_over_the_cells_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process has a sample without most of its depth."""
+    encoder, batch = small_geometry(), small_batch()
+    assert batch.depth is not None
+    batch.depth[0, :, : S // 2] = 0.0
+    inputs = batch.images, batch.depth, batch.view_intrinsics, batch.view_world_to_camera
+
+    def losses(part: slice) -> dict[str, float]:
+        images, depth, *cameras = (value[part] for value in inputs)
+        logged = mean_over_processes(encoder.losses(encoder(images, *cameras), depth, *cameras))
+        return {name: float(value) for name, value in logged.items()}
+
+    whole = losses(slice(2))
+    assert whole.keys() == {"points", "depth", "point_cm", "depth_cm"}
+    halves = on_two_ranks(monkeypatch, lambda rank: losses(slice(rank, rank + 1)))
+    assert halves == [pytest.approx(whole, rel=1e-4)] * 2
 
 
 def test_every_view_reaches_every_views_tokens() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dit_parts import SMALL
+from fake_ranks import logged_by, on_two_ranks
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from image_sets import SQUARE, drawn, small_encoders, write_images
@@ -71,6 +72,25 @@ def test_it_learns_and_its_losses_are_what_they_are_named() -> None:
         loss.backward()
         optimizer.step()
     assert float(module.losses(pixels, sampled=False)["total"].mean()) < 0.5 * before
+
+
+def test_two_processes_log_the_losses_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them has three images, the other five."""
+    modules = [AutoencoderModule(ConvAutoencoder(**SIZES), small_encoders(), AdamW(1e-3), 2.0, 0.1) for _ in range(3)]
+
+    def step(module: AutoencoderModule, pixels: Tensor) -> dict[str, float]:
+        module.network.load_state_dict(modules[0].network.state_dict())
+        module.losses = lambda pixels, sampled: AutoencoderModule.losses(module, pixels, sampled=False)  # type: ignore[method-assign]
+        module.pixels = lambda batch: batch  # type: ignore[method-assign]
+        logged = logged_by(module)
+        module.training_step(pixels, 0)  # type: ignore[arg-type]
+        return logged
+
+    pixels = images(8)
+    whole = step(modules[2], pixels)
+    assert whole.keys() == {f"train/{name}" for name in ("pixels", "differences", "kl", "loss")}
+    parts = on_two_ranks(monkeypatch, lambda rank: step(modules[rank], pixels[slice(3 * rank, 3 + 5 * rank)]))
+    assert parts == [pytest.approx(whole, rel=1e-4)] * 2
 
 
 def encoders_of(run: Path | str | None) -> Encoders:

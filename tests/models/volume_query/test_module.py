@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_ranks import logged_by, on_two_ranks
 from policy_batches import observation_of, trained_in_pieces, validated_in_pieces
 from torch.utils.data import DataLoader
 
@@ -190,6 +191,26 @@ def test_accumulated_batches_have_the_gradient_of_one_large_batch(tmp_path: Path
         torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5)
     mean = sum(each["total"] * count for each, count in zip(logged, (1, 3, 3, 2), strict=True)) / 9
     assert mean == pytest.approx(all_together["total"], rel=1e-5)
+
+
+def test_two_processes_log_the_losses_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process has a single step that counts, the other six."""
+    whole = batch(size=4)
+    whole.action_is_pad[:2] = True
+    whole.action_is_pad[0, 0, 0] = False
+    modules = [build(("right",), tmp_path, log_images_every_n_steps=0) for _ in range(3)]
+    for module in modules:
+        module.trainer = SimpleNamespace(accumulate_grad_batches=1)  # type: ignore[assignment]
+
+    def step(module: VolumeQueryModule, part: slice) -> dict[str, float]:
+        logged = logged_by(module)
+        tensors = {name: value[part] for name, value in vars(whole).items() if isinstance(value, torch.Tensor)}
+        module.training_step(replace(whole, instruction=whole.instruction[part], **tensors), 0)
+        return {f"train/{name}": logged[f"train/{name}"] for name in ("loss", "volume", "gripper", "rotation")}
+
+    alone = step(modules[2], slice(4))
+    halves = on_two_ranks(monkeypatch, lambda rank: step(modules[rank], slice(2 * rank, 2 * rank + 2)))
+    assert halves == [pytest.approx(alone, rel=1e-4)] * 2
 
 
 def test_pictures_show_the_prediction_and_can_be_switched_off(tmp_path: Path) -> None:

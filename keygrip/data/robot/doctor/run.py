@@ -85,7 +85,10 @@ def examine(
 
 
 def no_fault_in(exam: Examination, root: str, compare_images: bool) -> str:
-    """Return the last line of the log if no fault was found. It states what was not compared."""
+    """Return the last line of the log if no fault was found. It states what was not examined and not compared."""
+    examined, count = exam.measures["examined"], exam.measures["demos"]
+    if examined < count:
+        root = f"the {examined} of {count} demonstrations of {root} that were examined (max_demos=null: all)"
     if not compare_images:
         return (
             f"no fault found in what was compared of {root}; images were not compared with poses (compare_images=false)"

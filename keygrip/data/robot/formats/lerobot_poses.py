@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from keygrip.data.robot.formats.poses import opening, quaternions, rotations, tr
 from keygrip.data.robot.schema import ArmTrajectory
 from keygrip.data.untrusted_files import read_bytes
 from keygrip.data.video import file_identity
-from keygrip.robots.kinematics import ARM_JOINTS, forward_kinematics
+from keygrip.robots.kinematics import ARM_JOINTS, arm_chain, forward_kinematics
 from keygrip.robots.xml_text import LARGEST_XML_BYTES
 
 if TYPE_CHECKING:
@@ -114,11 +115,14 @@ def _read_poses(
         )
     try:
         position, quaternion = forward_kinematics(joints, base.arm, base.gripper)
+        limits = arm_chain(base.arm, base.gripper).limits
     except ValueError as error:
         raise ValueError(
             f"{path}: {error}; an arm that is no YAM needs model, tool and joints below arms (docs/data.md, 'Other "
             "formats')"
         ) from error
+    names = [f"joint{number}" for number in range(1, ARM_JOINTS + 1)]  # as in the model of a YAM
+    _refuse_beyond_limits(joints, names, limits, np.ones(ARM_JOINTS, bool), f"{path}: {location}.joints")
     matrices = Rotation.from_quat(quaternion, scalar_first=True).as_matrix()
     return base.world_from_base @ transform(position, matrices), joints
 
@@ -175,7 +179,7 @@ def _read_joints(
         )
     if units == "degrees":
         values = np.where(kinematics.hinges, np.radians(values), values)
-    _refuse_beyond_limits(values, kinematics, f"{path}: {location}")
+    _refuse_beyond_limits(values, kinematics.joints, kinematics.limits, kinematics.hinges, f"{path}: {location}")
     return values
 
 
@@ -189,19 +193,25 @@ def _parse_number_list(stated: Any, count: int, default: float, location: str) -
     return values
 
 
-def _refuse_beyond_limits(joints: np.ndarray, kinematics: ToolKinematics, location: str) -> None:
-    """Raise ValueError if joints [N, J] have values that the arm cannot have."""
-    unlimited = np.where(kinematics.hinges, 2 * np.pi * MOST_TURNS, np.inf)
-    low = np.where(np.isfinite(kinematics.limits[:, 0]), kinematics.limits[:, 0] - BEYOND, -unlimited)
-    high = np.where(np.isfinite(kinematics.limits[:, 1]), kinematics.limits[:, 1] + BEYOND, unlimited)
-    for index, name in enumerate(kinematics.joints):
+def _refuse_beyond_limits(
+    joints: np.ndarray, names: Sequence[str], limits: np.ndarray, hinges: np.ndarray, location: str
+) -> None:
+    """Raise ValueError if joints [N, J] have values that the arm cannot have.
+
+    Args:
+        names, limits, hinges: of its model's joints: names, [J, 2] lowest and highest values, and bool [J].
+    """
+    unlimited = np.where(hinges, 2 * np.pi * MOST_TURNS, np.inf)
+    low = np.where(np.isfinite(limits[:, 0]), limits[:, 0] - BEYOND, -unlimited)
+    high = np.where(np.isfinite(limits[:, 1]), limits[:, 1] + BEYOND, unlimited)
+    for index, name in enumerate(names):
         least, most = float(joints[:, index].min()), float(joints[:, index].max())
         if not (least >= low[index] and most <= high[index]):
-            unit = "rad" if kinematics.hinges[index] else "m"
+            unit = "rad" if hinges[index] else "m"
             raise ValueError(
                 f"{location}: joint {name!r} runs from {least:.3g} to {most:.3g} {unit}, and its model allows "
                 f"{low[index] + BEYOND:.3g} to {high[index] - BEYOND:.3g}: other units, signs, zeros or order?"
-                if np.isfinite(kinematics.limits[index]).all()
+                if np.isfinite(limits[index]).all()
                 else f"{location}: joint {name!r} runs from {least:.3g} to {most:.3g} {unit}: other units?"
             )
 

@@ -139,7 +139,8 @@ class Layout:
         for arm, count in self.joints.items():
             arms[arm] = pose(f"pose.{arm}")
             if count:
-                arms[arm]["joints"] = {"feature": f"joints.{arm}", "index": list(range(count))}
+                indices = list(range(count))
+                arms[arm]["joints"] = {"feature": f"joints.{arm}", "index": indices, "units": "radians"}
             if self.controllers[arm]:
                 indices = list(range(self.controllers[arm]))
                 arms[arm]["controller"] = {"feature": f"controller.{arm}", "index": indices}

@@ -556,6 +556,33 @@ def test_joints_of_a_yam_become_poses(tmp_path, write_dataset, check_geometry):
     assert demo.arms["right"].commanded is None
     assert demo.source["models"] == {"right": ["yam", "linear_4310"]}
     check_geometry(demo, "top", "right")
+    joint_entry = calibration["lerobot"]["arms"]["right"]["joints"]
+    for change, said in (
+        ({"zeros": [0, 1.6, 0, 0, 0, 0]}, r"joint 'joint2' runs from -0\.6 to .* rad, and its model allows 0 to 3\.67"),
+        ({"index": [0, 1, 2, 6, 4, 5]}, r"joint 'joint4' runs from .* to 80 rad, and its model allows -1\.69 to 1\.57"),
+    ):
+        joint_entry |= change
+        save(tmp_path, calibration)
+        with pytest.raises(ValueError, match=r"lerobot\.arms\.right\.joints: " + said):
+            find_demos(tmp_path)[0].read()
+        joint_entry.pop("zeros", None)
+
+
+def test_joints_of_a_yam_in_degrees_need_their_units(tmp_path, write_dataset):
+    joints = np.array([0.2, 1.0, 1.2, -1.1, 0.1, 0.0]) + np.linspace(0, 0.1, 6)[:, None]
+    gripper = np.full((6, 1), 40.0)
+    calibration = write_dataset(tmp_path, state=np.concatenate([np.degrees(joints), gripper], axis=1))
+    joint_entry = {"feature": "observation.state", "index": [0, 1, 2, 3, 4, 5]}
+    grip = {"feature": "observation.state", "index": [6], "closed": 0, "open": 80}
+    calibration["lerobot"] = {"arms": {"right": {"joints": joint_entry, "gripper": grip}}}
+    save(tmp_path, calibration)
+    with pytest.raises(ValueError, match=r"joints: joint 'joint1' runs from 11\.5 to 17\.2 rad.*: other units, signs"):
+        find_demos(tmp_path)[0].read()
+    joint_entry["units"] = "degrees"
+    save(tmp_path, calibration)
+    arm = find_demos(tmp_path)[0].read().arms["right"]
+    np.testing.assert_allclose(arm.joints, joints, atol=1e-6)
+    np.testing.assert_allclose(arm.position, forward_kinematics(joints)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
