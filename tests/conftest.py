@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import gc
 import importlib
 import logging
@@ -33,7 +34,7 @@ def pytest_collection(session: pytest.Session) -> None:
     """Where several processes collect all tests, let each import its share of the test files first: pytest then
     rewrites the assertions of a file in one process, and the others read the result from the disk."""
     worker = getattr(session.config, "workerinput", None)
-    if worker is None or session.config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+    if worker is None or [Path(path).resolve() for path in session.config.args] != [ROOT / "tests"]:
         return
     number, count = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
     for path in sorted((ROOT / "tests").rglob("test_*.py"))[number::count]:
@@ -83,11 +84,12 @@ def on_no_disk_that_fails() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def pictures_of_figures_are_small() -> Iterator[None]:
-    """Write matplotlib's figures with few pixels and without the search for a layout, which takes most of a second: no
-    test reads what is plotted from the picture."""
+    """Write matplotlib's figures with few pixels and without the search for a layout, which takes most of a second. A
+    test of what a picture shows restores ``savefig.__wrapped__``."""
     figure = importlib.import_module("matplotlib.figure").Figure
     save = figure.savefig
 
+    @functools.wraps(save)
     def savefig(self: Any, *arguments: Any, **named: Any) -> None:
         layout = self.get_layout_engine()
         self.set_layout_engine("none")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from configs import assert_fits, composed, nodes
-from hydra._internal import config_loader_impl
+from hydra._internal import config_loader_impl, config_repository
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
@@ -89,8 +89,10 @@ def test_what_tests_compose_once_is_what_hydra_composes(chosen: list[str], monke
             del cfg["model"]
         return whole, choices, kinds
 
+    read(["model=coordinate_regression", "data=yam"])  # its first options are those of the others, too
     kept = [read(chosen), read([*chosen, "max_steps=7"]), read(chosen)]
     for owner, name in (
+        (config_repository.ConfigRepository, "load_config"),
         (config_loader_impl, "create_defaults_list"),
         (config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list"),
     ):

@@ -84,7 +84,12 @@ GIVEN = {
 
 # Options that differ only in their sizes from an option that is tried as well.
 SIBLINGS = {
-    *(f"experiment=vlm_stage{number}_{size}" for number in (1, 2, 3) for size in ("360m", "1700m")),
+    *(
+        f"experiment=vlm_stage{number}{kind}_{size}"
+        for number in (1, 2, 3)
+        for kind in ("", "_published")
+        for size in ("360m", "1700m")
+    ),
     *(f"backbone={name}" for name in ("dinov2_base", "dinov2_base_reg", "dinov3_base")),
     *("language=smollm2_360m", "language=smollm2_1700m"),
 }

@@ -6,6 +6,7 @@ import json
 import re
 import weakref
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,9 +74,13 @@ def shards(root: Path) -> ImageShards:
     return data
 
 
+@cache
+def config_with(*overrides: str) -> Any:
+    return OmegaConf.to_container(compose("train", [*SMALL, *ENCODERS, *overrides]), resolve=True)
+
+
 def module_for(data: ImageShards, *overrides: str) -> PatchDiTModule:
-    config = OmegaConf.to_container(compose("train", [*SMALL, *ENCODERS, *overrides]), resolve=True)
-    module = build_module(config)  # type: ignore[arg-type]
+    module = build_module(config_with(*overrides))
     assert isinstance(module, PatchDiTModule)
     module.set_statistics(data.statistics)
     stir(module.network)

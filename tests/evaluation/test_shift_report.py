@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -154,7 +155,8 @@ def test_files(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not list(sweep.glob(f".*{WRITING}*"))
 
 
-def test_plot_shows_rates_intervals_and_what_is_missing(sweep: Path) -> None:
+def test_plot_shows_rates_intervals_and_what_is_missing(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Figure, "savefig", Figure.savefig.__wrapped__)  # type: ignore[attr-defined]
     cells = read_cells(sweep)
     (axes,) = plot(cells).axes
     heights = [

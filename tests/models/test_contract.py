@@ -1,8 +1,8 @@
 """The requirements for every model, over all options of the group `model`: a new option is included without an edit.
 
-Each is trained for a step with its module's `toy_overrides`, then loaded from its checkpoint alone, with every data
-folder and run folder gone. It plans, answers or draws according to its `evaluation_kind`; it is exported, loaded from
-the export, and evaluated.
+Each is trained for a step in a small size (its module's `toy_overrides`), then loaded from its checkpoint alone, with
+every data folder and run folder gone. It plans, answers or draws according to its `evaluation_kind`; it is exported,
+loaded from the export, and evaluated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract_parts import EVALUATE, OPTIONS, QUICK, observation, wrong_observations
+from contract_parts import EVALUATE, OPTIONS, QUICK, SMALLER, observation, wrong_observations
 from hydra.utils import get_class
 from lightning.pytorch import LightningModule
 from metric_table import one_sided, unexplained
@@ -39,7 +39,7 @@ VARIANTS = (
 )  # variants of modules that are tested anyway
 BASELINES = ("coordinate_regression", "pooled_vlm", "patch_dit_base", "vlm_encoder_pretraining")
 STAGES = ("depth_reader", "image_autoencoder", "vlm_encoder_self_supervised")
-LONGEST = ("foveated_vlm", "geometry_vla", "patch_dit", "volume_query")  # their tests train, load and evaluate them too
+LONGEST = ("foveated_vlm", "geometry_vla", "patch_dit")  # their tests train, load and evaluate them too
 PRETRAINING = ("vlm_encoder_pretraining",)
 FOLDERS = ("data", "runs")
 DRAWN = {"loss_text", "loss_dino", "loss_none"}  # in training only where a sample with these conditions was drawn
@@ -84,6 +84,25 @@ def use(module: System, source: Path) -> None:
         assert isinstance(VideoChat.from_pretrained(source, "cpu").generate(talk, max_new_tokens=2), str)
 
 
+def settings_of(name: str) -> tuple[list[str], Any]:
+    """Return the overrides that choose a model in a small size, and its class."""
+    chosen = OPTIONS.get(name, (f"model={name}",))
+    node = compose("train", [*chosen, "run_dir=x"]).model
+    kind: Any = get_class(node._target_)
+    return [*chosen, *kind.toy_overrides, *SMALLER.get(name, ())], kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MODELS, *OPTIONS])
+def test_a_dry_run_of_a_model_counts_its_memory(name: str, home: Path) -> None:
+    settings, _ = settings_of(name)
+    run = home / "runs" / f"{name}-dry"
+    report = keygrip.train.run(  # type: ignore[attr-defined]
+        compose("train", [*QUICK, *settings, f"run_dir={run}", "dry_run=true"])
+    )
+    assert report.get("memory", report.get("worst_bucket"))["how"] in ("counted, as of a GPU", "measured on the GPU")
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -96,14 +115,12 @@ def use(module: System, source: Path) -> None:
 def test_a_model_keeps_its_promises(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the attribute classifier is trained for 400 steps by default: its results are tested elsewhere
     monkeypatch.setattr(ClassifierOptions.__init__, "__defaults__", (8, 2, 4, 3e-3, 0.08))
-    chosen = OPTIONS.get(name, (f"model={name}",))
-    node = compose("train", [*chosen, "run_dir=x"]).model
-    kind: Any = get_class(node._target_)
+    settings, kind = settings_of(name)
     assert issubclass(kind, System)
     assert MARK in vars(kind), "declare it with @model_part: else its checkpoints cannot be loaded"
     run = home / "runs" / name
     logged = [setting if setting != "logger=none" else "logger=csv" for setting in QUICK]
-    result = keygrip.train([*chosen, *logged, *kind.toy_overrides, f"run_dir={run}"])
+    result = keygrip.train([*logged, *settings, f"run_dir={run}"])
     assert result["status"] == "finished"
     if name not in STAGES and name not in PRETRAINING:  # the four systems and their baselines
         (table,) = run.rglob("metrics.csv")
@@ -114,11 +131,6 @@ def test_a_model_keeps_its_promises(name: str, home: Path, monkeypatch: pytest.M
         assert wrong == set(), "correct the prefix in the table of docs/training.md"
     assert any(metric.startswith("train/") for metric in result["metrics"])
     assert [metric for metric, value in result["metrics"].items() if not np.isfinite(value)] == []
-
-    report = keygrip.train.run(  # type: ignore[attr-defined]
-        compose("train", [*chosen, *QUICK, *kind.toy_overrides, f"run_dir={run}-dry", "dry_run=true"])
-    )
-    assert report.get("memory", report.get("worst_bucket"))["how"] in ("counted, as of a GPU", "measured on the GPU")
 
     file = home / f"{name}.ckpt"
     shutil.copy(run / "checkpoints" / "last.ckpt", file)

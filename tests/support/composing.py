@@ -96,6 +96,7 @@ def _found_once(load: Callable[..., ConfigResult | None]) -> Callable[..., Confi
     known: dict[tuple[object, ...], bytes] = {}
     states: weakref.WeakKeyDictionary[ConfigRepository, tuple[object, object]] = weakref.WeakKeyDictionary()
 
+    @functools.wraps(load)
     def load_config(self: ConfigRepository, config_path: str) -> ConfigResult | None:
         sources, state = states.get(self, (None, None))
         if sources is not self.sources:  # each composition has its own repository and may change its sources

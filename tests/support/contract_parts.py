@@ -14,6 +14,23 @@ OPTIONS = {
         *("+data.record.cameras=[over,front]", "model.network.second_look=64", "model.network.look_size=32"),
     )
 }
+# Smaller sizes than those of `toy_overrides`, for the systems whose contract is among the quick tests.
+SMALLER = {
+    "foveated_vlm": (
+        *("backbone.depth=1", "language.model.width=32", "language.model.layers=1", "language.model.mlp_width=48"),
+        *("model.refinement=1", "data.max_frames=8", "data.sources.tours.make.options.train=2"),
+        *("data.sources.tours.make.options.val=1", "data.sources.tours.make.options.test=1"),
+    ),
+    "geometry_vla": (
+        *("backbone.width=32", "backbone.depth=1", "backbone.heads=2", "geometry.dim=32", "geometry.layers=1"),
+        *("data.batch_size=2", "model.draws=1", "model.network.blocks=1", "model.network.future_tokens=2"),
+    ),
+    "patch_dit": (
+        *("data.make.options.train=8", "data.make.options.val=4", "data.make.options.test=4"),
+        *("model.network.width=32", "model.network.depth=1"),
+    ),
+    "volume_query": ("data.batch_size=2", "data.record.demos=3"),
+}
 QUICK = [
     *("strategy=cpu", "strategy.precision=32-true", "data.num_workers=0", "max_steps=1", "val_every_n_steps=1"),
     *("limit_val_batches=1", "log_every_n_steps=1", "logger=none", "callbacks.compute=null"),

@@ -313,9 +313,7 @@ def test_what_is_not_the_published_model_is_refused_and_nothing_is_written(
     )
     patches = "encoder.dino.embeddings.patch_embeddings.projection.weight"
     refused(r"patches \[128, 3, 16, 16\] is no DINOv2", state | {patches: torch.zeros(DIM, 3, 16, 16)})
-    wide = {table: torch.zeros(1, 2, 10**6 * 64)} | {
-        name: torch.zeros(1, 10**6 * 64) for name in ("q_static", "q_init")
-    }
+    wide = {table: torch.zeros(1, 2, 10**6)} | {name: torch.zeros(1, 10**6) for name in ("q_static", "q_init")}
     refused("is no DINOv2", state | wide)  # refused before a network of that width is built
     refused("query_projection.weight is", state | {"llm_to_query.weight": torch.zeros(DIM, 9)})
     refused("mlp.up_proj.weight", without("llm.model.layers.1.mlp.up_proj.weight"))
