@@ -21,8 +21,9 @@ def table_rows(
         needed: required columns. kind: the expected kind of table, for the message.
 
     Raises:
-        ValueError: the text contains a NUL byte, a required column is missing, a column occurs twice, or a row has more
-            fields than the header. csv.Error: quotes are not closed, or text follows a closing quote.
+        ValueError: the text contains a NUL byte, columns are separated by semicolons or tabs, a required column is
+            missing, a column occurs twice, or a row has more fields than the header. csv.Error: quotes are not closed,
+            or text follows a closing quote.
     """
     before, nul, _ = text.partition("\0")
     if nul:  # a block of zeros in a damaged file takes the place of line ends, which would join rows
@@ -30,6 +31,10 @@ def table_rows(
         raise ValueError(f"line {line} contains a NUL byte: the file is damaged or not UTF-8; write it anew, as UTF-8")
     table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     table.fieldnames = names = [name.strip() for name in table.fieldnames or ()]
+    # as spreadsheet programs write .csv in many languages; a table of one column needs no separator
+    for separator, called in ((";", "semicolons"), ("\t", "tabs")):
+        if len(names) == 1 and separator in names[0]:
+            raise ValueError(f"line 1: {called} separate the columns ({names[0]!r:.60}): save the table with commas")
     missing = [name for name in needed if name not in names]
     if missing:
         raise ValueError(f"it has no column {missing[0]!r}: is it {kind}?")

@@ -39,16 +39,21 @@ def describe(parts: Parts) -> Row:
     return describe_image_text(parts) if is_image_text(parts) else describe_video_text(parts)
 
 
-def split_folders(root: Path | str) -> list[str]:
+def split_folders(root: Path | str, sought: str = "shards") -> list[str]:
     """Return the folders of the shard sets at a root: the root itself or its splits, or the buckets in these.
 
+    Args:
+        root: folder of a data set. sought: what was looked for there, for the error.
+
     Raises:
-        FileNotFoundError: there are no shards. ValueError: the root is a URL; or it has shards both inside and outside
-            its splits (or buckets), and training would read only one of the two; or the name of a bucket's folder is
-            not a valid bucket name.
+        FileNotFoundError: the root does not exist or has no shards. ValueError: the root is a URL; or it has shards
+            both inside and outside its splits (or buckets), and training would read only one of the two; or the name of
+            a bucket's folder is not a valid bucket name.
     """
     if is_remote(root):
         raise ValueError(f"{root} is a URL: manifests are made and shards validated where the files lie")
+    if not Path(root).exists():
+        raise FileNotFoundError(f"data folder {root} does not exist; name a folder of recordings or shards")
     unsplit, *splits = (_find_shard_sets(place) for place in (Path(root), *(Path(root) / split for split in SPLITS)))
     divided = [folder for split in splits for folder in split]
     if unsplit and divided:
@@ -57,7 +62,7 @@ def split_folders(root: Path | str) -> list[str]:
             "all out of these"
         )
     if not unsplit and not divided:
-        raise FileNotFoundError(f"no shards (*.tar) in {root}, its train/, val/ and test/, or bucket_*/ in these")
+        raise FileNotFoundError(f"no {sought} (*.tar) in {root}, its train/, val/ and test/, or bucket_*/ in these")
     return unsplit or divided
 
 
@@ -107,7 +112,7 @@ def make_shard_manifests(root: Path | str, again: bool = False, max_broken_share
     if incomplete := incomplete_sets(Path(root)):
         raise ValueError(incomplete[0])  # an images.json written here would make the set complete for training
     report: dict[str, Any] = {"root": str(root), "shards": 0, "samples": 0, "broken": 0, "bad_samples": 0}
-    folders = split_folders(root)
+    folders = split_folders(root, "native recordings and no shards")
     elsewhere = [path for path in tar_files_below(root) if str(path.parent) not in folders]
     if elsewhere:
         log.warning(

@@ -170,6 +170,8 @@ class ClosedLoop:
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise ValueError(f"closed_loop.episodes is at least 1, got {self.episodes}.")
+        if self.first_seed < 0:
+            raise ValueError(f"closed_loop.first_seed is at least 0, got {self.first_seed}.")
         if self.processes is not None and self.processes < 1:
             raise ValueError(f"closed_loop.processes is at least 1 (null: one for each core), got {self.processes}.")
         if self.videos < 0 or self.image_size < 1 or not 0 < self.hz < math.inf:

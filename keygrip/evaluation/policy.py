@@ -120,7 +120,7 @@ def closed_loop_settings(evaluated: Evaluated, cfg: DictConfig) -> tuple[ClosedL
         ValueError: The model is not a robot policy, its demonstrations do not contain their environment, or it cannot
             do what a setting requests.
     """
-    for name, minimum in (("episodes", 1), ("processes", 1), ("videos", 0)):
+    for name, minimum in (("episodes", 1), ("first_seed", 0), ("processes", 1), ("videos", 0)):
         if cfg[name] is not None and cfg[name] < minimum:
             raise ValueError(f"{name}={cfg[name]}: it must be at least {minimum}")
     module: Any = evaluated.module

@@ -46,11 +46,13 @@ def record_step(
 
     Raises:
         ValueError: The environment has no scripted expert or does not have a setting, env.task is of a class without a
-            recorder, or hz or processes is out of range.
+            recorder, or seed, hz or processes is out of range.
     """
     for name, value in (unread or {}).items():
         if value is not None:
             raise ValueError(f"env.{name} is for evaluations: for a recording set {name} ({name}=...)")
+    if seed < 0:
+        raise ValueError(f"first_seed={seed}: it must be at least 0")
     if hz is not None and not hz > 0:
         raise ValueError(f"hz={hz}: give a rate above 0")
     if processes is not None and processes < 1:

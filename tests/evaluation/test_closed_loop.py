@@ -304,6 +304,8 @@ def test_unknown_options_and_empty_conditions_are_named() -> None:
         ClosedLoop(TaskOptions(), conditions={})
     with pytest.raises(ValueError, match="at least 1"):
         ClosedLoop(TaskOptions(), conditions={"a": [{}]}, episodes=0)
+    with pytest.raises(ValueError, match=r"^closed_loop\.first_seed is at least 0, got -1\.$"):
+        ClosedLoop(TaskOptions(), conditions={"a": [{}]}, first_seed=-1)
     with pytest.raises(ValueError, match="together"):
         ClosedLoop(TaskOptions(), conditions={"a": [{}]}, control=partial(RecedingHorizon, grip_below=None))
 

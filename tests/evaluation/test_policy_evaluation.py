@@ -102,6 +102,7 @@ def test_default_conditions_that_a_task_cannot_do_are_left_out_and_said(
     ("overrides", "said"),
     [
         (["episodes=0"], "episodes=0: it must be at least 1"),
+        (["first_seed=-1"], "first_seed=-1: it must be at least 0"),
         (["processes=0"], "processes=0: it must be at least 1"),
         (["videos=-1"], "videos=-1: it must be at least 0"),
         (["suites=[]"], "suites=[]: name at least one of in_distribution, position, "),

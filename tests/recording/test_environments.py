@@ -47,6 +47,8 @@ def test_options_of_the_task_are_taken_by_name(plus: str) -> None:
             "task is no setting of the recordings of env=gymnasium",
         ),
         (["env=gymnasium", "env.task.id=A-v0", "hz=0"], "hz=0.*: give a rate above 0"),
+        (["env=yam", "first_seed=-1"], "first_seed=-1: it must be at least 0"),
+        (["env=gymnasium", "env.task.id=A-v0", "first_seed=-2"], "first_seed=-2: it must be at least 0"),
         (["env=yam", "hz=0"], "hz=0.*: give a rate above 0"),
         (["env=metaworld", "hz=-10"], "hz=-10.*: give a rate above 0"),
         (["env=gymnasium", "env.task.id=A-v0", "processes=-1"], "processes=-1: give at least 1"),

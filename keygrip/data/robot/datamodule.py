@@ -30,6 +30,7 @@ from keygrip.data.robot.set_checks import (
     refuse_flat,
     refuse_missing,
     refuse_short,
+    refuse_unfit,
     report_absent_views,
     report_off_screen,
     report_outliers,
@@ -321,19 +322,10 @@ class RobotDemos(ResumableData):
         """Store what a model reads from the demonstrations besides images and poses; call it before `setup`.
 
         Raises:
-            ValueError: this model does not read one of the settings.
+            ValueError: this model does not read one of the settings, or learns from depth and `depth` is off.
         """
-        if self.detail_size is not None and not getattr(module, "reads_detail", False):
-            raise ValueError(
-                f"data.detail_size={self.detail_size}: this model has no second look that reads it; leave it out, or "
-                "set model.network.second_look"
-            )
+        refuse_unfit(module, self.detail_size, self.view_dropout, self.depth)
         self.masks_views = bool(getattr(module, "masks_views", False))
-        if self.view_dropout and not self.masks_views:
-            raise ValueError(
-                f"data.view_dropout={self.view_dropout:g}: this model masks no views; leave it out, or set "
-                "model.network.world_views=true of a volume-query policy"
-            )
         self.reads_calibration = getattr(module, "reads_calibration", True)
         self.extra_targets = tuple(getattr(module, "extra_targets", ()))
         self.embodiments = tuple(getattr(module, "embodiments", ()))

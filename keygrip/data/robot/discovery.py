@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +57,19 @@ def refuse_no_folder(root: Path) -> None:
         raise FileNotFoundError(f"data folder {root} does not exist; name a folder of demos with {setting('root')}")
     if not root.is_dir():
         raise FileNotFoundError(f"data folder {root} is a file; name a folder of demos with {setting('root')}")
+
+
+def refuse_no_selection(cameras: Sequence[str] | None, **counts: int | None) -> None:
+    """Raise ValueError if settings select nothing: an empty list of cameras, or a number below 1. None: not limited.
+
+    Args:
+        cameras: names of cameras. counts: numbers, such as that of demos, by the name of their setting.
+    """
+    if cameras is not None and not cameras:
+        raise ValueError("cameras=[]: name at least one camera, or leave it out for all")
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name}={count}: it must be at least 1")
 
 
 @contextlib.contextmanager

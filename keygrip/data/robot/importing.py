@@ -12,7 +12,7 @@ import numpy as np
 
 from keygrip.artifacts import locked
 from keygrip.data.bad_samples import BadSample, is_of_the_machine, join_first
-from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.discovery import find_demos, refuse_no_selection
 from keygrip.data.robot.fingerprint import hashed_arrays
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.native import RECORDING_FILE, read_native
@@ -75,8 +75,9 @@ def import_demos(
     Raises:
         FileNotFoundError: no data. ValueError: source and destination are one folder; the destination holds a
             recording; too many broken demos; a demo of the same name was imported from elsewhere, or with another
-            calibration or other cameras.
+            calibration or other cameras; `cameras` is empty or `max_demos` below 1.
     """
+    refuse_no_selection(cameras, max_demos=max_demos)
     source, destination = Path(source), Path(destination)
     if source.resolve() == destination.resolve() or source.resolve() in destination.resolve().parents:
         raise ValueError(f"the destination {destination} lies in the source {source}; choose another folder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,27 @@ log = logging.getLogger(__name__)
 
 GRIP_BELOW = 0.4  # opening below which plans close the gripper (conf/execution/options.yaml)
 CLOSED_BY = 0.3  # change of the opening; a smaller one is not a grasp
+NO_DEPTH_LOSSES = "geometry.point_weight=0 geometry.depth_weight=0"  # settings that switch off the losses on depth
+
+
+def refuse_unfit(module: Any, detail_size: int | None, view_dropout: float, depth: bool) -> None:
+    """Raise ValueError if a model does not read one of these settings of the data, or learns from depth that it would
+    not get."""
+    if detail_size is not None and not getattr(module, "reads_detail", False):
+        raise ValueError(
+            f"data.detail_size={detail_size}: this model has no second look that reads it; leave it out, or set "
+            "model.network.second_look"
+        )
+    if view_dropout and not getattr(module, "masks_views", False):
+        raise ValueError(
+            f"data.view_dropout={view_dropout:g}: this model masks no views; leave it out, or set "
+            "model.network.world_views=true of a volume-query policy"
+        )
+    if not depth and getattr(module, "learns_depth", False):
+        raise ValueError(
+            "data.depth=false, but this model learns from depth: set data.depth=true or, to train geometry_vla on the "
+            f"actions alone, {NO_DEPTH_LOSSES}"
+        )
 
 
 def refuse_missing(
@@ -154,7 +176,7 @@ def refuse_flat(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
     if len(flat) == len(demos):
         raise ValueError(
             f"data.depth=true, but no demo holds depth for all of {', '.join(cameras)} (first: {flat[0]}); use "
-            "data.depth=false"
+            f"data.depth=false, with geometry=dino_multiview together with {NO_DEPTH_LOSSES}"
         )
     if flat:
         log.warning(

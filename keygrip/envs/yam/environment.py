@@ -16,7 +16,7 @@ from gymnasium import spaces
 from keygrip.envs.rendering import CameraViews, Lens, substeps_of
 from keygrip.envs.yam import scene, tasks
 from keygrip.envs.yam.episode import LIFTED, Progress, next_joints, settle, start_of, touching
-from keygrip.envs.yam.tasks import EpisodeLayout, Placed, TaskOptions, sample_layout
+from keygrip.envs.yam.tasks import EpisodeLayout, Placed, TaskOptions, refuse_negative, sample_layout
 from keygrip.envs.yam.text import Sight
 from keygrip.robots.inverse_kinematics import yaw_of
 from keygrip.robots.kinematics import arm_chain, forward_kinematics, quaternion_from_matrix
@@ -197,6 +197,8 @@ class YamCell(CameraViews, gymnasium.Env[dict[str, Any], np.ndarray]):
         """Start the episode of `seed` (random without one); `options` are not used and must be empty."""
         if options:
             raise ValueError(f"YamCell takes its options when it is built, not at reset: {sorted(options)}")
+        if seed is not None:
+            refuse_negative(seed)
         super().reset(seed=seed)
         self.seed = int(seed) if seed is not None else int(self.np_random.integers(0, 2**31))
         self.layout = sample_layout(self.task, self.seed)

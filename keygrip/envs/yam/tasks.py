@@ -243,10 +243,15 @@ class EpisodeLayout:
         return (self.object, *self.distractors)
 
 
+def refuse_negative(seed: int) -> None:
+    """Raise ValueError if a number cannot be the seed of an episode."""
+    if seed < 0:
+        raise ValueError(f"seed={seed}: episode seeds are non-negative integers")
+
+
 def stream(seed: int, purpose: str) -> np.random.Generator:
     """Return the random stream of one purpose ("objects", "camera", "appearance", "expert") of one seed."""
-    if seed < 0:
-        raise ValueError(f"episode seeds are non-negative integers, got {seed}")
+    refuse_negative(seed)
     return np.random.default_rng([int(seed), *purpose.encode()])
 
 

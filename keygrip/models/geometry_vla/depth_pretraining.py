@@ -44,6 +44,7 @@ class DepthReaderModule(System):
     """
 
     batch_type = MultiViewPolicyBatch
+    learns_depth = True  # read by the data module
     toy_overrides = (
         *("data=yam_stills", "data.record.demos=4", "data.record.image_size=72", "backbone.image_size=64"),
         *("backbone.width=32", "backbone.depth=1", "backbone.heads=2", "geometry.layers=1", "data.batch_size=4"),

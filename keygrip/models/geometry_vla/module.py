@@ -143,6 +143,11 @@ class GeometryVLAModule(System):
         return geometry is not None and geometry.reads_cameras
 
     @property
+    def learns_depth(self) -> bool:
+        """Whether its losses need recorded depth."""
+        return self.network.geometry is not None and self.network.geometry.learns_depth
+
+    @property
     def extra_targets(self) -> tuple[str, ...]:
         """Recordings that its actions are computed from, other than poses: "joints" or "controller"."""
         return self.actions.reads

@@ -18,6 +18,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor import Finding, doctor
+from keygrip.data.robot.doctor.calibrate import calibrate
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.robots.inverse_kinematics import pointing_down, solve
 from keygrip.robots.kinematics import forward_kinematics
@@ -411,6 +412,32 @@ def test_broken_demos_are_named_and_the_others_examined(tmp_path):
     assert page.count("data:image/jpeg") == 0
     with pytest.raises(FileNotFoundError, match="does not exist"):
         doctor(tmp_path / "nothing", tmp_path / "out", compare_images=False, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "number"), [("max_demos", 0), ("max_demos", -1), ("frames_per_demo", 0), ("frames_per_demo", -2)]
+)
+def test_numbers_of_demos_and_images_below_one_are_refused_before_data_are_read(tmp_path, setting, number):
+    said = f"^{setting}={number}: it must be at least 1$"
+    with pytest.raises(ValueError, match=said):
+        doctor(tmp_path / "absent", tmp_path / "out", **{setting: number}, progress=False)
+    with pytest.raises(ValueError, match=said):
+        calibrate(
+            tmp_path / "absent", None, "auto", None, None, **{"max_demos": 1, "frames_per_demo": 1, setting: number}
+        )
+
+
+def test_a_calibration_of_no_cameras_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^cameras=\[\]: name at least one camera"):
+        calibrate(tmp_path / "absent", None, "auto", None, [], 1, 1)
+
+
+def test_a_report_at_the_place_of_a_file_is_refused_before_data_are_read(tmp_path):
+    file = tmp_path / "afile"
+    file.write_text("x")
+    with pytest.raises(ValueError, match=r"^output=.*afile is a file: give a folder$"):
+        doctor(tmp_path / "absent", file, progress=False)
+    assert file.read_text() == "x"
 
 
 @pytest.mark.parametrize("frames", [[5], [0, 5]])

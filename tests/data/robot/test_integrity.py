@@ -281,6 +281,22 @@ def test_a_damaged_image_of_an_import_is_named(native_root: Path, tmp_path: Path
     assert [path.name for path in (tmp_path / "imported").glob("demo*")] == ["demo_01"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"cameras": []}, r"^cameras=\[\]: name at least one camera, or leave it out for all$"),
+        ({"max_demos": 0}, "^max_demos=0: it must be at least 1$"),
+        ({"max_demos": -1}, "^max_demos=-1: it must be at least 1$"),
+    ],
+)
+def test_an_import_of_nothing_is_refused(
+    native_root: Path, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        import_demos(native_root, tmp_path / "imported", **settings, progress=False)
+    assert not (tmp_path / "imported").exists()
+
+
 def test_nothing_is_imported_into_a_recording(native_root: Path, tmp_path: Path) -> None:
     destination = tmp_path / "recorded"
     destination.mkdir()

@@ -218,6 +218,20 @@ def test_a_misspelt_camera_is_refused(demos: Path, tmp_path: Path, native_demo) 
     assert export_lerobot(demos, tmp_path / "set", **both).broken == [("half", "it has no camera 'side'; it has over")]
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"cameras": []}, r"^cameras=\[\]: name at least one camera"),
+        ({"max_demos": 0}, "^max_demos=0: it must be at least 1$"),
+        ({"max_demos": -1}, "^max_demos=-1: it must be at least 1$"),
+    ],
+)
+def test_an_export_of_nothing_is_refused(demos: Path, tmp_path: Path, settings: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        export_lerobot(demos, tmp_path / "set", **settings, progress=False)
+    assert not (tmp_path / "set").exists()
+
+
 def test_what_a_data_set_cannot_hold_is_refused(demos: Path, tmp_path: Path, native_demo) -> None:
     native_demo(demos / "other", arms=("right",), cameras=("over", "side"))
     with pytest.raises(ValueError, match=r"'other' has joints .* the first one .*left"):

@@ -187,6 +187,20 @@ def test_a_sharper_cut_that_nothing_reads_is_refused(root: Path, robot_demos: Ma
         robot_demos(root, detail_size=16)
 
 
+def test_a_model_that_learns_from_depth_is_refused_without_it_before_data_are_read(robot_demos: Make) -> None:
+    class LearnsDepth:
+        learns_depth = True
+
+    class LearnsNone:
+        learns_depth = False
+
+    for module in (LearnsNone(), object()):
+        robot_demos(Path("absent"), cameras=CAMERAS).configure_for(module)
+    robot_demos(Path("absent"), **TWO).configure_for(LearnsDepth())
+    with pytest.raises(ValueError, match=r"^data\.depth=false, but this model learns from depth: .* geometry\.depth_w"):
+        robot_demos(Path("absent"), cameras=CAMERAS).configure_for(LearnsDepth())
+
+
 def test_new_colours_in_bytes_are_those_of_the_normalised_picture() -> None:
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)
@@ -293,7 +307,8 @@ def test_demos_without_depth_are_named_and_theirs_is_unknown(
     assert (sample.depth[1] == 0).all()  # 0: depth is unknown
     for folder in root.glob("demo_*"):
         shutil.rmtree(folder)
-    with pytest.raises(ValueError, match=r"no demo holds depth for all of over, front \(first: flat\)"):
+    said = r"no demo holds depth for all of over, front \(first: flat\); use data\.depth=false, .*geometry\.depth_w"
+    with pytest.raises(ValueError, match=said):
         robot_demos(root, **TWO, val_fraction=0.0).setup("fit")
     batch = next(iter(ready(robot_demos(root, cameras=CAMERAS, val_fraction=0.0)).train_dataloader()))
     assert batch.depth is None

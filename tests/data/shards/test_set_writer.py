@@ -392,7 +392,10 @@ def test_manifests_are_made_for_shards_from_elsewhere(tmp_path: Path) -> None:
     assert report == {"root": str(tmp_path), "shards": 5, "samples": 16, "broken": 0, "bad_samples": 0}
     after = files(tmp_path / "train")
     assert {name: after[name] for name in after} == {name: before[name] for name in after}
-    with pytest.raises(FileNotFoundError, match="no shards"):
+    with pytest.raises(FileNotFoundError, match=r"data folder .*nothing does not exist"):
         make_manifests(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"^no native recordings and no shards \(\*\.tar\) in .*empty,"):
+        make_manifests(tmp_path / "empty")
     with pytest.raises(ValueError, match="https://host/set is a URL: manifests are made"):
         make_manifests("https://host/set")

@@ -163,6 +163,8 @@ def test_bad_calls_are_refused() -> None:
         cell.step(np.full(8, np.nan))
     with pytest.raises(ValueError, match="8 finite numbers"):
         cell.step(np.zeros(8))  # a quaternion of zeros
+    with pytest.raises(ValueError, match=r"^seed=-1: episode seeds are non-negative integers$"):
+        cell.reset(seed=-1)
     with pytest.raises(ValueError, match="built"):
         cell.reset(seed=0, options={"task": "pick"})
     with pytest.raises(ValueError, match="hz"):

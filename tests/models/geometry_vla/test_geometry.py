@@ -138,6 +138,7 @@ def test_the_actions_gradient_can_be_kept_out(kind: str, tmp_path: Path) -> None
         losses = module.losses(module(batch), batch)
         losses["action"].backward(retain_graph=True)
         assert module.network.geometry is not None
+        assert module.learns_depth
         encoder = dict(module.network.geometry.named_parameters())
         moved = {name for name, each in encoder.items() if each.grad is not None and bool(each.grad.any())}
         assert bool(moved) == let, moved
@@ -302,6 +303,7 @@ def test_mapanything_is_told_the_cameras_that_are_calibrated(mapanything: Path, 
         assert kind.calls == calls
     module = ready_module(tmp_path, geometry=some)
     assert module.reads_calibration == ("over",)
+    assert not module.learns_depth
     assert (some.reads_cameras, again.reads_cameras, every.reads_cameras) == (("over",), names, True)
     pointed = ready_module(tmp_path, geometry=some, pointing_cells=2)
     assert pointed.reads_calibration is True  # its maps have targets in every view

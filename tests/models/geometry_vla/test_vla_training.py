@@ -134,6 +134,7 @@ def test_accumulated_batches_have_the_gradient_of_one_large_batch(
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     monkeypatch.setattr(BetaTimesteps, "__call__", lambda self, count, device: torch.full((count,), 0.5, device=device))
     module = ready_module(tmp_path, geometry=small_geometry(point_weight=0.0, depth_weight=0.0))
+    assert not module.learns_depth
     data = small_batch(2 * INSTRUCTIONS)
     data.action_is_pad[0, :, 1:] = True
     data.action_is_pad[3, :, 2:] = True

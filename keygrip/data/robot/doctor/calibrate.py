@@ -18,7 +18,7 @@ from keygrip.artifacts import atomic_write
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.robot.calibration import NAMES, SCHEMA, read_mapping
 from keygrip.data.robot.corrections import entry
-from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.discovery import find_demos, refuse_no_selection
 from keygrip.data.robot.doctor.examination import yam_model
 from keygrip.data.robot.doctor.not_compared import LEAST_FRAMES, lacking
 from keygrip.data.robot.doctor.registration import FOCAL, NUMBERS, PRIOR, Fit, agreement_of, fit
@@ -57,10 +57,12 @@ def calibrate(
         model: the arm's surface; None: that of a YAM, if the recording names one.
 
     Raises:
-        ValueError: no camera is static, or none could be fitted; an unknown camera.
+        ValueError: no camera is static, or none could be fitted; an unknown camera, an empty list of cameras, or a
+            number below 1.
         FileExistsError: the file to write exists, or another file exists at the place of an arm model's copy.
         FileNotFoundError: no demonstrations, or the model of an arm in the calibration file is missing.
     """
+    refuse_no_selection(cameras, max_demos=max_demos, frames_per_demo=frames_per_demo)
     root = Path(root)
     folder = root.resolve() if root.name in ("", "..") else root  # Path(".").parent is `.`
     target = Path(output) if output is not None else folder.parent / f"{root.resolve().name}_calibration.yaml"

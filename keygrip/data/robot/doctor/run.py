@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from keygrip.artifacts import atomic_write, write_json
-from keygrip.data.robot.discovery import find_demos
+from keygrip.artifacts import atomic_write, refuse_file, write_json
+from keygrip.data.robot.discovery import find_demos, refuse_no_selection
 from keygrip.data.robot.doctor.commands import check_commands
 from keygrip.data.robot.doctor.contact_sheet import contact_sheet
 from keygrip.data.robot.doctor.examination import NO_FAULTS, Examination, yam_model
@@ -183,10 +183,13 @@ def doctor(
 
     Raises:
         FileNotFoundError, ValueError: no data, or an unknown format (see `find_demos`).
+        ValueError: `max_demos` or `frames_per_demo` is below 1, or `output` is a file.
     """
+    refuse_no_selection(None, max_demos=max_demos, frames_per_demo=frames_per_demo)
+    refuse_file(output, "output")
     output = Path(output)
     references = find_demos(root, format, calibration)
-    indices = evenly(len(references), max_demos or len(references))
+    indices = evenly(len(references), len(references) if max_demos is None else max_demos)
     demos, broken, camera_errors = _read_demos([references[index] for index in indices], progress)
     exam = Examination(demos, frames_per_demo, height_bins, pred_size)
     exam.measures |= {"root": str(root), "format": references[0].format, "demos": len(references)}

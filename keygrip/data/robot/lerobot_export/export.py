@@ -15,7 +15,7 @@ import pyarrow.parquet as parquet
 
 from keygrip.artifacts import atomic_folder, write_json, write_text
 from keygrip.data.bad_samples import join_first
-from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.discovery import find_demos, refuse_no_selection
 from keygrip.data.robot.frame_rates import longest_gap
 from keygrip.data.robot.lerobot_export import statistics
 from keygrip.data.robot.lerobot_export.files import (
@@ -77,8 +77,9 @@ def export_lerobot(
     Raises:
         FileNotFoundError: no data. FileExistsError: `to` is not empty.
         ValueError: demos differ in arms, their models, cameras, sizes or rate; a rate that is not whole; an odd image
-            size; too many broken demos.
+            size; too many broken demos; `cameras` is empty or `max_demos` below 1.
     """
+    refuse_no_selection(cameras, max_demos=max_demos)
     references = find_demos(Path(root), format, calibration)[:max_demos]
     broken: list[tuple[str, str]] = []
     left_out: dict[str, None] = {}

@@ -73,6 +73,9 @@ def test_names_of_columns_may_have_spaces_around_them(tmp_path: Path) -> None:
     assert list(table_rows("a, b ,c\n1, 2 ,3\n", ["b"])) == [(2, {"a": "1", "b": " 2 ", "c": "3"})]
     with pytest.raises(ValueError, match="the column a stands there twice"):
         list(table_rows("a, a\n1,2\n"))
+    for text, said in (("file;caption\nx.png;a, b\n", "semicolons"), ("file\tcaption\nx.png\ta\n", "tabs")):
+        with pytest.raises(ValueError, match=f"line 1: {said} separate the columns .*: save the table with commas"):
+            list(table_rows(text, ["file"]))
     picture(tmp_path / "a.png")
     (tmp_path / "captions.csv").write_text("file_name , caption\na.png,a red cube\n")
     assert [item.captions for item in listed(tmp_path)] == [("a red cube",)]
