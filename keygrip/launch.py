@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import subprocess
+from datetime import datetime
 
 log = logging.getLogger(__name__)
 
@@ -120,11 +121,25 @@ def is_slurm_shell() -> bool:
 
 
 def scheduler_job() -> str:
-    """Return the id of the SLURM job that started this process, else torchrun's run id; empty without either. It stays
-    the same when the scheduler restarts the job. SLURM's has precedence, since torchrun may choose a new id for a job
-    that is queued again."""
+    """Return a name of the SLURM job that started this process, else of its start by torchrun. It stays the same when
+    the job is restarted, and other jobs have other names. Empty without either, and for torchrun on several machines.
+
+    SLURM's id has precedence, since torchrun is started anew for a job that is queued again. torchrun's run id alone
+    is not suitable: it may be a constant of the command, or "none". On one machine torchrun's process identifies the
+    start; on several, each has its own.
+    """
     job = "" if is_slurm_shell() else os.environ.get("SLURM_JOB_ID", "")
-    return job or os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if job or "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return job
+    return f"of torchrun, process {os.getppid()}, started {parent_start_time()}"
+
+
+def parent_start_time() -> str:
+    """Return the start time of the parent process, which torchrun gives all processes of a machine in common."""
+    import psutil
+
+    started = psutil.Process(os.getppid()).create_time()
+    return datetime.fromtimestamp(started).strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def restarted_by_scheduler() -> bool:

@@ -10,6 +10,7 @@ import gc
 import importlib
 import logging
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -40,6 +41,25 @@ def pytest_collection(session: pytest.Session) -> None:
     for path in sorted((ROOT / "tests").rglob("test_*.py"))[number::count]:
         with contextlib.suppress(Exception, pytest.skip.Exception):  # collecting the file reports it
             import_path(path, mode="importlib", root=session.config.rootpath, consider_namespace_packages=False)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the choice by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark parameter sets of a test with ``quick_sets(number)`` as slow, except that many.
+
+    They are drawn with a fixed seed: a regular choice would leave out values of parameters that are combined."""
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("quick_sets") and not item.get_closest_marker("slow"):
+            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for group in groups.values():
+        marker = group[0].get_closest_marker("quick_sets")
+        assert marker is not None
+        (number,) = marker.args
+        quick = random.Random(0).sample(range(len(group)), min(number, len(group)))
+        for index, item in enumerate(group):
+            if index not in quick:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

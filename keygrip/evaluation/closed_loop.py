@@ -1,8 +1,8 @@
 """Closed-loop evaluation: a trained policy drives a robot in an environment over held-out seeds.
 
-Episodes are distributed over processes. On the CPU each process loads the checkpoint; on a GPU this process holds the
-only copy, and the others request plans from it. An episode depends only on (checkpoint, task, seed, control) and the
-device, so the number of processes does not change the result.
+Episodes are distributed over processes. On the CPU each process loads the checkpoint; on a GPU, or with `python`, this
+process holds the only copy, and the others request plans from it. An episode depends only on (checkpoint, task, seed,
+control) and the device, so the number of processes does not change the result.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from keygrip.evaluation.remote_rollouts import RemoteSettings, check_remote, run
 from keygrip.evaluation.rollout_worker import policy_at
 from keygrip.evaluation.rollouts import EpisodeResult, check_environment, run_episode
 from keygrip.evaluation.statistics import wilson_interval
-from keygrip.evaluation.trained_policy import load_policy
+from keygrip.evaluation.trained_policy import advise_on_memory, load_policy
 from keygrip.models.policy import Needs
 from keygrip.progress import Progress
 from keygrip.runtime.chunk_execution import RecedingHorizon
@@ -224,10 +224,11 @@ class ClosedLoop:
     def run(self, checkpoint: Path, output: Path | None = None) -> list[ConditionResult]:
         """Run every episode with the policy in ``checkpoint``. Videos are written to ``output`` / videos, and each
         episode's result to ``output`` / episodes.jsonl as soon as it has ended. If a process dies, its episode is run
-        again once.
+        again.
 
         Raises:
-            FileNotFoundError, ValueError: The checkpoint cannot be loaded, or a process died twice at an episode.
+            FileNotFoundError, ValueError: The checkpoint cannot be loaded, a process died twice at an episode, or the
+                GPU's memory does not suffice.
         """
         for name, grid in self.grids.items():
             if len(grid) > self.episodes:
@@ -240,7 +241,8 @@ class ClosedLoop:
                 )
         jobs = self._jobs(output)
         processes = self._count_processes(jobs)
-        with _Results(self.grids, len(jobs), None if output is None else output / EPISODES_FILE) as results:
+        file = None if output is None else output / EPISODES_FILE
+        with _Results(self.grids, len(jobs), file) as results, advise_on_memory(self.device):
             if self.python is not None:
                 self._run_remotely(checkpoint, jobs, processes, results)
             elif processes == 1:
@@ -267,7 +269,8 @@ class ClosedLoop:
             ValueError: as `_run_parallel`; also if the policy fails.
         """
         log.info("closed loop: one policy on %s plans for %d processes", self.device, processes)
-        restarts = processes * len(jobs)  # a death ends all processes, and an episode may be running at one death only
+        # After a death, at which up to `processes` episodes ran, these are run alone, where each may have one more.
+        restarts = 3 * len(jobs)
         with served(self.policy_in(checkpoint), processes, restarts) as url:
             try:
                 self._run_parallel(_Server(url), jobs, processes, results)
@@ -278,27 +281,40 @@ class ClosedLoop:
         """Run the jobs in several processes; if one dies, run those left again in new ones.
 
         Raises:
-            ValueError: The same episode was running at two deaths.
+            ValueError: as `_run_one_by_one`.
         """
-        remaining, interrupted = jobs, list[_Job]()
+        remaining = jobs
         while remaining:
             try:
                 self._run_in_pool(source, remaining, processes, results)
                 return
-            except BrokenProcessPool as error:
+            except BrokenProcessPool:
                 remaining = [job for job in jobs if job not in results.done]
-                running = remaining[:processes]  # jobs are begun in their order; which process died is not known
-                if again := [job for job in running if job in interrupted]:
+            running, remaining = remaining[:processes], remaining[processes:]  # jobs are begun in their order
+            log.warning(
+                "a process of the closed-loop evaluation %s; which one is not known: the %d episodes that ran then are "
+                "run again, one after another",
+                *(DIED, len(running)),
+            )
+            self._run_one_by_one(source, running, results)
+
+    def _run_one_by_one(self, source: Path | _Server, jobs: list[_Job], results: _Results) -> None:
+        """Run the jobs in one process; one at which it dies is repeated once. Raises ValueError if it dies again."""
+        died = None
+        while jobs:
+            try:
+                self._run_in_pool(source, jobs, 1, results)
+                return
+            except BrokenProcessPool as error:
+                jobs = [job for job in jobs if job not in results.done]
+                if jobs[0] == died:
                     raise ValueError(
                         f"a process of the closed-loop evaluation {DIED}, twice at an episode (condition "
-                        f"{again[0].condition}, seed {again[0].seed}, or another one that ran then): run with "
-                        "processes=1 (in training callbacks.closed_loop.closed_loop.processes=1) to see why"
+                        f"{died.condition}, seed {died.seed}): run with processes=1 (in training "
+                        "callbacks.closed_loop.closed_loop.processes=1) to see why"
                     ) from error
-                interrupted += running
-                log.warning(
-                    "a process of the closed-loop evaluation %s; the %d episodes left are run again",
-                    *(DIED, len(remaining)),
-                )
+                died = jobs[0]
+                log.warning("a process died at seed %d of %s, which is run again", died.seed, died.condition)
 
     def _run_in_pool(self, source: Path | _Server, jobs: list[_Job], processes: int, results: _Results) -> None:
         # Spawned, not forked: a GL context and torch's threads do not survive a fork.
@@ -336,13 +352,8 @@ class ClosedLoop:
         """
         if not self._on_cpu:
             torch.cuda.empty_cache()  # what training or the open loop no longer uses; without effect without a GPU
-        try:
+        with advise_on_memory(self.device):
             return load_policy(checkpoint, self.policy, self.device or "cpu", self.trust, self.external)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"the policy does not fit into the free memory of device={self.device}: give device=cpu (in training "
-                "callbacks.closed_loop.closed_loop.device=cpu), or for a geometry_vla policy.vlm_precision=int8"
-            ) from error
 
     @property
     def _on_cpu(self) -> bool:

@@ -105,6 +105,8 @@ def served(policy: Any, processes: int, restarts: int) -> Iterator[str]:
     leaves its session open; the limit of sessions allows for `restarts` of them."""
     limits_class, server_class = server_classes()
     limits = limits_class(
+        request_mb=1000.0,  # only these workers send requests; their images have any size, as those of local rollouts
+        read_s=60.0,
         requests=processes + 4,
         waiting=processes + 1,
         sessions=processes + restarts,

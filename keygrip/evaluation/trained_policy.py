@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,25 @@ from keygrip.training.torch_files import refuse_missing_device
 def default_device() -> str:
     """Return the device of a policy for which none is given: the GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def advise_on_memory(device: str | None) -> Iterator[None]:
+    """In this context a policy's lack of GPU memory becomes a ValueError that says what to do, also if another process
+    reports it in a ValueError, because it received it from the policy's server."""
+    try:
+        yield
+        return
+    except torch.OutOfMemoryError as error:
+        cause: Exception = error
+    except ValueError as error:
+        if f"the policy failed: {torch.OutOfMemoryError.__name__}" not in str(error):
+            raise
+        cause = error
+    raise ValueError(
+        f"the policy, or a plan of it, does not fit into the free memory of device={device}: give device=cpu (in "
+        "training callbacks.closed_loop.closed_loop.device=cpu), or for a geometry_vla policy.vlm_precision=int8"
+    ) from cause
 
 
 def load_policy(

@@ -46,7 +46,7 @@ def record_step(
 
     Raises:
         ValueError: The environment has no scripted expert or does not have a setting, env.task is of a class without a
-            recorder, or seed, hz or processes is out of range.
+            recorder, cameras is empty, or seed, hz or processes is out of range.
     """
     for name, value in (unread or {}).items():
         if value is not None:
@@ -57,6 +57,8 @@ def record_step(
         raise ValueError(f"hz={hz}: give a rate above 0")
     if processes is not None and processes < 1:
         raise ValueError(f"processes={processes}: give at least 1, or leave it out for one per core")
+    if cameras is not None and not cameras:
+        raise ValueError("cameras=[]: name at least one camera, or leave it out for the environment's own choice")
     rate = DEFAULT_HZ if hz is None else hz
     if isinstance(env_task, GymnasiumTask):
         unsupported: dict[str, Any] = {

@@ -20,14 +20,14 @@ LARGEST_SEED = 1 << 32  # numpy's generator accepts smaller seeds only
 
 
 def refuse_unfit(cfg: DictConfig) -> None:
-    """Reject data that the model cannot be trained on, and two sources of an encoder's weights, before a pretraining
-    stage for one of them is trained for hours.
+    """Reject data that the model cannot be trained on, data without the depth that it learns, and two sources of an
+    encoder's weights, before a pretraining stage is trained for hours.
 
     Args:
         cfg: composed from ``conf/train.yaml``, unresolved.
 
     Raises:
-        ValueError: the message names suitable data sets, or the settings of the weights.
+        ValueError: the message names suitable data sets, or the settings to change.
     """
     model_batch, data_batch = batch_type(cfg.model), batch_type(cfg.data)
     if model_batch is not None and data_batch is not None and not issubclass(data_batch, model_batch):
@@ -51,6 +51,15 @@ def refuse_unfit(cfg: DictConfig) -> None:
         raise ValueError(
             f"geometry.init_from and backbone.{setting} both give the weights of the geometry encoder's backbone: set "
             f"backbone.{without}, or geometry=dino_multiview geometry.init_from=null"
+        )
+    network = (plain.get("model") or {}).get("network")
+    network = network if isinstance(network, dict) and network.get("geometry") == "${geometry}" else {}
+    read = any(network.get(name) for name in ("geom_inject_to_dit", "geom_inject_to_vlm"))
+    learned = not geometry.get("frozen") and any(geometry.get(name) for name in ("point_weight", "depth_weight"))
+    if read and learned and (plain.get("data") or {}).get("depth") is False:
+        raise ValueError(
+            "data.depth=false, but the geometry encoder learns from depth: set data.depth=true, or "
+            "geometry=dino_multiview_no_depth to train it on the actions alone"
         )
 
 

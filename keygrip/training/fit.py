@@ -213,7 +213,8 @@ def _build_data(cfg: DictConfig, processes: int) -> Any:
     """Return the data module, before it has read any data. Missing data are an error here."""
     datamodule = instantiate(cfg.data, _convert_="all")
     # The data module is set up before the trainer exists.
-    for name, value in (("accumulated", cfg.accumulate_grad_batches), ("processes", processes)):
+    limits = {name: cfg[name] for name in ("max_steps", "max_epochs")}
+    for name, value in {"accumulated": cfg.accumulate_grad_batches, "processes": processes, **limits}.items():
         if hasattr(datamodule, name):
             setattr(datamodule, name, value)
     if hasattr(datamodule, "refuse_missing"):

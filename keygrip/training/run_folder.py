@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 from omegaconf import OmegaConf
 
 from keygrip.artifacts import is_locked, locked, read_record, refuse_file
-from keygrip.launch import is_first_process, is_slurm_shell, restarted_by_scheduler, scheduler_job
+from keygrip.launch import is_first_process, is_slurm_shell, parent_start_time, restarted_by_scheduler, scheduler_job
 from keygrip.override_values import as_typed
 from keygrip.training.results import RESULT
 
@@ -144,7 +144,7 @@ def resume_setting(resume: bool | str | None) -> bool | str:
 
 def resuming_job(resume: bool | str | None) -> str:
     """Return the scheduler's job of this start with its setting ``resume``, by which a restart of the job recognises
-    what its earlier starts wrote; empty without a scheduler, or if no run is resumed."""
+    what its earlier starts wrote; empty if no run is resumed, or without such a job (`scheduler_job`)."""
     resume, job = resume_setting(resume), scheduler_job()
     return f"job {job} with resume={resume}" if job and resume else ""
 
@@ -386,7 +386,7 @@ def run_name(start: int = 0, overrides: tuple[str, ...] | None = None) -> str:
             raise ValueError(
                 "torchrun on several nodes without --rdzv-id: they cannot agree on a run folder; give run_dir=<folder>"
             )
-        return _parent_start_time()
+        return parent_start_time()
     if {"SLURM_JOB_ID", "SLURM_PROCID"} <= environment.keys() and not is_slurm_shell():
         return f"job-{environment['SLURM_JOB_ID']}-{_digest(sys.argv[1:] if overrides is None else overrides)}"
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -394,14 +394,6 @@ def run_name(start: int = 0, overrides: tuple[str, ...] | None = None) -> str:
 
 def _digest(overrides: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:8]
-
-
-def _parent_start_time() -> str:
-    """Return the start time of the parent process, which is the same for all processes of a node."""
-    import psutil
-
-    started = psutil.Process(os.getppid()).create_time()
-    return datetime.fromtimestamp(started).strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def _folder_of(path: Path) -> Path:

@@ -150,6 +150,7 @@ except (BadSample, MemoryError) as error:
 
 
 @pytest.mark.parametrize("kind", ["a run in one row", "a page of one byte", "beginnings in one row"])
+@pytest.mark.quick_sets(1)
 def test_a_hostile_file_is_refused_within_little_memory(tmp_path: Path, kind: str) -> None:
     """The process may use 48 MB more than it has. Arrow alone, which unpacks the file, fails within this limit."""
     path = tmp_path / "hostile.parquet"

@@ -111,6 +111,7 @@ def test_sparse_frames_are_those_on_show(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "ts", "avi"])
 @pytest.mark.parametrize("group", [7, 250])
+@pytest.mark.quick_sets(4)
 def test_long_videos_are_skipped_through_to_the_same_frames(
     tmp_path: Path, ending: str, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -701,6 +701,7 @@ DEEDS = ["A man runs.", "A dog sleeps.", "A cat eats.", "Nobody is there."]
 @pytest.mark.parametrize("between", [" - ", ": ", " \u2013 ", " \u2014 ", " -> ", ", ", " (", ". ", " is ", "\n   "])
 @pytest.mark.parametrize("said", ["Yes/No", "Yes./No.", "Correct/Incorrect", "correct./wrong.", "true/false"])
 @pytest.mark.parametrize("end", ["\n", "\n\n", " "])
+@pytest.mark.quick_sets(100)
 def test_the_only_option_that_is_said_to_be_right_is_the_answer(
     options: list[str], between: str, said: str, end: str
 ) -> None:

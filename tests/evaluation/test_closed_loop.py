@@ -191,35 +191,38 @@ def test_an_evaluation_that_fails_keeps_the_episodes_that_had_ended(
     assert f"2 of 3 episodes had ended: {tmp_path / 'episodes.jsonl'}" in caplog.text
 
 
-@pytest.mark.parametrize("deaths", [1, 2])
-def test_episodes_of_a_process_that_died_are_run_again_once(deaths: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[int]] = []
+@pytest.mark.parametrize("dies", [(1,), (1, 2), (1, 2, 3)])
+def test_an_episode_at_which_a_process_dies_twice_alone_ends_the_evaluation(
+    dies: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[tuple[int, list[int]]] = []
 
-    def one_at_a_time(self: ClosedLoop, checkpoint: Path, jobs: Any, processes: int, results: Any) -> None:
-        asked.append([job.seed for job in jobs])
+    def at_episode_1(self: ClosedLoop, checkpoint: Path, jobs: Any, processes: int, results: Any) -> None:
+        asked.append((processes, [job.seed - 1_000_000 for job in jobs]))
         for job in jobs:
-            results.add(job, EpisodeResult(job.seed, True, None, 1.0, 1, 1.0, None, None))
-            if len(asked) <= deaths:
+            if job.seed == 1_000_001 and len(asked) in dies:
                 raise BrokenProcessPool
+            results.add(job, EpisodeResult(job.seed, True, None, 1.0, 1, 1.0, None, None))
 
-    monkeypatch.setattr(ClosedLoop, "_run_in_pool", one_at_a_time)
-    if deaths == 2:
-        with pytest.raises(ValueError, match=r"closed-loop evaluation died .*, twice"):
+    monkeypatch.setattr(ClosedLoop, "_run_in_pool", at_episode_1)
+    if len(dies) == 3:
+        with pytest.raises(ValueError, match=r"died .*, twice at an episode \(condition as_trained, seed 1000001\)"):
             run(monkeypatch, None, processes=2)
     else:
         (result,) = run(monkeypatch, None, processes=2)
         assert [episode.seed for episode in result.episodes] == [1_000_000, 1_000_001, 1_000_002]
-    assert asked == [[1_000_000, 1_000_001, 1_000_002], [1_000_001, 1_000_002]]
+    assert asked == [(2, [0, 1, 2])] + [(1, [1, 2])] * min(len(dies), 2)
+    assert ("a process died at seed 1000001 of as_trained, which is run again" in caplog.text) == (len(dies) > 1)
 
 
-def test_processes_may_die_at_several_episodes_but_once_at_each(
+def test_processes_may_die_at_several_episodes_and_only_those_that_ran_are_run_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked: list[list[int]] = []
-    ends = {1: 2, 2: 4}  # attempt -> its number of results before a process dies
+    asked: list[tuple[int, list[int]]] = []
+    ends = {1: 2, 2: 1, 4: 0}  # attempt -> its number of results before a process dies
 
     def in_order(self: ClosedLoop, checkpoint: Path, jobs: Any, processes: int, results: Any) -> None:
-        asked.append([job.seed - 1_000_000 for job in jobs])
+        asked.append((processes, [job.seed - 1_000_000 for job in jobs]))
         for job in jobs[: ends.get(len(asked))]:
             results.add(job, EpisodeResult(job.seed, True, None, 1.0, 1, 1.0, None, None))
         if len(asked) in ends:
@@ -228,16 +231,9 @@ def test_processes_may_die_at_several_episodes_but_once_at_each(
     monkeypatch.setattr(ClosedLoop, "_run_in_pool", in_order)
     (result,) = run(monkeypatch, None, processes=2, episodes=8)
     assert [episode.seed for episode in result.episodes] == list(range(1_000_000, 1_000_008))
-    assert asked == [[0, 1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7], [6, 7]]
-    assert [text for text in caplog.messages if "are run again" in text] == [
-        f"a process of the closed-loop evaluation {closed_loop.DIED}; the {left} episodes left are run again"
-        for left in (6, 2)
-    ]
-    asked.clear()
-    ends |= {2: 1}  # of episodes 2 and 3, which ran at the first death, episode 3 has not ended
-    with pytest.raises(ValueError, match=r"twice at an episode \(condition as_trained, seed 1000003, or another"):
-        run(monkeypatch, None, processes=2, episodes=8)
-    assert len(asked) == 2
+    # the processes die at episode 2 or 3, at 3 (its first death for certain), and at 4 or 5
+    assert asked == [(2, list(range(8))), (1, [2, 3]), (1, [3]), (2, [4, 5, 6, 7]), (1, [4, 5]), (2, [6, 7])]
+    assert sum("the 2 episodes that ran then are run again, one after another" in text for text in caplog.messages) == 2
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])

@@ -139,10 +139,26 @@ def test_a_policy_that_fails_on_the_gpu_is_said_in_one_line(monkeypatch: pytest.
     def fails(self: Any, observation: Any) -> Plan:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    def fails_otherwise(self: Any, observation: Any) -> Plan:
+        raise RuntimeError("CUDA error")
+
+    def worker_fails(*given: Any) -> Any:
+        said = "the policy server answers 500: the policy failed: OutOfMemoryError: CUDA out of memory"
+        raise ValueError(f"a worker process ended: {said}, twice at the job {{}}")
+
     monkeypatch.setattr(ClosedLoop, "_run_in_pool", work_here)
     with monkeypatch.context() as context:
         context.setattr(ToGoal, "plan", fails)
-        said = "closed loop with device=cuda: the policy server answers 500: the policy failed: OutOfMemoryError: CUDA"
+        for processes in (1, 2):
+            with pytest.raises(ValueError, match="does not fit into the free memory of device=cuda: give device=cpu"):
+                drive(None, device="cuda", processes=processes)
+        context.setattr(closed_loop, "run_remote", worker_fails)
+        with pytest.raises(ValueError, match="does not fit into the free memory of device=cuda: give device=cpu"):
+            drive(None, device="cuda", python="python")
+        context.setattr(ToGoal, "plan", fails_otherwise)
+        said = (
+            "closed loop with device=cuda: the policy server answers 500: the policy failed: RuntimeError: CUDA error"
+        )
         with pytest.raises(ValueError, match=said):
             drive(None, device="cuda", processes=2)
     monkeypatch.setattr(Module, "policy", lambda self: fails(self, None))

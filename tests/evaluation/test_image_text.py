@@ -533,6 +533,7 @@ def test_without_the_weights_of_lpips_it_says_what_stands_in(monkeypatch: pytest
     assert Distances(small_encoders(), None, "none").note == "LPIPS was switched off."
 
 
+@pytest.mark.slow
 def test_with_the_weights_at_hand_lpips_is_computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Random weights in place of the file: this tests the code path, not the value."""
     from torchvision.models import alexnet

@@ -58,6 +58,9 @@ def test_options_of_the_task_are_taken_by_name(plus: str) -> None:
         (["env=metaworld", "+env.task.shadows=true"], r"for a recording set tasks, cameras and shadows"),
         (["env=yam", "shadows=true"], "shadows is no setting of the recordings of env=yam"),
         (["env=recorded"], "env=recorded has no scripted expert"),
+        (["env=yam", "cameras=[]"], r"cameras=\[\]: name at least one camera"),
+        (["env=metaworld", "cameras=[]"], r"cameras=\[\]: name at least one camera"),
+        (["env=gymnasium", "env.task.id=A-v0", "cameras=[]"], r"cameras=\[\]: name at least one camera"),
         (["env=metaworld", "depth=true"], "depth is no setting of the recordings of env=metaworld"),
     ],
 )

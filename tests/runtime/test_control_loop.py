@@ -186,6 +186,7 @@ LATENCIES = ((0.0,), (0.1,), (0.1, 0.3, 0.2, 0.1), (0.2,) + 7 * (0.06,))
         *(pytest.param(each, 1.2, marks=() if len(each) == 4 else pytest.mark.slow) for each in LATENCIES),
     ],
 )
+@pytest.mark.quick_sets(3)
 def test_the_gripper_closes_when_a_plan_says_so_and_never_before(
     latencies: tuple[float, ...], execute_seconds: float
 ) -> None:

@@ -230,3 +230,13 @@ def test_every_worker_of_rollouts_elsewhere_has_a_session_and_one_that_died_agai
             client = RemotePolicy(url)
             left.callback(client._connection.close)
             client.reset(seed)
+
+
+def test_a_served_policy_plans_for_images_of_any_size_as_one_in_the_process(toy: Any, observation: Observe) -> None:
+    image = np.zeros((2400, 2400, 3), np.uint8)
+    seen = observation(image=image, intrinsics=np.array([[2e3, 0, 1200], [0, 2e3, 1200], [0, 0, 1]]), cameras={})
+    policy = toy()
+    policy.needs = Needs(("arm",))
+    assert len(encode_observation(seen, policy.needs)) > 16e6
+    with served(policy, 1, 1) as url, RemotePolicy(url) as client:
+        assert client.plan(seen).position.shape == policy.plan(seen).position.shape

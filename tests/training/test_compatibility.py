@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from keygrip import train
 from keygrip.config import compose
 from keygrip.data.robot.datamodule import RobotDemos
+from keygrip.training.checkpoints import build_module
 from keygrip.training.compatibility import (
     batch_type,
     data_sets_of,
@@ -17,7 +20,7 @@ from keygrip.training.compatibility import (
     refuse_uneven_batch,
     refuse_unfit,
 )
-from keygrip.training.pretraining import PretrainingStage
+from keygrip.training.pretraining import PretrainingStage, with_run_folders
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,23 @@ def test_a_depth_reader_beside_other_weights_of_its_backbone_is_refused_before_i
         train.run(compose("train", [*overrides, f"run_dir={tmp_path / 'run'}"]))
     refuse_unfit(compose("train", [*overrides, f"backbone.{without}"]))
     refuse_unfit(compose("train", [*overrides, "geometry=dino_multiview", "geometry.init_from=null"]))
+
+
+def test_depth_that_is_learned_and_not_read_is_refused_before_a_stage_is_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(PretrainingStage, "complete", lambda self: pytest.fail("it began"))
+    overrides = ["experiment=vla_yam_language", "data.depth=false", f"run_dir={tmp_path / 'run'}"]
+    said = r"^data\.depth=false, but the geometry encoder learns from depth: .*geometry=dino_multiview_no_depth"
+    with pytest.raises(ValueError, match=said):
+        train.run(compose("train", overrides))
+    for fitting in ("geometry=dino_multiview_pretrained", "ablation=geometry_vla/no_injection"):
+        refuse_unfit(compose("train", [*overrides, fitting]))
+    cfg = compose("train", [*overrides, "geometry=dino_multiview_no_depth"])
+    refuse_unfit(cfg)
+    module: Any = build_module(with_run_folders(OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]
+    module.network.geometry.take_start()  # there is no run with other sizes to start from
+    assert not module.learns_depth
 
 
 def test_a_start_that_is_not_there_is_refused_before_a_stage_is_trained(

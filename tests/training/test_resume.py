@@ -216,6 +216,7 @@ def test_signal_saves_says_how_to_go_on_and_resumes_to_the_same_bits(
         pytest.param("4 1", ("accumulate_grad_batches=2", "val_every_n_steps=2", "data.samples=48"), id="accumulated"),
     ],
 )
+@pytest.mark.quick_sets(3)
 def test_a_signal_in_a_validation_saves_the_step_before_it_and_resumes_to_the_same_bits(
     stop_at: str,
     more: tuple[str, ...],

@@ -250,13 +250,21 @@ def test_a_slurm_job_finds_its_folders_when_it_is_queued_again(tasks: str, monke
     assert again == before
 
 
-@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"])
+@pytest.mark.parametrize("by_slurm", [True, False])
 def test_a_job_that_is_restarted_resumes_the_run_that_it_resumed_before(
-    variable: str, monkeypatch: pytest.MonkeyPatch
+    by_slurm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another job has trained a newer run in the meantime."""
-    restart = "SLURM_RESTART_COUNT" if variable.startswith("SLURM") else "TORCHELASTIC_RESTART_COUNT"
-    monkeypatch.setenv(variable, "42")
+    restart = "SLURM_RESTART_COUNT" if by_slurm else "TORCHELASTIC_RESTART_COUNT"
+    variable = "SLURM_JOB_ID" if by_slurm else "TORCHELASTIC_RUN_ID"
+
+    def set_job(number: int) -> None:
+        """Starts by torchrun with one id differ in torchrun's process."""
+        monkeypatch.setenv(variable, str(number) if by_slurm else "none")
+        monkeypatch.setattr("keygrip.launch.parent_start_time", lambda: f"2026-11-30_10-00-{number}")
+
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    set_job(42)
     for name, started in (("a", 100.0), ("b", 200.0)):
         checkpoint_in(f"runs/m_d/{name}")
         write_result(Path(f"runs/m_d/{name}"), {"started_at": started})
@@ -265,13 +273,28 @@ def test_a_job_that_is_restarted_resumes_the_run_that_it_resumed_before(
     job = run_folder.resuming_job("true")
     write_result(Path("runs/m_d/a"), {"started_at": 100.0, run_folder.RESUMED_BY: job})
     assert run_folder.choose_folder(None, True, "m", "d") == "runs/m_d/a"
-    monkeypatch.setenv(variable, "43")
+    set_job(43)
     assert run_folder.choose_folder(None, True, "m", "d") == "runs/m_d/b"
-    monkeypatch.setenv(variable, "42")
+    set_job(42)
     monkeypatch.setenv(restart, "0")
     assert run_folder.choose_folder(None, True, "m", "d") == "runs/m_d/b"
     monkeypatch.delenv(variable)
     assert run_folder.resuming_job("true") == run_folder.resuming_job(False) == ""
+
+
+@pytest.mark.parametrize("run_id", ["none", "job1"])
+def test_a_run_id_of_torchrun_is_no_job(run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later commands may have the same one. On several machines there is no process in common."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    job = run_folder.resuming_job("true")
+    assert job == run_folder.resuming_job(True)
+    monkeypatch.setattr("keygrip.launch.parent_start_time", lambda: "2026-11-30_10-00-00")
+    assert run_folder.resuming_job("true") not in ("", job)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert run_folder.resuming_job("true") == ""
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert run_folder.resuming_job("true") == "job 42 with resume=True"
 
 
 def test_a_checkpoint_that_is_gone_is_missed_unless_the_job_itself_replaced_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ def own_memory() -> int:
 
 
 @pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.quick_sets(1)
 def test_what_is_not_read_stays_in_a_mapped_file(mapped: bool, tmp_path: Path) -> None:
     content = {"few": torch.arange(5.0), "many": torch.zeros(1 << 25)}  # more than malloc reuses of freed memory
     torch.save(content, tmp_path / "x.pth")

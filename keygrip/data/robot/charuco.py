@@ -21,7 +21,7 @@ from scipy.spatial.transform import Rotation
 from keygrip.artifacts import atomic_write
 from keygrip.data.robot.calibration import SCHEMA
 from keygrip.data.robot.corrections import OffsetFrames
-from keygrip.data.robot.discovery import find_demos
+from keygrip.data.robot.discovery import find_demos, refuse_no_selection
 from keygrip.data.robot.formats.frames import SelectedFrames
 from keygrip.data.robot.formats.poses import invert, transform
 from keygrip.data.robot.frames import NumberedFiles, VideoFrames
@@ -343,8 +343,10 @@ def charuco(
         max_images: number of images to use, evenly spread over all demos.
 
     Raises:
-        ValueError: no such camera or arm, no K to keep, or see `calibrate_camera`. FileExistsError: `output` exists.
+        ValueError: no such camera or arm, no K to keep, no images, or see `calibrate_camera`.
+        FileExistsError: `output` exists.
     """
+    refuse_no_selection(None, max_images=max_images)
     target = Path(output)
     if target.exists():
         raise FileExistsError(f"{target} exists: name another file with output=PATH, or remove it")

@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 GRIP_BELOW = 0.4  # opening below which plans close the gripper (conf/execution/options.yaml)
 CLOSED_BY = 0.3  # change of the opening; a smaller one is not a grasp
-NO_DEPTH_LOSSES = "geometry.point_weight=0 geometry.depth_weight=0"  # settings that switch off the losses on depth
 
 
 def refuse_unfit(module: Any, detail_size: int | None, view_dropout: float, depth: bool) -> None:
@@ -40,7 +39,7 @@ def refuse_unfit(module: Any, detail_size: int | None, view_dropout: float, dept
     if not depth and getattr(module, "learns_depth", False):
         raise ValueError(
             "data.depth=false, but this model learns from depth: set data.depth=true or, to train geometry_vla on the "
-            f"actions alone, {NO_DEPTH_LOSSES}"
+            "actions alone, geometry=dino_multiview_no_depth"
         )
 
 
@@ -176,7 +175,7 @@ def refuse_flat(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
     if len(flat) == len(demos):
         raise ValueError(
             f"data.depth=true, but no demo holds depth for all of {', '.join(cameras)} (first: {flat[0]}); use "
-            f"data.depth=false, with geometry=dino_multiview together with {NO_DEPTH_LOSSES}"
+            "data.depth=false, for geometry_vla together with geometry=dino_multiview_no_depth"
         )
     if flat:
         log.warning(

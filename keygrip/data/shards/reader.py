@@ -230,13 +230,14 @@ def warn_of_small_cache(sets: Iterable[ShardSet], cache_gb: float, window_shards
     if window_shards is None:
         log.warning(
             "the remote shards have %.3g GB, and data.cache_gb=%g: in an order over all of them, most are copied many "
-            "times in an epoch; set data.window_shards=64 (or fewer), or raise data.cache_gb",
+            "times in an epoch; raise data.cache_gb or, in a new run without data.curriculum, set "
+            "data.window_shards=64 (or fewer)",
             *(sum(sizes) / 1e9, cache_gb),
         )
     elif (needed := sum(sizes[: 2 * window_shards])) > cache_gb * 1e9:
         log.warning(
             "two windows of data.window_shards=%d remote shards have up to %.3g GB, and data.cache_gb=%g: shards are "
-            "copied again while their window lasts; lower data.window_shards, or raise data.cache_gb",
+            "copied again while their window lasts; raise data.cache_gb or, in a new run, lower data.window_shards",
             *(window_shards, needed / 1e9, cache_gb),
         )
 

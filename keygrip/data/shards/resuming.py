@@ -51,6 +51,8 @@ class ResumableData(LightningDataModule):
         processes: number of processes over which batches are divided, if there is no trainer (in `setup`, or in a dry
             run).
         accumulated: batches per optimiser step, if there is no trainer.
+        max_steps, max_epochs: optimiser steps and epochs after which training stops, if there is no trainer; -1: not
+            limited.
     """
 
     order_depends_on: ClassVar[tuple[str, ...]] = ("batch_size", "seed")
@@ -63,6 +65,7 @@ class ResumableData(LightningDataModule):
         super().__init__()
         self._batches_done = 0
         self.processes, self.accumulated = 1, 1
+        self.max_steps, self.max_epochs = -1, -1
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -75,11 +78,10 @@ class ResumableData(LightningDataModule):
         return self.accumulated if self.trainer is None else int(self.trainer.accumulate_grad_batches)
 
     def last_step(self, batches: int) -> float:
-        """Return the optimiser step at which the trainer stops, with `batches` batches per epoch; infinity if neither
-        steps nor epochs limit it, or without a trainer."""
-        if self.trainer is None:
-            return math.inf
-        steps, epochs = self.trainer.max_steps, self.trainer.max_epochs
+        """Return the optimiser step at which training stops, with `batches` batches per epoch; infinity if neither
+        steps nor epochs limit it."""
+        limits = self if self.trainer is None else self.trainer
+        steps, epochs = limits.max_steps, limits.max_epochs
         per_epoch = math.ceil(batches / self.batches_per_step)
         return min(steps if steps >= 0 else math.inf, epochs * per_epoch if epochs and epochs > 0 else math.inf)
 

@@ -294,8 +294,8 @@ class GeometryVLAModule(System):
         if geometry is not None and geometry.learns_depth:
             if batch.depth is None:
                 raise ValueError(
-                    "geometry=dino_multiview learns from depth and the batches hold none: set data.depth=true, or "
-                    "geometry.point_weight=0 geometry.depth_weight=0 to train it on the actions alone."
+                    "the geometry encoder learns from depth and the batches hold none: set data.depth=true, or "
+                    "geometry=dino_multiview_no_depth to train it on the actions alone."
                 )
             assert scene.geometry is not None
             extra = geometry.losses(scene.geometry, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)

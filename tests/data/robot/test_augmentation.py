@@ -40,6 +40,7 @@ def centre_of_mass(image: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("fit", ["crop", "stretch"])
 @pytest.mark.parametrize("rotate", [0.0, 25.0])
 @pytest.mark.parametrize("size", [48, 96, 192])
+@pytest.mark.quick_sets(6)
 def test_a_point_is_found_where_the_new_camera_puts_it(fit: str, rotate: float, size: int) -> None:
     geometry = ImageGeometry(size, MEAN, STD, field=0.8, fit=fit)
     augmentation = Augmentation(scale=(0.7, 1.3), shift=0.2, rotate_degrees=rotate)

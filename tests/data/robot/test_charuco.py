@@ -123,6 +123,12 @@ def test_a_camera_without_calibration_is_what_a_board_is_for(
     assert not (tmp_path / "kept.yaml").exists()
 
 
+@pytest.mark.parametrize("images", [0, -5])
+def test_no_images_are_refused_before_demos_are_read(tmp_path: Path, images: int) -> None:
+    with pytest.raises(ValueError, match=rf"^max_images={images}: it must be at least 1"):
+        charuco(tmp_path / "demos", tmp_path / "new.yaml", "auto", None, "over", "right", False, True, BOARD, images)
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_camera_whose_images_are_turned_on_reading_stays_turned(
     tmp_path: Path, native_demo, monkeypatch: pytest.MonkeyPatch, lag: int

@@ -305,6 +305,7 @@ def bright(parts: Parts, number: int) -> Parts:
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
 )
+@pytest.mark.quick_sets(11)
 def test_one_fault_gives_one_finding_that_says_what_to_do(tmp_path, fault, check, severity, said):
     findings = examine(tmp_path, fault)
     others = {"frozen_camera"} if fault in (dark, bright) else set()  # images without content do not change either
@@ -350,6 +351,7 @@ def test_another_unit_is_named_with_what_to_divide_by(tmp_path, fault, cause, ad
         (unchanged, offset, "commanded track offset by 2.0 cm"),
     ],
 )
+@pytest.mark.quick_sets(4)
 def test_joints_tell_which_of_both_tracks_is_wrong(tmp_path, fault, told, cause):
     causes = [finding.cause for finding in examine(tmp_path, fault, told)]
     assert cause in causes

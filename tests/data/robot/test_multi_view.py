@@ -197,7 +197,7 @@ def test_a_model_that_learns_from_depth_is_refused_without_it_before_data_are_re
     for module in (LearnsNone(), object()):
         robot_demos(Path("absent"), cameras=CAMERAS).configure_for(module)
     robot_demos(Path("absent"), **TWO).configure_for(LearnsDepth())
-    with pytest.raises(ValueError, match=r"^data\.depth=false, but this model learns from depth: .* geometry\.depth_w"):
+    with pytest.raises(ValueError, match=r"^data\.depth=false, but this model learns from depth: .*=dino_multiview_no"):
         robot_demos(Path("absent"), cameras=CAMERAS).configure_for(LearnsDepth())
 
 
@@ -307,7 +307,7 @@ def test_demos_without_depth_are_named_and_theirs_is_unknown(
     assert (sample.depth[1] == 0).all()  # 0: depth is unknown
     for folder in root.glob("demo_*"):
         shutil.rmtree(folder)
-    said = r"no demo holds depth for all of over, front \(first: flat\); use data\.depth=false, .*geometry\.depth_w"
+    said = r"no demo holds depth for all of over, front \(first: flat\); use data\.depth=false, .*dino_multiview_no_d"
     with pytest.raises(ValueError, match=said):
         robot_demos(root, **TWO, val_fraction=0.0).setup("fit")
     batch = next(iter(ready(robot_demos(root, cameras=CAMERAS, val_fraction=0.0)).train_dataloader()))
@@ -419,6 +419,7 @@ def test_of_a_model_that_masks_views_a_damaged_further_camera_is_masked_and_the_
 @pytest.mark.parametrize("frame", [0, 11])
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("pixels", [None, (24, 24)])
+@pytest.mark.quick_sets(4)
 def test_a_further_camera_whose_first_or_last_image_is_damaged_is_masked(
     root: Path, robot_demos: Make, frame: int, verify: bool, pixels: tuple[int, int] | None
 ) -> None:

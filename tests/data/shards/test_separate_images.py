@@ -297,6 +297,7 @@ def dotted(key: str, numbers: list[str]) -> Members:
     ],
     ids=["halves", "1 and 1", "end first", "three tars", "more", "two layouts", "1 without a number", "its preview"],
 )
+@pytest.mark.quick_sets(16)
 def test_no_part_of_a_video_that_tars_cut_is_learned(
     with_text: Members, without: list[Members], folder: str, swapped: bool, tmp_path: Path
 ) -> None:

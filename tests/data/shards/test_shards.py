@@ -521,8 +521,9 @@ def test_a_cache_that_is_too_small_for_the_order_is_said(tmp_path: Path, caplog:
         warn_of_small_cache([far], 3.5 * gb, 2)
     both, windows = (record.getMessage() for record in caplog.records)
     assert both.startswith(f"the remote shards have {6 * gb:.3g} GB, and data.cache_gb={5.5 * gb:g}: ")
-    assert both.endswith("set data.window_shards=64 (or fewer), or raise data.cache_gb")
+    assert both.endswith("or, in a new run without data.curriculum, set data.window_shards=64 (or fewer)")
     assert windows.startswith(f"two windows of data.window_shards=2 remote shards have up to {4 * gb:.3g} GB")
+    assert windows.endswith("raise data.cache_gb or, in a new run, lower data.window_shards")
 
 
 def test_a_missing_package_for_an_address_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from shard_sets import CharacterCollator, picture, small_video, write_set
 
@@ -46,6 +47,7 @@ from keygrip.data.video_text.placeholders import Placeholders
 from keygrip.data.video_text.sample_types import thinned
 from keygrip.data.video_text.shard_source import ShardSource
 from keygrip.models.foveated_vlm.rows import text_rows
+from keygrip.training.fit import _build_data
 
 LENGTH = {"accumulated": 1, "max_steps": -1, "max_epochs": -1}
 FRAMES = [1, 2, 3, 1] * 40  # 160 samples; in a known error, four workers saw only 40 of them
@@ -159,6 +161,24 @@ def test_a_stage_that_the_training_does_not_reach_is_warned_of(
     if end is not None:
         assert f"stage 2 begins at optimizer step 2, but training ends at step {end}," in told[0]
         assert "nothing is trained on others;" in told[0]
+
+
+def test_a_stage_that_is_not_reached_is_warned_of_before_there_is_a_trainer(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training and dry runs set up the data before they make a trainer, or without one."""
+    settings = {"image_size": 8, "batch_size": 24, "num_workers": 0, "collator": CharacterCollator()}
+    source = {"_target_": f"{ShardSource.__module__}.ShardSource", "root": str(root / "videos")}
+    stage = {"_target_": f"{Stage.__module__}.Stage"}
+    stages = [stage | {"weights": {"videos": 1.0}, "steps": 2}, stage | {"weights": {"videos": 0.5, "others": 0.5}}]
+    target = f"{VideoTexts.__module__}.VideoTexts"
+    data = {"_target_": target, "sources": {"videos": source, "others": source}, "curriculum": stages, **settings}
+    limits = {"accumulate_grad_batches": 7, "max_steps": -1, "max_epochs": 1}
+    cfg = OmegaConf.create({"data": data, **limits}, flags={"allow_objects": True})
+    module = _build_data(cfg, processes=1)
+    module.setup("fit")
+    assert module.trainer is None
+    assert "stage 2 begins at optimizer step 2, but training ends at step 2," in caplog.text  # of 13 batches
 
 
 def test_pixels_belong_to_their_text(root: Path) -> None:

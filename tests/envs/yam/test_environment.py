@@ -51,6 +51,7 @@ def play(cell: YamCell, actions: np.ndarray) -> tuple[bool, bool, dict[str, Any]
     ids=lambda t: f"{t.name}-{t.object}-{t.object_size_m}",
 )
 @pytest.mark.parametrize("first", [0, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.quick_sets(2)
 def test_the_expert_succeeds(task: TaskOptions, first: int) -> None:
     cell = blind(task)
     for seed in range(first, first + 5):

@@ -163,6 +163,7 @@ def test_pedestals_suit_the_tasks_with_one_object_too(task: str) -> None:
         assert play(cell, expert_actions(cell.layout, options, seed))["success"], seed
 
 
+@pytest.mark.slow
 def test_another_cube_in_the_bowl_is_the_wrong_object() -> None:
     cell = YamCell(LANGUAGE, render_images=False)
     for seed in (0, 1):

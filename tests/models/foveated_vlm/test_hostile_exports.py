@@ -505,6 +505,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("template", list(ENDLESS.values()), ids=list(ENDLESS))
+@pytest.mark.quick_sets(14)
 def test_templates_that_take_all_time_or_memory_are_ended(template: str) -> None:
     with pytest.raises(ValueError, match="chat template cannot render this conversation"):
         render_chat(template, TALK, True, {})

@@ -79,6 +79,7 @@ def reference(network: FoveatedVLM, frames: Tensor, ids: Tensor, at: int, mode: 
 @pytest.mark.parametrize("texts", [MIXED, VISUAL_FIRST], ids=["question_first", "visual_first"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options", [{}, {"query_source": "coarse"}, {"deep_query": False}, PUBLISHED], ids=str)
+@pytest.mark.quick_sets(12)
 def test_a_batch_gives_what_each_row_gives_alone_by_the_book(
     build: Build, texts: list[tuple[int, int, int]], mode: str, options: dict[str, object]
 ) -> None:

@@ -98,6 +98,7 @@ def test_cubes_of_frames_that_are_read_smaller_are_where_they_are_seen(tmp_path:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_small_reader_learns_its_frames() -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)

@@ -79,6 +79,7 @@ def squares() -> FramesBatch:
     return FramesBatch(small.repeat_interleave(16, 2).repeat_interleave(16, 3))
 
 
+@pytest.mark.slow
 def test_every_loss_falls_on_the_frames_it_learns() -> None:
     trained, batch = module(shift=8, objects=4), squares()
     optimizer = torch.optim.Adam(trained.network.parameters(), lr=3e-3)

@@ -33,6 +33,7 @@ def whole(module: FoveatedVLMModule, frames: np.ndarray, mode: str) -> str:
 @pytest.mark.parametrize("source", ["fine", "coarse"])
 @pytest.mark.parametrize("order", ["visual_first", "question_first"])
 @pytest.mark.parametrize("mode", ["autoregressive", "coarse_only"])
+@pytest.mark.quick_sets(4)
 def test_a_stream_answers_as_the_whole_video_does(tmp_path: Path, source: str, order: str, mode: str) -> None:
     module = small_module(tmp_path, [QUESTION] * 3, order, query_source=source, frame_clock=source == "fine")
     frames, stream = video(5), None

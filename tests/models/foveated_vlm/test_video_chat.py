@@ -386,6 +386,7 @@ def test_save_pretrained_writes_the_weights_that_the_model_has(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.quick_sets(1)
 def test_a_model_is_loaded_in_the_type_that_it_was_saved_in(
     dtype: torch.dtype, configured: tuple[FoveatedVLMModule, Header], tmp_path: Path
 ) -> None:

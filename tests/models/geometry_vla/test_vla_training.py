@@ -444,6 +444,7 @@ def test_errors_at_the_grip_are_means_over_all_processes(tmp_path: Path, monkeyp
     assert logged == {"val/grip_side_cm": 4.0, "val/grip_height_cm": 8.0}
 
 
+@pytest.mark.slow
 def test_it_learns_actions_and_depth(tmp_path: Path) -> None:
     module = ready_module(tmp_path, draws=4)
     batch = small_batch()

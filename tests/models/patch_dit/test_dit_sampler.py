@@ -49,6 +49,7 @@ def counted(network: PatchDiT) -> list[int]:
     ids=["dual", "four branches", "heun", "interval", "rescale"],
 )
 @pytest.mark.parametrize("prediction", ["v", "x"])
+@pytest.mark.quick_sets(12)
 def test_equals_the_plain_sampler(given: str, options: dict[str, Any], prediction: Any) -> None:
     """Batched branches, cached keys and values and trimmed padding change only the rounding."""
     network, conditions = small_dit(prediction=prediction), only(conditions_of(lengths=(3, 5)), given)

@@ -108,6 +108,7 @@ def test_an_export_is_a_start_as_its_run_is(runs: Path, tmp_path: Path) -> None:
         ("model.shift_tokens=4", r"other noise levels than model\.shift_tokens=4 .*Give model\.shift_tokens=null"),
     ],
 )
+@pytest.mark.quick_sets(4)
 def test_weights_that_would_compute_something_else_are_refused(
     option: str, named: str, runs: Path, started: Callable[..., PatchDiTModule]
 ) -> None:
@@ -314,6 +315,7 @@ def test_a_student_is_trained_validated_and_drawn(
         started("wrong", *options, f"model.init_from={runs / 'of_velocities'}")
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_student_counts_its_teacher(runs: Path) -> None:
     """The memory of the weights is that of student, teacher and the teacher's guide, and the step is that of the
     teacher's chord, in the window in which the teacher is guided."""

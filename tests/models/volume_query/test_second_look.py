@@ -82,6 +82,7 @@ def test_at_first_it_changes_nothing_and_adds_only_its_own_weights(tmp_path: Pat
         assert torch.equal(one.volume.pixel, other.volume.pixel)
 
 
+@pytest.mark.slow
 def test_it_learns_a_turn_that_only_the_sharp_image_shows(tmp_path: Path) -> None:
     module = build(tmp=tmp_path, network=LOOK)
     data = batch(size=6)
