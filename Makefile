@@ -46,7 +46,7 @@ gl:
 		fi; \
 	fi
 
-demo: install ## record simulated demonstrations, train on them, evaluate in closed loop: 5 minutes on two cores with bf16
+demo: install ## record simulated demonstrations, train on them, evaluate in closed loop: 5 minutes on two cores
 	$(PYTHON) -m keygrip.demo
 
 test: install ## all quick tests
