@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 
-from doc_tables import foveated_vlm, geometry_vla, metaworld, patch_dit, volume_query  # noqa: F401  (they register tables)
+from doc_tables import foveated_vlm, geometry_vla, metaworld, patch_dit, runtime, volume_query  # noqa: F401  (they register tables)
 from doc_tables.base import ROOT, TABLES
 
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)

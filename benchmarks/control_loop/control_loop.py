@@ -12,6 +12,7 @@ says otherwise.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import os
@@ -151,6 +152,7 @@ def main() -> None:
         "checkpoint": Path(given.checkpoint).name,
         "machine": f"{os.cpu_count()} cores",
         "python": platform.python_version(),
+        "date": f"{datetime.date.today()}",
         "conditions": {name: summary(each) for name, each in found.items() if each},
     }
     sys.stdout.write(f"{json.dumps(record, indent=1)}\n")

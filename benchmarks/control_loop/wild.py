@@ -11,6 +11,7 @@ command was refused, held back by the speed of the joints, or reached only withi
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import sys
@@ -302,6 +303,7 @@ def main() -> None:
         **({"commands_refused": refused["command"]} if arguments.arm else {}),
         **figures,
         "machine": f"{os.cpu_count()} cores",
+        "date": f"{datetime.date.today()}",
     }
     sys.stdout.write(f"{json.dumps(record, indent=1)}\n")
     sys.exit(0 if within else 1)

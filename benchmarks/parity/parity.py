@@ -1,7 +1,7 @@
 """Whether training still computes what it did: losses, weights and plans of short runs, bit for bit.
 
-    python benchmarks/parity/parity.py --data DATA --write benchmarks/parity/BASELINE.json    # at the old commit
-    python benchmarks/parity/parity.py --data DATA --against benchmarks/parity/BASELINE.json  # at the new one
+    python benchmarks/parity/parity.py --data DATA --write FILE.json    # at the old commit
+    python benchmarks/parity/parity.py --data DATA --against FILE.json  # at the new one
 
 Every case is a few steps of a small training run with all settings that matter given explicitly, in a process of its
 own, on data that is recorded once in the folder DATA and used by both commits. Losses, validation metrics and plans
