@@ -98,6 +98,7 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert example.count(settings) == 1
     one_arm = SimpleNamespace(needs=SimpleNamespace(arms=("right",), cameras=()))
     names: dict[str, Any] = {
+        "__name__": "__main__",
         "small": ["experiment=demo", "closed_loop=null", *VolumeQueryModule.toy_overrides, *QUICK],
         "observation": observation(one_arm),
     }
