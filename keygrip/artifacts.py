@@ -261,6 +261,18 @@ def locked(path: str | Path, wait: bool = True, together_without: bool = False) 
         yield
 
 
+@contextlib.contextmanager
+def locked_or_wait(path: str | Path, target: Path, together_without: bool = False) -> Iterator[None]:
+    """Hold a lock as `locked`; if another process holds it, log that it writes ``target`` and wait."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path, wait=False, together_without=together_without))
+        except BlockingIOError:
+            log.info("another process writes %s: waiting for it", target)
+            stack.enter_context(locked(path, together_without=together_without))
+        yield
+
+
 def is_locked(path: str | Path) -> bool | None:
     """Return whether another process holds the lock of this file; None if the file system has no locks."""
     with _lock_file(Path(path)) as handle:
@@ -321,13 +333,7 @@ def make_once(
     target = Path(path)
     if complete(target):
         return False
-    lock = target.with_name(f".{target.name}.lock")
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(lock, wait=False, together_without=together_without))
-        except BlockingIOError:
-            log.info("another process makes %s: waiting for it", target)
-            stack.enter_context(locked(lock, together_without=together_without))
+    with locked_or_wait(target.with_name(f".{target.name}.lock"), target, together_without):
         if complete(target):
             return False
         make(target)

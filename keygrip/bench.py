@@ -145,7 +145,7 @@ def _run_suite(cfg: DictConfig) -> dict[str, Any]:
     from hydra.utils import instantiate
 
     from keygrip.benchmarks.gpu import suite as suites
-    from keygrip.training.metadata import machine
+    from keygrip.training.metadata import git_revision, machine
 
     _check_choice("suite", cfg.suite, ["gpu"])
     if cfg.tf32:
@@ -157,7 +157,7 @@ def _run_suite(cfg: DictConfig) -> dict[str, Any]:
         parts = ",".join(names)
         _refuse_settings_of_others(cfg, "gpu", names, f"with part=[{parts}]: give part=[{parts},{{}}]")
         _refuse_settings_of_others(cfg, "cases", [], "with suite=gpu: give those of a part, gpu.PART.NAME=VALUE")
-    commit = cfg.commit or suites.commit_of(Path(__file__).parent)
+    commit = cfg.commit or git_revision(records_count=False)  # a suite itself changes records
     # toy figures replace no measured ones
     folder = Path(cfg.output or ("runs/bench/gpu_toy" if cfg.toy else "benchmarks/gpu"))
     suite = suites.Suite(folder, commit, cfg.toy, tuple(sys.argv[1:]))

@@ -52,17 +52,7 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
     settings = overrides_of(overrides)
     missing = re.search(r"Could not find '([^']+)/([^'/]*)'", text)
     if missing:
-        group, name = missing.groups()
-        for override in overrides:  # the option may name a folder: ablation=volume_query/no_state
-            key, _, value = override.partition("=")
-            if f"{key}/{value}" == f"{group}/{name}":
-                group, name = key, value
-        options = group_options(group, settings)
-        close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-        hint = f"nearest is {group}={close[0]}; " if close else ""
-        if group == "hydra/launcher":
-            hint += "joblib and slurm need their plugins: pip install 'keygrip[slurm]'; "
-        return f"no option {name!r} in group {group!r}: {hint}options are {', '.join(options) or 'none'}"
+        return _describe_missing_option(missing[1], missing[2], overrides)
     unchosen = re.search(r"You must specify '([\w/]+)'", text)
     if unchosen:
         group = unchosen.group(1)
@@ -71,59 +61,18 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
     causes = " ".join([text] + [one_line(each) for each in causes_of(error)])
     unset = UNSET.search(causes)
     if unset:
-        name = unset.group(1)
-        key_match = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *causes_of(error))))
-        naming = [each.partition("=")[0] for each in overrides if re.search(rf"env:\s*{re.escape(name)}\b", each)]
-        key = naming[0] if naming else key_match.group(1) if key_match else "a setting"
-        return (
-            f"{key} takes its value from the environment variable {name}, which is not set: export {name}=..., or give "
-            "the setting another value"
-        )
+        return _describe_unset_variable(unset[1], error, overrides)
     interpolated = re.search(r"Interpolation key '([^']+)' not found", causes)
     if interpolated:
-        key_match = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *causes_of(error))))
-        key = key_match.group(1) if key_match else "a setting"
+        key = _full_key(error) or "a setting"
         remedy = f"give {key}=..." if "[" not in key else f"choose another option of {key.partition('.')[0]}"
         return f"{key} takes its value from {interpolated.group(1)}, which this run does not have: {remedy}"
     unknown = re.search(r"Could not override '([^']+)'", causes) or re.search(r"Key '([^']+)' (?:is )?not in", causes)
     if unknown:
-        key = unknown.group(1)
-        full = next(
-            (o.lstrip("+~").split("=")[0] for o in overrides if o.lstrip("+~").split("=")[0].endswith(key)), key
-        )
-        other_overrides = [o for o in settings if o.lstrip("+~").split("=")[0] != full]
-        valid_keys = known_keys(config_name, other_overrides)
-        left_out = next((o for o in overrides if o.startswith("~") and f"{full}.".startswith(f"{o[1:]}.")), None)
-        if left_out is not None and full in known_keys(config_name, [o for o in other_overrides if o != left_out]):
-            return f"{left_out} leaves out {full}, which this run needs: a setting is given another value, NAME=VALUE"
-        if config_name == "prepare":  # the arguments of a step's function are set by the step's own settings
-            valid_keys = [each for each in valid_keys if each.partition(".")[0] != "call"]
-        given = next((o for o in overrides if o.partition("=")[0] == full and "={" in o), None)
-        if full in valid_keys and given is not None:
-            return f"{given} gives {full} keys that it does not have: each is added with +{full}.KEY=VALUE"
-        close_key = nearest(full, [each for each in valid_keys if not each.endswith("._target_")])
-        hint = f"the nearest is {close_key!r}" if close_key else "see all with `--cfg job`"
-        part = full.rpartition(".")[0]
-        if part.startswith("logger.") and f"{part}._target_" in valid_keys:  # keygrip's own classes accept no others
-            hint += f"; a further argument of its class is added with +{full}=VALUE"
-        if full.startswith(f"{CLOSED_LOOP}.") and not any(each.startswith(CLOSED_LOOP) for each in valid_keys):
-            hint = f"add closed_loop=NAME, one of {', '.join(group_options('closed_loop', settings))}"
-        group = full.partition(".")[0].partition("@")[0]
-        if models_with(group) and group not in valid_keys:
-            # a setting of another model, so only the spelling can be compared
-            if "." in full and valid_keys and not close_key:
-                closest = difflib.get_close_matches(full, valid_keys, n=1, cutoff=0.0)[0]
-                hint = f"of what this run reads the nearest is {closest!r}; {hint}"
-            hint = f"{with_group(group)}; {hint}"
-        return f"there is no setting {full!r} in {config_name}.yaml: {hint}"
+        return _describe_unknown_key(unknown[1], config_name, overrides)
     without = re.search(r"Cannot find primary config '([^']+)'", causes)
     if without:
-        if any(each.partition("=")[0] in ("--config-path", "-cp") for each in sys.argv[1:]):
-            return (
-                f"there is no {without.group(1)}.yaml in the folder that stands in place of keygrip's configs "
-                "(--config-path): a folder of yours is added to these with --config-dir FOLDER"
-            )
-        return f"there is no {without.group(1)}.yaml in keygrip's configs, nor in a folder added by --config-dir FOLDER"
+        return _describe_missing_config(without[1])
     continuous = re.search(r"(?:does not support sweep type : |type is ValueType\.)(\w+)_SWEEP", causes)
     if continuous:
         kind = continuous.group(1).lower()
@@ -144,6 +93,84 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
             f"{as_typed(key, value)}, for a sweep add -m"
         )
     return text
+
+
+def _name_of(override: str) -> str:
+    """Return the name of the setting that an override changes."""
+    return override.lstrip("+~").split("=")[0]
+
+
+def _full_key(error: BaseException) -> str | None:
+    """Return the setting that an error or one of its causes names."""
+    key = re.search(r"full_key: (\S+)", " ".join(str(each) for each in (error, *causes_of(error))))
+    return key.group(1) if key else None
+
+
+def _describe_missing_option(group: str, name: str, overrides: Sequence[str]) -> str:
+    for override in overrides:  # the option may name a folder: ablation=volume_query/no_state
+        key, _, value = override.partition("=")
+        if f"{key}/{value}" == f"{group}/{name}":
+            group, name = key, value
+    options = group_options(group, overrides_of(overrides))
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    hint = f"nearest is {group}={close[0]}; " if close else ""
+    if group == "hydra/launcher":
+        hint += "joblib and slurm need their plugins: pip install 'keygrip[slurm]'; "
+    return f"no option {name!r} in group {group!r}: {hint}options are {', '.join(options) or 'none'}"
+
+
+def _describe_unset_variable(name: str, error: BaseException, overrides: Sequence[str]) -> str:
+    """Describe which setting reads an environment variable that is not set."""
+    naming = [each.partition("=")[0] for each in overrides if re.search(rf"env:\s*{re.escape(name)}\b", each)]
+    key = naming[0] if naming else _full_key(error) or "a setting"
+    return (
+        f"{key} takes its value from the environment variable {name}, which is not set: export {name}=..., or give "
+        "the setting another value"
+    )
+
+
+def _describe_unknown_key(key: str, config_name: str, overrides: Sequence[str]) -> str:
+    """Describe a setting that does not exist: the nearest one, or how it is added.
+
+    Args:
+        key: the name in Hydra's message, perhaps without the part before its last dot.
+    """
+    settings = overrides_of(overrides)
+    full = next((_name_of(each) for each in overrides if _name_of(each).endswith(key)), key)
+    other_overrides = [o for o in settings if _name_of(o) != full]
+    valid_keys = known_keys(config_name, other_overrides)
+    left_out = next((o for o in overrides if o.startswith("~") and f"{full}.".startswith(f"{o[1:]}.")), None)
+    if left_out is not None and full in known_keys(config_name, [o for o in other_overrides if o != left_out]):
+        return f"{left_out} leaves out {full}, which this run needs: a setting is given another value, NAME=VALUE"
+    if config_name == "prepare":  # the arguments of a step's function are set by the step's own settings
+        valid_keys = [each for each in valid_keys if each.partition(".")[0] != "call"]
+    given = next((o for o in overrides if o.partition("=")[0] == full and "={" in o), None)
+    if full in valid_keys and given is not None:
+        return f"{given} gives {full} keys that it does not have: each is added with +{full}.KEY=VALUE"
+    close_key = nearest(full, [each for each in valid_keys if not each.endswith("._target_")])
+    hint = f"the nearest is {close_key!r}" if close_key else "see all with `--cfg job`"
+    part = full.rpartition(".")[0]
+    if part.startswith("logger.") and f"{part}._target_" in valid_keys:  # keygrip's own classes accept no others
+        hint += f"; a further argument of its class is added with +{full}=VALUE"
+    if full.startswith(f"{CLOSED_LOOP}.") and not any(each.startswith(CLOSED_LOOP) for each in valid_keys):
+        hint = f"add closed_loop=NAME, one of {', '.join(group_options('closed_loop', settings))}"
+    group = full.partition(".")[0].partition("@")[0]
+    if models_with(group) and group not in valid_keys:
+        # a setting of another model, so only the spelling can be compared
+        if "." in full and valid_keys and not close_key:
+            closest = difflib.get_close_matches(full, valid_keys, n=1, cutoff=0.0)[0]
+            hint = f"of what this run reads the nearest is {closest!r}; {hint}"
+        hint = f"{with_group(group)}; {hint}"
+    return f"there is no setting {full!r} in {config_name}.yaml: {hint}"
+
+
+def _describe_missing_config(name: str) -> str:
+    if any(each.partition("=")[0] in ("--config-path", "-cp") for each in sys.argv[1:]):
+        return (
+            f"there is no {name}.yaml in the folder that stands in place of keygrip's configs "
+            "(--config-path): a folder of yours is added to these with --config-dir FOLDER"
+        )
+    return f"there is no {name}.yaml in keygrip's configs, nor in a folder added by --config-dir FOLDER"
 
 
 def known_keys(config_name: str, overrides: Sequence[str] = ()) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.utils import get_method
 from omegaconf import MISSING, DictConfig
 
-from keygrip.artifacts import atomic_folder, json_text, refuse_file, without_passwords
+from keygrip.artifacts import atomic_folder, json_text, refuse_file
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
 
@@ -78,9 +78,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     content, weights = get_method(MERGED)(content, weights)
     run_folder = file.parent.parent if file.is_file() else file
     content[checkpoints.WEIGHTS_ARE] = weights_kind
-    content[checkpoints.HEADER] = without_passwords(content[checkpoints.HEADER])
     loaded = f"{target.name}/{WHERE[cfg.format]}" if cfg.format in WHERE else target.name
-    figures, episodes = without_passwords(read_result(run_folder)), read_result(run_folder / "closed_loop")
+    figures, episodes = read_result(run_folder), read_result(run_folder / "closed_loop")
     card = folder.model_card(loaded, content, weights, weights_kind, figures, module, episodes, measured_kind)
     result: dict[str, Any] = {"folder": str(target), "format": cfg.format, "weights": weights_kind}
     if cfg.format in WRITERS:

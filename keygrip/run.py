@@ -1,7 +1,7 @@
 """Control an arm with a policy: ``python -m keygrip.run robot=sim_yam checkpoint=RUN_FOLDER``.
 
-Limits and watchdog are on. Prints one line of JSON on standard output at the end. A run that the watchdog stopped ends
-with exit code 1. Ctrl-C, SIGTERM and closing the terminal also stop the arm.
+Limits and watchdog are on. Prints one line of JSON on standard output at the end, also if the watchdog stopped the arm;
+the exit code is then 1. Ctrl-C, SIGTERM and closing the terminal also stop the arm.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from omegaconf import MISSING, DictConfig
 from keygrip.artifacts import json_text
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, register
+from keygrip.runtime.refusal import StoppedError
 
 
 @dataclass
@@ -53,8 +54,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def print_report(cfg: DictConfig) -> None:
-    """Run and print the values of the report as one line of JSON."""
-    print(json_text(run(cfg), ascii_only=True), flush=True)
+    """Run and print the values of the report as one line of JSON, also those of a run that the watchdog stopped."""
+    try:
+        report = run(cfg)
+    except StoppedError as error:
+        print(json_text(error.report, ascii_only=True), flush=True)
+        raise
+    print(json_text(report, ascii_only=True), flush=True)
 
 
 def main() -> None:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ import torch
 from hydra.utils import instantiate
 
 import keygrip.bench  # noqa: F401  (registers its schema)
-from keygrip.benchmarks import inference, phases, training, volume_loss
+from keygrip.benchmarks import inference, phases, server, training, volume_loss
 from keygrip.benchmarks.cpu_precision import CpuPrecision
 from keygrip.benchmarks.deadline import QUICK_S, deadline
 from keygrip.benchmarks.demos import repeated_demos
@@ -321,6 +323,41 @@ class TestCases:
         monkeypatch.setattr(training.sys, "executable", "/bin/false")
         with pytest.raises(ChildProcessError, match="exit code 1; see its output above"):
             Training(SMALL_POLICY, 2, 2, steps=1, quick_steps=1, skip_steps=1).run(quick=True)
+
+
+class TestServer:
+    def test_requests_after_the_deadline_are_the_least_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Robot:
+            def __init__(self, url: str, timeout_s: float = 10.0) -> None:
+                self.url = url
+
+            def __enter__(self) -> Robot:
+                return self
+
+            def __exit__(self, *_: object) -> None: ...
+
+            def plan(self, observation: Any) -> None:
+                asked.append(self.url)
+
+            def health(self) -> dict[str, float]:
+                return {"plan_p50_ms": 1.0}
+
+        monkeypatch.setattr(server, "RemotePolicy", Robot)
+        monkeypatch.setattr(server, "compose", MagicMock())
+        monkeypatch.setattr(server, "looking_down", lambda size: {})
+        case = server.Server([], 2, requests=20, quick_requests=12, warm_up=1, limit_s=60, quick_limit_s=60)
+
+        def count(case: server.Server) -> tuple[int, int]:
+            asked.clear()
+            case._measure("one", "batches", quick=True)
+            return asked.count("one"), asked.count("batches")
+
+        asked: list[str] = []
+        assert count(case) == (13 + 2 * 7, 2 * 7)
+        least = 1 + MIN_REPETITIONS
+        with deadline(-1.0):
+            assert count(case) == (3 * least, 2 * least)
+        assert count(replace(case, quick_limit_s=0)) == (3 * least, 2 * least)
 
 
 class TestCommand:

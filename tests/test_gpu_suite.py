@@ -20,9 +20,10 @@ from pretended_gpu import pretended_gpu
 
 import keygrip.bench  # noqa: F401  (registers its schema)
 from keygrip.benchmarks.gpu import Figures
-from keygrip.benchmarks.gpu.suite import Suite, commit_of, refuse_without_gpu
+from keygrip.benchmarks.gpu.suite import Suite, refuse_without_gpu
 from keygrip.benchmarks.gpu.training_steps import TrainingSteps, peak_tflops
 from keygrip.config import compose
+from keygrip.training.metadata import git_revision
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = list(compose("bench").gpu)
@@ -225,8 +226,23 @@ class TestSuite:
         for package in ("checkout", ".venv/site-packages/keygrip"):
             (tmp_path / package).mkdir(parents=True)
         revision = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
-        assert commit_of(tmp_path / "checkout") == revision.strip()
-        assert commit_of(tmp_path / ".venv/site-packages/keygrip") is None
+        assert git_revision(tmp_path / "checkout") == revision.strip()
+        assert git_revision(tmp_path / ".venv/site-packages/keygrip") is None
+
+    @pytest.mark.parametrize(("changed", "counts"), [("benchmarks/gpu.json", False), ("checkout/code.py", True)])
+    def test_a_changed_record_is_no_change_of_the_code(self, tmp_path: Path, changed: str, counts: bool) -> None:
+        git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run([*git, "init", "-q"], check=True)
+        for name in ("benchmarks/gpu.json", "checkout/code.py"):
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).write_text("before")
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
+        revision = git_revision(tmp_path / "checkout")
+        (tmp_path / changed).write_text("after")
+        assert git_revision(tmp_path / "checkout") == f"{revision}+changes"
+        end = "+changes" if counts else ""
+        assert git_revision(tmp_path / "checkout", records_count=False) == f"{revision}{end}"
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_without_a_gpu(self, cli: Callable[..., Any]) -> None:

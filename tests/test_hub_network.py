@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -54,7 +57,7 @@ def test_what_was_downloaded_before_is_read(slept: list[float], tmp_path: Path) 
     assert slept == []
 
 
-def test_who_answers_is_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_says_nothing_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as silent:  # accepts connections and sends nothing
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -64,5 +67,26 @@ def test_who_answers_is_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "no answer" in str(hub_network.unreachable()) or "cannot be reached" in str(hub_network.unreachable())
         again = {"local_files_only": True}
         assert hub_network.cache_only_without_network("maker/model", {}) == again
-    monkeypatch.setattr(hub_network, "_last", (time.monotonic(), None))
-    assert hub_network.cache_only_without_network("maker/model", {}) == {}
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_who_answers_is_within_reach(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[str] = []
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            requests.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            """Log nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(hub_network, "_last", None)
+        assert hub_network.unreachable() is None
+        assert hub_network.cache_only_without_network("maker/model", {}) == {}
+        server.shutdown()
+    assert requests == ["/"]  # the second call reads the cached answer

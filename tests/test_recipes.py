@@ -167,8 +167,8 @@ def assert_sound(cfg: DictConfig) -> None:
 
 
 def assert_configures(cfg: DictConfig) -> tuple[type, int]:
-    """Assert that the module builds (a large one without memory for its weights), and that its optimiser has all
-    trained parameters. Return the optimiser's class and the number of parameters."""
+    """Assert that the module builds (a large one without memory for its weights), and that its optimizer has all
+    trained parameters. Return the optimizer's class and the number of parameters."""
     large = (
         "dinov" in str(cfg.get("backbone"))
         or "Qwen/" in str(cfg.get("vlm"))
@@ -184,7 +184,7 @@ def assert_configures(cfg: DictConfig) -> tuple[type, int]:
 
 @cache
 def configured_once(device: str, model: str) -> tuple[type, int]:
-    """Build a model from its configuration, which many options leave as it is, and check its optimiser."""
+    """Build a model from its configuration, which many options leave as it is, and check its optimizer."""
     with torch.device(device):
         module = build_module({"model": json.loads(model)})
     module._trainer = SimpleNamespace(estimated_stepping_batches=1000)  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -19,11 +20,12 @@ from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.inference import driving
 from keygrip.inference.driving import StoppedError
 from keygrip.models.policy import Needs, Observation, Plan, views_or_none
-from keygrip.run import run
+from keygrip.robots.kinematics import forward_kinematics
+from keygrip.run import print_report, run
 from keygrip.runtime.client import ServerError
 from keygrip.runtime.planners import SimulatedPlanner
 from keygrip.runtime.sim_yam import SimulatedYam
-from keygrip.runtime.takeover import KeyboardTakeover
+from keygrip.runtime.takeover import GamepadTakeover, KeyboardTakeover
 
 
 class Steady:
@@ -45,7 +47,9 @@ class Steady:
 SMALL = ("robot.real_time=false", "robot.image_size=32", "seconds=1.5", "checkpoint=here")
 
 
-def test_a_run_reports_and_a_stopped_one_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_reports_and_a_stopped_one_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     policy: Any = Steady()
     monkeypatch.setattr(driving, "_policy", lambda cfg: policy)
     monkeypatch.setattr(driving, "ThreadPlanner", immediate)
@@ -59,8 +63,13 @@ def test_a_run_reports_and_a_stopped_one_is_an_error(monkeypatch: pytest.MonkeyP
     assert shown["refused"] is None
     assert (tmp_path / "plan.png").is_file()
     policy = Steady(fails=True)
+    capsys.readouterr()
     with pytest.raises(StoppedError, match="meets no plane"):
-        run(compose("run", [*SMALL, "seconds=10", "watchdog.hold_seconds=0.5"]))
+        print_report(compose("run", [*SMALL, "seconds=10", "watchdog.hold_seconds=0.5"]))
+    (line,) = capsys.readouterr().out.splitlines()
+    stopped = json.loads(line)
+    assert (stopped["state"], stopped["holds"], stopped["success"]) == ("stopped", 1, False)
+    assert "meets no plane" in stopped["reason"]
     with pytest.raises(ValueError, match="continues a plan"):
         run(compose("run", [*SMALL, "execution.continue_chunks=true"]))
     for idle in (["execution=blocking", "execution.blend_seconds=0.2"], ["execution.asynchronous=false"]):
@@ -184,6 +193,44 @@ def test_a_record_that_exists_is_refused_before_a_person_gets_the_keyboard(
     monkeypatch.setattr(KeyboardTakeover, "__init__", lambda self, **settings: pytest.fail("the terminal was taken"))
     with pytest.raises(FileExistsError, match="exists already"):
         run(compose("run", [*SMALL, "takeover=keyboard", f"record={tmp_path}"]))
+
+
+@pytest.mark.parametrize("device", ["keyboard", "gamepad"])
+def test_a_takeover_of_several_arms_names_one_before_the_robot_is_connected(
+    device: str, monkeypatch: pytest.MonkeyPatch, real: list[str]
+) -> None:
+    """Only the first arm could be moved, while the other one stood still in frames marked as corrected."""
+    monkeypatch.setattr(keygrip.runtime.i2rt_yam, "connect", lambda *_: pytest.fail("the arm was connected"))
+    monkeypatch.setattr(driving, "_policy", lambda cfg: Closing("left", "right"))
+    two = [*real, "+robot.arms.left=can1", f"takeover={device}"]
+    with pytest.raises(ValueError, match=r"there are 2: choose it by one of takeover\.arm=left, takeover\.arm=right$"):
+        run(compose("run", two))
+    with pytest.raises(ValueError, match=r"^takeover\.arm=third is no arm of the policy, which moves left, right$"):
+        run(compose("run", [*two, "takeover.arm=third"]))
+
+
+@pytest.mark.parametrize(("named", "index"), [("left", 0), ("right", 1)])
+def test_a_person_moves_the_arm_that_is_named(
+    named: str,
+    index: int,
+    monkeypatch: pytest.MonkeyPatch,
+    drivers: dict[str, Driver],
+    real: list[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(driving, "_policy", lambda cfg: Closing("left", "right"))
+    # take over, left stick forward after it was at rest, close the gripper
+    events = [(0, 0, 2, 1), (1, 1, 1, 0), (2, -32767, 2, 1), (3, 1, 1, 1)]
+    pad = tmp_path / "js0"
+    pad.write_bytes(b"".join(GamepadTakeover.EVENT.pack(*event) for event in events))
+    settings = [*real, "+robot.arms.left=can1", "takeover=gamepad", f"takeover.device={pad}", f"takeover.arm={named}"]
+    report = run(compose("run", settings))
+    assert report["corrected_ticks"] == report["ticks"]
+    moved, held = (drivers[channel].commands for channel in (("can1", "can0") if index == 0 else ("can0", "can1")))
+    reach = [forward_kinematics(commands[-1][:6])[0][0] - forward_kinematics(HOME)[0][0] for commands in (moved, held)]
+    assert reach[0] > 0.005
+    assert abs(reach[1]) < 1e-6
+    assert (moved[-1][6], held[-1][6]) == (0.0, 1.0)
 
 
 def test_what_cannot_be_is_said() -> None:

@@ -403,7 +403,7 @@ def dit_speed() -> str:
         (
             "memory of a training step at 512 px, batch 1, bf16",
             f"{step['estimated_512px_bf16_gb']:.1f} GB: {step['estimated_weights_and_states_gb']:.1f} for weights, EMA "
-            f"and optimiser states, {step['estimated_step_gb']:.1f} for activations, gradients and copies of the "
+            f"and optimizer states, {step['estimated_step_gb']:.1f} for activations, gradients and copies of the "
             "weights in bf16 at the peak of the step",
             "**counted**, not measured",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import multiprocessing
 import threading
 import time
@@ -15,8 +16,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from keygrip.benchmarks.deadline import deadlines
 from keygrip.benchmarks.inference import looking_down, untrained
-from keygrip.benchmarks.measuring import milliseconds
+from keygrip.benchmarks.measuring import MIN_REPETITIONS, milliseconds
 from keygrip.config import compose
 from keygrip.runtime.client import RemotePolicy
 from keygrip.runtime.server import PolicyServer
@@ -32,8 +34,9 @@ class Server:
     Args:
         overrides: overrides of ``keygrip.train`` that select the volume-query policy.
         clients: robots that send requests at the same time, for `requests_per_s`; the server's queue holds that many.
-        requests, quick_requests: requests of one robot alone, and the same number of all robots together; fewer if the
-            requests of one robot take longer than ``limit_s`` or ``quick_limit_s``. warm_up: requests before them.
+        requests, quick_requests: requests of one robot alone, and the same number of all robots together; fewer, but
+            at least ``MIN_REPETITIONS``, if the requests of one robot take longer than ``limit_s`` or
+            ``quick_limit_s``, or after the `deadline`. warm_up: requests before them.
         device: device of the server.
     """
 
@@ -84,7 +87,8 @@ class Server:
                     policy.plan(observation)
                     if request >= 0:
                         seconds.append(time.perf_counter() - started)
-                    if sum(seconds) > limit_s:
+                    late = sum(seconds) > limit_s or time.perf_counter() > min(deadlines, default=math.inf)
+                    if late and len(seconds) >= MIN_REPETITIONS:
                         break
             return seconds
 

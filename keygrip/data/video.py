@@ -448,8 +448,8 @@ def read_video(path: str | Path, every: int = 1) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def live_frames(source: str, format: str | None, options: Mapping[str, str]) -> Iterator[Iterator[np.ndarray]]:
-    """Yield an iterator over the frames [H, W, 3] uint8 of a device, file or stream, as they arrive.
+def live_frames(source: str, format: str | None, options: Mapping[str, str]) -> Iterator[Iterator[tuple[Any, Any]]]:
+    """Yield an iterator over frames [H, W, 3] uint8 and their times in s or None, of a device, file or stream.
 
     Args:
         source: e.g. /dev/video0. format: of the device, e.g. v4l2; None: detected. options: for FFmpeg.
@@ -458,7 +458,7 @@ def live_frames(source: str, format: str | None, options: Mapping[str, str]) -> 
         ValueError: the source cannot be opened, or ends unexpectedly.
     """
     with convert_errors(source), av.open(source, format=format, options=dict(options)) as container:
-        yield (stored_frame(frame) for frame in container.decode(video=0))
+        yield ((stored_frame(frame), frame.time) for frame in container.decode(video=0))
 
 
 class VideoWriter:

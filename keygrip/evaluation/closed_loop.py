@@ -8,14 +8,11 @@ control) and the device, so the number of processes does not change the result.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import math
 import multiprocessing
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -38,6 +35,7 @@ from keygrip.models.policy import Needs
 from keygrip.progress import Progress
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.client import ServerError
+from keygrip.training.signals import ignore_terminal_signals
 from keygrip.training.torch_files import refuse_missing_device
 
 log = logging.getLogger(__name__)
@@ -203,15 +201,14 @@ class ClosedLoop:
 
         Raises:
             ValueError: The environment cannot be opened, or does not provide the policy's inputs.
-            ModuleNotFoundError: Serving the policy to several processes needs a package.
+            ModuleNotFoundError: as `refuse_missing_packages`.
         """
+        self.refuse_missing_packages()
         jobs = self._jobs(None)
         job, task = jobs[0], changed(self.task, jobs[0].overrides)
         if self.python is not None:
             check_remote(self._remote_settings(), task, job.seed, needs)
             return
-        if not self._on_cpu and self._count_processes(jobs) > 1:
-            server_classes()
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             cameras = None if self.cameras is None else tuple(self.cameras)
             follow = self.control(policy=None, control_hz=self.hz).follow
@@ -220,6 +217,16 @@ class ClosedLoop:
                 future.result()
             except BrokenProcessPool as error:
                 raise ValueError(f"the process that opens {type(task).__name__} {DIED}") from error
+
+    def refuse_missing_packages(self) -> None:
+        """Raise ModuleNotFoundError if the policy is served to other processes and a package for it is missing."""
+        if self.python is not None:
+            server_classes()
+        elif not self._on_cpu and self._count_processes(self._jobs(None)) > 1:
+            server_classes(
+                "; or give processes=1 (in training callbacks.closed_loop.closed_loop.processes=1), which plans on "
+                f"device={self.device} without a server"
+            )
 
     def run(self, checkpoint: Path, output: Path | None = None) -> list[ConditionResult]:
         """Run every episode with the policy in ``checkpoint``. Videos are written to ``output`` / videos, and each
@@ -273,7 +280,7 @@ class ClosedLoop:
         restarts = 3 * len(jobs)
         with served(self.policy_in(checkpoint), processes, restarts) as url:
             try:
-                self._run_parallel(_Server(url), jobs, processes, results)
+                self._run_parallel(_Server(url, processes), jobs, processes, results)
             except (ServerError, ConnectionError) as error:
                 raise ValueError(f"closed loop with device={self.device}: {error}") from error
 
@@ -321,7 +328,7 @@ class ClosedLoop:
         context = multiprocessing.get_context("spawn")
         earlier_processes = multiprocessing.active_children()
         with ProcessPoolExecutor(processes, context, _start_worker, (source, self)) as pool:
-            with _deaf_to_the_terminal():  # this process ends them, so that each does not print a traceback
+            with ignore_terminal_signals():  # this process ends them, so that each does not print a traceback
                 waiting: dict[Future[EpisodeResult], _Job] = {pool.submit(_work, job): job for job in jobs}
             try:
                 for future in as_completed(waiting):
@@ -375,20 +382,6 @@ class ClosedLoop:
         return sorted(jobs, key=lambda job: (job.video is None, job.condition))
 
 
-@contextlib.contextmanager
-def _deaf_to_the_terminal() -> Iterator[None]:
-    """Processes that are started in this context ignore SIGINT and SIGHUP, such as from a terminal."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def summarise(results: Sequence[ConditionResult]) -> dict[str, Any]:
     """``{condition: figures}``."""
     return {result.name: result.summary() for result in results}
@@ -408,16 +401,20 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Server:
-    """Where another process serves the policy."""
+    """Where another process serves the policy, and for how many."""
 
     url: str
+    processes: int
 
 
 class _Worker:
     """A policy, loaded here or served by another process, and the environment of its last episode."""
 
     def __init__(self, source: Path | _Server, settings: ClosedLoop) -> None:
-        self.policy = policy_at(source.url) if isinstance(source, _Server) else settings.policy_in(source)
+        if isinstance(source, _Server):
+            self.policy: Any = policy_at(source.url, source.processes)
+        else:
+            self.policy = settings.policy_in(source)
         self.settings = settings
         self._environment: tuple[tuple[tuple[str, Any], ...], Environment] | None = None
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keygrip.artifacts import sha256_file, sha256_of
-from keygrip.evaluation.known_features import clip_part, clip_pixels
+from keygrip.evaluation.known_features import clip_part, clip_pixels, clip_sha256
 
 WORD = re.compile(r"\w+(?:-\w+)*")
 
@@ -104,7 +103,7 @@ class ClipSimilarity:
         place = Path(folder)
         self.network, self.tokenizer = clip_part(CLIPModel, place), clip_part(CLIPTokenizer, place)
         self.name = place.name
-        self.sha256 = sha256_of(sha256_file(file).encode() for file in sorted(place.glob("*.safetensors")))
+        self.sha256 = clip_sha256(place)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keygrip.artifacts import sha256_file, sha256_of
-from keygrip.models.language.hub import checked_tokenizer
+from keygrip.models.language.hub import ForeignCodeError, checked_tokenizer, from_pretrained, read_weights
 from keygrip.models.patch_dit.dino_view import DinoView
 from keygrip.training.integrity import load_tensors
 
@@ -36,8 +36,7 @@ def known_encoder(kind: str, place: Path, variant: str) -> tuple[Features, str, 
     """
     if kind == "clip":
         features = _load_clip(place)
-        files = sorted(place.glob("*.safetensors"))
-        return features, f"clip {place.name}", sha256_of(sha256_file(file).encode() for file in files)
+        return features, f"clip {place.name}", clip_sha256(place)
     if not place.is_file():
         raise FileNotFoundError(f"features.weights={place}: there is no such file")
     if kind == "dinov3":
@@ -74,31 +73,36 @@ def clip_part(kind: Any, folder: Path) -> Any:
     """Load a tower or the tokenizer of a transformers CLIP, by its class.
 
     Raises:
-        FileNotFoundError: The folder does not exist. ValueError: It does not hold that part.
+        FileNotFoundError: The folder does not exist. ValueError: It does not hold that part, or its weights are in a
+            file of PyTorch's that holds more than tensors, which is not executed (`ForeignCodeError`).
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{folder}: of clip a folder with config.json and model.safetensors (of "
+            f"{folder}: of clip a folder with config.json and model.safetensors or pytorch_model.bin (of "
             "openai/clip-vit-large-patch14-336: that of CMMD)"
         )
-    is_tower = hasattr(kind, "config_class")
-    load_options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if is_tower:  # in float32, whatever dtype the folder has, because a figure must not depend on it
-        load_options |= {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
+    source, options = str(folder), {"local_files_only": True}
     try:
-        if is_tower:
-            part = kind.from_pretrained(folder, **load_options)
-        else:
-            part = checked_tokenizer(lambda: kind.from_pretrained(folder, **load_options), str(folder))
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{folder} holds no {kind.__name__} of transformers: {str(error).splitlines()[0]}") from error
-    if not is_tower:
-        return part
-    network, report = part
-    missing = sorted(report["missing_keys"])
-    if missing:  # it would be initialised randomly
-        raise ValueError(f"{folder} holds no {kind.__name__} of transformers: {missing[0]} is missing")
-    return network.eval().requires_grad_(False)
+        if hasattr(kind, "config_class"):  # a tower: in float32, because a figure must not depend on the stored dtype
+            return read_weights(kind, source, "CLIP", **options).eval().requires_grad_(False)
+        return checked_tokenizer(lambda: from_pretrained(kind, source, **options), source)
+    except ForeignCodeError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} holds no {kind.__name__} of transformers: {reason}") from error
+
+
+def clip_sha256(folder: Path) -> str:
+    """Return the SHA-256 of the files from which `clip_part` reads weights.
+
+    Raises:
+        ValueError: There are none with the usual names.
+    """
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):  # transformers prefers them in this order
+        if files := sorted(folder.glob(pattern)):
+            return sha256_of(sha256_file(file).encode() for file in files)
+    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin: give its weights such a name")
 
 
 def clip_pixels(images: Tensor, edge: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.config import config_folder
+from keygrip.data.robot.frame_rates import refuse_other_steps
 from keygrip.data.robot.roots import refuse_renamed
 from keygrip.evaluation.closed_loop import EPISODES_FILE, ClosedLoop
 from keygrip.evaluation.environments import EnvironmentSettings, environment_settings
@@ -38,7 +39,7 @@ def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     reason.
 
     Raises:
-        ValueError: Nothing is requested, or a request cannot be met.
+        ValueError: Nothing is requested, or a request cannot be met. ModuleNotFoundError: A package for it is missing.
     """
     if not (cfg.open_loop or cfg.simulate):
         raise ValueError("open_loop=false and simulate=false: there is nothing to evaluate")
@@ -47,6 +48,7 @@ def evaluate_policy(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     # first, so that impossible requests are refused before the validation demonstrations are evaluated
     if cfg.simulate:
         settings, left_out = closed_loop_settings(evaluated, cfg)
+        settings.refuse_missing_packages()
         if left_out:
             result["conditions_left_out"] = left_out
     if cfg.open_loop:
@@ -79,7 +81,7 @@ def open_loop(
 
     Raises:
         ValueError: This machine does not have the device; with `changes`, or after demonstrations were removed, the run
-            was trained on some of them.
+            was trained on some of them; or their target steps do not last as long as those that the policy plans.
     """
     import torch
     from lightning.pytorch import Trainer
@@ -97,6 +99,10 @@ def open_loop(
         datamodule.fit_to_workspace, datamodule.geometry = False, evaluated.module.statistics.geometry  # type: ignore
     datamodule.prepare_data()
     datamodule.setup("validate")
+    seconds = getattr(getattr(evaluated.module, "statistics", None), "step_seconds", None)
+    if seconds is not None and hasattr(datamodule, "root_of"):
+        strides = [root.stride for root in datamodule.roots]
+        refuse_other_steps(datamodule.demos, datamodule.root_of, strides, seconds)
     if hasattr(datamodule, "refuse_trained"):
         state = read_checkpoint(evaluated.checkpoint, mapped=True).get(type(datamodule).__qualname__)  # Lightning's key
         datamodule.refuse_trained(state or {}, plain(evaluated.config.data))  # an export has no state

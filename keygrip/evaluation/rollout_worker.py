@@ -19,7 +19,6 @@ from keygrip.models.policy import Needs
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.client import RemotePolicy
 
-PLAN_TIMEOUT_S = 300.0  # for a large model on a few cores, with other workers waiting
 _opened: dict[str, Environment] = {}  # the environment of the last job, by its task
 
 
@@ -28,7 +27,7 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[
     have no server address, return the function that checks an environment."""
     if settings["url"] is None:
         return partial(_check_job, settings)
-    policy = policy_at(settings["url"])
+    policy = policy_at(settings["url"], settings["processes"])
     control = partial(RecedingHorizon, **settings["control"])
     kind: Any = pkgutil.resolve_name(settings["task_class"])
     cameras = _parse_cameras(settings)
@@ -45,9 +44,16 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[dict[
     return work
 
 
-def policy_at(url: str) -> RemotePolicy:
-    """Return a client of the server of an evaluation; it waits for the plans of other workers."""
-    return RemotePolicy(url, timeout_s=PLAN_TIMEOUT_S, patience_s=PLAN_TIMEOUT_S)
+def policy_at(url: str, processes: int) -> RemotePolicy:
+    """Return a client of the server of an evaluation with that many workers; it waits for the plans of the others."""
+    timeout_s = plan_timeout_s(processes) + 60.0  # later than the server's answer that a plan takes too long
+    return RemotePolicy(url, timeout_s=timeout_s, patience_s=timeout_s)
+
+
+def plan_timeout_s(processes: int) -> float:
+    """Return the time limit of a plan in an evaluation, in seconds: 300 for the plan itself, which suffice for a large
+    model on a few cores, and 30 for each of the processes, whose plans are computed one after another."""
+    return 300.0 + 30.0 * processes
 
 
 def close_environments() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from keygrip.envs.environment import Environment, JointEnvironment, open_environment
 from keygrip.evaluation.rollout_video import RolloutVideo
-from keygrip.models.policy import Needs, arm_axis, held_back_m, views_or_none
+from keygrip.models.policy import LONGEST_INSTRUCTION, Needs, arm_axis, held_back_m, views_or_none
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.plan_terms import POSE, Follow, refuse_idle_follow
 
@@ -84,6 +84,8 @@ def run_episode(
         recording = RolloutVideo(video, environment.hz / draw_every, info["instruction"])
     steps, over, failure, detail = 0, False, None, None
     while not over:
+        if needs is not None and needs.instruction:
+            _refuse_unfit_instruction(observation)  # an environment may change it during an episode
         try:
             action = controller.act(observation)
             if not np.isfinite(action).all():
@@ -159,11 +161,8 @@ def check_environment(
 
 def _refuse_unfit(environment: Environment, observation: Any, needs: Needs) -> None:
     views_or_none(observation, needs.cameras)
-    if needs.instruction and not str(observation.get("instruction") or "").strip():
-        raise ValueError(
-            "the environment gives no instruction, and this policy needs one: its info needs `instruction` "
-            "(of env=gymnasium, env.task.instruction=... gives one)"
-        )
+    if needs.instruction:
+        _refuse_unfit_instruction(observation)
     arms = len(arm_axis(observation["position"], 1))
     if arms != len(needs.arms):
         raise ValueError(
@@ -178,6 +177,27 @@ def _refuse_unfit(environment: Environment, observation: Any, needs: Needs) -> N
         raise ValueError(
             f"the policy's arms are {', '.join(needs.arms)} in this order, the environment gives {', '.join(order)}: "
             f"plans would move the wrong arm; train with data.arms=[{','.join(order)}]"
+        )
+
+
+def _refuse_unfit_instruction(observation: Any) -> None:
+    """Refuse an instruction that a policy server would refuse, wherever the policy plans. Otherwise the same episodes
+    would succeed in one process and be failures of the policy in several."""
+    text = str(observation.get("instruction") or "")
+    if not text.strip():
+        raise ValueError(
+            "the environment gives no instruction, and this policy needs one: its info needs `instruction` "
+            "(of env=gymnasium, env.task.instruction=... gives one)"
+        )
+    if (size := len(text.encode(errors="replace"))) > LONGEST_INSTRUCTION:
+        raise ValueError(
+            f"the environment's instruction has {size} bytes, more than {LONGEST_INSTRUCTION}: give one sentence in "
+            "`instruction` of its info"
+        )
+    if not text.isprintable():
+        raise ValueError(
+            f"the environment's instruction {text!r} holds characters that are not printable, such as line breaks, "
+            "tabs or no-break spaces: give one line with ordinary spaces in `instruction` of its info"
         )
 
 

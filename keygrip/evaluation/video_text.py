@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,36 @@ class _ScoredRows:
     unanswered: list[str]
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """What is collected over the batches, by mode.
+
+    Attributes:
+        scores: by kind. by_length: by kind and length of the video. generated: kind, true answer, evidence and
+            generated text of each scored row. seconds: also of the encoder. attention: of each question, by kind.
+    """
+
+    scores: dict[str, Scores] = field(default_factory=lambda: defaultdict(Scores))
+    by_length: dict[str, Scores] = field(default_factory=lambda: defaultdict(Scores))
+    generated: dict[str, list[tuple[str, str, dict[str, Any], str]]] = field(default_factory=lambda: defaultdict(list))
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    attention: dict[str, dict[str, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+
+    def figures(self, mode: str, frames: int) -> dict[str, Any]:
+        """Return the figures of a mode. frames: number of frames to which `seconds` belong."""
+        figures: dict[str, Any] = self.scores[mode].figures() | self.scores[mode].questions()
+        by_length = self.by_length[mode]
+        if len({label.rpartition("_of_")[2] for label in by_length.sums}) > 1:
+            parts = by_length.figures()
+            figures |= {name: value for name, value in parts.items() if name.startswith("accuracy_")}
+            figures |= by_length.questions()
+        if frames:
+            figures["ms_per_frame"] = 1000 * (self.seconds[ENCODER] + self.seconds[mode]) / frames
+        figures |= _score_answers(self.generated[mode])
+        figures |= {f"attention_{kind}": float(np.mean(share)) for kind, share in self.attention[mode].items()}
+        return figures
+
+
 @torch.no_grad()
 def evaluate_modes(
     module: FoveatedVLMModule,
@@ -62,7 +92,8 @@ def evaluate_modes(
     """Return the figures of each mode over batches, and comparisons between modes (`gap`, `fine_over_coarse`).
 
     A model that was trained with refinement is also evaluated with it, as `coarse_fine_refined` (and `gap_refined`).
-    The videos of a batch are encoded once, for all modes and their generated text.
+    The videos of a batch are encoded once, for all modes and their generated text. `evidence` is the ground truth of a
+    record.
 
     For each mode: loss, perplexity and exactness of answers, over all and by kind; for generated answers, `bleu_*`,
     `cider`, `meteor` (kind caption), `vqa_accuracy` (if the evidence has `answers`, of ten annotators or fewer; over
@@ -84,14 +115,10 @@ def evaluate_modes(
         if mode not in module.network.modes:
             raise ValueError(f"mode={mode}: {type(module.network).__name__} has {', '.join(module.network.modes)}")
     module.eval()
-    scores: dict[str, Scores] = defaultdict(Scores)
-    by_length: dict[str, Scores] = defaultdict(Scores)
-    generated: dict[str, list[tuple[str, str, dict[str, Any], str]]] = defaultdict(list)
-    seconds: dict[str, float] = defaultdict(float)
+    sums = _Sums()
     evaluated = {mode: (mode, 0) for mode in modes}
     if module.refinement and "coarse_fine" in modes:
         evaluated[REFINED] = ("coarse_fine", module.refinement)
-    attention: dict[str, dict[str, list[float]]] = {mode: defaultdict(list) for mode in evaluated}
     videos: Counter[str] = Counter()
     frames_seen, too_long, unanswered = 0, list[str](), list[str]()
     with_frames = left_out = 0
@@ -102,10 +129,10 @@ def evaluate_modes(
         frames = int(batch.frame_mask.sum())
         with_frames += bool(frames)
         if frames and with_frames == 2:  # the first such batch was the warm-up of the encoder and the first mode
-            seconds.clear()
+            sums.seconds.clear()
             frames_seen = 0
         frames_seen += frames
-        clock = seconds if frames else defaultdict[str, float](float)  # text only has no frames for its time
+        clock = sums.seconds if frames else defaultdict[str, float](float)  # text only has no frames for its time
         lengths = _octaves(batch, image_frames)
         videos.update(f"videos_of_{length}" for length in lengths)
         asked = _select_scored(module, batch, max_new_tokens)
@@ -118,17 +145,33 @@ def evaluate_modes(
             with timed(clock, mode, module.device):
                 output = module.network(inputs, rows, of_network, refinement, kv)
                 scored = module.score(output, batch)
-                scores[mode].add(scored, batch.kind)
-                by_length[mode].add(scored, _label_kinds_and_lengths(batch, lengths))
+                sums.scores[mode].add(scored, batch.kind)
+                sums.by_length[mode].add(scored, _label_kinds_and_lengths(batch, lengths))
             if output.passes is not None:
                 for kind, share in attention_on_targets(module.network, output, rows, batch):
-                    attention[mode][kind].append(share)
+                    sums.attention[mode][kind].append(share)
                 for kind, share in attention_on_targets(module.network, output, rows, batch, "all"):
-                    attention[mode][f"{kind}_all_blocks"].append(share)
+                    sums.attention[mode][f"{kind}_all_blocks"].append(share)
             if mode in modes:
-                generated[mode] += _generate_answers(module, batch, asked, inputs, kv, mode, max_new_tokens)
-    if not scores:
+                sums.generated[mode] += _generate_answers(module, batch, asked, inputs, kv, mode, max_new_tokens)
+    if not sums.scores:
         raise ValueError("nothing to evaluate: the data have no samples")
+    _warn_of_unscored(module, unanswered, too_long, max_new_tokens)
+    figures = {mode: sums.figures(mode, frames_seen) for mode in evaluated}
+    return {
+        "tokens_per_frame": module.network.tokens_per_frame,
+        **dict(sorted(videos.items())),
+        "too_long": len(too_long),
+        "unanswered": len(unanswered),
+        "left_out_rows": left_out,
+        **{mode: _round_values(values) for mode, values in figures.items()},
+        **_round_values(comparisons(figures)),
+    }
+
+
+def _warn_of_unscored(
+    module: FoveatedVLMModule, unanswered: Sequence[str], too_long: Sequence[str], max_new_tokens: int
+) -> None:
     if unanswered:
         log.warning(
             "no answer is scored of %d conversations, which end with the user's turn; the first: %s",
@@ -144,26 +187,6 @@ def evaluate_modes(
             module.network.language.context,
             too_long[0],
         )
-    figures: dict[str, dict[str, Any]] = {}
-    for mode in evaluated:
-        figures[mode] = scores[mode].figures() | scores[mode].questions()
-        if len({label.rpartition("_of_")[2] for label in by_length[mode].sums}) > 1:
-            parts = by_length[mode].figures()
-            figures[mode] |= {name: value for name, value in parts.items() if name.startswith("accuracy_")}
-            figures[mode] |= by_length[mode].questions()
-        if frames_seen:
-            figures[mode]["ms_per_frame"] = 1000 * (seconds[ENCODER] + seconds[mode]) / frames_seen
-        figures[mode] |= _score_answers(generated[mode])
-        figures[mode] |= {f"attention_{kind}": float(np.mean(share)) for kind, share in attention[mode].items()}
-    return {
-        "tokens_per_frame": module.network.tokens_per_frame,
-        **dict(sorted(videos.items())),
-        "too_long": len(too_long),
-        "unanswered": len(unanswered),
-        "left_out_rows": left_out,
-        **{mode: _round_values(values) for mode, values in figures.items()},
-        **_round_values(comparisons(figures)),
-    }
 
 
 def _octaves(batch: VideoTextBatch, image_frames: int) -> list[int]:

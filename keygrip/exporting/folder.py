@@ -6,8 +6,8 @@
                            statistics), and the SHA-256 of each safetensors file and of these values themselves
     README.md              the model card
 
-Nothing in it is code. A folder is read as the content of a checkpoint, and the model is built from it under the same
-rules as from any checkpoint.
+Nothing in it is code, and addresses in its header and model card have no passwords. A folder is read as the content of
+a checkpoint, and the model is built from it under the same rules as from any checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from keygrip.artifacts import atomic_folder, sha256_bytes, sha256_file, write_json, write_text
+from keygrip.artifacts import atomic_folder, sha256_bytes, sha256_file, without_passwords, write_json, write_text
 
 WEIGHTS, PROCESSOR, CONFIG, CARD = "model.safetensors", "processor.safetensors", "config.json", "README.md"
 SCHEMA = "keygrip.export/1"
@@ -35,6 +35,8 @@ CONVERTED_FROM = (
 )
 TENSOR = "__tensor__"  # {"__tensor__": name in processor.safetensors} replaces a tensor in config.json
 TUPLE = "__tuple__"
+FLOAT = "__float__"  # {"__float__": "inf"} replaces a number that JSON does not have
+NOT_FINITE = ("inf", "-inf", "nan")
 LARGEST_CONFIG_BYTES = 256 << 20  # a tokenizer with a large vocabulary has tens of megabytes
 DEEPEST = 64
 USAGE = 'import keygrip\n\nmodel = keygrip.load("{name}")'
@@ -78,7 +80,7 @@ def write_export(
     files: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an export atomically.
+    """Write an export atomically, without the passwords of addresses in the header and the model card.
 
     Args:
         folder: new or empty. content: of the checkpoint. weights: the state dictionary to write. card: Markdown.
@@ -93,6 +95,8 @@ def write_export(
     exported = {key: value for key, value in content.items() if key not in TRAINING_ONLY}
     exported.pop("ema", None)  # its parameters are the exported weights
     exported = {key: value for key, value in exported.items() if not _is_data_position(value)}
+    if "keygrip" in exported:
+        exported["keygrip"] = without_passwords(exported["keygrip"])
     stored = _to_json({key: value for key, value in exported.items() if key != "state_dict"}, "", tensors)
     with atomic_folder(folder) as target:
         save_tensors(weights, target / WEIGHTS)
@@ -108,7 +112,7 @@ def write_export(
                 write_text(target / name, value)
             else:
                 write_json(target / name, value)
-        write_text(target / CARD, card)
+        write_text(target / CARD, without_passwords(card))
         also(target)
     return Path(folder)
 
@@ -276,13 +280,16 @@ def _to_json(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {TENSOR: name}
     if isinstance(value, Mapping):
         wrong = [key for key in value if not isinstance(key, str)]
-        if wrong or TENSOR in value or TUPLE in value:
-            raise ValueError(f"{path or 'the checkpoint'} has keys that JSON cannot hold: {wrong or [TENSOR]}")
+        wrong += [key for key in (TENSOR, TUPLE, FLOAT) if key in value]
+        if wrong:
+            raise ValueError(f"{path or 'the checkpoint'} has keys that JSON cannot hold: {wrong}")
         return {key: _to_json(child, f"{path}/{key}", tensors) for key, child in value.items()}
     if isinstance(value, tuple):
         return {TUPLE: [_to_json(child, f"{path}/{index}", tensors) for index, child in enumerate(value)]}
     if isinstance(value, list):
         return [_to_json(child, f"{path}/{index}", tensors) for index, child in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {FLOAT: str(float(value))}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"{path} is a {type(value).__name__}, which an export cannot hold: it stores plain data")
@@ -298,6 +305,10 @@ def _from_json(value: Any, tensors: Mapping[str, Tensor], depth: int) -> Any:
             return tensors[value[TENSOR]]
         if set(value) == {TUPLE} and isinstance(value[TUPLE], list):
             return tuple(_from_json(child, tensors, depth + 1) for child in value[TUPLE])
+        if set(value) == {FLOAT}:
+            if value[FLOAT] not in NOT_FINITE:
+                raise ValueError(f"{CONFIG} has the number {value[FLOAT]!r:.80}, which is none of {NOT_FINITE}")
+            return float(value[FLOAT])
         return {key: _from_json(child, tensors, depth + 1) for key, child in value.items()}
     if isinstance(value, list):
         return [_from_json(child, tensors, depth + 1) for child in value]

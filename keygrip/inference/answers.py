@@ -19,7 +19,7 @@ from PIL import Image
 from keygrip.artifacts import atomic_write, refuse_unwritable
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import image_frames_of
-from keygrip.data.video_text.sample_types import repeat_image
+from keygrip.data.video_text.sample_types import pad_videos, repeat_image
 from keygrip.data.video_text.video_files import read_timed_frames
 from keygrip.inference.conversation_files import read_conversations
 from keygrip.inference.given_texts import texts_of
@@ -302,9 +302,7 @@ def _together(
     videos = list({id(each.video): each.video for each in requests}.values())
     places = {id(video): place for place, video in enumerate(videos)}
     counts = [len(video.frames) for video in videos]
-    padded = np.zeros((len(videos), max(counts), *videos[0].frames.shape[1:]), np.uint8)
-    for row, video in enumerate(videos):
-        padded[row, : len(video.frames)] = video.frames
+    padded = pad_videos([video.frames for video in videos])
     frames = module.as_input(padded.reshape(-1, *padded.shape[2:]))[0].unflatten(0, padded.shape[:2])
     kv = encoded(network, frames, counts)
     for part in _split_into_parts(requests, cfg.batch_frames):

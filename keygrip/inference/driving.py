@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +22,9 @@ from keygrip.runtime.dry_run import dry_run, refuse_dry_run_file
 from keygrip.runtime.plan_terms import refuse_idle_follow
 from keygrip.runtime.planners import Planner, ThreadPlanner
 from keygrip.runtime.plausibility import Bounds, PlausiblePolicy
+from keygrip.runtime.refusal import StoppedError
 from keygrip.runtime.robot import JointRobot
-from keygrip.runtime.takeover import CorrectionRecorder
+from keygrip.runtime.takeover import CorrectionRecorder, Device, arm_index
 from keygrip.runtime.watchdog import State, Watchdog
 from keygrip.setting_types import refuse_ill_typed, refuse_left_out
 from keygrip.training.checkpoints import external_files, find_checkpoint, trusted_packages
@@ -33,16 +33,13 @@ from keygrip.training.strategies import use_tf32
 log = logging.getLogger(__name__)
 
 
-class StoppedError(ValueError):
-    """The watchdog stopped the arm; the message gives the reason. This is an error of the run, not of the program."""
-
-
 def drive(cfg: DictConfig) -> dict[str, Any]:
     """Run the robot with the settings of ``cfg`` and return the report's figures.
 
     Raises:
         FileNotFoundError, ValueError: The checkpoint does not exist, the policy needs other arms or cameras than the
-            robot has, or a setting is invalid. ConnectionError: The robot or the server does not respond.
+            robot has, or a setting is invalid. StoppedError: The watchdog stopped the arm. ConnectionError: The robot
+            or the server does not respond.
     """
     refuse_left_out(cfg, "watchdog", "bounds")
     refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
@@ -59,6 +56,9 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
             f"record={cfg.record} keeps corrections, which need a person: give takeover=..., or leave it out"
         )
     policy = _policy(cfg)
+    needs: Any = getattr(policy, "needs", None)
+    if cfg.takeover is not None and "arm" in cfg.takeover:
+        arm_index(cfg.takeover.arm, needs.arms)  # connecting the robot moves its fingers
     robot = instantiate(_for_policy(cfg, policy).robot)
     planner: Planner | None = None
     try:
@@ -76,7 +76,6 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
         planner = ThreadPlanner(planning, awaited=cfg.server is None)
         execution = instantiate(cfg.execution)(planner=planner, control_hz=robot.control_hz)
         _refuse_no_continuing(execution, policy)
-        needs = getattr(policy, "needs", None)
         refuse_idle_follow(execution.follow, "execution.follow", needs, isinstance(robot, JointRobot))
         if cfg.dry_run is not None:
             try:
@@ -88,6 +87,8 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
             takeover = instantiate(cfg.takeover)  # from here on the takeover reads the keyboard
             if takeover is not None:
                 stack.callback(takeover.close)
+            if isinstance(takeover, Device):
+                takeover.select_arm(needs.arms)
             loop = ControlLoop(robot, execution, limits, Watchdog(instantiate(cfg.watchdog)), takeover, recorder)
             report = loop.run(cfg.seconds, over=lambda: _task_over(robot))
             result = report.summary()
@@ -96,8 +97,7 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
         if hasattr(robot, "outcome"):
             result["success"] = robot.outcome()[0]
         if report.state is State.STOPPED:
-            log.info(json.dumps(result))
-            raise StoppedError(f"the arm was stopped: {report.reason}")
+            raise StoppedError(f"the arm was stopped: {report.reason}", result)
         return result
     finally:
         try:

@@ -21,7 +21,7 @@ from keygrip.data.batches import Turn
 from keygrip.data.spacing import evenly
 from keygrip.data.video_text.animations import animation_frames, frame_count
 from keygrip.data.video_text.conversations import shown_image, whole_seconds
-from keygrip.data.video_text.sample_types import repeat_image
+from keygrip.data.video_text.sample_types import pad_videos, repeat_image
 from keygrip.data.video_text.video_files import SUFFIXES, is_animation, read_image, read_timed_frames
 from keygrip.models.foveated_vlm.conversations import PromptOrder
 from keygrip.models.foveated_vlm.generation import refuse_half_characters
@@ -122,11 +122,7 @@ class PromptReader:
         return the number of frames of each prompt."""
         none = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
         videos = [np.concatenate([none, *prompt.visuals]) for prompt in prompts]
-        counts = [len(video) for video in videos]
-        padded = np.zeros((len(videos), max(counts), *none.shape[1:]), np.uint8)
-        for row, video in enumerate(videos):
-            padded[row, : len(video)] = video
-        return padded, counts
+        return pad_videos(videos), [len(video) for video in videos]
 
     def _frames(self, content: Any, kind: str) -> tuple[np.ndarray, tuple[float, ...]]:
         if isinstance(content, str | Path):

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from keygrip.artifacts import refuse_existing, without_passwords
+from keygrip.artifacts import refuse_existing
 from keygrip.config import compose
 from keygrip.data.video_text.conversations import frame_settings
 from keygrip.exporting.folder import CONVERTED_FROM, model_card, write_export
@@ -86,7 +86,6 @@ def export_published(
     content: dict[str, Any] = {"global_step": 0, WEIGHTS_ARE: f"of {weights}"}
     content[HEADER] = Header(resolved, {**run_metadata(), CONVERTED_FROM: weights}).of(module)
     module.on_save_checkpoint(content)
-    content = without_passwords(content)
     module_state = module.state_dict()
     card = model_card(Path(to).name, content, module_state, "in float32", {}, module)
     files, facts = module.export_files()

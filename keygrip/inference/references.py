@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from keygrip.models.patch_dit.sampler import Edit
 
 log = logging.getLogger(__name__)
 
+Read = TypeVar("Read")
 MOST_CUT = 0.05  # largest fraction of an image that is cropped without a warning to fit a trained size
 
 
@@ -51,12 +53,7 @@ class Reference:
 def image_size(image: str, name: str = "image") -> tuple[int, int]:
     """Return (width, height) of a file given by the setting `name`. Raises FileNotFoundError or ValueError if it does
     not exist or cannot be read."""
-    if not Path(image).exists():
-        raise FileNotFoundError(f"{name}={image}: there is no such file")
-    try:
-        return size_of(image)
-    except BadSample as error:
-        raise ValueError(f"{name}={image} cannot be read as an image: {error.what}") from error
+    return _read_file(image, name, size_of)
 
 
 def warn_of_cut(size: tuple[int, int], bucket: Bucket, called: str, otherwise: str) -> None:
@@ -136,10 +133,14 @@ def mask_of(whole: Image, of: Reference, called: str) -> Tensor:
 
 def decoded_file(image: str, name: str) -> Image:
     """Decode a whole image as RGB. Raises FileNotFoundError or ValueError if it does not exist or cannot be read."""
+    return _read_file(image, name, decode_image)
+
+
+def _read_file(image: str, name: str, read: Callable[[str], Read]) -> Read:
     if not Path(image).exists():
         raise FileNotFoundError(f"{name}={image}: there is no such file")
     try:
-        return decode_image(image)
+        return read(image)
     except BadSample as error:
         raise ValueError(f"{name}={image} cannot be read as an image: {error.what}") from error
 

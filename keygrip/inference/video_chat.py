@@ -32,7 +32,7 @@ from keygrip.inference.prompts import (
     refuse_message,
 )
 from keygrip.models.foveated_vlm.conversations import encode_around
-from keygrip.models.foveated_vlm.generation import check_count, check_room, encoded, generate
+from keygrip.models.foveated_vlm.generation import check_count, check_room, encoded, evaluating, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.sampling import Sampling, refuse_settings
@@ -57,12 +57,13 @@ class VideoChat:
     """A trained foveated model with its processor.
 
     Args:
-        module: the model. source: the run, checkpoint or export that it was loaded from. `save_pretrained` reads the
-            configuration from there; without a source it uses the run that is training the module.
+        module: the model. Answers are computed in evaluation mode; after each call its parts have their former modes,
+            so that training can go on. source: the run, checkpoint or export that it was loaded from. `save_pretrained`
+            reads the configuration from there; without a source it uses the run that is training the module.
     """
 
     def __init__(self, module: FoveatedVLMModule, source: str | Path | None = None) -> None:
-        self.module, self.source = module.eval(), source
+        self.module, self.source = module, source
         self._loaded = _row_settings(module)
         images = module.image_options
         self.reader = PromptReader(images["image_size"], images["fit"], images["max_frames"], image_frames_of(images))
@@ -210,11 +211,12 @@ class VideoChat:
 
         def answer_waiting() -> None:
             prompts = [prompt for _, prompt, _ in waiting]
-            generated = (
-                self._together(prompts, max_new_tokens, sampling, attention_mode, count, batch_frames)
-                if prompts
-                else []
-            )
+            with evaluating(self.module.network):
+                generated = (
+                    self._together(prompts, max_new_tokens, sampling, attention_mode, count, batch_frames)
+                    if prompts
+                    else []
+                )
             for (index, _, _), texts in zip(waiting, generated, strict=True):
                 answers[index] = texts
             waiting.clear()

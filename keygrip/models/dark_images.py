@@ -36,4 +36,5 @@ def image_shows_nothing(image: Any) -> bool:
 
 def spread_of_image(image: Any) -> float:
     """`brightness_spread` of a camera's image ``[H, W, 3]`` uint8."""
-    return float(brightness_spread(torch.tensor(np.asarray(image)).permute(2, 0, 1)))
+    pixels = torch.tensor(np.ascontiguousarray(image))  # torch refuses flipped views: their strides are negative
+    return float(brightness_spread(pixels.permute(2, 0, 1)))

@@ -41,7 +41,8 @@ def record_step(
     Return their report.
 
     Args:
-        env_task: of the group env: the environment of env=gymnasium; for other environments it belongs to evaluations.
+        env_task: of the group env: the environment of env=gymnasium, the task of env=yam_handover; for other
+            environments it belongs to evaluations.
         unread: settings of the group env that only an evaluation uses, with their values: None if they are not set.
 
     Raises:
@@ -73,14 +74,11 @@ def record_step(
             env_task, root, demos, seed, image_size, rate, processes, cameras, video=video, python=python
         )
     _refuse_task_class(env_task, environment)
-    if environment in TASK_CLASSES and env_task is not None and env_task != type(env_task)():
+    if environment == "yam_handover":
+        task = _handover_task(task, env_task)
+    elif environment in TASK_CLASSES and env_task is not None and env_task != type(env_task)():
         settings = "tasks, cameras and shadows" if environment == "metaworld" else "task (task=...)"
         raise ValueError(f"env.task is for evaluations: for a recording set {settings}")
-    if environment == "yam_handover":
-        if task == TaskOptions(name="pick_place"):  # the default task of the settings
-            task = HandoverTask()
-        if not isinstance(task, HandoverTask):
-            _refuse_settings(["task"], environment)
     if environment in ("yam", "yam_handover"):
         unsupported = {"tasks": tasks, "recoveries": recoveries, "shadows": shadows, "env.python": python}
         _refuse_settings([name for name, value in unsupported.items() if value is not None], environment)
@@ -122,6 +120,17 @@ def _refuse_task_class(env_task: Any, environment: str) -> None:
         "Recorders exist for env=yam, yam_handover and metaworld with their own tasks, and for env=gymnasium: leave "
         "env.task._target_ out, or register your environment with gymnasium (docs/environments.md)"
     )
+
+
+def _handover_task(task: TaskOptions | HandoverTask, env_task: HandoverTask | None) -> HandoverTask:
+    """Return the task to record. Raises ValueError if `task` is set too, or to another task."""
+    own = env_task or HandoverTask()
+    if isinstance(task, HandoverTask):
+        if own not in (HandoverTask(), task):
+            raise ValueError("task and env.task hold different tasks of env=yam_handover: give env.task alone")
+        return task
+    _refuse_task(task, "yam_handover", "env.task, e.g. env.task.random_start=false")
+    return own
 
 
 def _refuse_task(task: TaskOptions | HandoverTask, environment: str, replacement: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 from PIL import Image
 
+from keygrip.config import config_folder, leaves_of
 from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSample, convert_errors
 from keygrip.data.robot.discovery import find_demos
@@ -204,8 +207,8 @@ def robot_videos(
         max_frames: longer demonstrations are reduced to that many evenly spaced frames.
 
     Raises:
-        FileNotFoundError, ValueError: There are no demonstrations, or too many are broken; max_frames is out of range,
-            or given for tours.
+        FileNotFoundError, ValueError: There are no demonstrations, or too many are broken; max_frames is out of range;
+            a setting of demonstrations is given for tours, or one of tours for demonstrations.
     """
     frames = shard_frame_settings(image_size, fit, max_frames)
     if source is None and "max_frames" in frames:
@@ -214,7 +217,10 @@ def robot_videos(
             "simulated.tour.min_frames to simulated.tour.max_frames frames"
         )
     if source is None:
+        given = {"format": format, "camera": camera, "fit": fit, "val_fraction": val_fraction}
+        _refuse_settings_of_demonstrations({**given, "calibration": calibration})
         return make_tours(root, {**(simulated or {}), "videos_per_shard": videos_per_shard, "processes": processes})
+    _refuse_settings_of_tours(simulated or {}, image_size, source)
     references = find_demos(source, format, calibration)
     train, val = split_demos([reference.name for reference in references], val_fraction, 0)
     report: dict[str, Any] = {"root": str(root), "wall_s": 0.0, "failed": 0}
@@ -231,6 +237,35 @@ def robot_videos(
         report |= {split: written.samples, "failed": report["failed"] + written.failed}
         report["wall_s"] = round(report["wall_s"] + written.wall_s, 1)
     return report
+
+
+def _refuse_settings_of_demonstrations(given: Mapping[str, Any]) -> None:
+    """Reject settings that tours do not read and that differ from the defaults: `source` was probably forgotten."""
+    usual = inspect.signature(robot_videos).parameters
+    for name, value in given.items():
+        if value != usual[name].default:
+            raise ValueError(
+                f"{name}={value} is of demonstrations, and no source of any is named, so that tours would be written: "
+                f"give source=FOLDER, or leave {name} out"
+            )
+
+
+def _refuse_settings_of_tours(simulated: Mapping[str, Any], image_size: int, source: Path | str) -> None:
+    """Reject options of tours that differ from those of `step=robot_videos`: demonstrations do not read them."""
+    if not simulated:
+        return
+    step: Any = OmegaConf.load(config_folder() / "step" / "robot_videos.yaml")
+    step.image_size = image_size  # the tours of the step have the same
+    own, usual = (
+        dict(leaves_of(options, ("simulated",)))
+        for options in (dict(simulated), OmegaConf.to_container(step.simulated, resolve=True))
+    )
+    for path in own | usual:
+        if own.get(path) != usual.get(path):
+            raise ValueError(
+                f"{'.'.join(path)}={own.get(path)} is of tours, and source={source} names demonstrations, which do not "
+                "read it: leave one of the two out"
+            )
 
 
 def make_demos(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,11 @@ Frames: the base frame of the arm is the simulator's world frame (z up, x forwar
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ def robot_models() -> Path:
     """Folder of the robot models inside the installed package `dreamscale-i2rt`.
 
     Raises:
-        FileNotFoundError: the package is not installed.
+        FileNotFoundError: the package is not installed, or another one of the same import name is in its place.
+        ImportError: I2RT's package is installed over it.
     """
     try:
         folder = Path(str(resources.files("i2rt"))) / "robot_models"
@@ -32,27 +34,67 @@ def robot_models() -> Path:
         ) from error
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing: reinstall dreamscale-i2rt with `pip install --no-deps`")
+    _refuse_i2rt_over_dreamscale()
+    if next(folder.glob("arm/*/v1"), None) is None:
+        raise FileNotFoundError(
+            f"{folder} is not of dreamscale-i2rt, whose arms are in arm/NAME/v1, but of another package that is "
+            "imported as i2rt; remove that one from this environment (also from PYTHONPATH) and "
+            "`pip install --force-reinstall --no-deps dreamscale-i2rt`"
+        )
     return folder
 
 
-def _list_folders(folder: Path, pattern: str) -> str:
-    return ", ".join(sorted(p.name for p in folder.glob(pattern) if p.is_dir()))
+def _refuse_i2rt_over_dreamscale() -> None:
+    """Raise ImportError if I2RT's package `i2rt` has put files of its own into the import package.
+
+    pip overwrites file by file: I2RT's grippers on dreamscale-i2rt's arms turn the tool by 180 degrees and move it by
+    28 cm. An editable install leaves the files in its own folder.
+    """
+    try:
+        files = metadata.distribution("i2rt").files
+    except metadata.PackageNotFoundError:
+        return
+    if any(file.parts[0] == "i2rt" for file in files or ()):
+        raise ImportError(
+            "the packages i2rt (of I2RT) and dreamscale-i2rt are installed over each other, so that models of arms "
+            "and grippers do not fit together: `pip uninstall i2rt`, then `pip install --force-reinstall --no-deps "
+            "dreamscale-i2rt`; programs that need I2RT's own package need another environment"
+        )
+
+
+def _arm_name(family: str, version: int) -> str:
+    """Return i2rt's name of an arm: yam_ultra for version 1, yam_ultra_2 for version 2."""
+    return family if version == 1 else f"{family}_{version}"
+
+
+def _arm_files() -> dict[str, Path]:
+    """Return the XML files of the known arms, by i2rt's names."""
+    files = {}
+    for path in sorted(robot_models().glob("arm/*/v*/*.xml")):
+        version, family = re.fullmatch(r"v([1-9][0-9]*)", path.parent.name), path.parent.parent.name
+        if version is not None and path.stem == family:
+            files[_arm_name(family, int(version[1]))] = path
+    return files
 
 
 def arm_file(arm: str = "yam") -> Path:
     """Return the path of an arm's XML. Raises ValueError, with the known arms, if it does not exist."""
-    path = robot_models() / "arm" / arm / "v1" / f"{arm}.xml"
-    if not path.is_file():
-        raise ValueError(f"unknown arm {arm!r}; known: {_list_folders(robot_models() / 'arm', '*')}")
-    return path
+    files = _arm_files()
+    if arm not in files:
+        raise ValueError(f"unknown arm {arm!r}; known: {', '.join(sorted(files))}")
+    return files[arm]
 
 
 def gripper_file(gripper: str = "linear_4310") -> Path:
     """Return the path of a gripper's XML. Raises ValueError, with the known grippers, if it does not exist."""
     path = robot_models() / "gripper" / gripper / f"{gripper}.xml"
     if not path.is_file():
-        raise ValueError(f"unknown gripper {gripper!r}; known: {_list_folders(robot_models() / 'gripper', '*')}")
+        raise ValueError(f"unknown gripper {gripper!r}; known: {_list_folders(robot_models() / 'gripper')}")
     return path
+
+
+def _list_folders(folder: Path) -> str:
+    return ", ".join(sorted(p.name for p in folder.glob("*") if p.is_dir()))
 
 
 def _numbers(element: ElementTree.Element, name: str, default: str) -> np.ndarray:

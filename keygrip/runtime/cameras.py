@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -34,7 +35,8 @@ class Camera(Protocol):
 
 
 class VideoCamera:
-    """A video device, file or stream, read in a thread by PyAV; only the newest frame is stored.
+    """A video device, file or stream, read in a thread by PyAV; only the newest frame is stored. A file is played once,
+    at its own rate.
 
     A frame that equals the previous frame byte for byte gets the time of the previous frame. Stream bridges, loopback
     devices and some drivers return their last image again and again when they stall, while sensor noise makes live
@@ -48,7 +50,8 @@ class VideoCamera:
             image, this is not detected.
 
     Raises:
-        RobotLostError: The source cannot be opened, or gives no image.
+        RobotLostError: The source cannot be opened, or gives no image. ValueError: Only one of width and height is
+            given.
     """
 
     def __init__(
@@ -62,10 +65,17 @@ class VideoCamera:
         repeats_are_new: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        options = {} if width is None or height is None else {"video_size": f"{width}x{height}"}
+        if (width is None) != (height is None):
+            raise ValueError(
+                f"the camera {source}: width={width} and height={height}: give both, or leave both out for the size "
+                "that the camera has"
+            )
+        options = {} if width is None else {"video_size": f"{width}x{height}"}
         if fps is not None:
             options["framerate"] = str(fps)
         self.source, self._clock, self._repeats_are_new = source, clock, repeats_are_new
+        self._is_file = Path(source).is_file()
+        self._begin_s: float | None = None  # when a file's time was 0, on the clock
         self._newest: tuple[np.ndarray, float] | None = None
         self._error: str | None = None
         self._repeats_warned = False
@@ -91,15 +101,26 @@ class VideoCamera:
     def _follow(self, format: str | None, options: dict[str, str]) -> None:
         try:
             with live_frames(self.source, format, options) as frames:
-                for image in frames:
-                    self._newest = (image, self._taken(image))
-                    self._there.set()
+                for image, time_s in frames:
+                    self._wait_for(time_s)
                     if self._closing.is_set():
                         break
+                    self._newest = (image, self._taken(image))
+                    self._there.set()
         except (OSError, ValueError) as error:
             self._error = str(error)
         finally:
             self._there.set()  # the watchdog detects an image that is too old
+            if self._newest is not None and not self._closing.is_set():
+                log.error("the camera %s gives no more images: %s", self.source, self._error or "it has ended")
+
+    def _wait_for(self, time_s: float | None) -> None:
+        """Wait until a frame of a file is due; the frames of other sources arrive in time. `time_s`: in the file."""
+        if time_s is None or not self._is_file:
+            return
+        if self._begin_s is None:
+            self._begin_s = self._clock() - time_s
+        self._closing.wait(max(0.0, self._begin_s + time_s - self._clock()))
 
     def _taken(self, image: np.ndarray) -> float:
         """Return when a newly arrived image was taken; an image equal to the last one keeps the earlier time."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,7 +124,7 @@ class ControlLoop:
         self._motions: list[LimitedMotion] = []
         self._command = np.zeros((0, 8))
         self._plan_fault: str | None = None  # fault of a plan or command, until the next plan or a person's command
-        self._lost = False  # True if no observation of the arm has been accepted since it failed to respond
+        self._lost: set[int] = set()  # arms of which no observation has been accepted since they failed to respond
 
     def run(self, seconds: float, over: Callable[[], bool] = lambda: False) -> RunReport:
         """Run for the given seconds of the robot's clock, or until `over`; then brake, and stop the robot.
@@ -210,7 +210,7 @@ class ControlLoop:
 
     def _observe(self, now: float, images: bool) -> tuple[dict[str, Any], str | None]:
         """Return the current observation, empty if it cannot be used, and the fault or None."""
-        arm_first = self._lost and images
+        arm_first = bool(self._lost) and images
         try:
             # a lost arm is observed without images first: a camera that is lost or old too would hide where the arm is
             observation = self.robot.observe(images=images and not arm_first)
@@ -219,25 +219,27 @@ class ControlLoop:
                 observation = self.robot.observe(images=True)
                 fault = self._observation_fault(observation)
         except RobotLostError as error:
-            self._lost = self._lost or not isinstance(error, CameraLostError)
+            if not isinstance(error, CameraLostError):
+                self._lost |= self._lost_arms(error)
             return {}, f"lost the robot: {error}"
         return (observation, None) if fault is None else ({}, fault)
 
     def _observation_fault(self, observation: dict[str, Any]) -> str | None:
-        """Return why an observation cannot be used, or None. A lost arm is set at rest where it is observed."""
+        """Return why an observation cannot be used, or None. A lost arm is set at rest where it is observed; the other
+        arms continue to brake."""
         for name in ("position", "quaternion", "gripper"):
             if not np.isfinite(np.asarray(observation[name], float)).all():
                 return f"the observation's {name} is not finite"
         if self._lost:
             # the arm may have sunk or been pushed meanwhile; from the old command it would jump, also in a hold
-            self._rest(observation, gripper=self._command[:, 7:])
+            self._rest_lost(observation)
         # a driver that hangs, or waits for a camera, makes it old
         age = self.robot.now() - float(observation["time_s"])
         if not age >= -1.0 / self.robot.control_hz:  # also true for NaN
             return f"the observation is {-age:.2f} s ahead of the robot's clock"
         if age > self.watchdog.settings.stale_seconds:
             return f"stale observation: {age:.2f} s old"
-        self._lost = False
+        self._lost.clear()
         return None
 
     def _stuck_fault(self, now: float) -> str | None:
@@ -274,14 +276,20 @@ class ControlLoop:
 
     # ---- motion ------------------------------------------------------------------------------------------------------
 
-    def _rest(self, observation: dict[str, Any], gripper: np.ndarray | None = None) -> None:
-        """Set the arm at rest at the observed pose. `gripper` [A, 1]: its command. None: the observed opening, which is
-        wider than the command while an object is held."""
+    def _rest(self, observation: dict[str, Any]) -> None:
+        """Set all arms at rest at their observed poses and openings."""
         self._command = observed_poses(observation)
-        if gripper is not None:
-            self._command[:, 7:] = gripper
         if self.limits is not None:
             self._motions = [LimitedMotion(self.limits, pose) for pose in self._command]
+
+    def _rest_lost(self, observation: dict[str, Any]) -> None:
+        """Set the lost arms at rest at their observed poses, with the commanded openings: the observed opening is wider
+        than the command while an object is held."""
+        lost = sorted(self._lost)
+        command = self._command.copy()
+        command[lost, :7] = observed_poses(observation)[lost, :7]
+        self._command = command
+        self._reset_motions(lost)
 
     def _send(self, target: np.ndarray | None, correction: Correction | None = None) -> None:
         """Send the limited command towards a target [A, 8], or [A, 8 + J] with its joints. None: brake and hold.
@@ -308,19 +316,18 @@ class ControlLoop:
                 ]
             )
         try:
-            self._command = self._command_robot(command, joints)
+            self._command_robot(command, joints)
         except JointMotionError as error:
             self._refused(f"unsafe command: {error}")
+            self._reset_motions(range(len(self._motions)))
             if previous_motions and target is not None:
                 self._brake(previous_motions)
-        except RobotLostError as error:
-            self._handle_lost_robot(error)
 
     def _come_to_rest(self, due: float) -> None:
         """Brake within the limits at the end of a run, period by period; without limits, do nothing.
 
         This takes at most as long as braking from the largest speed, and at most as long as a hold. A command that is
-        refused, or that the robot does not answer, ends it.
+        refused, or that the robot does not answer, ends it; if only some arms do not answer, the others brake.
 
         Args:
             due: begin of the first of these periods, on the robot's clock.
@@ -343,14 +350,32 @@ class ControlLoop:
     def _at_rest(self) -> bool:
         return all(motion.at_rest for motion in self._motions)
 
-    def _command_robot(self, command: np.ndarray, joints: np.ndarray | None) -> np.ndarray:
-        """Send poses [A, 8], with joints [A, J] if a plan has them. Return the commanded tool poses: those of the
-        planned joints, and behind the command if the joint speed limit held them back."""
+    def _command_robot(self, command: np.ndarray, joints: np.ndarray | None) -> None:
+        """Send poses [A, 8], with joints [A, J] if a plan has them, and keep the commanded tool poses: those of the
+        planned joints, and behind the command if the joint speed limit held them back. An arm that does not respond
+        stays at rest under its last command."""
+        try:
+            if self._jointed is None:
+                self.robot.command(command)
+            else:
+                self._jointed.command(command, joints)
+        except RobotLostError as error:
+            self._refused(f"lost the robot: {error}")
+            lost = sorted(self._lost_arms(error))
+            self._lost.update(lost)
+            if len(lost) < len(command):
+                accepted = self._commanded_poses(command, joints).copy()
+                accepted[lost] = self._command[lost]
+                self._command = accepted
+            self._reset_motions(lost)
+        else:
+            self._command = self._commanded_poses(command, joints)
+
+    def _commanded_poses(self, command: np.ndarray, joints: np.ndarray | None) -> np.ndarray:
+        """Return [A, 8] the tool poses of a command that was sent."""
         robot = self._jointed
         if robot is None:
-            self.robot.command(command)
             return command
-        robot.command(command, joints)
         reached = robot.poses_at(robot.commanded_joints)
         bounds: ArmMotions | None = getattr(robot, "joint_motion", None)
         arms_behind = _differs_from_command(reached, command) if bounds is None else bounds.held_back
@@ -363,25 +388,22 @@ class ControlLoop:
         self._motions = motions
         period = 1.0 / self.robot.control_hz
         try:
-            self._command = self._command_robot(np.stack([motion.hold(period) for motion in motions]), None)
+            self._command_robot(np.stack([motion.hold(period) for motion in motions]), None)
         except JointMotionError:
-            self._reset_motions()
-        except RobotLostError as error:
-            self._handle_lost_robot(error)
+            self._reset_motions(range(len(motions)))
 
-    def _handle_lost_robot(self, error: RobotLostError) -> None:
-        self._lost = True
-        self._refused(f"lost the robot: {error}")
+    def _lost_arms(self, error: RobotLostError) -> set[int]:
+        return set(range(len(self._command)) if error.arms is None else error.arms)
 
     def _refused(self, fault: str) -> None:
         self._plan_fault = fault
         self.execution.drop()
-        self._reset_motions()
 
-    def _reset_motions(self) -> None:
-        """Reset the limited motion to the last command, which the arm still follows."""
-        for motion, pose in zip(self._motions, self._command, strict=False):
-            motion.reset(pose)
+    def _reset_motions(self, arms: Iterable[int]) -> None:
+        """Set the limited motion of these arms at rest at their last command."""
+        if self._motions:  # without limits there are none
+            for arm in arms:
+                self._motions[arm].reset(self._command[arm])
 
     def _accept(self, plan: Plan, now: float) -> None:
         """Refuse a plan that cannot be followed from here. Steps that have passed are not checked."""

@@ -162,7 +162,8 @@ class YamArms:
         self._openings: list[float | None] = [None] * len(self.arms)  # the last accepted commands
         # connected by this object, and held since then
         self._connected = [isinstance(source, str) for source in arms.values()]
-        self.stopped = self._lost = False
+        self.stopped = False
+        self._lost: set[int] = set()  # arms that have not responded since their joints were last reset
         try:
             self._refuse_other_cameras()
             for (name, source), model in zip(arms.items(), self._models, strict=True):
@@ -237,11 +238,11 @@ class YamArms:
 
     def observe(self, images: bool = True) -> dict[str, Any]:
         observed_s = self.now()
-        states = np.stack([self._state(index) for index in range(len(self.arms))])
-        if self._lost:  # the arms may have moved meanwhile: apply the speed limit from their current joints
-            for motion, state in zip(self.joint_motion.motions, states, strict=True):
-                motion.reset(np.clip(state[:JOINTS], *motion.chain.limits.T))
-            self._lost = False
+        states = self._states()
+        for index in self._lost:  # it may have moved meanwhile: apply the speed limit from its current joints
+            motion = self.joint_motion.motions[index]
+            motion.reset(np.clip(states[index, :JOINTS], *motion.chain.limits.T))
+        self._lost.clear()
         poses = [self._pose(index, state[:JOINTS]) for index, state in enumerate(states)]
         observation: dict[str, Any] = {
             "position": np.stack([pose[:3, 3] for pose in poses]),
@@ -280,10 +281,16 @@ class YamArms:
             raise RobotLostError("the robot was stopped: it takes no command")
         poses = np.asarray(poses, float)
         allowed = self.joint_motion.step(poses, 1.0 / self.control_hz, joints)
-        for index, (driver, angles, pose) in enumerate(zip(self._drivers, allowed, poses, strict=True)):
+        errors: dict[int, RobotLostError] = {}
+        for index, (angles, pose) in enumerate(zip(allowed, poses, strict=True)):
             opening = float(np.clip(pose[7], 0.0, 1.0))
-            self._send(driver, np.append(angles, opening))
-            self._openings[index] = opening
+            try:
+                self._send(index, np.append(angles, opening))
+            except RobotLostError as error:  # the other arms still get their command, of this period
+                errors[index] = error
+            else:
+                self._openings[index] = opening
+        self._refuse_lost(errors)
 
     def stop(self) -> None:
         """Hold every arm at its pose, with its gripper's command; the driver repeats this command until it is closed.
@@ -292,16 +299,16 @@ class YamArms:
         if self.stopped:
             return
         self.stopped = True
-        for index, (driver, opening) in enumerate(zip(self._drivers, self._openings, strict=True)):
+        for index, opening in enumerate(self._openings):
             if opening is None and self._connected[index]:
                 continue
             try:
                 command = self._state(index)
                 if opening is not None:
                     command[JOINTS] = opening  # not the measured opening, which a held object makes wider
-                self._send(driver, command)
+                self._send(index, command)
             except RobotLostError as error:
-                log.error("arm %s could not be commanded to hold: %s", self.arms[index], error)
+                log.error("an arm could not be commanded to hold: %s", error)
 
     def close(self) -> None:
         """Close arms and cameras. A real arm loses its torque then and sinks: support it first."""
@@ -315,28 +322,43 @@ class YamArms:
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
+    def _states(self) -> np.ndarray:
+        """Return [A, 7] joints and openings. Raises RobotLostError with all arms that do not respond."""
+        states, errors = [], dict[int, RobotLostError]()
+        for index in range(len(self.arms)):
+            try:
+                states.append(self._state(index))
+            except RobotLostError as error:
+                errors[index] = error
+        self._refuse_lost(errors)
+        return np.stack(states)
+
+    def _refuse_lost(self, errors: Mapping[int, RobotLostError]) -> None:
+        """Raise RobotLostError if there are errors of arms, by index."""
+        if errors:
+            self._lost.update(errors)
+            first = next(iter(errors.values()))
+            raise RobotLostError("; ".join(map(str, errors.values())), arms=errors) from first
+
     def _state(self, index: int) -> np.ndarray:
         """Return [7] joints and opening."""
         driver = self._drivers[index]
         if _has_ended(driver):
-            self._lost = True
             raise RobotLostError(f"arm {self.arms[index]}: its driver has ended with an error, which stands above")
         try:
             state = np.array(driver.get_joint_pos(), float)
         except Exception as error:  # the driver's thread may have raised any error
-            self._lost = True
             raise RobotLostError(f"arm {self.arms[index]}: {type(error).__name__}: {error}") from error
         if state.shape != (JOINTS + 1,) or not np.isfinite(state).all():
-            self._lost = True
             raise RobotLostError(f"arm {self.arms[index]} reports {state.tolist()}: 6 joints and an opening are needed")
         return state
 
-    def _send(self, driver: Driver, values: np.ndarray) -> None:
+    def _send(self, index: int, values: np.ndarray) -> None:
         try:
-            driver.command_joint_pos(values.copy())  # the driver clips in place
+            self._drivers[index].command_joint_pos(values.copy())  # the driver clips in place
         except Exception as error:
-            self._lost = True
-            raise RobotLostError(f"a command was not taken: {type(error).__name__}: {error}") from error
+            reason = f"a command was not taken: {type(error).__name__}: {error}"
+            raise RobotLostError(f"arm {self.arms[index]}: {reason}") from error
 
     def _pose(self, index: int, joints: np.ndarray) -> np.ndarray:
         """Return [4, 4] world_from_gripper."""

@@ -6,6 +6,7 @@ Shape legend: A arms, J joints of an arm.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,7 +15,15 @@ from keygrip.robots.joint_arms import JointArms
 
 
 class RobotLostError(ConnectionError):
-    """The robot does not respond, or its response cannot be read."""
+    """The robot does not respond, or its response cannot be read.
+
+    Attributes:
+        arms: indices of the arms that do not respond, if all others do; None: unknown, all arms count as lost.
+    """
+
+    def __init__(self, message: str, arms: Collection[int] | None = None) -> None:
+        super().__init__(message)
+        self.arms = None if arms is None else frozenset(arms)
 
 
 class CameraLostError(RobotLostError):
@@ -58,7 +67,8 @@ class Robot(Protocol):
 
         Raises:
             keygrip.robots.joint_motion.JointMotionError: A pose that the joints must not take; the arm stays under its
-                last command. RobotLostError: The arm does not respond.
+                last command. RobotLostError: An arm does not respond; the arms that the error does not name have their
+                command.
         """
         ...
 

@@ -24,6 +24,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from keygrip.data.robot.frame_rates import JUDGED_FROM, rate_of_times, rates_differ
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.models.policy import arm_axis
 from keygrip.training.signals import Interrupted
@@ -77,6 +78,23 @@ def moved_by(command: np.ndarray, correction: Correction, seconds: float) -> np.
     return target
 
 
+def arm_index(arm: str | None, arms: Sequence[str]) -> int:
+    """Return the index of the arm that a person moves.
+
+    Args:
+        arm: the setting `takeover.arm`; None: the only arm. arms: names, in the order of the commands.
+
+    Raises:
+        ValueError: There is no such arm, or there are several and none is named.
+    """
+    if arm is None and len(arms) > 1:
+        choices = ", ".join(f"takeover.arm={name}" for name in arms)
+        raise ValueError(f"takeover=... moves one arm, and there are {len(arms)}: choose it by one of {choices}")
+    if arm is not None and arm not in arms:
+        raise ValueError(f"takeover.arm={arm} is no arm of the policy, which moves {', '.join(arms)}")
+    return 0 if arm is None else list(arms).index(arm)
+
+
 class Device:
     """A device with which a person takes control of the arm and returns it.
 
@@ -86,13 +104,21 @@ class Device:
 
     Attributes:
         active: whether the person drives the arm. opening: of the gripper, 0 to 1, last requested since the takeover;
-            None: the gripper is unchanged, so that a takeover does not drop an object.
+            None: the gripper is unchanged, so that a takeover does not drop an object. arm: index of the arm that the
+            person moves; meanwhile the other arms are held.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arm: str | None = None) -> None:
         self.active = False
+        self.arm = 0
+        self._arm_name = arm
         self.opening: float | None = None
         self._closed = False
+
+    def select_arm(self, arms: Sequence[str]) -> None:
+        """Move the arm that the settings name. `arms`: names, in the order of the commands. Raises ValueError as
+        `arm_index`."""
+        self.arm = arm_index(self._arm_name, arms)
 
     def switch(self) -> None:
         """Take control, or return it."""
@@ -118,6 +144,7 @@ class KeyboardTakeover(Device):
 
     Args:
         speed_m_s: of the tool. turn_rad_s: about the vertical. repeat_seconds: longer than the keyboard's repeat.
+        arm: name of the arm that is moved; None: the only one.
 
     Raises:
         ValueError: Standard input is not a terminal.
@@ -133,9 +160,11 @@ class KeyboardTakeover(Device):
     }
     TURNS: Mapping[str, float] = {"q": 1.0, "e": -1.0}
 
-    def __init__(self, speed_m_s: float = 0.1, turn_rad_s: float = 0.6, repeat_seconds: float = 0.3) -> None:
+    def __init__(
+        self, speed_m_s: float = 0.1, turn_rad_s: float = 0.6, repeat_seconds: float = 0.3, arm: str | None = None
+    ) -> None:
         self.speed_m_s, self.turn_rad_s, self.repeat_seconds = speed_m_s, turn_rad_s, repeat_seconds
-        super().__init__()
+        super().__init__(arm)
         self._pressed: dict[str, float] = {}
         if not sys.stdin.isatty():
             raise ValueError("takeover=keyboard reads a terminal, and standard input is none: run it in one")
@@ -158,7 +187,7 @@ class KeyboardTakeover(Device):
     def read(self, now: float, command: np.ndarray) -> Correction | None:
         try:
             for key in self._keys():
-                self.press(key, now, float(command[0, 7]))
+                self.press(key, now, float(command[self.arm, 7]))
         except EOFError:
             self.lost("lost the terminal in which a person drove the arm")
         if not self.active:
@@ -170,7 +199,7 @@ class KeyboardTakeover(Device):
                 axis, sign = self.MOVES[key]
                 velocity[axis] += sign * self.speed_m_s
             turn[2] += self.TURNS.get(key, 0.0) * self.turn_rad_s
-        return Correction(velocity, turn, self.opening)
+        return Correction(velocity, turn, self.opening, self.arm)
 
     def press(self, key: str, now: float, opening: float) -> None:
         """Handle a key press. `opening`: the gripper's command at this time, 0 to 1."""
@@ -203,7 +232,7 @@ class GamepadTakeover(Device):
         device: e.g. /dev/input/js0. speed_m_s, turn_rad_s: at full deflection. dead_band: fraction of a stick's range.
         axes: indices of the left stick's horizontal and vertical axis, then the right stick's. Defaults are those of
             the xpad driver, whose axes 2 and 5 are triggers. An axis is used only after it was seen at rest near 0; a
-            trigger rests at an end of its range.
+            trigger rests at an end of its range. arm: name of the arm that is moved; None: the only one.
 
     Raises:
         FileNotFoundError: The device does not exist. ValueError: There are not four axes.
@@ -219,6 +248,7 @@ class GamepadTakeover(Device):
         turn_rad_s: float = 0.8,
         dead_band: float = 0.1,
         axes: Sequence[int] = (0, 1, 3, 4),
+        arm: str | None = None,
     ) -> None:
         if len(axes) != 4 or len(set(axes)) != 4:
             raise ValueError(f"takeover.axes are four different axes of the gamepad, got {list(axes)}")
@@ -227,7 +257,7 @@ class GamepadTakeover(Device):
         self._file = os.open(device, os.O_RDONLY | os.O_NONBLOCK)
         self.speed_m_s, self.turn_rad_s, self.dead_band = speed_m_s, turn_rad_s, dead_band
         self.axes = tuple(axes)
-        super().__init__()
+        super().__init__(arm)
         self._axes: dict[int, float] = {}
         self._rested: set[int] = set()
         self._rest = b""
@@ -244,14 +274,15 @@ class GamepadTakeover(Device):
         except OSError as error:
             self.lost(f"lost the gamepad with which a person drove the arm ({error})")
         whole = len(self._rest) // self.EVENT.size * self.EVENT.size
+        opening = float(command[self.arm, 7])
         for _, value, kind, number in self.EVENT.iter_unpack(self._rest[:whole]):
-            self._handle_event(value, kind & ~self.INITIAL, number, bool(kind & self.INITIAL), float(command[0, 7]))
+            self._handle_event(value, kind & ~self.INITIAL, number, bool(kind & self.INITIAL), opening)
         self._rest = self._rest[whole:]
         if not self.active:
             return None
         across, along, turn, up = (self._axis_value(number) for number in self.axes)
         velocity = self.speed_m_s * np.array([-along, -across, -up])
-        return Correction(velocity, np.array([0.0, 0.0, -turn * self.turn_rad_s]), self.opening)
+        return Correction(velocity, np.array([0.0, 0.0, -turn * self.turn_rad_s]), self.opening, self.arm)
 
     def _handle_event(self, value: int, kind: int, number: int, initial: bool, opening: float) -> None:
         if kind == self.AXIS:
@@ -277,7 +308,8 @@ class CorrectionRecorder:
     Args:
         folder: of the demonstration; must not exist. robot, task, instruction: for its metadata.
         arms: names, in the order of the observation's A axis. cameras: names of the entries of `cameras`; a single name
-            refers to the observation's own image. fps: control periods per second.
+            refers to the observation's own image. fps: control periods per second; if fewer are reached, the rate of
+            the frames is stored instead.
         models: arm and gripper of each arm by i2rt's names, for YAM arms; None: the default models.
     """
 
@@ -298,6 +330,7 @@ class CorrectionRecorder:
             source["models"] = {arm: list(names) for arm, names in models.items()}
         self._writer = DemoWriter(folder, robot, task, instruction, fps, source=source)
         self.corrected = 0
+        self._times_ns: list[int] = []
         self._began: float | None = None
 
     def __enter__(self) -> Self:
@@ -309,6 +342,8 @@ class CorrectionRecorder:
     ) -> None:
         if not self.corrected or len(self._writer) < 2:
             self._writer.discard()
+        else:
+            self._state_reached_rate()
         if isinstance(error, KeyboardInterrupt | Interrupted):
             kind = error = trace = None
         self._writer.__exit__(kind, error, trace)
@@ -321,12 +356,32 @@ class CorrectionRecorder:
         position, quaternion = arm_axis(observation["position"], 1), arm_axis(observation["quaternion"], 1)
         gripper = np.clip(arm_axis(observation["gripper"], 0), 0, 1)
         joints = arm_axis(observation["joints"], 1) if "joints" in observation else [None] * len(self.arms)
+        time_ns = round((now - self._began) * 1e9)
         self._writer.add(
-            round((now - self._began) * 1e9),
+            time_ns,
             {name: np.asarray(views[name]["image"]) for name in self.cameras},
             {name: CameraPose(views[name]["intrinsics"], views[name]["world_to_camera"]) for name in self.cameras},
             {arm: ArmPose(position[i], quaternion[i], float(gripper[i]), joints[i]) for i, arm in enumerate(self.arms)},
             {arm: ArmPose(command[i, :3], command[i, 3:7], float(command[i, 7])) for i, arm in enumerate(self.arms)},
             intervention=corrected,
         )
+        self._times_ns.append(time_ns)
         self.corrected += corrected
+
+    def _state_reached_rate(self) -> None:
+        """Store the rate of the frames as `fps` if the loop was slower than its rate: training leaves out
+        demonstrations whose time stamps are of another rate than `fps`."""
+        if len(self._times_ns) <= JUDGED_FROM:
+            return
+        rate = rate_of_times(np.array(self._times_ns), self.fps)
+        if rates_differ(rate, self.fps):
+            self._writer.fps = rate
+            log.warning(
+                "%s: %.4g frames per second were recorded, not %g (robot.control_hz): a control period with its images "
+                "took too long. The frames are stored with fps=%.4g; for recordings of one rate, lower "
+                "robot.control_hz or the size of the images",
+                self._writer.folder,
+                rate,
+                self.fps,
+                rate,
+            )

@@ -1,1 +1,1 @@
-"""Shared parts of all training runs: optimiser recipes, EMA weights, checkpoints, strategies, progress, sweeps."""
+"""Shared parts of all training runs: optimizer recipes, EMA weights, checkpoints, strategies, progress, sweeps."""

@@ -1,4 +1,4 @@
-"""Optimiser steps over several batches (`accumulate_grad_batches`): the end of a step, and exact mean gradients."""
+"""Optimizer steps over several batches (`accumulate_grad_batches`): the end of a step, and exact mean gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from keygrip.training.distributed import global_sum
 
 
 def completes_step(trainer: Trainer) -> bool:
-    """Return whether the training batch that is running or has just ended completes an optimiser step."""
+    """Return whether the training batch that is running or has just ended completes an optimizer step."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,10 +21,29 @@ OWN_NUMBERS = 2**24  # values per tensor that is not stored: a table of rotary a
 TIMES = 4  # factor by which one tensor, and all together, may exceed the stored ones while parts are assembled
 
 
+class _Counters(threading.local):
+    """Functions that are called with each parameter that the current thread registers."""
+
+    def __init__(self) -> None:
+        self.active: list[Callable[[Tensor], None]] = []
+
+
+_COUNTERS = _Counters()
+
+
+def _count_parameter(module: torch.nn.Module, name: str, parameter: Tensor) -> None:
+    for count in _COUNTERS.active:
+        count(parameter)
+
+
+# PyTorch calls the hook in every thread. It is never removed: another thread may be iterating over the hooks.
+torch.nn.modules.module.register_module_parameter_registration_hook(_count_parameter)
+
+
 @contextlib.contextmanager
 def at_most_stored(config: Any, stored: Mapping[str, Any], external: bool) -> Iterator[None]:
     """Stop the building of a module that creates many more or much larger tensors than its file contains, before memory
-    is allocated for them.
+    is allocated for them. What other threads build meanwhile is not limited.
 
     Args:
         config: the stored configuration, to name the setting. stored: tensors by name. external: whether parts are
@@ -39,10 +59,10 @@ def at_most_stored(config: Any, stored: Mapping[str, Any], external: bool) -> It
     parameters = EXTERNAL_PARAMETERS + 10 * len(stored)
     registered, total = 0, 0
 
-    def count(module: torch.nn.Module, name: str, parameter: Any) -> None:
+    def count(parameter: Tensor) -> None:
         nonlocal registered, total
         registered += 1
-        total += parameter.numel() if isinstance(parameter, Tensor) and not parameter.is_meta else 0
+        total += 0 if parameter.is_meta else parameter.numel()
         if registered > parameters:
             raise ValueError(f"its configuration builds more than {parameters} parameters, far more than it holds")
         if total > total_limit:
@@ -57,12 +77,12 @@ def at_most_stored(config: Any, stored: Mapping[str, Any], external: bool) -> It
                 f"has {largest} numbers"
             )
 
-    handle = torch.nn.modules.module.register_module_parameter_registration_hook(count)
+    _COUNTERS.active.append(count)
     try:
         with _CheckedCalls(check):
             yield
     finally:
-        handle.remove()
+        _COUNTERS.active.remove(count)
 
 
 def settings_of_other_sizes(config: Any, stored: Mapping[str, Any], built: Mapping[str, Tensor]) -> str:

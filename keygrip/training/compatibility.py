@@ -104,7 +104,7 @@ def refuse_idle_limits(cfg: DictConfig) -> None:
 
 
 def refuse_divided(optimizer: Mapping[str, Any] | None, kind: str) -> None:
-    """Reject an optimiser that needs complete parameters if the strategy shards them over processes.
+    """Reject an optimizer that needs complete parameters if the strategy shards them over processes.
 
     Args:
         optimizer: node of the recipe. kind: kind of the strategy.

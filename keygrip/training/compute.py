@@ -76,7 +76,7 @@ class _NoModules:
 
 
 class Compute(Callback):
-    """Log ``compute/step_tflop``: 10^12 floating-point operations per optimiser step, all processes together.
+    """Log ``compute/step_tflop``: 10^12 floating-point operations per optimizer step, all processes together.
 
     torch counts them from the shapes of one batch, in forward and backward pass: products and attention, two operations
     per multiplication with its addition; attention is counted without masks. The counted batch is also trained on, with

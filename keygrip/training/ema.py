@@ -18,14 +18,14 @@ EMA_STATE = "ema"
 class EMA(Callback):
     """Exponential moving average of the trainable parameters, in float32.
 
-    ``ema += (1 - d) * (weights - ema)`` after every optimiser step, with ``d = min(decay, (1 + n) / (10 +
+    ``ema += (1 - d) * (weights - ema)`` after every optimizer step, with ``d = min(decay, (1 + n) / (10 +
     n))`` at the n-th, so that the influence of the random initial weights decreases quickly. Validation uses the EMA.
     The checkpoint contains the EMA (key ``ema``) in addition to the weights, so resuming is exact;
     ``keygrip.training.checkpoints.load_module`` loads the EMA by default.
 
     Args:
         decay: in [0, 1); averages over about ``1 / (1 - decay)`` steps.
-        every_n_steps: update interval in optimiser steps.
+        every_n_steps: update interval in optimizer steps.
     """
 
     def __init__(self, decay: float = 0.998, every_n_steps: int = 1) -> None:

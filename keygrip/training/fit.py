@@ -223,7 +223,7 @@ def _build_data(cfg: DictConfig, processes: int) -> Any:
 
 
 def _build_module(cfg: DictConfig, resolved: dict[str, Any], resumed: bool) -> LightningModule:
-    """Return the module, after its checks of the run and of the optimiser.
+    """Return the module, after its checks of the run and of the optimizer.
 
     Args:
         resolved: settings with run folders instead of pretraining stages.
@@ -465,5 +465,6 @@ def quiet_lightning(warnings_too: bool) -> None:
         ".*Total length of .list. across ranks is zero.*",  # no held-out demonstrations; the log reports it
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*Grad strides do not match bucket view strides.*",
+        ".*in eval mode at the start of training.*",  # frozen parts are, on purpose
     ):
         warnings.filterwarnings("ignore", message=text)

@@ -235,6 +235,8 @@ def _unmet_condition(conditions: Mapping[Path, ReadWhere], name: Path, options: 
     condition = conditions[name]
     if not condition.holds(options):
         return condition
+    if condition.even_unused:
+        return None
     required_paths = [tuple(other.split(".")) for other in condition.settings]
     unmet_conditions = [
         _unmet_condition(conditions, other, options) if other in conditions else None for other in required_paths

@@ -133,7 +133,7 @@ def log_settings(loggers: Iterable[Any], resolved: Mapping[str, Any], step: int 
     Passwords in URLs are removed, because a logger may send the configuration to a server.
 
     Args:
-        step: optimiser step at which the run starts or resumes.
+        step: optimizer step at which the run starts or resumes.
     """
     settings = without_passwords(resolved)
     flat = flattened(settings)
@@ -170,7 +170,7 @@ def log_final_figures(loggers: Iterable[Any], figures: Mapping[str, float], step
     table of a CSVLogger, the new row replaces the earlier one.
 
     Args:
-        step: optimiser step.
+        step: optimizer step.
     """
     for logger in loggers:
         if isinstance(logger, CSVLogger) and is_first_process():
@@ -199,7 +199,7 @@ def log_image(loggers: Iterable[Any], key: str, image: np.ndarray, step: int) ->
     """Log an image to TensorBoard and W&B.
 
     Args:
-        key: with the split, ``val/prediction``. image: ``[H, W, 3]`` uint8. step: optimiser step.
+        key: with the split, ``val/prediction``. image: ``[H, W, 3]`` uint8. step: optimizer step.
     """
     for logger in loggers:
         if hasattr(logger, "log_image"):

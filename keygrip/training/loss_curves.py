@@ -36,7 +36,7 @@ class Curves:
     """Logged values of one run, by name; arrays of equal length, in the order of the steps.
 
     Attributes:
-        steps: optimiser steps at which a value was logged. values: the values.
+        steps: optimizer steps at which a value was logged. values: the values.
         seconds: seconds since the first value of the run; None if the logger does not store the time.
     """
 

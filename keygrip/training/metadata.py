@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+PACKAGE = Path(__file__).parents[1]
 PACKAGES = (
     "keygrip",
     "torch",
@@ -57,16 +58,26 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def git_revision() -> str | None:
-    """Return the git revision of the checkout that contains this package; None for an installed package."""
-    folder = Path(__file__).resolve().parents[2]
+def git_revision(package: Path = PACKAGE, records_count: bool = True) -> str | None:
+    """Return the git revision of the checkout whose folder contains `package`, with ``+changes`` if its tracked files
+    are modified; None if git fails or that folder is no checkout.
+
+    A package that is installed inside another project's repository has no revision: that of the project says nothing
+    about it.
+
+    Args:
+        package: folder of the package. records_count: False: changed records in ``benchmarks/`` are no modification.
+    """
+    folder = package.resolve().parent
     if not (folder / ".git").exists():
         return None
+    paths = () if records_count else ("--", ":/", ":/!benchmarks")
     try:
         revision = _git(folder, "rev-parse", "HEAD")
-        return f"{revision}+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else revision
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", *paths)
     except (OSError, subprocess.SubprocessError):
         return None
+    return f"{revision}+changes" if changed else revision
 
 
 @functools.cache
@@ -87,4 +98,4 @@ def package_versions() -> dict[str, str]:
 
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

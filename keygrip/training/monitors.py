@@ -71,7 +71,7 @@ class GradientNorm(Callback):
     """Log ``train/grad_norm``: the norm of all gradients before clipping.
 
     Args:
-        every_n_steps: optimiser steps between values, whatever the interval of other scalars.
+        every_n_steps: optimizer steps between values, whatever the interval of other scalars.
     """
 
     def __init__(self, every_n_steps: int = 20) -> None:

@@ -1,4 +1,4 @@
-"""Muon for the matrices of hidden layers, AdamW for everything else: one optimiser, one schedule."""
+"""Muon for the matrices of hidden layers, AdamW for everything else: one optimizer, one schedule."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class MuonAndAdamW(AdamW):
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch's Muon and AdamW over groups of one optimiser, so that schedules, checkpoints and clipping use only one.
+    """torch's Muon and AdamW over groups of one optimizer, so that schedules, checkpoints and clipping use only one.
 
     Args:
         groups: parameter groups, each with ``kind`` "matrices" or "rest", ``lr`` and ``weight_decay``.
@@ -137,7 +137,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         float32: bool = False,
     ) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
-        # Both optimisers add their options to the group objects of this one, where schedules and checkpoints find them.
+        # Both optimizers add their options to the group objects of this one, where schedules and checkpoints find them.
         by_kind = {kind: [group for group in self.param_groups if group["kind"] == kind] for kind in (MATRICES, REST)}
         self._parts: dict[str, torch.optim.Optimizer] = {}
         if by_kind[MATRICES]:

@@ -1,4 +1,4 @@
-"""Optimiser recipes: what a model's ``configure_optimizers`` returns, chosen in the config group ``optimizer``."""
+"""Optimizer recipes: what a model's ``configure_optimizers`` returns, chosen in the config group ``optimizer``."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ class AdamW:
             raise ValueError(f"optimizer.clip_norm={self.clip_norm}: must be above 0, or null for none")
 
     def configure(self, module: nn.Module, total_steps: int | float) -> dict[str, Any]:
-        """Return the optimiser and its schedule in the form that Lightning requires.
+        """Return the optimizer and its schedule in the form that Lightning requires.
 
         Args:
             module: its trainable parameters are optimised, grouped by learning rate and weight decay.
-            total_steps: optimiser steps of the whole run (``trainer.estimated_stepping_batches``); inf for a run
+            total_steps: optimizer steps of the whole run (``trainer.estimated_stepping_batches``); inf for a run
                 without an end, which requires ``schedule=constant``.
 
         Raises:
@@ -90,7 +90,7 @@ class AdamW:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def moments(self, module: nn.Module) -> int:
-        """Return the number of float32 values in the optimiser's state: two per trained parameter."""
+        """Return the number of float32 values in the optimizer's state: two per trained parameter."""
         return 2 * sum(p.numel() for p in module.parameters() if p.requires_grad)
 
     def check(self, module: nn.Module, endless: bool) -> None:
@@ -180,7 +180,7 @@ class Schedule:
 
 
 class ScheduledRates(torch.optim.lr_scheduler.LambdaLR):
-    """An optimiser's learning rates by a schedule. A checkpoint contains the step but not the schedule, which is that
+    """An optimizer's learning rates by a schedule. A checkpoint contains the step but not the schedule, which is that
     of the current settings: a resumed run may be longer or shorter than before.
 
     Args:
@@ -207,7 +207,7 @@ class ScheduledRates(torch.optim.lr_scheduler.LambdaLR):
             schedule.time_share = share
 
     def apply(self) -> None:
-        """Set the rates of the optimiser's groups to those of the current step."""
+        """Set the rates of the optimizer's groups to those of the current step."""
         rates = [
             peak * schedule(self.last_epoch) for peak, schedule in zip(self.base_lrs, self.lr_lambdas, strict=True)
         ]

@@ -79,11 +79,13 @@ class ReadWhere:
     Args:
         setting: the other setting, at the same level or below ("network.pointing_cells"); for several, separated by
             blanks, one is sufficient. values: values it must have; none: any except null, false and 0. unless: value
-            it must not have, instead of values.
+            it must not have, instead of values. even_unused: the other setting's value counts even where the other
+            setting is itself not used.
     """
 
-    def __init__(self, setting: str, *values: Any, unless: Any = None) -> None:
+    def __init__(self, setting: str, *values: Any, unless: Any = None, even_unused: bool = False) -> None:
         self.settings, self.values, self.unless = setting.split(), values, unless
+        self.even_unused = even_unused
 
     def holds(self, options: Any) -> bool:
         """Return whether the setting is used. It counts as used if ``options`` lacks the other setting."""

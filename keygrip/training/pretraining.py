@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,14 +44,19 @@ class PretrainingStage:
         overrides: overrides of `keygrip.train` that define the run. A null from the configuration appears as "None".
         name: prefix of its folder's name, which ends in a hash of the overrides.
         folder: parent folder of its folder.
+        if_different: further overrides, added to the others where they change a value of the run, so that a run with
+            the values of its recipe keeps its folder.
     """
 
     overrides: Sequence[str]
     name: str
     folder: str = "runs"
+    if_different: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        named = [f"{each.removesuffix('=None')}=null" if each.endswith("=None") else each for each in self.overrides]
+        changing = [each for each in self.if_different if _changes_value(tuple(self.overrides), each)]
+        overrides = [*self.overrides, *changing]
+        named = [f"{each.removesuffix('=None')}=null" if each.endswith("=None") else each for each in overrides]
         object.__setattr__(self, "overrides", named)
 
     @property
@@ -114,6 +120,13 @@ class PretrainingStage:
     @staticmethod
     def _is_finished(run: Path) -> bool:
         return read_result(run).get("status") == FINISHED and (run / CHECKPOINT).is_file()
+
+
+@cache  # a run's configuration names its stage several times, and composing takes a third of a second
+def _changes_value(overrides: tuple[str, ...], another: str) -> bool:
+    """Return whether a further override gives its setting another value than the run of `overrides` has."""
+    key, _, value = another.partition("=")
+    return str(OmegaConf.select(compose("train", overrides), key)) != value
 
 
 def _run(command: Sequence[str]) -> int:

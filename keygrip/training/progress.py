@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress(ProgressBar):
-    """A bar over the optimiser steps of the run on a terminal; elsewhere a line at intervals.
+    """A bar over the optimizer steps of the run on a terminal; elsewhere a line at intervals.
 
     Args:
         refresh_s: seconds between refreshes on a terminal.
@@ -127,7 +127,7 @@ class Progress(ProgressBar):
 
 
 def _steps(trainer: Trainer) -> int | None:
-    """Return the optimiser steps of the whole run; None if it has no end."""
+    """Return the optimizer steps of the whole run; None if it has no end."""
     total = trainer.estimated_stepping_batches
     return int(total) if total != float("inf") else None
 
@@ -139,7 +139,7 @@ class Throughput(Callback):
     Validation and the first steps, in which workers start and kernels are chosen, are not included.
 
     Args:
-        every_n_steps: batches over which each value is computed, and further ones until the optimiser step is complete.
+        every_n_steps: batches over which each value is computed, and further ones until the optimizer step is complete.
         skip_batches: batches at the start that do not count.
     """
 
@@ -218,7 +218,7 @@ class SkippedSamples(Callback):
     The counts start with this process; a resumed run counts from 0. Data modules without these attributes log nothing.
 
     Args:
-        every_n_steps: batches between log entries, which follow once the optimiser step is complete.
+        every_n_steps: batches between log entries, which follow once the optimizer step is complete.
     """
 
     def __init__(self, every_n_steps: int = 20) -> None:

@@ -65,7 +65,7 @@ class SaveLatest(Checkpoint):
 
     Args:
         folder: folder of the files; of a run's ``callbacks.checkpoint`` always ``checkpoints`` in the run folder.
-        every_n_steps: optimiser steps between saves.
+        every_n_steps: optimizer steps between saves.
         every_n_epochs: epochs between saves.
         every_n_minutes: minutes between saves; the most that is lost after kill -9.
         monitor: name of a validation metric whose best state is also kept; None: only the latest. If processes have

@@ -1,4 +1,4 @@
-"""Fully sharded training: parameters, gradients and optimiser state are sharded over the processes (FSDP2)."""
+"""Fully sharded training: parameters, gradients and optimizer state are sharded over the processes (FSDP2)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 class ShardedStrategy(ModelParallelStrategy):
     """Shard any LightningModule; checkpoints are a single file, as without sharding.
 
-    All parameters are gathered for each step and freed after it, while gradients, optimiser state and EMA weights are
+    All parameters are gathered for each step and freed after it, while gradients, optimizer state and EMA weights are
     never gathered completely. For a module with ``sharded_parts()`` (submodules used only through their ``forward``,
     such as transformer blocks) parameters are gathered part by part, so that they are never all gathered at once.
     Every gathering waits for all processes, so each process must call the parts the same number of times.
@@ -54,7 +54,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """As in the parent class, but also for a run that was not sharded.
 
-        The parent class reads a parameter's index in the optimiser's state as its index among all parameters of the
+        The parent class reads a parameter's index in the optimizer's state as its index among all parameters of the
         module, including frozen ones, as this strategy saves it. All other strategies use the index in the groups.
         """
         assert self.model is not None
@@ -87,7 +87,7 @@ def shard(module: nn.Module, mesh: Any, reshard_after_forward: bool = True) -> N
 
 
 def load_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> None:
-    """Load an optimiser's complete stored state, which every process has, into that of a sharded module.
+    """Load an optimizer's complete stored state, which every process has, into that of a sharded module.
 
     Parameters without stored state, because they had no gradient yet, also have no state afterwards: torch would reject
     them, or count the step of zeros with which it creates their moments.
@@ -106,7 +106,7 @@ def load_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Mo
 
 
 def named_state(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """Return an optimiser's stored state with parameter names instead of indices.
+    """Return an optimizer's stored state with parameter names instead of indices.
 
     Args:
         saved: its groups have the same parameters as those of ``optimizer``, in the same order, with any indices.
@@ -125,7 +125,7 @@ def named_state(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Modul
 
 
 def reshard(module: nn.Module) -> None:
-    """Free parameters that a step or a validation left gathered; the optimiser trains the sharded parameters."""
+    """Free parameters that a step or a validation left gathered; the optimizer trains the sharded parameters."""
     from torch.distributed.fsdp import FSDPModule
 
     for part in module.modules():

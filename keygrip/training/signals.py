@@ -1,8 +1,12 @@
-"""Exceptions for an orderly end of a command: a run or a sweep stopped by a signal, and a rejected sweep."""
+"""Exceptions for an orderly end of a command: a run or a sweep stopped by a signal, and a rejected sweep; and processes
+that ignore the signals of a terminal."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import threading
+from collections.abc import Iterator
 
 
 class Interrupted(BaseException):
@@ -27,3 +31,17 @@ class SweepInterrupted(Interrupted):
 
 class SweepRefused(BaseException):
     """A sweep does not begin; the message states why. Not an ``Exception``, which Hydra turns into a warning."""
+
+
+@contextlib.contextmanager
+def ignore_terminal_signals() -> Iterator[None]:
+    """Processes that are started in this context ignore SIGINT and SIGHUP, such as from a terminal."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

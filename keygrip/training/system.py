@@ -1,4 +1,4 @@
-"""Base class of all LightningModules of keygrip: optimiser recipe, logging of values and images, evaluation kind.
+"""Base class of all LightningModules of keygrip: optimizer recipe, logging of values and images, evaluation kind.
 
 The module of a model implements its loss, metrics and figures; the code that all modules need is here.
 """
@@ -44,11 +44,11 @@ class System(LightningModule):
         own_files: files that the run's settings name and no checkpoint contains, by dotted key; set when a run builds
             its module. A run whose weights this one starts from may need the same files.
         own_packages: packages other than keygrip whose classes the run's settings name; set and used in the same way.
-        window: the batches of an optimiser step, if gradients of several batches are accumulated.
+        window: the batches of an optimizer step, if gradients of several batches are accumulated.
         resumed: whether the run is resumed: its weights come from its own checkpoint, and `init_from` is not read.
 
     Args:
-        optimizer: the recipe of optimiser and schedule.
+        optimizer: the recipe of optimizer and schedule.
     """
 
     batch_type: Any = None
@@ -68,7 +68,7 @@ class System(LightningModule):
         self.window = WindowMean()
 
     def trained_part(self) -> nn.Module:
-        """Return the module whose parameters the optimiser gets."""
+        """Return the module whose parameters the optimizer gets."""
         return self.network
 
     def configure_optimizers(self) -> Any:
@@ -177,7 +177,7 @@ class System(LightningModule):
     # -- logging ------------------------------------------------------------------------------------------------------
 
     def due(self, every: int) -> bool:
-        """Return whether the current training batch completes an optimiser step whose number, from 1, is a multiple of
+        """Return whether the current training batch completes an optimizer step whose number, from 1, is a multiple of
         `every`; 0: never. With accumulated gradients this is the last batch of a step, whose values Lightning logs.
         """
         return bool(every) and (self.global_step + 1) % every == 0 and completes_step(self.trainer)

@@ -13,7 +13,7 @@ from keygrip.training.optimizers import ScheduledRates
 
 
 class TimeLimit(Timer):
-    """Lightning's timer, which ends a run after a complete optimiser step, never while gradients are accumulated. It
+    """Lightning's timer, which ends a run after a complete optimizer step, never while gradients are accumulated. It
     passes the elapsed share of the time to the schedules; all processes use that of the first process.
 
     The time before a resume is included.

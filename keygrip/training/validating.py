@@ -1,4 +1,4 @@
-"""Validate after a given number of optimiser steps, regardless of the number of batches per step."""
+"""Validate after a given number of optimizer steps, regardless of the number of batches per step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NEVER = sys.maxsize  # larger than any batch number; Lightning reads infinity as
 
 
 class ValidateBySteps(Callback):
-    """Validate after every ``every_n_steps`` optimiser steps.
+    """Validate after every ``every_n_steps`` optimizer steps.
 
     Lightning counts batches, and the last step of an epoch has fewer batches if the number of batches in an epoch is
     not a multiple of `accumulate_grad_batches`.

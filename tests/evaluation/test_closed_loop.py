@@ -27,7 +27,7 @@ from keygrip.evaluation.rollout_report import write_report
 from keygrip.evaluation.statistics import wilson_interval
 from keygrip.models.policy import Plan
 from keygrip.runtime.chunk_execution import RecedingHorizon
-from keygrip.training.signals import Interrupted
+from keygrip.training.signals import Interrupted, ignore_terminal_signals
 
 
 def test_wilson_interval_against_published_values() -> None:
@@ -241,7 +241,7 @@ def test_processes_of_an_evaluation_leave_a_terminals_signals_to_the_first_one(n
     number = signal.Signals[name]
     shown = f"import signal; print(signal.getsignal(signal.{name}) == signal.SIG_IGN)"
     before = signal.getsignal(number)
-    with closed_loop._deaf_to_the_terminal():
+    with ignore_terminal_signals():
         inside = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
     assert inside.stdout.strip() == "True"
     assert signal.getsignal(number) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from gym_lab import GOAL
 from keygrip.config import option_of
 from keygrip.data.video import read_video
 from keygrip.envs.environment import Environment, open_environment
-from keygrip.envs.gymnasium_environment import GymnasiumTask
+from keygrip.envs.gymnasium_environment import GymnasiumEnvironment, GymnasiumTask
 from keygrip.envs.metaworld.tasks import MT10, MetaWorldTask
 from keygrip.envs.workers import run_jobs
 from keygrip.envs.yam.environment import YamCell
@@ -26,10 +27,13 @@ from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation import closed_loop
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult
 from keygrip.evaluation.environments import EnvironmentSettings, environment_settings, task_conditions
+from keygrip.evaluation.remote_rollouts import served
 from keygrip.evaluation.rollout_grid import grid_of_rollouts
 from keygrip.evaluation.rollout_report import over_tasks
+from keygrip.evaluation.rollout_worker import policy_at
 from keygrip.evaluation.rollouts import EpisodeResult
 from keygrip.models.policy import Needs, Plan
+from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.parts import UntrustedPartError
 
 POINT = GymnasiumTask("gym_lab:CalibratedPointMass-v0", instruction="go there", time_limit_s=3.0)
@@ -119,8 +123,7 @@ def test_on_a_gpu_one_copy_plans_for_all_processes(
     """Seeds and episodes are those of the CPU."""
     expected = fixed(drive(tmp_path / "here"))
     monkeypatch.setattr(ClosedLoop, "_run_in_pool", work_here)
-    served = drive(tmp_path / "served", device="cuda", processes=2)
-    assert fixed(served) == expected
+    assert fixed(drive(tmp_path / "served", device="cuda", processes=2)) == expected
     assert gpu == ["cuda"]
     assert fixed(drive(tmp_path / "one", device="cuda")) == expected  # one process plans itself
     assert gpu == ["cuda", "cuda"]
@@ -166,6 +169,37 @@ def test_a_policy_that_fails_on_the_gpu_is_said_in_one_line(monkeypatch: pytest.
         drive(None, device="cuda")
 
 
+def test_a_plan_may_wait_for_the_plans_of_all_processes() -> None:
+    with served(ToGoal(), 96, 0) as url, policy_at(url, 96) as client:
+        limits = client.health()["limits"]
+        assert limits["plan_s"] == 300 + 96 * 30
+        assert limits["session_s"] > limits["plan_s"]
+        assert client._connection.timeout > limits["plan_s"]  # the server's answer says why there is no plan
+
+
+def test_a_plan_that_takes_too_long_names_the_processes_that_wait(
+    monkeypatch: pytest.MonkeyPatch, gpu: list[str]
+) -> None:
+    advice = r"0\.1 s.*; this includes the wait for the plans of 2 processes: give fewer processes=N"
+
+    def slow(self: Any, observation: Any) -> Any:
+        time.sleep(0.5)
+
+    def worker_fails(*given: Any) -> Any:
+        raise ValueError(
+            "a worker process ended: the policy server answers 504: the plan took longer than 0.1 s, twice"
+        )
+
+    monkeypatch.setattr(ClosedLoop, "_run_in_pool", work_here)
+    monkeypatch.setattr("keygrip.evaluation.remote_rollouts.plan_timeout_s", lambda processes: 0.1)
+    monkeypatch.setattr(ToGoal, "plan", slow)
+    with pytest.raises(ValueError, match=f"closed loop with device=cuda: .* answers 504: .* longer than {advice}"):
+        drive(None, device="cuda", processes=2)
+    monkeypatch.setattr("keygrip.evaluation.remote_rollouts.run_jobs", worker_fails)
+    with pytest.raises(ValueError, match=f"a worker process ended: .* longer than {advice}"):
+        drive(None, python="python", processes=2)
+
+
 def test_a_device_that_is_not_there_is_refused_before_any_episode() -> None:
     with pytest.raises(ValueError, match="device=cuda:99: this machine has"):
         ClosedLoop(POINT, {"point": [{}]}, device="cuda:99")
@@ -190,8 +224,11 @@ def test_a_package_that_serving_needs_is_missed_before_training(monkeypatch: pyt
     with pytest.raises(ModuleNotFoundError, match=r"serving needs aiohttp: pip install 'keygrip\[serve\]'"):
         there.check(None)
     monkeypatch.setattr("keygrip.evaluation.closed_loop.refuse_missing_device", lambda device: None)
-    with pytest.raises(ModuleNotFoundError, match=r"serving needs aiohttp: pip install 'keygrip\[serve\]'"):
-        replace(there, python=None, processes=2, device="cuda").check(None)
+    on_gpu = replace(there, python=None, processes=2, device="cuda")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'keygrip\[serve\]'; or give processes=1 .*device=cuda"):
+        on_gpu.check(None)
+    for unserved in ({"processes": 1}, {"device": "cpu"}, {"episodes": 1}):
+        replace(on_gpu, **unserved).refuse_missing_packages()
 
 
 def test_a_missing_interpreter_and_a_failing_worker_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +236,7 @@ def test_a_missing_interpreter_and_a_failing_worker_are_named(monkeypatch: pytes
         drive(None, python="nowhere/python")
     with pytest.raises(ValueError, match="exit code"):
         list(run_jobs(sys.executable, "keygrip.no_such_module", {}, [{}], 1))
-    setup = {"url": "http://127.0.0.1:9", "control": {}}
+    setup = {"url": "http://127.0.0.1:9", "processes": 1, "control": {}}
     with pytest.raises(ValueError, match="no policy server answers"):
         list(run_jobs(sys.executable, "keygrip.evaluation.rollout_worker", setup, [{}], 1))
 
@@ -301,6 +338,36 @@ def test_what_the_environment_does_not_give_is_no_failed_episode(
     monkeypatch.setattr(sys.modules[__name__], "POINT", replace(POINT, instruction=""))
     with pytest.raises(ValueError, match=said):
         drive(None)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "said"),
+    [
+        ("go to\nthe goal", r"instruction 'go to\\nthe goal' holds characters that are not printable"),
+        ("go\u00a0there", r"instruction 'go\\xa0there' holds characters that are not printable, .*no-break spaces"),
+        ("go" * 501, "instruction has 1002 bytes, more than 1000"),
+    ],
+)
+@pytest.mark.parametrize("place", [{}, {"device": "cuda", "processes": 2}], ids=["here", "served"])
+def test_instructions_that_a_server_refuses_are_no_failed_episodes(
+    place: dict[str, Any], instruction: str, said: str, monkeypatch: pytest.MonkeyPatch, gpu: list[str]
+) -> None:
+    monkeypatch.setattr(ClosedLoop, "_run_in_pool", work_here)
+    monkeypatch.setattr(sys.modules[__name__], "POINT", replace(POINT, instruction=instruction))
+    assert drive(None, **place)[0].summary()["success_rate"] == 1.0  # this policy does not read it
+    monkeypatch.setattr(ToGoal, "needs", Needs(arms=("right",), instruction=True))
+    with pytest.raises(ValueError, match=said):
+        drive(None, **place)
+    step = GymnasiumEnvironment.advance
+
+    def advance(self: Any, action: np.ndarray) -> None:
+        step(self, action)
+        self._instruction = instruction
+
+    monkeypatch.setattr(GymnasiumEnvironment, "advance", advance)  # in the middle of an episode
+    monkeypatch.setattr(sys.modules[__name__], "POINT", replace(POINT, instruction="go there"))
+    with pytest.raises(ValueError, match=said):
+        drive(None, control=partial(RecedingHorizon, execute_seconds=0.2), **place)
 
 
 RECORDED = option_of("env", "recorded")

@@ -316,6 +316,48 @@ def test_clip_gives_its_projected_embedding(tmp_path: Path) -> None:
         known_encoder("inception", tmp_path / "x.pth", "")
 
 
+def test_clip_is_read_from_pytorchs_own_file_too(tmp_path: Path) -> None:
+    """The published CLIP on which CMMD is defined has no other weights. Only tensors are read, and nothing in the file
+    is executed."""
+    pytest.importorskip("transformers")
+    clip, _ = write_tiny_clip(tmp_path)
+    images, captions = torch.rand(2, 3, 20, 30), ["a red cube", "a blue one"]
+    expected = known_encoder("clip", tmp_path, "")[0](images), ClipSimilarity(tmp_path)(images, captions)
+    (tmp_path / "model.safetensors").unlink()
+    file, hashes = tmp_path / "pytorch_model.bin", set()
+    for _ in range(2):
+        torch.save(clip.state_dict(), file)
+        features, _, sha256 = known_encoder("clip", tmp_path, "")
+        similarity = ClipSimilarity(tmp_path)
+        torch.testing.assert_close((features(images), similarity(images, captions)), expected)
+        assert similarity.sha256 == sha256
+        hashes.add(sha256)
+        clip.visual_projection.weight.data *= 2  # the cosine does not depend on it
+        expected = 2 * expected[0], expected[1]
+    assert len(hashes) == 2
+    torch.save({**clip.state_dict(), "more": _Touch(tmp_path / "executed")}, file)
+    with pytest.raises(ValueError, match="more than tensors, which keygrip does not execute"):
+        ClipSimilarity(tmp_path)
+    assert not (tmp_path / "executed").exists()
+    for content, reason in ((b"", "holds no CLIPModel of transformers: "), (b"<html>", "damaged, or holds more than")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=reason):
+            ClipSimilarity(tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"holds no CLIPModel of .*model\.safetensors, or pytorch_model\.bin"):
+        ClipSimilarity(tmp_path)
+
+
+class _Touch:
+    """An object that creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
 def test_images_are_compared_with_their_captions_as_clip_itself_does(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     clip, tokenizer = write_tiny_clip(tmp_path)

@@ -55,6 +55,12 @@ def request(target: Any, number: int = 0) -> Any:
     return SimpleNamespace(args=("What is it?", target, see, number, "mini", "test"), task_name="mini")
 
 
+def test_marks_of_image_positions_are_removed_from_a_question(model: Any) -> None:
+    """MMMU writes them with a blank."""
+    remove = sys.modules["keygrip.evaluation.lmms"]._remove_image_marks
+    assert remove("<image 1> Is <image_2> like <image 12>?\n(A) <image 3>") == "Is like ?\n(A)"
+
+
 def values(model: Any, *requests: Any) -> list[float]:
     return [found.text[0] for found in model.loglikelihood(requests)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +172,24 @@ def test_what_cannot_be_done_is_refused_before_the_demonstrations_are_gone_throu
     cfg = compose("evaluate", ["checkpoint=run", "evaluate=policy", "suites=[viewpoint]"])
     with pytest.raises(ValueError, match=r"conditions\.viewpoint"):
         evaluate_policy(evaluated("handover.HandoverTask"), cfg)
+
+
+def test_a_package_for_the_episodes_is_missed_before_the_demonstrations_are_gone_through(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = evaluated("tasks.TaskOptions", name="pick")
+    run.output = tmp_path
+    monkeypatch.delitem(sys.modules, "keygrip.runtime.server", raising=False)
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.setattr("keygrip.evaluation.closed_loop.refuse_missing_device", lambda device: None)
+    monkeypatch.setattr("keygrip.evaluation.policy.closed_loop", lambda *_: {})
+    given = ["checkpoint=run", "evaluate=policy", "device=cuda"]
+    with monkeypatch.context() as context:
+        context.setattr("keygrip.evaluation.policy.open_loop", lambda *_: pytest.fail("it was not refused first"))
+        with pytest.raises(ModuleNotFoundError, match=r"serving needs aiohttp: .*; or give processes=1"):
+            evaluate_policy(run, compose("evaluate", [*given, "processes=2"]))
+    monkeypatch.setattr("keygrip.evaluation.policy.open_loop", lambda *_: {"loss": 1.0})
+    assert evaluate_policy(run, compose("evaluate", [*given, "processes=1"]))["open_loop"] == {"loss": 1.0}
 
 
 def test_viewpoints_are_moved_from_the_view_of_the_recordings() -> None:
@@ -376,3 +395,40 @@ def test_the_open_loop_compares_its_demonstrations_with_those_of_the_checkpoint(
         assert compared == ["validate", (state, 10.0)]
         content.clear()  # an export holds no state of the data
         compared.clear()
+
+
+@pytest.mark.parametrize(
+    ("rates", "root_of", "strides", "said"),
+    [
+        ([10.0], [0, 0], [3], None),
+        ([10.3], [0, 0], [3], None),  # recorders keep their rate to a few percent
+        ([30.0], [0, 0], [3], "=3 frames lasts 0.1 s .* plans steps of 0.3 s, .*: set data.frame_stride=9$"),
+        ([20.0, 10.0], [0, 0, 1], [6, 3], None),
+        ([20.0, 10.0], [0, 0, 1], [2, 1], r"=\[2,1\] frames lasts 0.1 s .*: set data.frame_stride=\[6,3\]$"),
+        ([20.0, 10.0], [0, 0], [2, 1], r": set data.frame_stride=\[6,1\]$"),  # nothing could be read of the second
+        ([5.0], [0], [1], "no data.frame_stride gives such steps at 5 frames/s"),
+        ([2.0], [0], [1], "no data.frame_stride gives such steps at 2 frames/s"),
+    ],
+)
+def test_the_open_loop_refuses_steps_of_another_duration(
+    rates: list[float],
+    root_of: list[int],
+    strides: list[int],
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Regression: planned poses were compared with recorded ones of other times."""
+
+    class Demos(NothingHeldOut):
+        def setup(self, stage: str) -> None:
+            self.demos = [SimpleNamespace(fps=rates[root]) for root in root_of]
+            self.root_of, self.roots = root_of, [SimpleNamespace(stride=stride) for stride in strides]
+
+    run = evaluated("tasks.TaskOptions")
+    run.stored_data = lambda changes: Demos()
+    run.module.statistics = SimpleNamespace(step_seconds=0.3)
+    if said is None:
+        assert open_loop(run) == {}
+    else:
+        with pytest.raises(ValueError, match=said):
+            open_loop(run)

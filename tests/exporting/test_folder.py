@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -54,6 +56,33 @@ def test_weights_are_as_readable_as_the_other_files(tmp_path: Path) -> None:
     assert set(modes.values()) == {modes[CONFIG]}
 
 
+def test_addresses_in_header_and_card_have_no_password(tmp_path: Path) -> None:
+    """Whoever calls `write_export`: a caller need not remove them."""
+    root = "https://me:pass@word@host/set"
+    header = {"config": {"data": {"sources": [{"root": root}], "other": "s3://bucket/a@b"}}}
+    made = content(keygrip=header, words={"tokens": [root]})
+    write_export(tmp_path / "model", made, made["state_dict"], f"Trained on `{root}` by me@host\n")
+    read = read_export(tmp_path / "model")
+    data = {"sources": [{"root": "https://host/set"}], "other": "s3://bucket/a@b"}
+    assert read["keygrip"] == {"config": {"data": data}}
+    assert (tmp_path / "model" / CARD).read_text() == "Trained on `https://host/set` by me@host\n"
+    assert read["words"] == {"tokens": [root]}  # data of the module, such as a tokenizer, are not changed
+    assert header["config"]["data"]["sources"] == [{"root": root}]  # nor is the caller's header
+
+
+def test_numbers_that_json_lacks_are_read_as_they_were(tmp_path: Path) -> None:
+    """An unlimited range of a simulator's option is infinite. Before, such an export could not be read."""
+    options = {"healthy_z_range": [0.7, float("inf")], "best": (-float("inf"), 1.5)}
+    header = {"config": {"env": {"options": options}}}
+    made = content(keygrip=header, scores={"last": float("nan"), "first": np.float64("inf")})
+    write_export(tmp_path / "model", made, made["state_dict"], "# card\n")
+    read = read_export(tmp_path / "model")
+    assert read["keygrip"] == header
+    assert math.isnan(read["scores"]["last"])
+    assert read["scores"]["first"] == math.inf
+    json.loads((tmp_path / "model" / CONFIG).read_text(), parse_constant=pytest.fail)  # standard JSON
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, PROCESSOR])
 def test_a_changed_byte_is_found(name: str, tmp_path: Path) -> None:
     write(tmp_path / "model", extra=torch.rand(4))
@@ -70,6 +99,9 @@ def test_values_that_are_no_data_are_refused_and_nothing_remains(tmp_path: Path)
         write(tmp_path / "model", extra=[object()])
     with pytest.raises(ValueError, match="keys that JSON cannot hold"):
         write(tmp_path / "model", extra={1: 2})
+    for name in ("__tensor__", "__tuple__", "__float__"):
+        with pytest.raises(ValueError, match=rf"^/extra has keys that JSON cannot hold: \['{name}'\]$"):
+            write(tmp_path / "model", extra={name: 2})
     with pytest.raises(KeyError):
         write_export(tmp_path / "model", content(), {"a": torch.ones(1)}, "", also=lambda folder: {}["missing"])
     assert list(tmp_path.iterdir()) == []
@@ -96,6 +128,8 @@ def test_a_file_in_place_of_the_folder_is_refused_before_the_checkpoint_is_read(
         (lambda config: config | {"checkpoint": [1]}, "holds no checkpoint"),
         (lambda config: config | {"checkpoint": {"x": {"__tensor__": "gone"}}}, "names the tensor 'gone'"),
         (lambda config: config | {"checkpoint": {"x": {"__tensor__": []}}}, r"names the tensor \[\]"),
+        (lambda config: config | {"checkpoint": {"x": {"__float__": "1.5"}}}, "has the number '1.5', which is none of"),
+        (lambda config: config | {"checkpoint": {"x": {"__float__": []}}}, r"has the number \[\], which is none of"),
         (lambda config: config | {"checkpoint": {"x": json.loads("[" * 80 + "]" * 80)}}, "levels deep"),
     ],
 )

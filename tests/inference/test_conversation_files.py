@@ -118,6 +118,7 @@ def test_several_images_under_video_are_the_frames_of_one(tmp_path: Path) -> Non
         ("<image_1>hi", "<|image_2|>hi", ("0.jpg", "1.jpg")),
         ("<image_1>hi", "<image_0>hi", ("1.jpg", "0.jpg")),
         ("<image>hi", "<image_1>hi", ("1.jpg", "0.jpg")),
+        ("<image 2>hi", "<image 1>hi", ("1.jpg", "0.jpg")),
     ],
 )
 def test_numbers_say_which_file_a_place_has(first: str, second: str, shown: tuple[str, str], tmp_path: Path) -> None:

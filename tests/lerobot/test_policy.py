@@ -344,3 +344,17 @@ def test_where_the_body_is_stays_known_at_its_bounds_and_begins_anew_with_an_epi
     begun = robot.hand.copy()
     action = act()
     np.testing.assert_allclose(policy.bodies[0].position, begun + OFFSET + BESIDE + 0.01 * action[:3], atol=1e-6)
+
+
+def test_the_controller_has_the_settings_of_control_also_those_that_are_none(made: Any) -> None:
+    """Both None sends the predicted opening unchanged, as in keygrip's commands."""
+    control = {"grip_below": None, "release_above": None, "ensemble": 1.0, "follow": "poses", "execute_seconds": 1}
+    policy, _, act = stepping(made, {"control": control}, reach_m=2.0)
+    act()
+    controller = policy.controllers[0]
+    assert {name: getattr(controller, name) for name in control} == control
+    assert controller.ensemble is True
+    for name, value in (("execute_seconds", None), ("ensemble", "false")):
+        _, _, act = stepping(made, {"control": {name: value}}, reach_m=2.0)
+        with pytest.raises(ValueError, match=rf"^control\.{name}={value!r}: give a value of type "):
+            act()

@@ -12,8 +12,10 @@ import pytest
 
 import keygrip
 from keygrip.envs.yam.tasks import TaskOptions
+from keygrip.models.dark_images import spread_of_image
 from keygrip.models.policy import Needs, calibration_of, image_of, instruction_of, poses_of, refuse_incomplete, views_of
 from keygrip.recording.demonstrations import record
+from keygrip.runtime.plausibility import Bounds
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 ONE, TWO = Needs(("right",)), Needs(("left", "right"), ("over", "front"), instruction=True, calibration=("over",))
@@ -77,3 +79,13 @@ def test_what_is_complete_or_lacks_one_entry_is_left_to_who_reads_it() -> None:
     refuse_incomplete(told, TWO)
     refuse_incomplete({**told, "cameras": {"over": VIEW, "front": None}}, TWO)  # a camera without an image
     refuse_incomplete({**whole, "instruction": "pick"}, Needs(("right",), ("over",), instruction=True))
+
+
+@pytest.mark.parametrize("flip", [np.s_[::-1], np.s_[:, ::-1], np.s_[..., ::-1]])  # upside down, mirrored, BGR
+def test_a_flipped_view_of_an_image_is_checked_as_its_copy(flip: Any) -> None:
+    """Renderers return images upside down, OpenCV as BGR; what numpy makes of them has negative strides."""
+    pixels = np.zeros((130, 128, 3), np.uint8)
+    pixels[64:, :40, 1] = 90
+    image = pixels[flip]
+    assert spread_of_image(image) == spread_of_image(image.copy()) == 30.0
+    Bounds().refuse_images({"image": image}, Needs(("right",), calibration=False))

@@ -19,15 +19,17 @@ from keygrip.data.robot.discovery import find_demos
 from keygrip.data.video import read_video
 from keygrip.envs.environment import open_environment
 from keygrip.envs.gymnasium_environment import GymnasiumEnvironment, GymnasiumTask
+from keygrip.envs.yam.handover import HandoverTask
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation import rollouts
 from keygrip.evaluation.rollouts import check_environment, run_episode
 from keygrip.models.policy import Needs, Plan
 from keygrip.prepare import run
-from keygrip.recording import gymnasium_worker, metaworld
+from keygrip.recording import demonstrations, gymnasium_worker, metaworld
 from keygrip.runtime.chunk_execution import RecedingHorizon
 
 ROOT = Path(__file__).parents[2]
+HANDOVER = "keygrip.envs.yam.handover.HandoverTask"
 
 
 @pytest.mark.parametrize("plus", ["", "+"])
@@ -56,6 +58,14 @@ def test_options_of_the_task_are_taken_by_name(plus: str) -> None:
         (["env=gymnasium", "env.task.id=A-v0", "recoveries=0.1"], "recoveries is no setting"),
         (["env=yam", "+env.task.name=pick"], r"env\.task is for evaluations: for a recording set task"),
         (["env=metaworld", "+env.task.shadows=true"], r"for a recording set tasks, cameras and shadows"),
+        (
+            ["env=yam_handover", "task.random_start=false"],
+            r"task is no setting of .* env=yam_handover: give env\.task, e\.g\. env\.task\.random_start=false",
+        ),
+        (
+            ["env=yam_handover", f"task._target_={HANDOVER}", "task.name=handover", "+env.task.camera=front"],
+            r"task and env\.task hold different tasks of env=yam_handover: give env\.task alone",
+        ),
         (["env=yam", "shadows=true"], "shadows is no setting of the recordings of env=yam"),
         (["env=recorded"], "env=recorded has no scripted expert"),
         (["env=yam", "cameras=[]"], r"cameras=\[\]: name at least one camera"),
@@ -90,9 +100,6 @@ class Lift:
     height_m: float
 
 
-HANDOVER = "keygrip.envs.yam.handover.HandoverTask"
-
-
 @pytest.mark.parametrize(
     ("environment", "task", "options", "recorded"),
     [
@@ -109,6 +116,23 @@ def test_a_task_that_no_recorder_records_is_refused(
     with pytest.raises(Exception, match=said):
         run(compose("prepare", ["step=record", f"root={tmp_path}/new", "demos=1", *settings]))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "recorded"),
+    [
+        ([], HandoverTask()),
+        (["+env.task.random_start=false", "+env.task.camera=front"], HandoverTask(camera="front", random_start=False)),
+        ([f"task._target_={HANDOVER}", "task.name=handover", "task.shadows=true"], HandoverTask(shadows=True)),
+    ],
+)
+def test_the_handover_is_recorded_with_its_options(
+    settings: list[str], recorded: HandoverTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[Any] = []
+    monkeypatch.setattr(demonstrations, "record_step", lambda task, *given, **more: tasks.append(task) or {})
+    run(compose("prepare", ["step=record", "env=yam_handover", f"root={tmp_path}/new", *settings]))
+    assert tasks == [recorded]
 
 
 def record(root: Path, *overrides: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from hydra.errors import InstantiationException
+from hydra.errors import ConfigCompositionException, InstantiationException
 
 from keygrip.config import compose
 from keygrip.data.bad_samples import BadSample
@@ -125,6 +125,47 @@ def test_more_frames_than_usual_are_a_setting(tmp_path: Path, monkeypatch: pytes
         InstantiationException, match=r"max_frames=70 is of demonstrations.* simulated\.tour\.max_frames"
     ):
         run(compose("prepare", ["step=robot_videos", f"root={tmp_path / 'tours'}", "max_frames=70"]))
+
+
+@pytest.mark.parametrize(
+    "setting", ["camera=wrist", "format=native", "calibration=cameras.json", "fit=crop", "val_fraction=0.2"]
+)
+def test_a_setting_of_demonstrations_without_a_source_is_refused(setting: str, tmp_path: Path) -> None:
+    """Otherwise a forgotten source would end in 2400 simulated tours."""
+    with pytest.raises(InstantiationException, match=rf"{setting} is of demonstrations.* give source=FOLDER"):
+        run(compose("prepare", ["step=robot_videos", f"root={tmp_path / 'set'}", setting]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_tours_are_refused_for_demonstrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = SimpleNamespace(name="pick_0", read=lambda **given: LongDemo(tmp_path))
+    monkeypatch.setattr(video_text, "find_demos", lambda *given: [reference])
+    step = [
+        "step=robot_videos",
+        f"root={tmp_path / 'set'}",
+        "source=demos",
+        "camera=front",
+        "image_size=8",
+        "processes=1",
+    ]
+    for setting in ("simulated.train=500", "simulated.tour.image_size=16"):
+        with pytest.raises(InstantiationException, match=f"{setting} is of tours, and source=demos names"):
+            run(compose("prepare", [*step, setting]))
+    assert not list(tmp_path.iterdir())
+    assert run(compose("prepare", step))["train"] == 1  # with tours of the same image size
+
+
+def test_long_tours_are_tours_alone(tmp_path: Path) -> None:
+    step = ["step=long_tours", f"root={tmp_path / 'set'}", "image_size=32", "processes=1"]
+    for setting in ("source=demos", "camera=wrist", "val_fraction=0.2"):
+        with pytest.raises(ConfigCompositionException, match=setting):
+            compose("prepare", [*step, setting])
+    few = ["simulated.val=0", "simulated.test=2", "simulated.tour.min_frames=2", "simulated.tour.max_frames=4"]
+    report = run(compose("prepare", [*step, *few]))
+    assert (report["train"], report["test"]) == (1, 2)
+    written = ShardSet(tmp_path / "set" / "test")
+    assert read_sample(written, 0, 32).frames[0].shape == (32, 32, 3)
+    assert sorted(written.columns["frames"].tolist()) in ([2, 3], [2, 4]), "one of each octave"
 
 
 def test_a_single_demonstration_is_for_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

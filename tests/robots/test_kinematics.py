@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from keygrip.envs.yam.scene import ARM_JOINT_NAMES, TOOL_SITE, build_spec
 from keygrip.envs.yam.tasks import HOME, TaskOptions
 from keygrip.robots.inverse_kinematics import pointing_down, solve, yaw_of
-from keygrip.robots.kinematics import arm_chain, forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
+from keygrip.robots.kinematics import (
+    arm_chain,
+    arm_file,
+    forward_kinematics,
+    gripper_file,
+    matrix_from_quaternion,
+    quaternion_from_matrix,
+)
 from keygrip.robots.mujoco_backend import mujoco
 
 
@@ -49,6 +61,68 @@ def test_wrong_shape_and_unknown_parts_are_named() -> None:
         forward_kinematics(HOME, arm="yam9")
     with pytest.raises(ValueError, match="linear_4310"):
         forward_kinematics(HOME, gripper="hook")
+
+
+def test_revisions_of_an_arm_have_i2rts_names() -> None:
+    from i2rt.robots.utils import ArmType
+
+    path = ("arm", "yam_ultra", "v2", "yam_ultra.xml")
+    assert arm_file("yam_ultra_2").parts[-4:] == path == Path(ArmType.YAM_ULTRA_2.get_xml_path()).parts[-4:]
+    assert arm_file("yam_ultra").parts[-2] == "v1"
+    np.testing.assert_allclose(forward_kinematics(HOME, "yam_ultra_2")[0], forward_kinematics(HOME, "yam_ultra")[0])
+    for name in ("yam_ultra_1", "yam_2", "yam_ultra_02", "../yam"):
+        with pytest.raises(ValueError, match=r"known: big_yam, yam, yam_pro, yam_ultra, yam_ultra_2$"):
+            arm_file(name)
+
+
+def install(site: Path, name: str, files: Mapping[str, str]) -> None:
+    """Write a distribution as pip does: its files and the record of them."""
+    for file, text in files.items():
+        (site / file).parent.mkdir(parents=True, exist_ok=True)
+        (site / file).write_text(text)
+    record = site / f"{name}-1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (record / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    importlib.invalidate_caches()  # two changes of a folder may have one time
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch) -> Path:
+    """Return a folder that is searched for packages first."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "i2rt"]:
+        monkeypatch.delitem(sys.modules, name)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "i2rt"]:
+        del sys.modules[name]
+
+
+ARM, GRIPPER = "i2rt/robot_models/arm/yam/v1/yam.xml", "i2rt/robot_models/gripper/linear_4310/linear_4310.xml"
+
+
+def test_i2rts_package_over_dreamscales_is_refused(site) -> None:
+    """pip reports no conflict of the two names; the arms stay dreamscale-i2rt's, the grippers become I2RT's."""
+    install(site, "dreamscale_i2rt", {"i2rt/__init__.py": "", ARM: "<a/>", GRIPPER: "<b/>"})
+    assert arm_file() == site / ARM
+    install(site, "i2rt", {"i2rt/__init__.py": "", "i2rt/robot_models/arm/yam/yam.xml": "<c/>", GRIPPER: "<c/>"})
+    for use in (arm_file, gripper_file):
+        with pytest.raises(ImportError, match=r"installed over each other.*`pip uninstall i2rt`, then"):
+            use()
+
+
+def test_an_editable_install_of_i2rts_package_is_accepted(site) -> None:
+    """Its files are elsewhere, and found only after dreamscale-i2rt's."""
+    install(site, "dreamscale_i2rt", {"i2rt/__init__.py": "", ARM: "<a/>", GRIPPER: "<b/>"})
+    install(site, "i2rt", {"__editable__.i2rt-1.0.pth": "/elsewhere\n"})
+    assert arm_file() == site / ARM
+
+
+def test_i2rts_package_in_place_of_dreamscales_is_named(site) -> None:
+    (site / "i2rt/robot_models/arm/yam").mkdir(parents=True)
+    (site / "i2rt/__init__.py").touch()
+    with pytest.raises(FileNotFoundError, match=r"not of dreamscale-i2rt.*remove that one"):
+        arm_file()
 
 
 def test_inverse_undoes_forward() -> None:

@@ -22,6 +22,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 from scripts import imported
 
+from keygrip.data.robot.frame_rates import other_rates
 from keygrip.data.robot.native import read_native
 from keygrip.data.robot.samples import weighted_frames
 from keygrip.models.policy import Observation, Plan
@@ -895,6 +896,28 @@ def test_a_recording_keeps_the_times_of_an_arm_that_was_held(tmp_path: Path) -> 
     assert demo.intervention is not None
     assert demo.intervention.sum() == 10
     assert sorted(set(np.round(steps, 6))) == [0.1, 0.7]  # the gap is there
+
+
+@pytest.mark.parametrize(("period_s", "fps"), [(0.15, 6.667), (0.102, 10.0)])
+def test_a_recording_of_a_slow_loop_states_the_rate_that_was_reached(
+    period_s: float, fps: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It stated the rate of the settings, and training left it out."""
+
+    class Late(PointArm):
+        def now(self) -> float:
+            return self.ticks * period_s
+
+        def wait_until(self, moment: float) -> None:
+            self.ticks += 1
+
+    with CorrectionRecorder(tmp_path / "demo", "yam", "t", "do it", ["right"], ["over"], 10.0) as recorder:
+        loop_of(Clockwork(), Late(), takeover=Script(), recorder=recorder).run(3.0)
+    reference = read_native(tmp_path / "demo", "demo")
+    assert len(reference) > 15
+    assert reference.fps == pytest.approx(fps, rel=1e-3)
+    assert other_rates([reference], tmp_path) == {}
+    assert ("6.667 frames per second were recorded, not 10 (robot.control_hz)" in caplog.text) == (fps < 10)
 
 
 def test_after_a_lost_connection_the_arm_goes_on_from_where_it_is() -> None:

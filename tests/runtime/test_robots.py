@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -118,7 +118,7 @@ def calibration(tmp_path: Path) -> Path:
 
 def to_the_side(observation: Observation) -> Plan:
     position = observation["position"][:, None] + np.linspace(0, 0.08, 9)[1:, None] * np.array([0, 1, 0])
-    return Plan(position, np.repeat(observation["quaternion"][:, None], 8, 1), np.full((1, 8), 0.1), 0.1)
+    return Plan(position, np.repeat(observation["quaternion"][:, None], 8, 1), np.full((len(position), 8), 0.1), 0.1)
 
 
 class Sideways:
@@ -833,6 +833,48 @@ def test_an_arm_whose_camera_alone_is_lost_brakes(calibration: Path) -> None:
     assert np.diff(speed).min() >= -WIDE.axis_acceleration_m_s2 / 30 - 0.02
 
 
+@pytest.mark.parametrize("fault", ["command", "NaN"])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_other_arm_brakes_within_the_limits_while_one_is_lost(calibration: Path, fault: str, lost: int) -> None:
+    """It was sent back to its command of the period before, or set at rest at its observed pose."""
+    content = yaml.safe_load(calibration.read_text())
+    base = np.array(content["arms"]["right"]["world_from_base"], float)
+    base[0, 3] -= 0.5
+    content["arms"]["left"] = {"world_from_base": base.tolist()}
+    calibration.write_text(yaml.safe_dump(content))
+
+    class Faulty(Driver):
+        def faulty(self, kind: str) -> bool:
+            return self is drivers[lost] and fault == kind and 0.49 < clock[0] < 0.52  # one period
+
+        def get_joint_pos(self) -> np.ndarray:
+            joints = self.commands[-2] if len(self.commands) > 1 else self.state  # it lags behind by a period
+            return np.full(JOINTS + 1, np.nan) if self.faulty("NaN") else joints
+
+        def command_joint_pos(self, joint_pos: np.ndarray) -> None:
+            if self.faulty("command"):
+                raise OSError("the bus is full")
+            super().command_joint_pos(joint_pos)
+
+    clock, drivers = [0.0], [Faulty(), Faulty()]
+    camera = Still()
+    arms = YamArms(dict(zip(("right", "left"), drivers, strict=True)), {"over": camera}, calibration, control_hz=30.0)
+    arms.now = camera.taken = lambda: clock[0]  # type: ignore[method-assign]
+    arms.wait_until = lambda moment: clock.__setitem__(0, max(clock[0], moment))  # type: ignore[method-assign]
+    execution = ChunkExecution(SimulatedPlanner(Quick(), lambda: 0.1 * (clock[0] > 0.4)), 30.0, execute_seconds=0.3)
+    limits = replace(WIDE, workspace_high=(0.7, 1.3, 1.0))
+    report = ControlLoop(arms, execution, limits).run(0.8)
+    assert [state for _, state, _ in report.events] == [State.HOLDING, State.RUNNING]
+    assert report.events[0][2].startswith(f"lost the robot: arm {arms.arms[lost]}")
+    joints = np.stack([HOME, *(command[:JOINTS] for command in drivers[1 - lost].commands)])
+    assert len(drivers[1 - lost].commands) >= report.ticks  # a command in every period
+    model = arms.poses_at(np.stack([joints, joints]))[0, :, :3]
+    velocity = 30 * np.diff(model, axis=0)
+    assert np.linalg.norm(velocity[14]) > 0.2
+    change = np.linalg.norm(np.diff(velocity, axis=0), axis=1).max()
+    assert change <= WIDE.acceleration_m_s2 / 30 + 0.02
+
+
 def test_an_arm_that_was_lost_near_the_end_of_a_joint_may_stay_there(calibration: Path) -> None:
     driver = Driver()
     arm = YamArms({"right": driver}, {"over": Still()}, calibration, JointLimits(margin_rad=0.2))
@@ -874,10 +916,10 @@ class Feed:
         self._asked = threading.Semaphore(0)
 
     @contextmanager
-    def opened(self, *asked: object) -> Iterator[Iterator[np.ndarray]]:
-        def arriving() -> Iterator[np.ndarray]:
+    def opened(self, *asked: object) -> Iterator[Iterator[tuple[np.ndarray, None]]]:
+        def arriving() -> Iterator[tuple[np.ndarray, None]]:
             while (frame := self._frames.get()) is not None:
-                yield frame
+                yield frame, None
                 self._asked.release()  # the camera has this frame and asks for the next one
 
         yield arriving()
@@ -917,6 +959,43 @@ def test_a_camera_that_repeats_its_image_grows_old(
     assert camera.read()[1] == 11.0
     feed.give(None)
     camera.close()
+
+
+@pytest.mark.parametrize(("file", "waits"), [(True, [0.1, 0.2]), (False, [])])
+def test_a_film_is_played_at_its_own_rate(
+    file: bool, waits: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It used to be read as fast as it was decoded, and was then an old image."""
+    waited: list[float] = []
+
+    class Pausing(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if threading.current_thread() is threading.main_thread():
+                return super().wait(timeout)
+            waited.append(timeout or 0.0)
+            return False
+
+    @contextmanager
+    def film(*asked: object) -> Iterator[Iterable[tuple[np.ndarray, float]]]:
+        yield [(np.full((48, 64, 3), level, np.uint8), 5.0 + level / 10) for level in range(3)]
+
+    source = tmp_path / "film.mp4"
+    if file:
+        source.touch()
+    monkeypatch.setattr(cameras, "live_frames", film)
+    monkeypatch.setattr(cameras, "threading", SimpleNamespace(Event=Pausing, Thread=threading.Thread))
+    camera = VideoCamera(str(source), format=None, clock=lambda: 10.0)
+    camera._thread.join(10)
+    assert [wait for wait in waited if wait] == pytest.approx(waits)
+    assert camera.read()[0].max() == 2
+    assert "film.mp4 gives no more images: it has ended" in caplog.text
+    camera.close()
+
+
+@pytest.mark.parametrize("size", [{"width": 1280}, {"height": 720}])
+def test_one_edge_of_a_camera_image_is_refused(size: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"^the camera /dev/video9: width=.* and height=.*: give both"):
+        VideoCamera("/dev/video9", **size)
 
 
 def test_a_source_without_a_picture_is_a_lost_camera_with_its_reason(tmp_path: Path) -> None:

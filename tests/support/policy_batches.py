@@ -40,7 +40,7 @@ def validated_in_pieces(module: LightningModule, data: Batch, pieces: Sequence[s
 
 
 class Gradients(Callback):
-    """Keep the gradients of an optimiser step, by the name of the parameter."""
+    """Keep the gradients of an optimizer step, by the name of the parameter."""
 
     def __init__(self) -> None:
         self.found: dict[str, Tensor] = {}
@@ -53,7 +53,7 @@ class Gradients(Callback):
 def trained_in_pieces(
     module: System, data: Batch, pieces: Sequence[slice]
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """Return the gradients of one optimiser step of a copy of a module, whose accumulated batches are pieces of one
+    """Return the gradients of one optimizer step of a copy of a module, whose accumulated batches are pieces of one
     batch, and what the step logs for each of them."""
     module, logged, gradients = copy.deepcopy(module), list[dict[str, float]](), Gradients()
     module.log_values = lambda split, values, *_: logged.append(  # type: ignore[method-assign]

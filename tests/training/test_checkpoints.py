@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 
 from keygrip import artifacts, train
 from keygrip.config import compose
+from keygrip.training import build_limits
 from keygrip.training.checkpoints import find_checkpoint, load_module, read_checkpoint, trusted_packages
 from keygrip.training.saving import AtomicCheckpointIO, SaveLatest
 
@@ -126,6 +128,25 @@ def test_checkpoint_of_another_model_is_refused(run_folder: Path) -> None:
 
     with pytest.raises(ValueError, match="holds a ToyModule, not a Other"):
         load_module(run_folder, expected=Other, trust=TRUST)
+
+
+def test_what_other_threads_build_meanwhile_is_not_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program may load two models in threads, or build a network of its own while a small one is loaded."""
+    monkeypatch.setattr(build_limits, "OWN_NUMBERS", 10)  # 40 numbers of parameters in all
+    stored = {"weight": torch.zeros(0)}
+    with ThreadPoolExecutor(1) as other, build_limits.at_most_stored({}, stored, external=False):
+        assert other.submit(torch.nn.Linear, 100, 100).result().weight.shape == (100, 100)
+
+        def load() -> None:
+            with build_limits.at_most_stored({}, stored, external=False):
+                for _ in range(4):
+                    torch.nn.Linear(3, 3, bias=False)
+
+        other.submit(load).result()
+        layers = [torch.nn.Linear(3, 3, bias=False) for _ in range(4)]
+        with pytest.raises(ValueError, match="builds parameters of 45 numbers"):
+            layers.append(torch.nn.Linear(3, 3, bias=False))
+    assert torch.nn.Linear(100, 100).weight.shape == (100, 100)
 
 
 def test_weights_that_do_not_fit_are_refused(run_folder: Path) -> None:

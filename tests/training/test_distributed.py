@@ -160,7 +160,7 @@ def test_sharded_training_gives_the_weights_of_one_process_and_resumes(
 def test_a_run_goes_on_from_one_process_to_several_and_back(
     command: Callable[..., Any], tmp_path: Path, several: tuple[str, ...]
 ) -> None:
-    """A part of the model is frozen, and the optimiser does not have it."""
+    """A part of the model is frozen, and the optimizer does not have it."""
     toy = (*TOY, "model.frozen=true")
     assert command("keygrip.train", *toy, "strategy=cpu", "run_dir=one").returncode == 0
     for number, strategy in enumerate((("strategy=cpu",), several)):

@@ -18,6 +18,7 @@ from keygrip.training.idle_settings import ATTRIBUTE, refuse_idle, refuse_idle_a
 
 VLM = ("model=foveated_vlm", "data=robot_tours")
 DIT = ("model=patch_dit", "data=robot_images")
+DIT_SOURCE = ("model=patch_dit_source", "data=image_shards")
 VLA = ("model=geometry_vla", "data=yam_language")
 STAGE = ("experiment=vlm_stage1",)
 SMALL = ("experiment=vlm_robot_videos",)
@@ -48,6 +49,9 @@ BLIND = ("model=geometry_vla_no_injection", "data=yam_language")
         (DIT, "model.init_from_min_share=0.9", "model.init_from=run"),
         (DIT, "model.init_from_renames=[[a,b]]", "model.init_from=run"),
         ((*DIT, "data.root=here"), "data.make.options.train=5", "data.root=null"),
+        (DIT_SOURCE, "model.network.position_cells=64", "model.network.patch_positions=true"),
+        (DIT_SOURCE, "model.network.position_cells=64", "model.network.latent_positions=frame"),
+        (DIT_SOURCE, "model.network.position_cells=64", "model.network.rotary=true"),
         (("experiment=dit_few_steps",), "model.sampling.text_scale=4", "model.sampling.guidance=independent"),
         (VLA, "model.network.geom_qformer_heads=4", "model.network.geom_compression_type=qformer"),
         ((*VLA, "model.network.geom_inject_to_dit=false"), "model.network.geom_dit_tokens=4", ""),
@@ -64,6 +68,14 @@ BLIND = ("model=geometry_vla_no_injection", "data=yam_language")
             "geometry.max_depth_m=1",
             "geometry=dino_multiview_continued",
         ),
+        ((*VLA, "geometry.frozen=true"), "backbone.drop_path=0.1", "geometry.frozen=false"),
+        (
+            (*VLA, "geometry=dino_multiview_pretrained"),
+            "backbone.gradient_checkpointing=true",
+            "geometry=dino_multiview_continued",
+        ),
+        ((*VLA, "geometry=dino_multiview_no_depth"), "geometry.cells=4", "geometry.point_weight=0.1"),
+        ((*VLA, "geometry=dino_multiview_no_depth"), "geometry.max_depth_m=3", "geometry.depth_weight=0.1"),
         ((*VLA, "model.init_from=run"), "geometry.init_from=other", "model.init_from=null"),
         (("backbone.trainable=frozen",), "backbone.drop_path=0.5", "backbone.trainable=2"),
         (
@@ -115,6 +127,7 @@ def test_settings_of_a_part_of_a_part_are_told_too() -> None:
         (*BLIND, "backbone.image_size=128", "vlm.width=256", "seed=3"),  # the images' size is also that of the data
         (*VLA, "geometry.layers=4", "backbone.width=48", "geometry=dino_multiview_pretrained"),
         ("experiment=depth_reader", "geometry.dim=64"),
+        (*VLA, "geometry.frozen=true", "geometry.init_from=run", "geometry.cells=4"),  # of that run's head
     ],
 )
 def test_what_is_read_elsewhere_or_not_asked_for_passes(overrides: tuple[str, ...]) -> None:

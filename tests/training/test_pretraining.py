@@ -17,7 +17,7 @@ from keygrip import train
 from keygrip.config import compose
 from keygrip.training import checkpoints, pretraining
 from keygrip.training.integrity import sign
-from keygrip.training.pretraining import PretrainingStage, complete_stages
+from keygrip.training.pretraining import PretrainingStage, complete_stages, with_run_folders
 from keygrip.training.signals import Interrupted
 
 
@@ -63,6 +63,36 @@ def test_a_run_of_other_settings_is_not_taken_for_it(tmp_path: Path) -> None:
         stage.complete()
     assert f"move it away to train {stage.name} anew, or name {stage.run_dir} itself" in str(no.value)
     assert "log" not in str(no.value).partition("now:")[2]
+
+
+def stage_of(*overrides: str) -> PretrainingStage:
+    """Return the stage that a run with these overrides begins with."""
+    wanted: dict[Path, PretrainingStage] = {}
+    with_run_folders(resolved(*overrides), wanted)
+    (stage,) = wanted.values()
+    return stage
+
+
+@pytest.mark.parametrize(
+    ("run", "experiment"),
+    [
+        ("vlm_query_pretraining", "vlm_encoder_pretraining"),
+        ("vlm_robot_videos", "vlm_query_pretraining"),
+        ("vlm_pooled_lengths", "vlm_encoder_self_supervised"),
+        ("vlm_robot_videos ablation=foveated_vlm/self_supervised_encoder", "vlm_encoder_self_supervised"),
+    ],
+)
+def test_the_encoder_is_trained_on_images_of_the_runs_size(run: str, experiment: str) -> None:
+    """A stage of its recipe's own size keeps its folder; another size is passed on, also when it is given again."""
+    overrides = [f"experiment={experiment}", "seed=0"]
+    name = experiment if experiment.endswith("self_supervised") else "vlm_encoder_pretraining"
+    chosen = f"experiment={run}".split()
+    assert stage_of(*chosen, "backbone.image_size=128").run_dir == PretrainingStage(overrides, name).run_dir
+    larger = stage_of(*chosen, "backbone.image_size=192")
+    assert larger.overrides == [*overrides, "backbone.image_size=192"]
+    trained = compose("train", larger.overrides)
+    assert (trained.backbone.image_size, trained.data.image_size) == (192, 192)
+    assert PretrainingStage(**vars(larger)) == larger
 
 
 @pytest.mark.parametrize("number", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])  # of torchrun, of srun

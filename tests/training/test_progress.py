@@ -19,7 +19,7 @@ from keygrip.training.progress import Progress, SkippedSamples, Throughput
 
 
 def trainer_of(loggers: list[Any], complete: bool) -> SimpleNamespace:
-    """Return what the callbacks read of a trainer; `complete`: the batch completes an optimiser step."""
+    """Return what the callbacks read of a trainer; `complete`: the batch completes an optimizer step."""
     epoch_loop = SimpleNamespace(_should_accumulate=lambda: not complete)
     return SimpleNamespace(loggers=loggers, global_step=1, fit_loop=SimpleNamespace(epoch_loop=epoch_loop))
 

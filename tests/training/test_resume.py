@@ -36,7 +36,7 @@ SLURM = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:
-    """Return weights, EMA weights and optimiser state of a run, by name."""
+    """Return weights, EMA weights and optimizer state of a run, by name."""
     checkpoint = read_checkpoint(folder)
     state = dict(checkpoint["state_dict"])
     state |= {f"ema.{name}": value for name, value in checkpoint["ema"]["parameters"].items()}

@@ -1,4 +1,4 @@
-"""Validation runs every n optimiser steps, however many batches a step has; a run without validation reports it."""
+"""Validation runs every n optimizer steps, however many batches a step has; a run without validation reports it."""
 
 from __future__ import annotations
 

@@ -42,28 +42,6 @@ def refuse_without_gpu(toy: bool) -> None:
         )
 
 
-def commit_of(package: Path) -> str | None:
-    """Return the git revision of the checkout whose folder contains `package`, with ``+changes`` if its code is
-    modified; None if git fails or that folder is no checkout.
-
-    Changed records in ``benchmarks/`` do not count as a modification: the suite writes them itself. A package that is
-    installed inside another project's repository has no revision: that of the project says nothing about it.
-    """
-    if not (package.parent / ".git").exists():
-        return None
-    git = ["git", "-C", str(package)]
-    try:
-        revision = _command_output([*git, "rev-parse", "HEAD"])
-        changed = _command_output([*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":/!benchmarks"])
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{revision}+changes" if changed else revision
-
-
-def _command_output(command: Sequence[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-
 @dataclass(frozen=True)
 class Suite:
     """Runs parts and keeps their records in a folder.

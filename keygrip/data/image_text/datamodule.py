@@ -149,8 +149,8 @@ class ImageShards(ResumableData):
         self.sizes = self._common_sizes(opened)
         self.parts, self.divided_by_keys = opened, "" in info["splits"]
         if stage == "fit":
-            used = {id(part.shards): part.shards for split in ("train", "val") for part in opened[split]}
-            warn_of_small_cache(used.values(), self.cache_gb, self.window_shards)
+            used = [part.shards for split in ("train", "val") for part in opened[split]]
+            warn_of_small_cache(used, self.cache_gb, self.window_shards)
         self._report()
 
     def _usable(self, shards: ShardSet, folder: str) -> np.ndarray:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from keygrip.data.robot.schema import check_image
 from keygrip.training.parts import data_part
 
 FITS = ("crop", "stretch")
@@ -218,7 +219,7 @@ class ImageGeometry:
         Returns:
             float32 [3, S, S], normalised, and float32 [3, 3], the intrinsics of the result.
         """
-        _check_image(image)
+        check_image(image)
         box = self.box(image.shape[1], image.shape[0])
         new_intrinsics = box.to_image(self.image_size) @ np.asarray(intrinsics, dtype=np.float64)
         normalised = normalise(cut(image, box, self.image_size), self.mean, self.std)
@@ -226,7 +227,7 @@ class ImageGeometry:
 
     def detail(self, image: np.ndarray, size: int) -> Tensor:
         """Return the same crop of an image (H x W x 3 uint8 RGB) at another resolution, uint8 [3, size, size]."""
-        _check_image(image)
+        check_image(image)
         return channels_first(cut(image, self.box(image.shape[1], image.shape[0]), size))
 
     def absent_view(self, depth: bool = False) -> View:
@@ -245,7 +246,7 @@ class ImageGeometry:
     ) -> View:
         """Return the view of one of several cameras, with uint8 pixels; `depth` H x W uint16 millimetres;
         `detail_size`: side of an additional crop at a higher resolution. Otherwise as `apply`."""
-        _check_image(image)
+        check_image(image)
         box = self.box(image.shape[1], image.shape[0])
         return _cut_view(box, self.image_size, image, intrinsics, world_to_camera, depth, detail_size)
 
@@ -371,11 +372,6 @@ class Augmentation:
 def channels_first(image: np.ndarray) -> Tensor:
     """Return an image [H, W, C] as [C, H, W], contiguous."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-
-
-def _check_image(image: np.ndarray) -> None:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"an image must be H x W x 3 uint8, not {image.shape} {image.dtype}")
 
 
 def _cut_view(

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 from keygrip.data.bad_samples import convert_errors
-from keygrip.data.robot.formats.poses import invert, rigid
+from keygrip.data.robot.transforms import invert, rigid
 from keygrip.data.untrusted_files import read_json, read_text
 
 SCHEMA = "keygrip.calibration/1"

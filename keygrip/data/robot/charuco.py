@@ -23,9 +23,9 @@ from keygrip.data.robot.calibration import SCHEMA
 from keygrip.data.robot.corrections import OffsetFrames
 from keygrip.data.robot.discovery import find_demos, refuse_no_selection
 from keygrip.data.robot.formats.frames import SelectedFrames
-from keygrip.data.robot.formats.poses import invert, transform
 from keygrip.data.robot.frames import NumberedFiles, VideoFrames
 from keygrip.data.robot.schema import CameraTrack, Demo, FrameSource
+from keygrip.data.robot.transforms import invert, transform
 from keygrip.data.spacing import evenly
 from keygrip.robots.kinematics import matrix_from_quaternion
 

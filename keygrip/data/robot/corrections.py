@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from keygrip.data.robot.calibration import Calibration, read_mapping
-from keygrip.data.robot.formats.poses import invert, rigid
 from keygrip.data.robot.frames import checked_index, verify_source
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, left_out_cameras
+from keygrip.data.robot.transforms import invert, rigid
 
 log = logging.getLogger(__name__)
 

@@ -347,6 +347,13 @@ class RobotDemos(ResumableData):
         return not any(demo.cameras[self.camera].uncalibrated for demo in self.demos)
 
     @property
+    def cameras_are_calibrated(self) -> bool:
+        """Whether all `cameras` are calibrated in all demonstrations that have them; needs `setup`."""
+        return not any(
+            demo.cameras[name].uncalibrated for demo in self.demos for name in self.cameras if name in demo.cameras
+        )
+
+    @property
     def train_demos(self) -> list[Demo]:
         """Demonstrations of the training split; needs `setup`."""
         return [self.demos[index] for index in self.train_indices]

@@ -42,16 +42,22 @@ def checked_strides(frame_stride: int | Sequence[int], roots: int) -> list[int]:
 
 
 def measured_rate(demo: Demo) -> float:
-    """Return the frames per second given by the time stamps: from the median of the times between frames, from the mean
-    of those that are not gaps, or from the mean of all, whichever is nearest to `fps`.
+    """Return the frames per second given by the time stamps of a demo, see `rate_of_times`."""
+    return rate_of_times(demo.timestamps, demo.fps)
+
+
+def rate_of_times(times_ns: np.ndarray, stated: float) -> float:
+    """Return the frames per second given by time stamps [N]: from the median of the times between frames, from the mean
+    of those that are not gaps, or from the mean of all, whichever is nearest to the
+    `stated` rate.
 
     Single dropped frames change the means, alternating jitter changes the median, and frames that arrive in bursts
     change everything except the mean of all. A different rate changes all three by the same factor.
     """
-    steps = np.diff(demo.timestamps) * 1e-9
+    steps = np.diff(times_ns) * 1e-9
     median = float(np.median(steps))
     means = (float(steps[steps <= GAP * median].mean()), float(steps.mean()))
-    return min((1 / step for step in (median, *means)), key=lambda rate: abs(math.log(rate / demo.fps)))
+    return min((1 / step for step in (median, *means)), key=lambda rate: abs(math.log(rate / stated)))
 
 
 def rates_differ(measured: float, stated: float) -> bool:
@@ -152,6 +158,39 @@ def refuse_unequal_steps(
         f"data.frame_stride=[{','.join(map(str, equal))}], in the order of data.root, makes steps of "
         f"{equal[0] / own_rates[0]:.3g} s in all"
     )
+
+
+def refuse_other_steps(demos: Sequence[Demo], root_of: Sequence[int], strides: Sequence[int], seconds: float) -> None:
+    """Raise ValueError if a target step does not last as long as a step that a policy plans.
+
+    Args:
+        demos: with equal steps, see `refuse_unequal_steps`. root_of: index of each demo's root. strides: frames per
+            step, for each root. seconds: of a planned step.
+    """
+    own = step_seconds(demos, [strides[root] for root in root_of])
+    if not rates_differ(own, seconds):
+        return
+    rate_of = {
+        root: float(np.median([demo.fps for demo, of in zip(demos, root_of, strict=True) if of == root]))
+        for root in set(root_of)
+    }
+    fitting = [
+        max(round(seconds * rate_of[root]), 1) if root in rate_of else stride for root, stride in enumerate(strides)
+    ]
+    if any(rates_differ(fitting[root] / rate, seconds) for root, rate in rate_of.items()):
+        rates = " and ".join(f"{rate:g}" for rate in sorted(set(rate_of.values())))
+        advice = f"no data.frame_stride gives such steps at {rates} frames/s: give demonstrations of another frame rate"
+    else:
+        advice = f"set data.frame_stride={_stride_setting(fitting)}"
+    raise ValueError(
+        f"a step of data.frame_stride={_stride_setting(strides)} frames lasts {own:.3g} s in these demonstrations, and "
+        f"the policy plans steps of {seconds:.3g} s, which would be compared with poses of other times: {advice}"
+    )
+
+
+def _stride_setting(strides: Sequence[int]) -> str:
+    """Return the value of `data.frame_stride` for the strides of all roots."""
+    return str(strides[0]) if len(strides) == 1 else f"[{','.join(map(str, strides))}]"
 
 
 def equal_strides(rates: Sequence[float], seconds: float) -> list[int]:

@@ -24,6 +24,7 @@ from keygrip.data.robot.schema import (
     Demo,
     DemoError,
     FrameSource,
+    check_image,
     demo_guard,
     missing_camera,
 )
@@ -221,10 +222,7 @@ class DemoWriter:
             if self.video or kind != "JPEG":
                 image = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
         if isinstance(image, np.ndarray):
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                raise ValueError(
-                    f"camera {camera!r}: an image must be H x W x 3 uint8, not {image.shape} {image.dtype}"
-                )
+            check_image(image, f"camera {camera!r}: an image")
             size = (image.shape[1], image.shape[0])
         if self._sizes.setdefault(camera, size) != size:
             raise ValueError(f"camera {camera!r}: frame {index} is {size}, the first one was {self._sizes[camera]}")

@@ -81,6 +81,12 @@ def words(value: Any) -> str:
     return value
 
 
+def check_image(image: np.ndarray, name: str = "an image") -> None:
+    """Raise ValueError if an image, called `name` in the message, is not H x W x 3 uint8."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"{name} must be H x W x 3 uint8, not {image.shape} {image.dtype}")
+
+
 @runtime_checkable
 class FrameSource(Protocol):
     """Images of one camera by frame index. Must be picklable (it is sent to loader workers) and hold no open file."""

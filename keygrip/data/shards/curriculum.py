@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ class Stage:
 
     Args:
         weights: by name of the lead source; sources that are not named are not used in this stage.
-        steps: length of the stage in optimiser steps, each of `accumulate_grad_batches` batches; None: to the end. If
+        steps: length of the stage in optimizer steps, each of `accumulate_grad_batches` batches; None: to the end. If
             the batches of an epoch are not a multiple of that, its last step has fewer batches, and a stage ends up to
             one step later for each epoch.
 
@@ -66,23 +67,33 @@ def check_stages(stages: Sequence[Stage], names: Collection[str]) -> None:
         raise ValueError("every stage of the curriculum but the last needs steps, and the last has none")
 
 
-def first_steps(stages: Sequence[Stage]) -> list[int]:
-    """Return for each stage of a checked curriculum the optimiser step at which it begins."""
-    return np.cumsum([0, *(stage.steps or 0 for stage in stages[:-1])]).tolist()
+def first_steps(stages: Sequence[Stage], batches: int, per_step: int) -> list[int]:
+    """Return for each stage of a checked curriculum the optimizer step that has its first batch.
+
+    Args:
+        batches: per epoch. per_step: batches per optimizer step; the last step of an epoch may have fewer.
+    """
+    first_batches = np.cumsum([0, *(stage.batches(per_step) or 0 for stage in stages[:-1])])
+    epochs, batches_into_epoch = np.divmod(first_batches, batches)
+    return (epochs * math.ceil(batches / per_step) + batches_into_epoch // per_step).tolist()
 
 
-def warn_of_unreached(stages: Sequence[Stage], end: float) -> None:
-    """Log a warning for each stage that begins at step `end`, after which training stops, or later; it names the
-    sources of the stage that no earlier stage uses."""
+def warn_of_unreached(stages: Sequence[Stage], first: Sequence[int], end: float) -> None:
+    """Log a warning for each stage that training does not reach; it names the sources of the stage that no earlier
+    stage uses.
+
+    Args:
+        first: for each stage the step at which it begins (`first_steps`). end: the step at which training stops.
+    """
     seen: set[str] = set()
-    for number, (stage, first) in enumerate(zip(stages, first_steps(stages), strict=True), 1):
+    for number, (stage, begin) in enumerate(zip(stages, first, strict=True), 1):
         used = {name for name, weight in stage.weights.items() if weight}
-        if first >= end:
+        if begin >= end:
             new = ", ".join(sorted(used - seen))
             log.warning(
                 "data.curriculum: stage %d begins at optimizer step %d, but training ends at step %d, so the stage is "
                 "not reached%s; train for more steps (max_steps), or shorten the stages before it (steps)",
-                *(number, first, end, f" and nothing is trained on {new}" if new else ""),
+                *(number, begin, end, f" and nothing is trained on {new}" if new else ""),
             )
         seen |= used
 
@@ -96,7 +107,7 @@ class Curriculum:
         batches: per epoch.
         batch_size: samples per batch.
         filling: with a budget, the mean number of samples in a batch, by stage; used in place of batch_size.
-        batches_per_step: batches per optimiser step; the length of a stage is given in steps.
+        batches_per_step: batches per optimizer step; the length of a stage is given in steps.
     """
 
     stages: Sequence[Stage]

@@ -77,7 +77,7 @@ class Mixture:
             epoch has as many batches as one pass through all lead sources. Empty: each epoch is one pass through all
             lead sources. With a budget, a batch in a stage of short samples has more of them.
         budget: of frames and positions per batch; None: `batch_size` samples of any size.
-        batches_per_step: batches per optimiser step (`accumulate_grad_batches`); stages are counted in steps.
+        batches_per_step: batches per optimizer step (`accumulate_grad_batches`); stages are counted in steps.
 
     Raises:
         ValueError: there is no lead source; the shares add up to 1 or more; a source is empty; there are too few

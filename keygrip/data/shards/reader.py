@@ -218,27 +218,40 @@ def share_cache_limit(sets: Iterable[ShardSet]) -> None:
     share_limit(shards._cache for shards in sets if shards._cache is not None)
 
 
-def warn_of_small_cache(sets: Iterable[ShardSet], cache_gb: float, window_shards: int | None) -> None:
+def warn_of_small_cache(
+    sets: Iterable[ShardSet], cache_gb: float, window_shards: int | None, mixed_in: Iterable[ShardSet] = ()
+) -> None:
     """Log a warning if training would copy remote shards again and again, because the cache holds too few of them.
 
     Args:
         sets: those that training reads. window_shards: number of shards within which it shuffles; None: all.
+        mixed_in: those of `sets` whose samples are spread over all windows, from any of their shards.
     """
-    sizes = sorted((shard["bytes"] for each in sets if each._cache is not None for shard in each.shards), reverse=True)
-    if sum(sizes) <= cache_gb * 1e9:
+    # several sources, or training and validation, may read one set: each copy takes its space once
+    sizes = {each._cache.folder: [shard["bytes"] for shard in each.shards] for each in sets if each._cache is not None}
+    total = sum(map(sum, sizes.values()))
+    if total <= cache_gb * 1e9:
         return
     if window_shards is None:
         log.warning(
             "the remote shards have %.3g GB, and data.cache_gb=%g: in an order over all of them, most are copied many "
             "times in an epoch; raise data.cache_gb or, in a new run without data.curriculum, set "
             "data.window_shards=64 (or fewer)",
-            *(sum(sizes) / 1e9, cache_gb),
+            *(total / 1e9, cache_gb),
         )
-    elif (needed := sum(sizes[: 2 * window_shards])) > cache_gb * 1e9:
+        return
+    spread = sum(sum(sizes.pop(each._cache.folder, ())) for each in mixed_in if each._cache is not None)
+    windowed = sorted((size for shards in sizes.values() for size in shards), reverse=True)
+    needed = spread + sum(windowed[: 2 * window_shards])
+    if needed > cache_gb * 1e9:
+        also, local = "", ""
+        if spread:
+            also = f", with the {spread / 1e9:.3g} GB of the sources with a share, of which every window has samples,"
+            local = ", copy the sources with a share to a local folder"
         log.warning(
-            "two windows of data.window_shards=%d remote shards have up to %.3g GB, and data.cache_gb=%g: shards are "
-            "copied again while their window lasts; raise data.cache_gb or, in a new run, lower data.window_shards",
-            *(window_shards, needed / 1e9, cache_gb),
+            "two windows of data.window_shards=%d remote shards%s have up to %.3g GB, and data.cache_gb=%g: shards are "
+            "copied again while their window lasts; raise data.cache_gb%s or, in a new run, lower data.window_shards",
+            *(window_shards, also, needed / 1e9, cache_gb, local),
         )
 
 

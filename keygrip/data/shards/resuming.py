@@ -50,8 +50,8 @@ class ResumableData(LightningDataModule):
         spares_copies: whether copies of remote shards made by other processes are never removed (`ShardCache`).
         processes: number of processes over which batches are divided, if there is no trainer (in `setup`, or in a dry
             run).
-        accumulated: batches per optimiser step, if there is no trainer.
-        max_steps, max_epochs: optimiser steps and epochs after which training stops, if there is no trainer; -1: not
+        accumulated: batches per optimizer step, if there is no trainer.
+        max_steps, max_epochs: optimizer steps and epochs after which training stops, if there is no trainer; -1: not
             limited.
     """
 
@@ -74,11 +74,11 @@ class ResumableData(LightningDataModule):
 
     @property
     def batches_per_step(self) -> int:
-        """Number of batches whose gradients are accumulated for one optimiser step."""
+        """Number of batches whose gradients are accumulated for one optimizer step."""
         return self.accumulated if self.trainer is None else int(self.trainer.accumulate_grad_batches)
 
     def last_step(self, batches: int) -> float:
-        """Return the optimiser step at which training stops, with `batches` batches per epoch; infinity if neither
+        """Return the optimizer step at which training stops, with `batches` batches per epoch; infinity if neither
         steps nor epochs limit it."""
         limits = self if self.trainer is None else self.trainer
         steps, epochs = limits.max_steps, limits.max_epochs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from keygrip.artifacts import json_values, locked, remove_stale, sha256_bytes, write_json
+from keygrip.artifacts import json_values, locked_or_wait, remove_stale, sha256_bytes, write_json
 from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import NAMED_AT_MOST, BadSample, convert_errors
 from keygrip.data.shards.index import MANIFEST, Describe, Parts, Row, index_path
@@ -117,7 +116,7 @@ def write_shards(
     all_settings = {**settings, "items": len(items), "items_per_shard": items_per_shard}
     if (root / SETTINGS_FILE).is_file():  # refused before waiting for another process
         check_settings(root, all_settings)
-    with _lock_set(root):
+    with locked_or_wait(root / ".write_shards.lock", root):
         check_settings(root, all_settings)
         remove_stale(root, of_any_machine=True)  # a killed job may continue on another node
         jobs, result = [], Written(str(root))
@@ -153,19 +152,6 @@ def write_shards(
             )
     result.wall_s = time.monotonic() - started
     return result
-
-
-@contextlib.contextmanager
-def _lock_set(root: Path) -> Iterator[None]:
-    """Lock a set for this process; wait for another process that writes it, and log this."""
-    lock = root / ".write_shards.lock"
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(lock, wait=False))
-        except BlockingIOError:
-            log.info("another process writes %s: waiting for it", root)
-            stack.enter_context(locked(lock))
-        yield
 
 
 def failures_path(shard: Path) -> Path:

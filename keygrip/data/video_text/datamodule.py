@@ -209,8 +209,9 @@ class VideoTexts(ResumableData):
         opened: dict[str, list[Part]] = {split: self._open(split) for split in SPLITS}
         share_cache_limit(part.shards for parts in opened.values() for part in parts)
         if fitting:
-            read = {id(part.shards): part.shards for split in ("train", "val") for part in opened[split]}
-            warn_of_small_cache(read.values(), self.cache_gb, self.window_shards)
+            read = [part.shards for split in ("train", "val") for part in opened[split]]
+            mixed_in = [part.shards for part in opened["train"] if part.share is not None]
+            warn_of_small_cache(read, self.cache_gb, self.window_shards, mixed_in)
         chosen = {"questions": self.questions, "val_questions": self.val_questions}
         check_kinds([part for parts in opened.values() for part in parts], chosen)
         if isinstance(self.collator, PreparedCollator):  # on every rank: loads the files that the first process created
@@ -286,10 +287,10 @@ class VideoTexts(ResumableData):
             return
         if self.curriculum:
             per_step, batches = self.batches_per_step, self.mixture.batches
-            delay = f" (or up to a step later for each epoch before: {batches} batches do not divide by {per_step})"
-            starts = ", ".join(map(str, first_steps(self.curriculum))) + (delay if batches % per_step else "")
-            log.info("stages of the curriculum begin at optimizer steps %s", starts)
-            warn_of_unreached(self.curriculum, self.last_step(batches))
+            first = first_steps(self.curriculum, batches, per_step)
+            why = f" (an epoch's {batches} batches do not divide by {per_step})" if batches % per_step else ""
+            log.info("stages of the curriculum begin at optimizer steps %s%s", ", ".join(map(str, first)), why)
+            warn_of_unreached(self.curriculum, first, self.last_step(batches))
         shares = {p.name: p.share for p in self.mixture.components if p.share is not None}
         exact = self.budget is not None and self.budget.exact_lengths
         log.info(

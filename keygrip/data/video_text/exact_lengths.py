@@ -29,7 +29,7 @@ from keygrip.data.video_text.conversations import read_timed_conversations
 from keygrip.data.video_text.lengths import TokenLengths
 from keygrip.progress import Progress
 
-FORMAT = 7  # version of the file of counts, and of how they are computed
+FORMAT = 8  # version of the file of counts, and of how they are computed
 NOT_COUNTED, UNREADABLE = -1, -2  # values in place of a sample's tokens
 BLOCK = 256  # samples that a worker counts at a time
 KEPT_EVERY = 200_000  # samples after which the counts are written: a killed run continues from there

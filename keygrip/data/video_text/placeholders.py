@@ -13,15 +13,15 @@ from functools import lru_cache
 
 # <image> and <video> may also be words or HTML tags: `Placeholders.of` decides.
 BARE = ("image", "video")
-# <image_1>, <|video|>, <|vision_start|><|image_pad|><|vision_end|>: never words of a text. <img>a.jpg</img> is used by
-# Qwen-VL, <IMG_CONTEXT> by InternVL (one for each token of an image), <start_of_image> by Gemma.
+# <image_1>, <|video|>, <|vision_start|><|image_pad|><|vision_end|>: never words of a text. <image 1> is used by MMMU,
+# <img>a.jpg</img> by Qwen-VL, <IMG_CONTEXT> by InternVL (one for each token of an image), <start_of_image> by Gemma.
 MARKS = (
     r"<\|vision_start\|>(?:<\|(?:image|video)_pad\|>)+<\|vision_end\|>|<\|vision_(?:start|end)\|>|"
-    r"<\|?(?:image|video)(?:_?\d+|_pad)\|?>|<\|(?:image|video)\|?>|<(?:image|video)\|>|"
+    r"<\|?(?:image|video)(?:[_ ]?\d+|_pad)\|?>|<\|(?:image|video)\|?>|<(?:image|video)\|>|"
     r"<img>(?:<IMG_CONTEXT>|[^<>])*</img>|(?:<IMG_CONTEXT>)+|<start_of_image>"
 )
 NO_PLACE = re.compile(r"<\|vision_(?:start|end)\|>", re.IGNORECASE)  # alone, it accompanies another mark that counts
-NUMBERED = re.compile(r"<\|?(?:image|video)_?(\d+)\|?>", re.IGNORECASE)
+NUMBERED = re.compile(r"<\|?(?:image|video)[_ ]?(\d+)\|?>", re.IGNORECASE)
 LINE_ENDS = re.compile(r"^[ \t]*<(?:image|video)>|<(?:image|video)>[ \t]*$", re.IGNORECASE | re.MULTILINE)
 
 

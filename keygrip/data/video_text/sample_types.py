@@ -1,4 +1,4 @@
-"""Types for a video with its conversations, and functions to select frames of it."""
+"""Types for a video with its conversations, and functions to select, repeat and pad frames."""
 
 from __future__ import annotations
 
@@ -139,6 +139,14 @@ def repeat_image(
     if len(frames) != 1 or image_frames == 1:
         return frames, seconds
     return np.repeat(frames, image_frames, axis=0), seconds * image_frames
+
+
+def pad_videos(videos: Sequence[np.ndarray]) -> np.ndarray:
+    """Return videos [F, S, S, 3] as one uint8 array [B, F, S, S, 3], padded at the end with black frames."""
+    padded = np.zeros((len(videos), max(map(len, videos)), *videos[0].shape[1:]), np.uint8)
+    for row, video in enumerate(videos):
+        padded[row, : len(video)] = video
+    return padded
 
 
 def image_seconds(fps: Any, taken: Sequence[int]) -> tuple[float, ...]:

@@ -165,13 +165,27 @@ def expert_actions(layout: EpisodeLayout, options: TaskOptions, seed: int, hz: f
     rotation = Rotation.from_matrix(matrix_from_quaternion(quaternion))
     actions = []
     for point in waypoints(layout, options, tasks.stream(seed, "expert")):
-        steps = max(1, round(point.seconds * hz))
-        target_rotation = Rotation.from_matrix(pointing_down(point.yaw, point.tilt))
-        u = np.arange(1, steps + 1) / steps
-        u = u * u * (3 - 2 * u)  # at rest at both ends
-        path = position + u[:, None] * (np.array(point.position) - position)
-        turns = Slerp([0.0, 1.0], Rotation.concatenate([rotation, target_rotation]))(np.clip(u, 0.0, 1.0))
-        quaternions = quaternion_from_matrix(turns.as_matrix())
-        actions.append(np.concatenate([path, quaternions, np.full((steps, 1), point.gripper)], axis=1))
-        position, rotation = np.array(point.position), target_rotation
+        target, target_rotation = np.array(point.position), Rotation.from_matrix(pointing_down(point.yaw, point.tilt))
+        actions.append(move((position, rotation), (target, target_rotation), point.gripper, point.seconds, hz))
+        position, rotation = target, target_rotation
     return np.concatenate(actions)
+
+
+def move(
+    start: tuple[np.ndarray, Rotation],
+    target: tuple[np.ndarray, Rotation],
+    gripper: float,
+    seconds: float,
+    hz: float,
+) -> np.ndarray:
+    """Return the actions of a straight motion between two poses (position [3], rotation), at rest at both ends.
+
+    Returns:
+        [N, 8] as of `expert_actions`, at `hz` per second, without the start.
+    """
+    steps = max(1, round(seconds * hz))
+    u = np.arange(1, steps + 1) / steps
+    u = u * u * (3 - 2 * u)  # at rest at both ends
+    path = start[0] + u[:, None] * (target[0] - start[0])
+    turns = Slerp([0.0, 1.0], Rotation.concatenate([start[1], target[1]]))(np.clip(u, 0.0, 1.0))
+    return np.concatenate([path, quaternion_from_matrix(turns.as_matrix()), np.full((steps, 1), gripper)], axis=1)

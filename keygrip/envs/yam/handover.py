@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from scipy.spatial.transform import Rotation, Slerp
+from scipy.spatial.transform import Rotation
 
 from keygrip.envs.yam.colours import COLOURS
-from keygrip.envs.yam.expert import CLOSED, CLOSING_S, LOWEST_TOOL, OPEN, OPENING_S
-from keygrip.envs.yam.tasks import HOME, stream
+from keygrip.envs.yam.expert import CLOSED, CLOSING_S, LOWEST_TOOL, OPEN, OPENING_S, move
+from keygrip.envs.yam.tasks import HOME, REACHED_M, REACHED_RAD, stream
 from keygrip.robots.inverse_kinematics import pointing_down, solve
-from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion, quaternion_from_matrix
+from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
 from keygrip.training.parts import data_part
 
 ARMS = ("left", "right")
@@ -32,7 +32,6 @@ MEETING_HEIGHT = (0.12, 0.15)
 SETTLE_S = 0.3  # how long both hands stand still before they close
 CAMERAS = {"over": (0.0, 52.0, 1.12, 38.0), "front": (-30.0, 35.0, 1.12, 38.0)}  # azimuth, elevation, distance, fovy
 CAMERA_TARGET = (0.28, 0.18, 0.06)
-REACHED_M, REACHED_RAD = 1e-3, 1e-2  # largest error of inverse kinematics at a pose of the plan
 HALF_TURN = np.pi
 
 
@@ -187,23 +186,16 @@ def handover_phases(layout: HandoverLayout, rng: np.random.Generator) -> list[Ha
 def handover_actions(layout: HandoverLayout, seed: int, hz: float = 10.0) -> np.ndarray:
     """Return the expert's actions for an episode, at `hz` per second: [N, 2, 8], for each arm as in
     `HandoverCell.advance`."""
-    positions, rotations = [], []
+    poses = []
     for joints, base in zip(layout.start_joints, BASES, strict=True):
         position, quaternion = forward_kinematics(joints)
-        positions.append(position + base)
-        rotations.append(Rotation.from_matrix(matrix_from_quaternion(quaternion)))
+        poses.append((position + base, Rotation.from_matrix(matrix_from_quaternion(quaternion))))
     parts = []
     for phase in handover_phases(layout, stream(seed, "expert")):
-        steps = max(1, round(phase.seconds * hz))
-        u = np.arange(1, steps + 1) / steps
-        u = u * u * (3 - 2 * u)  # at rest at both ends
         arm_actions = []
         for index, arm in enumerate(ARMS):
-            target_rotation = Rotation.from_matrix(pointing_down(phase.yaw[arm]))
-            path = positions[index] + u[:, None] * (phase.position[arm] - positions[index])
-            turns = Slerp([0.0, 1.0], Rotation.concatenate([rotations[index], target_rotation]))(np.clip(u, 0.0, 1.0))
-            opening = np.full((steps, 1), phase.gripper[arm])
-            arm_actions.append(np.concatenate([path, quaternion_from_matrix(turns.as_matrix()), opening], axis=1))
-            positions[index], rotations[index] = phase.position[arm], target_rotation
+            target = phase.position[arm], Rotation.from_matrix(pointing_down(phase.yaw[arm]))
+            arm_actions.append(move(poses[index], target, phase.gripper[arm], phase.seconds, hz))
+            poses[index] = target
         parts.append(np.stack(arm_actions, axis=1))
     return np.concatenate(parts)

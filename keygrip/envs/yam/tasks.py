@@ -41,6 +41,7 @@ WORKSPACE_RADIUS = 0.43
 REGION_GAP = 0.01  # distance of each half from the dividing line, so that left and right never touch
 MIDDLE_X = 0.30
 
+REACHED_M, REACHED_RAD = 1e-3, 1e-2  # largest error of inverse kinematics at a pose that counts as reached
 HOME = np.array([0.0, 1.0, 1.0, -0.6, 0.0, 0.0])  # rad: tool 25 cm above the table, tilted outwards
 
 BOWL_RADIUS, BOWL_HEIGHT = 0.068, 0.044
@@ -289,7 +290,7 @@ def _sample_start_joints(rng: np.random.Generator, random_start: bool) -> np.nda
         point = np.array([rng.uniform(0.22, 0.38), rng.uniform(-0.15, 0.15), rng.uniform(0.13, 0.22)])
         yaw = np.arctan2(point[1], point[0]) + rng.uniform(-0.8, 0.8)
         solution = solve(point, pointing_down(yaw, rng.uniform(0.1, 0.5)), HOME)
-        if solution.position_error < 1e-3 and solution.angle_error < 1e-2:
+        if solution.position_error < REACHED_M and solution.angle_error < REACHED_RAD:
             return solution.joints
     return near_home
 

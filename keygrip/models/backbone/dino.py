@@ -348,7 +348,7 @@ class DinoBackbone(KeptBuffers):
         if kept:
             set_rope_periods(self.net, kept["periods"])
 
-    # ------------------------------------------------------------------ for optimisers
+    # ------------------------------------------------------------------ for optimizers
 
     def layer_of(self, name: str) -> int:
         """Return the layer number of a parameter of this module, for layer-wise learning rates: embeddings are -1,

@@ -117,7 +117,7 @@ def _from_hugging_face_v2(state: State) -> State:
         ("layer_scale2.lambda1", "ls2.gamma"),
         ("layernorm.", "norm."),
     )
-    return _join_qkv({_rename(key, table): value for key, value in state.items()}, "attention.")
+    return _join_qkv({_rename(key, table): value for key, value in state.items()})
 
 
 def _from_hugging_face_v3(state: State) -> State:
@@ -136,20 +136,20 @@ def _from_hugging_face_v3(state: State) -> State:
         ("mlp.up_proj", "mlp.w2" if gated else "mlp.fc1"),
         ("mlp.down_proj", "mlp.w3" if gated else "mlp.fc2"),
     )
-    return _join_qkv({_rename(key, table): value for key, value in state.items()}, "attention.")
+    return _join_qkv({_rename(key, table): value for key, value in state.items()})
 
 
-def _join_qkv(state: State, attention: str) -> State:
+def _join_qkv(state: State) -> State:
     """Separate projections -> one `attn.qkv`; a bias that the file does not have (DINOv3 keys) is zero."""
-    joined = {key: value for key, value in state.items() if f".{attention}" not in key}
-    starts = sorted({key.split(attention)[0] for key in state if f".{attention}" in key})
+    joined = {key: value for key, value in state.items() if ".attention." not in key}
+    starts = sorted({key.split("attention.")[0] for key in state if ".attention." in key})
     for start in starts:
-        weight_names = [f"{start}{attention}{part}_proj.weight" for part in "qkv"]
+        weight_names = [f"{start}attention.{part}_proj.weight" for part in "qkv"]
         if not all(name in state for name in weight_names):
             continue  # loading the weights reports what is missing
         weights = [state[name] for name in weight_names]
         joined[f"{start}attn.qkv.weight"] = torch.cat(weights)
-        biases = [state.get(f"{start}{attention}{part}_proj.bias") for part in "qkv"]
+        biases = [state.get(f"{start}attention.{part}_proj.bias") for part in "qkv"]
         if any(bias is not None for bias in biases):
             joined[f"{start}attn.qkv.bias"] = torch.cat(
                 [

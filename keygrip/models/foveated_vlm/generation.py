@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from keygrip.models.backbone import BlockKV
 from keygrip.models.foveated_vlm.conversations import EncodedText, text_columns
@@ -94,6 +95,21 @@ def encoded(network: VideoLanguageNetwork, frames: Tensor, frame_counts: Sequenc
     if not isinstance(network, FoveatedVLM) or not any(frame_counts):
         return None
     return network.encode(real_frames(frames, frame_counts))
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Set a network to evaluation mode; afterwards each of its parts has its former mode, and training can go on."""
+    if not network.training:  # for each token of an answer: no search through all parts
+        yield
+        return
+    modes = {part: part.training for part in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 @torch.inference_mode()

@@ -303,7 +303,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         """
         if not isinstance(self.network, FoveatedVLM):
             raise ValueError(NO_STREAM.format(type(self.network).__name__))
-        return VideoStream(self.eval(), question, mode or self.answer_mode, seconds, answer_tokens)
+        return VideoStream(self, question, mode or self.answer_mode, seconds, answer_tokens)
 
     def forward(self, batch: VideoTextBatch, mode: str, refinement: int = 0) -> VLMOutput:
         frames, rows = self.inputs(batch)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from keygrip.data.batches import Turn
 from keygrip.data.video_text.conversations import shown_image
-from keygrip.models.foveated_vlm.generation import check_count, refuse_half_characters
+from keygrip.models.foveated_vlm.generation import check_count, evaluating, refuse_half_characters
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.sampling import GREEDY, Sampling, refuse_settings
 from keygrip.models.language.cache import LanguageCache
@@ -39,7 +39,8 @@ class _Reader:
         self.state: Tensor | None = None  # [1, 1, C], after the last position
 
     def read(self, embeddings: Tensor) -> None:
-        self.state = self.language.extend(embeddings, self.cache)[:, -1:]
+        with evaluating(self.language):
+            self.state = self.language.extend(embeddings, self.cache)[:, -1:]
 
     def mark(self) -> tuple[int, Tensor | None]:
         return self.cache.length, self.state
@@ -63,7 +64,7 @@ ANSWER_TOKENS = 64  # reserved for an answer
 
 
 class StreamingSession:
-    """A growing row of text and frames.
+    """A growing row of text and frames. The network computes in evaluation mode; its own mode is left as it is.
 
     Args:
         network: a foveated network. tokenizer: its tokenizer. mode: `autoregressive` or `coarse_only`.
@@ -124,20 +125,21 @@ class StreamingSession:
         self._check_free()
         network, time_s = self.network, self._check_time(second)
         seconds = torch.tensor([[time_s]], device=frame.device)
-        kv = network.encode(frame[None])
-        coarse = None
-        if self.mode == "coarse_only" or self._driving is not self._row:
-            coarse = network.connector(network.query_frames(network.static_query, kv))
-        if self.mode == "coarse_only":
-            assert coarse is not None
-            self._row.read(network.with_frame_positions(coarse, self.frames, seconds))
-        else:
-            query = network.query_after(self._driving.state, self.frames, seconds)
-            fine = network.connector(network.query_frames(query, kv))
-            self._row.read(network.with_frame_positions(fine, self.frames, seconds))
-            if self._driving is not self._row:
+        with evaluating(network):
+            kv = network.encode(frame[None])
+            coarse = None
+            if self.mode == "coarse_only" or self._driving is not self._row:
+                coarse = network.connector(network.query_frames(network.static_query, kv))
+            if self.mode == "coarse_only":
                 assert coarse is not None
-                self._driving.read(network.with_frame_positions(coarse, self.frames, seconds))
+                self._row.read(network.with_frame_positions(coarse, self.frames, seconds))
+            else:
+                query = network.query_after(self._driving.state, self.frames, seconds)
+                fine = network.connector(network.query_frames(query, kv))
+                self._row.read(network.with_frame_positions(fine, self.frames, seconds))
+                if self._driving is not self._row:
+                    assert coarse is not None
+                    self._driving.read(network.with_frame_positions(coarse, self.frames, seconds))
         self.frames += 1
         self._second = time_s
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from keygrip.models.nn.adaln import AdaLNModulation, modulate
 from keygrip.models.nn.attention import Attention, AttentionRecord, KeyValues
 from keygrip.models.nn.precision import without_autocast
-from keygrip.models.nn.sinusoids import LevelEmbedding, level_features
+from keygrip.models.nn.sinusoids import TimestepEmbedding, continuous_features
 
 
 @dataclass
@@ -96,7 +96,7 @@ class ActionEncoder(nn.Module):
 
     def forward(self, actions: Tensor, level: Tensor) -> Tensor:
         lifted = self.lift(actions)
-        time = level_features(level, self.width)[:, None].expand_as(lifted)
+        time = continuous_features(level, self.width)[:, None].expand_as(lifted)
         return self.mix(torch.cat([lifted, time], dim=-1)) + self.pos_embed
 
 
@@ -142,7 +142,7 @@ class ActionHead(nn.Module):
         self.width, self.horizon, self.action_size = width, horizon, action_size
         self.self_attention_every = self_attention_every
         heads = width // head_size
-        self.condition = LevelEmbedding(width)
+        self.condition = TimestepEmbedding(width)
         self.state = nn.Sequential(nn.Linear(state_size, width), nn.SiLU(), nn.Linear(width, width))
         self.actions = ActionEncoder(action_size, width, horizon)
         self.future_tokens = nn.Parameter(0.02 * torch.randn(future_tokens, width)) if future_tokens else None

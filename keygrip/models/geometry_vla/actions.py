@@ -267,6 +267,14 @@ class PoseActions(nn.Module):
         with without_autocast(actions):  # a pose in bf16 is off by millimetres
             return self.space.poses(self.numbers(actions, embodiment), position, quaternion)
 
+    def target_poses(self, targets: PolicyTargets) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the poses that the actions of a batch are for, as `decode` gives them: the batch's own, and for
+        ``joint`` those of its joints, which are reached ones also where the batch's poses are commanded."""
+        if not isinstance(self.space, JointSpace):
+            return targets.position, targets.quaternion, targets.gripper
+        with without_autocast(targets.position):
+            return self.space.poses(self.space.numbers(targets), targets.start_position, targets.start_quaternion)
+
     def mask(self, targets: PolicyTargets) -> Tensor:
         """bool ``[B, T, C A]``: False where the step is padding after the end of a demonstration."""
         return (~targets.action_is_pad).transpose(1, 2).repeat_interleave(self.columns, dim=-1)

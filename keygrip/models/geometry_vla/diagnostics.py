@@ -110,7 +110,8 @@ def exchanged_geometry(
     changed = module.with_places(changed, batch.embodiment)
     original, _, _ = module.decode(sampled, batch)
     exchanged, _, _ = module.decode(module.sample(changed, batch), batch)
-    error_increase = (exchanged - batch.position).norm(dim=-1) - (original - batch.position).norm(dim=-1)
+    true, _, _ = module.actions.target_poses(batch)
+    error_increase = (exchanged - true).norm(dim=-1) - (original - true).norm(dim=-1)
     distance = (exchanged - original).norm(dim=-1)
     figures = {"geometry_moves_cm": distance, "geometry_worth_cm": error_increase}
     return {name: 100 * (values * weights).sum() / weights.sum().clamp(min=1) for name, values in figures.items()}

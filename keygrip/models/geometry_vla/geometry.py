@@ -166,14 +166,20 @@ class DinoMultiView(GeometryEncoder):
             log depth.
         max_depth_m: farther cells are left out of the losses: walls and floor would outweigh the table.
         init_from: a run of `model=depth_reader` whose encoder this one starts from; it is trained if missing.
-        frozen: the encoder is not trained, like MapAnything.
+        frozen: the encoder is not trained and stays in eval mode, like MapAnything.
     """
 
     one_graph = True
     # the logged errors of a frozen encoder are of cells within max_depth_m too, but it no longer limits what is learned
     read_where: ClassVar = dict.fromkeys(
-        ("action_gradient", "point_weight", "depth_weight", "max_depth_m"), ReadWhere("frozen", False)
+        ("action_gradient", "point_weight", "depth_weight"), ReadWhere("frozen", False)
     )
+    read_where |= dict.fromkeys(("backbone.drop_path", "backbone.gradient_checkpointing"), ReadWhere("frozen", False))
+    read_where |= {
+        "max_depth_m": ReadWhere("point_weight depth_weight"),
+        # a frozen encoder has a head where one of the weights is not 0, although it reads the weights for nothing else
+        "cells": ReadWhere("point_weight depth_weight", even_unused=True),
+    }
 
     def __init__(
         self,
@@ -220,6 +226,11 @@ class DinoMultiView(GeometryEncoder):
         self.init_from, self.frozen = init_from, frozen
         if frozen:
             self.requires_grad_(False)
+            self.eval()
+
+    def train(self, mode: bool = True) -> DinoMultiView:
+        """As `nn.Module.train`, except that a frozen encoder stays in eval mode."""
+        return super().train(mode and not self.frozen)
 
     @property
     def learns_depth(self) -> bool:

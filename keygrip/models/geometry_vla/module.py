@@ -132,6 +132,7 @@ class GeometryVLAModule(System):
         self.pointing_weight, self.init_from = pointing_weight, init_from
         self.views: tuple[str, ...] = ()
         self.calibrated: tuple[str, ...] = ()  # those of the views that are calibrated in all demonstrations
+        self.logs_points = True
         self._grips: dict[str, list[Tensor]] = {}
 
     @property
@@ -172,6 +173,12 @@ class GeometryVLAModule(System):
                 f"vlm.trainable={vlm.trainable} would keep random weights: set vlm.trainable=all, vlm.weights to a "
                 "folder or a name on the hub, or model.init_from to a trained run."
             )
+
+    def setup(self, stage: str) -> None:
+        """Leave the `point_cm` of a frozen encoder out if a camera of the data is not calibrated: the recorded points
+        are computed from its matrices, which then have no meaning."""
+        data = getattr(self.trainer, "datamodule", None)
+        self.logs_points = getattr(data, "cameras_are_calibrated", True)
 
     def resume_data(self, datamodule: Any, checkpoint: Mapping[str, Any]) -> None:
         """Keep the part of the image that the resumed run was trained on, see `PolicyStatistics.keep_view`."""
@@ -305,7 +312,8 @@ class GeometryVLAModule(System):
             assert geometry is not None
             with torch.no_grad():  # a frozen encoder's errors are still logged
                 extra = geometry.losses(scene.geometry, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
-            losses |= {name: value for name, value in extra.items() if name.endswith("_cm")}
+            logged = ("depth_cm", "point_cm") if self.logs_points else ("depth_cm",)
+            losses |= {name: value for name, value in extra.items() if name in logged}
         if scene.pointing is not None:
             pointing = pointing_losses(scene.pointing, batch)
             for name in ("pointing", "keyframe"):
@@ -336,11 +344,12 @@ class GeometryVLAModule(System):
     def metrics(self, scene: Scene, batch: MultiViewPolicyBatch, sampled: Tensor) -> dict[str, Tensor]:
         """Errors of sampled actions over the steps that are not padding, and the head's shares of attention."""
         position, quaternion, gripper = self.decode(sampled, batch)
+        true_position, true_quaternion, _ = self.actions.target_poses(batch)
         valid = ~batch.action_is_pad
         values = {
-            "position_cm": (position - batch.position).norm(dim=-1) * 100,
-            "height_m": (position - batch.position)[..., 2].abs(),
-            "rotation_deg": torch.rad2deg(geodesic_angle(quaternion, batch.quaternion)),
+            "position_cm": (position - true_position).norm(dim=-1) * 100,
+            "height_m": (position - true_position)[..., 2].abs(),
+            "rotation_deg": torch.rad2deg(geodesic_angle(quaternion, true_quaternion)),
             "gripper_acc": ((gripper > CLOSED) == (batch.gripper > CLOSED)).float(),
         }
         means = {name: value.masked_fill(~valid, 0.0).sum() / valid.sum() for name, value in values.items()}
@@ -371,7 +380,7 @@ class GeometryVLAModule(System):
         position, _, _ = self.decode(sampled, batch)
         shut = torch.cat([batch.start_gripper[..., None], batch.gripper], dim=-1) < CLOSED  # [B, A, 1 + T]
         closes = shut[..., 1:] & ~shut[..., :-1] & ~batch.action_is_pad
-        errors_cm = 100 * (position - batch.position)[closes]
+        errors_cm = 100 * (position - self.actions.target_poses(batch)[0])[closes]
         return {"grip_side_cm": errors_cm[:, :2].norm(dim=-1), "grip_height_cm": errors_cm[:, 2].abs()}
 
     @torch.no_grad()
@@ -379,7 +388,8 @@ class GeometryVLAModule(System):
         """Draw one sample's plan and depth together with the recorded ones, ``[H, W, 3]`` uint8."""
         actions = self.sample(scene, batch)
         planned, _, _ = self.decode(actions, batch)
-        return scene_figure(batch, planned, scene.geometry, sample, scene.pointing)
+        shown = replace(batch, position=self.actions.target_poses(batch)[0])
+        return scene_figure(shown, planned, scene.geometry, sample, scene.pointing)
 
     def loss(self, batch: MultiViewPolicyBatch) -> Tensor:
         return self.losses(self(batch), batch)["total"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from keygrip.models.nn.sinusoids import level_features
+from keygrip.models.nn.sinusoids import continuous_features
 
 MOST_VIEWS = 16  # largest number of views
 
@@ -26,7 +26,7 @@ class PlaceEmbedding(nn.Module):
 
     def forward(self, places: Tensor) -> Tensor:
         scaled = places / places.new_tensor([MOST_VIEWS, 1.0, 1.0])
-        lifted = self.lift(level_features(scaled, self.features).flatten(-2))
+        lifted = self.lift(continuous_features(scaled, self.features).flatten(-2))
         return lifted * (places[..., :1] > 0)
 
 

@@ -20,7 +20,7 @@ from keygrip.data.batches import MultiViewPolicyBatch
 from keygrip.models.geometry.cameras import camera_centre, inside_image, nearest_to_rays, pixel_rays, project
 from keygrip.models.geometry_vla.geometry import DECIMETRES, GeometryFeatures
 from keygrip.models.nn.image_sampling import bilinear_cells, gather_pixels
-from keygrip.models.nn.sinusoids import level_features
+from keygrip.models.nn.sinusoids import continuous_features
 from keygrip.training.distributed import global_mean
 
 PLACE_FEATURES = 32  # sines and cosines of each coordinate
@@ -186,7 +186,7 @@ class PointedTokens(nn.Module):
         """
         maps = probabilities(logits.detach()).flatten(2, 3)
         views = maps.shape[1]  # maps [B, V, A M, g, g]
-        tokens = self.places(level_features(map_means(maps), PLACE_FEATURES).flatten(-2))
+        tokens = self.places(continuous_features(map_means(maps), PLACE_FEATURES).flatten(-2))
         tokens = tokens + self.slots + self.views[:views, None]
         if geometry is not None and self.seen is not None:
             patches = geometry.tokens.float().unflatten(1, (views, -1))  # [B, V, N, D]
@@ -236,7 +236,7 @@ class PointedActions(nn.Module):
             points.append(met[:, :, self.steps :].expand_as(points[0]))
         points += [point - present[:, :, None] for point in points]
         coordinates = torch.cat(points, dim=-1).transpose(1, 2).flatten(-2)  # [B, T, A x 12]
-        waves = level_features(coordinates / FINENESS, OFFSET_FEATURES, longest=1 / FINENESS).flatten(-2)
+        waves = continuous_features(coordinates / FINENESS, OFFSET_FEATURES, longest=1 / FINENESS).flatten(-2)
         return self.mlp(torch.cat([coordinates, waves], dim=-1))
 
 

@@ -82,7 +82,10 @@ def other_settings(meaning: Mapping[str, Any], theirs: Mapping[str, Any], both_h
     """
     other = {name: value for name, value in theirs.items() if name in meaning and value != meaning[name]}
     if not both_have_patches:
-        other = {name: value for name, value in other.items() if name not in ("patch_positions", "patch_attention")}
+        ignored = {"patch_positions", "patch_attention"}
+        if meaning["latent_positions"] == "cells" and not meaning["rotary"]:
+            ignored.add("position_cells")  # read for patches only
+        other = {name: value for name, value in other.items() if name not in ignored}
     if other.get("output_convolution") is False:
         del other["output_convolution"]  # a new one initially has no effect
     return other

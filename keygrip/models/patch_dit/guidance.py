@@ -1,5 +1,7 @@
 """Guidance by two conditions: branches with and without text and image, and the combined velocity.
 
+The worse version of the network for autoguidance is in `keygrip.models.patch_dit.guide`.
+
     v = v_none + text_scale (v_text - v_none) + dino_scale (v_dino - v_none) + full_scale (v_full - v_none)
 
 or sequentially, so that the branch with both conditions, which is trained most, is part of every step
@@ -8,8 +10,7 @@ or sequentially, so that the branch with both conditions, which is trained most,
     v = v_none + dino_scale (v_dino - v_none) + text_scale (v_full - v_dino)
 
 and with ``cls_scale`` in two steps for the DINO features: the CLS vector alone, then its patches. ``guide_scale``
-adds guidance away from what a worse version of the network predicts from all given conditions
-(`keygrip.models.patch_dit.guide`)::
+adds guidance away from what a worse version of the network predicts from all given conditions (autoguidance)::
 
     v = ... + guide_scale (v_full - v_guide)
 

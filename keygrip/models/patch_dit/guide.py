@@ -1,5 +1,8 @@
 """Autoguidance: guide samples away from the predictions of a worse version of the network.
 
+This module holds that version; `keygrip.models.patch_dit.guidance` combines its prediction with those of the text and
+the image.
+
 Errors that a trained network still makes are larger early in its training. So the difference between its prediction
 and that of its own early weights points away from such errors: bent edges, melted objects. A text scale strengthens
 what the text describes; this strengthens what the training images have in common, without reducing variety.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from keygrip.models.nn.adaln import AdaLNModulation, modulate
 from keygrip.models.nn.attention import Attention, AttentionRecord, KeyValues
 from keygrip.models.nn.flow_matching import velocity, velocity_from_data
-from keygrip.models.nn.sinusoids import LevelEmbedding
+from keygrip.models.nn.sinusoids import TimestepEmbedding
 from keygrip.models.patch_dit.context import Context, ContextBuilder
 from keygrip.models.patch_dit.detail import DetailHead
 from keygrip.models.patch_dit.positions import cell_features, grid_positions, position_features, rotary_angles
 from keygrip.models.patch_dit.routing import TokenRouting
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
 AdaLN = Literal["shift_scale", "gated"]
 Prediction = Literal["v", "x"]
@@ -222,6 +222,8 @@ class PatchDiT(nn.Module):
         ValueError: sizes that do not divide, or an unknown option.
     """
 
+    read_where: ClassVar = {"position_cells": ReadWhere("latent_positions rotary patch_positions", "frame", True)}
+
     def __init__(
         self,
         latent_channels: int,
@@ -304,10 +306,12 @@ class PatchDiT(nn.Module):
             "latent_positions": latent_positions,
             "output_convolution": output_convolution,
         }
+        if latent_positions == "cells" and not rotary and not patch_positions:
+            del self.meaning["position_cells"]  # nothing reads it
         self.context_builder = ContextBuilder(
             width, text_dim, dino_dim, use_dino_patches, patch_positions, position_cells
         )
-        self.level_embedding = LevelEmbedding(width, hidden=level_hidden, endpoint=level_frequencies == "inclusive")
+        self.level_embedding = TimestepEmbedding(width, hidden=level_hidden, endpoint=level_frequencies == "inclusive")
         self.latent_positions: LatentPositions = latent_positions
         self.latent_in = nn.Linear(latent_channels * patch_size**2, width)
         self.separate_patches = patch_attention == "separate"

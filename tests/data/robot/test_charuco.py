@@ -25,8 +25,8 @@ from keygrip.data.robot.charuco import (
     refuse_turns_about_one_axis,
 )
 from keygrip.data.robot.discovery import find_demos
-from keygrip.data.robot.formats.poses import invert
 from keygrip.data.robot.lerobot_export.export import export_lerobot
+from keygrip.data.robot.transforms import invert
 
 opencv = pytest.mark.opencv  # `make charuco` runs these
 K = np.array([[420.0, 0, 322.0], [0, 425.0, 238.0], [0, 0, 1]])

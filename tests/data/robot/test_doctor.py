@@ -205,6 +205,11 @@ def flange(parts: Parts, number: int) -> Parts:
     return replace(parts, position=parts.position + turn.apply([0.0, 0.0, -0.135]))
 
 
+def i2rts_site(parts: Parts, number: int) -> Parts:
+    turn = Rotation.from_quat(parts.quaternion, scalar_first=True)
+    return replace(parts, position=parts.position + turn.apply([-0.0001, 0.00004, -0.00995]))
+
+
 def other_zero(parts: Parts, number: int) -> Parts:
     return replace(parts, joints=parts.joints + np.linspace(0, 0.4, FRAMES)[:, None] * [0, 1, 0, 0.5, 0, 0])
 
@@ -292,6 +297,7 @@ def bright(parts: Parts, number: int) -> Parts:
         (distant_camera, "cell_size", "warning", "Move the camera nearer"),
         (of_another_resolution, "intrinsics", "error", "another resolution or crop"),
         (flange, "site_offset", "error", "135 mm off"),
+        (i2rts_site, "site_offset", "warning", "10 mm off"),
         (other_zero, "kinematics", "warning", "zero positions"),
         (flat, "height_range", "warning", "z is the vertical axis"),
         (jumping, "jump", "warning", "dropped frames"),

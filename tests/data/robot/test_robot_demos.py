@@ -493,6 +493,7 @@ def test_a_camera_is_calibrated_if_it_is_in_all_demos(
         data = robot_demos(native_root)
         data.configure_for(reads_none)
         assert ready(data).camera_is_calibrated == (not uncalibrated)
+        assert data.cameras_are_calibrated == (not uncalibrated)
         assert len(data.demos) == 10
 
 

@@ -526,6 +526,36 @@ def test_a_cache_that_is_too_small_for_the_order_is_said(tmp_path: Path, caplog:
     assert windows.endswith("raise data.cache_gb or, in a new run, lower data.window_shards")
 
 
+def test_one_set_of_several_sources_takes_its_space_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_set(tmp_path / "far", [3] * 18, per_shard=3)
+    gb = (root / "s-000.tar").stat().st_size / 1e9
+    sets = [ShardSet(f"file://{root}", tmp_path / "near") for _ in range(3)]
+    with caplog.at_level("WARNING"):
+        warn_of_small_cache(sets, 6.5 * gb, None)
+        assert not caplog.text
+        warn_of_small_cache(sets, 5.5 * gb, 2)  # two windows have 4 of its shards
+        assert not caplog.text
+        warn_of_small_cache(sets, 5.5 * gb, None)
+    assert f"the remote shards have {6 * gb:.3g} GB" in caplog.text
+
+
+def test_the_cache_needs_every_shard_of_a_mixed_in_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its samples come from all of its shards in every window."""
+    roots = [write_set(tmp_path / name, [3] * 3 * shards, per_shard=3) for name, shards in (("lead", 9), ("mixed", 3))]
+    lead, mixed = (ShardSet(f"file://{root}", tmp_path / "near") for root in roots)
+    gb = (roots[0] / "s-000.tar").stat().st_size / 1e9
+    assert sum(path.stat().st_size for path in roots[1].glob("*.tar")) / 1e9 == pytest.approx(3 * gb)
+    with caplog.at_level("WARNING"):
+        warn_of_small_cache([lead, mixed], 7.5 * gb, 2, [mixed])
+        warn_of_small_cache([lead, mixed], 6.5 * gb, 2)
+        assert not caplog.text
+        warn_of_small_cache([lead, mixed], 6.5 * gb, 2, [mixed, mixed])
+    message = caplog.records[0].getMessage()
+    assert f"with the {3 * gb:.3g} GB of the sources with a share" in message
+    assert f"have up to {7 * gb:.3g} GB, and data.cache_gb={6.5 * gb:g}" in message
+    assert "raise data.cache_gb, copy the sources with a share to a local folder or, in a new run, lower" in message
+
+
 def test_a_missing_package_for_an_address_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if there is a copy, which would otherwise be read without looking for changes."""
     tries: list[str] = []

@@ -163,6 +163,53 @@ def test_a_stage_that_the_training_does_not_reach_is_warned_of(
         assert "nothing is trained on others;" in told[0]
 
 
+@pytest.mark.parametrize(("length", "end"), [({"max_epochs": 2}, 4), ({"max_steps": 4}, 4), ({"max_steps": 5}, None)])
+def test_a_stage_begins_later_where_the_last_step_of_an_epoch_has_fewer_batches(
+    root: Path, caplog: pytest.LogCaptureFixture, length: dict[str, int], end: int | None
+) -> None:
+    """An epoch has a step of 10 batches and one of 3: the 30 batches of the first stage end within the fifth step."""
+    stages = [Stage({"videos": 1.0}, 3), Stage({"videos": 1.0})]
+    with caplog.at_level(logging.INFO):
+        data = module(root, curriculum=stages, accumulated=10, **length)
+    assert data.mixture is not None
+    assert data.mixture.curriculum is not None
+    assert [data.mixture.curriculum.stages_of(epoch) for epoch in range(3)] == [[(0, 13)], [(0, 13)], [(0, 4), (1, 9)]]
+    assert "begin at optimizer steps 0, 4 (an epoch's 13 batches do not divide by 10)" in caplog.text
+    told = f"stage 2 begins at optimizer step 4, but training ends at step {end}, so the stage is not reached; train"
+    assert (told in caplog.text) == (end is not None)
+    assert ("not reached" in caplog.text) == (end is not None)
+
+
+def test_a_remote_source_without_val_takes_its_space_once(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training and validation, and other sources of the same address, read the same copies."""
+    source = ShardSource(f"file://{root}/videos/train")
+    gb = sum(path.stat().st_size for path in (root / "videos" / "train").glob("*.tar")) / 1e9
+    for cache, warned in ((1.2, False), (0.8, True)):
+        data = module(root, sources={"a": source, "b": source}, cache_dir=tmp_path, cache_gb=cache * gb)
+        assert data.parts["val"]
+        assert (f"the remote shards have {gb:.3g} GB" in caplog.text) == warned
+        assert ("the remote shards have" in caplog.text) == warned
+
+
+def test_every_shard_of_a_remote_source_with_a_share_is_needed_beside_the_windows(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {name: [path.stat().st_size for path in (root / name).rglob("*.tar")] for name in ("videos", "texts")}
+    sources = {
+        "videos": ShardSource(f"file://{root}/videos"),
+        "texts": ShardSource(f"file://{root}/texts", share=0.2),
+    }
+    mixed_in = sum(path.stat().st_size for path in (root / "texts" / "train").glob("*.tar"))
+    needed = mixed_in + sum(sorted(sizes["videos"])[-2:])
+    module(root, sources=sources, cache_dir=tmp_path, cache_gb=1.05 * needed / 1e9, window_shards=1)
+    assert "data.cache_gb" not in caplog.text
+    module(root, sources=sources, cache_dir=tmp_path, cache_gb=0.95 * needed / 1e9, window_shards=1)
+    assert f"with the {mixed_in / 1e9:.3g} GB of the sources with a share" in caplog.text
+    assert f"have up to {needed / 1e9:.3g} GB" in caplog.text
+
+
 def test_a_stage_that_is_not_reached_is_warned_of_before_there_is_a_trainer(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -237,7 +237,7 @@ def test_tokens_of_the_convolutional_stem_sit_on_their_patches():
     assert abs(column - (7 * 16 + 8)) < 1.0
 
 
-def test_layers_for_optimisers(small):
+def test_layers_for_optimizers(small):
     backbone = small("dinov3_vits16")
     layers = {name: backbone.layer_of(name) for name, _ in backbone.named_parameters()}
     assert layers["net.cls_token"] == layers["net.patch_embed.proj.weight"] == -1

@@ -25,6 +25,7 @@ from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.language.tokenizers import ChatTokenizer
 from keygrip.training.checkpoints import Header, build_module
+from keygrip.training.saving import AtomicCheckpointIO
 
 TEXTS = ["Which digit is on the red cube? And which on the blue one? 7. Sure?"] * 3
 
@@ -459,6 +460,71 @@ def test_a_model_without_a_source_is_saved_with_the_configuration_of_its_run_or_
         assert torch.equal(again.module.state_dict()[name], value), name
     talk = [user(video(pixels(3)), "Which digit?")]
     assert again.generate(talk, 8) == chat.generate(talk, 8)
+
+
+def test_a_saved_model_has_no_password_of_an_address(
+    configured: tuple[FoveatedVLMModule, Header], tmp_path: Path
+) -> None:
+    """Both for the configuration of the source and for that of the run that trains the module."""
+    module, header = configured
+    header.header["config"]["data"]["root"] = "https://me:secret@host/set"
+    content: dict[str, Any] = {"keygrip": header.header, "global_step": 7}
+    module.on_save_checkpoint(content)
+    AtomicCheckpointIO().save_checkpoint(content | {"state_dict": module.state_dict()}, tmp_path / "last.ckpt")
+    VideoChat.from_pretrained(tmp_path / "last.ckpt", "cpu").save_pretrained(tmp_path / "loaded")
+    module.trainer = Trainer(callbacks=[header], logger=False, enable_checkpointing=False, accelerator="cpu")
+    VideoChat(module).save_pretrained(tmp_path / "trained")
+    for name in ("loaded", "trained"):
+        assert not any(b"secret" in path.read_bytes() for path in (tmp_path / name).iterdir()), name
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["checkpoint"]["keygrip"]["config"]["data"]["root"] == "https://host/set"
+
+
+def test_answers_leave_the_modes_of_a_module_in_training(
+    configured: tuple[FoveatedVLMModule, Header], tmp_path: Path
+) -> None:
+    """They are computed in evaluation mode; afterwards each part has its own mode, and so training goes on as before:
+    with gradient checkpointing, and with gradients for parts that a batch does not use."""
+    module, header = configured
+    module.trainer = Trainer(callbacks=[header], logger=False, enable_checkpointing=False, accelerator="cpu")
+    module.train()
+    network = module.network
+    network.connector.linear.eval()
+    modes = {name: part.training for name, part in module.named_modules()}
+    assert {True, False} == set(modes.values())
+    seen: list[tuple[str, bool]] = []
+    for name, part in (("frames", network.connector), ("text", network.language.model.layers[0])):
+        part.register_forward_hook(lambda part, *_, name=name: seen.append((name, part.training)))
+
+    def session() -> None:
+        stream = module.stream("Which?")
+        for frame in pixels(2):
+            stream.push(frame)
+        stream.answer(2)
+
+    chat, talk = VideoChat(module), [user(video(pixels(2)), "Which?")]
+    calls: list[tuple[Any, set[str]]] = [
+        (lambda: chat.generate(talk, 2), {"frames", "text"}),
+        (lambda: chat.generate([user("Which ", video(pixels(2)), "?")], 2), {"frames", "text"}),
+        (lambda: next(chat.stream(talk, 2), None), {"frames", "text"}),  # left before its end
+        (session, {"frames", "text"}),
+        (lambda: chat.save_pretrained(tmp_path / "out"), set()),
+    ]
+    for call, computed in calls:
+        call()
+        assert {name for name, _ in seen} == computed
+        assert not any(training for _, training in seen)
+        assert {name: part.training for name, part in module.named_modules()} == modes
+        seen.clear()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    network.connector.register_forward_hook(fail)
+    for call, _ in calls[:4]:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            call()
+    assert {name: part.training for name, part in module.named_modules()} == modes
 
 
 @pytest.mark.parametrize("order", ["visual_first", "question_first"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
-from vla_parts import T, poses, small_batch, small_module, small_statistics
+from vla_parts import INSTRUCTIONS, T, poses, small_batch, small_module, small_statistics
 
 from keygrip.data.batches import PolicyTargets
 from keygrip.envs.yam.tasks import TaskOptions
@@ -18,6 +18,7 @@ from keygrip.evaluation.trained_policy import policy_of
 from keygrip.models.geometry.rotations import geodesic_angle
 from keygrip.models.geometry_vla.action_spaces import ControllerSpace
 from keygrip.models.geometry_vla.actions import PoseActions
+from keygrip.models.geometry_vla.diagnostics import exchanged_geometry
 from keygrip.models.geometry_vla.policy import GeometryVLAPolicy
 from keygrip.robots.kinematics import arm_chain, forward_kinematics
 from keygrip.runtime.wire import decode_plan, encode_plan
@@ -74,6 +75,36 @@ def test_joints_become_the_recorded_poses_wherever_the_base_stands() -> None:
     again = PoseActions(["right"], "joint")
     again.load_state_dict(actions.state_dict())  # including the pose of the base
     assert torch.equal(again.decode(encoded, chunks.start_position, chunks.start_quaternion)[0], position)
+
+
+def test_errors_of_joints_are_those_of_the_reached_poses(tmp_path: Path) -> None:
+    """Regression: with `data.targets=commanded` plans of the recorded joints had the arm's lag as their error."""
+    module, chunks = trained(tmp_path, "joint", joint_chunks(64)), joint_chunks(4, seed=1)
+    lag = torch.tensor([0.01, 0.02, 0.03])
+    commanded = {"position": chunks.position + lag, "quaternion": chunks.quaternion.roll(1, dims=2)}
+    batch = replace(small_batch([INSTRUCTIONS[0]] * 4), **vars(chunks) | commanded)
+    batch.start_gripper, batch.gripper = torch.ones(4, 1), torch.zeros(4, 1, T)  # each closes at the first step
+    planned = module.actions.encode(batch)
+    values = module.metrics(module(batch), batch, planned)
+    assert values["position_cm"] < 0.01
+    assert values["height_m"] < 1e-4
+    assert values["rotation_deg"] < 0.1
+    assert values["gripper_acc"] == 1
+    grips = module.grip_errors(batch, planned)
+    assert [len(grips[name]) for name in ("grip_side_cm", "grip_height_cm")] == [4, 4]
+    assert max(float(errors.max()) for errors in grips.values()) < 0.01
+    figures = exchanged_geometry(module, module(batch), batch, planned)
+    assert figures["geometry_worth_cm"] == pytest.approx(float(figures["geometry_moves_cm"]), abs=0.01)
+    off = chunks.joints.clone()
+    off[..., 0] += 0.1
+    (position, _, _), (shifted, _, _) = (
+        module.actions.target_poses(replace(batch, joints=joints)) for joints in (chunks.joints, off)
+    )
+    torch.testing.assert_close(position, chunks.position, atol=1e-4, rtol=0)
+    error = module.metrics(module(batch), batch, module.actions.encode(replace(batch, joints=off)))["position_cm"]
+    assert float(error) == pytest.approx(100 * float((shifted - position).norm(dim=-1).mean()), rel=1e-3)
+    poses_alone = PoseActions(("right",), "delta").target_poses(batch)
+    assert all(map(torch.equal, poses_alone, (batch.position, batch.quaternion, batch.gripper)))
 
 
 def test_joints_of_another_arm_are_refused() -> None:

@@ -197,7 +197,7 @@ def test_every_ablation_fits_every_small_recipe(recipe: tuple[str, ...], meaning
     assert isinstance(sections, DictConfig)
     assert len(sections) > 40
     for name, section in sections.items():
-        if "defaults" in section:  # extends another section; or another optimiser
+        if "defaults" in section:  # extends another section; or another optimizer
             continue
         cfg = OmegaConf.merge(whole, section, {"geometry": {"init_from": None}})
         if name in meaningless:

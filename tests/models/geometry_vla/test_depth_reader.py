@@ -8,11 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch import LightningDataModule, Trainer
 from omegaconf import OmegaConf
 from policy_batches import validated_in_pieces
+from torch.utils.data import DataLoader
 from vla_parts import (
     CAMERAS,
     INSTRUCTIONS,
+    S,
+    V,
     ready_module,
     small_batch,
     small_geometry,
@@ -23,7 +27,9 @@ from vla_parts import (
 
 from keygrip import train
 from keygrip.config import compose
+from keygrip.models.backbone import DinoBackbone
 from keygrip.models.geometry_vla.depth_pretraining import DepthReaderModule
+from keygrip.models.geometry_vla.geometry import DinoMultiView
 from keygrip.setting_types import refuse_ill_typed
 from keygrip.training.checkpoints import load_module
 from keygrip.training.optimizers import AdamW
@@ -95,6 +101,61 @@ def test_a_policy_begins_with_the_trained_encoder_and_leaves_it(
     assert compressor is not None
     assert all(parameter.grad is not None for parameter in compressor.parameters())
     torch.testing.assert_close(losses["total"], losses["action"])
+
+
+def test_a_frozen_encoder_has_the_same_features_in_training_and_in_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: `backbone.drop_path` left blocks out in training, whose weights it cannot regularise."""
+
+    def encoder(**options: object) -> DinoMultiView:
+        backbone = DinoBackbone("tiny", S, "random", width=16, depth=3, heads=2, drop_path=0.9)
+        return DinoMultiView(backbone, V, dim=16, heads=2, **options)  # type: ignore[arg-type]
+
+    batch = small_batch()
+    for frozen in (True, False):
+        trained(encoder(), monkeypatch)
+        built = encoder(init_from=START, frozen=frozen)
+        assert any(part.training for part in built.modules()) == (not frozen), "before Lightning sets a mode"
+        module = ready_module(tmp_path, geometry=built)
+        features = []
+        for mode in (True, False):
+            module.train(mode)
+            assert module.network.head.training == mode
+            with torch.no_grad():
+                features.append(built(batch.images, batch.view_intrinsics, batch.view_world_to_camera).tokens)
+        assert torch.equal(*features) == frozen
+
+
+class OneBatch(LightningDataModule):
+    """A batch as data whose cameras are calibrated or not."""
+
+    def __init__(self, calibrated: bool) -> None:
+        super().__init__()
+        self.cameras_are_calibrated = calibrated
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader([small_batch()], batch_size=None)  # type: ignore[arg-type]
+
+    val_dataloader = train_dataloader
+
+
+def test_without_calibration_a_frozen_encoder_has_no_error_of_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: it was computed with placeholders, which are in place of the matrices of such a camera."""
+    trained(small_geometry(), monkeypatch)
+    module = ready_module(tmp_path, geometry=small_geometry(init_from=START, frozen=True))
+    module.log_images = False
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    for calibrated in (False, True):
+        trainer = Trainer(accelerator="cpu", enable_model_summary=False, max_steps=1, **options)  # type: ignore[arg-type]
+        trainer.fit(module, datamodule=OneBatch(calibrated))
+        metrics = set(trainer.callback_metrics)
+        assert ("train/point_cm" in metrics, "val/point_cm" in metrics) == (calibrated, calibrated)
+        assert {"train/depth_cm", "val/depth_cm", "val/position_cm"} <= metrics
+        (evaluated,) = trainer.validate(module, datamodule=OneBatch(not calibrated), verbose=False)
+        assert ("val/point_cm" in evaluated) != calibrated, "the data that are read decide"
 
 
 def test_a_start_that_cannot_be_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

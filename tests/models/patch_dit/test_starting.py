@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit_parts import SMALL, write_images
+from dit_parts import SMALL, small_dit, write_images
 from omegaconf import OmegaConf
 
 from keygrip import export, train
@@ -22,6 +22,7 @@ from keygrip.models.patch_dit.feature_statistics import NORMALISED, FeatureStati
 from keygrip.models.patch_dit.few_steps import FewSteps
 from keygrip.models.patch_dit.init_source import InitSource, read_source
 from keygrip.models.patch_dit.module import PatchDiTModule
+from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.sampler import Sampling, sample
 from keygrip.training.checkpoints import build_module, load_module, read_checkpoint
 from keygrip.training.memory import held
@@ -115,6 +116,34 @@ def test_weights_that_would_compute_something_else_are_refused(
     """Names and shapes fit; only the stored settings show the difference."""
     with pytest.raises(ValueError, match=named):
         started("other", option, f"model.init_from={runs / 'base'}")
+
+
+SOURCE_LIKE = {"latent_positions": "cells", "rotary": False, "patch_positions": False}
+
+
+@pytest.mark.parametrize("reads", [{"latent_positions": "frame"}, {"rotary": True}, {"patch_positions": True}])
+def test_position_cells_are_compared_where_they_are_read(reads: dict[str, object]) -> None:
+    """As in model=patch_dit_source, whose positions are the cells' own rows and columns, they have no effect."""
+    unread = small_dit(**SOURCE_LIKE, position_cells=16)
+    InitSource("other", {}, {**stored(unread), "position_cells": 8}).refuse_other_meaning(unread)
+    read = small_dit(**(SOURCE_LIKE | reads), position_cells=16)
+    other = InitSource("other", {}, {**stored(read), "position_cells": 8})
+    with pytest.raises(ValueError, match=r"\(position_cells=16\).*Give model\.network\.position_cells=8$"):
+        other.refuse_other_meaning(read)
+
+
+def test_position_cells_of_patches_alone_are_not_compared_with_a_network_without_patches() -> None:
+    placed = small_dit(**(SOURCE_LIKE | {"patch_positions": True}), position_cells=16)
+    without = {**stored(placed), "position_cells": 8, "use_dino_patches": False}
+    InitSource("other", {}, without).refuse_other_meaning(placed)
+    rotary = small_dit(**(SOURCE_LIKE | {"rotary": True, "patch_positions": True}), position_cells=16)
+    with pytest.raises(ValueError, match="position_cells=8"):
+        InitSource("other", {}, {**without, "rotary": True}).refuse_other_meaning(rotary)
+
+
+def stored(network: PatchDiT) -> dict[str, object]:
+    """Return the settings of a network as a run stores them."""
+    return {"use_dino_patches": network.use_dino_patches, **network.meaning}
 
 
 OTHER_NETWORKS = (

@@ -655,6 +655,10 @@ def test_a_module_of_several_views(tmp_path: Path, caplog: pytest.LogCaptureFixt
     low, high = np.array([-0.3, -0.3, 0.0]) - 0.01, np.array([0.3, 0.3, 0.2]) + 0.01
     planned = policy.plan(observation).position
     np.testing.assert_allclose(planned[0], np.clip(decoded.position[0, 0].numpy(), low, high), atol=1e-4)
+    upright = [each | {"image": each["image"][::-1].copy()} for each in view]  # the other images are flipped views
+    flipped = [each | {"image": each["image"][::-1]} for each in upright]
+    again_planned = policy.plan(observation | {"cameras": {"over": flipped[0], "front": flipped[1]}}).position
+    np.testing.assert_array_equal(again_planned, planned)
     black = {**view[1], "image": np.zeros_like(view[1]["image"])}
     blind = policy.plan(observation | {"cameras": {"over": view[0], "front": None}}).position
     np.testing.assert_array_equal(

@@ -8,8 +8,8 @@ import numpy as np
 
 from keygrip.data.robot.doctor.compared_camera import ComparedCamera
 from keygrip.data.robot.doctor.examination import Examination
-from keygrip.data.robot.doctor.registration import NUMBERS, halve, silhouette
-from keygrip.data.robot.doctor.silhouettes import agreement
+from keygrip.data.robot.doctor.registration import NUMBERS, silhouette
+from keygrip.data.robot.doctor.silhouettes import agreement, average_blocks
 from keygrip.data.robot.doctor.views import Placement, View, make_view
 
 POOR, FLIP_MARGIN = 0.3, 0.12  # agreement below which flips are tried, and the gain that a flip needs
@@ -32,7 +32,7 @@ FLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def _agreement_by_flip(view: View, robot: Placement) -> dict[str, float]:
     """Return the agreement of a view's images with the robot after each rotation or mirroring; "": unchanged."""
     square = view.size[0] == view.size[1]
-    expected, observed = silhouette(view, robot, np.zeros(NUMBERS)), halve(view.foreground)
+    expected, observed = silhouette(view, robot, np.zeros(NUMBERS)), average_blocks(view.foreground, 2)
     flips = {
         flip: agreement(expected, change(observed))
         for flip, change in FLIPS.items()

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from keygrip.data.robot.doctor.silhouettes import _shifted, agreement, move_camera, outline_of, project_points, splat
+from keygrip.data.robot.doctor.silhouettes import (
+    agreement,
+    average_blocks,
+    move_camera,
+    outline_of,
+    project_points,
+    shifted,
+    splat,
+)
 from keygrip.data.robot.doctor.views import Placement, View, foreground
 
 ROTATION, SHIFT, FOCAL, LAG = slice(0, 3), slice(3, 6), 6, 7
@@ -85,17 +93,10 @@ def silhouette(view: View, placement: Placement, change: np.ndarray, half: bool 
     return splat(pixels / 2, height // 2, width // 2)[0] if half else splat(pixels, height, width)[0]
 
 
-def halve(changed: np.ndarray) -> np.ndarray:
-    """[F, h, w] -> [F, h // 2, w // 2], averaged."""
-    frames, height, width = changed.shape
-    cropped = changed[:, : height // 2 * 2, : width // 2 * 2]
-    return np.asarray(cropped.reshape(frames, height // 2, 2, width // 2, 2).mean(axis=(2, 4)))
-
-
 def agreement_of(pairs: Sequence[tuple[View, Placement]], change: np.ndarray | None = None) -> float:
     """Return the mean agreement of the views with their robots, -1..1."""
     change = np.zeros(NUMBERS) if change is None else change
-    scores = [agreement(silhouette(view, robot, change), halve(view.foreground)) for view, robot in pairs]
+    scores = [agreement(silhouette(view, robot, change), average_blocks(view.foreground, 2)) for view, robot in pairs]
     return float(np.mean(scores))
 
 
@@ -111,7 +112,7 @@ def uncovered_background(images: np.ndarray, covered: np.ndarray) -> tuple[np.nd
 def _grown_silhouette(view: View, placement: Placement, change: np.ndarray, margin: int) -> np.ndarray:
     mask = silhouette(view, placement, change, half=False, every=EVERY)
     for _ in range(margin):
-        mask = _shifted(mask, np.logical_or)
+        mask = shifted(mask, np.logical_or)
     return mask
 
 

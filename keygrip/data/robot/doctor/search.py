@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from keygrip.data.robot.doctor.registration import FOCAL, LAG, NUMBERS, Fit, fit
-from keygrip.data.robot.doctor.silhouettes import project_points, splat
+from keygrip.data.robot.doctor.silhouettes import average_blocks, project_points, splat
 from keygrip.data.robot.doctor.views import Placement, View
 
 SCALES = (0.85, 0.92, 1.0, 1.08, 1.17)
@@ -21,13 +21,6 @@ LAGS = (0, -3, 3, -6, 6)
 SHRINK = 4  # pixels of the view per pixel of the search
 EVERY = 12  # every n-th surface point is used
 LONG_PRIOR = np.array([0.3, 0.3, 0.3, 0.1, 0.1, 0.1, 0.2, 6.0])
-
-
-def _average_blocks(changed: np.ndarray) -> np.ndarray:
-    frames, height, width = changed.shape
-    rows, columns = height // SHRINK, width // SHRINK
-    cropped = changed[:, : rows * SHRINK, : columns * SHRINK]
-    return np.asarray(cropped.reshape(frames, rows, SHRINK, columns, SHRINK).mean(axis=(2, 4)))
 
 
 def _every_other_frame(view: View) -> View:
@@ -41,7 +34,7 @@ def starts(pairs: Sequence[tuple[View, Placement]], best: int) -> list[tuple[flo
     candidates: list[tuple[float, np.ndarray]] = []
     usual_size = Counter(view.size for view, _ in pairs).most_common(1)[0][0]
     pairs = [(_every_other_frame(view), robot) for view, robot in pairs if view.size == usual_size]
-    foregrounds = [_average_blocks(view.foreground) for view, _ in pairs]
+    foregrounds = [average_blocks(view.foreground, SHRINK) for view, _ in pairs]
     height, width = foregrounds[0].shape[1:]
     top, left = height // 2, width // 2  # margin: points outside the image may move into it
     canvas = (height + 2 * top, width + 2 * left)

@@ -8,14 +8,13 @@ from __future__ import annotations
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from keygrip.data.robot.transforms import transform
+
 
 def move_camera(world_to_camera: np.ndarray, change: np.ndarray) -> np.ndarray:
     """Rotate a camera [4, 4] by the rotation vector change[:3] (rad) about its own axes and shift it by change[3:6]."""
     turn = Rotation.from_rotvec(change[:3]).as_matrix()
-    pose = np.eye(4)
-    pose[:3, :3] = turn @ world_to_camera[:3, :3]
-    pose[:3, 3] = turn @ world_to_camera[:3, 3] + change[3:6]
-    return pose
+    return transform(turn @ world_to_camera[:3, 3] + change[3:6], turn @ world_to_camera[:3, :3])
 
 
 def project_points(
@@ -30,7 +29,15 @@ def project_points(
     return pixels, camera
 
 
-def _shifted(mask: np.ndarray, join: np.ufunc) -> np.ndarray:
+def average_blocks(changed: np.ndarray, side: int) -> np.ndarray:
+    """Return the means of blocks of `side` x `side` pixels: [F, h, w] -> [F, h // side, w // side]."""
+    frames, height, width = changed.shape
+    rows, columns = height // side, width // side
+    cropped = changed[:, : rows * side, : columns * side]
+    return np.asarray(cropped.reshape(frames, rows, side, columns, side).mean(axis=(2, 4)))
+
+
+def shifted(mask: np.ndarray, join: np.ufunc) -> np.ndarray:
     """Return the 3 x 3 maximum or minimum of masks [F, h, w]; pixels beyond the border are ignored."""
     result = mask.copy()
     join(result[:, 1:], mask[:, :-1], out=result[:, 1:])
@@ -54,13 +61,13 @@ def splat(pixels: np.ndarray, height: int, width: int, close: bool = True) -> tu
     point_index = hit.reshape(frames, height, width)
     mask = point_index >= 0
     if close:
-        mask = _shifted(_shifted(mask, np.logical_or), np.logical_and)
+        mask = shifted(shifted(mask, np.logical_or), np.logical_and)
     return mask, point_index
 
 
 def outline_of(mask: np.ndarray) -> np.ndarray:
     """Return pixels of masks [F, h, w] next to a pixel outside the mask, at least 2 pixels from the image's border."""
-    edge = mask & ~_shifted(mask, np.logical_and)
+    edge = mask & ~shifted(mask, np.logical_and)
     edge[:, :2], edge[:, -2:], edge[:, :, :2], edge[:, :, -2:] = False, False, False, False
     return edge
 

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from keygrip.data.robot.doctor.examination import yam_model
-from keygrip.data.robot.formats.poses import transform
 from keygrip.data.robot.schema import CameraTrack, Demo
+from keygrip.data.robot.transforms import transform
 from keygrip.data.spacing import evenly
 from keygrip.robots.inverse_kinematics import solve
 from keygrip.robots.kinematics import ArmChain, arm_chain, matrix_from_quaternion
@@ -230,7 +230,4 @@ def base_of(model: RobotSurface, joints: np.ndarray, tool: np.ndarray) -> np.nda
     covariance = np.einsum("nij,nkj->ik", tool[:, :3, :3], tool_in_base[:, :3, :3])
     left, _, right = np.linalg.svd(covariance)
     rotation = left @ np.diag([1, 1, np.sign(np.linalg.det(left @ right))]) @ right
-    base = np.eye(4)
-    base[:3, :3] = rotation
-    base[:3, 3] = np.median(tool[:, :3, 3] - tool_in_base[:, :3, 3] @ rotation.T, axis=0)
-    return base
+    return transform(np.median(tool[:, :3, 3] - tool_in_base[:, :3, 3] @ rotation.T, axis=0), rotation)

@@ -12,8 +12,9 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.calibration import ArmCalibration, refuse_unknown_keys
 from keygrip.data.robot.formats.lerobot_numbers import numbers
-from keygrip.data.robot.formats.poses import opening, quaternions, rotations, transform
+from keygrip.data.robot.formats.poses import opening, quaternions
 from keygrip.data.robot.schema import ArmTrajectory
+from keygrip.data.robot.transforms import rotations, transform
 from keygrip.data.untrusted_files import read_bytes
 from keygrip.data.video import file_identity
 from keygrip.robots.kinematics import ARM_JOINTS, arm_chain, forward_kinematics

@@ -112,8 +112,8 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
     version = str(info.get("codebase_version"))
     if not version.startswith("v3."):
         raise ValueError(
-            f"{root} is a LeRobot data set of version {version}; versions 2.0, 2.1 and 3 are read. LeRobot converts "
-            "others: python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --repo-id=NAME"
+            f"{root} is a LeRobot data set of version {version}; versions 2.0, 2.1 and 3 are read. Versions 1.x "
+            "can be converted to 2.0 with the scripts of the LeRobot releases of that time"
         )
     return references(root, info, _episodes(root), calibration, "lerobot_v3")
 

@@ -37,9 +37,10 @@ from scipy.spatial.transform import Rotation
 from keygrip.data.bad_samples import HOSTILE, BadSample, convert_errors, is_of_the_machine, reason_of
 from keygrip.data.robot.calibration import NAMES, Calibration, read_calibration
 from keygrip.data.robot.formats.frames import HDF5Frames, open_hdf5, own_array, own_dataset, own_group, refuse_unstored
-from keygrip.data.robot.formats.poses import invert, opening, quaternions, transform
+from keygrip.data.robot.formats.poses import opening, quaternions
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, words
+from keygrip.data.robot.transforms import invert, transform
 from keygrip.data.source_files import files_in
 from keygrip.data.untrusted_files import parse_json
 from keygrip.robots.xml_text import parse_xml
@@ -251,9 +252,7 @@ def _camera_from_model(
         return None
     position = np.array([float(x) for x in element.get("pos", "0 0 0").split()])
     quaternion = np.array([float(x) for x in element.get("quat", "1 0 0 0").split()])
-    pose = np.eye(4)
-    pose[:3, :3] = Rotation.from_quat(quaternion, scalar_first=True).as_matrix() @ OPENCV_FROM_OPENGL
-    pose[:3, 3] = position
+    pose = transform(position, Rotation.from_quat(quaternion, scalar_first=True).as_matrix() @ OPENCV_FROM_OPENGL)
     focal = 0.5 * height / math.tan(math.radians(float(element.get("fovy", "45"))) / 2)
     intrinsics = np.array([[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]])
     return CameraTrack.broadcast(intrinsics, frames), CameraTrack.broadcast(invert(pose), frames)

@@ -8,11 +8,14 @@ the files):
 - `depth/<camera>/%010d.npz`, `depth`: uint16 mm.
 - `lowdim/%010d.pkl`: `intrinsics` {camera: K in OpenCV's pixel-centre convention}, `extrinsics` {camera: 4 x 4, camera
   to left-arm base}, `joints` [7 per arm], `action` and `actual_poses` [13 per arm: position 3, rotation 9 row-major,
-  gripper 1], commanded and reached. The left arm's base is the world. **The right arm's pose is in its own base.**
-- `T_left_from_right` in newer pickles converts it to the left base. Otherwise `calibration_results.json` has
+  gripper 1], commanded and reached, and `action_joints`. The left arm's base is the world. **The right arm's pose is in
+  its own base.** raiden computes poses from the joints with I2RT's model, whose tool point is another than that of
+  `keygrip.robots.kinematics`: they are computed again (`tool_point.py`).
+- `T_left_from_right` converts it to the left base. It is missing if the transform was not calibrated at conversion; the
+  right wrist camera's `extrinsics` are then in the right base. `calibration_results.json` may have
   `bimanual_transform.right_base_to_left_base`. Despite this name, raiden computes it as the map from left-base to
-  right-base coordinates and inverts it before use. Since forks differ, the direction is checked: with the correct
-  direction, the right wrist camera is rigid on its gripper.
+  right-base coordinates and inverts it before use. Since forks differ, the direction is checked if the extrinsics are
+  in the left base: with the correct direction, the right wrist camera is rigid on its gripper.
 - Raiden calls the arm of a one-armed robot left; here it is called "right".
 
 The pickles are read with an unpickler that accepts only numpy arrays and builtin containers. Of a calibration file of
@@ -33,19 +36,20 @@ from typing import Any, ClassVar
 import numpy as np
 
 from keygrip.data.bad_samples import convert_errors
-from keygrip.data.robot.calibration import NAMES, SCHEMA, read_mapping, setting
+from keygrip.data.robot.calibration import NAMES, SCHEMA, read_mapping
 from keygrip.data.robot.demo_folders import demo_folders, folder_references, read_object
-from keygrip.data.robot.formats.poses import increasing, invert, opening, quaternions, rigid, rotations, transform
+from keygrip.data.robot.formats.poses import increasing
+from keygrip.data.robot.formats.raiden_poses import find_bases, has_pose, is_right_wrist, read_arms, stored_transform
 from keygrip.data.robot.frames import JpegFrames, NumberedFiles, depth_millimetres
 from keygrip.data.robot.reference import DemoReference
-from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
+from keygrip.data.robot.schema import CameraTrack, Demo, DemoError, FrameSource, words
+from keygrip.data.robot.transforms import invert, rigid
 from keygrip.data.untrusted_files import open_image, read_bytes, read_npy, read_npz
 from keygrip.training.nested_values import size_of
 
 ROWS = "[!.]*.pkl"  # without hidden files
 MAX_PICKLE_BYTES = 1 << 26  # limit for one frame's values
 MOST_SHARED = 1_000_000  # a pickle with shared containers may expand to its number of bytes plus this many values
-RIGID_WRIST_SPREAD_M = 0.02  # with the wrong transform a hand-mounted camera moves by decimetres on its gripper
 NOT_CALIBRATED = "it was not calibrated when the episode was converted"
 PLAIN_KINDS = "biufcOUS"  # numpy's letters of the kinds of arrays that are loaded: no records, no times
 
@@ -216,15 +220,10 @@ def _refuse_unused(path: Path, is_named: bool) -> None:
     for key in ("cameras", "arms", "lerobot") if content.get("schema") == SCHEMA else ():
         if content.get(key):
             raise ValueError(f"{path}: {key} has no effect, as {reason}; remove it from the file")
-    if is_named and _stored_transform(content) is None:
+    if is_named and stored_transform(content) is None:
         raise ValueError(
             f"{path} has no effect: it has no bimanual_transform.right_base_to_left_base, and {reason}; leave it out"
         )
-
-
-def _stored_transform(content: dict[str, Any]) -> Any:
-    """Return the matrix between the bases in the content of a `calibration_results.json`; None if there is none."""
-    return (content.get("bimanual_transform") or {}).get("right_base_to_left_base")
 
 
 # ---------------------------------------------------------------------- reading
@@ -248,29 +247,15 @@ def read(episode: Path, name: str, calibration: Path | None = None) -> Demo:
         ) from error
     if values.ndim != 2 or values.shape[1] not in (13, 26):
         raise DemoError(name, f"actual_poses has shape {values.shape}, [{frames}, 13 per arm] is needed")
-    arms = ["left", "right"] if values.shape[1] == 26 else ["right"]
-    to_left = np.eye(4)
     notes: list[str] = []
-    if len(arms) == 2:
-        to_left = _left_from_right(episode, name, rows, values, calibration, notes)
-    bases = {arm: to_left if arm == "right" and len(arms) == 2 else np.eye(4) for arm in arms}
-
-    trajectories = {}
-    commands = _stack_values(rows, "action", values.shape)
-    joints = _stack_values(rows, "joints", (frames, 7 * len(arms)))
-    for index, arm in enumerate(arms):
-        columns = slice(13 * index, 13 * index + 13)
-        commanded = (
-            None if commands is None else _trajectory_in_world(commands[:, columns], bases[arm], f"action of arm {arm}")
-        )
-        trajectories[arm] = _trajectory_in_world(
-            values[:, columns],
-            bases[arm],
-            f"actual_poses of arm {arm}",
-            joints=None if joints is None else joints[:, 7 * index : 7 * index + 6],
-            commanded=commanded,
-        )
-    cameras = {camera: _read_camera(episode, name, camera, rows) for camera in sorted(rows[0]["intrinsics"])}
+    left_from_right, wrist_to_left = np.eye(4), None
+    if values.shape[1] == 26:
+        left_from_right, wrist_to_left = find_bases(episode, name, rows, values, calibration, notes)
+    trajectories, models = read_arms(episode.parent, rows, values, left_from_right, notes)
+    cameras = {
+        camera: _read_camera(episode, name, camera, rows, wrist_to_left if is_right_wrist(camera) else None)
+        for camera in sorted(rows[0]["intrinsics"])
+    }
     if not cameras:
         raise DemoError(name, "the lowdim files name no camera")
     rate = float(metadata.get("framerate") or 30)
@@ -282,14 +267,14 @@ def read(episode: Path, name: str, calibration: Path | None = None) -> Demo:
     return Demo(
         name=name,
         path=episode,
-        robot="yam" if len(arms) == 1 else "yam_bimanual",
+        robot="yam" if len(trajectories) == 1 else "yam_bimanual",
         task=str(language.get("task") or episode.parent.name),
         instruction=prompt,
         fps=rate,
         timestamps=_read_times(episode, name, list(cameras), frames, rate),
         arms=trajectories,
         cameras=cameras,
-        source={"format": "raiden", "notes": notes},
+        source={"format": "raiden", "notes": notes, **({"models": models} if models else {})},
     )
 
 
@@ -317,95 +302,10 @@ def _read_rows(episode: Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _stack_values(rows: list[dict[str, Any]], key: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    if not all(key in row for row in rows):
-        return None
-    values = np.stack([np.asarray(row[key], dtype=np.float64) for row in rows])
-    if values.shape != shape:
-        raise ValueError(f"{key} has shape {values.shape}, {shape} is needed")
-    return values
-
-
-def _trajectory_in_world(
-    values: np.ndarray,
-    world_from_base: np.ndarray,
-    label: str,
-    joints: np.ndarray | None = None,
-    commanded: ArmTrajectory | None = None,
-) -> ArmTrajectory:
-    """[N, 13] in the arm's base -> a trajectory in the world."""
-    poses = world_from_base @ transform(values[:, :3], rotations(values[:, 3:12].reshape(-1, 3, 3), label))
-    return ArmTrajectory(
-        position=poses[:, :3, 3],
-        quaternion=quaternions(poses[:, :3, :3]),
-        gripper=opening(values[:, 12], f"gripper in {label}"),
-        joints=joints,
-        commanded=commanded,
-    )
-
-
-def _left_from_right(
-    episode: Path,
-    name: str,
-    rows: list[dict[str, Any]],
-    values: np.ndarray,
-    calibration: Path | None,
-    notes: list[str],
-) -> np.ndarray:
-    """[4, 4]: right-arm base coordinates -> left-arm base coordinates."""
-    if calibration is None and "T_left_from_right" in rows[0]:
-        candidate = rigid(rows[0]["T_left_from_right"], "T_left_from_right")
-    else:
-        candidates = (
-            [calibration]
-            if calibration
-            else [episode / "calibration_results.json", episode.parent / "calibration_results.json"]
-        )
-        path = next((file for file in candidates if file.is_file()), None)
-        matrix = None if path is None else _stored_transform(read_mapping(path))
-        if matrix is None:
-            raise DemoError(
-                name,
-                "two arms, but no calibration_results.json with bimanual_transform.right_base_to_left_base beside or "
-                "above the episode: calibrate both wrist cameras together (`rd calibrate`) or name the file with "
-                f"{setting('calibration')}",
-            )
-        candidate = invert(rigid(np.asarray(matrix), f"{path}: right_base_to_left_base"))
-    spread, swapped_spread = _wrist_spread(rows, values, candidate), _wrist_spread(rows, values, invert(candidate))
-    if spread is not None and swapped_spread is not None and swapped_spread < RIGID_WRIST_SPREAD_M < spread:
-        notes.append(
-            "the transform between the arms' bases is used the other way round: only so is the right wrist camera "
-            f"rigid on its gripper ({swapped_spread * 1e3:.0f} mm against {spread * 1e3:.0f} mm)"
-        )
-        return invert(candidate)
-    return candidate
-
-
-def _wrist_spread(rows: list[dict[str, Any]], values: np.ndarray, to_left: np.ndarray) -> float | None:
-    """Return how far the right wrist camera moves relative to its gripper, m; None without such a camera or motion."""
-    camera = next((key for key in rows[0]["extrinsics"] if "right" in key and "wrist" in key), None)
-    if camera is None or not _has_pose(rows, camera):
-        return None
-    if not all(camera in row["extrinsics"] for row in rows):
-        return None  # `_read_camera` reports it
-    extrinsics = np.stack([np.asarray(row["extrinsics"][camera], dtype=np.float64) for row in rows])
-    gripper = to_left @ transform(values[:, 13:16], values[:, 16:25].reshape(-1, 3, 3))
-    if np.ptp(extrinsics[:, :3, 3], axis=0).max() < 2 * RIGID_WRIST_SPREAD_M:
-        return None
-    return float(np.ptp((invert(gripper) @ extrinsics)[:, :3, 3], axis=0).max())
-
-
-def _has_pose(rows: list[dict[str, Any]], camera: str) -> bool:
-    """Return whether any frame has a pose of the camera; NaN and zeros are none."""
-    for row in rows:
-        if camera in row["extrinsics"]:
-            pose = np.asarray(row["extrinsics"][camera], dtype=np.float64)
-            if np.isfinite(pose).all() and pose.any():
-                return True
-    return False
-
-
-def _read_camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any]]) -> CameraTrack:
+def _read_camera(
+    episode: Path, name: str, camera: str, rows: list[dict[str, Any]], to_left: np.ndarray | None
+) -> CameraTrack:
+    """Read one camera; `to_left` [4, 4]: from the frame of its stored poses to the left base, None if that is it."""
     folder = episode / "rgb" / camera
     suffixes = [suffix for suffix in (".jpg", ".png", ".jpeg") if (folder / f"{0:010d}{suffix}").is_file()]
     if not suffixes:
@@ -423,7 +323,7 @@ def _read_camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any
     if (depth_folder / f"{len(rows) - 1:010d}.npz").is_file():
         depth = NpzDepth(depth_folder, "%010d.npz", len(rows))
     frames = JpegFrames(folder, f"%010d{suffixes[0]}", len(rows))
-    if not _has_pose(rows, camera):
+    if not has_pose(rows, camera):
         reason = f"its extrinsics are absent, NaN or zero in all frames: {NOT_CALIBRATED}"
         return CameraTrack.without_calibration(width, height, frames, len(rows), reason, depth)
     try:
@@ -434,7 +334,7 @@ def _read_camera(episode: Path, name: str, camera: str, rows: list[dict[str, Any
     intrinsics[:, :2, 2] += 0.5  # drivers count from the first pixel's centre, we from its corner
     if (intrinsics == intrinsics[0]).all():
         intrinsics = CameraTrack.broadcast(intrinsics[0], len(rows))
-    world_to_camera, uncalibrated = invert(extrinsics), ""
+    world_to_camera, uncalibrated = invert(extrinsics if to_left is None else to_left @ extrinsics), ""
     if (extrinsics == extrinsics[0]).all():
         if (extrinsics[0] == np.eye(4)).all():
             uncalibrated = f"its pose is the identity: {NOT_CALIBRATED}"

@@ -23,10 +23,11 @@ from scipy.spatial.transform import Rotation
 from keygrip.data.robot.calibration import ArmCalibration, Calibration, find_calibration, read_calibration
 from keygrip.data.robot.demo_folders import demo_folders, folder_references
 from keygrip.data.robot.formats.frames import SelectedFrames
-from keygrip.data.robot.formats.poses import increasing, opening, quaternions, transform
+from keygrip.data.robot.formats.poses import increasing, opening, quaternions
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
+from keygrip.data.robot.transforms import transform
 from keygrip.data.untrusted_files import read_json, read_npy
 from keygrip.robots.kinematics import forward_kinematics
 

@@ -65,7 +65,7 @@ class KeygripConfig(PreTrainedConfig):
         planning: changes to the policy's planning, e.g. `{"compiled": True}` (geometry_vla) or
             `{"decoder": "viterbi"}` (volume_query); only with a checkpoint, because a server has its own.
         control_hz: calls of `select_action` per second.
-        control: changes to keygrip's controller, e.g. `execute_seconds`, `still_distance_m`.
+        control: changes to keygrip's controller (`RecedingHorizon`), e.g. `execute_seconds`, `still_distance_m`.
         cameras: calibration by image feature.
         arms: one entry per arm, in the policy's order; empty: the state has 8 values per arm, x, y, z, qw, qx, qy, qz,
             gripper.
@@ -88,7 +88,7 @@ class KeygripConfig(PreTrainedConfig):
     external: dict[str, str] = field(default_factory=dict)
     planning: dict[str, Any] = field(default_factory=dict)
     control_hz: float = 10.0
-    control: dict[str, float] = field(default_factory=dict)
+    control: dict[str, Any] = field(default_factory=dict)
     cameras: dict[str, CameraCalibration] = field(default_factory=dict)
     arms: list[ArmLayout] = field(default_factory=list)
     action: str = "pose"

@@ -204,7 +204,7 @@ class KeygripPolicy(PreTrainedPolicy):
         unknown = sorted(set(self.config.control) - set(settings) | {"policy", "control_hz"} & set(self.config.control))
         if unknown:
             raise ValueError(f"control has no setting {unknown[0]!r}; it has {', '.join(list(settings)[2:])}")
-        changes = {key: type(settings[key].default)(value) for key, value in self.config.control.items()}
+        changes = {key: _setting_of(settings[key], value) for key, value in self.config.control.items()}
         return RecedingHorizon(policy, self.config.control_hz, **changes)
 
     def _observations(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
@@ -312,6 +312,20 @@ def _load(config: KeygripConfig) -> Any:
         device=str(config.device),
         **config.planning,
     )
+
+
+def _setting_of(setting: dataclasses.Field[Any], value: Any) -> Any:
+    """Return a value of `control` in the type of the controller's setting.
+
+    Raises:
+        ValueError: it is no value of that type.
+    """
+    kind = type(setting.default)
+    if value is None and "None" in str(setting.type):  # switched off, such as grip_below and release_above
+        return None
+    if value is None or (kind is bool and value not in (0, 1)):
+        raise ValueError(f"control.{setting.name}={value!r}: give a value of type {setting.type}")
+    return kind(value)
 
 
 def _quaternion_columns(arm: int) -> list[int]:

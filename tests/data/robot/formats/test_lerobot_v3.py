@@ -605,8 +605,9 @@ def test_an_old_version_and_missing_parts_are_refused(tmp_path, write_dataset):
     write_dataset(tmp_path)
     info = json.loads((tmp_path / "meta/info.json").read_text())
     (tmp_path / "meta/info.json").write_text(json.dumps({**info, "codebase_version": "v1.6"}))
-    with pytest.raises(ValueError, match=r"version v1\.6; versions 2\.0, 2\.1 and 3 are read"):
+    with pytest.raises(ValueError, match=r"version v1\.6; versions 2\.0, 2\.1 and 3 are read\. Versions 1\.x") as error:
         find_demos(tmp_path)
+    assert "convert_dataset_v21_to_v30" not in str(error.value)  # that script takes only 2.1
     (tmp_path / "meta/info.json").write_text(json.dumps(info))
     (tmp_path / "data/chunk-000/file-001.parquet").unlink()
     references = find_demos(tmp_path)

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 from collections import OrderedDict
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,50 @@ from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.formats import raiden
 from keygrip.data.robot.importing import LOCK_FILE, import_demos
 from keygrip.data.robot.schema import DemoError
+from keygrip.robots.inverse_kinematics import pointing_down, solve
+from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
 
 LEFT_FROM_RIGHT = np.eye(4)
 LEFT_FROM_RIGHT[:3, :3] = Rotation.from_euler("z", 25, degrees=True).as_matrix()
-LEFT_FROM_RIGHT[:3, 3] = [0.05, -0.55, 0.01]
+LEFT_FROM_RIGHT[:3, 3] = [0.05, -0.42, 0.01]
 CAMERA_ON_HAND = np.eye(4)
 CAMERA_ON_HAND[:3, 3] = [0.0, 0.06, -0.05]
+RECORDERS_TOOL = np.eye(4)  # I2RT's grasp_site of linear_4310, in the frame of dreamscale-i2rt's
+RECORDERS_TOOL[:3, 3] = [-0.0001, 0.00004, -0.00995]
+TOOL_NOTE = "poses are computed from its joints, because the recorder's tool point is 10 mm from the grasp site"
+LEFT_JOINTS = np.array([0.3, 1.2, 1.1, -1.0, 0.1, -0.4])
+
+
+@pytest.fixture
+def scene(scene):
+    """Return the scene of all formats with a path that YAM arms at both bases reach."""
+    step = np.linspace(0, 1, len(scene.position))
+    position = np.stack([0.24 + 0.05 * step, -0.26 + 0.1 * step, 0.18 - 0.14 * step], axis=1)
+    rotation = np.stack([pointing_down(-0.5 + 0.8 * each, 0.3 * each) for each in step])
+    return replace(scene, position=position, rotation=rotation)
+
+
+def joints_along(scene, base: np.ndarray) -> np.ndarray:
+    """Return the joints [N, 6] of an arm at `base` whose grasp site follows the scene's path."""
+    world = np.stack([pose(*each) for each in zip(scene.position, scene.rotation, strict=True)])
+    return _solved((np.linalg.inv(base) @ world).tobytes())
+
+
+@lru_cache
+def _solved(own_poses: bytes) -> np.ndarray:
+    found, start = [], np.array([0.0, 1.5, 1.5, -1.0, 0.0, 0.0])
+    for own in np.frombuffer(own_poses).reshape(-1, 4, 4):
+        solution = solve(own[:3, 3], own[:3, :3], start, position_tolerance=1e-8, angle_tolerance=1e-8)
+        assert max(solution.position_error, solution.angle_error) < 1e-6
+        start = solution.joints
+        found.append(start)
+    return np.stack(found)
+
+
+def recorded_pose(joints: np.ndarray) -> np.ndarray:
+    """Return the pose of the recorder's tool point in the arm's base, as the converter computes it from joints."""
+    position, quaternion = forward_kinematics(joints)
+    return pose(position, matrix_from_quaternion(quaternion)) @ RECORDERS_TOOL
 
 
 def pose(position: np.ndarray, rotation: np.ndarray) -> np.ndarray:
@@ -42,9 +82,17 @@ def vector(matrix: np.ndarray, gripper: float) -> np.ndarray:
     return np.concatenate([matrix[:3, 3], matrix[:3, :3].flatten(), [gripper]])
 
 
-def write_episode(folder: Path, scene, arms: int = 2, transform_in_rows: bool = True, protocol: int = 4) -> None:
+def write_episode(
+    folder: Path,
+    scene,
+    arms: int = 2,
+    transform_in_rows: bool = True,
+    protocol: int = 4,
+    camera_in_left_base: bool | None = None,
+) -> None:
     """Write an episode as `rd convert` does: float32 arrays, text as 0-d object arrays, metadata that state png and 14
-    values."""
+    values. Poses are those of I2RT's tool point; without the transform, the right wrist camera is in the right base."""
+    camera_in_left_base = transform_in_rows if camera_in_left_base is None else camera_in_left_base
     camera_to_world = np.linalg.inv(scene.world_to_camera).astype(np.float32)
     intrinsics = scene.intrinsics.astype(np.float32)
     intrinsics[:2, 2] -= 0.5  # drivers measure from the centre of the first pixel
@@ -56,32 +104,36 @@ def write_episode(folder: Path, scene, arms: int = 2, transform_in_rows: bool = 
         (folder / "depth" / camera).mkdir(parents=True)
     (folder / "lowdim").mkdir()
     base = LEFT_FROM_RIGHT if arms == 2 else np.eye(4)
+    joints = joints_along(scene, base).astype(np.float32)
+    targets = joints[[*range(1, len(joints)), -1]]
     for i, picture in enumerate(scene.pictures()):
         for camera in cameras:
             Image.fromarray(picture).save(folder / "rgb" / camera / f"{i:010d}.jpg", quality=95, subsampling=0)
             depth = np.full(picture.shape[:2], 700 + i, np.uint16)
             np.savez_compressed(folder / "depth" / camera / f"{i:010d}.npz", depth=depth)
-        world = pose(scene.position[i], scene.rotation[i])
-        own = np.linalg.inv(base) @ world
-        left = pose(np.array([0.3, 0.3, 0.2]), np.eye(3))
-        ahead = pose(scene.position[min(i + 1, len(scene.position) - 1)], scene.rotation[i])
+        own = recorded_pose(joints[i])
         reached = [vector(own, scene.gripper[i])]
-        commanded = [vector(np.linalg.inv(base) @ ahead, scene.gripper[i])]
+        commanded = [vector(recorded_pose(targets[i]), scene.gripper[i])]
+        reached_joints, commanded_joints = [[*joints[i], scene.gripper[i]]], [[*targets[i], scene.gripper[i]]]
         if arms == 2:
+            left = recorded_pose(LEFT_JOINTS)
             reached.insert(0, vector(left, 1.02))  # encoders slightly exceed the end of the stroke
             commanded.insert(0, vector(left, 1.0))
+            reached_joints.insert(0, [*LEFT_JOINTS, 1.02])
+            commanded_joints.insert(0, [*LEFT_JOINTS, 1.0])
         row = {
             "intrinsics": dict.fromkeys(cameras, intrinsics),
             "extrinsics": {"scene_camera": camera_to_world},
-            "joints": np.arange(7 * arms, dtype=np.float32) / 10 + i,
+            "joints": np.concatenate(reached_joints).astype(np.float32),
             "action": np.concatenate(commanded).astype(np.float32),
             "actual_poses": np.concatenate(reached).astype(np.float32),
-            "action_joints": np.zeros(7 * arms, np.float32),
+            "action_joints": np.concatenate(commanded_joints).astype(np.float32),
             "language_task": np.array("pick", dtype=object),
             "language_prompt": np.array("pick up the cube", dtype=object),
         }
         if arms == 2:
-            row["extrinsics"]["right_wrist_camera"] = (base @ own @ CAMERA_ON_HAND).astype(np.float32)
+            stored_base = base if camera_in_left_base else np.eye(4)
+            row["extrinsics"]["right_wrist_camera"] = (stored_base @ own @ CAMERA_ON_HAND).astype(np.float32)
             if transform_in_rows:
                 row["T_left_from_right"] = base.astype(np.float32)
         (folder / "lowdim" / f"{i:010d}.pkl").write_bytes(pickle.dumps(row, protocol=protocol))
@@ -97,10 +149,18 @@ def write_episode(folder: Path, scene, arms: int = 2, transform_in_rows: bool = 
     (folder / "metadata.json").write_text(json.dumps(metadata))
 
 
-def write_calibration(path: Path) -> None:
+def write_calibration(path: Path, left_from_right: np.ndarray = LEFT_FROM_RIGHT) -> None:
     """raiden's name is that of the inverse: `right_base_to_left_base` converts left-base to right-base coordinates."""
-    stored = np.linalg.inv(LEFT_FROM_RIGHT).tolist()
+    stored = np.linalg.inv(left_from_right).tolist()
     path.write_text(json.dumps({"bimanual_transform": {"right_base_to_left_base": stored}}))
+
+
+def check_wrist_camera(demo, scene) -> None:
+    """Assert that the right wrist camera is where it was mounted on the recorder's tool frame."""
+    poses = np.linalg.inv(demo.cameras["right_wrist_camera"].world_to_camera)
+    hand = poses @ np.linalg.inv(RECORDERS_TOOL @ CAMERA_ON_HAND)
+    np.testing.assert_allclose(hand[:, :3, 3], scene.position, atol=2e-5)
+    np.testing.assert_allclose(hand[:, :3, :3], scene.rotation, atol=2e-5)
 
 
 def test_notes_of_macos_are_no_episodes_and_no_rows(tmp_path, scene):
@@ -120,20 +180,80 @@ def test_two_arms_are_read_into_the_left_base(tmp_path, scene, check_geometry, p
     demo = reference.read()
     check_geometry(demo, "scene_camera", "right")
     right = demo.arms["right"]
-    np.testing.assert_allclose(right.position, scene.position, atol=1e-6)
+    np.testing.assert_allclose(right.position, scene.position, atol=1e-6)  # not of the recorder's tool point
     matrices = Rotation.from_quat(right.quaternion, scalar_first=True).as_matrix()
     np.testing.assert_allclose(matrices, scene.rotation, atol=1e-6)
     np.testing.assert_allclose(right.gripper, scene.gripper, atol=1e-6)
     np.testing.assert_allclose(right.commanded.position[:-1], scene.position[1:], atol=1e-6)
-    np.testing.assert_allclose(right.joints[2], np.arange(7, 13) / 10 + 2, atol=1e-6)
+    np.testing.assert_allclose(right.joints, joints_along(scene, LEFT_FROM_RIGHT), atol=1e-6)
+    np.testing.assert_allclose(demo.arms["left"].position[3], forward_kinematics(LEFT_JOINTS)[0], atol=1e-6)
     assert demo.arms["left"].gripper.max() == 1.0
     assert (demo.robot, demo.task, demo.instruction, demo.fps) == ("yam_bimanual", "pick", "pick up the cube", 30.0)
     assert demo.timestamps[0] == 1_700_000_000_000_000_000
     assert demo.cameras["scene_camera"].depth.read(3)[0, 0] == 703
-    moving = demo.cameras["right_wrist_camera"].world_to_camera
-    hand = np.linalg.inv(moving[4]) @ np.linalg.inv(CAMERA_ON_HAND)
-    np.testing.assert_allclose(hand[:3, 3], scene.position[4], atol=1e-5)
-    assert demo.source["notes"] == []
+    check_wrist_camera(demo, scene)
+    assert demo.source["models"] == {"left": ["yam", "linear_4310"], "right": ["yam", "linear_4310"]}
+    assert demo.source["notes"] == [f"arm {arm}: {TOOL_NOTE} by which runs command an arm" for arm in ("left", "right")]
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        (
+            "joints",
+            lambda values: values + [0, 0, 0, 0.4, 0, 0, 0],
+            "right and joints: the poses do not belong.*by which robot model the recorder computed the poses$",
+        ),
+        ("action_joints", np.zeros_like, "action of arm right and action_joints: the poses do not belong"),
+        ("joints", lambda values: values + [0, 0, 0, 0, 0, 0.1, 0], "turns by 6 degrees"),
+        ("joints", lambda values: values * [1, np.nan, 1, 1, 1, 1, 1], "hold NaN"),
+    ],
+    ids=["another zero", "no commands", "a turned tool", "NaN"],
+)
+def test_joints_that_do_not_belong_to_the_poses_are_refused(tmp_path, scene, key, change, message):
+    write_episode(tmp_path / "0000", scene, arms=1)
+    edit(tmp_path / "0000", lambda row: row.update({key: change(row[key]).astype(np.float32)}), every=True)
+    with pytest.raises(DemoError, match=message):
+        find_demos(tmp_path)[0].read()
+
+
+@pytest.mark.parametrize(("distance", "is_read"), [(0.0, True), (-0.044, True), (-0.135, False)])
+def test_tool_points_up_to_some_centimetres_away_are_replaced(tmp_path, scene, distance, is_read):
+    write_episode(tmp_path / "0000", scene, arms=1)
+
+    def moved(row: dict) -> None:
+        for key in ("actual_poses", "action"):
+            approach = row[key][[5, 8, 11]]  # the last column of a row-major rotation
+            row[key][:3] += (distance - RECORDERS_TOOL[2, 3]).astype(np.float32) * approach
+
+    for path in sorted((tmp_path / "0000" / "lowdim").glob("*.pkl")):
+        row = pickle.loads(path.read_bytes())
+        moved(row)
+        path.write_bytes(pickle.dumps(row))
+    if not is_read:
+        with pytest.raises(DemoError, match=r"tool point is 135 mm away, varies by 0 mm and turns by 0 degrees"):
+            find_demos(tmp_path)[0].read()
+        return
+    demo = find_demos(tmp_path)[0].read()
+    np.testing.assert_allclose(demo.arms["right"].position, scene.position, atol=1e-6)
+    assert [note for note in demo.source["notes"] if "44 mm" in note] == demo.source["notes"]
+    assert len(demo.source["notes"]) == (distance != 0)
+
+
+@pytest.mark.parametrize("key", ["joints", "action_joints"])
+def test_without_joints_the_recorders_tool_point_is_kept_with_a_warning(tmp_path, scene, caplog, key):
+    for number in range(2):
+        write_episode(tmp_path / "pick" / f"{number:04d}", scene, arms=1)
+        edit(tmp_path / "pick" / f"{number:04d}", lambda row: row.pop(key, None), every=True)
+    demos = [reference.read() for reference in find_demos(tmp_path)]
+    moved = scene.position + scene.rotation @ RECORDERS_TOOL[:3, 3]
+    for demo in demos:
+        np.testing.assert_allclose(demo.arms["right"].position, moved, atol=1e-6)
+        np.testing.assert_allclose(demo.arms["right"].commanded.position[:-1], moved[1:], atol=1e-6)
+        assert demo.source["notes"] == [f"the lowdim files have no {key}: poses stay at the recorder's tool point"]
+        assert "models" not in demo.source
+    (warning,) = [record.getMessage() for record in caplog.records if "tool point" in record.getMessage()]
+    assert warning.startswith(f"{tmp_path / 'pick'}: the lowdim files have no {key}")
 
 
 @pytest.mark.parametrize("place", ["episode", "task", "argument"])
@@ -148,7 +268,52 @@ def test_the_bases_come_from_the_calibration_file_where_the_rows_lack_them(tmp_p
     (reference,) = find_demos(tmp_path, calibration=path if place == "argument" else None)
     demo = reference.read()
     check_geometry(demo, "scene_camera", "right")
-    assert demo.source["notes"] == []
+    check_wrist_camera(demo, scene)
+    assert demo.source["notes"][0].startswith("right_wrist_camera is moved with its arm from the right arm's base")
+    assert all(TOOL_NOTE in note for note in demo.source["notes"][1:])
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_the_wrist_camera_moves_with_its_arm_where_a_calibration_is_named(tmp_path, scene, newer):
+    """The rows hold the transform of their conversion; the named file may be of a later calibration."""
+    write_episode(tmp_path / "pick" / "0000", scene)
+    path = tmp_path / "elsewhere.json"
+    transform = LEFT_FROM_RIGHT.copy()
+    if newer:
+        transform[:3, 3] += [0.03, -0.02, 0.01]
+    write_calibration(path, transform)
+    demo = find_demos(tmp_path, calibration=path)[0].read()
+    moved = transform @ np.linalg.inv(LEFT_FROM_RIGHT)
+    expected = replace(
+        scene,
+        position=scene.position @ moved[:3, :3].T + moved[:3, 3],
+        rotation=moved[:3, :3] @ scene.rotation,
+    )
+    np.testing.assert_allclose(demo.arms["right"].position, expected.position, atol=1e-6)
+    check_wrist_camera(demo, expected)
+    assert any("the named calibration" in note for note in demo.source["notes"]) == newer
+
+
+def test_a_wrist_camera_that_is_already_in_the_left_base_stays_there(tmp_path, scene):
+    write_episode(tmp_path / "pick" / "0000", scene, transform_in_rows=False, camera_in_left_base=True)
+    write_calibration(tmp_path / "pick" / "calibration_results.json")
+    demo = find_demos(tmp_path)[0].read()
+    check_wrist_camera(demo, scene)
+    assert all(TOOL_NOTE in note for note in demo.source["notes"])
+
+
+def test_an_uncalibrated_wrist_camera_is_not_moved(tmp_path, scene):
+    write_episode(tmp_path / "pick" / "0000", scene, transform_in_rows=False)
+    write_calibration(tmp_path / "pick" / "calibration_results.json")
+    edit(
+        tmp_path / "pick" / "0000",
+        lambda row: row["extrinsics"].update(right_wrist_camera=np.eye(4, dtype=np.float32)),
+        every=True,
+    )
+    (reference,) = find_demos(tmp_path)
+    demo = reference.read(uncalibrated=True)
+    assert "its pose is the identity" in demo.cameras["right_wrist_camera"].uncalibrated
+    assert not any("moved" in note for note in demo.source["notes"])
 
 
 def test_a_calibration_of_bases_and_corrections_brings_both(tmp_path, scene, check_geometry):
@@ -189,7 +354,7 @@ def test_a_calibration_file_without_effect_is_refused(tmp_path, scene, calibrati
 
 
 def test_a_transform_of_the_other_direction_is_noticed_by_the_wrist_camera(tmp_path, scene, check_geometry):
-    write_episode(tmp_path / "pick" / "0000", scene, transform_in_rows=False)
+    write_episode(tmp_path / "pick" / "0000", scene, transform_in_rows=False, camera_in_left_base=True)
     stored = {"bimanual_transform": {"right_base_to_left_base": LEFT_FROM_RIGHT.tolist()}}
     (tmp_path / "pick" / "calibration_results.json").write_text(json.dumps(stored))
     demo = find_demos(tmp_path)[0].read()
@@ -454,7 +619,7 @@ def test_a_camera_without_a_pose_is_left_out_and_the_others_are_read(tmp_path, s
     demo = reference.read()
     check_geometry(demo, "scene_camera", "right")
     assert list(demo.cameras) == ["scene_camera"]
-    (note,) = demo.source["notes"]
+    (note,) = [note for note in demo.source["notes"] if TOOL_NOTE not in note]
     assert note.startswith(
         "camera right_wrist_camera is left out: its extrinsics are absent, NaN or zero in all frames"
     )
