@@ -340,12 +340,12 @@ class CorrectionRecorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.corrected or len(self._writer) < 2:
-            self._writer.discard()
-        else:
-            self._state_reached_rate()
         if isinstance(error, KeyboardInterrupt | Interrupted):
             kind = error = trace = None
+        if not self.corrected or len(self._writer) < 2:
+            self._writer.discard()
+        elif error is None:  # after other errors nothing is stored
+            self._state_reached_rate()
         self._writer.__exit__(kind, error, trace)
 
     def add(self, observation: Mapping[str, Any], command: np.ndarray, corrected: bool, now: float) -> None:

@@ -56,14 +56,14 @@ def test_options_of_the_task_are_taken_by_name(plus: str) -> None:
         (["env=gymnasium", "env.task.id=A-v0", "processes=-1"], "processes=-1: give at least 1"),
         (["env=metaworld", "processes=0"], "processes=0: give at least 1"),
         (["env=gymnasium", "env.task.id=A-v0", "recoveries=0.1"], "recoveries is no setting"),
-        (["env=yam", "+env.task.name=pick"], r"env\.task is for evaluations: for a recording set task"),
+        (["env=yam", "env.task.name=pick"], r"env\.task is for evaluations: for a recording set task"),
         (["env=metaworld", "+env.task.shadows=true"], r"for a recording set tasks, cameras and shadows"),
         (
             ["env=yam_handover", "task.random_start=false"],
             r"task is no setting of .* env=yam_handover: give env\.task, e\.g\. env\.task\.random_start=false",
         ),
         (
-            ["env=yam_handover", f"task._target_={HANDOVER}", "task.name=handover", "+env.task.camera=front"],
+            ["env=yam_handover", f"task._target_={HANDOVER}", "task.name=handover", "env.task.camera=front"],
             r"task and env\.task hold different tasks of env=yam_handover: give env\.task alone",
         ),
         (["env=yam", "shadows=true"], "shadows is no setting of the recordings of env=yam"),
@@ -122,7 +122,7 @@ def test_a_task_that_no_recorder_records_is_refused(
     ("settings", "recorded"),
     [
         ([], HandoverTask()),
-        (["+env.task.random_start=false", "+env.task.camera=front"], HandoverTask(camera="front", random_start=False)),
+        (["env.task.random_start=false", "env.task.camera=front"], HandoverTask(camera="front", random_start=False)),
         ([f"task._target_={HANDOVER}", "task.name=handover", "task.shadows=true"], HandoverTask(shadows=True)),
     ],
 )

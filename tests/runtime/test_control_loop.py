@@ -911,8 +911,17 @@ def test_a_recording_of_a_slow_loop_states_the_rate_that_was_reached(
         def wait_until(self, moment: float) -> None:
             self.ticks += 1
 
-    with CorrectionRecorder(tmp_path / "demo", "yam", "t", "do it", ["right"], ["over"], 10.0) as recorder:
-        loop_of(Clockwork(), Late(), takeover=Script(), recorder=recorder).run(3.0)
+    def record(name: str, error: Exception | None = None) -> None:
+        with CorrectionRecorder(tmp_path / name, "yam", "t", "do it", ["right"], ["over"], 10.0) as recorder:
+            loop_of(Clockwork(), Late(), takeover=Script(), recorder=recorder).run(3.0)
+            if error is not None:
+                raise error
+
+    with pytest.raises(OSError, match="disk"):
+        record("broken", OSError("disk"))
+    assert not (tmp_path / "broken").exists()
+    assert "were recorded" not in caplog.text
+    record("demo")
     reference = read_native(tmp_path / "demo", "demo")
     assert len(reference) > 15
     assert reference.fps == pytest.approx(fps, rel=1e-3)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from keygrip.hub_network import cache_only_without_network, unreachable
 from keygrip.models.language.tokenizer_files import (
@@ -205,10 +206,18 @@ class ForeignCodeError(ValueError):
 
 @contextmanager
 def foreign_code_errors(source: str) -> Iterator[None]:
-    """Convert to a ForeignCodeError: the error of transformers under trust_remote_code=False, and the error of PyTorch
-    for a weights file that holds more than tensors."""
+    """Convert errors of transformers to errors that name the source.
+
+    Raises:
+        ForeignCodeError: `trust_remote_code=False` refused it, or a weights file of PyTorch's holds more than tensors.
+        ValueError: a safetensors file is cut off or damaged.
+    """
     try:
         yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{source} has weights that cannot be read as safetensors ({error}): copy them again"
+        ) from error
     except pickle.UnpicklingError as error:
         raise ForeignCodeError(
             f"{source} has weights in a file of PyTorch's that is damaged, or holds more than tensors, which keygrip "
