@@ -325,7 +325,7 @@ def test_clip_is_read_from_pytorchs_own_file_too(tmp_path: Path) -> None:
     expected = known_encoder("clip", tmp_path, "")[0](images), ClipSimilarity(tmp_path)(images, captions)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="weights that cannot be read as safetensors .*: copy them again"):
+    with pytest.raises(ValueError, match=r"weights that cannot be read as safetensors .*: copy them again"):
         ClipSimilarity(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     file, hashes = tmp_path / "pytorch_model.bin", set()

@@ -334,10 +334,9 @@ def _read_camera(
     intrinsics[:, :2, 2] += 0.5  # drivers count from the first pixel's centre, we from its corner
     if (intrinsics == intrinsics[0]).all():
         intrinsics = CameraTrack.broadcast(intrinsics[0], len(rows))
-    world_to_camera, uncalibrated = invert(extrinsics if to_left is None else to_left @ extrinsics), ""
+    uncalibrated = f"its pose is the identity: {NOT_CALIBRATED}" if (extrinsics == np.eye(4)).all() else ""
+    world_to_camera = invert(extrinsics if to_left is None or uncalibrated else to_left @ extrinsics)
     if (extrinsics == extrinsics[0]).all():
-        if (extrinsics[0] == np.eye(4)).all():
-            uncalibrated = f"its pose is the identity: {NOT_CALIBRATED}"
         world_to_camera = CameraTrack.broadcast(world_to_camera[0], len(rows))
     return CameraTrack(width, height, intrinsics, world_to_camera, frames, depth, uncalibrated)
 

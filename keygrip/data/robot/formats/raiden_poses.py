@@ -156,7 +156,8 @@ def find_bases(
         correction = left_from_right @ invert(_with_direction(rows, values, stored, []))
         if np.abs(correction - np.eye(4)).max() < SAME_BASE_M:
             return left_from_right, None
-        notes.append(f"the right arm and {camera} are moved to where the named calibration has the right arm's base")
+        moved = f"the right arm and {camera} are" if _is_calibrated(rows, camera) else "the right arm is"
+        notes.append(f"{moved} moved to where the named calibration has the right arm's base")
         return left_from_right, correction
     spread = _wrist_spread(rows, values, np.eye(4))
     in_left = [_wrist_spread(rows, values, each) for each in (candidate, invert(candidate))]

@@ -312,7 +312,9 @@ def test_an_uncalibrated_wrist_camera_is_not_moved(tmp_path, scene):
     )
     (reference,) = find_demos(tmp_path)
     demo = reference.read(uncalibrated=True)
-    assert "its pose is the identity" in demo.cameras["right_wrist_camera"].uncalibrated
+    camera = demo.cameras["right_wrist_camera"]
+    assert "its pose is the identity" in camera.uncalibrated
+    assert (camera.world_to_camera == np.eye(4)).all()
     assert not any("moved" in note for note in demo.source["notes"])
 
 
