@@ -221,7 +221,7 @@ def robot_videos(
         _refuse_settings_of_demonstrations({**given, "calibration": calibration})
         return make_tours(root, {**(simulated or {}), "videos_per_shard": videos_per_shard, "processes": processes})
     _refuse_settings_of_tours(simulated or {}, image_size, source)
-    references = find_demos(source, format, calibration)
+    references = find_demos(source, format, calibration, "source=PATH")
     train, val = split_demos([reference.name for reference in references], val_fraction, 0)
     report: dict[str, Any] = {"root": str(root), "wall_s": 0.0, "failed": 0}
     maker = DemoMaker(camera, image_size, fit, max_frames)

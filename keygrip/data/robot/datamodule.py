@@ -280,9 +280,10 @@ class RobotDemos(ResumableData):
             refuse_flat(demos, self.cameras)
         self.demos = demos
         self.train_indices, self.val_indices = split_demos([d.name for d in demos], self.val_fraction, self.split_seed)
+        folders = ", ".join(str(root.folder) for root in self.roots)
         log.info(
             "%s: %d demos, %d frames; %d for training, %d for validation",
-            self.root,
+            folders,
             len(demos),
             sum(len(demo) for demo in demos),
             len(self.train_indices),
@@ -299,7 +300,7 @@ class RobotDemos(ResumableData):
         if self.fit_to_workspace:
             self.geometry = fit_to_workspace(self.train_demos, self.cameras, self.arms, self.geometry)
         report_outliers(self.demos, self.arms, self.targets)
-        report_off_screen(self.off_screen_shares(), self.max_off_screen_share, self.camera, len(demos), self.root)
+        report_off_screen(self.off_screen_shares(), self.max_off_screen_share, self.camera, len(demos), folders)
         if "controller" not in self.extra_targets:  # the controller's inputs are recorded commands
             report_wide_targets(self.demos, self.arms, self.gripper_targets or self.targets)
         report_views(self.demos, self.cameras, self.geometry)

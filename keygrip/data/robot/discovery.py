@@ -26,7 +26,9 @@ FOREIGN_FORMATS: dict[str, ModuleType] = {
 FORMATS = ("native", *FOREIGN_FORMATS)
 
 
-def find_demos(root: Path | str, format: str = "auto", calibration: Path | str | None = None) -> list[DemoReference]:
+def find_demos(
+    root: Path | str, format: str = "auto", calibration: Path | str | None = None, named_by: str | None = None
+) -> list[DemoReference]:
     """Return the demos under `root`, sorted by name.
 
     Args:
@@ -34,29 +36,31 @@ def find_demos(root: Path | str, format: str = "auto", calibration: Path | str |
         format: one of `FORMATS`, or "auto": the format whose files the folder holds.
         calibration: calibration file. Some foreign formats need it (cameras, base poses); for any format it may hold
             corrections from `prepare step=calibrate`. Native demos contain their own cameras.
+        named_by: the setting that names the folder, for errors; None: `data.root`.
 
     Raises:
         FileNotFoundError: the folder is missing or empty, or holds no demo.
         ValueError: unknown format, no format or several recognised, calibration given for native demos.
     """
     root = Path(root)
-    refuse_no_folder(root)
+    named_by = named_by or setting("root")
+    refuse_no_folder(root, named_by)
     if not any(root.iterdir()):
-        raise FileNotFoundError(
-            f"data folder {root} is empty; record demos into it or name another with {setting('root')}"
-        )
+        raise FileNotFoundError(f"data folder {root} is empty; record demos into it or name another with {named_by}")
     if format not in ("auto", *FORMATS):
         raise ValueError(f"unknown data format {format!r}; known are {', '.join(FORMATS)} and auto")
     with _report_broken_folder(root):
         return _find_references(root, format, calibration)
 
 
-def refuse_no_folder(root: Path) -> None:
-    """Raise FileNotFoundError if there is no folder of that name."""
+def refuse_no_folder(root: Path, named_by: str | None = None) -> None:
+    """Raise FileNotFoundError if there is no folder of that name. The error shows the setting `named_by`."""
+    named_by = named_by or setting("root")
     if not root.exists():
-        raise FileNotFoundError(f"data folder {root} does not exist; name a folder of demos with {setting('root')}")
+        raise FileNotFoundError(f"data folder {root} does not exist; name a folder of demos with {named_by}")
     if not root.is_dir():
-        raise FileNotFoundError(f"data folder {root} is a file; name a folder of demos with {setting('root')}")
+        which = "the folder that it is in" if root.suffix in (".hdf5", ".h5") else "a folder of demos"
+        raise FileNotFoundError(f"data folder {root} is a file; name {which} with {named_by}")
 
 
 def refuse_no_selection(cameras: Sequence[str] | None, **counts: int | None) -> None:

@@ -86,7 +86,7 @@ def import_demos(
             f"{destination} holds a recording ({RECORDING_FILE}), which is never mixed with other demos: import into "
             "another folder"
         )
-    references = find_demos(source, format, calibration)[:max_demos]
+    references = find_demos(source, format, calibration, "source=PATH")[:max_demos]
     written, skipped = 0, 0
     broken: list[tuple[str, str]] = []
     notes: dict[str, None] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -271,11 +270,11 @@ def off_screen_shares(
     return shares
 
 
-def report_off_screen(shares: Mapping[str, float], limit: float, camera: str, count: int, root: Path) -> None:
+def report_off_screen(shares: Mapping[str, float], limit: float, camera: str, count: int, folders: str) -> None:
     """Warn about demos with a larger share of steps than `limit` outside the image.
 
     Args:
-        shares: from `off_screen_shares`. camera, count, root: for messages; `count` is the number of all demos.
+        shares: from `off_screen_shares`. camera, count, folders: for messages; `count` is the number of all demos.
 
     Raises:
         ValueError: the arm is outside in all demos.
@@ -286,7 +285,7 @@ def report_off_screen(shares: Mapping[str, float], limit: float, camera: str, co
     worst = sorted(outside, key=lambda name: -outside[name])
     if len(outside) == count and min(outside.values()) > 0.95:
         raise ValueError(
-            f"the arm is outside of camera {camera}'s image in all {count} demos of {root}: "
+            f"the arm is outside of camera {camera}'s image in all {count} demos of {folders}: "
             "the calibration does not belong to these images (python -m keygrip.prepare step=doctor says more), or "
             "data.camera names the wrong one"
         )

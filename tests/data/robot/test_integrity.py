@@ -297,6 +297,18 @@ def test_an_import_of_nothing_is_refused(
     assert not (tmp_path / "imported").exists()
 
 
+def test_a_wrong_source_of_an_import_is_named_as_its_source(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cube_demo.hdf5").touch()
+    for name, said in (
+        ("none", "does not exist; name a folder of demos with source=PATH"),
+        ("empty", "is empty; record demos into it or name another with source=PATH"),
+        ("cube_demo.hdf5", "is a file; name the folder that it is in with source=PATH"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"{said}$"):
+            import_demos(tmp_path / name, tmp_path / "imported")
+
+
 def test_nothing_is_imported_into_a_recording(native_root: Path, tmp_path: Path) -> None:
     destination = tmp_path / "recorded"
     destination.mkdir()

@@ -245,10 +245,12 @@ def test_robots_that_a_model_could_keep_apart_and_does_not_are_told(
     may_keep_apart: bool,
     told: bool,
 ) -> None:
+    caplog.set_level("INFO")
     data = robot_demos(roots)
     data.configure_for(SimpleNamespace(embodiments=embodiments, may_keep_apart=may_keep_apart))
     ready(data)
     assert ("model.actions.embodiments=[panda,yam]" in caplog.text) == told
+    assert f"{roots[0]}, {roots[1]}: {len(data.demos)} demos, " in caplog.text
     caplog.clear()
     one = robot_demos(roots[:1])
     one.configure_for(SimpleNamespace(embodiments=(), may_keep_apart=True))
