@@ -432,10 +432,18 @@ def group_options(group: str, overrides: Sequence[str] = ()) -> list[str]:
 
 
 def as_list(overrides: Sequence[str]) -> list[str]:
-    """Return overrides as a list; reject a single string, which would be read as a list of letters."""
+    """Return overrides as a list; reject a single string, which would be read as a list of letters, and other items.
+
+    Raises:
+        ValueError: the message contains an example of a list.
+    """
     if isinstance(overrides, str):
         raise ValueError(f"overrides are a list of settings, e.g. [{overrides!r}]")
-    return list(overrides)
+    given = list(overrides)
+    for each in given:
+        if not isinstance(each, str):
+            raise ValueError(f"overrides are a list of settings, e.g. ['max_steps=2'], and {each!r} is no text")
+    return given
 
 
 register("train_schema", TrainSchema, open_root=True)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from keygrip.config import (
     SettingError,
-    compose,
+    compose_with_choices,
     config_folders,
     first_job,
     group_options,
@@ -147,8 +147,12 @@ def _describe_unknown_key(key: str, config_name: str, overrides: Sequence[str]) 
     given = next((o for o in overrides if o.partition("=")[0] == full and "={" in o), None)
     if full in valid_keys and given is not None:
         return f"{given} gives {full} keys that it does not have: each is added with +{full}.KEY=VALUE"
-    close_key = nearest(full, [each for each in valid_keys if not each.endswith("._target_")])
-    hint = f"the nearest is {close_key!r}" if close_key else "see all with `--cfg job`"
+    candidates = [each for each in valid_keys if not each.endswith("._target_")]
+    if "." not in full:  # a group of which nothing is chosen has no key
+        candidates += known_groups(config_name, other_overrides)
+    close_key = nearest(full, candidates)
+    listing = "--cfg job" if "." in full else "--help"  # the composed config lists no group of which nothing is chosen
+    hint = f"the nearest is {close_key!r}" if close_key else f"see all with `{listing}`"
     part = full.rpartition(".")[0]
     if part.startswith("logger.") and f"{part}._target_" in valid_keys:  # keygrip's own classes accept no others
         hint += f"; a further argument of its class is added with +{full}=VALUE"
@@ -176,16 +180,30 @@ def _describe_missing_config(name: str) -> str:
 def known_keys(config_name: str, overrides: Sequence[str] = ()) -> list[str]:
     """Return all dotted keys of a composed config, of a sweep's first job.
 
+    There are none if the config cannot be composed.
+    """
+    keys: list[str] = []
+    _collect_keys(_composed(config_name, overrides)[0], "", keys)
+    return keys
+
+
+def known_groups(config_name: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Return the groups of a composed config, as `known_keys`, including those of which nothing is chosen."""
+    groups = _composed(config_name, overrides)[1]
+    return [group for group in groups if not group.startswith("hydra") and "@" not in group]
+
+
+def _composed(config_name: str, overrides: Sequence[str]) -> tuple[object, list[str]]:
+    """Return the config and the groups of a sweep's first job.
+
     If the overrides contain a further mistake, only the options that they choose of groups are applied, since these
-    decide which settings there are. If these cannot be composed either, there are no keys.
+    decide which settings there are. If these cannot be composed either, both are empty.
     """
     for select in (list, _choices_of_groups):
         with contextlib.suppress(Exception):
-            keys: list[str] = []
-            config = compose(config_name, select(first_job(overrides)))
-            _collect_keys(OmegaConf.to_container(config, resolve=False), "", keys)
-            return keys
-    return []
+            config, choices = compose_with_choices(config_name, select(first_job(overrides)))
+            return OmegaConf.to_container(config, resolve=False), list(choices)
+    return {}, []
 
 
 def _collect_keys(node: object, prefix: str, keys: list[str]) -> None:

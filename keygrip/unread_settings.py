@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.config import SettingError, config_folder, leaves_of, references_in
+from keygrip.nearest_setting import nearest
 
 
 def refuse_unread(cfg: DictConfig, schema: type) -> None:
@@ -18,7 +19,8 @@ def refuse_unread(cfg: DictConfig, schema: type) -> None:
         cfg: composed and unresolved.
 
     Raises:
-        SettingError: there is such a setting; the message names the first one.
+        SettingError: there is such a setting; the message names the first one, and the models that have it or the
+            nearest setting that is read.
     """
     root_names = {setting.name for setting in fields(schema)}
     leaves = list(leaves_of(OmegaConf.to_container(cfg, resolve=False), ()))
@@ -32,11 +34,16 @@ def refuse_unread(cfg: DictConfig, schema: type) -> None:
             break
         used_paths |= references
     if left:
-        key = ".".join(left[0][0])
-        raise SettingError(
-            f"nothing in this run reads {key!r}: leave it out, or choose a model that has it"
-            + (f" ({with_group(left[0][0][0])})" if models_with(left[0][0][0]) else "")
-        )
+        unread, group = left[0][0], left[0][0][0]
+        key = ".".join(unread)
+        if models_with(group):
+            hint = f", or choose a model that has it ({with_group(group)})"
+        else:
+            unread_paths = {path for path, _ in left}
+            read = {".".join(path) for path, _ in leaves if path not in unread_paths}
+            near = nearest(key, root_names | read)
+            hint = f"; the nearest setting that is read is {near!r}" if near else ""
+        raise SettingError(f"nothing in this run reads {key!r}: leave it out{hint}")
 
 
 def models_with(group: str) -> list[str]:

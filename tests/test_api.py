@@ -169,6 +169,9 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         keygrip.evaluate(tmp_path / "it's, [not] there")
     with pytest.raises(ValueError, match="overrides are a list"):
         keygrip.train("model=volume_query")
+    for given in ([2], ["max_steps=2", None]):
+        with pytest.raises(ValueError, match=rf"overrides are a list of settings, .* {given[-1]!r} is no text"):
+            keygrip.train(given)  # type: ignore[arg-type]
 
 
 def test_a_process_that_imports_its_parents_script_trains_nothing(

@@ -59,6 +59,22 @@ def test_a_value_below_a_partly_read_group_is_refused() -> None:
         refuse_unread(cfg, TrainSchema)
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("max_stepz", "; the nearest setting that is read is 'max_steps'"),
+        ("optmizer.lr", "; the nearest setting that is read is 'optimizer.lr'"),
+        ("qqqqqqqq", ""),
+    ],
+)
+def test_a_setting_of_no_model_is_refused_with_the_nearest_that_is_read(key: str, hint: str) -> None:
+    cfg = composed("train", [])
+    with open_dict(cfg):
+        OmegaConf.update(cfg, key, 3)
+    with pytest.raises(SettingError, match=rf"^nothing in this run reads '{key}': leave it out{hint}$"):
+        refuse_unread(cfg, TrainSchema)
+
+
 def test_a_group_that_a_run_can_do_without_is_left_out_by_null() -> None:
     run = ["data=yam", "model=volume_query_language", "closed_loop=yam", "window=libero"]
     assert compose("train", run).model.network.instruction is not None

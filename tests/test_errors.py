@@ -39,7 +39,22 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["optimizer.weight_deacy=3"], 2, r"'optimizer.weight_deacy' .* nearest is 'optimizer.weight_decay'"),
         (["weight_deacy=3"], 2, r"no setting 'weight_deacy' .* nearest is 'optimizer.weight_decay'"),
         (["+max_stepz=3"], 2, r"no setting 'max_stepz' .* nearest is 'max_steps'"),
-        (["qqqqqqqq=3"], 2, r"no setting 'qqqqqqqq' in train.yaml: see all with `--cfg job`"),
+        (["qqqqqqqq=3"], 2, r"no setting 'qqqqqqqq' in train.yaml: see all with `--help`"),
+        (
+            ["callbacks.qqqqqqqq=3"],
+            2,
+            r"no setting 'callbacks.qqqqqqqq' in train.yaml: see all with `--cfg job`",
+        ),
+        # Groups of which nothing is chosen.
+        (["expriment=demo"], 2, r"no setting 'expriment' in train.yaml: the nearest is 'experiment'$"),
+        (["ablaton=volume_query/none"], 2, r"no setting 'ablaton' in train.yaml: the nearest is 'ablation'$"),
+        (["closed_lop=yam"], 2, r"no setting 'closed_lop' in train.yaml: the nearest is 'closed_loop'$"),
+        # Only groups that the chosen model has.
+        (
+            ["model=foveated_vlm", "data=robot_tours", "closed_lop=yam"],
+            2,
+            r"no setting 'closed_lop' in train.yaml: see all with `--help`$",
+        ),
         (["optimizer=adam"], 2, r"no option 'adam' .* nearest is optimizer=adamw; options are adamw, muon"),
         (["optimizer.learning_rate=1"], 2, r"nearest is 'optimizer.lr'"),
         (["backbone=dinov3_smal"], 2, r"nearest is backbone=dinov3_small.*; options are dinov2_base, .*tiny"),

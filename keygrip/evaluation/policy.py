@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from keygrip.config import config_folder
+from keygrip.config import SettingError, config_folder
 from keygrip.data.robot.frame_rates import refuse_other_steps
 from keygrip.data.robot.roots import refuse_renamed
 from keygrip.evaluation.closed_loop import EPISODES_FILE, ClosedLoop
@@ -194,6 +194,8 @@ def _select_conditions(cfg: DictConfig, env: EnvironmentSettings, task: Any) -> 
     own = _suites_with_own_conditions(cfg)
     if not cfg.suites:
         raise ValueError(f"suites=[]: name at least one of {', '.join(cfg.conditions)}, or give simulate=false")
+    if isinstance(cfg.suites, str):  # it would be read as a list of letters
+        raise SettingError(f"suites={cfg.suites} is one text: give a list, suites=[{cfg.suites}]")
     for suite in cfg.suites:
         if suite not in cfg.conditions:
             raise ValueError(f"there is no suite {suite!r}: suites are {', '.join(cfg.conditions)}")

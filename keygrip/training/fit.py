@@ -15,7 +15,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -124,6 +124,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         trainer = _build_trainer(cfg, folder, arguments, callbacks, loggers, resumed=resume is not None)
         _warn_of_default_backbone(cfg)
+        _warn_of_missing_checkpoint(configured_callbacks)
         _log_start(cfg, module, resume, resumed_step)
         if resume is not None and hasattr(datamodule, "begin_from"):
             state = read_checkpoint(resume, mapped=True).get(type(datamodule).__qualname__)  # Lightning's key
@@ -291,7 +292,8 @@ def _build_trainer(
         plugins=[AtomicCheckpointIO(), *environment],
         default_root_dir=str(folder),
         enable_model_summary=False,
-        enable_checkpointing=True,
+        # Lightning would add a callback of its own where the configuration has none
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
 
 
@@ -390,6 +392,15 @@ def _warn_of_default_backbone(cfg: DictConfig) -> None:
             "backbone=tiny starts from random weights at %d px: enough for the simulator, poor on a real robot's "
             "images; the recipe for those is experiment=yam_dinov3 (DINOv3 ViT-S/16+, 448 px, pretrained)",
             backbone.image_size,
+        )
+
+
+def _warn_of_missing_checkpoint(configured: Sequence[Callback]) -> None:
+    """Log a warning if no callback of the configuration saves checkpoints."""
+    if not any(isinstance(callback, Checkpoint) for callback in configured):
+        log.warning(
+            "callbacks.checkpoint is left out: without %s this run cannot be resumed, evaluated or exported",
+            run_folder.CHECKPOINT,
         )
 
 

@@ -107,6 +107,8 @@ def test_default_conditions_that_a_task_cannot_do_are_left_out_and_said(
         (["processes=0"], "processes=0: it must be at least 1"),
         (["videos=-1"], "videos=-1: it must be at least 0"),
         (["suites=[]"], "suites=[]: name at least one of in_distribution, position, "),
+        (["suites=views"], "suites=views is one text: give a list, suites=[views]"),
+        (["suites='position,views'"], "suites=position,views is one text: give a list, suites=[position,views]"),
         (["suites=[nowhere]"], "there is no suite 'nowhere': suites are in_distribution, "),
         (["control.ensemble=no"], "RecedingHorizon.ensemble='no': must be true or false"),
         (["control.ensemble_decay=1"], "control.ensemble_decay has no effect without control.ensemble=true"),

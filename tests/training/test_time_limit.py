@@ -157,9 +157,18 @@ def test_the_time_ends_with_a_step_and_a_longer_run_goes_on_as_if_it_had_not(
         assert torch.equal(value, two[name]), name
 
 
-def test_a_run_that_saves_nothing_names_no_checkpoint(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
-    train.run(compose("train", toy_overrides("run", "callbacks.checkpoint=null")))
+@pytest.mark.parametrize("left_out", ["callbacks.checkpoint=null", "~callbacks.checkpoint"])
+def test_a_run_that_saves_nothing_names_no_checkpoint_and_warns(
+    left_out: str, toy_overrides: Callable[..., list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    warning = "callbacks.checkpoint is left out: without checkpoints/last.ckpt this run cannot be resumed, evaluated"
+    train.run(compose("train", toy_overrides("run", "max_steps=2", "val_every_n_steps=1", left_out)))
     assert read_result(tmp_path / "run")["checkpoint"] is None
+    assert list((tmp_path / "run").rglob("*.ckpt")) == []  # nor does Lightning save one of its own
+    assert [warning in each.message for each in caplog.records if each.levelname == "WARNING"].count(True) == 1
+    caplog.clear()
+    train.run(compose("train", toy_overrides("saved", "max_steps=2")))
+    assert warning not in caplog.text
 
 
 def test_a_time_that_is_restored_late_ends_the_run_before_a_step() -> None:
