@@ -187,9 +187,9 @@ def evaluate_images(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
 
     settings = {name: plain(cfg[name]) for name in KINDS["image_text"].settings()}
     changes = settings.pop("data")
-    features = changed(FeatureOptions(), settings.pop("features"))
+    features = changed(FeatureOptions(), settings.pop("features"), "features")
     # the words directly, since the suite explains how a number is written as a word
-    options = changed(ImageSuite(features=features, replace_words=settings.pop("replace_words")), settings)
+    options = changed(ImageSuite(features=features, replace_words=settings.pop("replace_words")), settings, "")
     options.refuse_idle_grid()
     data = evaluated.stored_data(changes)
     evaluated.module.to("cuda" if torch.cuda.is_available() else "cpu")

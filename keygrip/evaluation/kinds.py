@@ -297,26 +297,35 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
-def changed(options: Options, overrides: Mapping[str, Any]) -> Options:
+def changed(options: Options, overrides: Mapping[str, Any], place: str | None = None) -> Options:
     """Return a dataclass of options with some of them changed.
+
+    Args:
+        place: see `refuse_invalid`.
 
     Raises:
         ValueError: An option does not exist or cannot have the value.
     """
     if not overrides:
         return options
-    refuse_invalid(overrides, type(options))
+    refuse_invalid(overrides, type(options), place)
     return replace(options, **overrides)
 
 
-def refuse_invalid(overrides: Mapping[str, Any], kind: type) -> None:
-    """Raise ValueError if ``kind`` (a dataclass) has no such option, or one cannot have a value of this type."""
+def refuse_invalid(overrides: Mapping[str, Any], kind: type, place: str | None = None) -> None:
+    """Raise ValueError if ``kind`` (a dataclass) has no such option, or one cannot have a value of this type.
+
+    Args:
+        place: where the options stand among the settings of the command, for the error: "" at the top, "features";
+            None: unknown, the error then names the class.
+    """
     refuse_unknown(overrides, kind)
     hints = hints_of(kind)
     for name, value in overrides.items():
         problem = type_problem(value, hints.get(name, Any))
         if problem is not None:
-            raise ValueError(f"{kind.__name__}.{name}={value!r}: must be {problem}")
+            setting = ".".join(filter(None, (kind.__name__ if place is None else place, name)))
+            raise ValueError(f"{setting}={value!r}: must be {problem}")
 
 
 def refuse_unknown(names: Iterable[str], kind: type) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -200,6 +201,7 @@ def _answer_questions(
     unanswered: list[dict[str, Any]] = []
     strips: list[tuple[str, np.ndarray, np.ndarray]] = []
     unreadable: dict[str, str] = {}
+    names = {} if cfg.figure is None else _names_in_figure([str(path) for path in paths if path is not None])
     frames = 0
     for videos in _batches(module, paths, cfg.batch_frames, unreadable):
         frames += sum(len(video.frames) for video in videos)
@@ -212,7 +214,7 @@ def _answer_questions(
             for batch, generated in _together(module, rows, mode, cfg):
                 texts += generated.texts
                 if cfg.figure is not None:
-                    strips += _attention_strips(module, batch, generated)
+                    strips += _attention_strips(module, batch, generated, names)
         remaining_texts = iter(texts)
         for each in fitting:
             answer_fields: Any = (
@@ -341,10 +343,21 @@ def _split_into_parts(requests: Sequence[AskedQuestion], batch_frames: int) -> I
         yield waiting
 
 
+def _names_in_figure(paths: Sequence[str]) -> dict[str, str]:
+    """Return the names of several videos in the titles of a figure: their paths from the folder that they share. A
+    single video needs none."""
+    full_paths = {path: Path(path).absolute() for path in paths}
+    if len(full_paths) < 2:
+        return {}
+    folder = os.path.commonpath([path.parent for path in full_paths.values()])
+    return {path: os.path.relpath(full_path, folder) for path, full_path in full_paths.items()}
+
+
 def _attention_strips(
-    module: FoveatedVLMModule, requests: Sequence[AskedQuestion], answers: Answers
+    module: FoveatedVLMModule, requests: Sequence[AskedQuestion], answers: Answers, names: Mapping[str, str]
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Return title, frames and query attention of each question about frames. Raises ValueError without queries."""
+    """Return title, frames and query attention of each question about frames; the titles contain the video's name if
+    `names` has one. Raises ValueError without queries."""
     network = module.network
     if not isinstance(network, FoveatedVLM):
         raise ValueError(NO_STRIPS)
@@ -354,8 +367,13 @@ def _attention_strips(
     output = VLMOutput(none, answers.rows.layout(), none, answers.passes)
     maps = patch_maps(network, output, answers.rows).cpu().numpy()
     streams = answers.rows.streams.of_row.tolist()
+    titles = {path: f"{name}: " for path, name in names.items()}
     return [
-        (f"{each.question}   {text}", each.video.frames, maps[streams[row]][: len(each.video.frames)])
+        (
+            f"{titles.get(str(each.video.path), '')}{each.question}   {text}",
+            each.video.frames,
+            maps[streams[row]][: len(each.video.frames)],
+        )
         for row, (each, text) in enumerate(zip(requests, answers.texts, strict=True))
         if len(each.video.frames)
     ]

@@ -25,6 +25,7 @@ from keygrip.data.video_text.video_files import SUFFIXES
 
 SHOWN = ("image", "video", "path", "url")  # keys under which an item names its image or video
 NAMING = {"images": "image", "image": "image", "videos": "video", "video": "video"}
+AUDIO = ("audio", "audios")  # keys under which other programs name audio files
 TURNS = ("messages", "conversations")  # keys of a line that hold its messages
 ONE_PER_LINE = "each conversation stands on a line of its own"
 SEVERAL = f"{ONE_PER_LINE} (jq -c '.[]' FILE makes such lines of a JSON list)"
@@ -100,10 +101,13 @@ def _how_to_split(text: str) -> str:
 
 def _insert_files(content: Mapping[str, Any], talk: list[Any], folder: Path) -> list[Any]:
     """Insert the files and the system message of an object into its messages. Raises ValueError if the number of
-    placeholders and the number of files differ, if another key names files, or if the items name their own."""
+    placeholders and the number of files differ, if another key or one of `AUDIO` names files, or if the items name
+    their own."""
     unknown = media_key({key: value for key, value in content.items() if key not in (*NAMING, *TURNS)})
     if unknown is not None:
         raise ValueError(f"its `{unknown}` names an image or a video; known beside messages are {', '.join(NAMING)}")
+    if audio := next(filter(content.get, AUDIO), None):
+        raise ValueError(f"its `{audio}` names audio files, and only images and videos are read")
     files: dict[str, list[str]] = {"image": [], "video": []}
     for key, kind in NAMING.items():
         entry = content.get(key) or []

@@ -296,6 +296,8 @@ def _open_masks(references: Sequence[Sequence[Reference]], files: Sequence[str])
 
 
 def _samples_folder(checkpoint: Path) -> Path:
-    """Return the folder of a run that holds a folder of samples for each command."""
+    """Return the folder of a run or an export that holds a folder of samples for each command."""
+    if checkpoint.is_dir():  # an export; evaluations of it are also stored in it
+        return checkpoint / "samples"
     run_folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     return run_folder / "samples"

@@ -280,13 +280,15 @@ def _parse_turn(message: Any, visuals: list[tuple[str, Any]]) -> Turn:
 
 
 def _visual_content(item: Mapping[str, Any], kind: str) -> Any:
-    """Return the path, PIL image, list of them or array of an item. Raises ValueError if it has none, is an address on
-    the network, or selects frames itself."""
+    """Return the path, PIL image, list of them or array of an item. Raises ValueError if it has none, is an address, or
+    selects frames itself."""
     content: Any = next((item[key] for key in (kind, "path", "url") if item.get(key) is not None), None)
     paths = [path for path in (content if _is_path_list(content) else [content]) if isinstance(path, str)]
     if content is None or not all(map(str.strip, paths)):  # an empty path would be the current folder
         raise ValueError(f"an item of type {kind} has none: give it under {kind}, path or url")
     if address := next(filter(ADDRESS.match, paths), None):
+        if address.lower().startswith("file:"):
+            raise ValueError(f"{address[:80]!r} is the address of a local file: give its path, without file://")
         raise ValueError(f"{address[:80]!r} is an address, and nothing is fetched: download it and give its local path")
     options = {name: str(item[name]) for name in FRAMES_OF_IT if kind == "video" and item.get(name) is not None}
     options = {name: value for name, value in options.items() if value not in AS_IT_IS.get(name, ())}

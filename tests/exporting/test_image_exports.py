@@ -23,11 +23,12 @@ import keygrip
 from keygrip import export, sample, train
 from keygrip.config import compose
 from keygrip.data.image_text.crops import Bucket, cut_out, shared_crop
+from keygrip.evaluate import evaluation_output
 from keygrip.models.nn.flow_matching import noise_levels, seeded_noise
 from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.figures import as_bytes
 from keygrip.models.patch_dit.sampler import Sampling
-from keygrip.training.checkpoints import read_checkpoint, weights_of
+from keygrip.training.checkpoints import find_checkpoint, read_checkpoint, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,16 @@ def test_an_adapter_is_trained_exported_and_sampled_with(trained: Path, tmp_path
     with pytest.raises(ValueError, match="trained without LoRA"):
         export.run(compose("export", [f"checkpoint={trained / 'run'}", f"to={tmp_path / 'no'}", "format=lora"]))
     assert not (tmp_path / "no").exists()
+
+
+def test_samples_of_a_run_and_an_export_are_stored_beside_their_evaluations(trained: Path, tmp_path: Path) -> None:
+    made = export.run(compose("export", [f"checkpoint={trained / 'run'}", f"to={tmp_path / 'plain'}"]))
+    for checkpoint in (trained / "run", Path(made["folder"])):
+        result = sample.run(compose("sample", [f"checkpoint={checkpoint}", "prompt=a red thing", "steps=1"]))
+        folder = Path(result["images"][0]).parent.parent
+        assert folder == checkpoint / "samples"
+        assert folder.parent == evaluation_output(find_checkpoint(checkpoint), None).parent
+    assert keygrip.load(made["folder"])  # still a complete export
 
 
 @pytest.mark.slow  # diffusers takes seconds to import

@@ -173,6 +173,8 @@ def test_items_keep_their_own_files_and_text_alone_its_words(tmp_path: Path) -> 
         ({"messages": [user("<image_1><image_2>?")], "images": ["a"]}, "have 2 places for images, and it names 1"),
         ({"messages": [user("<image_1><video_1>?")], "videos": ["a", "b"]}, r"numbers \[1, 1\], and its videos 1 to 2"),
         ({"messages": [user("?")], "video_path": "a.mp4"}, "its `video_path` names an image or a video; known beside"),
+        ({"messages": [user("<audio>?")], "audios": ["a.wav"]}, "its `audios` names audio files, and only images and"),
+        ({"messages": [user("?")], "images": ["a"], "audio": "a.wav"}, "its `audio` names audio files"),
         ({"messages": [user("?")], "images": [{"bytes": "x"}]}, "its `images` names a file by .*, which is no text"),
     ],
 )

@@ -37,6 +37,10 @@ def test_frames_of_a_video_may_be_paths_of_images(tmp_path: Path) -> None:
         check(talk("video", [paths[0], str(tmp_path / "gone.png")]))
     with pytest.raises(ValueError, match=r"'https://a\.example/b\.png' is an address, and nothing is fetched"):
         check(talk("video", [paths[0], "https://a.example/b.png"]))
+    with pytest.raises(
+        ValueError, match=r"'file:///b\.png' is the address of a local file: give its path, without file"
+    ):
+        check(talk("image", "file:///b.png"))
     with pytest.raises(ValueError, match="an item of type video has none"):
         check(talk("video", [paths[0], " "]))
 

@@ -42,22 +42,24 @@ class Bucket:
         return cls(int(found[1]), int(found[2]))
 
 
-def aspect_buckets(size: int, step: int, max_aspect: float) -> list[Bucket]:
-    """Return sizes with an area of about `size` x `size` pixels, with sides that are multiples of `step` and aspect
-    ratios up to `max_aspect` : 1 in both directions.
+def aspect_buckets(size: int, bucket_step: int, max_aspect: float) -> list[Bucket]:
+    """Return sizes with an area of about `size` x `size` pixels, with sides that are multiples of `bucket_step` and
+    aspect ratios up to `max_aspect` : 1 in both directions.
 
     Each width gets the height that comes nearest to that area; the square is always included.
 
     Raises:
-        ValueError: `size` is not a multiple of `step`, or `max_aspect` is below 1.
+        ValueError: `size` is not a multiple of `bucket_step`, `bucket_step` or `max_aspect` is below 1.
     """
-    if step < 1 or size < step or size % step:
-        raise ValueError(f"size={size} must be a multiple of step={step}")
+    if bucket_step < 1:
+        raise ValueError(f"bucket_step={bucket_step} must be at least 1")
+    if size < bucket_step or size % bucket_step:
+        raise ValueError(f"size={size} must be a multiple of bucket_step={bucket_step}")
     if max_aspect < 1:
         raise ValueError(f"max_aspect={max_aspect:g} must be at least 1")
     buckets = {Bucket(size, size)}
-    for width in range(size, int(size * math.sqrt(max_aspect)) + step, step):
-        height = max(step, round(size * size / width / step) * step)
+    for width in range(size, int(size * math.sqrt(max_aspect)) + bucket_step, bucket_step):
+        height = max(bucket_step, round(size * size / width / bucket_step) * bucket_step)
         if width / height <= max_aspect + 1e-9:
             buckets |= {Bucket(width, height), Bucket(height, width)}
     return sorted(buckets)

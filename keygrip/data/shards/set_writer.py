@@ -86,6 +86,7 @@ def write_shards(
     progress: bool = True,
     *,
     describe: Describe,
+    kind: str = "samples",
 ) -> Written:
     """Write a shard set, one shard for every `items_per_shard` items. Complete shards are kept unless their items
     changed, or the size of the files that the items name (also if such a file was missing before).
@@ -99,6 +100,7 @@ def write_shards(
         processes: None: one per core; 1: write in this process.
         max_failed_share: a larger share of broken items is an error.
         describe: returns the columns of a sample, as for `write_manifest`.
+        kind: what the samples are called in errors, with the conditions under which the maker yields none.
 
     Raises:
         ValueError: there is nothing to write, the folder has a set with other settings, or too many items are broken.
@@ -112,6 +114,8 @@ def write_shards(
         raise ValueError(f"{processes} processes cannot write {root}: at least 1, or null for one for each core")
     if items_per_shard < 1:
         raise ValueError(f"items_per_shard must be at least 1, not {items_per_shard}")
+    if not 0 <= max_failed_share <= 1:  # false for NaN too
+        raise ValueError(f"max_failed_share={max_failed_share}: it is a share, from 0 to 1")
     root.mkdir(parents=True, exist_ok=True)
     all_settings = {**settings, "items": len(items), "items_per_shard": items_per_shard}
     if (root / SETTINGS_FILE).is_file():  # refused before waiting for another process
@@ -142,13 +146,14 @@ def write_shards(
             log.warning("%d items are broken and left out of %s", result.failed, root)
         manifest = write_manifest(root, describe, progress=progress)
         result.shards, result.samples = len(manifest["shards"]), manifest["samples"]
-        if result.failed > max_failed_share * (result.samples + result.failed) or not result.samples:
+        too_many = result.failed > max_failed_share * (result.samples + result.failed)
+        if too_many or not result.samples:
             (root / MANIFEST).unlink()  # an incomplete set must not be trained on
             first = f"; the first: {result.reasons[0]}" if result.reasons else ""
-            detail = f"more than max_failed_share={max_failed_share:g} allows, all named in {root}/*.failed.json{first}"
+            limit = f", more than max_failed_share={max_failed_share:g} allows" if too_many else ""
             raise ValueError(
-                f"{root} would hold {result.samples} samples, and {result.failed} items are broken"
-                + (f", {detail}" if result.failed else "")
+                f"{root} would hold {result.samples} {kind}, and {result.failed} items are broken{limit}"
+                + (f", all named in {root}/*.failed.json{first}" if result.failed else "")
             )
     result.wall_s = time.monotonic() - started
     return result

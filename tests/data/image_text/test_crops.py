@@ -27,6 +27,14 @@ def test_sizes_that_make_no_buckets_are_refused(size: int, step: int, aspect: fl
         aspect_buckets(size, step, aspect)
 
 
+@pytest.mark.parametrize(
+    ("step", "said"), [(24, "size=64 must be a multiple of bucket_step=24"), (0, "bucket_step=0 must be at least 1")]
+)
+def test_a_step_that_makes_no_buckets_has_the_name_of_its_setting(step: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        aspect_buckets(64, step, 2.0)
+
+
 def test_nearest_bucket_is_of_the_likest_shape() -> None:
     buckets = [Bucket(64, 64), Bucket(96, 48), Bucket(48, 96)]
     assert nearest_bucket(640, 640, buckets) == Bucket(64, 64)

@@ -311,9 +311,15 @@ def test_too_much_that_is_broken_is_an_error(tmp_path: Path) -> None:
         match=r"16 samples, and 5 items are broken, more than .*=0\.\d+ allows, all named in .*; the first: 0: 0 is",
     ):
         written(tmp_path, max_failed_share=0.1)
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="it is a share, from 0 to 1"):
+            written(tmp_path / "no_share", max_failed_share=share)
+    assert not (tmp_path / "no_share").exists()
     assert not (tmp_path / MANIFEST).exists()
     with pytest.raises(ValueError, match=r"would hold 0 samples"):
         written(tmp_path / "none", numbers=1)
+    with pytest.raises(ValueError, match=r"would hold 0 rows of A, and 1 items are broken, all named in .*; the first"):
+        written(tmp_path / "allowed", numbers=1, max_failed_share=1, kind="rows of A")  # not too many are broken
     with pytest.raises(ValueError, match="nothing to write"):
         written(tmp_path / "empty", numbers=0)
 

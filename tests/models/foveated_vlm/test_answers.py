@@ -160,6 +160,28 @@ def test_a_figure_shows_the_videos_and_passes_over_text_alone(run: Run, videos: 
     assert not (tmp_path / "b.png").exists()
 
 
+def test_rows_of_a_figure_of_several_videos_begin_with_their_names(
+    run: Run, videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+
+    def drawn(strips: list[tuple[str, np.ndarray, np.ndarray]]) -> np.ndarray:
+        titles.extend(title for title, *_ in strips)
+        return np.zeros((4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(answers, "draw_attention", drawn)
+    monkeypatch.chdir(tmp_path)
+    figure = f"figure={tmp_path / 'a.png'}"
+    run(f"video=[null,{videos[0]},{videos[0]}]", "question=Sure?", figure)
+    assert [title.startswith("Sure?   ") for title in titles] == [True, True]  # one video needs no name
+    titles.clear()
+    images = [videos[0] / "0.png", videos[1] / "0.png", "c/1.png"]  # two of one name, and a relative path
+    run(f"video=[{','.join(map(str, images))}]", "question=[Sure?,Which?]", "batch_frames=2", figure)
+    assert [title.partition("?")[0] for title in titles] == [
+        f"{name}: {question}" for name in ("a/0.png", "b/0.png", "c/1.png") for question in ("Sure", "Which")
+    ]
+
+
 def test_a_streamed_answer_has_the_room_of_any(run: Run, tmp_path: Path) -> None:
     """A streamed answer may be as long as without a stream: up to the largest max_new_tokens with which all frames
     fit."""

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from keygrip.artifacts import remove_stale, write_text
 from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import NAMED_AT_MOST
-from keygrip.data.image_text.bucket_folders import INFO, ITEMS_FILE, write_info
+from keygrip.data.image_text.bucket_folders import INFO, write_info
 from keygrip.data.image_text.crops import Bucket, aspect_buckets
 from keygrip.data.image_text.samples import describe_image_text
 from keygrip.data.image_text.sources.encoding import ImageEncoders, encode_images
@@ -37,7 +37,7 @@ from keygrip.data.image_text.sources.jobs import (
     jobs_of,
     unread_images,
 )
-from keygrip.data.image_text.sources.listing import Item, frozen_items, last_entries
+from keygrip.data.image_text.sources.listing import TOO_SMALL, Item, frozen_items, last_entries, lists_usable_images
 from keygrip.data.shards.sampling import start_worker
 from keygrip.data.shards.set_writer import check_settings
 from keygrip.data.shards.writer import write_manifest
@@ -179,6 +179,10 @@ def encode_folder(
     _check_stride(buckets, encoders.latent_stride)
     if images_per_shard < 1 or batch_size < 1:
         raise ValueError(f"images_per_shard={images_per_shard} and batch_size={batch_size} must be at least 1")
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers={workers} must be at least 0 (0: load in this process), or null")
+    if not max_enlargement > 0:  # true for NaN too
+        raise ValueError(f"max_enlargement={max_enlargement:g} must be above 0 (1: no enlargement)")
     if not 0 <= max_failed_share <= 1:  # false for NaN too
         raise ValueError(f"max_failed_share={max_failed_share}: it is a share, from 0 to 1")
     refuse_written_into_source(root, source, below=True)
@@ -198,8 +202,8 @@ def encode_folder(
         "decoding": DECODING,
         "keep_images": keep_images,
     }
-    # a folder without a list of items has no shards, whatever settings earlier attempts used
-    check_settings(root, settings, new=not (root / ITEMS_FILE).is_file())
+    # a folder without a list of usable images has no shards, whatever settings earlier attempts used
+    check_settings(root, settings, new=not lists_usable_images(root))
 
     def unread_of(items: Sequence[Item]) -> dict[str, str] | None:
         jobs = jobs_of(root, items, images_per_shard)
@@ -209,10 +213,14 @@ def encode_folder(
     jobs = jobs_of(root, items, images_per_shard)
     if not jobs:
         reasons = "; ".join(f"{item.path}: {item.reason}" for item in items[:3])
-        raise ValueError(
-            f"none of the {len(items)} images in {source} can be used: {reasons}. Repair them and run the same command "
-            "again"
-        )
+        too_small = sum(TOO_SMALL in item.reason for item in items)
+        advice = "Repair them and run the same command again"
+        if too_small:
+            advice = (
+                f"{too_small} are smaller than their bucket: give a size below {size}, or max_enlargement above "
+                f"{max_enlargement:g}{'' if too_small == len(items) else '; repair the others'}"
+            )
+        raise ValueError(f"none of the {len(items)} images in {source} can be used: {reasons}. {advice}")
     for name in {job.path.parent for job in jobs}:
         if name.is_dir():
             remove_stale(name, of_any_machine=True)

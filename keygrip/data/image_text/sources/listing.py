@@ -35,6 +35,7 @@ OTHER_SUFFIXES = (
 )
 BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv", ".md")  # captions and notes, not images
 KEY_BYTES = 80
+TOO_SMALL = "pixels would be enlarged"
 REMOVED = "it could not be read and was removed from the source"
 
 
@@ -137,7 +138,7 @@ def list_items(
         bucket = nearest_bucket(width, height, buckets)
         enlargement = max(bucket.width / width, bucket.height / height)
         if enlargement > max_enlargement:
-            reason = f"{width} x {height} pixels would be enlarged {enlargement:.2g} times for {bucket.name}"
+            reason = f"{width} x {height} {TOO_SMALL} {enlargement:.2g} times for {bucket.name}"
             return captions, None, reason
         return captions, bucket, ""
 
@@ -311,6 +312,15 @@ def frozen_items(
             info.unlink(missing_ok=True)
             write_text(file, "".join(json.dumps(asdict(item)) + "\n" for item in extended_items))
         return extended_items
+
+
+def lists_usable_images(root: Path) -> bool:
+    """Return whether a root has a list of items with an image that can be used; otherwise it has no shards."""
+    file = root / ITEMS_FILE
+    if not file.is_file():
+        return False
+    with file.open(encoding="utf-8") as lines:
+        return any(read_item(line).bucket for line in lines)
 
 
 def with_hashes(items: Sequence[Item], source: Path, before: Sequence[Item], progress: bool) -> list[Item]:

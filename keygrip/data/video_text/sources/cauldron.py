@@ -103,6 +103,7 @@ def cauldron(
     groups_per_shard: int = 10,
     processes: int | None = None,
     max_frames: int = MAX_FRAMES,
+    max_failed_share: float = 0.5,
 ) -> dict[str, Any]:
     """Write the Cauldron as shards of 1-frame samples (one frame per image if there are several), each with the
     conversations about its image (`CauldronMaker`).
@@ -111,6 +112,7 @@ def cauldron(
         source: folder with one subfolder per collection, each with `train-*.parquet`; or the folder of one collection.
             root: of the set. collections: names of the subfolders; None: all.
         image_size, fit: of the images. max_frames: rows with more images are left out and named in the log.
+        max_failed_share: a larger share of broken or left-out rows is an error.
 
     Raises:
         FileNotFoundError: there are no tables, or none of a named collection. ValueError: max_frames is out of range.
@@ -129,5 +131,13 @@ def cauldron(
     settings |= shard_frame_settings(image_size, fit, max_frames)
     maker = CauldronMaker(image_size, fit, max_frames, source)
     return write_shards(
-        root, groups, maker, settings, groups_per_shard, "cauldron", processes, describe=describe_video_text
+        root,
+        groups,
+        maker,
+        settings,
+        groups_per_shard,
+        "cauldron",
+        processes,
+        max_failed_share,
+        describe=describe_video_text,
     ).report()

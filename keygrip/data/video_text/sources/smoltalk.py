@@ -64,6 +64,7 @@ def smoltalk(
     max_characters: int = 8000,
     groups_per_shard: int = 10,
     processes: int | None = None,
+    max_failed_share: float = 0.5,
 ) -> dict[str, Any]:
     """Write the third of SmolTalk that belongs to a training stage as shards of 0-frame samples.
 
@@ -71,12 +72,15 @@ def smoltalk(
         source: folder with `train-*.parquet` at any depth; if the download has the folder `all`, only this folder is
             read, since it repeats the subsets next to it. root: of the set. stage: 1, 2 or 3.
         max_characters: longer conversations are left out. groups_per_shard: parquet row groups (of about 1000).
+        max_failed_share: a larger share of broken rows is an error.
 
     Raises:
-        ValueError: there is no such stage. FileNotFoundError: there are no tables.
+        ValueError: there is no such stage, or max_characters is below 1. FileNotFoundError: there are no tables.
     """
     if not 1 <= stage <= STAGES:
         raise ValueError(f"stage={stage}: training has the stages 1 to {STAGES}")
+    if max_characters < 1:
+        raise ValueError(f"max_characters={max_characters} must be at least 1")
     groups = row_groups(source, "train-*.parquet", ["messages"], "SmolTalk (HuggingFaceTB/smoltalk)")
     groups = _prefer_folder_all(groups, Path(source))
     settings = {"data": "smoltalk", "stage": stage, "max_characters": max_characters}
@@ -89,7 +93,9 @@ def smoltalk(
         groups_per_shard,
         f"smoltalk-stage{stage}",
         processes,
+        max_failed_share,
         describe=describe_video_text,
+        kind=f"samples of stage {stage} with at most max_characters={max_characters} characters",
     ).report()
 
 

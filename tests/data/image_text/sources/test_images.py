@@ -459,6 +459,41 @@ def test_what_is_no_share_is_refused_at_the_start(share: float, source: Path, tm
     assert not (tmp_path / "root").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"workers": -1}, "workers=-1 must be at least 0"),
+        *(({"max_enlargement": each}, f"max_enlargement={each} must be above 0") for each in (0, -1, float("nan"))),
+        ({"bucket_step": 0}, "bucket_step=0 must be at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name_before_anything_is_written(
+    options: dict[str, Any], said: str, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{said}"):
+        prepared(source, tmp_path / "root", **options)
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_size_at_which_no_image_can_be_used_is_corrected_in_the_same_folder(others: int, tmp_path: Path) -> None:
+    source, root = tmp_path / "source", tmp_path / "root"
+    for number in range(3):
+        picture(source / f"{number}.png", shade=number)
+        (source / f"{number}.txt").write_text(f"number {number}")
+    if others:
+        (source / "broken.png").write_bytes(b"no picture")
+        (source / "broken.txt").write_text("broken")
+    advice = "3 are smaller than their bucket: give a size below 128, or max_enlargement above 1"
+    advice += "; repair the others" if others else ""
+    with pytest.raises(ValueError, match=rf"none of the {3 + others} images .* can be used: .*\. {advice}$"):
+        prepared(source, root, size=128)
+    report = prepared(source, root, size=32)
+    assert (report["samples"], report["failed"], report["buckets"]) == (3, others, {"bucket_32x32": 3})
+    with pytest.raises(ValueError, match="holds shards made with other settings"):
+        prepared(source, root, size=64)
+
+
 @pytest.mark.parametrize("place", [".", "shards", "wide/shards", "../link"])
 def test_shards_are_not_written_where_images_are_read(place: str, source: Path, tmp_path: Path) -> None:
     """Images that are stored there would be listed as new ones by the next call."""

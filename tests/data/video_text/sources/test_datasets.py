@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
+from hydra.errors import InstantiationException
 from macos import leave_notes
 from PIL import Image
 from shard_sets import picture, small_video
 
+from keygrip.config import compose
 from keygrip.data.shards.keys import file_keys, sample_key
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.validation import validate
@@ -27,6 +29,7 @@ from keygrip.data.video_text.sources.cauldron import CauldronMaker, cauldron
 from keygrip.data.video_text.sources.smoltalk import smoltalk
 from keygrip.data.video_text.sources.video_sft import entries, video_sft
 from keygrip.data.video_text.sources.webvid import REQUEST, tar_samples, webvid, webvid_rows
+from keygrip.prepare import run
 
 SIZE = 32
 
@@ -140,6 +143,11 @@ def test_smoltalk_says_what_is_wrong(tmp_path: Path) -> None:
     source = smoltalk_folder(tmp_path / "download")
     with pytest.raises(ValueError, match="stage=4: training has the stages 1 to 3"):
         smoltalk(source, tmp_path / "out", 4)
+    for characters in (0, -1):
+        with pytest.raises(ValueError, match=f"max_characters={characters} must be at least 1"):
+            smoltalk(source, tmp_path / "out", 1, characters)
+    with pytest.raises(ValueError, match=r"would hold 0 samples of stage 1 with at most max_characters=1 characters"):
+        smoltalk(source, tmp_path / "short", 1, 1, processes=1)
     path = source / "data" / "all" / "train-00000-of-00001.parquet"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet cannot be read .*download it again"):
@@ -147,6 +155,25 @@ def test_smoltalk_says_what_is_wrong(tmp_path: Path) -> None:
     parquet.write_table(arrow.Table.from_pylist([{"text": "x"}]), path)
     with pytest.raises(ValueError, match=r"has no column 'messages': is it a table of SmolTalk"):
         smoltalk(source, tmp_path / "out", 1)
+
+
+@pytest.mark.parametrize("step", ["smoltalk", "cauldron"])
+def test_the_share_of_broken_rows_is_a_setting_of_the_command(step: str, tmp_path: Path) -> None:
+    texts = [{"user": "What?", "assistant": "That.", "source": "x"}]
+    images = [picture(9, 4), b"\x89PNG", b"\x89PNG", b"\x89PNG"]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "cauldron": [{"images": [{"bytes": each, "path": None}], "texts": texts} for each in images],
+        "smoltalk": [talk(n) if n % 4 == 0 else {"messages": [talk(n)["messages"][-2]]} for n in range(24)],
+    }
+    (tmp_path / "ai2d").mkdir()
+    parquet.write_table(arrow.Table.from_pylist(rows[step]), tmp_path / "ai2d" / "train-0.parquet")
+    given = [f"step={step}", f"source={tmp_path / 'ai2d'}", f"root={tmp_path / 'set'}", "processes=1"]
+    given += ["stage=1"] if step == "smoltalk" else [f"image_size={SIZE}"]
+    with pytest.raises(InstantiationException, match=r"items are broken, more than max_failed_share=0\.5 allows"):
+        run(compose("prepare", given))
+    report = run(compose("prepare", [*given, "max_failed_share=0.95"]))
+    assert report["samples"] >= 1
+    assert report["failed"] > report["samples"]
 
 
 # ---- The Cauldron ----------------------------------------------------------------------------------------------------
