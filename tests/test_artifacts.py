@@ -299,3 +299,17 @@ def test_what_a_process_that_is_gone_left_is_removed_when_it_is_old(tmp_path: Pa
     artifacts.temporary_beside(tmp_path / "next")
     left = {path.name.split(".")[1] for path in tmp_path.iterdir()}
     assert left == {"young_file", "young_folder", "young_changed_within", "old_changed_within"}
+
+
+def test_what_a_process_of_another_user_writes_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = artifacts.temporary_beside(tmp_path / "file")
+    path.touch()
+    then = time.time() - 2 * artifacts.STALE_AFTER_S
+    os.utime(path, (then, then))
+
+    def refused(process: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refused)
+    artifacts.remove_stale(tmp_path)
+    assert path.exists()

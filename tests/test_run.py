@@ -356,8 +356,10 @@ def test_arms_of_other_names_and_an_order_that_cannot_be_changed_are_refused(
     with pytest.raises(ValueError, match="left, right in this order, the robot gives right, left"):
         driving._refuse_mismatch(Closing("left", "right"), Fixed("right", "left"))
     driving._refuse_mismatch(Closing("left"), Fixed("right"))
-    with pytest.raises(ValueError, match="the robot has right"):
+    with pytest.raises(ValueError, match=r"the robot has right: give robot\.arms the policy's names"):
         run(compose("run", real))
+    with pytest.raises(ValueError, match=r"the robot has right: its arms cannot be changed\. .*keygrip evaluate"):
+        run(compose("run", SMALL))  # the simulated arm has no setting `arms`
     assert not any(driver.commands for driver in drivers.values())
 
 

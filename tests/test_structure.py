@@ -22,8 +22,8 @@ LONGEST_FILE = 500
 MOST_LAZY_IMPORTS = 26
 # Modules that import keygrip's modules by name: public names, the command table, and the declared parts of checkpoints.
 IMPORT_BY_NAME = {"keygrip", "keygrip.command", "keygrip.training.parts"}
-# Modules that open videos; the second one names PyAV's errors, so that a broken video is a bad sample.
-USES_PYAV = {"keygrip.data.video", "keygrip.data.bad_samples"}
+# Modules that open videos; the last one names PyAV's errors, so that a broken video is a bad sample.
+USES_PYAV = {"keygrip.data.video", "keygrip.data.video_containers", "keygrip.data.bad_samples"}
 VIDEO_LIBRARIES = {"av", "cv2", "imageio", "imageio_ffmpeg", "decord", "torchcodec", "moviepy"}
 SYSTEMS = sorted(path.parent.name for path in PACKAGE.glob("models/*/module.py"))
 # Calls that access files or start processes; a network or a LightningModule must not contain any of them.
@@ -167,8 +167,8 @@ def test_modules_are_imported_by_name_in_few_places() -> None:
     assert named == IMPORT_BY_NAME
 
 
-def test_videos_are_decoded_and_written_in_one_file() -> None:
-    """No other library for videos is used; only data/video.py opens a container."""
+def test_videos_are_decoded_and_written_in_one_place() -> None:
+    """No other library for videos is used; only data/video.py and data/video_containers.py open a container."""
     users: dict[str, set[str]] = {}
     for name, path in MODULES.items():
         for node in nodes_of(path):

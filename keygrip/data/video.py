@@ -5,17 +5,12 @@ Every video of the project is decoded and written here. Legend of shapes: N fram
 
 from __future__ import annotations
 
-import bisect
 import contextlib
-import errno
-import io
 import itertools
-import math
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,14 +19,11 @@ import av
 import numpy as np
 from PIL import Image
 
-from keygrip.data.bad_samples import convert_errors, is_of_the_machine
-from keygrip.data.untrusted_files import MAX_PIXELS, regular_file
+from keygrip.data.bad_samples import convert_errors
+from keygrip.data.video_containers import open_container, open_source
 from keygrip.data.video_frames import stored_frame, untimed_order, upright_frame, yuv420p
+from keygrip.data.video_index import VideoIndex, file_identity, video_index
 
-# Containers that contain the images themselves; detected by a file's content, not by its ending. For lists and
-# playlists (ffconcat, m3u8, ...) FFmpeg would read the files that they name, from the disk or the network.
-CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "h264", "hevc")
-SAFELY = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
 SEEK_S = 8.0  # seek if the wanted frame is further ahead than this, the usual distance of key frames
 FURTHEST_BACK_S = 60.0  # a seek may land on a key frame before the frame decoded last, but not further back than this
 CUT_OFF_S = 0.25  # if the packets end this much before the file's stated length, a part of the file is missing
@@ -41,81 +33,6 @@ Converted = TypeVar("Converted")
 # ---- frames by index -------------------------------------------------------------------------------------------------
 
 
-def file_identity(path: Path) -> str:
-    """Return a text that changes when the file changes: its path, size and modification time."""
-    stat = path.stat()
-    return f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
-
-
-@dataclass(frozen=True)
-class _VideoIndex:
-    """Sorted presentation times of a video's frames, (presentation, decoding time) of its key frames, and the time unit
-    in seconds."""
-
-    times: list[int]
-    keys: list[tuple[int, int]]
-    unit_s: float
-
-
-def _absolute_path(path: str | Path) -> str:
-    """Return an absolute path: FFmpeg would interpret the text before a colon in a relative path as a protocol."""
-    return str(Path(path).absolute())
-
-
-def _open_source(source: bytes | str | Path) -> tuple[Any, Any]:
-    """Open the container and its video stream. One thread decodes: loader workers run in parallel. Raise OSError if the
-    file cannot be opened, is none of `CONTAINERS`, or has no video stream or too large frames."""
-    if not isinstance(source, bytes):
-        regular_file(source)
-    try:
-        container = av.open(
-            io.BytesIO(source) if isinstance(source, bytes) else _absolute_path(source), "r", options=SAFELY
-        )
-    except (av.FFmpegError, OSError) as error:
-        if is_of_the_machine(error):
-            raise
-        refused = error.errno == errno.EINVAL  # by the whitelist, before any file that it names is read
-        reason = f"it is none of the kinds of video that are read: {', '.join(CONTAINERS)}" if refused else str(error)
-        raise OSError(f"the video cannot be opened ({reason}); it is cut off or not a video") from error
-    stream: Any = container.streams.best("video")  # the stream that players show, not a cover image or a preview
-    if stream is None:
-        container.close()
-        raise OSError("it has no video stream; it is cut off or not a video")
-    if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-        container.close()
-        raise OSError(f"its frames have more than the {MAX_PIXELS} pixels that an image may have")
-    stream.thread_type = "NONE"
-    # each frame states its own size; larger ones are not decoded. Factor 2: decoders count their padding as pixels too
-    stream.codec_context.options = {"max_pixels": str(2 * MAX_PIXELS)}
-    return container, stream
-
-
-def _open_container(path: Path) -> tuple[Any, Any]:
-    """Open a container as `_open_source` does; OSError also names the file."""
-    with convert_errors(path, lambda where, what: OSError(f"{where}: {what}")):
-        return _open_source(path)
-
-
-def _make_index(path: Path) -> _VideoIndex:
-    """Read the packets without decoding them. Their sorted presentation times are those of the frames."""
-    container, stream = _open_container(path)
-    timestamps: list[int] = []
-    keys: list[tuple[int, int]] = []
-    with container:
-        unit_s = float(stream.time_base)  # read it here: closing the container frees the stream's memory
-        for packet in container.demux(stream):
-            if packet.pts is None or packet.is_discard:
-                continue
-            if packet.is_corrupt:
-                raise OSError(f"{path}: the video is cut off or damaged after {len(timestamps)} frames")
-            timestamps.append(packet.pts)
-            if packet.is_keyframe:
-                keys.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
-    if len(set(timestamps)) != len(timestamps):
-        raise OSError(f"{path}: two frames of the video carry the same time stamp, so frames cannot be told apart")
-    return _VideoIndex(sorted(timestamps), sorted(keys), unit_s)
-
-
 class _OpenVideo:
     """One open container; `read` decodes forward if possible and seeks otherwise.
 
@@ -123,8 +40,8 @@ class _OpenVideo:
     B-frames, decoding and presentation order differ, and some demuxers land one group of pictures too late.
     """
 
-    def __init__(self, path: Path, index: _VideoIndex) -> None:
-        self.container, self.stream = _open_container(path)
+    def __init__(self, path: Path, index: VideoIndex) -> None:
+        self.container, self.stream = open_container(path)
         self.path, self.times, self.keys = path, index.times, index.keys
         self.position: int | None = None  # presentation time of the frame returned last
         self.decoder: Any = None
@@ -137,11 +54,11 @@ class _OpenVideo:
         """Return the decoded frames from key frame number `key` (-1: the start of the file) on; None if the seek landed
         after that key frame."""
         if key >= 0:
-            start_pts, decoding_time = self.keys[key]
+            start_pts, decoding_time = self.keys[key].tolist()
             self.container.seek(decoding_time, stream=self.stream, backward=True)
         else:
-            start_pts = self.times[0]
-            self.container.seek(min(0, self.times[0]), stream=self.stream, backward=True)
+            start_pts = int(self.times[0])
+            self.container.seek(min(0, start_pts), stream=self.stream, backward=True)
         packets = self.container.demux(self.stream)
         first = next(packets, None)
         while first is not None and first.pts is None and first.size > 0:
@@ -169,9 +86,10 @@ class _OpenVideo:
         return None
 
     def read(self, index: int) -> np.ndarray:
-        target = self.times[index]
-        nearest = bisect.bisect_right(self.keys, (target, math.inf)) - 1  # last key frame not shown after it; -1: none
-        nearest_key = self.keys[nearest][0] if nearest >= 0 else self.times[0]
+        target = int(self.times[index])
+        # last key frame not shown after it; -1: none
+        nearest = int(np.searchsorted(self.keys[:, 0], target, side="right")) - 1
+        nearest_key = self.keys[nearest, 0] if nearest >= 0 else self.times[0]
         try:
             # decode forward from the current position, unless a key frame before the target makes a seek cheaper
             if self.decoder is not None and self.position is not None and nearest_key <= self.position < target:
@@ -195,16 +113,8 @@ class _OpenVideo:
         raise OSError(f"{self.path}: frame {index} cannot be decoded; the video is cut off or damaged")
 
 
-_VIDEO_INDICES: dict[str, _VideoIndex] = {}  # by file; made once, and inherited by loader workers that are forked
 _OPEN_VIDEOS = threading.local()  # by_file: each thread's own containers, since a decoder has one position
 _OPEN_VIDEO_LIMIT = 16  # open containers per thread; each holds a decoder with a few frames
-
-
-def _video_index(path: Path) -> _VideoIndex:
-    identity = file_identity(path)
-    if identity not in _VIDEO_INDICES:
-        _VIDEO_INDICES[identity] = _make_index(path)
-    return _VIDEO_INDICES[identity]
 
 
 def _open_video(path: Path) -> _OpenVideo:
@@ -212,7 +122,7 @@ def _open_video(path: Path) -> _OpenVideo:
     videos: OrderedDict[tuple[int, str], _OpenVideo] = vars(_OPEN_VIDEOS).setdefault("by_file", OrderedDict())
     key = (os.getpid(), file_identity(path))
     if key not in videos:
-        videos[key] = _OpenVideo(path, _video_index(path))
+        videos[key] = _OpenVideo(path, video_index(path))
         while len(videos) > _OPEN_VIDEO_LIMIT:
             (process, _), oldest = videos.popitem(last=False)
             if process == os.getpid():
@@ -223,7 +133,7 @@ def _open_video(path: Path) -> _OpenVideo:
 
 def count_frames(path: Path) -> int:
     """Count the frames of a video file from its packets, without decoding. Raise OSError if it cannot be read."""
-    return len(_video_index(path).times)
+    return len(video_index(path).times)
 
 
 def frame_times(path: Path) -> np.ndarray:
@@ -232,9 +142,8 @@ def frame_times(path: Path) -> np.ndarray:
     Raises:
         OSError: the file cannot be read.
     """
-    index = _video_index(path)
-    times = np.asarray(index.times, np.int64)
-    return np.asarray((times - times[:1]) * index.unit_s)
+    index = video_index(path)
+    return np.asarray((index.times - index.times[:1]) * index.unit_s)
 
 
 def read_frame(path: Path, index: int) -> np.ndarray:
@@ -259,7 +168,7 @@ def frames_between(path: Path, start: int, stop: int) -> Iterator[np.ndarray]:
     Raises:
         OSError: a frame cannot be decoded. IndexError: the file has no such frame.
     """
-    video = _OpenVideo(path, _video_index(path))
+    video = _OpenVideo(path, video_index(path))
     try:
         for index in range(start, stop):
             yield video.read(index)
@@ -373,7 +282,7 @@ def _from_key_frame(container: Any, stream: Any, target: float, current: float) 
 
 @contextlib.contextmanager
 def _open_for_block(source: bytes | str | Path) -> Iterator[tuple[Any, Any]]:
-    container, stream = _open_source(source)
+    container, stream = open_source(source)
     with container:
         yield container, stream
 

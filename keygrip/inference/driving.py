@@ -62,7 +62,7 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
     robot = instantiate(_for_policy(cfg, policy).robot)
     planner: Planner | None = None
     try:
-        _refuse_mismatch(policy, robot)
+        _refuse_mismatch(policy, robot, arms_are_set="arms" in cfg.robot)
         if hasattr(policy, "reset"):
             try:
                 policy.reset(cfg.seed)
@@ -159,14 +159,22 @@ def _first(settings: DictConfig | ListConfig, names: Sequence[str]) -> Any:
     return {name: entries[name] for name in order} if isinstance(entries, dict) else order
 
 
-def _refuse_mismatch(policy: Any, robot: Any) -> None:
+def _refuse_mismatch(policy: Any, robot: Any, arms_are_set: bool = True) -> None:
+    """Raise ValueError if the robot lacks what the policy needs.
+
+    Args:
+        arms_are_set: whether the robot has the setting `arms`; the simulated arm, for example, has none.
+    """
     needs = policy.needs
     # with one arm the names may differ; with several the names decide which arm is which
     if len(needs.arms) != len(robot.arms) or (len(needs.arms) > 1 and set(needs.arms) != set(robot.arms)):
-        raise ValueError(
-            f"the policy moves {', '.join(needs.arms)}, the robot has {', '.join(robot.arms)}: give robot.arms the "
-            "policy's names"
+        remedy = (
+            "give robot.arms the policy's names"
+            if arms_are_set
+            else "its arms cannot be changed. Name a robot with the policy's arms (robot=yam), or run the policy in a "
+            "simulated environment with keygrip evaluate"
         )
+        raise ValueError(f"the policy moves {', '.join(needs.arms)}, the robot has {', '.join(robot.arms)}: {remedy}")
     if len(needs.arms) > 1 and tuple(needs.arms) != tuple(robot.arms):
         raise ValueError(
             f"the policy's arms are {', '.join(needs.arms)} in this order, the robot gives {', '.join(robot.arms)}: "

@@ -21,6 +21,7 @@ import numpy as np
 from keygrip.artifacts import locked
 from keygrip.cores import usable_cores
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
+from keygrip.data.robot.signs import SignKeeper
 from keygrip.envs.yam.camera_moves import refuse_unseen_moves
 from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.expert import expert_actions
@@ -32,7 +33,6 @@ from keygrip.progress import Progress
 from keygrip.recording.episodes import record_successes
 from keygrip.recording.handover import record_handover
 from keygrip.recording.recorded_folder import LOCK_FILE, demo_name, failed_seeds, store
-from keygrip.recording.signs import SignKeeper
 from keygrip.worker_processes import prepare_worker
 
 ROBOT = "yam"

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
+from keygrip.data.robot.signs import SignKeeper
 from keygrip.envs.yam.handover import ARMS, handover_actions
 from keygrip.envs.yam.two_arms import HandoverCell
-from keygrip.recording.signs import SignKeeper
 
 
 def record_handover(

@@ -26,6 +26,7 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.frame_rates import JUDGED_FROM, rate_of_times, rates_differ
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
+from keygrip.data.robot.signs import SignKeeper
 from keygrip.models.policy import arm_axis
 from keygrip.training.signals import Interrupted
 
@@ -330,6 +331,8 @@ class CorrectionRecorder:
             source["models"] = {arm: list(names) for arm, names in models.items()}
         self._writer = DemoWriter(folder, robot, task, instruction, fps, source=source)
         self.corrected = 0
+        self._reached_signs = [SignKeeper() for _ in self.arms]
+        self._commanded_signs = [SignKeeper() for _ in self.arms]
         self._times_ns: list[int] = []
         self._began: float | None = None
 
@@ -356,13 +359,15 @@ class CorrectionRecorder:
         position, quaternion = arm_axis(observation["position"], 1), arm_axis(observation["quaternion"], 1)
         gripper = np.clip(arm_axis(observation["gripper"], 0), 0, 1)
         joints = arm_axis(observation["joints"], 1) if "joints" in observation else [None] * len(self.arms)
+        turns = [keep(quaternion[i]) for i, keep in enumerate(self._reached_signs)]
+        commanded_turns = [keep(command[i, 3:7]) for i, keep in enumerate(self._commanded_signs)]
         time_ns = round((now - self._began) * 1e9)
         self._writer.add(
             time_ns,
             {name: np.asarray(views[name]["image"]) for name in self.cameras},
             {name: CameraPose(views[name]["intrinsics"], views[name]["world_to_camera"]) for name in self.cameras},
-            {arm: ArmPose(position[i], quaternion[i], float(gripper[i]), joints[i]) for i, arm in enumerate(self.arms)},
-            {arm: ArmPose(command[i, :3], command[i, 3:7], float(command[i, 7])) for i, arm in enumerate(self.arms)},
+            {arm: ArmPose(position[i], turns[i], float(gripper[i]), joints[i]) for i, arm in enumerate(self.arms)},
+            {arm: ArmPose(command[i, :3], commanded_turns[i], float(command[i, 7])) for i, arm in enumerate(self.arms)},
             intervention=corrected,
         )
         self._times_ns.append(time_ns)

@@ -298,13 +298,16 @@ def _restore_module_state(module: LightningModule, checkpoint: dict[str, Any], f
         ValueError: the module cannot use the data.
     """
     try:
-        # Copies, because the module may keep them: reading a tensor that is memory-mapped from the file would end the
-        # process if the file is truncated later.
-        extra_content = copy.deepcopy({name: part for name, part in checkpoint.items() if name not in LARGE})
-        module.on_load_checkpoint(checkpoint | extra_content)
+        module.on_load_checkpoint(copied_but_large(checkpoint))
     except BROKEN as error:
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise ValueError(f"{file}: what the model stored beside its weights cannot be used: {reason}") from error
+
+
+def copied_but_large(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a memory-mapped checkpoint with copies of all parts except `LARGE`, because modules and
+    callbacks may keep them: reading a mapped tensor would end the process if the file is truncated later."""
+    return checkpoint | copy.deepcopy({name: part for name, part in checkpoint.items() if name not in LARGE})
 
 
 def stored_beside_weights(checkpoint: Mapping[str, Any], model: str, *names: str) -> Mapping[str, Any]:

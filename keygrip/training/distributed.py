@@ -30,6 +30,22 @@ def total_of(number: float, device: torch.device) -> float:
     return float(global_sum(torch.tensor(number, dtype=torch.float64, device=device)))
 
 
+def maximum_over_processes(number: float) -> float:
+    """Return the maximum of a number over all processes, in one reduction; every process must call this function."""
+    if world_size() == 1:
+        return number
+    value = torch.tensor(number, dtype=torch.float64, device=_device_of_reductions())
+    distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
+    return float(value)
+
+
+def _device_of_reductions() -> torch.device:
+    """Return the device whose tensors the processes can reduce: the CPU if gloo connects them, also beside NCCL."""
+    if "gloo" in distributed.get_backend():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def global_mean(total: Tensor, count: Tensor | float) -> Tensor:
     """Return ``sum(total) / sum(count)`` over all processes, scaled so that DDP's averaging gives its exact gradient.
 
@@ -43,9 +59,11 @@ def global_mean(total: Tensor, count: Tensor | float) -> Tensor:
         total: [] or any shape, the local sum of losses, with gradient.
         count: local number of terms in the sum (a mask's sum), without gradient.
     """
-    counted = torch.as_tensor(
-        count, dtype=torch.float64 if total.dtype == torch.float64 else torch.float32, device=total.device
-    )
+    dtype = torch.float64 if total.dtype == torch.float64 else torch.float32
+    if isinstance(count, Tensor):
+        counted = count.to(total.device, dtype)
+    else:
+        counted = torch.full((), count, dtype=dtype, device=total.device)  # no copy, which would wait for a GPU
     everywhere = global_sum(counted)
     if not torch.is_grad_enabled():
         return global_sum(total) / everywhere.clamp(min=1e-12) * (everywhere > 0)

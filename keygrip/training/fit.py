@@ -42,9 +42,9 @@ from keygrip.training.metadata import run_metadata
 from keygrip.training.monitors import RandomnessByStep
 from keygrip.training.pretraining import complete_stages, with_run_folders
 from keygrip.training.progress import Throughput
-from keygrip.training.results import DRY_RUN, FINISHED, RUNNING, read_result, write_result
+from keygrip.training.results import CONTINUED_AT, DRY_RUN, FINISHED, RUNNING, read_result, write_result
 from keygrip.training.resuming import check_resumed, checkpoint_to_resume
-from keygrip.training.saving import AtomicCheckpointIO
+from keygrip.training.saving import AtomicCheckpointIO, CopyRestoredMoments
 from keygrip.training.strategies import MissingGPUError, Strategy
 from keygrip.training.system import System, parameters_m
 from keygrip.training.time_limit import TimeLimit
@@ -115,6 +115,8 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
         log_settings(loggers, resolved, resumed_step)
         trained_metrics = TrainedMetrics(folder, trained.get("metrics", {}))
         callbacks = [RandomnessByStep(cfg.seed), Header(resolved, origin), *configured_callbacks, trained_metrics]
+        if resume is not None:
+            callbacks.append(CopyRestoredMoments())
         if cfg.max_minutes is not None:
             callbacks.append(TimeLimit(cfg.max_minutes))
         if cfg.val_every_n_steps:
@@ -370,11 +372,14 @@ def _write_start(
     write_text(folder / f"config{suffix}.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     metadata = folder / f"metadata{suffix}.json"
     write_json(metadata, origin)
-    began = read_result(folder).get("started_at", time.time()) if resumed else time.time()
+    now, earlier = time.time(), read_result(folder) if resumed else {}
+    times = {"started_at": earlier.get("started_at", now), CONTINUED_AT: now}
+    if "wall_s" in earlier:  # of the starts before this one
+        times["wall_s"] = earlier["wall_s"]
     (folder / "error.txt").unlink(missing_ok=True)  # from an earlier start
     start = {"status": RUNNING, "command": command, "overrides": list(overrides), "metrics": {}, "run_dir": str(folder)}
     job = {name: origin[name] for name in (run_folder.RESUMED_BY,) if name in origin}
-    write_result(folder, start | {"started_at": began} | job | trained)
+    write_result(folder, start | times | job | trained)
     return metadata
 
 
@@ -435,6 +440,7 @@ def _select_headline_metrics(trainer: Trainer, module: LightningModule) -> dict[
 
 def _write_final_result(folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: float) -> None:
     start, checkpoint = read_result(folder), folder / run_folder.CHECKPOINT
+    wall_s += start.get("wall_s", 0.0)
     result = {
         "status": FINISHED,
         "steps": trainer.global_step,

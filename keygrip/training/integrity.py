@@ -7,12 +7,15 @@ before the comment was added.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 import re
+import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -27,14 +30,40 @@ COMMENT = re.compile(re.escape(PREFIX) + rb"[0-9a-f]{64}")
 END_BYTES = 22  # of zip's end record without comment; its last two bytes are the comment's length
 END_SIGNATURE = b"PK\x05\x06"
 SHOWN = 3
+SETTLED_S = 2.0  # a file may change once more within the resolution of its time stamps, up to 2 s on some disks
 
 
 class ChangedFileError(ValueError):
     """A checkpoint differs from the file that was written."""
 
 
-def sign(file: Path) -> None:
+class HashedFile:
+    """A file for torch.save that also computes the SHA-256 of what is written, so that it is not read back for it.
+    Torch writes from the first byte to the last, without going back."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        """Write bytes and return their number."""
+        self._hash.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        """Pass what is buffered on to the operating system."""
+        self._file.flush()
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all bytes so far."""
+        return self._hash.hexdigest()
+
+
+def sign(file: Path, digest: str) -> None:
     """Add the hash to a zip file that has no comment yet.
+
+    Args:
+        file: the whole file. digest: SHA-256 of its bytes (`HashedFile.digest`).
 
     Raises:
         ValueError: the file does not end like a zip file without comment.
@@ -45,7 +74,6 @@ def sign(file: Path) -> None:
         end = handle.read()
         if not end.startswith(END_SIGNATURE) or end[-2:] != b"\0\0":
             raise ValueError(f"{file} does not end like a zip file without comment")
-        digest = _digest(file, size)
         handle.seek(size - 2)
         handle.write(COMMENT_BYTES.to_bytes(2, "little") + PREFIX + digest.encode())
 
@@ -61,12 +89,18 @@ def is_signed(file: Path) -> bool:
 
 
 def verify(file: Path) -> None:
-    """Check a signed file.
+    """Check a signed file. A file that this process has checked is not read again until it is changed or replaced: one
+    start reads its checkpoint several times, and hashing tens of gigabytes takes minutes.
 
     Raises:
         ChangedFileError: a byte differs from what was written.
     """
     with file.open("rb") as handle:
+        status = os.fstat(handle.fileno())  # before the file is read: a change in the meantime is a later one
+        version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if version in _verified:
+            return
+        settled = time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_S
         size = handle.seek(0, 2)
         handle.seek(max(0, size - COMMENT_BYTES - 2))
         tail = handle.read()
@@ -74,6 +108,11 @@ def verify(file: Path) -> None:
     well_formed = COMMENT.fullmatch(comment) is not None and length == COMMENT_BYTES.to_bytes(2, "little")
     if not well_formed or _digest(file, size - COMMENT_BYTES).encode() != comment.removeprefix(PREFIX):
         raise ChangedFileError(f"{file} is damaged: a byte differs from what was written; take another copy of it")
+    if settled:
+        _verified.add(version)
+
+
+_verified: set[tuple[int, ...]] = set()  # device, inode, size and times of change of files that this process checked
 
 
 def refuse_damaged(file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from keygrip.launch import is_first_process, started_together
 RESULT = "result.json"
 # Values of "status". A killed process leaves "running".
 FINISHED, FAILED, INTERRUPTED, RUNNING, DRY_RUN = "finished", "failed", "interrupted", "running", "dry run"
+CONTINUED_AT = "continued_at"  # time at which the start that is running began; "wall_s" has the time of those before
 # Messages of gloo and NCCL about a process that has ended.
 OTHER_ENDED = r"gloo/transport.*(Read error|Write error|Connection (reset|closed) by peer|Broken pipe)|ncclRemoteError"
 
@@ -52,6 +54,8 @@ def record_failure(folder: Path, status: str, line: str, overrides: Sequence[str
     if not folder.is_dir() or earlier.get("status") == FINISHED or _follows(earlier, status, error):
         return
     result = {**earlier, "status": status, "error": line, "overrides": list(overrides)}
+    if CONTINUED_AT in result:
+        result["wall_s"] = round(result.get("wall_s", 0.0) + time.time() - result.pop(CONTINUED_AT), 1)
     write_result(folder, {"metrics": {}, **result})
     write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
 

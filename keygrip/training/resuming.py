@@ -29,6 +29,8 @@ MAY_DIFFER = (
     *("strategy.devices", "strategy.num_nodes", "strategy.kind", "strategy.accelerator"),
     "strategy.reshard_after_forward",
     "compile",
+    # data that are generated do not depend on the number of processes
+    *(f"data.{maker}.processes" for maker in ("record", "make.options", "sources.*.make.options")),
     *("data.num_workers", "data.prefetch_batches", "data.cache_gb", "data.cache_dir", "data.memory_gb"),
     # location and size of a feature cache: cached features equal computed ones
     *(f"{place}.cache.{name}" for place in ("geometry", "model.network.geometry") for name in ("folder", "limit_gb")),
@@ -108,7 +110,8 @@ def check_resumed(checkpoint: Path, resolved: dict[str, Any]) -> int:
     stored = content[HEADER]["config"]
     if different := differing_settings(stored, resolved):
         raise ValueError(
-            f"{checkpoint} was made with other settings: {different}; use the same ones, or another run_dir"
+            f"{checkpoint} was made with other settings: {different}; use the same ones, or start a new run without "
+            "resume in another run_dir"
         )
     changed = [name for name in LENGTH if stored.get(name) != resolved.get(name)]
     if changed and (resolved.get("optimizer") or {}).get("schedule") == "cosine" and is_first_process():
@@ -161,7 +164,11 @@ def _places_that_may_differ(previous: dict[str, Any], current: dict[str, Any]) -
     if False in (previous.get("data.verify"), current.get("data.verify")) and not current.get("data.allow_changed"):
         return ()  # for demonstrations of robots only poses are compared then, not images
     target = current.get("data._target_")
-    return PLACES if target and getattr(get_class(target), "compares_contents", False) else ()
+    if not (target and getattr(get_class(target), "compares_contents", False)):
+        return ()
+    given = [key.removesuffix("root") for key, value in current.items() if value and _matches_any(key, PLACES)]
+    # data that the run has generated are read from the place to which they were moved: how they are made has no effect
+    return (*PLACES, "data.record.folder", *(f"{part}{maker}" for part in given for maker in ("record", "make")))
 
 
 def _stages_that_may_differ(previous: dict[str, Any], current: dict[str, Any]) -> tuple[str, ...]:

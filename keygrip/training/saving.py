@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar, cast
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
@@ -21,9 +21,10 @@ from keygrip.artifacts import atomic_write, read_record, write_json
 from keygrip.launch import requeue_job
 from keygrip.override_values import as_typed
 from keygrip.training.accumulation import completes_step
-from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.checkpoints import copied_but_large, read_checkpoint
+from keygrip.training.distributed import maximum_over_processes
 from keygrip.training.ema import EMA
-from keygrip.training.integrity import sign
+from keygrip.training.integrity import HashedFile, sign
 from keygrip.training.monitors import non_finite_parameters
 from keygrip.training.parts import ReadWhere
 from keygrip.training.run_folder import CHECKPOINT, kept_by_step
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 LATEST = CHECKPOINT.name
 BEST = "best.ckpt"
+TRAINED_PER_SAVE = 20  # saves by minutes: seconds of training per second of saving; they take at most 5 % of the time
 OF_TRAINING = ("train/", "lr-")  # names of values that are logged in training, not in validation
 
 
@@ -42,17 +44,32 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the checkpoint with its hash, completely or not at all."""
         with atomic_write(path) as file:
-            torch.save(checkpoint, file)
+            hashed = HashedFile(file)
+            torch.save(checkpoint, cast(IO[bytes], hashed))  # it only writes and flushes
             file.flush()
-            sign(Path(file.name))
+            sign(Path(file.name), hashed.digest())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load as `read_checkpoint` does: no stored code is executed."""
-        return read_checkpoint(path, map_location or "cpu")
+        """Load as `read_checkpoint` does: no stored code is executed. On the CPU the weights, their EMA and the moments
+        stay memory-mapped, so that processes of one machine share them: the first two are copied when they are
+        restored, the moments by `CopyRestoredMoments`. In-place changes of mapped tensors do not reach the file."""
+        return copied_but_large(read_checkpoint(path, map_location or "cpu", mapped=True))
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove the file if it exists."""
         Path(path).unlink(missing_ok=True)
+
+
+class CopyRestoredMoments(Callback):
+    """Copy optimizer state on the CPU, which torch restores without a copy: while a tensor is mapped from a checkpoint,
+    the disk space of the file is not freed after a later one has replaced it."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            for state in optimizer.state.values():
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                        state[name] = value.clone()
 
 
 class SaveLatest(Checkpoint):
@@ -67,7 +84,8 @@ class SaveLatest(Checkpoint):
         folder: folder of the files; of a run's ``callbacks.checkpoint`` always ``checkpoints`` in the run folder.
         every_n_steps: optimizer steps between saves.
         every_n_epochs: epochs between saves.
-        every_n_minutes: minutes between saves; the most that is lost after kill -9.
+        every_n_minutes: minutes between saves, at least 20 times as long as the last save took; the most that is lost
+            after kill -9.
         monitor: name of a validation metric whose best state is also kept; None: only the latest. If processes have
             logged different values, that of the first process decides.
         mode: ``min`` or ``max``: whether lower or higher values are better.
@@ -112,6 +130,8 @@ class SaveLatest(Checkpoint):
         self.best: float | None = None
         self._saved_step = -1
         self._saved_at = time.monotonic()
+        self._save_s = 0.0  # how long the last save took
+        self._interval_reported = False
 
     @property
     def latest_path(self) -> Path:
@@ -131,11 +151,34 @@ class SaveLatest(Checkpoint):
         """
         if self._saved_step != trainer.global_step:
             _refuse_non_finite(trainer)
+            started_at = time.monotonic()
             trainer.save_checkpoint(self.latest_path, weights_only=False)
             if trainer.is_global_zero and self.keep:
                 keep_by_step(self.latest_path, trainer.global_step, self.keep)
+            # of the slowest process: the first one may also have copied the file
+            self._save_s = maximum_over_processes(time.monotonic() - started_at)
+            self._report_interval(trainer)
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
+
+    def _interval_s(self, minutes: float) -> float:
+        """Return the seconds from the end of a save to the next save by minutes."""
+        return max(60 * minutes, TRAINED_PER_SAVE * self._save_s)
+
+    def _report_interval(self, trainer: Trainer) -> None:
+        """Log once that saves take so long that those by minutes are farther apart than configured."""
+        minutes = self.every_n_minutes
+        if minutes is None or self._interval_reported or self._interval_s(minutes) == 60 * minutes:
+            return
+        self._interval_reported = True
+        if trainer.is_global_zero:
+            log.info(
+                "saving took %.3g s: the next save by minutes follows after %.3g minutes of training instead of "
+                "callbacks.checkpoint.every_n_minutes=%g, so that saving takes at most 5 %% of the time",
+                self._save_s,
+                self._interval_s(minutes) / 60,
+                minutes,
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
@@ -174,8 +217,8 @@ class SaveLatest(Checkpoint):
         due |= bool(self.every_n_epochs) and last_batch and epoch % (self.every_n_epochs or 1) == 0
         due |= step == trainer.max_steps or (last_batch and epoch == trainer.max_epochs) or trainer.should_stop
         if self.every_n_minutes is not None:
-            late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
-            due = _is_true_on_any_process(trainer, late) or due
+            late = time.monotonic() - self._saved_at >= self._interval_s(self.every_n_minutes)
+            due = _is_true_on_any_process(late) or due
         if due:
             self.save(trainer)
 
@@ -184,7 +227,7 @@ class SaveLatest(Checkpoint):
             return
         # All processes must decide alike, because they save together. A module may log a value for each process alone,
         # and on disks that nodes do not share, only the first process has read the record of the best.
-        if _is_true_on_any_process(trainer, self.monitor not in trainer.callback_metrics):
+        if _is_true_on_any_process(self.monitor not in trainer.callback_metrics):
             names = (name for name in trainer.callback_metrics if not name.startswith(OF_TRAINING))
             raise ValueError(
                 f"callbacks.checkpoint.monitor={self.monitor!r} is not logged in validation"
@@ -300,7 +343,7 @@ class SaveOnInterrupt(Callback):
         log.warning("%s: finishing this step or validation batch, then saving", signal.Signals(number).name)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        number = _maximum_over_processes(trainer, self._received or 0)
+        number = int(maximum_over_processes(self._received or 0))
         if number:
             self._stop(trainer, number)
 
@@ -346,20 +389,12 @@ def _leave_validation(trainer: Trainer) -> None:
 
 def _refuse_non_finite(trainer: Trainer) -> None:
     broken = non_finite_parameters(trainer.lightning_module)
-    if _is_true_on_any_process(trainer, bool(broken)):
+    if _is_true_on_any_process(bool(broken)):
         raise ValueError(
             f"weights became NaN or infinite before step {trainer.global_step} ({', '.join(broken[:3])}; "
             f"{len(broken)} in all): the last checkpoint is kept as it is; lower optimizer.lr or optimizer.clip_norm"
         )
 
 
-def _is_true_on_any_process(trainer: Trainer, decision: bool) -> bool:
-    return _maximum_over_processes(trainer, int(decision)) > 0
-
-
-def _maximum_over_processes(trainer: Trainer, number: int) -> int:
-    """Return the maximum over all processes."""
-    if trainer.world_size == 1:
-        return number
-    local_number = torch.tensor(float(number), device=trainer.strategy.root_device)
-    return int(torch.as_tensor(trainer.strategy.reduce(local_number, reduce_op="max")).item())
+def _is_true_on_any_process(decision: bool) -> bool:
+    return maximum_over_processes(int(decision)) > 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 from PIL import Image
 from shard_sets import picture
 
-from keygrip.data import video, video_frames
+from keygrip.data import video, video_containers, video_frames, video_index
 from keygrip.data.video import VideoWriter, duration_s, frames_at, read_frame, read_video, write_video
 from keygrip.data.video_frames import upright_frame
 from keygrip.data.video_text.conversations import decode_timed, describe_video_text
@@ -393,7 +395,9 @@ def test_each_frame_is_held_against_the_limit(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_frame_far_beyond_the_limit_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "MAX_PIXELS", 100 * 100)  # the decoder's limit is twice as high; the frame has 25 600
+    monkeypatch.setattr(
+        video_containers, "MAX_PIXELS", 100 * 100
+    )  # the decoder's limit is twice as high; the frame has 25 600
     path = growing(tmp_path / "a.avi")
     assert read_frame(path, 5).shape == (64, 64, 3)
     with pytest.raises(OSError, match=r"a\.avi: frame 6 cannot be decoded"):
@@ -404,7 +408,7 @@ def test_the_index_reads_the_stream_only_while_its_container_is_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a.mp4", [n / 10 for n in range(8)], 10, tick=10240)
-    container, stream = video._open_container(path)
+    container, stream = video_containers.open_container(path)
 
     class Stream:  # PyAV's is memory that closing the container frees: reading it later gives arbitrary data
         @property
@@ -424,6 +428,102 @@ def test_the_index_reads_the_stream_only_while_its_container_is_open(
             self.open = False
 
     opened = Container()
-    monkeypatch.setattr(video, "_open_container", lambda _: (opened, Stream()))
+    monkeypatch.setattr(video_index, "open_container", lambda _: (opened, Stream()))
     with container:
         assert np.allclose(video.frame_times(path), np.arange(8) / 10)
+
+
+def as_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the indices in memory, and the open containers."""
+    monkeypatch.setattr(video_index, "_NOT_STORED", {})
+    monkeypatch.setattr(video, "_OPEN_VIDEOS", threading.local())
+    video_index._load.cache_clear()
+
+
+def count_indexed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return a list that receives each video whose packets are read."""
+    indexed: list[Path] = []
+    make = video_index._make_index
+    monkeypatch.setattr(video_index, "_make_index", lambda path: indexed.append(path) or make(path))
+    return indexed
+
+
+def test_a_stored_index_replaces_reading_the_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demos").mkdir()
+    path = write(tmp_path / "demos" / "a.mp4", [n / 10 for n in range(40)], 10, tick=10240, b_frames=2)
+    made = video_index.video_index(path)
+    times, frames = video.frame_times(path), [read_frame(path, n) for n in (39, 0, 17, 18)]
+    assert made.times.dtype == made.keys.dtype == np.int64
+    as_in_another_process(monkeypatch)
+    indexed = count_indexed(monkeypatch)
+    video_index.keep_indices(tmp_path / "demos", tmp_path / "cache")
+    assert video.count_frames(path) == 40
+    as_in_another_process(monkeypatch)
+    assert np.array_equal(video.frame_times(path), times)
+    for n, frame in zip((39, 0, 17, 18), frames, strict=True):
+        assert np.array_equal(read_frame(path, n), frame)
+    assert indexed == [path]
+    assert video_index._NOT_STORED == {}
+    read = video_index.video_index(path)
+    assert np.array_equal(read.times, made.times)
+    assert np.array_equal(read.keys, made.keys)
+    assert read.unit_s == made.unit_s
+    write(path, [n / 10 for n in range(30)], 10, tick=10240)  # another video of that name
+    assert video.count_frames(path) == 30
+    assert indexed == [path, path]
+
+
+def test_indices_of_other_folders_are_not_stored(tmp_path: Path) -> None:
+    (tmp_path / "demos").mkdir()
+    video_index.keep_indices(tmp_path / "demos", tmp_path / "cache")
+    assert video.count_frames(write(tmp_path / "a.mp4", [n / 10 for n in range(8)], 10, tick=10240)) == 8
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("damage", ["no archive", "order", "keys", "unit", "pickle"])
+def test_a_damaged_stored_index_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    path = write(tmp_path / "a.mp4", [n / 10 for n in range(8)], 10, tick=10240)
+    video_index.keep_indices(tmp_path, tmp_path / "cache")
+    index = video_index.video_index(path)
+    (stored,) = (tmp_path / "cache").rglob("*.npz")
+    arrays = {"times": index.times, "keys": index.keys, "unit_s": np.float64(index.unit_s)}
+    wrong = {
+        "order": {"times": index.times[::-1]},
+        "keys": {"keys": index.keys + 1},
+        "unit": {"unit_s": np.float64(np.nan)},
+        "pickle": {"times": index.times.astype(object)},
+    }
+    if damage == "no archive":
+        stored.write_bytes(stored.read_bytes()[:50])
+    else:
+        np.savez(stored, **(arrays | wrong[damage]))
+    as_in_another_process(monkeypatch)
+    indexed = count_indexed(monkeypatch)
+    assert np.allclose(video.frame_times(path), np.arange(8) / 10)
+    as_in_another_process(monkeypatch)
+    assert video.count_frames(path) == 8
+    assert indexed == [path]
+
+
+def test_an_index_that_cannot_be_stored_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.mp4", [n / 10 for n in range(8)], 10, tick=10240)
+    (tmp_path / "cache").write_text("no folder")
+    video_index.keep_indices(tmp_path, tmp_path / "cache")
+    indexed = count_indexed(monkeypatch)
+    assert [video.count_frames(path) for _ in range(3)] == [8, 8, 8]
+    assert indexed == [path]
+
+
+def test_threads_that_read_one_video_index_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.mp4", [n / 10 for n in range(8)], 10, tick=10240)
+    indexed = count_indexed(monkeypatch)
+    started = threading.Barrier(4)
+
+    def count(_: int) -> int:
+        started.wait()
+        return video.count_frames(path)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(count, range(4))) == [8] * 4
+    assert indexed == [path]
+    assert video_index._LOCKS == {}

@@ -378,3 +378,9 @@ def test_images_are_compared_with_their_captions_as_clip_itself_does(tmp_path: P
     file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": growing}))
     with pytest.raises(ValueError, match=r"holds no CLIPTokenizer of transformers: .*may make \d+ characters"):
         ClipSimilarity(tmp_path)
+
+
+def test_precision_and_recall_by_hand() -> None:
+    real, drawn = torch.tensor([[0.0], [1.0], [10.0]]), torch.tensor([[1.5], [30.0], [31.0]])
+    precision, recall = precision_recall(drawn, real, neighbours=1)  # radii of real: 1, 1, 9; of drawn: 28.5, 1, 1
+    assert (precision, recall) == (pytest.approx(1 / 3), 1.0)

@@ -148,3 +148,13 @@ def test_bad_settings_are_refused() -> None:
         RecedingHorizon(Scripted(), 10, grip_below=None)
     with pytest.raises(ValueError, match="above 0"):
         RecedingHorizon(Scripted(), 10, execute_seconds=0.0)
+
+
+def test_ensembling_interpolates_between_the_steps_of_an_older_plan() -> None:
+    plans = [replace(line(start, 0.1, steps=4), step_seconds=0.15) for start in (0.0, 0.5)]
+    controller = RecedingHorizon(
+        Scripted(*plans), control_hz=10, execute_seconds=0.15, ensemble=True, ensemble_decay=0.5
+    )
+    commands = drive(controller, 4)  # a step takes two periods, so the second plan begins at 0.2 s
+    weight, old, new = np.exp(-0.5), 0.1 * 0.35 / 0.15, 0.6  # both are for 0.35 s
+    np.testing.assert_allclose(commands[3, 0], (new + weight * old) / (1 + weight), atol=1e-9)

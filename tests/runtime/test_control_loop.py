@@ -750,6 +750,17 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[KeyboardTakeover]:
     os.close(master)
 
 
+def test_every_axis_of_the_gamepad_moves_its_own_way(tmp_path: Path) -> None:
+    device = tmp_path / "js0"
+    rest = [(0, 0, 0x82, axis) for axis in (0, 1, 3, 4)]
+    pushed = [(2, value, 2, axis) for axis, value in ((0, 16384), (1, -32767), (3, 24575), (4, 8192))]
+    device.write_bytes(b"".join(GamepadTakeover.EVENT.pack(*event) for event in [*rest, (1, 1, 1, 0), *pushed]))
+    correction = GamepadTakeover(str(device), speed_m_s=0.4, turn_rad_s=0.8).read(0.0, START[None])
+    assert correction is not None
+    np.testing.assert_allclose(correction.velocity, [0.4, -0.2, -0.1], atol=1e-4)
+    np.testing.assert_allclose(correction.turn, [0, 0, -0.6], atol=1e-4)
+
+
 def test_keys_and_sticks(keys: KeyboardTakeover, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert keys.read(0.0, START[None]) is None
     for key in "tw ":
@@ -848,6 +859,26 @@ def test_a_terminal_that_is_closed_holds_the_arm_that_a_person_has(
             else ["lost the terminal in which a person drove the arm: the policy drives on, and nobody can take over"]
         )
         keyboard.close()
+
+
+def test_a_recording_has_quaternions_of_continuous_signs(tmp_path: Path) -> None:
+    """A robot gives q or -q, here in turns, and in an array that it uses again."""
+    arms, steps = ["left", "right"], 6
+    turns = Rotation.from_rotvec(np.linspace(2.9, 3.4, steps)[:, None] * [1, 0, 0]).as_quat(scalar_first=True)
+    observation = {"quaternion": np.empty((2, 4)), "position": np.zeros((2, 3)), "gripper": np.ones(2)}
+    observation |= {"image": IMAGE, "intrinsics": np.eye(3), "world_to_camera": np.eye(4)}
+    with CorrectionRecorder(tmp_path / "demo", "yam", "t", "do it", arms, ["over"], 10.0) as recorder:
+        for step, turn in enumerate(turns):
+            sign = (-1) ** step
+            observation["quaternion"][:] = sign * turn, turn
+            command = np.concatenate([np.zeros((2, 3)), np.stack([turn, sign * turn]), np.ones((2, 1))], axis=1)
+            recorder.add(observation, command, corrected=True, now=step / 10)
+    demo = read_native(tmp_path / "demo", "demo")
+    for arm in arms:
+        commanded = demo.arms[arm].commanded
+        assert commanded is not None
+        np.testing.assert_allclose(demo.arms[arm].quaternion, turns, atol=1e-6)
+        np.testing.assert_allclose(commanded.quaternion, turns, atol=1e-6)
 
 
 def test_a_run_that_is_interrupted_keeps_its_corrections(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def plan_of(**changes: Any) -> Plan:
         ({"position": np.array([[[0.3, 0.0, 0.1], [0.3, 0.0, 0.1], [0.3, 0.0, 0.1]]])}, "malformed: its position"),
         ({"position": np.zeros((1, 0, 3)), "gripper": np.zeros((1, 0))}, "malformed"),
         ({"position": np.array([[[0.12, -0.28, 0.1], [0.48, 0.28, 0.1]]]), "step_seconds": 0.1}, "moves at 6.66 m/s"),
+        # from the arm to the first step
+        ({"position": np.array([[[0.48, 0.28, 0.1], [0.48, 0.28, 0.1]]]), "step_seconds": 0.1}, r"moves at 3\.33 m/s"),
         ({"gripper": np.array([[1.0, 1.4]])}, "gripper opening outside 0 to 1"),
         ({"step_seconds": 0.0}, "steps of 0.0 s"),
         ({"step_seconds": float("nan")}, "steps of nan s"),

@@ -242,23 +242,18 @@ def test_a_damaged_record_of_the_best_is_named(content: str, tmp_path: Path) -> 
     assert saving.best == 0.5
 
 
-def of_two_processes(other: dict[str, Any], first: bool, **logged: float) -> Any:
+def of_two_processes(decision: tuple[float, bool] | None, **logged: float) -> Any:
     """Return the trainer of one of two processes.
 
     Args:
-        other: what the other process gives: `missing` for the reduction, `decision` for the broadcast. first: whether
-            it is the first process, whose decision holds.
+        decision: what the first process broadcasts; None if this is the first process.
     """
-    strategy = SimpleNamespace(
-        root_device="cpu",
-        reduce=lambda own, reduce_op: max(own, torch.tensor(float(other.get("missing", 0)))),
-        broadcast=lambda own: own if first else other["decision"],
-    )
+    strategy = SimpleNamespace(broadcast=lambda own: own if decision is None else decision)
     metrics = {name.replace("_", "/"): torch.tensor(value) for name, value in logged.items()}
     return SimpleNamespace(
         world_size=2,
         global_step=4,
-        is_global_zero=first,
+        is_global_zero=decision is None,
         sanity_checking=False,
         callback_metrics=metrics,
         strategy=strategy,
@@ -279,18 +274,21 @@ def test_the_first_process_decides_for_all_which_state_is_the_best(
     first, second = (SaveLatest(str(tmp_path / name), monitor="val/loss") for name in ("first", "second"))
     first.best = second.best = 1.0
     (tmp_path / "first").mkdir()
-    validated(first, of_two_processes({}, True, val_loss=0.5))
-    validated(second, of_two_processes({"decision": (0.5, True)}, False, val_loss=2.0))
+    validated(first, of_two_processes(None, val_loss=0.5))
+    validated(second, of_two_processes((0.5, True), val_loss=2.0))
     assert (saved, first.best, second.best) == ([True, False], 0.5, 0.5)
     assert json.loads((tmp_path / "first" / "best.json").read_text()) == {"val/loss": 0.5, "step": 4}
-    validated(first, of_two_processes({}, True, val_loss=float("nan")))
-    validated(second, of_two_processes({"decision": (float("nan"), False)}, False, val_loss=0.1))
+    validated(first, of_two_processes(None, val_loss=float("nan")))
+    validated(second, of_two_processes((float("nan"), False), val_loss=0.1))
     assert (saved, first.best, second.best) == ([True, False], 0.5, 0.5)
 
 
-def test_a_metric_that_another_process_has_not_logged_is_refused_by_all(tmp_path: Path) -> None:
+def test_a_metric_that_another_process_has_not_logged_is_refused_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module: Any = None
-    trainer = of_two_processes({"missing": 1}, True, val_loss=0.5, train_loss=0.1)
+    monkeypatch.setattr("keygrip.training.saving.maximum_over_processes", lambda own: max(own, 1))
+    trainer = of_two_processes(None, val_loss=0.5, train_loss=0.1)
     with pytest.raises(ValueError, match=r"'val/loss' is not logged in validation by every process; logged: val/loss$"):
         SaveLatest(str(tmp_path), monitor="val/loss").on_validation_end(trainer, module)
 
@@ -301,31 +299,102 @@ def test_a_value_of_training_steps_chooses_no_best_state(name: str, tmp_path: Pa
         SaveLatest(str(tmp_path), monitor=name)
 
 
+def trainer_of_steps(step: int) -> Any:
+    """Return a trainer after an optimizer step in the middle of an epoch."""
+    epoch_loop = SimpleNamespace(_should_accumulate=lambda: False, batch_progress=SimpleNamespace(is_last_batch=False))
+    return SimpleNamespace(
+        global_step=step,
+        current_epoch=0,
+        max_steps=100,
+        max_epochs=-1,
+        should_stop=False,
+        is_global_zero=True,
+        lightning_module=None,
+        fit_loop=SimpleNamespace(epoch_loop=epoch_loop),
+    )
+
+
 def test_a_save_that_is_due_on_any_process_waits_for_no_later_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More work than `every_n_minutes` would otherwise be lost where steps are long."""
     saved: list[int] = []
     monkeypatch.setattr(SaveLatest, "save", lambda self, trainer: saved.append(trainer.global_step))
-    other_is_late = torch.tensor(0.0)
-    epoch_loop = SimpleNamespace(_should_accumulate=lambda: False, batch_progress=SimpleNamespace(is_last_batch=False))
-    trainer: Any = SimpleNamespace(
-        world_size=2,
-        global_step=3,
-        current_epoch=0,
-        max_steps=100,
-        max_epochs=-1,
-        should_stop=False,
-        fit_loop=SimpleNamespace(epoch_loop=epoch_loop),
-        strategy=SimpleNamespace(root_device="cpu", reduce=lambda own, reduce_op: max(own, other_is_late)),
-    )
-    saving = SaveLatest(str(tmp_path), every_n_minutes=60)
+    others = [0]
+    monkeypatch.setattr("keygrip.training.saving.maximum_over_processes", lambda own: max(own, *others))
+    trainer = trainer_of_steps(3)
     module: Any = None
+    saving = SaveLatest(str(tmp_path), every_n_minutes=60)
     saving.on_train_batch_end(trainer, module)
     assert saved == []
-    other_is_late += 1
+    others.append(1)
     saving.on_train_batch_end(trainer, module)
     assert saved == [3]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "save_s", "expected"),
+    [
+        (2, 3, [120, 240, 360, 480, 600, 720, 840, 960]),  # 3 s of 120 s are less than 5 %
+        (2, 12, [120, 360, 600, 840]),
+        (0.5, 12, [60, 300, 540, 780]),
+        (None, 12, []),
+    ],
+)
+def test_slow_saves_by_minutes_take_at_most_a_twentieth_of_the_time(
+    minutes: float | None,
+    save_s: int,
+    expected: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """After a thousand seconds of training in steps of 60 s; the time of saving is added to them."""
+    caplog.set_level("INFO")
+    now, trained, saved = [0.0], [0], list[int]()
+    monkeypatch.setattr("keygrip.training.saving.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("keygrip.training.saving.non_finite_parameters", lambda module: [])
+    trainer = trainer_of_steps(0)
+    module: Any = None
+
+    def save_checkpoint(path: Path, weights_only: bool) -> None:
+        now[0] += save_s
+        saved.append(trained[0])
+
+    trainer.save_checkpoint = save_checkpoint
+    saving = SaveLatest(str(tmp_path), every_n_minutes=minutes, keep=0)
+    for trainer.global_step in range(1, 17):
+        now[0] += 60
+        trained[0] += 60
+        saving.on_train_batch_end(trainer, module)
+    assert saved == expected
+    slow = minutes is not None and save_s == 12
+    assert sum("saving takes at most 5 % of the time" in line for line in caplog.messages) == slow
+    saving.on_train_end(trainer, module)  # and at the end in any case
+    assert saved == [*expected, *[960][: 960 not in expected]]
+
+
+def test_the_slowest_process_says_how_long_a_save_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a process that did not write the file would soon ask all of them for the next save."""
+    now, saved = [0.0], list[int]()
+    monkeypatch.setattr("keygrip.training.saving.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("keygrip.training.saving.non_finite_parameters", lambda module: [])
+    trainer = trainer_of_steps(0)
+    module: Any = None
+
+    def save_checkpoint(path: Path, weights_only: bool) -> None:
+        now[0] += 1
+        saved.append(trainer.global_step)
+
+    trainer.save_checkpoint = save_checkpoint
+    saving = SaveLatest(str(tmp_path), every_n_minutes=1, keep=0)
+    trainer.global_step = 1
+    with monkeypatch.context() as patch:
+        patch.setattr("keygrip.training.saving.maximum_over_processes", lambda own: 30.0 * own)
+        saving.save(trainer)
+    for trainer.global_step, now[0] in ((2, 600.0), (3, 601.0)):
+        saving.on_train_batch_end(trainer, module)
+    assert saved == [1, 3]
 
 
 def test_the_last_checkpoints_by_step_stay(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:

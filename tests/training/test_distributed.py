@@ -20,10 +20,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import keygrip
 from keygrip.training.checkpoints import read_checkpoint
-from keygrip.training.distributed import mean_over_processes, weighted_means
+from keygrip.training.distributed import (
+    _device_of_reductions,
+    global_mean,
+    maximum_over_processes,
+    mean_over_processes,
+    weighted_means,
+)
 from keygrip.training.monitors import gradient_norm
 from keygrip.training.optimizers import AdamW
 from keygrip.training.sharding import load_optimizer, named_state
@@ -224,6 +231,50 @@ def test_a_parameter_that_had_no_gradient_yet_has_no_moments_when_sharded(tmp_pa
             torch.testing.assert_close(sharded.state_dict()[name].full_tensor(), value)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_processes_agree_in_one_reduction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reduced, all_reduce = list[str](), torch.distributed.all_reduce
+
+    def reduce(value: Tensor, op: Any) -> None:
+        reduced.append(value.device.type)
+        all_reduce(value, op=op)
+
+    monkeypatch.setattr("keygrip.training.distributed.world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda **_: pytest.fail("a second wait"))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert (maximum_over_processes(10), maximum_over_processes(0.1)) == (10, 0.1)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert reduced == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize(("backend", "device"), [("gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu"), ("nccl", "cuda:1")])
+def test_numbers_are_reduced_on_a_device_of_the_backend(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert _device_of_reductions() == torch.device(device)
+
+
+def test_a_number_of_terms_is_not_copied_to_the_device() -> None:
+    """The copy of a number of Python would wait for all that a GPU still has to do."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    total = torch.tensor(6.0, requires_grad=True)
+    with Names():
+        mean = global_mean(total, 4)
+    assert float(mean.detach()) == 1.5
+    assert "aten.full.default" in called
+    assert not [name for name in called if name.startswith(("aten.lift_fresh", "aten._to_copy"))]
 
 
 def test_the_norm_of_sharded_gradients_is_one_number(tmp_path: Path) -> None:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from keygrip.artifacts import sha256_of
 from keygrip.models.backbone.weights import read_file
 from keygrip.models.patch_dit.init_source import read_source
 from keygrip.training.checkpoints import read_checkpoint
-from keygrip.training.integrity import ChangedFileError, is_signed, load_tensors, refuse_unfit_weights, sign, verify
+from keygrip.training.integrity import (
+    COMMENT_BYTES,
+    ChangedFileError,
+    is_signed,
+    load_tensors,
+    refuse_unfit_weights,
+    sign,
+    verify,
+)
 from keygrip.training.saving import AtomicCheckpointIO
 
 CONTENT = {
@@ -63,6 +75,53 @@ def flipped(file: Path, tensor: torch.Tensor) -> Path:
     return file
 
 
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows by the hash of each file that is checked."""
+    hashes: list[str] = []
+
+    def record(parts: Any) -> str:
+        hashes.append(sha256_of(parts))
+        return hashes[-1]
+
+    monkeypatch.setattr("keygrip.training.integrity.sha256_of", record)
+    return hashes
+
+
+def test_a_file_is_hashed_again_only_if_it_was_changed(
+    file: Path, tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keygrip.training.integrity.SETTLED_S", -60.0)
+    for mapped in (True, True, False):
+        assert torch.equal(read_checkpoint(file, mapped=mapped)["state_dict"]["a"], CONTENT["state_dict"]["a"])
+    assert len(hashed) == 1
+    status, content = file.stat(), file.read_bytes()
+    flipped(file, CONTENT["state_dict"]["a"])  # of the same size
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    for _ in range(2):  # a damaged file is not remembered
+        with pytest.raises(ChangedFileError, match="is damaged"):
+            read_checkpoint(file)
+    assert len(hashed) == 3
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 2))
+    read_checkpoint(file)
+    AtomicCheckpointIO().save_checkpoint(CONTENT | {"global_step": 5}, file)  # another file takes its place
+    del hashed[:]
+    for _ in range(2):
+        assert read_checkpoint(file)["global_step"] == 5
+    assert len(hashed) == 1
+
+
+def test_a_file_that_was_just_written_is_hashed_each_time(
+    file: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may change again without another time stamp."""
+    monkeypatch.setattr("keygrip.training.integrity.SETTLED_S", 3600.0)
+    for _ in range(2):
+        verify(file)
+    assert len(hashed) == 2
+
+
 def test_weights_to_start_from_are_checked_too(file: Path, tmp_path: Path) -> None:
     tensor = CONTENT["state_dict"]["a"]
     plain = tmp_path / "plain.pth"
@@ -82,10 +141,21 @@ def test_weights_to_start_from_are_checked_too(file: Path, tmp_path: Path) -> No
 
 def test_only_a_plain_zip_is_signed(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not end like a zip"):
-        sign(file)  # it has a comment already
+        sign(file, "0" * 64)  # it has a comment already
     (tmp_path / "text").write_text("x" * 100)
     with pytest.raises(ValueError, match="does not end like a zip"):
-        sign(tmp_path / "text")
+        sign(tmp_path / "text", "0" * 64)
+
+
+def test_a_checkpoint_is_hashed_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a large file back would double the time of a save."""
+    with monkeypatch.context() as patch:
+        patch.setattr("keygrip.training.integrity.read_blocks", lambda *_: pytest.fail("the file is read back"))
+        AtomicCheckpointIO().save_checkpoint(CONTENT, tmp_path / "last.ckpt")
+    whole = (tmp_path / "last.ckpt").read_bytes()
+    plain = whole[:-COMMENT_BYTES][:-2] + b"\0\0"  # as torch wrote it
+    assert whole[-64:].decode() == hashlib.sha256(plain).hexdigest()
+    verify(tmp_path / "last.ckpt")
 
 
 def test_unfit_weights_are_named() -> None:

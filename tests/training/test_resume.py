@@ -22,10 +22,11 @@ from keygrip import train
 from keygrip.config import compose
 from keygrip.training import run_folder
 from keygrip.training.checkpoints import read_checkpoint
+from keygrip.training.ema import EMA
 from keygrip.training.fit import TrainedMetrics
 from keygrip.training.results import read_result, write_result
 from keygrip.training.resuming import differing_settings
-from keygrip.training.saving import SaveLatest, SaveOnInterrupt
+from keygrip.training.saving import AtomicCheckpointIO, SaveLatest, SaveOnInterrupt
 from keygrip.training.signals import Interrupted
 
 EPOCHS = ("max_steps=-1", "max_epochs=2")  # ten steps
@@ -94,15 +95,50 @@ def test_a_failed_run_resumes_to_the_same_bits(
     def failing_step(self: toy_parts.ToyModule, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.trainer.global_step == stop_at:
             raise RuntimeError("power cut")
+        now[0] += 1
         return whole_step(self, batch, batch_idx)
 
+    now = [0.0]  # seconds, one per step; saving takes no time
     overrides = toy_overrides("cut", saves)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr("keygrip.training.saving.time", SimpleNamespace(monotonic=lambda: now[0]))
         patch.setattr(toy_parts.ToyModule, "training_step", failing_step)
         train.run(compose("train", overrides))
     assert read_checkpoint(tmp_path / "cut")["global_step"] < 13
     train.run(compose("train", [*overrides, "resume=true"]))
     assert_equal(state_of(tmp_path / "cut"), uninterrupted)
+
+
+def test_a_resumed_run_holds_no_tensor_of_its_checkpoint_file(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The space of a replaced file is not freed while one of its tensors is mapped."""
+    import toy_parts
+
+    loaded: list[dict[str, Any]] = []
+    used: set[int] = set()
+    load, step = AtomicCheckpointIO.load_checkpoint, toy_parts.ToyModule.training_step
+
+    def recording_load(self: AtomicCheckpointIO, *args: Any, **options: Any) -> dict[str, Any]:
+        loaded.append(load(self, *args, **options))
+        return loaded[-1]
+
+    def recording_step(self: toy_parts.ToyModule, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        callback = next(each for each in self.trainer.callbacks if isinstance(each, EMA))
+        state = [value for each in self.trainer.optimizers[0].state.values() for value in each.values()]
+        tensors = [*self.state_dict().values(), *callback._ema.values(), *state]
+        used.update(value.untyped_storage().data_ptr() for value in tensors)
+        return step(self, batch, batch_idx)
+
+    train.run(compose("train", toy_overrides("run", "max_steps=4")))
+    monkeypatch.setattr(AtomicCheckpointIO, "load_checkpoint", recording_load)
+    monkeypatch.setattr(toy_parts.ToyModule, "training_step", recording_step)
+    train.run(compose("train", toy_overrides("run", "max_steps=6", "resume=true")))
+    (content,) = loaded
+    moments = [value for each in content["optimizer_states"][0]["state"].values() for value in each.values()]
+    stored = [*content["state_dict"].values(), *content["ema"]["parameters"].values(), *moments]
+    assert len(moments) == 3 * 4
+    assert {value.untyped_storage().data_ptr() for value in stored}.isdisjoint(used)
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -303,10 +339,8 @@ def test_a_warning_that_another_process_got_queues_the_job_again(monkeypatch: py
     arrives."""
     queued: list[bool] = []
     monkeypatch.setattr("keygrip.training.saving.requeue_job", lambda: queued.append(True))
-    strategy = SimpleNamespace(root_device="cpu", reduce=lambda own, reduce_op: max(own, torch.tensor(signal.SIGUSR1)))
-    first = SimpleNamespace(
-        world_size=2, is_global_zero=True, global_step=3, callbacks=[], strategy=strategy, validating=False
-    )
+    monkeypatch.setattr("keygrip.training.saving.maximum_over_processes", lambda own: float(max(own, signal.SIGUSR1)))
+    first = SimpleNamespace(is_global_zero=True, global_step=3, callbacks=[], validating=False)
     with pytest.raises(Interrupted, match="stopped by SIGUSR1 at step 3") as stop:
         SaveOnInterrupt()._stop_if_asked(first)  # type: ignore[arg-type]
     assert (stop.value.signal_number, queued) == (signal.SIGUSR1, [True])
@@ -519,9 +553,13 @@ def test_a_signal_in_the_last_save_ends_the_run_before_anything_is_evaluated(
     assert f"stopped by {name} at step 2: saved {run}/checkpoints/last.ckpt; continue with resume={run}" in stopped.err
     assert queued == ([True] if name == "SIGUSR1" else [])
     assert signal.getsignal(signal.SIGTERM) == before
-    assert read_result(Path("run"))["status"] == "interrupted"
-    metrics = read_result(Path("run"))["metrics"]
+    interrupted = read_result(Path("run"))
+    assert interrupted["status"] == "interrupted"
+    assert "continued_at" not in interrupted
+    metrics = interrupted["metrics"]
+    write_result(Path("run"), interrupted | {"wall_s": interrupted["wall_s"] + 1000})
     assert cli(*toy, "resume=true").code == 0
+    assert 1000 < read_result(Path("run"))["wall_s"] < 1500, "the time of all starts"
     assert evaluated == [2]
     assert read_result(Path("run"))["metrics"]["train/loss"] == metrics["train/loss"]
 
@@ -553,6 +591,7 @@ def test_resuming_with_other_settings_names_them(toy_overrides: Callable[..., li
     [
         *("geometry.cache.folder", "model.network.geometry.cache.folder", "geometry.cache.limit_gb"),
         *("model.network.geometry.cache.limit_gb", "data.max_skipped_share", "data.max_broken_share"),
+        *("data.record.processes", "data.make.options.processes", "data.sources.tours.make.options.processes"),
         *("data.memory_gb", "data.root", "data.sources.tours.root", "strategy.reshard_after_forward"),
         *("model.log_images_every_n_steps", "model.log_images", "model.shown", "model.monitor_from_step"),
     ],
@@ -572,6 +611,27 @@ def test_settings_that_change_no_weight_may_differ(name: str) -> None:
             assert differing_settings(then, now | {"data": now["data"]}).startswith(name)
         assert name in differing_settings(settings("there"), settings("here"), finished=True)
         assert name in differing_settings(settings("there", "toy_parts.ToyData"), settings("here", "toy_parts.ToyData"))
+
+
+@pytest.mark.parametrize(
+    ("target", "maker"),
+    [
+        ("keygrip.data.robot.datamodule.RobotDemos", {"record": {"folder": "a", "demos": 4}}),
+        ("keygrip.data.image_text.datamodule.ImageShards", {"make": {"options": {"train": 32}}}),
+    ],
+)
+def test_generated_data_may_have_moved(target: str, maker: dict[str, Any]) -> None:
+    """How they are made is not read if data.root names them; the contents are compared by hashes."""
+
+    def settings(root: str | None, made: dict[str, Any]) -> dict[str, Any]:
+        return {"data": {"_target_": target, "root": root, **made}}
+
+    assert differing_settings(settings(None, maker), settings("moved", {})) == ""
+    assert differing_settings(settings("moved", {}), settings("again", maker)) == ""
+    (name,) = maker
+    assert differing_settings(settings(None, maker), settings(None, {})).startswith(f"data.{name}.")
+    unverified = settings("moved", {"verify": False})
+    assert differing_settings(settings(None, maker), unverified).startswith(f"data.{name}.")
 
 
 def test_stages_that_counted_batches_may_be_given_in_optimizer_steps() -> None:

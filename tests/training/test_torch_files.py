@@ -86,6 +86,30 @@ def test_what_is_not_read_stays_in_a_mapped_file(mapped: bool, tmp_path: Path) -
     assert torch.equal(read_torch_file(tmp_path / "old.pth", mapped=mapped)["few"], content["few"])
 
 
+def test_a_resumed_run_maps_the_large_parts_of_its_checkpoint_and_copies_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "last.ckpt"
+    large = {"state_dict": {"a": torch.ones(1 << 24)}, "optimizer_states": [{"state": {0: {"m": torch.ones(1 << 24)}}}]}
+    AtomicCheckpointIO().save_checkpoint(CONTENT | large | {"other": torch.arange(3.0)}, file)
+    before = own_memory()
+    found = AtomicCheckpointIO().load_checkpoint(file)
+    assert own_memory() - before < 1 << 25
+    mapped = read_checkpoint(file, mapped=True)
+    found["state_dict"]["a"].zero_()
+    found["optimizer_states"][0]["state"][0]["m"].zero_()
+    assert torch.equal(read_checkpoint(file)["state_dict"]["a"], large["state_dict"]["a"])
+    assert mapped["optimizer_states"][0]["state"][0]["m"].min() == 1
+    AtomicCheckpointIO().save_checkpoint(CONTENT | {"global_step": 4}, file)
+    assert (mapped["state_dict"]["a"] == 1).all()  # of the file that was replaced
+    assert read_checkpoint(file)["global_step"] == 4
+    monkeypatch.setattr("keygrip.training.saving.read_checkpoint", lambda *_, **__: mapped)
+    found = AtomicCheckpointIO().load_checkpoint(file)
+    assert found["state_dict"]["a"].data_ptr() == mapped["state_dict"]["a"].data_ptr()
+    assert found["other"].data_ptr() != mapped["other"].data_ptr()
+    assert torch.equal(found["other"], torch.arange(3.0))
+
+
 @pytest.mark.parametrize(
     ("tensor", "said"),
     [

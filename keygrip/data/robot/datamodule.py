@@ -15,7 +15,7 @@ from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSamples
 from keygrip.data.batches import MultiViewPolicyBatch, PolicyBatch, PolicyTargets
 from keygrip.data.robot.augmentation import Augmentation, ImageGeometry
-from keygrip.data.robot.fingerprint import data_hashes, refuse_changed, refuse_trained
+from keygrip.data.robot.fingerprint import DataHashes, refuse_trained
 from keygrip.data.robot.frame_cache import FrameCache, FrameShape
 from keygrip.data.robot.frames import NoFrames
 from keygrip.data.robot.integrity import data_version
@@ -229,6 +229,7 @@ class RobotDemos(ResumableData):
         self.broken: list[DemoError] = []
         self.root_of: list[int] = []  # index of each demo's root
         self.contents: dict[str, str] = {}  # hash of each demo's files, by name, if they were verified
+        self._hashes = DataHashes([], {})
         self.train_indices: list[int] = []
         self.val_indices: list[int] = []
         self._statistics: DemoStatistics | None = None
@@ -278,7 +279,7 @@ class RobotDemos(ResumableData):
         report_uncalibrated(demos, self.cameras)
         if self.depth:
             refuse_flat(demos, self.cameras)
-        self.demos = demos
+        self.demos, self._hashes = demos, DataHashes(demos, self.contents)
         self.train_indices, self.val_indices = split_demos([d.name for d in demos], self.val_fraction, self.split_seed)
         folders = ", ".join(str(root.folder) for root in self.roots)
         log.info(
@@ -473,7 +474,7 @@ class RobotDemos(ResumableData):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data, and the hashes of the demonstrations on which the run is trained."""
-        return super().state_dict() | data_hashes(self.demos, self.contents)
+        return super().state_dict() | self._hashes.by_kind
 
     def refuse_trained(self, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Raise ValueError if a run was trained on demonstrations that are held out here; needs `setup`.
@@ -490,10 +491,7 @@ class RobotDemos(ResumableData):
         Raises:
             ValueError: the demonstrations or the order of samples are not those of the checkpoint.
         """
-        for key, current in data_hashes(self.demos, self.contents).items():
-            saved = state_dict.get(key)
-            if saved and current:  # older checkpoints hold not all, those with data.verify=false none of recordings
-                refuse_changed(saved, current, self.allow_changed)
+        self._hashes.refuse_changed(state_dict, self.allow_changed)
         super().load_state_dict(
             {"balance": None, "intervention_weight": 1.0, "weights": None} | state_dict
         )  # older checkpoints lack these keys

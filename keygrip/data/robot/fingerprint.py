@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,14 +65,35 @@ def fingerprints(demos: Sequence[Demo]) -> dict[str, str]:
     return {demo.name: demo_fingerprint(demo) for demo in demos}
 
 
-def data_hashes(demos: Sequence[Demo], contents: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Return what a checkpoint holds of the demonstrations: hashes by name, in the order in which samples are numbered.
+class DataHashes:
+    """What checkpoints hold of the demonstrations: hashes by name, in the order in which samples are numbered.
+
+    They are computed once, at first use: with many demonstrations this takes seconds, and each checkpoint holds them.
 
     Args:
+        demos: are not changed afterwards.
         contents: hashes of the recordings' whole content; empty if they were not verified.
     """
-    timing = {demo.name: timing_fingerprint(demo) for demo in demos}
-    return {"demonstrations": fingerprints(demos), "timing": timing, "recordings": dict(contents)}
+
+    def __init__(self, demos: Sequence[Demo], contents: Mapping[str, str]) -> None:
+        self.demos, self.contents = demos, contents
+
+    @cached_property
+    def by_kind(self) -> dict[str, dict[str, str]]:
+        """The hashes, by their key in a checkpoint."""
+        timing = {demo.name: timing_fingerprint(demo) for demo in self.demos}
+        return {"demonstrations": fingerprints(self.demos), "timing": timing, "recordings": dict(self.contents)}
+
+    def refuse_changed(self, state: Mapping[str, Any], allowed: bool = False) -> None:
+        """Raise an error if the demonstrations are not those of a checkpoint; see the function `refuse_changed`.
+
+        Args:
+            state: of the run's data, from the checkpoint.
+        """
+        for key, current in self.by_kind.items():
+            saved = state.get(key)
+            if saved and current:  # older checkpoints hold not all, those with data.verify=false none of recordings
+                refuse_changed(saved, current, allowed)
 
 
 def refuse_changed(before: Mapping[str, str], now: Mapping[str, str], allowed: bool = False) -> None:

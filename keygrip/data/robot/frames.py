@@ -13,7 +13,8 @@ from PIL import Image
 from keygrip.data.robot.frame_rates import rates_differ
 from keygrip.data.robot.schema import FrameSource
 from keygrip.data.untrusted_files import open_image, read_bytes
-from keygrip.data.video import count_frames, file_identity, frame_times, read_frame
+from keygrip.data.video import count_frames, frame_times, read_frame
+from keygrip.data.video_index import file_identity
 
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:
@@ -22,9 +23,14 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
     Raises:
         ValueError: its values have more than 8 bits; a conversion would turn them white.
     """
+    refuse_deep_pixels(image)
+    return np.asarray(image.convert("RGB"))
+
+
+def refuse_deep_pixels(image: Image.Image) -> None:
+    """Raise ValueError if an image's values have more than 8 bits. Its pixels need not be decoded."""
     if image.mode.startswith("I") or image.mode == "F":
         raise ValueError(f"it has more than 8 bits per pixel (mode {image.mode}), as depth has: save images with 8")
-    return np.asarray(image.convert("RGB"))
 
 
 def depth_millimetres(depth: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ from keygrip.data.bad_samples import HOSTILE, BadSample, convert_errors, is_of_t
 from keygrip.data.robot.corrections import OffsetFrames
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.fingerprint import demo_fingerprint, timing_fingerprint
-from keygrip.data.robot.frames import JpegFrames, NumberedFiles, VideoFrames, verify_source
+from keygrip.data.robot.frames import JpegFrames, NumberedFiles, VideoFrames, refuse_deep_pixels, verify_source
 from keygrip.data.robot.schema import CameraTrack, Demo, DemoError, FrameSource, demo_guard
 from keygrip.data.untrusted_files import inside, open_image, read_bytes, read_json
 from keygrip.data.video import frames_between
@@ -415,6 +415,7 @@ def _decode_image_shape(content: bytes, file_name: str, turned: bool) -> tuple[i
     which reads every byte in a fraction of the time."""
     with open_image(content, file_name) as image:
         width, height = image.size
+        refuse_deep_pixels(image)
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
         image.load()
     return (width, height, 3) if turned else (height, width, 3)

@@ -13,6 +13,7 @@ from keygrip.data.robot.frame_rates import other_rates, report_gaps
 from keygrip.data.robot.integrity import verify
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import Demo, DemoError, missing_camera
+from keygrip.data.video_index import keep_indices
 from keygrip.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class ReadingOptions:
     Args:
         cameras, arms: names that it must have. depth: whether its depth is read.
         max_demos: number of demonstrations to use, the first ones that can be read; those that are left out later, for
-            their frame rate or by `verify`, are not replaced. None: all.
+            their frame rate or by `verify` (also for their images), are not replaced. None: all.
         masks_views: the model masks views, so only the first camera must be present, calibrated and undamaged.
         max_broken_share: a larger share of broken demonstrations is an error. verify: check every file and frame once.
         calibrated: True: cameras whose pose is not known are left out. False: for models that read no calibration.
@@ -69,14 +70,15 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
     """Return the usable demonstrations of a data set.
 
     Args:
-        root: for messages. references: the demonstrations that were found. cache_dir: folder for the results of the
-            verification.
+        root: its folder. references: the demonstrations that were found. cache_dir: folder for the results of the
+            verification and the indices of videos.
 
     Raises:
         ValueError: too many are broken (they are listed), there are fewer than `max_demos`, or the time stamps of most
             give another rate than the metadata.
     """
     read = ReadDemos([])
+    keep_indices(root, cache_dir)
     looked_at = 0
     for reference in Progress(references, desc=f"reading {root}", unit="demo", leave=False):
         if options.max_demos is not None and len(read.demos) == options.max_demos:
@@ -113,7 +115,8 @@ def read_demos(root: Path, references: Sequence[DemoReference], options: Reading
 
 def _read_with_requirements(reference: DemoReference, options: ReadingOptions) -> Demo:
     needed = options.cameras[:1] if options.masks_views else options.cameras
-    demo = reference.read(cameras=needed, uncalibrated=options.uncalibrated)
+    # `verify` decodes all images and all depth; without it, the first and last ones are decoded
+    demo = reference.read(images=not options.verify, cameras=needed, uncalibrated=options.uncalibrated)
     missing = [camera for camera in needed if camera not in demo.cameras]
     if missing and (reason := demo.source.get("uncalibrated", {}).get(missing[0])):
         raise DemoError(demo.name, f"camera {missing[0]!r} is not calibrated, which this model needs: {reason}")
@@ -124,7 +127,6 @@ def _read_with_requirements(reference: DemoReference, options: ReadingOptions) -
         raise DemoError(demo.name, f"it has no arm {absent[0]!r}; it has {', '.join(demo.arms)}")
     if options.verify:
         return demo
-    # `verify` decodes all depth, and all images of the other cameras; without it, the first and last ones are decoded
     if options.depth:
         for name in needed:
             check_depth(demo.name, name, demo.cameras[name], len(demo))

@@ -257,14 +257,20 @@ def off_screen_shares(
         if track.uncalibrated:
             continue
         box = geometry.box(track.width, track.height).to_image(geometry.image_size)
-        intrinsics = torch.from_numpy(box @ track.intrinsics)[:, None]
-        pose = torch.from_numpy(np.ascontiguousarray(track.world_to_camera))[:, None]
+        fixed = track.intrinsics.strides[0] == track.world_to_camera.strides[0] == 0  # one matrix for all frames
+        cameras = 1 if fixed else len(demo)
+        intrinsics = torch.from_numpy(box @ track.intrinsics[:cameras])[:, None]
+        pose = torch.from_numpy(np.array(track.world_to_camera[:cameras]))[:, None]
+        ahead = steps(index)
         inside = []
         for arm in arms:
-            points, _, _, is_pad = targets_of(demo.arms[arm], np.arange(len(demo)), steps(index), targets)
+            if fixed:  # it sees the target at a frame from all frames in the same place: each is projected once
+                points, _, _, _ = targets_of(demo.arms[arm], np.zeros(1, np.int64), np.arange(len(demo)), targets)
+            else:
+                points, _, _, is_pad = targets_of(demo.arms[arm], np.arange(len(demo)), ahead, targets)
             pixels, _ = project(torch.from_numpy(points), intrinsics, pose)
-            visible = inside_image(pixels, geometry.image_size, geometry.image_size)
-            inside.append(visible.numpy()[~is_pad])
+            visible = inside_image(pixels, geometry.image_size, geometry.image_size).numpy()
+            inside += [visible[0, step:] for step in ahead] if fixed else [visible[~is_pad]]
         if len(targets_inside := np.concatenate(inside)):  # a demo that is shorter than a step has no target
             shares[demo.name] = float(1 - targets_inside.mean())
     return shares

@@ -8,6 +8,7 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ class ShardSet:
                     f"{root}/{shard['name']} does not agree with the manifest beside it: run step=manifest"
                 )
         self.columns = {name: np.concatenate([index.columns[name] for index in self._indices]) for name in names}
+        for number, index in enumerate(self._indices):  # views, so that a large set's columns take their memory once
+            rows = slice(self._starts[number], self._starts[number + 1])
+            views = {
+                name: values[rows]
+                for name, values in self.columns.items()
+                if values.dtype.kind == index.columns[name].dtype.kind  # shards may have numbers of different types
+            }
+            self._indices[number] = replace(index, columns={**index.columns, **views})
         self._digests = [
             _digest(shard["index_sha256"], left) for shard, left in zip(self.shards, self._left_out, strict=True)
         ]

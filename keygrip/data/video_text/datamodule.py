@@ -53,8 +53,8 @@ from keygrip.data.video_text.conversations import (
 )
 from keygrip.data.video_text.exact_lengths import count_lengths
 from keygrip.data.video_text.lengths import TextLengths, measure_lengths
-from keygrip.data.video_text.samples import Part, ReportingLoader, VideoTextSamples
-from keygrip.data.video_text.shard_source import AUTO, ShardSource, common_fit
+from keygrip.data.video_text.samples import Part, ReportingLoader, VideoTextSamples, select_held_out
+from keygrip.data.video_text.shard_source import AUTO, OpenedSets, ShardSource, common_fit
 from keygrip.training.parts import data_part
 
 log = logging.getLogger(__name__)
@@ -167,6 +167,7 @@ class VideoTexts(ResumableData):
         self.unusable = BadSamples(math.inf)  # valid samples: they are counted and never stop a run
         self.prepare_data_per_node = False  # every node can read the shards in the same place
         self.parts: dict[str, list[Part]] = {}
+        self._prepared_sets: OpenedSets | None = None  # from `prepare_data` to `setup`
         self.mixture: Mixture | None = None
         self.longest_row: int | None = None  # positions of the language model's context; None: unknown
 
@@ -188,8 +189,9 @@ class VideoTexts(ResumableData):
         complete_sets({f"data.sources.{name}.root": make for name, make in made.items() if make is not None})
         for source in self.sources.values():
             source.prepared_fit(self.cache_dir)  # raises if there are no shards, before a lock file is created there
-        if isinstance(self.collator, PreparedCollator):
-            self._prepare_collator(self.collator, self._open("train"))
+        if isinstance(self.collator, PreparedCollator) and not self.parts:  # otherwise `setup` has prepared it
+            self._prepared_sets = self._new_sets()
+            self._prepare_collator(self.collator, self._open("train", self._prepared_sets))
 
     def _prepare_collator(self, collator: PreparedCollator, train: Sequence[Part]) -> None:
         with locked(self._beside / ".collator.lock", together_without=True):
@@ -206,7 +208,8 @@ class VideoTexts(ResumableData):
         if self.parts and (self.mixture is not None or not fitting):
             return
         self.fit = common_fit(self.sources, self.given_fit, self.cache_dir)
-        opened: dict[str, list[Part]] = {split: self._open(split) for split in SPLITS}
+        sets, self._prepared_sets = self._prepared_sets or self._new_sets(), None
+        opened: dict[str, list[Part]] = {split: self._open(split, sets) for split in SPLITS}
         share_cache_limit(part.shards for parts in opened.values() for part in parts)
         if fitting:
             read = [part.shards for split in ("train", "val") for part in opened[split]]
@@ -251,10 +254,13 @@ class VideoTexts(ResumableData):
                 lengths |= dict.fromkeys(((each, part.name) for each in SPLITS), rate)
         return {s: [replace(p, lengths=lengths.get((s, p.name))) for p in parts] for s, parts in opened.items()}
 
-    def _open(self, split: str) -> list[Part]:
+    def _new_sets(self) -> OpenedSets:
+        return OpenedSets(self.cache_dir, self.cache_gb, self.spares_copies)
+
+    def _open(self, split: str, sets: OpenedSets) -> list[Part]:
         parts = []
         for name, source in self.sources.items():
-            opened = source.open(split, self.cache_dir, self.cache_gb, self.spares_copies)
+            opened = source.open(split, sets)
             if opened is not None and len(opened[1]):
                 clips = (source.clips or self.clips) if split == "train" else None
                 part = Part(name, *opened, source.share, source.kinds, clips=clips, image_frames=self.image_frames)
@@ -466,9 +472,8 @@ class VideoTexts(ResumableData):
 
     def _held_out_loader(self, split: str) -> DataLoader[Any] | list[Any]:
         """Return a loader of a split's lead samples, and samples of the other sources by share; always the same."""
-        parts = list(self.parts[split])
-        lead = sum(len(part) for part in parts if part.share is None)
-        if not lead:
+        parts = self.parts[split]
+        if not any(len(part) for part in parts if part.share is None):
             if parts:
                 log.warning("no %s samples but those that are mixed in: nothing is evaluated on them alone", split)
             elif split == "val":
@@ -480,15 +485,7 @@ class VideoTexts(ResumableData):
                     settings,
                 )
             return []
-        shares = sum(part.share or 0.0 for part in parts)
-        total = lead / (1 - shares)
-        if self.max_val_samples is not None and split == "val":
-            total = min(total, self.max_val_samples)
-        for index, part in enumerate(parts):
-            share = part.share
-            sample_count = round(total * (share if share is not None else (1 - shares) * len(part) / lead))
-            fixed = np.random.default_rng(0).permutation(len(part))[: max(1, sample_count)]
-            parts[index] = replace(part, chosen=part.chosen[np.sort(fixed)])
+        parts = select_held_out(parts, self.max_val_samples if split == "val" else None)
         components = self._make_components(parts, self.val_questions)
         sampler = BucketedSampler(components, self.batch_size, *self.ranks, budget=self.budget)
         return self._loader(parts, sampler, self.val_questions, split=split)

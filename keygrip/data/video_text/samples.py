@@ -145,6 +145,26 @@ class Part:
         return bool((self.column(FIRST_ANSWER) > max_tokens - TEMPLATE).any())
 
 
+def select_held_out(parts: Sequence[Part], max_samples: int | None) -> list[Part]:
+    """Return the parts of a held-out split with all their lead samples, of which there is at least one, and samples of
+    the other sources by share; always the same.
+
+    Args:
+        max_samples: size limit of all parts together; None: no limit.
+    """
+    lead = sum(len(part) for part in parts if part.share is None)
+    shares = sum(part.share or 0.0 for part in parts)
+    total = lead / (1 - shares)
+    if max_samples is not None:
+        total = min(total, max_samples)
+    selected = []
+    for part in parts:
+        share = part.share if part.share is not None else (1 - shares) * len(part) / lead
+        fixed = np.random.default_rng(0).permutation(len(part))[: max(1, round(total * share))]
+        selected.append(replace(part, chosen=part.chosen[np.sort(fixed)]))
+    return selected
+
+
 class VideoTextSamples(SubstitutingSamples[VideoTextSample]):
     """Samples of several parts, numbered consecutively; indexed by `SampleKey`.
 

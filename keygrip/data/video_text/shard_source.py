@@ -26,6 +26,37 @@ log = logging.getLogger(__name__)
 AUTO = "auto"
 
 
+class OpenedSets:
+    """The shard sets that sources read, each opened once: the splits of a set without `val/`, and sources with the same
+    set, share one object, since the index of a large set takes gigabytes.
+
+    Args: see `ShardSet`.
+    """
+
+    def __init__(
+        self, cache_dir: str | Path | None = None, cache_gb: float = 32.0, spares_copies: bool = False
+    ) -> None:
+        self.cache_dir, self.cache_gb, self.spares_copies = cache_dir, cache_gb, spares_copies
+        self._sets: dict[str, ShardSet] = {}
+        self._held_out: dict[tuple[str, float], np.ndarray] = {}
+
+    def open(self, folder: str) -> ShardSet:
+        """Return the set of a folder or URL.
+
+        Raises:
+            FileNotFoundError, ShardError: see `ShardSet`.
+        """
+        if folder not in self._sets:
+            self._sets[folder] = ShardSet(folder, self.cache_dir, self.cache_gb, spares_copies=self.spares_copies)
+        return self._sets[folder]
+
+    def held_out(self, folder: str, fraction: float) -> np.ndarray:
+        """Return bool [N], True for the validation samples of a set that has no splits (`held_out`)."""
+        if (folder, fraction) not in self._held_out:
+            self._held_out[folder, fraction] = held_out(self.open(folder), fraction)
+        return self._held_out[folder, fraction]
+
+
 @data_part(places=["root"])
 @dataclass(frozen=True)
 class ShardSource:
@@ -85,10 +116,11 @@ class ShardSource:
                 "folder with data.sources.NAME.root=PATH"
             )
 
-    def open(
-        self, split: str, cache_dir: str | Path | None, cache_gb: float, spares_copies: bool = False
-    ) -> tuple[ShardSet, np.ndarray] | None:
+    def open(self, split: str, sets: OpenedSets) -> tuple[ShardSet, np.ndarray] | None:
         """Open a split: return its shard set and the indices of the split's samples; None if there is no such split.
+
+        Args:
+            sets: those that are open already; the split's set is added.
 
         Raises:
             FileNotFoundError: there are no shards.
@@ -97,13 +129,13 @@ class ShardSource:
             return None
         self.refuse_missing()
         place = self.place
-        folder, divided = self._folder_of(place, split, cache_dir)
+        folder, divided = self._folder_of(place, split, sets.cache_dir)
         if folder is None or (divided and split == "test"):
             return None
-        shards = ShardSet(folder, cache_dir, cache_gb, spares_copies=spares_copies)
+        shards = sets.open(folder)
         chosen = np.arange(len(shards))
         if divided:
-            chosen = np.flatnonzero(held_out(shards, self.val_fraction) == (split == "val"))
+            chosen = np.flatnonzero(sets.held_out(folder, self.val_fraction) == (split == "val"))
         if self.kinds is not None:
             requested_kinds = set(self.kinds)
             columns = shards.columns["kinds"].tolist()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from keygrip.data.batches import normalised
 from keygrip.models.language.hub import read_config, read_weights, with_fused_attention
+from keygrip.models.language.qwen_vision import replace_layers
 from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
 from keygrip.models.nn.lora import LoRA, add_lora
 from keygrip.models.nn.low_precision import Precision, lower_precision
@@ -56,29 +57,6 @@ class Semantics:
     layers: list[Tensor]
     mask: Tensor | None
     places: Tensor
-
-
-class PatchProjection(nn.Conv3d):
-    """The vision tower's first layer as a matrix product, which a CPU computes faster than a convolution. It is the
-    same because the kernels do not overlap."""
-
-    @classmethod
-    def of(cls, convolution: nn.Conv3d) -> PatchProjection:
-        """Replace a convolution; the parameters are the same objects."""
-        with torch.device("meta"):  # no second set of weights, and no random initialisation
-            projection = cls(
-                convolution.in_channels,
-                convolution.out_channels,
-                convolution.kernel_size,  # type: ignore[arg-type]  # a tuple of any length, to its annotation
-                stride=convolution.stride,  # type: ignore[arg-type]
-                bias=convolution.bias is not None,
-            )
-        projection.weight, projection.bias = convolution.weight, convolution.bias
-        return projection
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``[N, H, 1, 1, 1]`` of patches ``[N, 3, frames, P, P]``."""
-        return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[..., None, None, None]
 
 
 @model_part
@@ -207,7 +185,7 @@ class QwenVL(nn.Module):
         self.model: Any = (
             _build_random(sizes, image_ids) if weights == "random" else _load_pretrained(weights, sizes, image_ids)
         )
-        self.model.visual.patch_embed.proj = PatchProjection.of(self.model.visual.patch_embed.proj)
+        replace_layers(self.model.visual, image_size)
         self.loaded_weights = weights
         self.precision: Precision = "float32"
         if gradient_checkpointing:
@@ -391,7 +369,8 @@ class QwenVL(nn.Module):
 
     def patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Convert images to the vision tower's input: patches ``[N, 3 * 2 * P * P]``, the patches of a token next to
-        each other, and the grids ``[B V, 3]`` (frames, rows, columns of patches)."""
+        each other, and the grids ``[B V, 3]`` (frames, rows, columns of patches), on the CPU, because transformers
+        reads their values."""
         pixels = normalised(images.flatten(0, 1), MEAN, STD)
         size, patch = self.image_size, self.vision.patch_size
         if pixels.shape[-2:] != (size, size):
@@ -401,7 +380,7 @@ class QwenVL(nn.Module):
         # [B V, 3, rows, MERGE, P, columns, MERGE, P] -> [B V, rows, columns, MERGE, MERGE, 3, P, P]
         blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
         repeated = blocks[:, :, :, :, :, :, None].expand(-1, -1, -1, -1, -1, -1, TEMPORAL, -1, -1)
-        grid = torch.tensor([[1, side, side]], device=images.device).expand(len(pixels), -1)
+        grid = torch.tensor([[1, side, side]]).expand(len(pixels), -1)
         return repeated.reshape(len(pixels) * side**2, -1), grid
 
     def sharded_parts(self) -> list[nn.Module]:

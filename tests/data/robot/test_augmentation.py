@@ -201,3 +201,13 @@ def test_bright_colours_clip_as_a_sensor_does() -> None:
 def test_bad_settings_are_named(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_white_balance_scales_each_channel_after_the_other_changes() -> None:
+    picture = np.random.default_rng(2).integers(90, 150, (16, 16, 3), dtype=np.uint8)
+    plain, own = (Augmentation(channel_gain=amount).colours(np.random.default_rng(3), picture) for amount in (0.0, 0.3))
+    generator = np.random.default_rng(3)
+    generator.uniform(size=3)  # brightness, contrast, saturation
+    gain = 1 + generator.uniform(-0.3, 0.3, size=3)
+    np.testing.assert_allclose(own.matrix, gain[:, None] * plain.matrix)
+    np.testing.assert_allclose(own.offset, gain * plain.offset)

@@ -28,7 +28,7 @@ from keygrip.data.robot.doctor.examination import Examination, yam_model
 from keygrip.data.robot.doctor.images_and_poses import ComparedCamera, _check_demos, check_images_and_poses, lag_start
 from keygrip.data.robot.doctor.not_compared import EXPLAINED
 from keygrip.data.robot.doctor.overlays import FITTED, RECORDED
-from keygrip.data.robot.doctor.registration import NUMBERS, Fit, half_contrast_offsets
+from keygrip.data.robot.doctor.registration import FOCAL, LAG, NUMBERS, Fit, half_contrast_offsets
 from keygrip.data.robot.doctor.run import examine, no_fault_in
 from keygrip.data.robot.doctor.search import starts
 from keygrip.data.robot.doctor.silhouettes import move_camera, project_points, splat
@@ -385,6 +385,8 @@ def test_images_that_are_too_small_are_said_not_to_be_compared(tmp_path, caplog)
     (found,) = json.loads((tmp_path / "out/report.json").read_text())["findings"]
     assert (found["check"], found["severity"]) == ("not_compared", "warning")
     assert "images of 64 x 64 pixels are too small for it (the longer side needs 96)" in found["what"]
+    with pytest.raises(ValueError, match=r"\(over: images of 64 x 64 .*Use the recording at 96 pixels or more\)"):
+        calibrate(tmp_path / "data", tmp_path / "fixed.yaml", "auto", None, None, 3, 4)
 
 
 def test_a_camera_on_the_hand_is_a_note_and_no_finding(tmp_path, caplog):
@@ -576,7 +578,7 @@ def test_a_demo_of_an_unknown_model_is_left_out_of_the_calibration(tmp_path, mon
 
     def fitted(pairs):
         used[:] = [view.demo.name for view, _ in pairs]
-        return Fit(np.zeros(NUMBERS), np.ones(NUMBERS), 0.9, 0.9, residual=0.5, points=100, cost=0.1)
+        return Fit(np.full(NUMBERS, 0.1), np.full(NUMBERS, 0.01), 0.9, 0.9, residual=0.5, points=100, cost=0.1)
 
     monkeypatch.setattr("keygrip.data.robot.doctor.calibrate.best_fit", fitted)
     calibrate(root, tmp_path / "fixed.yaml", "auto", None, None, DEMOS, 4)
@@ -586,6 +588,38 @@ def test_a_demo_of_an_unknown_model_is_left_out_of_the_calibration(tmp_path, mon
     assert warning.startswith("left out: demo 'demo_1': source.models.right: unknown gripper 'new_gripper'")
     calibrate(root, tmp_path / "own.yaml", "auto", None, None, DEMOS, 4, yam_surface())  # the demo's names are not used
     assert len(used) == DEMOS
+
+
+@pytest.mark.parametrize(
+    ("change", "sigma", "is_uncertain"),
+    [
+        (dict.fromkeys(range(NUMBERS), 0.02), 0.03, True),
+        ({1: 0.06}, 0.03, False),  # the turn; sigma of turn and shift is 0.03 times the root of 3
+        ({4: 0.06}, 0.03, False),  # the shift
+        ({FOCAL: -0.04}, 0.03, False),
+        ({LAG: 0.4}, 0.03, True),  # rounds to 0 frames
+        ({LAG: 2.0}, 0.03, False),
+        ({LAG: 2.0}, 3.0, True),
+    ],
+)
+def test_corrections_within_their_standard_deviation_are_not_advised(
+    tmp_path, monkeypatch, caplog, change, sigma, is_uncertain
+):
+    numbers = np.zeros(NUMBERS)
+    numbers[list(change)] = list(change.values())
+    found = Fit(numbers, np.full(NUMBERS, sigma), 0.9, 0.9, residual=0.5, points=100, cost=0.1)
+    monkeypatch.setattr("keygrip.data.robot.doctor.calibrate.best_fit", lambda pairs: found)
+    root = write(tmp_path / "data", same)
+    with caplog.at_level("INFO"):
+        calibrate(root, tmp_path / "my fix.yaml", "auto", None, None, 1, 4)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.split(",")[0] for text in warnings] == (
+        ["camera over: no correction is larger than its standard deviation"] if is_uncertain else []
+    )
+    last = caplog.records[-1].getMessage()
+    # the override is quoted, as the folder's name holds a space
+    advice = "" if is_uncertain else f"; use them with \"data.calibration='{tmp_path}/my fix.yaml'\""
+    assert last == f"corrections: {tmp_path}/my fix.yaml{advice}"
 
 
 @pytest.mark.parametrize(("folder", "root"), [("data", "."), ("data/demo_0", ".."), ("", "data")])

@@ -14,6 +14,7 @@ import pytest
 from keygrip.data.robot.datamodule import RobotDemos
 from keygrip.data.robot.fingerprint import demo_fingerprint, fingerprints, refuse_changed, timing_fingerprint
 from keygrip.data.robot.integrity import data_version
+from keygrip.data.robot.schema import Demo
 
 
 def test_changes_of_poses_calibration_and_instruction_are_seen(
@@ -99,6 +100,42 @@ def test_resuming_on_changed_demonstrations_stops_with_their_names(
         refuse_changed(other, dict(reversed(other.items())))  # roots of several data sets, given in another order
     with pytest.raises(ValueError, match=r"5 added \(a, b, c, ...\)"):
         refuse_changed({}, dict.fromkeys("abcde", ""))
+
+
+def test_checkpoints_of_one_run_hash_its_demonstrations_once(
+    robot_demos: Callable[..., RobotDemos],
+    native_root: Path,
+    change_archive: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def hashed(data: RobotDemos) -> tuple[dict[str, Any], list[str]]:
+        """Return the state of two checkpoints, and the names of the demonstrations that were hashed for it."""
+        names: list[str] = []
+        with monkeypatch.context() as patch:
+            for name, function in (("demo_fingerprint", demo_fingerprint), ("timing_fingerprint", timing_fingerprint)):
+
+                def record(demo: Demo, function: Callable[[Demo], str] = function) -> str:
+                    names.append(demo.name)
+                    return function(demo)
+
+                patch.setattr(f"keygrip.data.robot.fingerprint.{name}", record)
+            states = [data.state_dict() for _ in range(2)]
+            data.load_state_dict(states[0])
+        assert states[0] == states[1]
+        return states[0], names
+
+    data = robot_demos(native_root, verify=False)
+    assert data.state_dict()["demonstrations"] == {}
+    data.setup("fit")
+    state, names = hashed(data)
+    assert sorted(names) == sorted(2 * [demo.name for demo in data.demos])
+    assert state["demonstrations"] == fingerprints(data.demos)
+    change_archive(native_root / "demo_03" / "trajectory.npz", timestamps_ns=np.arange(12) * 98_000_000)
+    data.demos = []
+    data.setup("fit")  # reads the changed demonstrations
+    changed, names = hashed(data)
+    assert sorted(names) == sorted(2 * [demo.name for demo in data.demos])
+    assert [name for name in state["timing"] if state["timing"][name] != changed["timing"][name]] == ["demo_03"]
 
 
 def test_demonstrations_that_a_run_trained_on_are_not_validated_on_as_held_out(

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from keygrip.data import video_index
 from keygrip.data.manifests import make_manifests
-from keygrip.data.robot import importing, integrity
+from keygrip.data.robot import frames, importing, integrity
 from keygrip.data.robot.datamodule import RobotDemos
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.importing import import_demos
@@ -27,6 +29,7 @@ from keygrip.data.robot.integrity import MANIFEST, VERIFIED, data_version, file_
 from keygrip.data.robot.samples import DemoSamples
 from keygrip.data.robot.schema import Demo, DemoError
 from keygrip.data.shards.sampling import SampleKey
+from keygrip.data.untrusted_files import open_image
 from keygrip.data.video import frames_between, read_frame, write_video
 from keygrip.launch import name_of_start
 
@@ -119,6 +122,55 @@ def test_recordings_are_looked_at_once(root: Path, robot_demos: Make, monkeypatc
     (root / ".keygrip" / VERIFIED).write_text('{"a": [1, 2]}')  # a damaged file of earlier results is ignored
     assert [error.name for error in ready(robot_demos(root)).broken] == ["demo_04"]
     assert len(checked) == 21
+
+
+def test_images_are_decoded_by_the_check_alone(root: Path, robot_demos: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither twice at the first start, nor at a later start."""
+    decoded: list[Any] = []
+
+    def count(source: Any, *where: Any) -> Any:
+        decoded.append(source)
+        return open_image(source, *where)
+
+    monkeypatch.setattr(frames, "open_image", count)
+    monkeypatch.setattr(integrity, "open_image", count)
+    ready(robot_demos(root))
+    assert len(decoded) == 10 * 12
+    ready(robot_demos(root))
+    assert len(decoded) == 10 * 12
+    ready(robot_demos(root, verify=False))
+    assert len(decoded) == 10 * 12 + 10 * 2
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_images_of_16_bits_are_refused(native_root: Path, robot_demos: Make, verify: bool) -> None:
+    for name in ("000000", "000005"):
+        Image.fromarray(np.zeros((40, 48), np.uint16)).save(native_root / f"demo_02/rgb/over/{name}.jpg", "PNG")
+    data = ready(robot_demos(native_root, verify=verify))
+    (broken,) = data.broken
+    assert broken.name == "demo_02"
+    assert "more than 8 bits per pixel" in broken.reason
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_later_start_does_not_read_videos(
+    native_root: Path, robot_demos: Make, change_metadata: Any, monkeypatch: pytest.MonkeyPatch, verify: bool
+) -> None:
+    for folder in native_root.iterdir():
+        write_video(folder / "over.mp4", np.full((12, 40, 48, 3), 90, np.uint8), fps=10)
+        entry = json.loads((folder / "metadata.json").read_text())["cameras"]["over"]
+        change_metadata(folder, cameras={"over": entry | {"frames": "over.mp4"}})
+    assert len(ready(robot_demos(native_root, verify=verify)).demos) == 10
+    video_index._load.cache_clear()
+    opened: list[Path] = []
+    open_container = video_index.open_container
+    monkeypatch.setattr(video_index, "open_container", lambda path: opened.append(path) or open_container(path))
+    assert len(ready(robot_demos(native_root, verify=verify)).demos) == 10
+    assert opened == []
+    write_video(native_root / "demo_04" / "over.mp4", np.full((9, 40, 48, 3), 90, np.uint8), fps=10)
+    (broken,) = ready(robot_demos(native_root, verify=verify)).broken
+    assert "holds 9 frames, the demo 12" in broken.reason
+    assert opened == [native_root / "demo_04" / "over.mp4"]
 
 
 def test_a_recording_that_was_restored_is_taken_again(root: Path, robot_demos: Make) -> None:

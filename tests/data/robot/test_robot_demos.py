@@ -23,6 +23,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from keygrip.config import config_folder
 from keygrip.data.batches import PolicyBatch
+from keygrip.data.robot import set_checks
 from keygrip.data.robot.augmentation import Augmentation
 from keygrip.data.robot.datamodule import RobotDemos
 from keygrip.data.robot.recordings import Recording
@@ -572,6 +573,41 @@ def test_demos_that_are_shorter_than_a_step_have_no_share_outside(native_root: P
     steps = np.arange(1, 3) * 50
     shares = off_screen_shares(module.demos, "over", module.arms, module.geometry, lambda number: steps, "reached")
     assert shares == {}
+
+
+@pytest.mark.parametrize("targets", ["reached", "commanded"])
+def test_a_fixed_camera_projects_each_target_once(
+    native_root: Path, robot_demos: Make, monkeypatch: pytest.MonkeyPatch, targets: str
+) -> None:
+    """The shares are those of a camera whose matrices are stored for each frame."""
+    module = ready(robot_demos(native_root))
+    rng = np.random.default_rng(0)
+    fixed, moving = [], []
+    for demo in module.demos:
+        arm = demo.arms["right"]
+        assert arm.commanded is not None
+        paths = [track.position + rng.uniform(-0.5, 0.5, (12, 3)) * [1, 1, 0] for track in (arm, arm.commanded)]
+        arm = replace(arm, position=paths[0], commanded=replace(arm.commanded, position=paths[1]))
+        camera = demo.cameras["over"]
+        matrices = {name: getattr(camera, name).copy() for name in ("intrinsics", "world_to_camera")}
+        fixed.append(replace(demo, arms={"right": arm}))
+        moving.append(replace(fixed[-1], cameras={"over": replace(camera, **matrices)}))
+    points: list[int] = []
+    project = set_checks.project
+
+    def count(positions: torch.Tensor, *matrices: torch.Tensor) -> Any:
+        points.append(positions[..., 0].numel())
+        return project(positions, *matrices)
+
+    monkeypatch.setattr(set_checks, "project", count)
+    steps = np.arange(1, 6) * 3  # the last step is longer than a demo
+    shares = [
+        off_screen_shares(demos, "over", module.arms, module.geometry, lambda number: steps, targets)
+        for demos in (fixed, moving)
+    ]
+    assert shares[0] == shares[1]
+    assert len({*shares[0].values()}) > 3
+    assert points == [12] * 10 + [12 * 5] * 10
 
 
 def test_steps_outside_the_picture_are_counted_and_named(

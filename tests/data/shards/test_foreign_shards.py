@@ -40,7 +40,7 @@ from keygrip.data.video_text.exact_lengths import count_lengths
 from keygrip.data.video_text.foreign_text import own_text
 from keygrip.data.video_text.sample_types import kinds_column
 from keygrip.data.video_text.samples import Part
-from keygrip.data.video_text.shard_source import ShardSource
+from keygrip.data.video_text.shard_source import OpenedSets, ShardSource
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.language.tokenizers import TrainedTokenizer
 
@@ -615,13 +615,13 @@ def test_shards_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCa
 
 def test_shards_beside_the_splits_are_refused(tmp_path: Path) -> None:
     write_set(tmp_path, [1] * 4)
-    ShardSource(tmp_path).open("train", None, 8)
+    ShardSource(tmp_path).open("train", OpenedSets())
     write_set(tmp_path / "train", [1] * 2, prefix="t")
     for step in (make_manifests, validate):
         with pytest.raises(ValueError, match=r"has shards in .* and in .*train: bring all of them into train/"):
             step(tmp_path)
     with pytest.raises(ValueError, match=r"is a shard set and so is its train/"):
-        ShardSource(tmp_path).open("train", None, 8)
+        ShardSource(tmp_path).open("train", OpenedSets())
 
 
 def test_validation_names_what_is_new_first_and_everything_in_a_file(
@@ -757,14 +757,14 @@ def test_kinds_with_blanks_can_be_chosen(tmp_path: Path, kind: str) -> None:
     ]
     write_tar(tmp_path / "a.tar", members)
     make_manifests(tmp_path)
-    found = ShardSource(tmp_path, kinds=[kind], val_fraction=0).open("train", None, 1)
+    found = ShardSource(tmp_path, kinds=[kind], val_fraction=0).open("train", OpenedSets())
     assert found is not None
     shards, chosen = found
     assert [shards.key(number) for number in chosen] == ["0"]
     assert Part("s", shards, np.arange(4)).kinds_present() == {kind, "visual", "question", "other"}
     assert rows_of({kind: 1, "other": 1}, np.array([3]), [kinds_column([kind, "other"])]).tolist() == [2]
     with pytest.raises(ValueError, match=r"holds no conversations of \['no kind'\]; .* parts kinds at their blanks"):
-        ShardSource(tmp_path, kinds=["no kind"], val_fraction=0).open("train", None, 1)
+        ShardSource(tmp_path, kinds=["no kind"], val_fraction=0).open("train", OpenedSets())
     assert validate(tmp_path)["kinds"] == dict.fromkeys((kind, "visual", "question", "other"), 1)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
 
+from keygrip.data.shards.resuming import ResumableData
 from keygrip.data.shards.sampling import GlobalBatchSampler, ResumableLoader, SampleKey, sample_generator, start_worker
 
 
@@ -162,3 +164,18 @@ def test_balanced_epochs_hold_as_many_samples_of_each_group() -> None:
     ranks = [list(GlobalBatchSampler(40, 8, rank, 2, seed=2, groups=groups)) for rank in range(2)]
     together = [key.sample for step in zip(*ranks, strict=True) for part in step for key in part]
     np.testing.assert_array_equal(together, orders[0])
+
+
+def test_the_position_is_the_checkpoints_until_the_trainer_has_its_own() -> None:
+    data, total = ResumableData(), SimpleNamespace(processed=0)
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total)))
+    data.trainer = SimpleNamespace(fit_loop=loop)  # type: ignore[assignment]
+    data.begin_from({"batches_done": 7})
+    assert data.batches_done() == 7
+    total.processed = 9
+    assert data.batches_done() == 9
+
+
+def test_shares_of_groups_are_rounded_by_the_largest_remainder() -> None:
+    sampler = GlobalBatchSampler(10, 2, groups=np.repeat([0, 1], 5), weights=[0.58, 0.42])
+    assert (sampler.order(0) < 5).sum() == 6

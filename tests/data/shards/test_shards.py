@@ -247,6 +247,34 @@ def test_a_long_sample_is_indexed_from_its_tar_as_it_was_written(tmp_path: Path)
     assert (report["errors"], report["frames"]) == (0, {"5": 1, "1100": 1})
 
 
+def test_the_columns_of_a_set_are_held_once(tmp_path: Path) -> None:
+    """Those of its shards are parts of them, with the values and types of the shards' own indices."""
+    root = write_set(tmp_path, [1, 2, 3, 4, 5], per_shard=2)
+    stored = [ShardIndex.from_bytes(index_path(root / f"s-00{n}.tar").read_bytes(), "") for n in range(3)]
+    shards = ShardSet(root)
+    for number, own in enumerate(stored):
+        columns = shards.index(number).columns
+        assert set(columns) == set(own.columns)
+        for name, values in columns.items():
+            assert np.shares_memory(values, shards.columns[name])
+            np.testing.assert_array_equal(values, own.columns[name])
+    assert shards.columns["frames"].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_shard_with_another_type_of_column_keeps_its_own(tmp_path: Path) -> None:
+    """Joined columns have one type, and validation compares each shard's own numbers with its tar."""
+    for number, value in enumerate((2**53 + 1, 0.5)):
+        with ShardWriter(tmp_path / f"{number}.tar") as writer:
+            writer.add(f"k{number}", *video_text_parts([], conversations("x"), "s"))
+        path = index_path(tmp_path / f"{number}.tar")
+        own = ShardIndex.from_bytes(path.read_bytes(), path.name)
+        path.write_bytes(replace(own, columns={**own.columns, "rate": np.array([value])}).to_bytes())
+    write_manifest(tmp_path, describe_video_text, progress=False)
+    shards = ShardSet(tmp_path)
+    assert shards.columns["rate"].dtype == np.float64
+    assert shards.index(0).columns["rate"].tolist() == [2**53 + 1]
+
+
 def test_validation_names_an_index_of_an_earlier_version(tmp_path: Path) -> None:
     """It may lack columns that were added later; the other shards are examined."""
     write_set(tmp_path, [1] * 4, per_shard=2)

@@ -27,12 +27,14 @@ from keygrip.data.bad_samples import BadSample
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch
 from keygrip.data.shards.budget import Budget
 from keygrip.data.shards.curriculum import Stage
-from keygrip.data.shards.made_shards import MadeShards
+from keygrip.data.shards.index import ShardError
+from keygrip.data.shards.made_shards import MadeShards, held_out
 from keygrip.data.shards.reader import ShardSet
 from keygrip.data.shards.sampling import SampleKey
 from keygrip.data.shards.substitution import UnusableSample
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video import write_video
+from keygrip.data.video_text import shard_source
 from keygrip.data.video_text.batching import choose_conversations
 from keygrip.data.video_text.conversations import (
     answer,
@@ -45,7 +47,7 @@ from keygrip.data.video_text.conversations import (
 from keygrip.data.video_text.datamodule import VideoTexts
 from keygrip.data.video_text.placeholders import Placeholders
 from keygrip.data.video_text.sample_types import thinned
-from keygrip.data.video_text.shard_source import ShardSource
+from keygrip.data.video_text.shard_source import OpenedSets, ShardSource
 from keygrip.models.foveated_vlm.rows import text_rows
 from keygrip.training.fit import _build_data
 
@@ -507,7 +509,8 @@ def test_a_set_without_splits_holds_out_by_key_and_for_ever(tmp_path: Path, fold
     held: list[set[str]] = []
     for name in ("small", "large"):
         source = ShardSource(tmp_path / name, val_fraction=0.2)
-        parts = {split: source.open(split, None, 1.0) for split in ("train", "val", "test")}
+        sets = OpenedSets()
+        parts = {split: source.open(split, sets) for split in ("train", "val", "test")}
         assert parts["test"] is None
         names = {s: {p[0].key(int(n)) for n in p[1]} for s, p in parts.items() if p is not None}
         assert not names["train"] & names["val"]
@@ -580,6 +583,80 @@ def test_a_collator_sees_the_training_text_before_the_first_batch(root: Path) ->
     assert data.folder.parent == root / "videos" / ".keygrip"
     assert len(collator.texts) == 2 * 160
     assert collator.texts[:2] == ["mark s0?????", "s0"]
+
+
+def test_each_shard_set_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits of a set without val/, other sources of the set, and the collator's texts are read from one object, and
+    the samples are those of separate objects."""
+    train_folder = write_set(tmp_path / "videos" / "train", [1, 2, 3, 1] * 10)
+    val_folder = write_set(tmp_path / "videos" / "val", [2] * 6, prefix="v")
+    sources: dict[str, ShardSource | None] = {
+        "whole": ShardSource(train_folder, val_fraction=0.2),
+        "part": ShardSource(train_folder, val_fraction=0.4, frames=[2, 3], share=0.25),
+        "divided": ShardSource(tmp_path / "videos"),  # the same train/, and its own val/
+        "texts": ShardSource(write_set(tmp_path / "texts", [0] * 30, kinds=("text",)), share=0.2),
+    }
+    opened: list[str] = []
+    divided: list[float] = []
+    open_set = ShardSet.__init__
+
+    def counted(self: ShardSet, root: Path | str, *arguments: Any, **options: Any) -> None:
+        opened.append(str(root))
+        open_set(self, root, *arguments, **options)
+
+    def divide(shards: ShardSet, fraction: float) -> np.ndarray:
+        divided.append(fraction)
+        return held_out(shards, fraction)
+
+    def make(workers: int) -> VideoTexts:
+        opened.clear()
+        divided.clear()
+        data = VideoTexts(sources, Learner(), 8, 12, num_workers=workers)
+        data.prepare_data()
+        data.setup("fit")
+        data.prepare_data()  # the trainer calls both again
+        data.setup("fit")
+        return data
+
+    monkeypatch.setattr(ShardSet, "__init__", counted)
+    monkeypatch.setattr(shard_source, "held_out", divide)
+    data = make(1)
+    folders = [tmp_path / "texts", train_folder, val_folder]
+    assert sorted(opened) == sorted(map(str, folders))
+    assert sorted(divided) == [0.02, 0.2, 0.4]  # once per set and share
+    train, val = ({part.name: part for part in data.parts[split]} for split in ("train", "val"))
+    assert train["whole"].shards is train["part"].shards is train["divided"].shards is val["whole"].shards
+    assert val["divided"].shards is not train["divided"].shards
+    for name in ("whole", "part"):
+        assert not set(train[name].chosen) & set(val[name].chosen)
+
+    monkeypatch.setattr(OpenedSets, "open", lambda self, folder: ShardSet(folder, self.cache_dir, self.cache_gb))
+    separate = make(0)
+    assert len(opened) > 2 * len(folders)
+    assert data.fingerprint == separate.fingerprint
+    assert data.collator.texts == separate.collator.texts  # type: ignore[attr-defined]
+    for loader in ("train_dataloader", "val_dataloader"):
+        pairs = list(zip(getattr(data, loader)(), getattr(separate, loader)(), strict=True))
+        assert pairs
+        for ours, theirs in pairs:
+            assert (ours.key, ours.source) == (theirs.key, theirs.source)
+            assert torch.equal(ours.frames, theirs.frames)
+
+
+def test_sets_are_opened_anew_after_a_setup_that_failed(tmp_path: Path) -> None:
+    write_set(tmp_path / "set" / "train", [1] * 20)
+    write_set(tmp_path / "set" / "val", [1] * 5, prefix="v")
+    data = VideoTexts({"a": ShardSource(tmp_path / "set")}, Learner(), 8, 4, num_workers=0)
+    data.prepare_data()
+    index = next((tmp_path / "set" / "val").glob("*.index.npz"))
+    content = index.read_bytes()
+    index.write_bytes(content[:-1])
+    with pytest.raises(ShardError, match="does not belong to the manifest"):
+        data.setup("fit")
+    index.write_bytes(content)
+    write_set(tmp_path / "set" / "train", [1] * 30)
+    data.setup("fit")
+    assert [len(part) for part in data.parts["train"]] == [30]
 
 
 def test_bad_settings_are_refused(root: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from vlm_parts import SIZES, frames_of, rows_of, small_backbone
+from vlm_parts import SIZES, frames_of, rows_of, small_backbone, small_language
 
 from keygrip.models.foveated_vlm.network import MODES, FoveatedVLM
 from keygrip.models.foveated_vlm.rows import Packing, TextRows
@@ -340,3 +340,17 @@ def test_packing_puts_every_position_once() -> None:
     assert Packing.of([100, 70, 60, 60, 50], 100).source.shape == (2, 170)  # five bins of 100 would take more
     assert Packing.of([100] * 5, 100).source.shape == (5, 100)  # two and a half bins of 200 would take more
     assert Packing.of([], 0).source.shape == (0, 0)
+
+
+def test_the_longest_text_and_the_longest_video_may_belong_to_different_rows() -> None:
+    torch.manual_seed(0)
+    network = FoveatedVLM(small_backbone(), small_language(context=16)).eval()
+    counts, texts = [2, 9], [(0, 14, 12), (1, 4, 2)]  # rows of 16 and 13 positions; 14 + 9 would be too many
+    frames, rows = frames_of(counts), rows_of(texts, counts)
+    with torch.no_grad():
+        together = network(frames, rows, "autoregressive")
+        for number, (video, length, at) in enumerate(texts):
+            alone = TextRows(rows.input_ids[number : number + 1, :length], [length], [at], [0], [counts[video]])
+            single = network(frames[video : video + 1, : counts[video]], alone, "autoregressive")
+            whole = counts[video] + length
+            torch.testing.assert_close(together.hidden[number, :whole], single.hidden[0], atol=2e-5, rtol=1e-4)

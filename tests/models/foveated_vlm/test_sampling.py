@@ -158,3 +158,7 @@ def test_samples_that_cannot_be_are_refused(chat: VideoChat) -> None:
             chat.generate(asked(0), 4, 1.0, samples=none)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"is no seed"):
         chat.generate(asked(0), 4, 1.0, seed=2**63 - 1, samples=2)
+
+
+def test_a_share_that_is_reached_exactly_leaves_the_next_token_out() -> None:
+    assert Sampling(1.0, top_p=0.5).kept(torch.zeros(1, 2)).isfinite().sum() == 1

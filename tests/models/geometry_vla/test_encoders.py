@@ -10,7 +10,8 @@ import pytest
 import torch
 from vla_parts import INSTRUCTIONS, V, small_batch, small_vlm
 
-from keygrip.models.language.qwen_vl import MEAN, STD, PatchProjection, QwenVL
+from keygrip.models.language.qwen_vision import BatchedAttention, PatchProjection
+from keygrip.models.language.qwen_vl import MEAN, STD, QwenVL, Vision
 from keygrip.models.language.tokenizers import ChatTokenizer, PretrainedTokenizer, TrainedTokenizer
 from keygrip.models.nn.lora import LoRA
 
@@ -79,6 +80,75 @@ def test_the_first_layer_is_the_convolution_that_it_stands_for() -> None:
     assert list(product.state_dict()) == list(convolution.state_dict())
     patches = torch.randn(5, 3, 2, 4, 4)
     torch.testing.assert_close(product(patches), convolution(patches), atol=1e-5, rtol=1e-5)
+
+
+# image, window: 3 layers, the second of which attends to whole images; a token is 16 pixels wide
+SIZES = {"several windows": (96, 32), "one window": (32, 64), "windows that do not divide": (80, 32)}
+
+
+def windowed_vlm(image_size: int, window: int, **changes: object) -> QwenVL:
+    vision = Vision(layers=3, width=16, heads=2, mlp_width=24, patch_size=8, window=window, full_attention=[1])
+    return small_vlm(vision=vision, image_size=image_size, **changes)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_vision_tower_is_that_of_transformers_with_one_call_of_attention_per_layer(
+    sizes: str, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = windowed_vlm(*SIZES[sizes])
+    tower = vlm.model.visual
+    theirs = type(tower)(tower.config)
+    assert not any(isinstance(part, BatchedAttention) for part in theirs.modules())
+    assert [(name, value.shape) for name, value in tower.state_dict().items()] == [
+        (name, value.shape) for name, value in theirs.state_dict().items()
+    ]
+    theirs.load_state_dict(tower.state_dict())
+    shapes: list[torch.Size] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        shapes.append(query.shape)
+        return attention(query, *others, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    patches, grid = vlm.patches(torch.randint(256, (2, 3, 3, 48, 48), dtype=torch.uint8))  # 6 images
+    found, calls = [], []
+    for each in (tower.to(precision), theirs.to(precision)):
+        shapes.clear()
+        inputs = patches.to(precision).requires_grad_()
+        output = each(inputs, grid_thw=grid, return_dict=True).pooler_output
+        output.square().mean().backward()
+        calls.append([shape[:3] for shape in shapes])
+        found.append([output.detach(), inputs.grad, *(parameter.grad for parameter in each.parameters())])
+    expected = {
+        "several windows": [(6 * 9, 2, 16), (6, 2, 144), (6 * 9, 2, 16)],
+        "one window": [(6, 2, 16)] * 3,
+        "windows that do not divide": [*calls[1][: 6 * 9], (6, 2, 100), *calls[1][: 6 * 9]],
+    }
+    assert calls[0] == expected[sizes]
+    assert len(calls[1]) == (6 * 3 if sizes == "one window" else 2 * 6 * 9 + 6)
+    for own, other in zip(*found, strict=True):
+        assert own is not None
+        tolerance = 1e-5 if precision == torch.float32 else 0.05
+        assert (own - other).float().norm() < tolerance * other.float().norm()
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_vision_tower_is_called_without_reading_a_value_from_its_device(sizes: str) -> None:
+    vlm = windowed_vlm(*SIZES[sizes])
+    patches, grid = vlm.patches(torch.zeros(1, 3, 3, 48, 48, dtype=torch.uint8))
+    assert grid.device.type == "cpu"
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.ones(1, device="meta").tolist()  # this device has no values to read
+    output = vlm.model.visual.to("meta")(patches.to("meta"), grid_thw=grid, return_dict=True).pooler_output
+    assert output.device.type == "meta"
+    assert output.shape == (3 * vlm.tokens_per_view, vlm.width)
+
+
+def test_a_window_is_at_least_a_token_wide() -> None:
+    with pytest.raises(ValueError, match=r"vlm\.vision\.window=15 must be at least 16, two patches"):
+        windowed_vlm(32, 15)
 
 
 def test_last_layers_come_in_order_and_pictures_and_words_reach_them(vlm: QwenVL) -> None:

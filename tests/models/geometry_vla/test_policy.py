@@ -32,6 +32,7 @@ from keygrip.models.geometry_vla.mapanything import MapAnythingGeometry
 from keygrip.models.geometry_vla.module import GeometryVLAModule
 from keygrip.models.geometry_vla.network import ActionSampling
 from keygrip.models.nn.flow_matching import interpolate, velocity
+from keygrip.models.nn.inpainting import soft_mask
 
 
 def actions_of(module: GeometryVLAModule, batch: MultiViewPolicyBatch) -> Tensor:
@@ -403,3 +404,20 @@ def test_a_plan_that_is_not_finite_is_not_given(module: GeometryVLAModule) -> No
         next(module.network.head.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="the policy's plan is not finite in its position"):
         policy.plan(observation())
+
+
+def test_a_step_that_is_begun_before_the_plan_arrives_is_fixed(
+    module: GeometryVLAModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, seen = module.policy(), {**observation(), "time_s": 10.0}
+    under_way = replace(policy.plan(seen), time_s=10.0)
+    fixed: list[int] = []
+
+    def noted(steps: int, count: int, *rest: Any) -> Tensor:
+        fixed.append(count)
+        return soft_mask(steps, count, *rest)
+
+    monkeypatch.setattr("keygrip.models.geometry_vla.policy.soft_mask", noted)
+    for share in (0.0, 0.5, 1.0, 1.5):
+        policy.plan_continuing(seen, under_way, share * under_way.step_seconds)
+    assert fixed == [0, 1, 1, 2]

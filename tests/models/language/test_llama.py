@@ -401,3 +401,10 @@ def test_a_tokenizer_that_cannot_encode_is_refused_when_it_is_loaded() -> None:
     words = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="[UNK]"))  # [UNK] is not in the vocabulary
     with pytest.raises(ValueError, match=r"the tokenizer is damaged.*Missing \[UNK\]"):
         ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, chat_template="x", eos_token="</s>"))
+
+
+def test_the_longest_row_counts_only_real_positions_and_those_to_come() -> None:
+    cache = LanguageCache()
+    cache.advance(2, 3, torch.tensor([[True, True, True], [True, False, False]]), torch.device("cpu"))
+    assert cache.longest(2, None) == 5
+    assert cache.longest(2, torch.tensor([[False, False], [True, True]])) == 3

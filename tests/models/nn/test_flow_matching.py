@@ -141,3 +141,14 @@ def test_seeded_noise_is_each_samples_own() -> None:
     together = flow.seeded_noise([5, 9], (2, 3))
     assert torch.equal(together[1], flow.seeded_noise([9], (2, 3))[0])
     assert not torch.equal(together[0], together[1])
+
+
+def test_adams_bashforth_is_exact_for_linear_velocities_over_uneven_levels() -> None:
+    levels = [1.0, 0.9, 0.5, 0.0]
+    end = flow.integrate(lambda x, level: torch.full_like(x, level), torch.zeros(1), levels, "adams_bashforth")
+    assert float(end) == pytest.approx(-0.1 - (0.81 - 0.25) / 2 - 0.25 / 2)  # the first step is Euler's
+
+
+def test_the_top_of_beta_timesteps_is_the_largest_scaled_value() -> None:
+    drawn = flow.BetaTimesteps(1.5, 1.0, top=0.5)(20_000)
+    assert float((drawn == 1).float().mean()) == pytest.approx(1 - 0.5**1.5, abs=0.02)

@@ -10,7 +10,7 @@ import torch
 from dit_parts import CHANNELS, conditions_of, flags, small_dit, stir
 from torch import Tensor
 
-from keygrip.models.nn.flow_matching import seeded_noise
+from keygrip.models.nn.flow_matching import noise_levels, seeded_noise
 from keygrip.models.nn.lora import LoRA, add_lora
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions
 from keygrip.models.patch_dit.few_steps import FewSteps
@@ -350,3 +350,7 @@ def test_a_student_is_drawn_as_it_is_trained() -> None:
     for sampling in (Sampling(steps=4), Sampling(steps=5, guidance="none")):
         with pytest.raises(ValueError, match="student of 4 windows"):
             few.check(sampling)
+
+
+def test_windows_of_a_student_follow_the_shift_of_the_resolution() -> None:
+    assert FewSteps(4, 2, Sampling(), timestep_shift=1.5).levels(2.0) == noise_levels(4, 3.0)

@@ -397,3 +397,16 @@ def test_masked_patches_say_nothing() -> None:
     again = sample(network, replace(conditions, patches=other, patch_mask=mask), SIZE, Sampling(steps=2), [1, 2])
     assert torch.equal(masked, again)
     assert not torch.equal(masked, whole)
+
+
+def test_each_condition_is_rescaled_on_its_own() -> None:
+    conditions, x = conditions_of(), seeded_noise([1, 2], (CHANNELS, *SIZE))
+    v = {name: seeded_noise([n, n + 1], (CHANNELS, *SIZE)) for n, name in enumerate(("none", "text", "dino"), 3)}
+
+    def guided(*names: str, **scales: float) -> Tensor:
+        return Sampling(**scales).combine({name: v[name] for name in names}, x, 0.7, conditions)
+
+    text = guided("none", "text", text_scale=8.0, dino_scale=0.0, text_rescale=0.7)
+    dino = guided("none", "dino", text_scale=0.0, dino_scale=5.0, dino_rescale=0.3)
+    both = guided("none", "text", "dino", text_scale=8.0, dino_scale=5.0, text_rescale=0.7, dino_rescale=0.3)
+    torch.testing.assert_close(both, text + dino - v["none"])

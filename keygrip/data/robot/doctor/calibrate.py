@@ -20,13 +20,14 @@ from keygrip.data.robot.calibration import NAMES, SCHEMA, read_mapping
 from keygrip.data.robot.corrections import entry
 from keygrip.data.robot.discovery import find_demos, refuse_no_selection
 from keygrip.data.robot.doctor.examination import yam_model
-from keygrip.data.robot.doctor.not_compared import LEAST_FRAMES, lacking
+from keygrip.data.robot.doctor.not_compared import LEAST_FRAMES, cannot_compare, lacking
 from keygrip.data.robot.doctor.registration import FOCAL, NUMBERS, PRIOR, Fit, agreement_of, fit
 from keygrip.data.robot.doctor.search import LONG_PRIOR, starts
 from keygrip.data.robot.doctor.silhouettes import move_camera
 from keygrip.data.robot.doctor.views import Placement, View, is_static, make_view, place_all
 from keygrip.data.robot.schema import Demo, DemoError, demo_guard
 from keygrip.data.spacing import evenly
+from keygrip.override_values import as_typed
 from keygrip.progress import Progress
 from keygrip.robots.surface import RobotSurface
 
@@ -98,6 +99,7 @@ def calibrate(
     content.setdefault("conventions", {"camera": "opencv", "pixel": "corner", "length": "m"})
     content["corrections"], report = {}, {}
     failures: dict[str, str] = {}  # why a camera gets no correction
+    uncertain: list[bool] = []  # of each corrected camera
     for camera in cameras or camera_names:
         pairs = _pair_views_with_robot(demos, camera, frames_per_demo, model)
         if not pairs:
@@ -111,6 +113,14 @@ def calibrate(
             continue
         report[camera] = summary(camera_fit)
         log.info("camera %s: %s", camera, report[camera])
+        uncertain.append(is_within_uncertainty(camera_fit))
+        if uncertain[-1]:
+            log.warning(
+                "camera %s: no correction is larger than its standard deviation, so that nothing is known to be wrong "
+                "with this camera: remove its entry from %s",
+                camera,
+                target,
+            )
         track = next(demo for demo in demos if camera in demo.cameras).cameras[camera]
         lag = round(camera_fit.lag)
         uncertainty = {key: value for key, value in summary(camera_fit).items() if key.startswith("sigma_")}
@@ -126,7 +136,8 @@ def calibrate(
             file.write(model_file.read_bytes())
     with atomic_write(target) as file:
         file.write(yaml.safe_dump(content, sort_keys=False).encode())
-    log.info("corrections: %s; use them with data.calibration=%s", target, target)
+    advice = "" if all(uncertain) else f"; use them with {as_typed('data.calibration', target)}"
+    log.info("corrections: %s%s", target, advice)
     return {"root": str(root), "output": str(target), "cameras": report}
 
 
@@ -184,12 +195,23 @@ def summary(found: Fit) -> dict[str, float]:
     }
 
 
+def is_within_uncertainty(found: Fit) -> bool:
+    """Return whether no correction is larger than its standard deviation; a lag that rounds to 0 is no correction."""
+    values = summary(found)
+    return (
+        values["turn_deg"] <= values["sigma_turn_deg"]
+        and values["shift_mm"] <= values["sigma_shift_mm"]
+        and abs(values["focal_percent"]) <= values["sigma_focal_percent"]
+        and (round(found.lag) == 0 or abs(found.lag) <= values["sigma_lag_frames"])
+    )
+
+
 def _pair_views_with_robot(
     demos: Sequence[Demo], camera: str, frames: int, model: RobotSurface | None
 ) -> list[tuple[View, Placement]]:
     pairs = []
     for demo in demos:
-        if camera not in demo.cameras or not is_static(demo, camera) or len(demo) < LEAST_FRAMES:
+        if camera not in demo.cameras or cannot_compare(demo, camera) is not None:
             continue
         try:
             with demo_guard(demo.name, f"camera {camera!r}: an image cannot be used: "):
@@ -211,7 +233,8 @@ def _explain_left_out(demos: Sequence[Demo], camera: str, model: RobotSurface | 
         return "it moves with the arm"
     if all(len(demo) < LEAST_FRAMES for demo in static_demos):
         return f"its demos have fewer than {LEAST_FRAMES} frames"
-    reason = lacking(next(demo for demo in static_demos if len(demo) >= LEAST_FRAMES), model)
+    demo = next(demo for demo in static_demos if len(demo) >= LEAST_FRAMES)
+    reason = cannot_compare(demo, camera) or lacking(demo, model)
     return f"{reason.why}. {reason.remedy}"
 
 

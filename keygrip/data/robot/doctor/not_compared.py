@@ -49,7 +49,7 @@ def too_small(width: int, height: int) -> Reason:
     return Reason(
         "warning",
         f"images of {width} x {height} pixels are too small for it (the longer side needs {LEAST_SIDE})",
-        f"Give the doctor the recording at {LEAST_SIDE} pixels or more",
+        f"Use the recording at {LEAST_SIDE} pixels or more",
     )
 
 

@@ -18,7 +18,7 @@ from keygrip.data.parquet_tables import EXPANSION, Allowance, open_parquet, refu
 from keygrip.data.robot.frames import checked_index, rgb_pixels, verify_source
 from keygrip.data.robot.schema import FrameSource
 from keygrip.data.untrusted_files import MAX_ARRAY_BYTES, MAX_PIXELS, inside, open_image, regular_file
-from keygrip.data.video import file_identity
+from keygrip.data.video_index import file_identity
 
 GROUPS_KEPT = 64  # largest number of row groups that a thread caches: each read searches them
 SMALL_BYTES = 1 << 24  # arrays up to this size are read however little is stored: 87 000 rows of LIBERO's 24 numbers

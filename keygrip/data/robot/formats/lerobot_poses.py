@@ -16,7 +16,7 @@ from keygrip.data.robot.formats.poses import opening, quaternions
 from keygrip.data.robot.schema import ArmTrajectory
 from keygrip.data.robot.transforms import rotations, transform
 from keygrip.data.untrusted_files import read_bytes
-from keygrip.data.video import file_identity
+from keygrip.data.video_index import file_identity
 from keygrip.robots.kinematics import ARM_JOINTS, arm_chain, forward_kinematics
 from keygrip.robots.xml_text import LARGEST_XML_BYTES
 

@@ -65,7 +65,7 @@ from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource, words
 from keygrip.data.untrusted_files import inside, read_json
-from keygrip.data.video import file_identity
+from keygrip.data.video_index import file_identity
 
 IMAGES = "observation.images."
 PLACE = "keygrip/place"  # of an episode's files: values for the path templates of version 2

@@ -15,5 +15,5 @@ class SignKeeper:
     def __call__(self, quaternion: np.ndarray) -> np.ndarray:
         if self._last is not None and float(quaternion @ self._last) < 0:
             quaternion = -quaternion
-        self._last = quaternion
+        self._last = np.array(quaternion)  # a copy: a robot may reuse its array
         return quaternion
