@@ -1,7 +1,7 @@
 """Times of a video's frames, read from its packets without decoding.
 
 To find them, the whole file is read. Of videos below a folder for which `keep_indices` names a cache folder, each index
-is therefore stored there, named by a hash of the file's path, size and modification time; other processes and later
+is therefore stored there, named by a hash of the file's path, size and times of change; other processes and later
 starts read it. Indices of other videos stay in memory.
 """
 
@@ -47,12 +47,19 @@ _FOLDERS: dict[Path, Path] = {}  # cache folder by folder of videos
 _NOT_STORED: dict[str, VideoIndex] = {}  # by file; inherited by loader workers that are forked
 # by process and file; a process that was forked while one was held does not wait for it
 _LOCKS: dict[tuple[int, str], threading.Lock] = {}
+_REPORTED: set[Path] = set()  # folders that cannot be written
 
 
 def file_identity(path: Path) -> str:
     """Return a text that changes when the file changes: its path, size and modification time."""
     stat = path.stat()
     return f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def _version(path: Path) -> str:
+    """Return a text that also changes when a file's content is replaced by another one of equal size and modification
+    time, as when a damaged file is restored: an index of the damaged one would remain."""
+    return f"{file_identity(path)}:{path.stat().st_ctime_ns}"
 
 
 def keep_indices(root: Path, cache_dir: Path) -> None:
@@ -63,7 +70,7 @@ def keep_indices(root: Path, cache_dir: Path) -> None:
 def video_index(path: Path) -> VideoIndex:
     """Return the index of a video file: from memory, from its cache folder, or from the file's packets. Raise OSError
     if the file cannot be read."""
-    identity = file_identity(path)
+    identity = _version(path)
     stored = _stored_file(path, identity)
     if (index := _known_index(identity, stored)) is not None:
         return index
@@ -72,7 +79,7 @@ def video_index(path: Path) -> VideoIndex:
         with _LOCKS.setdefault(key, threading.Lock()):  # several threads read episodes of one file
             if (index := _known_index(identity, stored)) is None:
                 index = _make_index(path)
-                if stored is None or file_identity(path) != identity or not _store(index, stored):
+                if stored is None or _version(path) != identity or not _store(index, stored):
                     _NOT_STORED[identity] = index
             return index
     finally:
@@ -124,14 +131,11 @@ def _store(index: VideoIndex, stored: Path) -> bool:
     try:
         write_bytes(stored, buffer.getvalue())
     except OSError as error:
-        _report_not_stored(stored.parent.parent, str(error))
+        if stored.parent.parent not in _REPORTED:
+            _REPORTED.add(stored.parent.parent)
+            log.info("%s cannot be written (%s): videos are read again next time", stored.parent.parent, error)
         return False
     return True
-
-
-@functools.cache
-def _report_not_stored(folder: Path, error: str) -> None:
-    log.info("%s cannot be written (%s): the videos' packets are read again next time", folder, error)
 
 
 def _make_index(path: Path) -> VideoIndex:

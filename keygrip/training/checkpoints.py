@@ -23,7 +23,13 @@ from keygrip.training.ema import EMA_STATE
 from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit_weights, verify
 from keygrip.training.parts import UntrustedPartError, build_stored, check_plain, external_settings, named_packages
 from keygrip.training.run_folder import CHECKPOINT, kept_by_step
-from keygrip.training.torch_files import BROKEN, TorchFileError, read_torch_file, refuse_missing_device
+from keygrip.training.torch_files import (
+    BROKEN,
+    TorchFileError,
+    copied_but_large,
+    read_torch_file,
+    refuse_missing_device,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +38,6 @@ FORMAT = 3
 WEIGHTS_ARE = "weights_are"  # in an export: a text that describes which weights it contains
 EMA_WEIGHTS = "EMA of"  # how the text begins for EMA weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-LARGE = ("state_dict", EMA_STATE, "optimizer_states")  # parts of a checkpoint that are as large as the weights
 
 
 class Header(Callback):
@@ -302,12 +307,6 @@ def _restore_module_state(module: LightningModule, checkpoint: dict[str, Any], f
     except BROKEN as error:
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise ValueError(f"{file}: what the model stored beside its weights cannot be used: {reason}") from error
-
-
-def copied_but_large(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a memory-mapped checkpoint with copies of all parts except `LARGE`, because modules and
-    callbacks may keep them: reading a mapped tensor would end the process if the file is truncated later."""
-    return checkpoint | copy.deepcopy({name: part for name, part in checkpoint.items() if name not in LARGE})
 
 
 def stored_beside_weights(checkpoint: Mapping[str, Any], model: str, *names: str) -> Mapping[str, Any]:

@@ -42,7 +42,7 @@ from keygrip.training.metadata import run_metadata
 from keygrip.training.monitors import RandomnessByStep
 from keygrip.training.pretraining import complete_stages, with_run_folders
 from keygrip.training.progress import Throughput
-from keygrip.training.results import CONTINUED_AT, DRY_RUN, FINISHED, RUNNING, read_result, write_result
+from keygrip.training.results import DRY_RUN, FINISHED, RUNNING, note_beginning, read_result, wall_time, write_result
 from keygrip.training.resuming import check_resumed, checkpoint_to_resume
 from keygrip.training.saving import AtomicCheckpointIO, CopyRestoredMoments
 from keygrip.training.strategies import MissingGPUError, Strategy
@@ -99,7 +99,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
     module = _build_module(cfg, resolved, resumed=resume is not None)
     run_folder.begin(folder)
     trained = _read_trained_metrics(folder, resumed_step) if resume else {}
-    metadata_file = _write_start(folder, cfg, command, overrides, origin, trained, resumed=resume is not None)
+    metadata_file = _write_start(folder, cfg, command, overrides, origin, trained, resume is not None, started)
     if hasattr(module, "set_statistics"):
         _set_statistics(module, datamodule, origin, metadata_file, resume)
     if cfg.dry_run:
@@ -157,7 +157,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
 
     metrics = trained_metrics.before | evaluated | _select_headline_metrics(trainer, module)
     if trainer.is_global_zero:
-        _write_final_result(folder, trainer, metrics, time.monotonic() - started)
+        _write_final_result(folder, trainer, metrics)
     return metrics
 
 
@@ -360,11 +360,12 @@ def _write_start(
     origin: dict[str, Any],
     trained: dict[str, Any],
     resumed: bool,
+    began: float,
 ) -> Path | None:
     """Write settings, metadata and the initial result, on the first process; return the path of the metadata.
 
     Args:
-        trained: see `_read_trained_metrics`.
+        trained: see `_read_trained_metrics`. began: see `note_beginning`.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         return None
@@ -372,10 +373,11 @@ def _write_start(
     write_text(folder / f"config{suffix}.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     metadata = folder / f"metadata{suffix}.json"
     write_json(metadata, origin)
-    now, earlier = time.time(), read_result(folder) if resumed else {}
-    times = {"started_at": earlier.get("started_at", now), CONTINUED_AT: now}
+    earlier = read_result(folder) if resumed else {}
+    times = {"started_at": earlier.get("started_at", time.time())}
     if "wall_s" in earlier:  # of the starts before this one
         times["wall_s"] = earlier["wall_s"]
+    note_beginning(folder, began)
     (folder / "error.txt").unlink(missing_ok=True)  # from an earlier start
     start = {"status": RUNNING, "command": command, "overrides": list(overrides), "metrics": {}, "run_dir": str(folder)}
     job = {name: origin[name] for name in (run_folder.RESUMED_BY,) if name in origin}
@@ -438,13 +440,13 @@ def _select_headline_metrics(trainer: Trainer, module: LightningModule) -> dict[
     return metrics
 
 
-def _write_final_result(folder: Path, trainer: Trainer, metrics: dict[str, float], wall_s: float) -> None:
+def _write_final_result(folder: Path, trainer: Trainer, metrics: dict[str, float]) -> None:
     start, checkpoint = read_result(folder), folder / run_folder.CHECKPOINT
-    wall_s += start.get("wall_s", 0.0)
+    wall_s = wall_time(folder, start)
     result = {
         "status": FINISHED,
         "steps": trainer.global_step,
-        "wall_s": round(wall_s, 1),
+        "wall_s": wall_s,
         "metrics": metrics,
         "command": start.get("command"),
         "overrides": start.get("overrides"),

@@ -16,7 +16,7 @@ from keygrip.launch import is_first_process, started_together
 RESULT = "result.json"
 # Values of "status". A killed process leaves "running".
 FINISHED, FAILED, INTERRUPTED, RUNNING, DRY_RUN = "finished", "failed", "interrupted", "running", "dry run"
-CONTINUED_AT = "continued_at"  # time at which the start that is running began; "wall_s" has the time of those before
+_BEGUN: dict[Path, float] = {}  # beginning of this process's training in a folder, on the monotonic clock
 # Messages of gloo and NCCL about a process that has ended.
 OTHER_ENDED = r"gloo/transport.*(Read error|Write error|Connection (reset|closed) by peer|Broken pipe)|ncclRemoteError"
 
@@ -47,6 +47,17 @@ def tells_that_another_ended(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and re.search(OTHER_ENDED, str(error)) is not None
 
 
+def note_beginning(folder: Path, moment: float) -> None:
+    """Keep when training in a folder began in this process (`time.monotonic`), for `wall_time`."""
+    _BEGUN[folder.absolute()] = moment
+
+
+def wall_time(folder: Path, earlier: dict[str, Any]) -> float:
+    """Return the seconds that a run has taken: those of its result so far, and of this process's training, which has
+    ended. Starts that were killed are not in the result."""
+    return round(float(earlier.get("wall_s", 0.0)) + time.monotonic() - _BEGUN.pop(folder.absolute()), 1)
+
+
 def record_failure(folder: Path, status: str, line: str, overrides: Sequence[str], error: BaseException) -> None:
     """Write how a run ended, and its trace (``error.txt``); do not change the result of an earlier, finished run, or
     the cause that another process of this run has recorded."""
@@ -54,8 +65,8 @@ def record_failure(folder: Path, status: str, line: str, overrides: Sequence[str
     if not folder.is_dir() or earlier.get("status") == FINISHED or _follows(earlier, status, error):
         return
     result = {**earlier, "status": status, "error": line, "overrides": list(overrides)}
-    if CONTINUED_AT in result:
-        result["wall_s"] = round(result.get("wall_s", 0.0) + time.time() - result.pop(CONTINUED_AT), 1)
+    if folder.absolute() in _BEGUN:
+        result["wall_s"] = wall_time(folder, earlier)
     write_result(folder, {"metrics": {}, **result})
     write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
 

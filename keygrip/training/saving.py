@@ -21,7 +21,7 @@ from keygrip.artifacts import atomic_write, read_record, write_json
 from keygrip.launch import requeue_job
 from keygrip.override_values import as_typed
 from keygrip.training.accumulation import completes_step
-from keygrip.training.checkpoints import copied_but_large, read_checkpoint
+from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.distributed import maximum_over_processes
 from keygrip.training.ema import EMA
 from keygrip.training.integrity import HashedFile, sign
@@ -29,6 +29,7 @@ from keygrip.training.monitors import non_finite_parameters
 from keygrip.training.parts import ReadWhere
 from keygrip.training.run_folder import CHECKPOINT, kept_by_step
 from keygrip.training.signals import Interrupted
+from keygrip.training.torch_files import copied_but_large
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from keygrip.training.torch_files import copied_but_large
+
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -65,7 +67,7 @@ class ShardedStrategy(ModelParallelStrategy):
             self.optimizers = optimizers
         for optimizer, saved in zip(optimizers, checkpoint["optimizer_states"] if optimizers else [], strict=True):
             load_optimizer(saved, optimizer, self.model)
-        return checkpoint
+        return copied_but_large(checkpoint)  # what a module keeps of it would keep the whole file mapped
 
     def _determine_device_ids(self) -> list[int]:
         return [] if self.root_device.index is None else [self.root_device.index]

@@ -6,6 +6,7 @@ size (expanded, without storage, by a constructor that takes a size), and raises
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import pickletools
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from keygrip.training.nested_values import inside_of, size_of
+
+LARGE = ("state_dict", "ema", "optimizer_states")  # parts of a checkpoint that are as large as the weights
 
 # Exceptions of torch.load for a file that is truncated, damaged or malicious, in addition to its UnpicklingError.
 BROKEN: tuple[type[Exception], ...] = (
@@ -181,3 +184,9 @@ def _describe_unstored_values(tensor: Tensor) -> str | None:
     if size > tensor.untyped_storage().nbytes() + EXPANDED_BYTES:
         return f"a tensor of {size} bytes in {tensor.untyped_storage().nbytes()} of storage"
     return None
+
+
+def copied_but_large(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a memory-mapped checkpoint with copies of all parts except `LARGE`, because modules and
+    callbacks may keep them: reading a mapped tensor would end the process if the file is truncated later."""
+    return checkpoint | copy.deepcopy({name: part for name, part in checkpoint.items() if name not in LARGE})

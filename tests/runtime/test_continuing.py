@@ -317,7 +317,7 @@ def test_who_cannot_continue_a_plan_says_so(
             policy.plan_continuing(seen, under_way().plan, 0.1)
         assert policy.health()["answers"]["400"] == 1
     remote = ["robot.real_time=false", "robot.image_size=32", f"server={server.url}", "execution.continue_chunks=true"]
-    monkeypatch.setattr(driving, "_refuse_mismatch", lambda policy, robot: None)
+    monkeypatch.setattr(driving, "_refuse_mismatch", lambda policy, robot, arms_are_set: None)
     with pytest.raises(ValueError, match=rf"continues a plan \(geometry_vla\); that of {server.url} does not"):
         keygrip.run.run(compose("run", remote))
     arrays = load(encode_observation(seen, needs, under_way()))

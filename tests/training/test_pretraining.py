@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from keygrip import train
+from keygrip.artifacts import sha256_file
 from keygrip.config import compose
 from keygrip.training import checkpoints, pretraining
 from keygrip.training.integrity import sign
@@ -35,7 +36,7 @@ def finished(folder: Path, overrides: Sequence[str] = ()) -> None:
     checkpoint.parent.mkdir(parents=True)
     header = {"format": checkpoints.FORMAT, "config": resolved(*overrides)}
     torch.save({checkpoints.HEADER: header, "state_dict": {}, "global_step": 1}, checkpoint)
-    sign(checkpoint)
+    sign(checkpoint, sha256_file(checkpoint))
     (folder / "result.json").write_text(json.dumps({"status": "finished"}))
 
 

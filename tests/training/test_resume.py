@@ -555,7 +555,6 @@ def test_a_signal_in_the_last_save_ends_the_run_before_anything_is_evaluated(
     assert signal.getsignal(signal.SIGTERM) == before
     interrupted = read_result(Path("run"))
     assert interrupted["status"] == "interrupted"
-    assert "continued_at" not in interrupted
     metrics = interrupted["metrics"]
     write_result(Path("run"), interrupted | {"wall_s": interrupted["wall_s"] + 1000})
     assert cli(*toy, "resume=true").code == 0

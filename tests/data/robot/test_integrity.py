@@ -186,6 +186,27 @@ def test_a_recording_that_was_restored_is_taken_again(root: Path, robot_demos: M
     assert ready(robot_demos(root)).broken == []
 
 
+def test_a_restored_video_gets_an_index_of_its_own(native_root: Path, robot_demos: Make, change_metadata: Any) -> None:
+    """`rsync -a` restores bytes, size and time; the index of the damaged video must not remain."""
+    folder = native_root / "demo_03"
+    entry = json.loads((folder / "metadata.json").read_text())["cameras"]["over"]
+    change_metadata(folder, cameras={"over": entry | {"frames": "over.mp4"}})
+    video, whole = folder / "over.mp4", native_root.parent / "whole.mp4"
+    write_video(whole, np.full((12, 40, 48, 3), 90, np.uint8), fps=10)
+    write_video(video, np.full((9, 40, 48, 3), 90, np.uint8), fps=10)
+    size = max(video.stat().st_size, whole.stat().st_size)
+    for path in (video, whole):  # padded with an atom that players skip
+        missing = size + 8 - path.stat().st_size
+        with path.open("ab") as file:
+            file.write(missing.to_bytes(4, "big") + b"free" + bytes(missing - 8))
+    times = (video.stat().st_atime_ns, video.stat().st_mtime_ns)
+    (broken,) = ready(robot_demos(native_root)).broken
+    assert "holds 9 frames, the demo 12" in broken.reason
+    video.write_bytes(whole.read_bytes())
+    os.utime(video, ns=times)
+    assert ready(robot_demos(native_root)).broken == []
+
+
 TORCHRUN = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "1"}
 SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train"}
 LAUNCHERS = {  # variables of the first and the second process of a launch, and of the next launch

@@ -237,4 +237,18 @@ class ParquetFrames:
 
     def identity(self) -> str:
         stat = self.path.stat()
-        return f"{self.path}:{stat.st_size}:{stat.st_mtime_ns}:{self.column}:{self.rows[0]}:{len(self.rows)}"
+        rows = f"{self.rows[0]}:{len(self.rows)}"
+        return f"{self.path}:{stat.st_size}:{stat.st_mtime_ns}:{self.column}:{rows}{self._files_identity()}"
+
+    def _files_identity(self) -> str:
+        """Return the identities of the first and the last image if they are files beside the table, else nothing."""
+        found = ""
+        for row in (self.rows[0], self.rows[-1]):
+            try:
+                value = _row_groups.value(self.path, self.column, row)
+                if not isinstance(value, dict) or value.get("bytes"):
+                    return ""
+                found += f":{file_identity(inside(self.root, value['path']))}"
+            except (OSError, ValueError):  # reading the image reports it
+                found += ":missing"
+        return found

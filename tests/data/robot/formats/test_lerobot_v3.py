@@ -378,6 +378,23 @@ def test_images_in_parquet_are_read_a_row_group_at_a_time(tmp_path, group_reads)
         ParquetFrames(path, "left", (12,), tmp_path).read(0)
 
 
+def test_images_beside_the_table_count_as_its_content(tmp_path: Path) -> None:
+    """A later start verifies them again if they have been replaced or removed."""
+    images = [tmp_path / "images" / f"{index}.png" for index in range(3)]
+    images[0].parent.mkdir()
+    for path in images:
+        Image.fromarray(np.full((4, 6, 3), 90, np.uint8)).save(path)
+    rows = [{"bytes": None, "path": f"images/{path.name}"} for path in images]
+    pq.write_table(pa.table({"left": rows}), tmp_path / "images.parquet")
+    source = ParquetFrames(tmp_path / "images.parquet", "left", (0, 1, 2), tmp_path)
+    before = source.identity()
+    assert source.identity() == before
+    Image.fromarray(np.full((4, 6, 3), 91, np.uint8)).save(images[2])
+    changed = source.identity()
+    images[2].unlink()
+    assert len({before, changed, source.identity()}) == 3
+
+
 @pytest.mark.parametrize(("limit", "value"), [("KEPT_BYTES", 1), ("GROUPS_KEPT", 1)])
 def test_few_row_groups_of_images_are_kept(tmp_path, group_reads, monkeypatch, limit, value):
     monkeypatch.setattr(frames, limit, value)
