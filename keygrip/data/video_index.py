@@ -56,7 +56,7 @@ def file_identity(path: Path) -> str:
     return f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
-def _version(path: Path) -> str:
+def _file_version(path: Path) -> str:
     """Return a text that also changes when a file's content is replaced by another one of equal size and modification
     time, as when a damaged file is restored: an index of the damaged one would remain."""
     return f"{file_identity(path)}:{path.stat().st_ctime_ns}"
@@ -70,7 +70,7 @@ def keep_indices(root: Path, cache_dir: Path) -> None:
 def video_index(path: Path) -> VideoIndex:
     """Return the index of a video file: from memory, from its cache folder, or from the file's packets. Raise OSError
     if the file cannot be read."""
-    identity = _version(path)
+    identity = _file_version(path)
     stored = _stored_file(path, identity)
     if (index := _known_index(identity, stored)) is not None:
         return index
@@ -79,7 +79,7 @@ def video_index(path: Path) -> VideoIndex:
         with _LOCKS.setdefault(key, threading.Lock()):  # several threads read episodes of one file
             if (index := _known_index(identity, stored)) is None:
                 index = _make_index(path)
-                if stored is None or _version(path) != identity or not _store(index, stored):
+                if stored is None or _file_version(path) != identity or not _store(index, stored):
                     _NOT_STORED[identity] = index
             return index
     finally:
