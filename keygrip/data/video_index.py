@@ -3,6 +3,7 @@
 To find them, the whole file is read. Of videos below a folder for which `keep_indices` names a cache folder, each index
 is therefore stored there, named by a hash of the file's path, size and times of change; other processes and later
 starts read it. Indices of other videos stay in memory.
+Loader workers that are not forked (macOS) do not know such folders: each reads the videos again.
 """
 
 from __future__ import annotations
