@@ -210,6 +210,19 @@ class _RowGroup:
 _row_groups = _RowGroups()
 
 
+def _holds_all_images(path: Path, column: str) -> bool:
+    """Whether a table's footer states that the `bytes` of all its images are present, so that no row must be read."""
+    with open_parquet(path) as file:
+        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+        chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+    nulls = [
+        chunk.statistics.null_count if chunk.is_stats_set and chunk.statistics.has_null_count else None
+        for chunk in chunks
+        if chunk.path_in_schema == f"{column}.bytes"
+    ]
+    return bool(nulls) and all(count == 0 for count in nulls)
+
+
 @dataclass(frozen=True)
 class ParquetFrames:
     """Images stored as encoded bytes in a column of a Parquet file (LeRobot's `image` features).
@@ -245,6 +258,8 @@ class ParquetFrames:
         found = ""
         for row in (self.rows[0], self.rows[-1]):
             try:
+                if _holds_all_images(self.path, self.column):
+                    return ""
                 value = _row_groups.value(self.path, self.column, row)
                 if not isinstance(value, dict) or value.get("bytes"):
                     return ""

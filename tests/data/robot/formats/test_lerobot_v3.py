@@ -378,6 +378,16 @@ def test_images_in_parquet_are_read_a_row_group_at_a_time(tmp_path, group_reads)
         ParquetFrames(path, "left", (12,), tmp_path).read(0)
 
 
+def test_the_identity_of_images_in_parquet_reads_no_row(tmp_path: Path, group_reads: list[tuple[int, str]]) -> None:
+    path = tmp_path / "images.parquet"
+    stored_pictures(path, first=0)
+    identities = {
+        ParquetFrames(path, name, rows, tmp_path).identity() for name in ("left", "right") for rows in ((9, 10), (2,))
+    }
+    assert len(identities) == 4
+    assert group_reads == []
+
+
 def test_images_beside_the_table_count_as_its_content(tmp_path: Path) -> None:
     """A later start verifies them again if they have been replaced or removed."""
     images = [tmp_path / "images" / f"{index}.png" for index in range(3)]
