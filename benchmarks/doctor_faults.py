@@ -332,6 +332,7 @@ def faults() -> list[Fault]:
         add(Fault(f"{kind} gripper in percent", "", percentage, numbers=on(grip)(lambda g: g * 100)))
         add(Fault(f"{kind} outlier pose", "8 cm", f"outlier {kind} pose", numbers=on(place)(stray_row), one=True))
         add(Fault(f"{kind} positions offset", "3 cm", offset, numbers=on(place)(lambda p: p + [0.03, 0, 0]), one=True))
+    in_one_demo(add)
     add(Fault("joints in degrees", "", "joints in degrees", numbers=on("joint_positions_rad")(np.degrees)))
     add(Fault("fps", "30 for 10", "stated frame rate 30 in place of 10.*", metadata=set_fps(30.0)))
     add(Fault("time stamps", "gap of 0.9 s", "dropped frames", numbers=gap, one=True))
@@ -345,6 +346,40 @@ def faults() -> list[Fault]:
     )
     add(Fault("instruction", "empty", "empty instruction", metadata=lambda m: m.update(instruction=""), one=True))
     return found
+
+
+def in_one_demo(add: Callable[[Fault], None]) -> None:
+    """Add faults of the reached track's conventions, and of the intrinsics, in one demonstration among sound ones."""
+    inverted = on("gripper_opening", "commanded_gripper_opening")(lambda g: 1 - g)
+    says = r"gripper opening inverted \(.*"
+    add(Fault("both grippers inverted", "", says, numbers=inverted, one=True))
+    for joints in (True, False):
+        changes = {
+            "gripper inverted": (says, on("gripper_opening")(lambda g: 1 - g)),
+            "quaternions xyzw": (
+                "quaternions stored x, y, z, w",
+                on("quaternion_wxyz")(lambda q: np.roll(q, -1, axis=1)),
+            ),
+            "quaternions conjugated": (
+                r"quaternions conjugated \(world to gripper\)",
+                on("quaternion_wxyz")(lambda q: q * [1, -1, -1, -1]),
+            ),
+            "poses inverted": (r"poses inverted \(.*", inverted_poses("")),
+        }
+        for kind, (cause, change) in changes.items():
+            add(Fault(f"reached {kind}", "", cause, numbers=change, one=True, joints=joints))
+    add(Fault("intrinsics", "x 2", "intrinsics of another resolution or crop", cameras=scaled_intrinsics(2), one=True))
+
+
+def scaled_intrinsics(factor: float) -> Callable[[Arrays, int], None]:
+    """Intrinsics of images that are `factor` times as large."""
+
+    def change(arrays: Arrays, number: int) -> None:
+        for key in list(arrays):
+            if key.endswith("intrinsics"):
+                arrays[key] = arrays[key] * np.array([[factor], [factor], [1.0]])
+
+    return change
 
 
 def size_of(share: float) -> Callable[[dict[str, Any]], None]:

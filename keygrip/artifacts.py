@@ -1,10 +1,14 @@
 """Write files atomically, create artefacts once under a lock, and hash files.
 
-Everything that keygrip writes goes through this module: checkpoints, shards, recordings, statistics, configuration,
-metadata and results. A file appears under its name only when it is complete and on the disk. If the process is killed,
-the previous file stays unchanged. Temporary files are hidden files next to the target,
+Checkpoints, shards, recordings, exports, statistics, configuration, metadata and results are written through this
+module. A file or folder appears under its name only when it is complete and on the disk. If the process is killed, the
+previous file stays unchanged. Temporary files are hidden files next to the target,
 ``.<name>.<host>-<pid>-<random>.writing<suffix>``. A later write removes the temporary files of dead processes if they
 have not changed for ten minutes.
+
+Not written through it: the cache of decoded frames (`data/robot/frame_cache.py`), which fills its files in place, with
+a checksum per frame, and locks them itself; the episodes of an evaluation, appended line by line; logs; and what other
+packages download.
 """
 
 from __future__ import annotations
@@ -21,9 +25,9 @@ import re
 import secrets
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +40,7 @@ BLOCK_BYTES = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: `ulimit -f`
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 STALE_AFTER_S = 600.0  # an incomplete file without a change for this long counts as abandoned
+FLUSHES = 8  # at the same time: a journaling file system then writes its journal once for several files
 LARGEST_RECORD = 1 << 26  # maximum bytes for `read_record`
 LONGEST_INTEGER = 300  # digits; longer integers do not fit into a float either
 USERINFO = re.compile(r"://[^/?#\s]*@")
@@ -80,10 +85,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         with full_disk_errors(target):
             yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
+            _flush(temporary)
             temporary.replace(target)
-        _flush_folder(target.parent)
+        _flush(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -116,17 +120,6 @@ def json_text(
     except ValueError:  # also for content that contains itself, for which the next line raises again
         standard = _replace_non_finite(json.loads(json.dumps(content, default=default)))
         return json.dumps(standard, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
-
-
-def printable_json(content: Any) -> str:
-    """Return `json_text` for standard output: with all characters, or in ASCII if its encoding lacks one of them. Every
-    encoding lacks the halves of surrogate pairs by which Python represents file names that are not UTF-8."""
-    text = json_text(content)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")  # a stream in memory has no encoding
-    except UnicodeEncodeError:
-        return json_text(content, ascii_only=True)
-    return text
 
 
 def _replace_non_finite(value: Any) -> Any:
@@ -190,7 +183,7 @@ def _parse_integer(digits: str) -> int:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder that is renamed to ``path`` when the block ends, and removed if the block fails.
+    """Yield an empty folder that is renamed to ``path`` when the block ends (`move_folder`), and removed if it fails.
 
     Raises:
         FileExistsError: ``path`` exists and is not empty, at the start or at the end.
@@ -201,13 +194,24 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(target) as temporary:
         yield temporary
-        try:
-            temporary.rename(target)  # an empty folder of that name is replaced
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                refuse_existing(target)
-            raise
-        _flush_folder(target.parent)
+        move_folder(temporary, target)
+
+
+def move_folder(temporary: Path, target: Path) -> None:
+    """Flush every file and folder in a temporary folder to the disk, then rename it to ``target``.
+
+    Raises:
+        FileExistsError: ``target`` exists and is not an empty folder, which would be replaced.
+    """
+    with ThreadPoolExecutor(FLUSHES) as threads:
+        list(threads.map(_flush, [temporary, *temporary.rglob("*")]))  # raises the first error
+    try:
+        temporary.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            refuse_existing(target)
+        raise
+    _flush(target.parent)
 
 
 @contextlib.contextmanager
@@ -480,10 +484,13 @@ def refuse_existing(path: str | Path) -> None:
         raise FileExistsError(errno.EEXIST, "it exists already: remove it or choose another folder", str(target))
 
 
-def _flush_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-        descriptor = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot flush a folder
+            raise

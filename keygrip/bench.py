@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_class, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from keygrip.artifacts import json_text, write_json
@@ -68,7 +69,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.suite is not None:
         return _run_suite(cfg)
     import torch
-    from hydra.utils import instantiate
 
     from keygrip.training.metadata import machine
 
@@ -98,8 +98,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 def _refuse_tf32_elsewhere(targets: Mapping[str, str]) -> None:
     """Raise ValueError if cases, by name with their class, measure other processes than this one, where `use_tf32` has
     no effect."""
-    from hydra.utils import get_class
-
     elsewhere = [name for name, target in targets.items() if getattr(get_class(target), "in_other_processes", False)]
     if elsewhere:
         rest = "give one of the other cases" if len(targets) > 1 else "leave it out"
@@ -142,8 +140,6 @@ def _refuse_settings_of_others(cfg: DictConfig, group: str, names: Sequence[str]
 
 def _run_suite(cfg: DictConfig) -> dict[str, Any]:
     """Run every part, also a single one (``part=NAME``), in a separate process. In that process, measure the part."""
-    from hydra.utils import instantiate
-
     from keygrip.benchmarks.gpu import suite as suites
     from keygrip.training.metadata import git_revision, machine
 

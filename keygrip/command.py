@@ -14,11 +14,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from keygrip import __version__
-from keygrip.artifacts import DISK_FULL
+from keygrip.artifacts import DISK_FULL, json_text
 from keygrip.config import (
     SettingError,
     check_overrides,
@@ -60,8 +63,6 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     terminal give exit codes 130, 143 and 129. The warning signal SIGUSR1 of a SLURM job gives 138, and the job is
     queued again. In a sweep a failed job is recorded and the other jobs continue; the exit code is then 1.
     """
-    import hydra
-
     allow_many_files()
     run = _importable_function(run)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors unchanged; the code below decides what is shown
@@ -122,6 +123,17 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         sys.exit(code)
 
 
+def printable_json(content: Any) -> str:
+    """Return `json_text` for standard output: with all characters, or in ASCII if its encoding lacks one of them. Every
+    encoding lacks the halves of surrogate pairs by which Python represents file names that are not UTF-8."""
+    text = json_text(content)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")  # a stream in memory has no encoding
+    except UnicodeEncodeError:
+        return json_text(content, ascii_only=True)
+    return text
+
+
 def overrides_first(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with all settings first and options such as ``--cfg job`` and ``-m`` after them, because
     Hydra's parser requires settings to be contiguous.
@@ -160,9 +172,6 @@ def overrides_first(arguments: Sequence[str]) -> list[str]:
 
 def describe_error(error: BaseException, config_name: str, overrides: Sequence[str]) -> tuple[str, int]:
     """Return one line that describes the error and its remedy, and the exit code."""
-    from hydra.errors import HydraException, InstantiationException
-    from omegaconf.errors import OmegaConfBaseException
-
     if isinstance(error, KeyboardInterrupt):
         return "stopped by SIGINT", 128 + signal.SIGINT
     if isinstance(error, SweepRefused):
@@ -223,9 +232,6 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
 
 def _needs_no_stack_trace(error: BaseException) -> bool:
     """Return whether an error needs no stack trace: a user error or a signal."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     root = root_cause(error)
     if not isinstance(error, Exception):
         return True

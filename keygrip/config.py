@@ -14,7 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
+from hydra.errors import OverrideParseException
 from omegaconf import MISSING, DictConfig, Node, OmegaConf, open_dict
 
 from keygrip.nearest_setting import nearest
@@ -127,7 +133,7 @@ def complete_overrides(config_name: str, overrides: Sequence[str]) -> list[str]:
 
 def _ways_to_leave_out(group: str) -> str:
     """Describe how a part of a group's option is left out, or all of it if its section has another name."""
-    section = _package_of(next((config_folder() / group).rglob("*.yaml"))) or group
+    section = package_of(next((config_folder() / group).rglob("*.yaml"))) or group
     if section == "_global_":  # its settings have no common section
         return ""
     if section == group:
@@ -184,10 +190,6 @@ def first_job(overrides: Sequence[str]) -> list[str]:
     Raises:
         HydraException: a sweep that lists no values, ``interval(0,1)``.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import Glob
-    from hydra.errors import OverrideParseException
-
     parser = OverridesParser.create()
     job = []
     for given in texts_quoted([*overrides, "-m"], ())[:-1]:  # -m: a comma separates values in sentences too
@@ -214,8 +216,6 @@ def config_folders(overrides: Sequence[str] = ()) -> list[Path]:
     Raises:
         OverrideParseException: Hydra cannot parse that override.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     added = [each for each in overrides if each.startswith("hydra.searchpath=")]
     lists = [each.value() for each in OverridesParser.create().parse_overrides(added)] if added else []
     paths = [str(path).removeprefix("file://") for each in lists if isinstance(each, list) for path in each]
@@ -254,6 +254,7 @@ def register_options(overrides: Sequence[str] = ()) -> None:
 def _register_shipped_configs() -> frozenset[str]:
     """Register the sections of ``conf/``; return the names of all its configs: ``optimizer/adamw``, ``train``."""
     OmegaConf.register_new_resolver("mandatory", _refuse_without_value, replace=True)
+    OmegaConf.register_new_resolver("if_given", _choose_if_given, replace=True)
     folder = config_folder()
     names = set[str]()
     for file in sorted(folder.rglob("*.yaml")):
@@ -277,14 +278,14 @@ def _read_options(folder: Path, file: Path) -> dict[str, Any]:
     return {f"{group}/{name!s}": node for name, node in options.items()}
 
 
-def _package_of(file: Path) -> str | None:
+def package_of(file: Path) -> str | None:
     """Return the section of the config where a first line ``# @package ...`` puts a file's settings."""
     package = re.match(r"# @package (\S+)", file.read_text(encoding="utf-8"))
     return package.group(1) if package else None
 
 
 def _store_options(file: Path, options: Mapping[str, Any]) -> None:
-    package = _package_of(file)
+    package = package_of(file)
     for option, node in options.items():
         group, _, name = option.rpartition("/")
         ConfigStore.instance().store(name=name, node=node, group=group, package=package, provider="keygrip")
@@ -299,6 +300,11 @@ def _refuse_without_value(*, _node_: Node) -> None:
     """
     key = _node_._get_full_key(None)
     raise SettingError(f"the setting {key} has no value: give {key}=...")
+
+
+def _choose_if_given(value: Any, with_value: Any, without: Any) -> Any:
+    """Resolve ``${if_given:${SETTING},A,B}``: A if the setting has a value, B if it is null."""
+    return without if value is None else with_value
 
 
 class _SharedOptions(dict[str, Any]):
@@ -327,10 +333,6 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 def compose_with_choices(config_name: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, dict[str, Any]]:
     """As `compose`, but also return the option of each group, e.g. ``{"model": "volume_query", "ablation": None}``."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
     register_options(overrides)
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()

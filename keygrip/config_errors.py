@@ -9,7 +9,9 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from keygrip.config import (
     SettingError,
@@ -33,9 +35,6 @@ UNQUOTED_CANNOT = r"[^a-zA-Z0-9_/\-\\+.$%*@?|:]"
 @contextlib.contextmanager
 def setting_errors(config_name: str, overrides: Sequence[str]) -> Iterator[None]:
     """Convert errors of composing or parsing in the block to a `SettingError` with the message of the command line."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
@@ -159,12 +158,12 @@ def _describe_unknown_key(key: str, config_name: str, overrides: Sequence[str]) 
     if full.startswith(f"{CLOSED_LOOP}.") and not any(each.startswith(CLOSED_LOOP) for each in valid_keys):
         hint = f"add closed_loop=NAME, one of {', '.join(group_options('closed_loop', settings))}"
     group = full.partition(".")[0].partition("@")[0]
-    if models_with(group) and group not in valid_keys:
+    if models_with(group, settings) and group not in valid_keys:
         # a setting of another model, so only the spelling can be compared
         if "." in full and valid_keys and not close_key:
             closest = difflib.get_close_matches(full, valid_keys, n=1, cutoff=0.0)[0]
             hint = f"of what this run reads the nearest is {closest!r}; {hint}"
-        hint = f"{with_group(group)}; {hint}"
+        hint = f"{with_group(group, {name.partition('.')[0] for name in valid_keys}, settings)}; {hint}"
     return f"there is no setting {full!r} in {config_name}.yaml: {hint}"
 
 
@@ -264,9 +263,6 @@ def causes_of(error: BaseException) -> list[BaseException]:
 
 def root_cause(error: BaseException) -> BaseException:
     """Return the error of a resolver or constructor, without the wrapping errors of Hydra, OmegaConf and logging."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
-
     current = error
     while isinstance(current, HydraException | OmegaConfBaseException):
         inner = current.__cause__

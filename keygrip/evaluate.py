@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import json_text, write_json
@@ -44,7 +45,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             or TF32 without a GPU.
     """
     import torch
-    from hydra.utils import get_method
 
     from keygrip.training.checkpoints import (
         external_files,

@@ -11,8 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
-from keygrip.artifacts import printable_json
-from keygrip.command import entry_point
+from keygrip.command import entry_point, printable_json
 from keygrip.config import EntrySchema, register
 
 

@@ -6,6 +6,9 @@ import re
 import shlex
 from collections.abc import Container, Sequence
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 # Strings that Hydra reads as numbers and would change: 2025_01_02 to 20250102, 1.10 to 1.1.
@@ -33,9 +36,6 @@ def values_of(key: str, value: str) -> list[str]:
     Raises:
         OmegaConfBaseException: an environment variable is not set, or the value refers to another setting.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     try:
         override = OverridesParser.create().parse_override(f"{key}={value}")
         values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
@@ -107,10 +107,6 @@ def _quote_sentence(override: str) -> str:
     Null, true, false, lists, quoted strings and functions such as ``choice(a,b)`` are left to Hydra, also those with a
     mistake.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import ChoiceSweep
-    from hydra.errors import HydraException
-
     key, _, value = override.partition("=")
     try:
         parsed = OverridesParser.create().parse_override(override).value()

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.artifacts import json_text, refuse_file
@@ -15,8 +16,6 @@ from keygrip.setting_types import refuse_ill_typed
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Run the chosen step and return its report. Raises ValueError if its `root` or `to` is a file."""
-    from hydra.utils import instantiate
-
     call_settings: Any = OmegaConf.to_container(cfg.call, resolve=False)
     passed_on = {
         f"call.{key}": value[2:-1] for key, value in call_settings.items() if re.fullmatch(r"\$\{[\w.]+\}", str(value))

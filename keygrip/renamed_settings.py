@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 # Renamed settings and options: old dotted key or old `group=option` -> new name. A key includes all keys below it. Each
 # is rejected with its new name for one version.
 RENAMED: dict[str, str] = {
@@ -25,9 +28,15 @@ RENAMED: dict[str, str] = {
     "model.warm_start": "model.init_from",
     "model.health_every_n_steps": "model.monitor_every_n_steps",
     "model.health_from_step": "model.monitor_from_step",
-    "model.pictures": "model.log_images",
+    "model.pictures": "model.log_images_every_n_steps",
+    "model.log_images": "model.log_images_every_n_steps",
     "model.vis_every_n_steps": "model.log_images_every_n_steps",
-    "vlm.prompt_order=pictures_first": "vlm.prompt_order=images_first",
+    "vlm.prompt_order=pictures_first": "vlm.prompt_order=visual_first",
+    "vlm.prompt_order=images_first": "vlm.prompt_order=visual_first",
+    "vlm.prompt_order=instruction_first": "vlm.prompt_order=question_first",
+    "model.network.level_hidden": "model.network.timestep_hidden",
+    "model.network.level_frequencies": "model.network.timestep_frequencies",
+    "data.make.options.picture": "data.make.options.image",
     "model=mark_reader": "model=vlm_encoder_pretraining",
     "experiment=mark_reader": "experiment=vlm_encoder_pretraining",
     "experiment=mark_asker": "experiment=vlm_query_pretraining",
@@ -56,6 +65,42 @@ RENAMED: dict[str, str] = {
 }
 # Ablations were named by a prefix: `ablation=vq_no_state` is `ablation=volume_query/no_state`.
 ABLATED = {"vq": "volume_query", "vlm": "foveated_vlm", "dit": "patch_dit", "vla": "geometry_vla"}
+
+# Renamed settings of stored configurations (checkpoints, exports), which are read with the new names: class -> old key
+# -> new key, and new values by old ones.
+NewNames = Mapping[str, tuple[str, Mapping[Any, Any]]]
+_EVERY_N_STEPS: NewNames = {"log_images": ("log_images_every_n_steps", {False: 0, True: 1})}
+STORED: dict[str, NewNames] = {
+    "keygrip.models.geometry_vla.module.GeometryVLAModule": _EVERY_N_STEPS,
+    "keygrip.models.geometry_vla.depth_pretraining.DepthReaderModule": _EVERY_N_STEPS,
+    "keygrip.models.language.qwen_vl.QwenVL": {
+        "prompt_order": ("prompt_order", {"images_first": "visual_first", "instruction_first": "question_first"}),
+    },
+    "keygrip.models.patch_dit.network.PatchDiT": {
+        "level_hidden": ("timestep_hidden", {}),
+        "level_frequencies": ("timestep_frequencies", {}),
+    },
+    "keygrip.data.image_text.bucket_folders.MadeImages": {"options.picture": ("options.image", {})},
+}
+
+
+def with_new_names(config: Any) -> Any:
+    """Return a copy of a stored configuration (dictionaries, lists and scalars) with the names of `STORED`."""
+    if isinstance(config, list | tuple):
+        return [with_new_names(each) for each in config]
+    if not isinstance(config, dict):
+        return config
+    copied = {key: with_new_names(value) for key, value in config.items()}
+    target = copied.get("_target_")
+    for old, (new, values) in STORED.get(target, {}).items() if isinstance(target, str) else ():
+        *parents, former = old.split(".")
+        node: Any = copied
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict) and former in node:
+            value = node.pop(former)
+            node[new.rpartition(".")[2]] = values.get(value, value) if isinstance(value, str | bool) else value
+    return copied
 
 
 def new_name(key: str) -> str | None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from keygrip.command import entry_point
@@ -89,8 +90,6 @@ def run(cfg: DictConfig, ready: Callable[[dict[str, Any]], None] = lambda about:
         from keygrip.runtime.server import PolicyServer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"serving needs {error.name}: pip install 'keygrip[serve]'") from error
-    from hydra.utils import instantiate
-
     device = cfg.device or default_device()
     use_tf32(cfg.tf32, device.startswith("cuda"))
     file = find_checkpoint(cfg.checkpoint, cfg.checkpoint_step)

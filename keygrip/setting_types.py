@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_object
 from omegaconf import MISSING
 
 from keygrip.config import SettingError
@@ -138,8 +139,6 @@ def _dotted_path(parent: str, name: str) -> str:
 
 
 def _check_node(node: Mapping[str, Any], path: str, passed_on: Mapping[str, str]) -> None:
-    from hydra.utils import get_object
-
     try:
         target = get_object(str(node["_target_"]))
         parameters = inspect.signature(target).parameters

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from keygrip.command import entry_point
@@ -38,8 +39,6 @@ def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> dict[str, An
         FileNotFoundError: data, weights or a checkpoint to resume are missing.
         keygrip.training.signals.Interrupted: a signal ended the run, after saving.
     """
-    from hydra.core.hydra_config import HydraConfig
-
     cfg = cfg.copy()
     command = "train"
     by_command = overrides is None and HydraConfig.initialized()

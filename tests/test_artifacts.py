@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flushes import Flushes
 
 from keygrip import artifacts, generate, sample
 
@@ -166,6 +169,40 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (tmp_path / "raced").mkdir()
         (tmp_path / "raced" / "other").touch()
     assert names(tmp_path / "raced") == ["other"]
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what a library wrote into it."""
+    flushes = Flushes(monkeypatch, tmp_path / "made")
+    with artifacts.atomic_folder(tmp_path / "made") as folder:
+        (folder / "below").mkdir()
+        for name in ("part", "below/part"):
+            (folder / name).write_text(name)
+    made = [tmp_path / "made" / name for name in ("part", "below", "below/part")]
+    assert [flushes.before_target(path) for path in (tmp_path / "made", *made)] == [1, 1, 1, 1]
+    assert flushes.after_target(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "raised"),
+    [
+        ("file", OSError(errno.ENOSPC, "No space left on device"), artifacts.DiskFullError),
+        ("file", OSError(errno.EIO, "Input/output error"), OSError),
+        ("folder", OSError(errno.EINVAL, "Invalid argument"), None),  # some file systems cannot flush folders
+    ],
+)
+def test_a_file_that_cannot_be_flushed_leaves_no_folder(
+    kind: str, error: OSError, raised: type[OSError] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == (kind == "folder"):
+            raise error
+
+    monkeypatch.setattr(os, "fsync", refused)
+    expected = contextlib.nullcontext() if raised is None else pytest.raises(raised)
+    with expected, artifacts.atomic_folder(tmp_path / "made") as folder:
+        (folder / "part").touch()
+    assert names(tmp_path) == (["made"] if raised is None else [])
 
 
 def test_a_lock_excludes_another_process_and_ends_with_it(tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
-from configs import assert_fits, composed, nodes
+from configs import assert_fits, assert_sound, composed, nodes
 from hydra._internal import config_loader_impl, config_repository
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
@@ -19,12 +21,15 @@ from keygrip.config import (
     compose,
     compose_with_choices,
     config_folder,
+    group_options,
     leaves_of,
 )
-from keygrip.config_errors import known_keys
+from keygrip.config_errors import describe_config_error, known_keys
+from keygrip.models.language import PromptOrder
 from keygrip.nearest_setting import nearest
 from keygrip.override_values import as_typed, quoted, texts_quoted, values_of
-from keygrip.unread_settings import refuse_unread
+from keygrip.training.compatibility import batch_type, data_sets_of, refuse_divided, refuse_unfit
+from keygrip.unread_settings import models_with, refuse_unread
 
 CONF = config_folder()
 SUPPORT = Path(__file__).parent / "support"
@@ -84,6 +89,13 @@ def test_a_group_that_a_run_can_do_without_is_left_out_by_null() -> None:
     assert without.data.horizon == compose("train", ["data=yam"]).data.horizon
 
 
+@pytest.mark.parametrize("model", ["foveated_vlm", "pooled_vlm"])
+def test_video_language_models_also_keep_the_best_checkpoint(model: str) -> None:
+    for more in ([], ["callbacks.checkpoint.monitor=null"]):
+        checkpoint = compose("train", [f"model={model}", "data=robot_videos", *more]).callbacks.checkpoint
+        assert (checkpoint.monitor, checkpoint.mode) == (None if more else "val/loss", "min")
+
+
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -116,6 +128,88 @@ def test_what_tests_compose_once_is_what_hydra_composes(chosen: list[str], monke
     plain = [read(chosen), read([*chosen, "max_steps=7"])]
     assert kept == [*plain, plain[0]]
     assert plain[0] != plain[1]
+
+
+def fitting_data(model: str) -> list[str]:
+    batches = batch_type(composed("train", [f"model={model}"]).model)
+    assert batches is not None
+    return data_sets_of(batches)
+
+
+def assert_trains(model: str, data: str, strategy: str, rotation: str | None) -> None:
+    choices = [f"model={model}", f"data={data}", f"strategy={strategy}"]
+    cfg = composed("train", choices if rotation is None else [*choices, f"rotation={rotation}"])
+    assert_sound(cfg)
+    refuse_divided(cfg.optimizer, cfg.strategy.kind)
+    classes = {"kmeans": "KMeansRotation", "pca_1d": "PCARotation", None: ""}
+    assert str((cfg.get("rotation") or {}).get("_target_", "")).endswith(classes[rotation])
+
+
+@pytest.mark.parametrize("model", group_options("model"))
+def test_every_model_trains_in_several_processes_and_with_every_rotation(model: str) -> None:
+    """On one data set for each strategy; the next test has all combinations."""
+    data = fitting_data(model)
+    strategies = ("ddp", "fsdp")
+    rotations = group_options("rotation") if model in models_with("rotation") else [None, None]
+    start = group_options("model").index(model)  # so that models that train on the same data begin with different sets
+    for number, (strategy, rotation) in enumerate(zip(strategies, rotations, strict=True)):
+        assert_trains(model, data[(start + number) % len(data)], strategy, rotation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", group_options("model"))
+def test_every_combination_of_model_data_strategy_and_rotation_trains_or_is_refused(model: str) -> None:
+    fitting = fitting_data(model)
+    rotations = group_options("rotation") if model in models_with("rotation") else [None]
+    for data, strategy, rotation in product(fitting, group_options("strategy"), rotations):
+        assert_trains(model, data, strategy, rotation)
+    for data in set(group_options("data")) - set(fitting):
+        with pytest.raises(ValueError, match=rf"choose .*data={fitting[0]}(,|$)"):
+            refuse_unfit(composed("train", [f"model={model}", f"data={data}"]))
+    if rotations == [None]:
+        for rotation in group_options("rotation"):
+            overrides = [f"model={model}", f"data={fitting[0]}", f"rotation={rotation}"]
+            with pytest.raises(ConfigCompositionException) as refused:
+                compose("train", overrides)
+            assert "rotation is a group of model=volume" in describe_config_error(refused.value, "train", overrides)
+
+
+def test_the_groups_said_to_be_a_model_s_are_those_of_its_composed_config() -> None:
+    models = group_options("model")
+    groups = {
+        model: {name.partition("@")[0] for name in compose_with_choices("train", [f"model={model}"])[1]}
+        for model in models
+    }
+    of_every_run = set.intersection(*groups.values())
+    assert {"data", "optimizer", "strategy"} <= of_every_run
+    for group in {path.name for path in CONF.iterdir() if path.is_dir()} - of_every_run:
+        assert models_with(group) == [model for model in models if group in groups[model]], group
+
+
+@pytest.mark.parametrize("setting", ["callbacks.checkpoint.monitor=loss", "optimizer.lr=3e-4"])
+def test_a_setting_of_every_training_is_not_said_to_be_of_the_models_that_give_it_a_value(setting: str) -> None:
+    for model, group in (("foveated_vlm", "callbacks"), ("patch_dit_base", "optimizer")):
+        assert group in yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text())
+    overrides = ["checkpoint=run", setting]
+    with pytest.raises(ConfigCompositionException) as refused:
+        composed("serve", overrides)
+    text = describe_config_error(refused.value, "serve", overrides)
+    assert f"no setting '{setting.partition('=')[0]}' in serve.yaml" in text
+    assert "model=" not in text
+    assert models_with(setting.partition("=")[0].partition(".")[0]) == []
+
+
+def test_the_same_setting_has_one_name_and_one_set_of_values_in_every_model() -> None:
+    found: dict[str, dict[str, Any]] = {"log_images": {}, "prompt_order": {}}
+    for group in ("model", "vlm"):
+        for file in (CONF / group).glob("*.yaml"):
+            for path, value in leaves_of(yaml.safe_load(file.read_text()), ()):
+                for part, values in found.items():
+                    if path[-1].startswith(part):
+                        values.setdefault(path[-1], []).append(value)
+    assert found["log_images"].keys() == {"log_images_every_n_steps"}
+    assert len(found["log_images"]["log_images_every_n_steps"]) >= 7
+    assert set(found["prompt_order"]["prompt_order"]) == set(get_args(PromptOrder))
 
 
 def test_there_are_few_files() -> None:

@@ -378,6 +378,42 @@ def test_the_claims_of_the_foveated_model_are_counted_as_their_table_has_them() 
     told = re.findall(r"\*\*(\w+) (?:claims have three seeds|holds? here|holds? in half|do(?:es)? not hold)\*\*", text)
     assert told == [words[len(each)] for each in (three, holds, half, [s for s in three if "confirmed" not in s])]
     assert all("open" in state for state, seeds in states if seeds != "3 of 3")
+    assert not [state for state, seeds in states if seeds != "3 of 3" and re.search("confirmed|refuted", state)]
+    assert not [state for state, _ in states if "label-supervised" in state]  # these figures have their own column
+
+
+def test_claims_of_the_foveated_model_with_three_seeds_have_them_in_the_record() -> None:
+    """Runs that are compared (jobs between two semicolons) have the same seeds and precisions."""
+    text = (ROOT / "docs" / "foveated_vlm.md").read_text(encoding="utf-8")
+    table = text.partition("| claim | state | seeds |")[2].partition("\n\n")[0].splitlines()[2:]
+    claims = dict(records())["foveated_vlm"]["claims"]
+    assert "vlm_encoder_self_supervised" in claims["encoder"]["command"]
+    runs: dict[str, list[tuple[int, str]]] = {}
+    for run in [*claims["runs"], *claims["stopped_on_a_gpu"]["runs"]]:
+        runs.setdefault(run["ablation"].removeprefix("vlm_claims/"), []).append((run["seed"], run["precision"]))
+    compared = 0
+    for _, _, _, seeds, jobs, *_ in (line.split("|") for line in table):
+        if seeds.strip() != "3 of 3":
+            continue
+        for group in jobs.split(";"):
+            (found, *others) = [sorted(runs[name]) for name in re.findall(r"`(\w+)`", group)]
+            assert [seed for seed, _ in found] == [0, 1, 2], jobs
+            assert all(other == found for other in others), jobs
+            compared += len(others)
+    assert compared == 7
+
+
+def test_claims_of_the_foveated_model_that_were_not_run_name_jobs_that_are_not_recorded() -> None:
+    text = (ROOT / "docs" / "foveated_vlm.md").read_text(encoding="utf-8")
+    table = text.partition("| claim | state | seeds |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = [line.split("|")[1:-1] for line in table]
+    named = [re.findall(r"`ablation=foveated_vlm/(\w+)`", jobs) for _, state, _, jobs, _ in rows if "not run" in state]
+    assert {"no_text", "trained_encoder", "no_visual_scale", "refinement"} <= {each[0] for each in named if each}
+    assert {name for each in named for name in each} <= {
+        name.partition("/")[2] for name in swept("vlm_ablations", "ablation")
+    }
+    recorded = {job["overrides"]["ablation"] for job in dict(records())["foveated_vlm"]["ablations"]}
+    assert [names[0] for names in named if names and f"vlm_{names[0]}" in recorded] == []
 
 
 def test_metrics_that_runs_are_compared_by_are_explained() -> None:

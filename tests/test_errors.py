@@ -63,10 +63,24 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["ablation=foveated_vlm/frozen_encoder"], 2, r"is now ablation=foveated_vlm/shared_query_path"),
         (["optimizer=vla_from_scratch"], 2, r"optimizer=vla_from_scratch is now optimizer=muon"),
         (["model=foveated_vlm", "model.collator.max_tokens=9"], 2, r"'model.collator.max_tokens' is now 'collator.max"),
+        (["model=geometry_vla", "model.log_images=false"], 2, r"is now 'model.log_images_every_n_steps'"),
+        (["model=geometry_vla", "vlm.prompt_order=images_first"], 2, r"is now vlm.prompt_order=visual_first$"),
+        (["model=patch_dit", "data.make.options.picture.fovy_deg=3"], 2, r"now 'data.make.options.image.fovy_deg'"),
         # Settings of other models.
         (["vlm.width=999"], 2, r"no setting 'vlm.width' .*: vlm is a group of model=geometry_vla.* the nearest is '"),
         (["language.model.layers=77"], 2, r"language is a group of model=foveated_vlm, model=pooled_vlm; "),
         (["geometry.dim=3"], 2, r"geometry is a group of model=depth_reader, .* the nearest is '[a-z]"),
+        (
+            ["model=patch_dit", "data=robot_images", "backbone.width=3"],
+            2,
+            r"backbone is a group of .*model=depth_reader, .*model=geometry_vla, .*model=volume_query, ",
+        ),
+        # Another option of a group that the model has.
+        (
+            ["model=geometry_vla", "data=yam_language", "geometry=mapanything", "backbone.width=3"],
+            2,
+            r"no setting 'backbone.width' .*: backbone is a group of geometry=dino_multiview, [^;]*_pretrained; ",
+        ),
         (["encoders.text.length=1"], 2, r"encoders is a group of model=image_autoencoder, .* the nearest is '[a-z]"),
         (
             ["model=coordinate_regression", "rotation.classes=5"],
@@ -200,6 +214,13 @@ def test_motion_limits_are_left_out_by_the_name_of_their_section(cli: Callable[.
     assert compose("run", [*run, "limits.table_height_m=null"]).limits.table_height_m is None
 
 
+def test_models_of_an_added_folder_are_named_as_those_that_have_a_group(cli: Callable[..., Any]) -> None:
+    Path("mine/model").mkdir(parents=True)
+    Path("mine/model/my_vla.yaml").write_text("# @package _global_\ndefaults:\n  - geometry_vla\n  - /vlm: tiny\n")
+    outcome = cli("--config-dir", "mine", "vlm.width=999")
+    assert (outcome.code, "model=geometry_vla_no_injection, model=my_vla; " in outcome.err) == (2, True), outcome.err
+
+
 @pytest.mark.parametrize("added", [("--config-dir", "mine"), ("hydra.searchpath=[file://more, file://mine]",)])
 def test_sections_of_a_folder_that_is_added_are_options(
     added: tuple[str, ...], cli: Callable[..., Any], tmp_path: Path
@@ -287,6 +308,10 @@ def test_settings_that_cannot_work(arguments: list[str], code: int, said: str, c
     ("arguments", "said"),
     [
         (["+vlm.width=999"], r"nothing in this run reads 'vlm.width'.*vlm is a group of model=geometry_vla"),
+        (
+            ["model=geometry_vla", "data=yam_language", "geometry=mapanything", "+backbone.width=3"],
+            r"nothing in this run reads 'backbone.width'.*backbone is a group of geometry=dino_multiview, ",
+        ),
         (["shift=views"], r"callbacks.closed_loop has settings and no _target_.*add closed_loop=yam"),
         (["callbacks.ema=false"], r"callbacks.ema=false: it is left out with callbacks.ema=null"),
         (["callbacks.ema=none"], r"callbacks.ema=none: it is left out with callbacks.ema=null"),
@@ -685,7 +710,7 @@ def test_settings_of_a_case_that_one_job_of_a_sweep_reads_are_accepted(
         def run(self, quick: bool) -> dict[str, float]:
             return {"step_ms": 1.0}
 
-    monkeypatch.setattr("hydra.utils.instantiate", lambda node, **options: Case())
+    monkeypatch.setattr("keygrip.bench.instantiate", lambda node, **options: Case())
     given = ["case=volume_loss", "cases.volume_loss.batch_size=1"]
     assert bench.run(compose("bench", given))["step_ms"] == 1
     assert "nothing reads" not in caplog.text
@@ -698,7 +723,7 @@ def test_the_process_of_a_part_has_the_settings_of_all_parts(monkeypatch: pytest
     from keygrip import bench
     from keygrip.benchmarks.gpu.suite import Suite
 
-    monkeypatch.setattr("hydra.utils.instantiate", lambda node, **options: None)
+    monkeypatch.setattr("keygrip.bench.instantiate", lambda node, **options: None)
     monkeypatch.setattr(Suite, "measure", lambda self, name, part: {"part": name})
     monkeypatch.setenv(bench.PART_PROCESS, "server")
     given = ["suite=gpu", "toy=true", "commit=abc", "gpu.server.settings.clients=2", "+gpu.plan_vla.warm_up=1"]

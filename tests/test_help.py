@@ -12,6 +12,8 @@ from hydra.errors import ConfigCompositionException
 
 from keygrip.config import compose, group_options
 from keygrip.help import EXAMPLES, help_text
+from keygrip.models.foveated_vlm.baseline import PooledVLM
+from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.serve import _refuse_openness
 
 # a data set that fits each model
@@ -60,6 +62,13 @@ def test_every_setting_has_its_reason(command: str, overrides: list[str]) -> Non
         assert listed
     assert [line for line in listed if "  # " not in line] == []
     assert max(map(len, listed), default=0) <= 120
+
+
+def test_the_mode_of_generate_is_explained_with_every_mode() -> None:
+    importlib.import_module("keygrip.generate")  # registers the types of its settings
+    (line,) = (line for line in help_text("generate", []).splitlines() if line.startswith("  mode="))
+    for mode in (*FoveatedVLM.modes, *PooledVLM.modes):
+        assert mode in line
 
 
 def test_a_setting_that_passes_another_on_is_not_listed_under_its_sections_comment() -> None:

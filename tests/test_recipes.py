@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from configs import assert_fits, composed, nodes
+from configs import assert_fits, assert_sound, composed, nodes
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -20,10 +20,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from keygrip.config import TrainSchema, config_folder, group_options, leaves_of
 from keygrip.setting_types import refuse_ill_typed
 from keygrip.training.checkpoints import build_module
-from keygrip.training.compatibility import refuse_unfit
 from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.sweeps import planned_jobs
-from keygrip.unread_settings import models_with, refuse_unread
+from keygrip.unread_settings import models_with
 
 CONF = config_folder()
 MODELS = group_options("model")
@@ -154,18 +153,6 @@ def tried_jobs(sweep: str) -> list[list[str]]:
     return jobs
 
 
-def assert_sound(cfg: DictConfig) -> None:
-    for path, node in nodes(OmegaConf.to_container(cfg, resolve=False)):
-        assert_fits(path, node)
-    refuse_unfit(cfg)
-    refuse_unread(cfg, TrainSchema)
-    with open_dict(cfg):
-        cfg.run_dir = cfg.run_dir or "run"  # chosen before settings are checked
-    refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
-    if cfg.max_steps > 0 and cfg.limit_val_batches != 0:  # otherwise results would be figures of an earlier step
-        assert cfg.max_steps % cfg.val_every_n_steps == 0, "no validation at the last step"
-
-
 def assert_configures(cfg: DictConfig) -> tuple[type, int]:
     """Assert that the module builds (a large one without memory for its weights), and that its optimizer has all
     trained parameters. Return the optimizer's class and the number of parameters."""
@@ -223,6 +210,16 @@ def test_every_option(group: str, option: str, tmp_path: Path, monkeypatch: pyte
                 cfg.geometry = composed("train", pair("geometry_vla")).geometry
                 cfg.backbone = composed("train", []).backbone
         assert_configures(cfg)
+
+
+def test_low_rank_differences_start_from_a_run_with_autoguidance() -> None:
+    """The guide does not have the differences: without the recipe's guide and its scale, the run can begin."""
+    pytest.importorskip("peft")
+    recipe = ["experiment=dit_robot_images_latents_128px", "ablation=patch_dit/lora", "model.init_from=folder"]
+    cfg = composed("train", recipe)
+    assert (cfg.model.guide, cfg.model.sampling.guide_scale) == (None, 0)
+    assert_sound(cfg)
+    assert_configures(cfg)
 
 
 @pytest.mark.parametrize("recipe", ["metaworld_vla", "vla_yam_language", "vla_yam_depth"])
@@ -369,6 +366,17 @@ def test_stages_whose_batches_differ_are_validated_on_all_held_out_samples() -> 
         assert cfg.limit_val_batches is None, overrides
 
 
+def test_stages_tell_the_model_the_times_of_frames_and_pack_questions_and_published_ones_are_as_published() -> None:
+    for name in [f"vlm_stage{number}{kind}" for number in (1, 2, 3) for kind in ("", "_published")]:
+        cfg = composed("train", [f"experiment={name}", *GIVEN.get(f"experiment={name}", [])])
+        network, stage, published = cfg.model.network, int(name[len("vlm_stage")]), "published" in name
+        assert network.frame_clock == (False if published else "seconds"), name
+        assert network.visual_scale == (0.14 if published else None), name
+        assert network.pack_rows == cfg.collator.pack_rows == (stage > 1), name
+        assert cfg.collator.max_tokens == (1024 if published and stage > 1 else 512), name
+        assert not cfg.collator.timestamps, name  # the clock says the times; words would cost positions
+
+
 MANY_JOBS = (  # 3 s or more
     *("geometry_comparison", "vlm_ablations", "vlm_claims", "vlm_claims_label_taught", "vlm_token_counts"),
     *("vla_ablations", "shifts", "volume_query_options", "dit_ablations", "geometry_compression", "vlm_scaling"),
@@ -386,19 +394,28 @@ def test_every_job_of_a_sweep(sweep: str) -> None:
     jobs = planned_jobs(cfg)
     assert len(jobs) > 1
     assert len({tuple(sorted(job)) for job in jobs}) == len(jobs)
-    optimizers, sizes = {}, {}
+    if sweep == "geometry_compression":
+        kinds = [f"{kind}_{tokens}" for kind in ("pool", "per_layer", "qformer") for tokens in (4, 16, 64)]
+        assert [job[0] for job in jobs] == [f"ablation=geometry_vla/{kind}" for kind in ("no_injection", *kinds)]
+    optimizers, sizes, networks = {}, {}, {}
     for job in jobs if sweep == "vlm_learning_rates" else tried_jobs(sweep):
         assert any(set(job) <= set(planned) for planned in jobs)
         cfg = composed("train", [f"sweep={sweep}", *job])
         assert_sound(cfg)
         assert all("_target_" in part for part in cfg.callbacks.values() if part is not None)
         name = job[0].rpartition("/")[2]
+        networks[name] = cfg.model.network
         optimizer, sizes[name] = assert_configures(cfg)
         optimizers[name] = optimizer.__name__
     if sweep == "geometry_comparison":
         assert len(sizes) == 30
         middle = sizes["arm_both"]
         assert all(abs(size / middle - 1) <= 0.05 for size in sizes.values()), sizes
+    if sweep == "geometry_compression":
+        assert not networks.pop("no_injection").geom_inject_to_dit
+        for name, network in networks.items():
+            assert network.geom_inject_to_dit
+            assert name == f"{network.geom_compression_type}_{network.geom_dit_tokens}"
     if sweep == "vla_comparison":
         assert optimizers == {
             "volume_query": "AdamW",

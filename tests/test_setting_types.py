@@ -114,7 +114,7 @@ def plain() -> dict[str, Any]:
         ("data.augmentation.shift", "far", "data.augmentation.shift='far': must be a finite number"),
         ("data.batchsize", 3, "there is no setting 'data.batchsize': the nearest is 'data.batch_size'"),
         ("optimizer.learning_rate", 3, "there is no setting 'optimizer.learning_rate': the nearest is 'optimizer.lr'"),
-        ("model.pictures", True, "the setting 'model.pictures' is now 'model.log_images'"),
+        ("model.pictures", True, "the setting 'model.pictures' is now 'model.log_images_every_n_steps'"),
         ("model.network.blocks", -1, "model.network.blocks=-1: must be at least 1"),
         ("model.network.height_bins", 0, "model.network.height_bins=0: must be at least 1"),
         ("backbone.width", 0, "backbone.width=0: must be at least 1"),

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from fnmatch import fnmatch
 from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,34 @@ PACKAGE = ROOT / "keygrip"
 LONGEST_FILE = 500
 # Imports of keygrip inside functions: for fast entry points and optional packages. Never raise this number.
 MOST_LAZY_IMPORTS = 26
+# Imports of required packages inside functions, by reason; all others are at the top of their modules.
+IMPORTED_LATE = {
+    "a command or a client imports this module before it needs the package, which takes long to import": {
+        "keygrip.bench": {"torch"},
+        "keygrip.evaluate": {"torch"},
+        "keygrip.launch": {"lightning", "psutil"},
+        "keygrip.training.metadata": {"torch"},
+        "keygrip.training.strategies": {"lightning", "torch"},
+        "keygrip.training.sweeps": {"torch"},
+    },
+    "Hydra imports this callback when a command begins": {
+        "keygrip.evaluation.shift_report": {"matplotlib", "numpy"},
+        "keygrip.training.loss_curves": {"matplotlib", "tensorboard"},
+    },
+    "Python environments of simulators import this module and lack the package": {
+        "keygrip.data.parquet_pages": {"pyarrow"},
+        "keygrip.data.parquet_tables": {"pyarrow"},
+        "keygrip.data.robot.formats.frames": {"h5py"},
+        "keygrip.data.robot.formats.lerobot_v3": {"pyarrow"},
+        "keygrip.training.parts": {"hydra", "omegaconf"},
+    },
+    "I2RT's own driver needs packages that are installed with a real arm": {"keygrip.runtime.i2rt_yam": {"i2rt"}},
+    "private names, which a release may remove: only what needs them fails then": {
+        "keygrip.training.compilation": {"torch"},
+        "keygrip.training.sweeps": {"hydra"},
+    },
+    "the function is sent to other processes with its imports": {"keygrip.command": {"hydra"}},
+}
 # Modules that import keygrip's modules by name: public names, the command table, and the declared parts of checkpoints.
 IMPORT_BY_NAME = {"keygrip", "keygrip.command", "keygrip.training.parts"}
 # Modules that open videos; the last one names PyAV's errors, so that a broken video is a bad sample.
@@ -146,6 +175,26 @@ def test_there_are_no_import_circles() -> None:
 def test_few_imports_hide_in_functions() -> None:
     lazy = [f"{name} -> {other}" for name, others in graph().items() for other, inside in others.items() if inside]
     assert len(lazy) <= MOST_LAZY_IMPORTS, "\n".join(lazy)
+
+
+def test_required_packages_are_imported_in_functions_only_for_a_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = {re.match(r"[\w-]+", requirement).group() for requirement in project["dependencies"]}  # type: ignore[union-attr]
+    packages = {name for name, distributions in packages_distributions().items() if required & set(distributions)}
+    assert {"hydra", "h5py", "PIL", "sklearn"} <= packages
+    found: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        functions = [node for node in nodes_of(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        for node in (inner for function in functions for inner in ast.walk(function)):
+            given = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            given += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if late := {each.partition(".")[0] for each in given} & packages:
+                found.setdefault(name, set()).update(late)
+    listed: dict[str, set[str]] = {}
+    for modules in IMPORTED_LATE.values():
+        for name, late in modules.items():
+            listed.setdefault(name, set()).update(late)
+    assert found == listed
 
 
 def test_no_line_is_broken_for_the_comment_behind_it() -> None:

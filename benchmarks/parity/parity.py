@@ -66,7 +66,7 @@ VLA = [
     "backbone=tiny",
     "backbone.image_size=128",
     "geometry=dino_multiview",
-    "model.log_images=false",
+    "model.log_images_every_n_steps=0",
     "data.batch_size=4",
 ]
 TOURS = [

@@ -9,7 +9,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES: dict[str, Callable[..., str]] = {}
-FORMER_KEYS = {"another_picture": "unrelated_image"}  # of results
 LAST_MT50 = "two cameras, eased scripts, from the one before"  # name of the run of the last policy
 
 
@@ -20,13 +19,9 @@ def table(make: Callable[..., str]) -> Callable[..., str]:
 
 
 def read(name: str) -> dict[str, Any]:
-    """Return a record, with the present names of keys that were named otherwise when it was made."""
-
-    def with_present_names(node: dict[str, Any]) -> dict[str, Any]:
-        return {FORMER_KEYS.get(key, key): value for key, value in node.items()}
-
-    text = (ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8")
-    return json.loads(text, object_hook=with_present_names)
+    """Return a record. Keys that have had another name were renamed in the records too."""
+    record: dict[str, Any] = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
+    return record
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

@@ -134,6 +134,26 @@ def vlm_speed() -> str:
 
 
 @table
+def vlm_padding() -> str:
+    """Padding of the stages' batches, in bold with the recipes' setting of pack_rows."""
+    record = read("vlm_padding")
+    rows = []
+    for stage, words in (
+        ("stage1", "stage 1: captions of videos, frames first"),
+        ("stage2", "stage 2: several questions about each image"),
+        ("stage3", "stage 3: a question about each video"),
+    ):
+        shares = {name: record[f"{stage}_{name}_share"] for name in ("padding", "packed_padding", "recipe_padding")}
+        cells = [f"{100 * shares[name]:.1f} %" for name in ("padding", "packed_padding")]
+        packs = shares["recipe_padding"] == shares["packed_padding"]
+        cells[packs] = f"**{cells[packs]}**"
+        last, estimated = record[f"{stage}_rows_padding_share"], record[f"{stage}_estimated_recipe_padding_share"]
+        rows.append((words, *cells, f"{100 * last:.1f} %", f"{100 * estimated:.1f} %"))
+    columns = ["padded rows", "packed rows", "padded rows, last pass alone", "as the recipe, estimated lengths"]
+    return markdown(["batches", *columns], rows)
+
+
+@table
 def vlm_memory() -> str:
     """Memory of a training step of each recipe on its largest batch."""
     record = read("vlm_memory")

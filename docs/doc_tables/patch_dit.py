@@ -38,7 +38,7 @@ def dit_claims() -> str:
         ("PSNR of reconstructions", "reconstruction/psnr_db", 1, " dB", "5 dB above CLS only"),
         ("distance in DINO features", "reconstruction/dino_distance", 3, "", "0"),
         ("distance in DINO features, words alone", "text_only/dino_distance", 3, "", ""),
-        ("distance in the attribute classifier's features", "reconstruction/judge_distance", 3, "", "0"),
+        ("distance in the attribute classifier's features", "reconstruction/classifier_distance", 3, "", "0"),
         ("cube within 4 of 64 px", "reconstruction/cube_within_4px", 2, "", "0.8; CLS only at most 0.15"),
         ("the same with shuffled patches", "shuffled_patches/cube_within_4px", 2, "", "lost"),
         ("PSNR with shuffled patches", "shuffled_patches/psnr_db", 1, " dB", "lost"),

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from keygrip.data.robot.discovery import find_demos
@@ -25,8 +26,6 @@ def repeated_demos(config: DictConfig, folder: Path, demos: int, samples: int) -
         folder: receives ``recorded/`` and ``demos/``. demos: number of demos to record (at least 2).
         samples: smallest number of frames.
     """
-    from hydra.utils import instantiate
-
     # Recorded in separate processes: a graphics library leaves threads running, which would disturb the measurement.
     recording = replace(instantiate(config.data.record), folder=folder / "recorded", demos=max(demos, 2), processes=2)
     recording.complete()

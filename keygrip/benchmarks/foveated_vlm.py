@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from keygrip.benchmarks.measuring import (
     Timed,
@@ -30,6 +31,7 @@ from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows
 from keygrip.models.foveated_vlm.streaming import StreamingSession
 from keygrip.models.language.cache import LanguageCache
+from keygrip.training.compute import OPERATIONS
 from keygrip.training.memory import GIB
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,8 @@ class VLMStep(Timed):
     quick_layers: int
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`step_ms` and `peak_mb` of coarse_fine, and `fine_over_coarse_time` of each order."""
+        """`step_ms` and `peak_mb` of coarse_fine, and `fine_over_coarse_time` of each order; `step_gflop`, the
+        floating-point operations (10^9) of such a step, and `encoder_gflop`, those of the frames in the encoder."""
         smaller = [f"backbone.image_size={self.quick_image_size}", f"language.model.layers={self.quick_layers}"]
         network, device = _network([*self.overrides, *(smaller if quick else [])])
         network.train()
@@ -87,6 +90,9 @@ class VLMStep(Timed):
                 fine, coarse = seconds["coarse_fine"], seconds["coarse_only"]
                 figures[f"{order}_step_ms"] = milliseconds(fine)
                 figures[f"{order}_fine_over_coarse_time"] = round(float(np.median(fine / coarse)), 3)
+            frames, rows = self._batch(network, "visual_first", self.frames, device)
+            figures["step_gflop"] = _gflop(_Step(network, frames, rows, "coarse_fine"))
+            figures["encoder_gflop"] = _gflop(_Encoding(network, frames))
             for count in self.memory_frames[:1] if quick else self.memory_frames:
                 frames, rows = self._batch(network, "visual_first", count, device)
                 work = _Step(network, frames, rows, "coarse_fine")
@@ -105,7 +111,8 @@ class VLMStep(Timed):
         ids = torch.randint(3, 300, (rows, self.text_tokens), generator=generator).to(device)
         visual_at = 0 if order == "visual_first" else int(PROMPT_SHARE * self.text_tokens)
         videos = [row // self.questions for row in range(rows)]
-        return images, TextRows(ids, [self.text_tokens] * rows, [visual_at] * rows, videos, [frames] * self.videos)
+        lengths, seconds = [self.text_tokens] * rows, [tuple(map(float, range(frames)))] * self.videos
+        return images, TextRows(ids, lengths, [visual_at] * rows, videos, [frames] * self.videos, seconds)
 
 
 @dataclass(frozen=True)
@@ -262,6 +269,26 @@ class _Step:
         self.network.zero_grad(set_to_none=True)  # not before: the gradients are part of this step's peak memory
 
 
+@dataclass(frozen=True)
+class _Encoding:
+    """Keys and values of all frames, and their gradients."""
+
+    network: FoveatedVLM
+    frames: Tensor
+
+    def __call__(self) -> None:
+        kv = self.network.encode(self.frames.flatten(0, 1))
+        sum((block.key.sum() + block.value.sum() for block in kv), torch.zeros(())).backward()
+        self.network.zero_grad(set_to_none=True)
+
+
+def _gflop(work: Work) -> float:
+    """Return the floating-point operations of a call of `work`, 10^9."""
+    with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
+        work()
+    return float(f"{counter.get_total_flops() / 1e9:.4g}")
+
+
 class _Frame:
     """Process one more frame with a cache of `past` positions, then cut the cache back to that length."""
 
@@ -285,8 +312,9 @@ class VLMMemory:
     measured; otherwise it is counted without computing (`keygrip.training.memory`).
 
     The batches are the largest ones with videos of one length (`fullest`). Memory is largest where both limits of the
-    budget are reached: in the budgets of the stages, at all lengths between 16 and 22 frames. Each video has one row.
-    Several rows per video with the question first need more queries; `dry_run=true` finds that memory in the data.
+    budget are reached: in the budgets of the stages, at all lengths from 16 to 22 frames (published stages 2 and 3,
+    whose texts have up to 1024 tokens: to 42). Each video has one row. Several rows per video with the question first
+    need more queries; `dry_run=true` finds that memory in the data.
 
     Args:
         recipes: overrides of ``keygrip.train`` by name. frames: lengths of the videos of each batch; 0: text only.
@@ -373,6 +401,7 @@ def _full_batch(module: FoveatedVLMModule, videos: int, frames: int, text: int) 
         source=[""] * videos,
         key=[""] * videos,
         texts=[],
+        seconds=[tuple(map(float, range(frames)))] * videos,  # for recipes whose model is told them
     ).to("cuda" if torch.cuda.is_available() else "cpu")
 
 

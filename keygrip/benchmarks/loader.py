@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from keygrip.benchmarks.demos import repeated_demos
@@ -56,8 +57,6 @@ class Loader:
         return figures
 
     def _rate(self, config: DictConfig, root: Path, options: dict[str, float], batches: int) -> tuple[float, int]:
-        from hydra.utils import instantiate
-
         data = instantiate(config.data, root=str(root), max_demos=None, val_fraction=0.0, _convert_="all", **options)
         data.setup("fit")
         if options["cache_gb"]:

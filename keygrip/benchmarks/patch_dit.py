@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -392,8 +393,6 @@ class TrainingStep:
 def random_network(overrides: Sequence[str], device: torch.device) -> tuple[PatchDiT, int]:
     """Return the network of a training config, with random weights in place of all-zero weight matrices, and the text
     length of its encoders."""
-    from hydra.utils import instantiate
-
     config = compose("train", overrides)
     encoders = instantiate(config.encoders)
     make: Callable[..., PatchDiT] = instantiate(OmegaConf.to_container(config.model.network, resolve=True))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra.utils import instantiate
 
 from keygrip.config import compose
 from keygrip.data.image_text.sources.images import encode_folder
@@ -42,8 +43,6 @@ class Precompute:
 
     def run(self, quick: bool) -> dict[str, float]:
         """Return the figures."""
-        from hydra.utils import instantiate
-
         encoders: Any = instantiate(compose("train", self.overrides).encoders, _convert_="all")
         with tempfile.TemporaryDirectory(prefix="keygrip-bench-") as name:
             source, root = Path(name) / "images", Path(name) / "shards"

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from keygrip.benchmarks import server_clients
 from keygrip.benchmarks.inference import looking_down, untrained
@@ -30,7 +31,7 @@ DONE_S = 3600.0
 
 @dataclass(frozen=True)
 class ServerLoad:
-    """Robots of both protocols at the same time, half of them per protocol, each with its own seed, during an attack.
+    """Robots of both protocols at the same time, half of them per protocol, each with its own seed, during attacks.
     Weights are random. The policy samples its plans, so a session that another client disturbs returns different plans.
 
     Args:
@@ -39,7 +40,8 @@ class ServerLoad:
             quick_requests: number of requests of all robots together.
         batch: batch size of the server (`limits.batch`). observations: number of different observations, which each
             robot sends in turn.
-        attackers: number of processes that send requests which must be refused.
+        attackers: number of processes that send messages which must be refused (`server_clients.attack`), over both
+            protocols: 200 000 names, deep nesting, bytes that are no message, and observations that are not plausible.
     """
 
     in_other_processes: ClassVar = True  # what is set in this process has no effect there
@@ -49,12 +51,13 @@ class ServerLoad:
     quick_requests: int
     batch: int = 1
     observations: int = 32
-    attackers: int = 1
+    attackers: int = 4
 
     def run(self, quick: bool) -> dict[str, float]:
         """`different`: number of plans that are not bitwise equal to the policy's own; `not_finite`;
-        `largest_difference_m`; `attacks_answered`; `health_p50_ms`, `health_p99_ms` and `health_max_ms`, and for
-        comparison `probe_late_*`, how late the machine wakes a process that only sleeps; `requests_per_s`."""
+        `largest_difference_m`; `attacks_*`, what became of the attackers' messages (`server_clients.attack`);
+        `health_p50_ms`, `health_p99_ms` and `health_max_ms`, and for comparison `probe_late_*`, how late the machine
+        wakes a process that only sleeps; `requests_per_s`."""
         requests_per_client = max(1, (self.quick_requests if quick else self.requests) // self.clients)
         context = multiprocessing.get_context("spawn")
         stop, server_end = context.Pipe()
@@ -71,7 +74,7 @@ class ServerLoad:
                 ("http", (observations, range(half), requests_per_client)),
                 ("openpi", (observations, range(half, self.clients), requests_per_client)),
                 ("probe", ()),
-                *[("attack", ())] * self.attackers,
+                *[("attack", (observations[0],))] * self.attackers,
             ]
             for role, arguments in roles:
                 parent_end, end = context.Pipe()
@@ -97,6 +100,7 @@ class ServerLoad:
                 process.join(30)
                 if process.is_alive():
                     process.kill()
+        outcomes = {name: sum(counts[name] for counts in attacked) for name in server_clients.OUTCOMES}
         return self._compare_plans(answers, observations) | {
             "requests_per_s": round(self.clients * requests_per_client / wall_s, 2),
             "health_p50_ms": milliseconds(np.array(health)),
@@ -105,7 +109,8 @@ class ServerLoad:
             "health_requests": len(health),
             "probe_late_p99_ms": milliseconds(np.array(late), 99),
             "probe_late_max_ms": milliseconds(np.array(late), 100),
-            "attacks_answered": sum(attacked),
+            **{f"attacks_{name}": count for name, count in outcomes.items()},
+            "attackers": self.attackers,
             "clients": self.clients,
             "batch": self.batch,
         }
@@ -147,8 +152,6 @@ def _observations(overrides: Sequence[str], count: int) -> list[dict[str, Any]]:
 
 def _policy(overrides: Sequence[str]) -> Policy:
     """Return the policy with random weights, which are equal in every process; it samples its plans."""
-    import torch
-
     torch.manual_seed(0)
     torch.set_num_threads(1)
     # an untrained policy may sample any position: kept inside the box, so that the server refuses no plan

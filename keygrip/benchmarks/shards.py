@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
@@ -16,9 +16,8 @@ from omegaconf import OmegaConf
 
 from keygrip.config import compose
 from keygrip.data.batches import VideoTextBatch, stack_frames
-from keygrip.data.shards.budget import Budget
-from keygrip.data.shards.mixing import Component, Mixture, padded_share, padding_of
-from keygrip.data.shards.packing import positions_of
+from keygrip.data.shards.budget import Budget, Sizes
+from keygrip.data.shards.mixing import Component, Mixture, padded_share, row_lengths_of, sizes_of
 from keygrip.data.shards.writer import ShardWriter, write_manifest
 from keygrip.data.video_text.conversations import answer, describe_video_text, encode_jpeg, video_text_parts
 from keygrip.data.video_text.datamodule import VideoTexts
@@ -29,6 +28,10 @@ from keygrip.progress import Progress
 
 MAX_FRAMES = 64
 BATCHES = 300  # of an epoch that are packed: the packing is the slow part
+PROMPT = 35  # assumed tokens of a chat template before the question, system turn included
+QUESTION, QUESTION_SPREAD = 18.0, 0.5  # assumed tokens of questions: median, and standard deviation of the logarithm
+ANSWER, ANSWER_SPREAD = 20.0, 0.75  # the same of answers about images
+QUESTIONS = 6  # assumed mean number of question-answer pairs per image (a geometric distribution)
 
 
 class Bytes:
@@ -140,71 +143,131 @@ class Shards:
         return data
 
 
+def captions(samples: int) -> list[Component]:
+    """Return `web_videos` with one row per sample, no text of which stands before the frames."""
+    return [replace(part, row_tokens=part.length, row_prefixes=np.zeros(len(part))) for part in web_videos(samples)]
+
+
+def questions_about_videos(samples: int) -> list[Component]:
+    """Return `web_videos` with a prompt and a question before the frames of each video."""
+    videos, texts = captions(samples)
+    prefixes = _prompts(np.random.default_rng(2), samples)
+    tokens = prefixes + videos.length
+    return [replace(videos, length=tokens, row_tokens=tokens, row_prefixes=prefixes), texts]
+
+
+def questions_about_images(samples: int, most: int) -> list[Component]:
+    """Return images with 1 to `most` questions each, each a row; and the texts of `web_videos`."""
+    rng, texts = np.random.default_rng(3), captions(samples)[1]
+    rows = np.minimum(rng.geometric(1 / QUESTIONS, samples), most)
+    prefixes = _prompts(rng, int(rows.sum()))
+    tokens = prefixes + ANSWER * np.exp(ANSWER_SPREAD * rng.standard_normal(len(prefixes)))
+    longest = np.maximum.reduceat(tokens, np.cumsum(rows) - rows)
+    shard = np.zeros(samples, dtype=np.int32)
+    images = Component("images", np.ones(samples, dtype=np.int64), longest, shard)
+    return [replace(images, rows=rows, row_tokens=tokens, row_prefixes=prefixes), texts]
+
+
+def _prompts(rng: np.random.Generator, rows: int) -> np.ndarray:
+    return np.asarray(PROMPT + QUESTION * np.exp(QUESTION_SPREAD * rng.standard_normal(rows)))
+
+
 @dataclass(frozen=True)
 class BudgetPadding:
-    """Padding of the batches that a stage's budget allows, computed from lengths; nothing is timed.
+    """Padding of the batches that the stages' budgets allow, computed from lengths; nothing is timed.
 
-    An index contains the number of characters of a text. The number of tokens per character differs from text to text,
-    here by a log-normal factor with `spread`. Batches are planned by the number of tokens, as in training, and for
-    comparison by the number of characters (``data.budget.exact_lengths=false``, with an upper estimate that holds for
-    nearly all texts). In both cases the batches are then limited to the budget by the number of tokens.
+    Positions are counted over both passes of the language model in a step: the one that predicts queries and the one
+    over the rows. An index contains the number of characters of a text. The number of tokens per character differs from
+    text to text, here by a log-normal factor with `spread`. Batches are planned by the number of tokens, as in
+    training, and for comparison by the number of characters (``data.budget.exact_lengths=false``, with an upper
+    estimate that holds for nearly all texts). In both cases the batches are then limited to the budget by the number of
+    tokens.
 
     Args:
-        recipe: overrides of ``keygrip.train``. epoch_samples, quick_samples: number of videos in `web_videos`. spread:
-            standard deviation of the logarithm of the tokens per character, over texts.
+        recipes: overrides of ``keygrip.train`` by name. With the frames first, the lengths are those of `captions`,
+            otherwise those of `questions_about_videos`. images: names of recipes with the lengths of
+            `questions_about_images`. epoch_samples, quick_samples: number of videos or images. spread: standard
+            deviation of the logarithm of the tokens per character, over texts.
     """
 
-    recipe: Sequence[str]
+    recipes: Mapping[str, Sequence[str]]
+    images: Sequence[str]
     epoch_samples: int
     quick_samples: int
     spread: float
 
     def run(self, quick: bool) -> dict[str, float]:
-        """`padding_share` of the positions; `packed_padding_share` with `model.network.pack_rows=true`; `filled_share`:
-        used fraction of the budget's frames or positions, whichever is larger; `left_out_share` of the samples;
-        `same_neighbours_share`: fraction of the samples in the same batch as a sample that share its batch again in the
-        next epoch. `estimated_*`: the same figures of batches planned by characters. `known_padding_share`: padding
-        planned by characters if the number of tokens per character were constant."""
+        """For each recipe: `recipe_padding_share` of the positions, with the recipe's `model.network.pack_rows`;
+        `padding_share` with padded rows, and `rows_padding_share` without the pass that predicts queries;
+        `packed_padding_share` with packed rows; `filled_share`: used fraction of the budget's frames or positions,
+        whichever is larger; `left_out_share` of the samples; `same_neighbours_share`: fraction of the samples in the
+        same batch as a sample that share its batch again in the next epoch. `estimated_*`: the same figures of batches
+        planned by characters. `known_padding_share`: padding planned by characters if the number of tokens per
+        character were constant."""
         samples = self.quick_samples if quick else self.epoch_samples
-        estimated = self._figures(samples, self.spread, exact=False)
-        return {
-            **self._figures(samples, self.spread, exact=True),
-            **{f"estimated_{name}": value for name, value in estimated.items()},
-            "known_padding_share": self._figures(samples, 0, exact=False)["padding_share"],
-        }
+        figures: dict[str, float] = {}
+        for name, overrides in self.recipes.items():
+            recipe: Any = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
+            components = self._components(recipe, name in self.images, samples)
+            estimated = self._figures(recipe, components, self.spread, exact=False)
+            own = {
+                **self._figures(recipe, components, self.spread, exact=True),
+                **{f"estimated_{figure}": value for figure, value in estimated.items()},
+                "known_padding_share": self._figures(recipe, components, 0, exact=False)["padding_share"],
+            }
+            figures |= {f"{name}_{figure}": value for figure, value in own.items()}
+        return figures
 
-    def _figures(self, samples: int, spread: float, exact: bool) -> dict[str, float]:
-        data: Any = OmegaConf.to_container(compose("train", list(self.recipe)), resolve=True)
-        budget = Budget(data["data"]["budget"]["frames"], data["data"]["budget"]["positions"])
-        batch_size, cut = data["data"]["batch_size"], data["collator"]["max_tokens"]
-        components = web_videos(samples)
+    def _components(self, recipe: Any, images: bool, samples: int) -> list[Component]:
+        if images:
+            return questions_about_images(samples, recipe["data"]["questions"])
+        visual_first = recipe["collator"]["prompt_order"] == "visual_first"
+        return captions(samples) if visual_first else questions_about_videos(samples)
+
+    def _figures(self, recipe: Any, components: Sequence[Component], spread: float, exact: bool) -> dict[str, float]:
+        data, cut = recipe["data"], recipe["collator"]["max_tokens"]
+        budget = Budget(data["budget"]["frames"], data["budget"]["positions"])
         rng = np.random.default_rng(1)
-        real = [
-            np.minimum(p.length * np.exp(spread * rng.standard_normal(len(p))), cut).round().clip(1) for p in components
-        ]
-        positions = np.concatenate([p.bucket + tokens for p, tokens in zip(components, real, strict=True)])
-        planned = [
-            replace(part, length=tokens, positions=part.bucket + tokens)
-            if exact
-            else self._with_upper_estimate(part, cut, spread)
-            for part, tokens in zip(components, real, strict=True)
-        ]
-        mixture = Mixture(planned, batch_size, budget=budget)
-        planned_batches = mixture.batches_of(0)
-        batches = [self._kept(batch, positions, budget) for batch in planned_batches]
+        real = [self._with_tokens(part, cut, spread, rng) for part in components]
+        planned = real if exact else [self._with_upper_estimate(part, cut, spread) for part in components]
+        mixture = Mixture(planned, data["batch_size"], budget=budget)
+        planned_batches, sizes, lengths = mixture.batches_of(0), sizes_of(real), row_lengths_of(real)
+        batches = [self._kept(batch, sizes, budget) for batch in planned_batches]
         filled = [
-            max(mixture.bucket[batch].sum() / budget.frames, len(batch) * positions[batch].max() / budget.positions)
+            max(
+                sizes.frames[batch].sum() / budget.frames,
+                sizes.rows[batch].sum() * sizes.positions[batch].max() / budget.positions,
+            )
             for batch in batches
         ]
         sampled = [batches[n] for n in rng.permutation(len(batches))[:BATCHES]]
-        places = sum(positions_of(positions[batch].tolist(), packed=True) for batch in sampled)
+
+        def padding(chosen: Sequence[np.ndarray], packed: bool, query_passes: int = 1) -> float:
+            held, total = np.sum([lengths.positions(batch, packed, query_passes) for batch in chosen], axis=0)
+            return round(1 - float(held / total), 4)
+
+        padded, packed = padding(batches, packed=False), padding(sampled, packed=True)
         return {
-            "padding_share": round(padding_of(batches, positions), 4),
-            "packed_padding_share": round(1 - float(sum(positions[batch].sum() for batch in sampled) / places), 4),
+            "recipe_padding_share": packed if recipe["model"]["network"]["pack_rows"] else padded,
+            "padding_share": padded,
+            "rows_padding_share": padding(batches, packed=False, query_passes=0),
+            "packed_padding_share": packed,
             "filled_share": round(float(np.mean(filled)), 4),
             "left_out_share": round(1 - sum(map(len, batches)) / sum(map(len, planned_batches)), 5),
             "same_neighbours_share": round(same_neighbours(planned_batches, mixture.batches_of(1)), 4),
         }
+
+    def _with_tokens(self, part: Component, cut: int, spread: float, rng: np.random.Generator) -> Component:
+        """Return the component with the numbers of tokens that its texts turn out to have."""
+        assert part.row_tokens is not None
+        assert part.row_prefixes is not None
+        factor = np.exp(spread * rng.standard_normal(len(part.row_tokens)))
+        tokens = np.minimum(part.row_tokens * factor, cut).round().clip(1)
+        rows = np.ones(len(part), dtype=np.int64) if part.rows is None else part.rows
+        longest = np.maximum.reduceat(tokens, np.cumsum(rows) - rows)
+        prefixes = np.minimum(part.row_prefixes * factor, tokens).round()
+        part = replace(part, length=longest, positions=part.bucket + longest)
+        return replace(part, row_tokens=tokens, row_prefixes=prefixes)
 
     def _with_upper_estimate(self, part: Component, cut: int, spread: float) -> Component:
         """Return the component with an upper estimate of positions that holds for nearly all samples."""
@@ -215,10 +278,10 @@ class BudgetPadding:
             positions=part.bucket + np.minimum(part.length * nearly_all, cut),
         )
 
-    def _kept(self, batch: np.ndarray, positions: np.ndarray, budget: Budget) -> np.ndarray:
-        """Limit a batch to the budget like `keygrip.data.video_text.batching.WithinBudget`, with one row per sample."""
-        order = batch[np.argsort(positions[batch], kind="stable")]
-        fits = np.arange(1, len(order) + 1) * positions[order] <= budget.positions
+    def _kept(self, batch: np.ndarray, sizes: Sizes, budget: Budget) -> np.ndarray:
+        """Limit a batch to the budget like `keygrip.data.video_text.batching.WithinBudget`."""
+        order = batch[np.argsort(sizes.positions[batch], kind="stable")]
+        fits = np.cumsum(sizes.rows[order]) * sizes.positions[order] <= budget.positions
         return order[: max(1, int(fits.sum()))]
 
 

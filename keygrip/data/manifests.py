@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from keygrip.data.image_text.bucket_folders import INFO, incomplete_sets, read_info, write_info
+from keygrip.data.image_text.bucket_folders import encoders_of, incomplete_sets, write_info
 from keygrip.data.image_text.crops import BUCKET_NAME, Bucket
 from keygrip.data.image_text.samples import describe_image_text, is_image_text
 from keygrip.data.robot import integrity, native
@@ -66,6 +67,11 @@ def split_folders(root: Path | str, sought: str = "shards") -> list[str]:
     return unsplit or divided
 
 
+def has_buckets(root: Path | str, folders: Iterable[str]) -> bool:
+    """Return whether the folders of a root (`split_folders`) are aspect buckets, which `images.json` lists."""
+    return any(Path(folder).name.startswith("bucket_") and Path(folder) != Path(root) for folder in folders)
+
+
 def _find_shard_sets(root: Path) -> list[str]:
     """Return the shard sets of a split: its folder, or the buckets in it.
 
@@ -106,13 +112,18 @@ def make_shard_manifests(root: Path | str, again: bool = False, max_broken_share
         max_broken_share: a larger share of broken shards is an error.
 
     Raises:
-        ValueError: the root is a set of `step=images` that is not complete; or as `split_folders` and `write_manifest`.
+        ValueError: the root is a set of `step=images` that is not complete, or an `images.json` of its buckets is
+            damaged, or its splits have different encoders; or as `split_folders` and `write_manifest`.
         FileNotFoundError: there are no shards.
     """
     if incomplete := incomplete_sets(Path(root)):
         raise ValueError(incomplete[0])  # an images.json written here would make the set complete for training
     report: dict[str, Any] = {"root": str(root), "shards": 0, "samples": 0, "broken": 0, "bad_samples": 0}
     folders = split_folders(root, "native recordings and no shards")
+    in_buckets = has_buckets(root, folders)
+    # before anything is written: splits of different encoders are no set; other shards may lie beside an images.json of
+    # another program
+    encoders = encoders_of(Path(root)) if in_buckets else None
     elsewhere = [path for path in tar_files_below(root) if str(path.parent) not in folders]
     if elsewhere:
         log.warning(
@@ -128,8 +139,6 @@ def make_shard_manifests(root: Path | str, again: bool = False, max_broken_share
         report["samples"] += manifest["samples"]
         report["broken"] += len(manifest["broken"])
         report["bad_samples"] += sum(len(reasons) for reasons in manifest["bad_samples"].values())
-    if any(Path(folder).name.startswith("bucket_") and Path(folder) != Path(root) for folder in folders):
-        info = Path(root) / INFO
-        encoders = read_info(str(root))["encoders"] if info.is_file() else None
+    if in_buckets:
         write_info(root, encoders)
     return report

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import stat
+import warnings
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,10 @@ MAX_INTEGER = 1 << 64
 MAX_DIMENSIONS = 32
 # Formats that are not listed are not opened, whatever a file's name is: Pillow decodes EPS by starting another program
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")
+
+# Pillow warns from 89 million pixels on; such an image is refused below, in one line. The filter is set once, because
+# changing the filters around a call also changes them for other threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 # ---- files and text --------------------------------------------------------------------------------------------------
@@ -232,7 +237,7 @@ def open_image(source: Path | str | bytes, where: object = None, max_pixels: int
     with convert_errors(location):
         try:
             image = Image.open(file, formats=_supported_formats())
-        except Image.DecompressionBombError as error:
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"it has more than the {max_pixels} pixels that an image may have") from error
         with image:
             if image.width * image.height > max_pixels:

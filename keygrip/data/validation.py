@@ -16,10 +16,10 @@ import numpy as np
 from keygrip.artifacts import write_text
 from keygrip.cores import usable_cores
 from keygrip.data.bad_samples import BadSample, convert_errors
-from keygrip.data.image_text.bucket_folders import INFO, buckets_by_split, incomplete_sets, read_info
-from keygrip.data.image_text.examination import examine_image_text, image_counts, report_near_copies
+from keygrip.data.image_text.bucket_folders import find_contradictions, incomplete_sets
+from keygrip.data.image_text.examination import examine_image_text, image_counts, report_near_copies, split_of
 from keygrip.data.image_text.samples import is_image_text
-from keygrip.data.manifests import describe, split_folders
+from keygrip.data.manifests import describe, has_buckets, split_folders
 from keygrip.data.shards.examination import NAMED_AT_MOST, ShardReport
 from keygrip.data.shards.index import MANIFEST, ShardError, index_shard, lower_case
 from keygrip.data.shards.reader import ShardSet
@@ -81,9 +81,10 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
     """Examine every sample of a set and of its splits.
 
     Checks: every shard is complete and agrees with its index and manifest; every sample has its text and images and can
-    be decoded; keys and contents occur once over all splits; every conversation has answers, so that its loss mask is
-    not empty. The first problems are logged, beginning with those that the manifest does not list; all problems are
-    written into ``problems.txt`` of the root.
+    be decoded; contents and keys occur once over all splits (keys of images: once in each split, which is made from a
+    folder of its own); every conversation has answers, so that its loss mask is not empty. The first problems are
+    logged, beginning with those that the manifest does not list; all problems are written into ``problems.txt`` of the
+    root.
 
     A set that `step=images` began and did not finish is not examined: that it is not complete is its only problem.
 
@@ -105,7 +106,7 @@ def validate(root: Path | str, processes: int | None = 1) -> dict[str, Any]:
     ]
     reports = _examine_shards(jobs, usable_cores() if processes is None else processes, f"validate {root}")
     problems = [problem for report in reports for problem in report.problems]
-    problems += _find_repeated_samples(reports)
+    problems += _find_repeated_samples(root, reports)
     report_shared(reports)
     buckets = image_counts(root, reports)
     for name, counts in buckets.items():
@@ -163,17 +164,21 @@ def _report_problems(root: Path | str, problems: Sequence[str]) -> dict[str, Any
     }
 
 
-def _find_repeated_samples(reports: Sequence[ShardReport]) -> list[str]:
-    """Return a problem for each key and each content that an earlier sample of the set already has."""
+def _find_repeated_samples(root: Path | str, reports: Sequence[ShardReport]) -> list[str]:
+    """Return a problem for each key and each content that an earlier sample of the set already has.
+
+    The keys of images are those of their split: they are made from file names, which may be equal in two folders.
+    """
     problems = []
-    keys: dict[str, str] = {}
+    keys: dict[tuple[str, str], str] = {}
     contents: dict[str, str] = {}
     for report in reports:
+        split = split_of(report, root) if report.has else ""
         for index, key in enumerate(report.keys):
             location = f"{report.name} (sample {index})"
-            if key in keys:
-                problems.append(f"the key {key} occurs twice: in {keys[key]} and in {location}")
-            keys[key] = location
+            if (split, key) in keys:
+                problems.append(f"the key {key} occurs twice: in {keys[split, key]} and in {location}")
+            keys[split, key] = location
         for digest, name in report.contents:
             if digest in contents:
                 problems.append(f"the same content occurs twice: {contents[digest]} and {name}")
@@ -183,10 +188,13 @@ def _find_repeated_samples(reports: Sequence[ShardReport]) -> list[str]:
 
 def _find_manifest_problems(root: Path | str) -> list[str]:
     """Return what the manifests left out, and where they and `images.json` differ from the existing files."""
-    problems = []
-    if (Path(root) / INFO).is_file() and read_info(str(root)).get("splits") != buckets_by_split(Path(root)):
-        problems.append(f"{root}/{INFO}, which training goes by, names other buckets than there are: run step=manifest")
-    for folder in split_folders(root):
+    folders, problems = split_folders(root), []
+    if has_buckets(root, folders):
+        try:
+            problems = find_contradictions(Path(root))
+        except ValueError as error:  # a damaged file
+            problems = [str(error)]
+    for folder in folders:
         manifest = read_json(Path(folder) / MANIFEST)
         problems += list(manifest["broken"].values())
         empty = [shard["name"] for shard in manifest["shards"] if not shard["samples"]]  # not examined: without samples

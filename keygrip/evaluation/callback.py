@@ -7,13 +7,15 @@ import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
 
 from keygrip.data.video import read_video
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult
@@ -24,13 +26,12 @@ from keygrip.models.policy import Needs, robot_number
 from keygrip.training.checkpoints import run_config
 from keygrip.training.loggers import log_final_figures
 from keygrip.training.parts import external_settings, named_packages
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from keygrip.training.task_metrics import unique_short_names
 
 log = logging.getLogger(__name__)
 
-BREAKDOWNS = ("by_colour", "by_height", "by_difficulty")  # of a condition's figures, by kind of episode
+# of a condition's figures, by kind of episode
+BREAKDOWNS = ("by_colour", "by_height", "by_instruction", "by_difficulty")
 
 
 class EvaluateClosedLoop(Callback):
@@ -133,14 +134,16 @@ def _policy_needs(module: Any, changes: Mapping[str, Any]) -> Needs | None:
 
 def show_in_loggers(trainer: Trainer, figures: dict[str, Any], results: list[ConditionResult], output: Path) -> None:
     """Log success rates as scalars and the recorded episodes as videos."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
     step, scalars = trainer.global_step, {}
     for name, summary in figures.items():
         scalars[f"closed_loop/{name}/success_rate"] = summary["success_rate"]
-        for kinds in (summary.get(kind, {}) for kind in BREAKDOWNS):
-            for kind, rates in kinds.items():
-                scalars[f"closed_loop/{name}/success_rate_by_kind/{kind.replace(' ', '_')}"] = rates["success_rate"]
+        for breakdown in BREAKDOWNS:
+            kinds = list(summary.get(breakdown, ()))
+            is_text = breakdown == "by_instruction"
+            short_names = unique_short_names(kinds) if is_text else [kind.replace(" ", "_") for kind in kinds]
+            for kind, short in zip(kinds, short_names, strict=True):
+                rate = summary[breakdown][kind]["success_rate"]
+                scalars[f"closed_loop/{name}/success_rate_by_kind/{short}"] = rate
     recorded = [
         (result.name, episode) for result in results for episode in result.episodes if episode.video is not None
     ]
@@ -162,8 +165,6 @@ def add_animation(writer: SummaryWriter, tag: str, frames: np.ndarray, step: int
     torch's own ``add_video`` needs moviepy; without it, it prints a line and does nothing. A GIF needs no further
     package.
     """
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
     buffer = io.BytesIO()
     first, *rest = [Image.fromarray(frame).quantize(128) for frame in frames]
     first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)

@@ -36,6 +36,7 @@ from keygrip.progress import Progress
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.runtime.client import ServerError
 from keygrip.training.signals import ignore_terminal_signals
+from keygrip.training.task_metrics import MOST_TASKS
 from keygrip.training.torch_files import refuse_missing_device
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ EPISODES_FILE = "episodes.jsonl"
 # Seeds from this one on are never used for recording, training or choosing settings (those start at 500000).
 HELD_OUT_SEED = 1_000_000
 HEIGHT_STEP_CM = 2  # height step of the breakdown by height
+NO_INSTRUCTION = "no instruction"  # name of the episodes without one in the breakdown by instruction
 DIED = (  # possible causes of the end of a process
     "died (out of memory, no working GL library, or a script without an `if __name__ == '__main__'` guard?)"
 )
@@ -60,9 +62,9 @@ class ConditionResult:
     def summary(self) -> dict[str, Any]:
         """Return the figures of the condition: success rate with its 95 % Wilson interval, failure counts, times.
 
-        If the object's colour or height varies, `by_colour` and `by_height` hold the rates of each value. If plans were
-        followed by their joints, `joint_plans` is the fraction of such plans. For a policy that clamps its plans to the
-        positions seen in training, see `clamped`.
+        If the object's colour or height varies, `by_colour` and `by_height` hold the rates of each value; if there are
+        2 to 200 instructions, `by_instruction` those of each. If plans were followed by their joints, `joint_plans` is
+        the fraction of such plans. For a policy that clamps its plans to the positions seen in training, see `clamped`.
         """
         yaw = [episode.yaw_error_deg for episode in self.episodes if episode.yaw_error_deg is not None]
         kinds: dict[str, Any] = {}
@@ -70,6 +72,10 @@ class ConditionResult:
             kinds["by_colour"] = _rates_by_kind(self.episodes, lambda episode: episode.colour)
         if len({episode.height_cm for episode in self.episodes}) > 1:
             kinds["by_height"] = _rates_by_kind(self.episodes, lambda episode: _height_range(episode.height_cm))
+        if 2 <= len({episode.instruction for episode in self.episodes}) <= MOST_TASKS:
+            kinds["by_instruction"] = _rates_by_kind(
+                self.episodes, lambda episode: episode.instruction or NO_INSTRUCTION
+            )
         if joint_plans := sum(episode.joint_plans for episode in self.episodes):
             kinds["joint_plans"] = joint_plans / sum(episode.plans for episode in self.episodes)
         return success_rates(self.episodes) | {

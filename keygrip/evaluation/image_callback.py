@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
 
 from keygrip.artifacts import write_json
 from keygrip.data.image_text.datamodule import ImageShards
@@ -82,8 +83,6 @@ class EvaluateImages(Callback):
 
     @staticmethod
     def _show(trainer: Trainer, figures: Mapping[str, float], images: Sequence[Path]) -> None:
-        from PIL import Image
-
         step = trainer.global_step
         log_final_figures(trainer.loggers, {f"images/{name}": value for name, value in figures.items()}, step)
         for path in images:

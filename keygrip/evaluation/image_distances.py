@@ -24,19 +24,19 @@ class Distances:
 
     Args:
         encoders: their DINO gives `dino_distance` (of the colour image, whatever view the model receives). classifier:
-            gives `judge_distance`; None: none is computed. lpips: see :class:`ImageSuite`.
+            gives `classifier_distance`; None: none is computed. lpips: see :class:`ImageSuite`.
     """
 
     def __init__(self, encoders: Encoders, classifier: TrainedClassifier | None, lpips: str) -> None:
         self.encoders, self.classifier = encoders, classifier
         self.note = ""
-        self.names = ("psnr_db", "ssim", "dino_distance", "judge_distance", "lpips")
+        self.names = ("psnr_db", "ssim", "dino_distance", "classifier_distance", "lpips")
         self._lpips: Any = None
         file = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_FILE
         if lpips == "none":
             self.note = "LPIPS was switched off."
         elif not file.is_file():
-            names = "dino_distance" if classifier is None else "judge_distance and dino_distance"
+            names = "dino_distance" if classifier is None else "classifier_distance and dino_distance"
             self.note = f"LPIPS was not computed: its weights are not at {file}. In its place: {names}."
         else:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -56,7 +56,7 @@ class Distances:
         distances = {"psnr_db": -10 * error.log10(), "ssim": ssim, "dino_distance": self._dino_distance(drawn, real)}
         if self.classifier is not None:
             classifier = self.classifier.network.to(drawn.device)
-            distances["judge_distance"] = feature_distance(classifier(drawn).features, classifier(real).features)
+            distances["classifier_distance"] = feature_distance(classifier(drawn).features, classifier(real).features)
         if self._lpips is not None:
             network = self._lpips.to(drawn.device)
             distances["lpips"] = torch.stack([network(d[None], r[None]) for d, r in zip(drawn, real, strict=True)])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from keygrip.artifacts import write_bytes, write_text
@@ -31,7 +35,7 @@ FIGURES = {
     "psnr_db": "peak signal-to-noise ratio against the image asked for, dB",
     "ssim": "structural similarity to the image asked for; 1: equal",
     "dino_distance": "distance from the image asked for in DINO features",
-    "judge_distance": "the same in the features of the attribute classifier",
+    "classifier_distance": "the same in the features of the attribute classifier",
     "lpips": "the same in those of LPIPS",
     "clip_similarity": "cosine of CLIP's embeddings of image and caption",
     "grain": "mean distance of pixels from the median of their 3 x 3 neighbourhood, 1/255",
@@ -265,10 +269,6 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def png(image: np.ndarray) -> bytes:
     """Encode [H, W, 3] uint8 as a PNG file."""
-    import io
-
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
@@ -276,11 +276,6 @@ def png(image: np.ndarray) -> bytes:
 
 def scale_map(rows: Sequence[Mapping[str, float]]) -> bytes:
     """Plot two maps over (text_scale, dino_scale): colours as requested, and cubes at the requested position."""
-    import io
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     texts = sorted({row["text_scale"] for row in rows})
     dinos = sorted({row["dino_scale"] for row in rows})
     figure = Figure(figsize=(2.2 + 1.6 * len(dinos), 1.2 + 0.5 * len(texts)), layout="constrained")
@@ -305,11 +300,6 @@ def curves(figures: Mapping[str, Any]) -> bytes:
     """Return three plots: the traded-off figures over the guidance scales, with their Pareto front; the same for images
     from text only; and the Frechet distance against the network evaluations per image, by case, together with that of
     real images."""
-    import io
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)

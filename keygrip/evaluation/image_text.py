@@ -33,6 +33,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from omegaconf import DictConfig
 
 from keygrip.evaluation.attribute_classifier import classifier_for, has_truth
@@ -156,7 +157,7 @@ def headline(figures: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics used to compare models, each under one name."""
     metric_names = {
         "reconstruction": (
-            *("psnr_db", "ssim", "lpips", "judge_distance", "dino_distance", "cube_within_4px"),
+            *("psnr_db", "ssim", "lpips", "classifier_distance", "dino_distance", "cube_within_4px"),
             *("frechet", "cmmd", "precision", "recall", "grain", "colour_as_asked", "objects_as_named"),
             "clip_similarity",
         ),
@@ -183,8 +184,6 @@ def headline(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def evaluate_images(evaluated: Evaluated, cfg: DictConfig) -> dict[str, Any]:
     """Evaluate a patch-conditioned DiT for `python -m keygrip.evaluate`."""
-    import torch
-
     settings = {name: plain(cfg[name]) for name in KINDS["image_text"].settings()}
     changes = settings.pop("data")
     features = changed(FeatureOptions(), settings.pop("features"), "features")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.models import inception_v3
 
 from keygrip.artifacts import sha256_file, sha256_of
 from keygrip.models.language.hub import ForeignCodeError, checked_tokenizer, from_pretrained, read_weights
@@ -143,16 +144,12 @@ def _load_inception(file: Path) -> tuple[Features, str]:
 
 
 def _build_torchvision_inception() -> Any:
-    from torchvision.models import inception_v3
-
     return inception_v3(weights=None, init_weights=False, aux_logits=True)
 
 
 def fid_inception() -> Any:
     """Inception of December 2015, on whose pooled features the FID is defined (Heusel et al., 2017), built from
     torchvision's parts: average pooling excludes padding, and the last block uses max pooling."""
-    from torchvision.models import inception_v3
-
     network = inception_v3(weights=None, init_weights=False, aux_logits=False, num_classes=FID_CLASSES)
     for name, block in network.named_children():
         if name.startswith("Mixed_") and hasattr(block, "branch_pool"):

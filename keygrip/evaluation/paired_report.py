@@ -30,6 +30,10 @@ NOTE = (
     "sign flips of each episode's difference over all training seeds, McNemar's with one; adjusted: Holm, for all "
     "comparisons of this table. Neither knows of the spread between training seeds, which stands beside."
 )
+SUCCESS_NOTE = (
+    "No comparison: it needs a finished reference and a finished arm that is compared with it, with a common training "
+    "seed and common episodes. Success over all training seeds, with its 95 % interval over episodes (Wilson)."
+)
 
 # Overrides that determine where or how a job runs, without an effect on episodes.
 WITHOUT_EFFECT = frozenset(
@@ -57,25 +61,30 @@ class PairedReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         with errors_at_sweep_end(f"no paired report of {config.hydra.sweep.dir}"):
-            make_report(Path(config.hydra.sweep.dir), self.references, self.by)
+            make_report(Path(config.hydra.sweep.dir), self.references, self.by, needs_reference=False)
 
 
-def make_report(folder: str | Path, references: References, by: str = "ablation") -> dict[str, Any]:
+def make_report(
+    folder: str | Path, references: References, by: str = "ablation", needs_reference: bool = True
+) -> dict[str, Any]:
     """Write ``paired.md`` and ``paired.json`` into a sweep's folder, print the table, return the content of the latter.
 
     Arms without a reference's seeds and episodes are left out and named in both files; references without a finished
-    job are left out and logged.
+    job are left out and logged. If no arms are compared, the table has the success of each arm.
+
+    Args:
+        needs_reference: false: a folder without a reference is no error, as that of a sweep of one arm.
 
     Raises:
         FileNotFoundError: There is no finished job with a closed-loop evaluation. ValueError: No reference is among
-            them.
+            them, and one is needed.
     """
     folder = Path(folder)
     settings = read_arms(folder, by)
     if not settings:
         raise FileNotFoundError(f"{folder} holds no finished job with episodes ({CLOSED_LOOP}/{RESULT}) and {by}=...")
     arm_names = {name: None for arms in settings.values() for name in arms}
-    if not any(name in arm_names for name in references):
+    if needs_reference and not any(name in arm_names for name in references):
         raise ValueError(f"no finished job of the reference {', '.join(references)}; there are {', '.join(arm_names)}")
     all_arms: Arms = {}
     pairs: list[tuple[str, str]] = []
@@ -85,7 +94,11 @@ def make_report(folder: str | Path, references: References, by: str = "ablation"
         pairs += [(names[arm], names[reference]) for arm, reference in pairs_of(arms, references)]
     comparison = compare(all_arms, pairs)
     write_json(folder / f"{NAME}.json", comparison)
-    text = f"{markdown(*table(comparison))}\n\n{NOTE}\n"
+    if comparison["comparisons"]:
+        text = f"{markdown(*table(comparison))}\n\n{NOTE}\n"
+    else:
+        log.warning("%s: no arm is compared with another: the report has the success of each", folder)
+        text = f"{markdown(*success_table(comparison))}\n\n{SUCCESS_NOTE}\n"
     if comparison["not_compared"]:
         not_compared = ", ".join(f"{pair['arm']} with {pair['reference']}" for pair in comparison["not_compared"])
         text += f"\nNot compared, since they share no training seed and episode: {not_compared}.\n"
@@ -196,3 +209,17 @@ def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return header, lines
+
+
+def success_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return one line per arm with its success, for reports without a comparison."""
+    lines = [
+        [
+            name,
+            f"{arm['successes']} of {arm['episodes']}",
+            f"{100 * arm['low']:.1f} to {100 * arm['high']:.1f} %",
+            str(arm["seeds"]),
+        ]
+        for name, arm in found["arms"].items()
+    ]
+    return ["arm", "success", "interval", "training seeds"], lines

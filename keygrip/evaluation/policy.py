@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.config import SettingError, config_folder
@@ -83,9 +85,6 @@ def open_loop(
         ValueError: This machine does not have the device; with `changes`, or after demonstrations were removed, the run
             was trained on some of them; or their target steps do not last as long as those that the policy plans.
     """
-    import torch
-    from lightning.pytorch import Trainer
-
     device = device or default_device()  # Lightning's "auto" would select MPS on a Mac
     refuse_missing_device(device)
     place = torch.device(device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 
 RESAMPLES = 10_000  # bootstrap resamples of episodes, for an interval
 
@@ -23,7 +23,8 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"A success rate needs trials and at most as many successes, got {successes} of {trials}.")
-    return _wilson(successes / trials, trials, confidence)
+    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def pooled_interval(outcomes: Sequence[Mapping[Any, bool]], confidence: float = 0.95) -> tuple[float, float]:
@@ -62,6 +63,7 @@ def pooled_interval(outcomes: Sequence[Mapping[Any, bool]], confidence: float = 
 
 
 def _wilson(rate: float, trials: float, confidence: float) -> tuple[float, float]:
+    """Return `wilson_interval` for a number of trials that need not be whole; scipy's `binomtest` takes whole ones."""
     z = float(norm.ppf((1 + confidence) / 2))
     centre = rate + z**2 / (2 * trials)
     reach = z * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))

@@ -37,8 +37,9 @@ from keygrip.data.untrusted_files import read_json
 from keygrip.data.video_text.conversations import frame_settings
 from keygrip.exporting.folder import CONFIG
 from keygrip.inference.prompts import Message, PromptReader, check, mark_media, refuse_message
-from keygrip.models.foveated_vlm.conversations import ConversationCollator, PromptOrder, text_columns
+from keygrip.models.foveated_vlm.conversations import ConversationCollator, text_columns
 from keygrip.models.foveated_vlm.hub_files import MODEL_TYPE
+from keygrip.models.language import PromptOrder
 from keygrip.models.language.hub import checked_tokenizer, file_of, from_pretrained
 from keygrip.models.language.tokenizers import ChatTokenizer, PretrainedTokenizer
 

@@ -23,8 +23,8 @@ from keygrip.data.video_text.animations import animation_frames, frame_count
 from keygrip.data.video_text.conversations import shown_image, whole_seconds
 from keygrip.data.video_text.sample_types import pad_videos, repeat_image
 from keygrip.data.video_text.video_files import SUFFIXES, is_animation, read_image, read_timed_frames
-from keygrip.models.foveated_vlm.conversations import PromptOrder
 from keygrip.models.foveated_vlm.generation import refuse_half_characters
+from keygrip.models.language import PromptOrder
 
 ROLES = ("system", "user", "assistant")
 # Further keys of a video in Qwen's messages. They choose frames, which the model's settings do here.

@@ -82,19 +82,24 @@ def make_images(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         root: folder of the splits.
         options: `train`, `val`, `test` (numbers of images), `images_per_shard`, `processes` (None: one per core),
-            `buckets` ([[width, height], ...]), `encoders` (their config), and `picture`: the fields of
+            `buckets` ([[width, height], ...]), `encoders` (their config), and `image`: the fields of
             :class:`keygrip.envs.yam.stills.StillOptions`.
 
     Returns:
         samples by split and seconds.
+
+    Raises:
+        ValueError: the fields have their former name, `picture`.
     """
     started = time.monotonic()
-    picture_options = StillOptions(**(options.get("picture") or {}))
+    if "picture" in options:
+        raise ValueError("the option 'picture' of the images is now 'image'")
+    still_options = StillOptions(**(options.get("image") or {}))
     buckets = [Bucket(int(width), int(height)) for width, height in options["buckets"]]
     encoders = build_encoders(options["encoders"])
     identity = {"fingerprint": encoders.fingerprint, "description": encoders.description}
     per_shard, report = int(options.get("images_per_shard", 250)), dict[str, Any](root=str(root))
-    maker = ImageMaker(picture_options, buckets, options["encoders"])
+    maker = ImageMaker(still_options, buckets, options["encoders"])
     for split, all_seeds in split_seeds(options).items():
         by_bucket: dict[Bucket, list[int]] = {}
         for seed in all_seeds:
@@ -102,7 +107,7 @@ def make_images(root: Path | str, options: Mapping[str, Any]) -> dict[str, Any]:
         report[split] = 0
         for bucket, seeds in sorted(by_bucket.items()):
             settings = {
-                "picture": picture_options.as_dict(),
+                "picture": still_options.as_dict(),  # stored under the setting's former name: sets stay valid
                 "encoders": identity,
                 "first_seed": all_seeds.start,
                 "bucket": bucket.name,

@@ -38,6 +38,7 @@ from keygrip.runtime.robot import JointRobot, Robot
 from keygrip.runtime.trajectory import ROUNDING_S, Trajectory, control_periods, gripped, initial_grip
 
 LINES = ("-", "--", ":")  # line styles of the first arm, the second, ...
+TABLE_MARGIN_M = 0.1  # how far the table is drawn beyond the paths in a rerun recording
 TIMED_PLANS = 5  # the first plan is slower, because memory is allocated and kernels are selected
 
 
@@ -69,7 +70,6 @@ class Rehearsal:
 
     def summary(self) -> dict[str, Any]:
         """Return plain values for a line of JSON."""
-        velocities = np.diff(self.commands[:, :, :3], axis=0) / np.diff(self.times)[:, None, None]
         behind = np.linalg.norm(self.targets[..., :3] - self.commands[..., :3], axis=-1)
         return {
             "refused": self.refused,
@@ -78,7 +78,7 @@ class Rehearsal:
             "plan_ms_max": round(max(self.plan_ms), 1),
             "plan_steps": int(self.plan.gripper.shape[1]),
             "plan_seconds": round(self.plan.step_seconds * self.plan.gripper.shape[1], 3),
-            "fastest_m_s": round(float(np.linalg.norm(velocities, axis=-1).max()), 3),
+            "fastest_m_s": round(float(_speeds(self.commands, self.times).max()), 3),
             "furthest_behind_cm": round(100 * float(behind.max()), 2),
             "lowest_cm": round(100 * float(self.commands[..., 2].min()), 2),
         }
@@ -198,7 +198,7 @@ def dry_run(
     """
     rehearsal = rehearse(policy, robot, limits, execution)
     if path.suffix == ".rrd":
-        write_rerun(rehearsal, path)
+        write_rerun(rehearsal, limits, path)
     else:
         figure = draw(rehearsal, limits)
         with atomic_write(path) as file, matplotlib.rc_context({"savefig.dpi": 110}):
@@ -214,8 +214,7 @@ def draw(found: Rehearsal, limits: MotionLimits | None) -> Figure:
     if image is not None:
         axes[0, 0].imshow(np.asarray(image))
     axes[0, 0].set(title="observation", xticks=[], yticks=[])
-    speeds = np.linalg.norm(np.diff(found.commands[:, :, :3], axis=0), axis=-1) / np.diff(found.times)[:, None]
-    planned_speeds = np.linalg.norm(np.diff(found.targets[:, :, :3], axis=0), axis=-1) / np.diff(found.times)[:, None]
+    speeds, planned_speeds = _speeds(found.commands, found.times), _speeds(found.targets, found.times)
     for arm, arm_name in enumerate(found.arms):
         line = LINES[arm % len(LINES)]
         for axis, name in enumerate("xyz"):
@@ -273,8 +272,13 @@ def describe_results(found: Rehearsal, limits: MotionLimits | None) -> list[str]
     return [*lines, "", *(line for verdict in verdicts for line in textwrap.wrap(verdict, 55))]
 
 
-def write_rerun(found: Rehearsal, path: Path) -> None:
-    """Write a recording for `rerun FILE`: image, planned and limited path, speed, and the summary."""
+def write_rerun(found: Rehearsal, limits: MotionLimits | None, path: Path) -> None:
+    """Write a recording for `rerun FILE`.
+
+    Without time: the camera's image; planned and limited path of each arm; workspace and table; the results as text and
+    as JSON. Over the plan's time (`plan`): tool point, gripper opening, speed, and distance behind the plan, the last
+    two with their limits. By number of the plan (`plan_number`): `planning_ms`.
+    """
     import rerun
 
     recording = rerun.RecordingStream("keygrip_dry_run")
@@ -285,11 +289,45 @@ def write_rerun(found: Rehearsal, path: Path) -> None:
         for arm, arm_name in enumerate(found.arms):
             for name, path_A8 in (("plan", found.targets), ("limited", found.commands)):
                 recording.log(f"{arm_name}/{name}", rerun.LineStrips3D([path_A8[:, arm, :3]]), static=True)
+        if limits is not None:
+            low, high = limits.box()
+            if np.isfinite([low, high]).all():  # the text names the sides of a box that is open
+                box = rerun.Boxes3D(centers=[(low + high) / 2], half_sizes=[(high - low) / 2])
+                recording.log("limits/workspace", box, static=True)
+            if limits.table_height_m is not None:
+                outline = rerun.LineStrips3D([_table_outline(found, limits.table_height_m)])
+                recording.log("limits/table", outline, static=True)
+        recording.log("results", rerun.TextDocument("\n".join(describe_results(found, limits))), static=True)
         recording.log("summary", rerun.TextDocument(json.dumps(found.summary(), indent=1)), static=True)
+        for number, milliseconds in enumerate(found.plan_ms, start=1):
+            recording.set_time("plan_number", sequence=number)
+            recording.log("planning_ms", rerun.Scalars(milliseconds))
+        recording.reset_time()
+        speeds = {"plan": _speeds(found.targets, found.times), "limited": _speeds(found.commands, found.times)}
+        behind = np.linalg.norm(found.targets[..., :3] - found.commands[..., :3], axis=-1)
         for index, moment in enumerate(found.times):
             recording.set_time("plan", duration=float(moment))
             for arm, arm_name in enumerate(found.arms):
                 recording.log(f"{arm_name}/tool", rerun.Points3D([found.commands[index, arm, :3]], radii=[0.005]))
                 recording.log(f"{arm_name}/gripper", rerun.Scalars(float(found.commands[index, arm, 7])))
+                recording.log(f"behind_m/{arm_name}", rerun.Scalars(float(behind[index, arm])))
+                for name, values in speeds.items() if index else ():  # a speed is that of the period before
+                    recording.log(f"speed_m_s/{name}/{arm_name}", rerun.Scalars(float(values[index - 1, arm])))
+            if limits is not None:
+                recording.log("speed_m_s/limit", rerun.Scalars(limits.speed_m_s))
+                recording.log("behind_m/limit", rerun.Scalars(limits.lag_m))
         recording.flush()
         recording.disconnect()
+
+
+def _table_outline(found: Rehearsal, height_m: float) -> np.ndarray:
+    """Return a closed outline [5, 3] of the table below the paths, metres."""
+    places = np.concatenate([found.targets[..., :2], found.commands[..., :2]]).reshape(-1, 2)
+    (x0, y0), (x1, y1) = places.min(axis=0) - TABLE_MARGIN_M, places.max(axis=0) + TABLE_MARGIN_M
+    return np.array([(x, y, height_m) for x, y in ((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0))])
+
+
+def _speeds(poses: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Return the speeds [K - 1, A] of tools along poses [K, A, 8], m/s."""
+    distances: np.ndarray = np.linalg.norm(np.diff(poses[:, :, :3], axis=0), axis=-1)
+    return distances / np.diff(times)[:, None]

@@ -1,18 +1,12 @@
-"""Optimizer steps over several batches (`accumulate_grad_batches`): the end of a step, and exact mean gradients."""
+"""Exact mean gradients of optimizer steps over several batches (`accumulate_grad_batches`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from keygrip.training.distributed import global_sum
-
-
-def completes_step(trainer: Trainer) -> bool:
-    """Return whether the training batch that is running or has just ended completes an optimizer step."""
-    return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 class WindowMean:

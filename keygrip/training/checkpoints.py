@@ -7,21 +7,29 @@ package versions) and, if the run has an EMA of the weights, ``ema``. A module s
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
 from keygrip.exporting.folder import CONFIG, WEIGHTS, is_export, read_export
+from keygrip.renamed_settings import with_new_names
 from keygrip.training.build_limits import at_most_stored, settings_of_other_sizes
 from keygrip.training.ema import EMA_STATE
 from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit_weights, verify
-from keygrip.training.parts import UntrustedPartError, build_stored, check_plain, external_settings, named_packages
+from keygrip.training.parts import (
+    UntrustedPartError,
+    build_stored,
+    check_plain,
+    external_settings,
+    named_packages,
+    without_omitted_parts,
+)
 from keygrip.training.run_folder import CHECKPOINT, kept_by_step
 from keygrip.training.torch_files import (
     BROKEN,
@@ -178,6 +186,7 @@ def _checked_header(content: Any, file: Path) -> dict[str, Any]:
         check_plain(content[HEADER].get("config"), "config")
     except UntrustedPartError as error:
         raise UntrustedPartError(f"{file}: {error}") from error
+    content[HEADER]["config"] = with_new_names(content[HEADER].get("config"))
     _model_config(content, file)
     if type(content.get("global_step", 0)) is not int:
         raise ValueError(f"{file} is not a keygrip checkpoint: its step is no number")
@@ -341,9 +350,7 @@ def build_module(config: dict[str, Any]) -> LightningModule:
 
     The module's `own_files` and `own_packages` are set to those that the configuration names
     (`keygrip.training.system.System`)."""
-    from hydra.utils import instantiate
-
-    module = instantiate(OmegaConf.create(copy.deepcopy(config["model"])), _convert_="all")
+    module = instantiate(OmegaConf.create(without_omitted_parts(config["model"])), _convert_="all")
     if hasattr(module, "own_files"):
         module.own_files = external_settings(config["model"])
         module.own_packages = named_packages(config["model"])

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.flop_counter import FlopCounterMode
 
 from keygrip.training.distributed import total_of
+from keygrip.training.lightning_loops import batches_begun
 from keygrip.training.loss_curves import STEP_TFLOP
 from keygrip.training.sharding import is_sharded
 
@@ -109,7 +110,7 @@ class Compute(Callback):
         self._steps = int(state_dict.get("steps", 0))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        batch_index = trainer.fit_loop.epoch_loop.total_batch_idx
+        batch_index = batches_begun(trainer) - 1
         if (batch_index - FIRST) % self.every_n_steps or is_sharded(pl_module):
             return
         torch.compiler.set_stance("force_eager")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 
 def figure_to_image(figure: Figure) -> np.ndarray:
     """Render a matplotlib figure without a display; ``[H, W, 3]`` uint8."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
@@ -43,7 +40,5 @@ def _escape(character: str) -> str:
 @functools.cache
 def _font_characters() -> frozenset[int]:
     """Return the code points of matplotlib's font."""
-    from matplotlib import font_manager
-
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     return frozenset(font.get_charmap())

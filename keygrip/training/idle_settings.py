@@ -24,13 +24,12 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.config import SettingError, compose, leaves_of, references_in, register_options
-from keygrip.training.parts import ReadWhere
+from keygrip.training.parts import READ_WHERE, ReadWhere
 from keygrip.training.sweeps import in_sweep
 
 log = logging.getLogger(__name__)
 
 Path = tuple[str, ...]
-ATTRIBUTE = "read_where"
 # Sections of a run's configuration that are built; the other sections are used through interpolations.
 BUILT = ("model", "data", "callbacks")
 
@@ -246,5 +245,5 @@ def _unmet_condition(conditions: Mapping[Path, ReadWhere], name: Path, options: 
 
 def _conditions_of(target: str | None) -> dict[Path, ReadWhere]:
     """Return the conditions that a class declares; "network.geometry.init_from" is a setting of a nested part."""
-    declared: Mapping[str, ReadWhere] = getattr(get_object(target), ATTRIBUTE, {}) if target else {}
+    declared: Mapping[str, ReadWhere] = getattr(get_object(target), READ_WHERE, {}) if target else {}
     return {tuple(name.split(".")): where for name, where in declared.items()}

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.tensorboard.summary import hparams
@@ -57,8 +58,6 @@ def build_loggers(group: DictConfig | None, folder: Path, resumed_step: int) -> 
         group: `logger` of the configuration; see `refuse_missing_packages`. folder: run folder. resumed_step: 0 for a
             new run.
     """
-    from hydra.utils import instantiate
-
     loggers = []
     for part in _logger_settings(group):
         extra: dict[str, Any] = {}

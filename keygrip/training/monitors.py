@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from keygrip.training.lightning_loops import batches_begun
 from keygrip.training.sharding import local
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class RandomnessByStep(Callback):
         self._before: tuple[Tensor, list[Tensor]] | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._seed(trainer.fit_loop.epoch_loop.total_batch_idx, trainer)
+        self._seed(batches_begun(trainer) - 1, trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -14,6 +14,7 @@ and only if it is in one of keygrip's `SUBPACKAGES` or in a package that the cal
 contains what they would load: weights from a file, a run to start from. ``external`` lists settings that point to
 files which the checkpoint does not contain (weights of another project's frozen encoder); the caller must name those
 files, the checkpoint may not. For the current run they are the `external_settings` of its own configuration.
+A part with such files that its model does not use (`omitted_parts`) is not built, and needs none of them.
 ``places`` lists settings with a folder or a URL: a checkpoint may name a folder, but only the caller may name a URL.
 Values that the caller gives by name (``offered``) take precedence over ``from_checkpoint``. ``makers`` lists settings
 with functions that generate missing data. If the caller requests this, such a function must be defined in the same
@@ -27,13 +28,17 @@ import copy
 import functools
 import importlib
 import importlib.util
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+log = logging.getLogger(__name__)
+
 MARK = "__keygrip_part__"
+READ_WHERE = "read_where"  # attribute of a class with its conditions (`ReadWhere`) by setting
 MODEL, DATA = "model_part", "data_part"  # names of the decorators; the check looks for them in source files
 # Subpackages of keygrip whose declared classes a stored configuration may name.
 SUBPACKAGES = ("models", "data", "envs", "training", "recording")
@@ -81,11 +86,15 @@ class ReadWhere:
             blanks, one is sufficient. values: values it must have; none: any except null, false and 0. unless: value
             it must not have, instead of values. even_unused: the other setting's value counts even where the other
             setting is itself not used.
+        omitted: where the setting is not used, the class accepts None for it and gets None instead of a part that
+            needs files outside the checkpoint (see `omitted_parts`).
     """
 
-    def __init__(self, setting: str, *values: Any, unless: Any = None, even_unused: bool = False) -> None:
+    def __init__(
+        self, setting: str, *values: Any, unless: Any = None, even_unused: bool = False, omitted: bool = False
+    ) -> None:
         self.settings, self.values, self.unless = setting.split(), values, unless
-        self.even_unused = even_unused
+        self.even_unused, self.omitted = even_unused, omitted
 
     def holds(self, options: Any) -> bool:
         """Return whether the setting is used. It counts as used if ``options`` lacks the other setting."""
@@ -213,6 +222,10 @@ def build_stored(
             _check_makers(part, node, location, trust)
             if node.get("_recursive_") is False:
                 plain += [(*path, setting) for setting in part.plain]
+            for setting in omitted_parts(part.owner, node):
+                node[setting] = None
+                plain.append((*path, setting))
+                _drop_external(unused_external, ".".join((*path[1:], setting)))
     if unused_external:
         raise ValueError(
             f"external: {', '.join(sorted(unused_external))} is no setting of this checkpoint that names a file"
@@ -228,8 +241,43 @@ def build_stored(
         ) from error
 
 
+def omitted_parts(cls: Any, options: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a class for which it gets None: they are not used because of its other settings (the
+    class declares this with ``ReadWhere(..., omitted=True)``), and building their parts would need files outside the
+    checkpoint, such as another project's weights. Other unused parts are built: that draws random numbers, and without
+    it a seed would give other initial weights.
+
+    Args:
+        options: resolved settings of the class, whose parts are declared or the user's own.
+    """
+    from omegaconf import OmegaConf
+
+    conditions: Mapping[str, ReadWhere] = getattr(cls, READ_WHERE, {})
+    named = [name for name, where in conditions.items() if where.omitted and isinstance(options.get(name), dict)]
+    unused = [name for name in named if not conditions[name].holds(OmegaConf.create(dict(options)))]
+    return [name for name in unused if external_settings(options[name])]
+
+
+def without_omitted_parts(config: Any) -> Any:
+    """Return a copy of a user's own resolved configuration with null for each of the `omitted_parts`."""
+    from hydra.utils import get_object
+
+    config = copy.deepcopy(config)
+    for _, node in _nodes(config, ""):  # does not enter parts that are set to None meanwhile
+        for setting in omitted_parts(get_object(node["_target_"]), node) if "_target_" in node else ():
+            node[setting] = None
+    return config
+
+
+def _drop_external(external: dict[str, Any], omitted: str) -> None:
+    """Remove the caller's files for a part that is not built, and log it; the checkpoint does have their settings."""
+    for key in [key for key in external if key.startswith(f"{omitted}.")]:
+        log.info("external.%s=%s is not read: this model does not use %s", key, external.pop(key), omitted)
+
+
 def external_settings(config: Any) -> dict[str, Any]:
     """Return the settings of a model's own configuration that name files which no checkpoint contains, by dotted key.
+    Those of `omitted_parts` are left out.
 
     Args:
         config: resolved, and composed by the user in this process, because its classes are imported. A configuration
@@ -238,7 +286,7 @@ def external_settings(config: Any) -> dict[str, Any]:
     from hydra.utils import get_object
 
     external: dict[str, Any] = {}
-    for path, node in _nodes(config, ""):
+    for path, node in _nodes(without_omitted_parts(config), ""):
         part = getattr(get_object(node["_target_"]), MARK, None) if "_target_" in node else None
         for setting in part.external if isinstance(part, Part) else ():
             if node.get(setting) is not None:

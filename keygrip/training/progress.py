@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from tqdm import tqdm
 
-from keygrip.training.accumulation import completes_step
 from keygrip.training.distributed import total_of
+from keygrip.training.lightning_loops import batches_begun, completes_step
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ class SkippedSamples(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        batches = batches_begun(trainer)
         batches_of_step = batch_idx % trainer.accumulate_grad_batches + 1
         if not completes_step(trainer) or batches % self.every_n_steps >= batches_of_step:
             return

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 LENGTH = ("max_steps", "max_epochs", "max_minutes")  # may also differ when a run is resumed
 # Settings that may differ between two runs of one kind, because they do not affect the weights after a step.
 MAY_DIFFER = (
-    *("val_every_n_steps", "limit_val_batches", "log_every_n_steps"),
+    *("val_every_n_steps", "limit_val_batches", "data.val_questions", "log_every_n_steps"),
     *("debug", "resume", "run_dir", "logger"),
     # the batch is divided over the processes: their number and kind do not change the result
     *("strategy.devices", "strategy.num_nodes", "strategy.kind", "strategy.accelerator"),
@@ -40,7 +40,7 @@ MAY_DIFFER = (
     *("model.loss_kernel", "model.vision_cache_gb"),
     # what is only logged
     *("model.monitor_every_n_steps", "model.monitor_from_step"),
-    *("model.log_images_every_n_steps", "model.log_images", "model.shown"),
+    *("model.log_images_every_n_steps", "model.shown"),
     # other changes of the data are detected by hashes
     *("data.verify", "data.allow_changed"),
 )

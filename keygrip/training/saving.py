@@ -20,11 +20,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from keygrip.artifacts import atomic_write, read_record, write_json
 from keygrip.launch import requeue_job
 from keygrip.override_values import as_typed
-from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.distributed import maximum_over_processes
 from keygrip.training.ema import EMA
 from keygrip.training.integrity import HashedFile, sign
+from keygrip.training.lightning_loops import (
+    completes_step,
+    count_resumed_epoch,
+    is_last_batch,
+    training_is_done,
+    undo_validation,
+)
 from keygrip.training.monitors import non_finite_parameters
 from keygrip.training.parts import ReadWhere
 from keygrip.training.run_folder import CHECKPOINT, kept_by_step
@@ -183,8 +189,8 @@ class SaveLatest(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
-        _count_resumed_epoch(trainer)
-        if trainer.fit_loop.done:  # nothing is trained, and the state between epochs does not resume exactly
+        count_resumed_epoch(trainer)
+        if training_is_done(trainer):  # nothing is trained, and the state between epochs does not resume exactly
             self._saved_step = trainer.global_step
         self._restore_best(trainer)
 
@@ -213,7 +219,7 @@ class SaveLatest(Checkpoint):
         if not completes_step(trainer):
             return  # while gradients are accumulated; they would be lost
         step, epoch = trainer.global_step, trainer.current_epoch + 1
-        last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        last_batch = is_last_batch(trainer)
         due = bool(self.every_n_steps) and step % (self.every_n_steps or 1) == 0
         due |= bool(self.every_n_epochs) and last_batch and epoch % (self.every_n_epochs or 1) == 0
         due |= step == trainer.max_steps or (last_batch and epoch == trainer.max_epochs) or trainer.should_stop
@@ -366,26 +372,12 @@ class SaveOnInterrupt(Callback):
         self._previous = {}
 
 
-def _count_resumed_epoch(trainer: Trainer) -> None:
-    """Count the epoch that begins if a run resumes from the last batch of an epoch. Lightning counts it as the epoch
-    that has ended; the next resume would then take its batches for those of a finished epoch."""
-    loop = trainer.fit_loop
-    progress, counts = loop.epoch_progress, vars(loop.epoch_progress.current)
-    if not loop.done and loop.restarted_mid_epoch and counts["ready"] == counts["processed"]:
-        progress.increment_ready()
-        progress.increment_started()
-
-
 def _leave_validation(trainer: Trainer) -> None:
-    """Restore weights and progress to the end of the last training batch, from where Lightning resumes exactly. From
-    the middle of a validation it would continue with a part of that validation."""
+    """Restore weights and progress to the end of the last training batch."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EMA):
             callback.take_out(trainer.lightning_module)
-    loop = trainer.fit_loop.epoch_loop
-    loop.val_loop.batch_progress.reset()
-    for progress in (loop.batch_progress.total, loop.batch_progress.current):
-        progress.completed -= 1
+    undo_validation(trainer)
 
 
 def _refuse_non_finite(trainer: Trainer) -> None:

@@ -10,6 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -79,8 +81,6 @@ def shard(module: nn.Module, mesh: Any, reshard_after_forward: bool = True) -> N
     Args:
         reshard_after_forward: whether parts free gathered parameters between their forward and backward passes.
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
     for part in getattr(module, "sharded_parts", list)():
         fully_shard(part, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(module, mesh=mesh)
@@ -97,8 +97,6 @@ def load_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Mo
     Args:
         saved: see `named_state`.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     named = named_state(saved, optimizer, module)
     set_optimizer_state_dict(module, optimizer, optim_state_dict=named, options=options)
@@ -128,8 +126,6 @@ def named_state(saved: Mapping[str, Any], optimizer: Optimizer, module: nn.Modul
 
 def reshard(module: nn.Module) -> None:
     """Free parameters that a step or a validation left gathered; the optimizer trains the sharded parameters."""
-    from torch.distributed.fsdp import FSDPModule
-
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

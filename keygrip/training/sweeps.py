@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from keygrip.artifacts import atomic_write, read_record, without_passwords, write_json, write_text
@@ -234,8 +237,6 @@ def planned_jobs(config: DictConfig) -> list[list[str]]:
     Empty if they are not known in advance (another sweeper, ``glob``); jobs without a result are then not detected.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
 
     if not str(config.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return []
@@ -472,8 +473,6 @@ def _refuse_several_devices(cfg: DictConfig, launcher: str) -> None:
     started = "LOCAL_RANK" in os.environ if in_one_process else started_together() > 1
     if started or cfg.get("strategy") is None:
         return
-    from hydra.utils import instantiate
-
     processes = instantiate(cfg.strategy).processes
     if processes > 1 and launcher.endswith("SlurmLauncher"):
         raise ValueError(

@@ -15,8 +15,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from keygrip.training import loggers
-from keygrip.training.accumulation import WindowMean, completes_step
+from keygrip.training.accumulation import WindowMean
 from keygrip.training.checkpoints import load_module, misfit
+from keygrip.training.lightning_loops import completes_step
 from keygrip.training.memory import StepMemory, count_step, measure_step, outside_modules
 from keygrip.training.optimizers import AdamW, ScheduledRates
 
@@ -66,6 +67,7 @@ class System(LightningModule):
         self.own_packages: tuple[str, ...] = ()
         self.resumed = False
         self.window = WindowMean()
+        self._images_at: int | None = None  # step of the last validation with images
 
     def trained_part(self) -> nn.Module:
         """Return the module whose parameters the optimizer gets."""
@@ -225,6 +227,15 @@ class System(LightningModule):
     def shows_images(self) -> bool:
         """Whether this process has a logger that accepts images."""
         return self.trainer.is_global_zero and loggers.takes_images(self.loggers)
+
+    def images_are_due(self, every_n_steps: int) -> bool:
+        """Return whether a validation is to show images, and note its step: not less than `every_n_steps` after the
+        last one that did; 0: none. Call it once per validation, in every process."""
+        last = self._images_at
+        if not every_n_steps or (last is not None and self.global_step - last < every_n_steps):
+            return False
+        self._images_at = self.global_step
+        return True
 
     def show_image(self, key: str, image: np.ndarray) -> None:
         """Log an image ``[H, W, 3]`` uint8 to every logger that accepts images, from the first process."""

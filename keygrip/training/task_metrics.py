@@ -23,7 +23,7 @@ class MeansByTask:
     def __init__(self, instructions: Sequence[str]) -> None:
         tasks = instructions if 2 <= len(instructions) <= MOST_TASKS else ()
         self.numbers = {instruction: index for index, instruction in enumerate(tasks)}
-        self.keys = _unique_short_names(list(tasks))
+        self.keys = unique_short_names(list(tasks))
         self._sums: dict[str, Tensor] = {}
 
     def clear(self) -> None:
@@ -67,7 +67,7 @@ class MeansByTask:
         return {name: torch.stack([part[name] for part in parts if name in part]).sum(0) for name in names}
 
 
-def _unique_short_names(sentences: Sequence[str]) -> list[str]:
+def unique_short_names(sentences: Sequence[str]) -> list[str]:
     """Return unique short names for a logger."""
     keys: list[str] = []
     for instruction in sentences:

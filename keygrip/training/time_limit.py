@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
-from keygrip.training.accumulation import completes_step
+from keygrip.training.lightning_loops import completes_step
 from keygrip.training.optimizers import ScheduledRates
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from keygrip.training.accumulation import completes_step
 from keygrip.training.compatibility import log_no_validation
-
-NEVER = sys.maxsize  # larger than any batch number; Lightning reads infinity as the end of every epoch
+from keygrip.training.lightning_loops import completes_step, plan_validation
 
 
 class ValidateBySteps(Callback):
@@ -41,5 +38,4 @@ class ValidateBySteps(Callback):
 
     def _plan(self, trainer: Trainer, due: bool) -> None:
         if trainer.accumulate_grad_batches > 1:
-            now = due and trainer.global_step % self.every_n_steps == 0
-            trainer.val_check_batch = trainer.fit_loop.epoch_loop.total_batch_idx + 1 if now else NEVER
+            plan_validation(trainer, now=due and trainer.global_step % self.every_n_steps == 0)

@@ -6,12 +6,17 @@ import io
 import json
 import math
 import os
+import struct
+import subprocess
+import sys
 import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from odd_images import png
 from PIL import Image
 
 from keygrip.data.bad_samples import BadSample
@@ -63,6 +68,30 @@ def test_a_large_image_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
         tracemalloc.stop()
     with open_image(tmp_path / "large.png", max_pixels=10**8) as image:
         assert image.size == (9000, 9000)
+
+
+def header_of(width: int, height: int) -> bytes:
+    return png(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"")
+
+
+def test_an_image_of_which_pillow_warns_is_refused_in_one_line(tmp_path: Path) -> None:
+    """In a process of its own, because pytest changes the filters of warnings."""
+    (tmp_path / "bomb.png").write_bytes(header_of(10000, 9500))
+    program = (
+        "import sys\nfrom keygrip.data.untrusted_files import BadSample, open_image\n"
+        "try:\n    with open_image(sys.argv[1]):\n        pass\nexcept BadSample as error:\n    print(error.what)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "bomb.png")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    refused = "it has 10000 x 9500 pixels, more than the 67108864 that an image may have\n"
+    assert (ended.stdout, ended.stderr, ended.returncode) == (refused, "", 0)
+
+
+def test_an_image_is_refused_where_warnings_are_errors() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BadSample, match="more than the 67108864 pixels"), open_image(header_of(10000, 9500)):
+            pass
 
 
 def test_formats_that_start_programs_are_not_opened() -> None:

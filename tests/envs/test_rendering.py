@@ -115,7 +115,7 @@ def test_a_backend_that_was_asked_for_and_is_missing_names_the_packages(
         choose(monkeypatch, asked, False, False)
 
 
-def test_without_gl_the_physics_runs_and_the_first_picture_names_the_packages() -> None:
+def test_without_gl_the_physics_runs_and_the_first_image_names_the_packages() -> None:
     script = (
         "from keygrip.envs.yam.environment import YamCell\n"
         "from keygrip.envs.yam.tasks import TaskOptions\n"

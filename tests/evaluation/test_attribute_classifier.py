@@ -133,14 +133,14 @@ def test_a_classifier_that_could_not_be_tested_is_not_trained(tmp_path: Path) ->
         classifier_for(shards(tmp_path), small_encoders())
 
 
-def test_distances_are_in_pixels_of_a_picture_with_a_shorter_side_of_64() -> None:
+def test_distances_are_in_pixels_of_an_image_with_a_shorter_side_of_64() -> None:
     places, truth = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.75, 0.5]])
     assert float(distance_px(places, truth, (64, 64))) == pytest.approx(16)
     assert float(distance_px(places, truth, (48, 80))) == pytest.approx(0.25 * 80 * 64 / 48)
     assert float(distance_px(places, truth, (6, 10))) == pytest.approx(0.25 * 80 * 64 / 48)  # in any unit of length
 
 
-def test_places_lie_in_the_picture_and_follow_what_it_shows() -> None:
+def test_places_lie_in_the_image_and_follow_what_it_shows() -> None:
     classifier = AttributeClassifier(["red", "teal"], 8).eval()
     with torch.no_grad():
         classifier.maps.weight.mul_(40)  # sharp maps

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from keygrip.envs.yam.environment import YamCell
 from keygrip.envs.yam.expert import expert_actions
 from keygrip.envs.yam.tasks import TaskOptions
 from keygrip.evaluation import closed_loop
+from keygrip.evaluation.callback import show_in_loggers
 from keygrip.evaluation.closed_loop import ClosedLoop, ConditionResult, EpisodeResult
 from keygrip.models.policy import Observation, Plan, views_of
 from keygrip.runtime.chunk_execution import RecedingHorizon
@@ -22,9 +24,11 @@ from keygrip.runtime.chunk_execution import RecedingHorizon
 TASK = TaskOptions(name="named_place", distractors=2, pedestal_m=0.06, camera_jitter_deg=5.0)
 
 
-def result(seed: int, success: bool, colour: str = "red", height_cm: float = 0.0) -> EpisodeResult:
+def result(
+    seed: int, success: bool, colour: str = "red", height_cm: float = 0.0, instruction: str = "do it"
+) -> EpisodeResult:
     failure = None if success else "missed"
-    return EpisodeResult(seed, success, failure, 5.0, 3, 10.0, None, None, None, "do it", colour, height_cm)
+    return EpisodeResult(seed, success, failure, 5.0, 3, 10.0, None, None, None, instruction, colour, height_cm)
 
 
 def test_rates_of_each_colour_and_height_stand_beside_the_total() -> None:
@@ -45,6 +49,41 @@ def test_what_does_not_vary_is_not_broken_down() -> None:
     summary = ConditionResult("as_trained", {}, [result(0, True), result(1, False)]).summary()
     assert "by_colour" not in summary
     assert "by_height" not in summary
+    assert "by_instruction" not in summary
+
+
+def test_rates_of_each_instruction_stand_beside_the_total() -> None:
+    sentences = ["lift it", "push it", "push it", ""]
+    episodes = [result(i, i != 1, colour="", instruction=sentence) for i, sentence in enumerate(sentences)]
+    summary = ConditionResult("as_trained", {}, episodes).summary()
+    sentences_of = {name: (part["successes"], part["episodes"]) for name, part in summary["by_instruction"].items()}
+    assert sentences_of == {"lift it": (1, 1), "no instruction": (1, 1), "push it": (1, 2)}
+    pushed = summary["by_instruction"]["push it"]
+    assert pushed["success_low"] < pushed["success_rate"] == 0.5 < pushed["success_high"]
+
+
+def test_a_breakdown_of_more_than_200_instructions_is_left_out() -> None:
+    for number in (200, 201):
+        episodes = [result(i, True, instruction=f"go to place {i}") for i in range(number)]
+        assert ("by_instruction" in ConditionResult("as_trained", {}, episodes).summary()) == (number == 200)
+
+
+def test_rates_of_instructions_are_logged_by_short_names(tmp_path: Path) -> None:
+    """Sentences may be long, and may have characters that a logger replaces."""
+    sentences = [
+        "Push the red block, then lift it slowly off the table",
+        "Push the red block, then lift it slowly. Stop",
+    ]
+    episodes = [result(i, i == 0, colour="", instruction=sentence) for i, sentence in enumerate(sentences)]
+    results = [ConditionResult("as_trained", {}, episodes)]
+    logged: dict[str, float] = {}
+    logger = SimpleNamespace(log_metrics=lambda figures, step: logged.update(figures))
+    trainer: Any = SimpleNamespace(loggers=[logger], global_step=2)
+    show_in_loggers(trainer, closed_loop.summarise(results), results, tmp_path)
+    name = "closed_loop/as_trained/success_rate"
+    short = "push_the_red_block_then_lift_it_slowly_o"
+    other = "push_the_red_block_then_lift_it_slowly_s"
+    assert logged == {name: 0.5, f"{name}_by_kind/{short}": 1.0, f"{name}_by_kind/{other}": 0.0}
 
 
 class Person:
@@ -104,7 +143,7 @@ def test_who_reads_the_instruction_succeeds_and_sees_every_camera(monkeypatch: p
     assert not np.array_equal(over["image"], front["image"])
 
 
-def test_pictures_are_drawn_for_plans_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_drawn_for_plans_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skipping the other images does not change the result."""
     drawn: list[int] = []
     observe = YamCell.observation

@@ -277,7 +277,7 @@ def test_what_is_drawn_is_compared_with_what_was_asked_for(root: Path) -> None:
     right = {name: float(values.mean()) for name, values in suite.measure(real, own).items()}
     assert right["psnr_db"] == pytest.approx(100)
     assert right["ssim"] > 0.999
-    assert right["judge_distance"] == pytest.approx(0, abs=1e-6)
+    assert right["classifier_distance"] == pytest.approx(0, abs=1e-6)
     assert right["dino_distance"] == pytest.approx(0, abs=1e-5)
     assert right["cube_px"] < 0.5
     assert (right["cube_within_4px"], right["block_within_4px"], right["colour_as_asked"]) == (1, 1, 1)
@@ -527,7 +527,7 @@ def test_without_the_weights_of_lpips_it_says_what_stands_in(monkeypatch: pytest
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     distances = Distances(small_encoders(), SEEN, "auto")
     assert str(tmp_path) in distances.note
-    assert "judge_distance and dino_distance" in distances.note
+    assert "classifier_distance and dino_distance" in distances.note
     pictures = torch.rand(2, 3, 32, 32)
     assert "lpips" not in distances(pictures, pictures)
     assert Distances(small_encoders(), None, "none").note == "LPIPS was switched off."
@@ -557,7 +557,7 @@ def _stored(folder: Path) -> Any:
     return torch.load(folder / "checkpoints" / LPIPS_FILE, weights_only=True)
 
 
-def test_means_are_over_pictures_and_not_over_batches() -> None:
+def test_means_are_over_images_and_not_over_batches() -> None:
     figures = summarise({"cube_px": [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0])], "none": [torch.zeros(0)]})
     assert figures == {"images": 4, "cube_px": 4.0, "cube_px_median": 2.0}
 
@@ -565,7 +565,7 @@ def test_means_are_over_pictures_and_not_over_batches() -> None:
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 
-def test_the_suite_writes_a_report_with_pictures(root: Path, tmp_path: Path) -> None:
+def test_the_suite_writes_a_report_with_figures(root: Path, tmp_path: Path) -> None:
     data = shards(root)
     figures, pictures = run_suite(module_for(data), data, quick(), tmp_path / "out")
     assert set(figures["cases"]) == {*CASES, "unrelated_image", "real"} - {"scales", "steps"}
@@ -738,6 +738,7 @@ def test_the_command_and_the_callback_evaluate_a_run(root: Path, tmp_path: Path)
         )
     assert not (tmp_path / "other" / "checkpoints").exists()
     del info["splits"]["val"]
+    (tmp_path / "without" / "val").unlink()
     (tmp_path / "without" / "images.json").write_text(json.dumps(info))
     with pytest.raises(ValueError, match=r"after training: give callbacks\.images=null"):  # nor a val split
         train.run(
@@ -1016,7 +1017,7 @@ def test_tables_have_a_column_for_each_figure_of_any_row() -> None:
     ]
 
 
-def test_the_scale_map_is_a_picture() -> None:
+def test_the_scale_map_is_a_figure() -> None:
     rows = [
         {"text_scale": t, "dino_scale": d, "colour_as_asked": 0.5, "cube_within_4px": 1.0}
         for t in (1, 4)

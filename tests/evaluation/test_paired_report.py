@@ -18,6 +18,7 @@ from keygrip.config import config_folder
 from keygrip.evaluation.paired_report import NAME, PairedReport, make_report
 from keygrip.evaluation.statistics import holm, paired_difference, pooled_interval, wilson_interval
 from keygrip.training.results import write_result
+from keygrip.training.sweeps import close_sweeps
 
 
 def outcomes(both: int, first: int, second: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -90,6 +91,16 @@ def test_comparisons_need_the_same_episodes() -> None:
 
 def by_number(outcomes: Any) -> list[dict[Any, bool]]:
     return [dict(enumerate(map(bool, training))) for training in outcomes]
+
+
+def test_the_interval_of_one_training_is_that_of_its_successes() -> None:
+    """One is computed for a number of trials that need not be whole, the other by scipy."""
+    for trials in (1, 7, 40):
+        for successes in range(trials + 1):
+            one = {number: number < successes for number in range(trials)}
+            for confidence in (0.8, 0.95):
+                wanted = wilson_interval(successes, trials, confidence)
+                assert pooled_interval([one], confidence) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_interval_of_several_trainings_counts_episodes_not_their_repetitions() -> None:
@@ -183,6 +194,33 @@ def test_each_reference_may_have_arms_of_its_own(tmp_path: Path, caplog: pytest.
     assert found["comparisons"][1]["p_holm"] == pytest.approx(3 * found["comparisons"][1]["p_value"])
     assert "no finished job of qformer" in caplog.text
     assert "no finished job of lost" in caplog.text
+
+
+def test_a_sweep_of_one_arm_reports_its_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows of a comparison may be run one by one; they are compared once the reference is there too."""
+    close_sweeps()
+    won, lost = [True] * 15 + [False] * 5, [False] * 20
+    job(tmp_path, "qformer", 0, won)
+    report, config = PairedReport({"none": ["qformer"]}), OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    report.on_multirun_end(config)
+    assert close_sweeps() == [], "else the command would end with exit code 1"
+    found = json.loads((tmp_path / f"{NAME}.json").read_text())
+    assert (found["comparisons"], found["not_compared"]) == ([], [])
+    assert found["arms"]["qformer"] == {
+        **{"successes": 15, "episodes": 20, "seeds": 1},
+        **dict(zip(("low", "high"), map(pytest.approx, wilson_interval(15, 20)), strict=True)),
+    }
+    text = (tmp_path / f"{NAME}.md").read_text()
+    assert "| qformer | 15 of 20 | 53.1 to 88.8 % | 1 " in text
+    assert text in capsys.readouterr().err
+    job(tmp_path, "none", 0, lost)
+    report.on_multirun_end(config)
+    assert json.loads((tmp_path / f"{NAME}.json").read_text())["number_of_comparisons"] == 1
+    assert "| qformer | 15 of 20 | none " in (tmp_path / f"{NAME}.md").read_text()
+    job(tmp_path / "again", "none", 0, lost)
+    report.on_multirun_end(config)
+    (line,) = close_sweeps()
+    assert "two finished jobs of ablation=none and training seed 0" in line
 
 
 def test_jobs_that_differ_in_more_than_the_seed_are_not_paired(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def test_the_open_loop_of_a_mac_computes_where_training_did(monkeypatch: pytest.
             return []
 
     data = SimpleNamespace(prepare_data=lambda: None, setup=lambda stage: None)
-    monkeypatch.setattr("lightning.pytorch.Trainer", Recorder)
+    monkeypatch.setattr("keygrip.evaluation.policy.Trainer", Recorder)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     open_loop(SimpleNamespace(stored_data=lambda changes: data, module=None))  # type: ignore[arg-type]
     assert chosen["accelerator"] == "cpu"
@@ -328,7 +328,7 @@ def test_a_policy_is_evaluated_on_the_gpu_if_there_is_one(
         def validate(self, *_: Any, **__: Any) -> list[Any]:
             return []
 
-    monkeypatch.setattr("lightning.pytorch.Trainer", Recorder)
+    monkeypatch.setattr("keygrip.evaluation.policy.Trainer", Recorder)
     monkeypatch.setattr("torch.cuda.is_available", lambda: available)
     for module in ("closed_loop", "policy"):
         monkeypatch.setattr(f"keygrip.evaluation.{module}.refuse_missing_device", lambda device: None)

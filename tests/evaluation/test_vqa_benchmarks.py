@@ -190,7 +190,7 @@ def test_a_list_beside_those_of_the_tasks_does_not_double_the_questions(
     assert f"{list_}: 3 questions are left out, which another file has" in caplog.text
 
 
-def test_frames_of_a_video_a_folder_and_a_picture(tmp_path: Path) -> None:
+def test_frames_of_a_video_a_folder_and_an_image(tmp_path: Path) -> None:
     frames = read_frames(video(tmp_path / "v.mp4", seconds=4), 28, "stretch", 64)
     assert frames.shape == (4, 28, 28, 3)
     assert np.all(np.diff(frames.mean((1, 2, 3))) > 40)

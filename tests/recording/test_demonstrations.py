@@ -71,7 +71,7 @@ def test_commands_lead_and_the_arm_follows(serial: Path) -> None:
     assert set(np.unique(arm.commanded.gripper)) == {0.0, 1.0}
 
 
-def test_the_environment_shows_the_recorded_picture(serial: Path) -> None:
+def test_the_environment_shows_the_recorded_image(serial: Path) -> None:
     demo = by_name(serial)["pick_0000000"].read()
     camera = demo.cameras["over"]
     cell = YamCell(PICK, image_size=SIZE)
@@ -245,7 +245,7 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_camera_jitter_moves_the_camera_in_file_and_picture(tmp_path: Path) -> None:
+def test_camera_jitter_moves_the_camera_in_file_and_image(tmp_path: Path) -> None:
     task = TaskOptions(name="reach", camera_jitter_deg=15.0)
     record(task, tmp_path, 2, image_size=SIZE, cameras=("over", "front"), progress=False)
     one, two = (by_name(tmp_path)[f"reach_000000{i}"].read() for i in range(2))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -1101,3 +1101,57 @@ class TestRandomPlans:
             robot.command(np.array([[3.0, 0, 0.2, 0, 1, 0, 0, 1]]))
         robot.wait_until(3 / robot.control_hz)
         assert robot.refused == [False, False, False, True]
+
+
+@pytest.fixture(scope="module")
+def latency_benchmark() -> ModuleType:
+    return imported("benchmarks/control_loop/control_loop.py")
+
+
+class TestPeriodsChangedByLimits:
+    """benchmarks/control_loop/control_loop.py."""
+
+    @pytest.mark.parametrize(
+        ("offset", "turn", "opening", "changed"),
+        [
+            (0.0, 0.0, 1.0, False),
+            (0.9e-3, 0.009, 0.995, False),
+            (1.1e-3, 0.0, 1.0, True),
+            (0.0, 0.011, 1.0, True),
+            (0.0, 0.0, 0.98, True),
+        ],
+    )
+    def test_a_command_beside_its_target_is_changed(
+        self, latency_benchmark: ModuleType, offset: float, turn: float, opening: float, changed: bool
+    ) -> None:
+        turned = Rotation.from_rotvec([0.0, turn, 0.0]) * Rotation.from_quat(DOWN, scalar_first=True)
+        other = np.concatenate([START[:3] + [0.0, offset, 0.0], -turned.as_quat(scalar_first=True), [opening]])
+        still = np.concatenate([START[:7], [1.3]])  # an opening above 1 is 1
+        for target, command in ((np.stack([still, still]), np.stack([START, other])), (still[None], other[None])):
+            tick = Tick(0.0, target, command, State.RUNNING, False, 0.0)
+            assert latency_benchmark.changed_by_limits(tick) is changed
+        assert not latency_benchmark.changed_by_limits(Tick(0.0, None, START[None], State.HOLDING, False, 0.0))
+
+    @pytest.mark.parametrize(("speed_m_s", "changed"), [(0.6, False), (0.02, True)])
+    def test_the_record_has_the_share_of_periods_that_limits_changed(
+        self, latency_benchmark: ModuleType, speed_m_s: float, changed: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It had the share of periods with a person's command, which was always 0."""
+
+        class Cell(PointArm):
+            cell = SimpleNamespace(task=SimpleNamespace(time_limit_s=3.0))
+
+            def reset(self, seed: int) -> None: ...
+
+            def outcome(self) -> tuple[bool, str | None]:
+                return self.now() >= 2.0, None
+
+        monkeypatch.setitem(latency_benchmark._state, "policy", Clockwork())
+        monkeypatch.setitem(latency_benchmark._state, "robot", Cell())
+        monkeypatch.setattr(latency_benchmark, "LIMITS", replace(LIMITS, speed_m_s=speed_m_s))
+        result = latency_benchmark.episode("CHECKPOINT", {"task": {}, "asynchronous": {}}, "asynchronous_150_ms", 3)
+        assert result["ticks"] == 20
+        figures = latency_benchmark.summary([result, result | {"ticks": 60, "ticks_changed_by_limits": 0}])
+        assert figures["share_changed_by_limits"] == round(result["ticks_changed_by_limits"] / 80, 4)
+        assert (figures["share_changed_by_limits"] > 0.1) is changed
+        assert (figures["share_changed_by_limits"] == 0) is not changed

@@ -6,6 +6,7 @@ import json
 import queue
 import re
 import signal
+import sys
 import threading
 import wave
 from collections.abc import Callable, Iterable, Iterator
@@ -998,7 +999,7 @@ def test_one_edge_of_a_camera_image_is_refused(size: dict[str, int]) -> None:
         VideoCamera("/dev/video9", **size)
 
 
-def test_a_source_without_a_picture_is_a_lost_camera_with_its_reason(tmp_path: Path) -> None:
+def test_a_source_without_an_image_is_a_lost_camera_with_its_reason(tmp_path: Path) -> None:
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 800, "NONE", ""))
         sound.writeframes(bytes(1600))
@@ -1183,6 +1184,148 @@ def test_the_figure_of_a_dry_run_names_the_arms_and_the_limits(calibration: Path
     assert "outside the workspace" in " ".join(said.split())
     assert not any(name in said for name in found.summary() if "_" in name)  # keys of the figures in JSON
     assert "limit" not in "\n".join(describe_results(found, None)).replace("limits: none", "")
+
+
+class Recorded:
+    """Stands for the package rerun, with the part of its interface that a dry run uses; other arguments are errors.
+
+    `logged`: path, kind and values of each entity, and its time: timeline and value, None if it is static.
+    """
+
+    def __init__(self) -> None:
+        logged: list[tuple[str, str, dict[str, Any], tuple[str, float] | None]] = []
+
+        class RecordingStream:
+            def __init__(self, application_id: str) -> None:
+                self.time: dict[str, float] = {}
+
+            def save(self, path: Path) -> None:
+                path.write_bytes(b"RRF2")
+
+            def set_time(self, timeline: str, *, sequence: int | None = None, duration: float | None = None) -> None:
+                assert (sequence is None) != (duration is None)
+                self.time[timeline] = float(duration if sequence is None else sequence)  # type: ignore[arg-type]
+
+            def reset_time(self) -> None:
+                self.time.clear()
+
+            def log(self, entity_path: str, entity: tuple[str, dict[str, Any]], *, static: bool = False) -> None:
+                times = [*self.time.items()]
+                assert static or len(times) == 1, "logged without a time, or on two timelines"
+                logged.append((entity_path, *entity, None if static else times[0]))
+
+            def flush(self) -> None: ...
+
+            def disconnect(self) -> None: ...
+
+        self.RecordingStream, self.logged = RecordingStream, logged
+
+    def Image(self, image: np.ndarray) -> tuple[str, dict[str, Any]]:
+        return "image", {"image": image}
+
+    def LineStrips3D(self, strips: list[np.ndarray]) -> tuple[str, dict[str, Any]]:
+        return "strips", {"strips": strips}
+
+    def Points3D(self, positions: list[np.ndarray], *, radii: list[float]) -> tuple[str, dict[str, Any]]:
+        return "points", {"positions": positions, "radii": radii}
+
+    def Boxes3D(self, *, centers: list[np.ndarray], half_sizes: list[np.ndarray]) -> tuple[str, dict[str, Any]]:
+        return "boxes", {"centers": centers, "half_sizes": half_sizes}
+
+    def Scalars(self, scalars: float) -> tuple[str, dict[str, Any]]:
+        assert type(scalars) is float
+        return "scalars", {"scalars": scalars}
+
+    def TextDocument(self, text: str) -> tuple[str, dict[str, Any]]:
+        return "text", {"text": text}
+
+    def static(self, path: str) -> list[dict[str, Any]]:
+        """Return what was logged at a path without a time."""
+        return [values for at, _, values, time in self.logged if at == path and time is None]
+
+    def series(self, path: str) -> tuple[str, np.ndarray, np.ndarray]:
+        """Return the timeline, times and values of a path's numbers."""
+        rows = [(*time, values["scalars"]) for at, _, values, time in self.logged if at == path and time is not None]
+        (timeline,) = {row[0] for row in rows}
+        return timeline, np.array([row[1] for row in rows]), np.array([row[2] for row in rows])
+
+
+def test_a_rerun_recording_of_a_dry_run_has_plan_limits_and_times(
+    tmp_path: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had no limit, no speed and no series of planning times."""
+
+    class Fast(Sideways):
+        """1 m/s."""
+
+        def plan(self, observation: Observation) -> Plan:
+            return replace(super().plan(observation), step_seconds=0.01)
+
+    camera, file = Still(), tmp_path / "plan.rrd"
+    arm = YamArms({"right": Driver()}, {"over": camera}, calibration)
+    camera.taken = arm.now
+    execution = ChunkExecution(SimulatedPlanner(Fast(), lambda: 0.0), arm.control_hz)
+    recorded = Recorded()
+    monkeypatch.setitem(sys.modules, "rerun", recorded)
+    assert dry_run(Fast(), arm, WIDE, file, execution)["dry_run"] == str(file)
+    assert [path.name for path in tmp_path.glob("plan*")] == ["plan.rrd"]
+    found = rehearse(Fast(), arm, WIDE, execution)
+    times, commands = found.times, found.commands[:, 0]
+
+    timeline, numbers, planning = recorded.series("planning_ms")
+    assert timeline == "plan_number"
+    np.testing.assert_array_equal(numbers, [1, 2, 3, 4, 5])
+    summary = json.loads(recorded.static("summary")[0]["text"])
+    assert round(float(planning.max()), 1) == summary["plan_ms_max"]
+
+    for path, poses in (("limited", commands), ("plan", found.targets[:, 0])):
+        timeline, moments, speeds = recorded.series(f"speed_m_s/{path}/right")
+        assert timeline == "plan"
+        np.testing.assert_allclose(moments, times[1:])
+        np.testing.assert_allclose(speeds, np.linalg.norm(np.diff(poses[:, :3], axis=0), axis=1) * arm.control_hz)
+        np.testing.assert_allclose(recorded.static(f"right/{path}")[0]["strips"][0], poses[:, :3])
+    assert speeds.max() > WIDE.speed_m_s  # of the plan: the limits have something to do
+    _, moments, behind = recorded.series("behind_m/right")
+    np.testing.assert_allclose(moments, times)
+    assert behind.max() == pytest.approx(summary["furthest_behind_cm"] / 100, abs=1e-4)
+    for path, limit in (("speed_m_s/limit", WIDE.speed_m_s), ("behind_m/limit", WIDE.lag_m)):
+        _, moments, values = recorded.series(path)
+        np.testing.assert_allclose(moments, times)
+        assert set(values) == {limit}
+    np.testing.assert_allclose(recorded.series("right/gripper")[2], commands[:, 7])
+
+    (box,) = recorded.static("limits/workspace")
+    np.testing.assert_allclose(box["centers"][0] - box["half_sizes"][0], WIDE.box()[0])
+    np.testing.assert_allclose(box["centers"][0] + box["half_sizes"][0], WIDE.box()[1])
+    (table,) = recorded.static("limits/table")[0]["strips"]
+    assert (table[:, 2] == WIDE.table_height_m).all()
+    assert (table[:, :2].min(axis=0) < commands[:, :2].min(axis=0)).all()
+    assert (table[:, :2].max(axis=0) > commands[:, :2].max(axis=0)).all()
+    assert f"(limit {WIDE.speed_m_s:g})" in recorded.static("results")[0]["text"]
+    assert recorded.static("camera")[0]["image"].shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("limits", "shown"),
+    [
+        (None, set()),
+        (MotionLimits(table_height_m=None), {"speed_m_s/limit", "behind_m/limit"}),
+        (MotionLimits(), {"speed_m_s/limit", "behind_m/limit", "limits/table"}),  # its box is open at five sides
+    ],
+)
+def test_a_rerun_recording_has_only_the_limits_that_exist(
+    limits: MotionLimits | None, shown: set[str], tmp_path: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    camera, recorded = Still(), Recorded()
+    arm = YamArms({"right": Driver()}, {"over": camera}, calibration)
+    camera.taken = arm.now
+    execution = ChunkExecution(SimulatedPlanner(Sideways(), lambda: 0.0), arm.control_hz)
+    monkeypatch.setitem(sys.modules, "rerun", recorded)
+    dry_run(Sideways(), arm, limits, tmp_path / "plan.rrd", execution)
+    assert {
+        path for path, *_ in recorded.logged if "limit" in path.split("/", 1)[0] or path.endswith("/limit")
+    } == shown
+    assert "speed_m_s/limited/right" in {path for path, *_ in recorded.logged}
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from keygrip.benchmarks import server_clients
 from keygrip.models.policy import Needs, Plan
 from keygrip.runtime import wire
 from keygrip.runtime.client import RemotePolicy, ServerError
+from keygrip.runtime.messagepack import pack
 from keygrip.runtime.plausibility import Bounds, ImplausibleError, PlausiblePolicy
 from keygrip.runtime.wire import CONTENT_TYPE, encode_observation
 from keygrip.serve import tls_context
@@ -189,7 +191,15 @@ def post(port: int, body: bytes) -> bytes:
         return connection.recv(65536)
 
 
-def test_floods_of_names_are_refused_unread(running: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def malformed() -> tuple[list[bytes], list[bytes]]:
+    """Messages with 200 000 names, deeply nested and damaged: for HTTP, and for openpi's websocket."""
+    return server_clients.malformed_bodies(), server_clients.malformed_messages()
+
+
+def test_floods_of_names_are_refused_unread(
+    running: Start, malformed: tuple[list[bytes], list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A valid body of 13 MB with 200 000 names took 2.5 s to decode, and no client was answered meanwhile. Now no long
     header is parsed, and no array is made from such a body."""
     parsed: list[int] = []
@@ -201,13 +211,11 @@ def test_floods_of_names_are_refused_unread(running: Start, monkeypatch: pytest.
 
     monkeypatch.setattr(wire, "json", SimpleNamespace(loads=parse))
     monkeypatch.setattr(wire, "load", loaded.append)
-    entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
-    many = json.dumps({f"{number:032x}": entry for number in range(100_000)}).encode()
-    deep = b'{"a":' * 3000 + b"1" + b"}" * 3000
-    long_name = json.dumps({"x" * 10_000: entry}).encode()
+    long_name = json.dumps({"x" * 10_000: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
     server = running()
-    bodies = [struct.pack("<Q", len(header)) + header for header in (many, deep, long_name)]
-    assert len(bodies[0]) > 9e6
+    many, deep, _ = malformed[0]
+    bodies = [many, deep, struct.pack("<Q", len(long_name)) + long_name]
+    assert 12.5e6 < len(bodies[0]) < 16e6  # is read, and not refused for its size
     with ThreadPoolExecutor(4) as crowd:
         answers = list(crowd.map(lambda body: post(server.port, body), bodies * 4))
     assert all(b"400 Bad Request" in answer or b"503 " in answer for answer in answers)
@@ -216,6 +224,56 @@ def test_floods_of_names_are_refused_unread(running: Start, monkeypatch: pytest.
     assert all(len(answer) < 1000 for answer in [*answers, *alone])  # a refusal does not repeat the request
     assert set(parsed) == {len(long_name)}
     assert not loaded
+
+
+def one_camera(seen: dict[str, Any]) -> dict[str, Any]:
+    """Return an observation without the parts that a policy with one camera and no instruction does not read."""
+    names = ("image", "intrinsics", "world_to_camera", "position", "quaternion", "gripper")
+    return {name: seen[name] for name in names}
+
+
+def test_every_attack_of_the_load_benchmark_is_refused_with_a_reason(
+    running: Start,
+    dice: Any,
+    observation: Observe,
+    malformed: tuple[list[bytes], list[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server_clients, "malformed_bodies", lambda: malformed[0])
+    monkeypatch.setattr(server_clients, "malformed_messages", lambda: malformed[1])
+    needs, seen = Needs(("right",)), one_camera(observation())
+    server = running(dice(workspace=BOX), needs=needs)
+    attacks = server_clients.prepare_attacks(server.url, seen)
+    assert len(attacks) == 18
+    assert all(12.5e6 < len(flood) < 16e6 for _, flood in attacks[:2])
+    at_once = SimpleNamespace(poll=lambda: True)  # each is sent once all the same
+    assert server_clients.attack(server.url, at_once, attacks) == {"sent": 18, "refused": 18}
+    answers = server.server.service.metrics.answers
+    assert [answers[protocol, 400] + answers[protocol, 422] for protocol in ("http", "openpi")] == [9, 9]
+    assert server_clients.post_plan(server.url, encode_observation(seen, needs)) == "answered"
+    assert server_clients.send_message(server.url, pack(seen)) == "answered"
+
+
+def test_the_load_benchmark_tells_plans_that_are_not_finite_and_failures(
+    running: Start, toy: Any, observation: Observe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(toy):  # type: ignore[misc]
+        fails = False
+
+        def plan(self, seen: Any) -> Plan:
+            if self.fails:
+                raise RuntimeError("out of memory")
+            return replace(super().plan(seen), gripper=np.full((1, 3), np.nan))
+
+    needs, seen, policy = Needs(("right",)), one_camera(observation()), Broken()
+    monkeypatch.setattr(Bounds, "refuse_plan", lambda *_: None)
+    server = running(policy, needs=needs)
+    attacks = ((server_clients.post_plan, encode_observation(seen, needs)), (server_clients.send_message, pack(seen)))
+    assert [send(server.url, body) for send, body in attacks] == ["not_finite"] * 2
+    policy.fails = True
+    assert [send(server.url, body) for send, body in attacks] == ["unnamed"] * 2
+    server.stop()
+    assert [send(server.url, body) for send, body in attacks] == ["cut_off"] * 2
 
 
 def test_a_web_page_gets_no_answer(running: Start) -> None:

@@ -50,5 +50,8 @@ def test_every_plan_of_a_crowd_is_the_policys_own() -> None:
         )
     )
     assert (figures["requests"], figures["different"], figures["not_finite"]) == (24, 0, 0)
-    assert figures["attacks_answered"] == 0
+    assert figures["attackers"] == 4
+    assert figures["attacks_sent"] >= 4 * 18  # each attacker sends every attack, over both protocols
+    assert figures["attacks_refused"] == figures["attacks_sent"]
+    assert figures["attacks_answered"] == figures["attacks_not_finite"] == figures["attacks_unnamed"] == 0
     assert figures["health_requests"] > 0

@@ -54,7 +54,7 @@ def test_an_observation_arrives_as_it_was(observation: Observe, needs: Needs) ->
     assert seen["gripper"].shape == (1,)
 
 
-def test_a_policy_of_one_camera_is_sent_one_picture(observation: Observe) -> None:
+def test_a_policy_of_one_camera_is_sent_one_image(observation: Observe) -> None:
     needs = Needs(arms=("left", "right"))
     two = {"position": np.zeros((2, 3)), "quaternion": np.tile([1.0, 0, 0, 0], (2, 1)), "gripper": np.ones(2)}
     seen, _ = decode_request(encode_observation(observation(**two), needs), needs)

@@ -10,10 +10,13 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from keygrip.config import config_folder, register_options
+from keygrip.config import TrainSchema, config_folder, register_options
+from keygrip.setting_types import refuse_ill_typed
+from keygrip.training.compatibility import refuse_unfit
 from keygrip.training.run_folder import register_resolvers
+from keygrip.unread_settings import refuse_unread
 
 
 def composed(root: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
@@ -53,3 +56,17 @@ def assert_fits(path: str, node: dict[str, Any]) -> None:
         signature.bind_partial(**given)
     else:
         signature.bind(**given)
+
+
+def assert_sound(cfg: DictConfig) -> None:
+    """Assert that the config of a run fits the code, that nothing in it is left unread, and that it is not refused. Its
+    run folder is given, if it has none."""
+    for path, node in nodes(OmegaConf.to_container(cfg, resolve=False)):
+        assert_fits(path, node)
+    refuse_unfit(cfg)
+    refuse_unread(cfg, TrainSchema)
+    with open_dict(cfg):
+        cfg.run_dir = cfg.run_dir or "run"  # chosen before settings are checked
+    refuse_ill_typed(OmegaConf.to_container(cfg, resolve=True))
+    if cfg.max_steps > 0 and cfg.limit_val_batches != 0:  # otherwise results would be figures of an earlier step
+        assert cfg.max_steps % cfg.val_every_n_steps == 0, "no validation at the last step"

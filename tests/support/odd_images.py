@@ -276,7 +276,9 @@ def refused() -> dict[str, tuple[bytes, str]]:
     whole = Image.fromarray(PLAIN)
     frames = [whole, Image.fromarray(255 - PLAIN)]
     several = {"save_all": True, "append_images": frames[1:]}
-    bomb = png(struct.pack(">IIBBBBB", 20000, 10000, 8, 2, 0, 0, 0), b"")
+    bomb, smaller_bomb = (
+        png(struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0), b"") for size in ((20000, 10000), (10000, 9500))
+    )
     floats = (GREY * 3.0).astype(np.float32)
     hole = (GREY / 255).astype(np.float32)
     hole[0, 0] = np.nan
@@ -290,6 +292,7 @@ def refused() -> dict[str, tuple[bytes, str]]:
         "animated.webp": (saved(whole, "WEBP", **several), "2 frames"),
         "pages.tif": (saved(whole, "TIFF", **several), "2 frames or pages"),
         "bomb.png": (bomb, "more than the"),
+        "smaller_bomb.png": (smaller_bomb, "it has 10000 x 9500 pixels, more than the"),  # Pillow only warns of it
         "floats.tif": (saved(Image.fromarray(floats), "TIFF"), "0..744, not in 0..1"),
         "hole.tif": (saved(Image.fromarray(hole), "TIFF"), "nan..nan, not in 0..1"),
         "negative.tif": (saved(Image.fromarray(GREY.astype(np.int32) - 5), "TIFF"), "-5..243, not in 0..65535"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from keygrip.models.backbone import DinoBackbone
-from keygrip.models.foveated_vlm.conversations import ConversationCollator, PromptOrder
+from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows
@@ -20,6 +20,7 @@ from keygrip.models.foveated_vlm.self_supervised import (
     SelfSupervisedEncoder,
     SelfSupervisedModule,
 )
+from keygrip.models.language import PromptOrder
 from keygrip.models.language.decoder import LanguageModel
 from keygrip.models.language.llama import Llama
 from keygrip.models.language.tokenizers import TrainedTokenizer

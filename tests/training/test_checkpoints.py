@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 import os
 import pickle
@@ -12,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import get_class
 from lightning import LightningModule
 from omegaconf import OmegaConf
 
-from keygrip import artifacts, train
+from keygrip import artifacts, renamed_settings, train
 from keygrip.config import compose
 from keygrip.training import build_limits
 from keygrip.training.checkpoints import find_checkpoint, load_module, read_checkpoint, trusted_packages
@@ -53,6 +56,54 @@ def test_a_module_comes_back_from_its_checkpoint_alone(run_folder: Path, tmp_pat
     header = checkpoint["keygrip"]
     assert header["config"]["model"]["width"] == 8
     assert header["packages"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_settings_with_former_names_are_read_with_the_new_ones(
+    run_folder: Path, toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run_folder / "checkpoints" / "last.ckpt"
+    content = read_checkpoint(file)
+    model = content["keygrip"]["config"]["model"]
+    assert model.pop("width") == 8
+    model["breadth"] = "small"
+    AtomicCheckpointIO().save_checkpoint(content, file)
+    with pytest.raises(ValueError, match="do not fit this keygrip"):
+        load_module(file, trust=TRUST)
+    monkeypatch.setitem(renamed_settings.STORED, model["_target_"], {"breadth": ("width", {"small": 8})})
+    assert load_module(file, trust=TRUST).state_dict()["network.0.bias"].shape == (8,)
+    train.run(compose("train", [*toy_overrides("run"), "max_steps=15", "resume=true"]))
+    assert read_checkpoint(file)["global_step"] == 15
+
+
+def test_former_names_of_stored_settings() -> None:
+    stored: dict[str, Any] = {
+        "model": {
+            "_target_": "keygrip.models.geometry_vla.module.GeometryVLAModule",
+            "network": {"vlm": {"_target_": "keygrip.models.language.qwen_vl.QwenVL", "prompt_order": "images_first"}},
+            "log_images": True,
+        },
+        "data": {
+            "_target_": "keygrip.data.image_text.datamodule.ImageShards",
+            "make": {
+                "_target_": "keygrip.data.image_text.bucket_folders.MadeImages",
+                "options": {"train": 3, "picture": {"sizes": [[208, 192, 6]]}},
+            },
+        },
+        "parts": [{"_target_": "keygrip.models.patch_dit.network.PatchDiT", "level_hidden": 1, "width": 2}],
+        "other": {"_target_": "my_lab.Network", "log_images": True, "level_hidden": 3},
+    }
+    before = copy.deepcopy(stored)
+    now = renamed_settings.with_new_names(stored)
+    assert stored == before
+    assert now["model"]["log_images_every_n_steps"] == 1
+    assert now["model"]["network"]["vlm"]["prompt_order"] == "visual_first"
+    assert now["data"]["make"]["options"] == {"train": 3, "image": {"sizes": [[208, 192, 6]]}}
+    assert now["parts"] == [{"_target_": "keygrip.models.patch_dit.network.PatchDiT", "timestep_hidden": 1, "width": 2}]
+    assert now["other"] == stored["other"], "a class of another package"
+    assert renamed_settings.with_new_names(now) == now
+    for target, names in renamed_settings.STORED.items():
+        settings = inspect.signature(get_class(target)).parameters
+        assert {new.partition(".")[0] for new, _ in names.values()} <= settings.keys(), target
 
 
 def test_a_loaded_module_keeps_nothing_in_its_file(run_folder: Path) -> None:

@@ -206,7 +206,7 @@ def test_accuracy_has_a_panel_where_a_run_logged_one() -> None:
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", pytest.param("csv", marks=pytest.mark.slow)])
-def test_a_sweep_leaves_a_picture_of_losses_against_compute(cli: Callable[..., Any], logger: str) -> None:
+def test_a_sweep_leaves_a_figure_of_losses_against_compute(cli: Callable[..., Any], logger: str) -> None:
     """A failed job has no curve, and does not prevent those of the others."""
     conf = str(Path(__file__).parents[1] / "support" / "conf")
     toy = ["--config-dir", conf, "-m", "model=toy", "data=toy", "strategy=cpu", f"logger={logger}", "max_steps=6"]

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import keygrip
 from keygrip.config import SettingError, compose, config_folder
-from keygrip.training.idle_settings import ATTRIBUTE, refuse_idle, refuse_idle_ablation, unread
+from keygrip.training.idle_settings import refuse_idle, refuse_idle_ablation, unread
+from keygrip.training.parts import READ_WHERE
 
 VLM = ("model=foveated_vlm", "data=robot_tours")
 DIT = ("model=patch_dit", "data=robot_images")
@@ -149,7 +150,7 @@ def test_conditions_name_settings_that_there_are() -> None:
             target = node.get("_target_")
             built = get_object(target) if isinstance(target, str) else None
             known = set(inspect.signature(built).parameters) if built is not None else set()
-            for name, where in getattr(built, ATTRIBUTE, {}).items():
+            for name, where in getattr(built, READ_WHERE, {}).items():
                 found.add(f"{target}.{name}")
                 assert {each.partition(".")[0] for each in (name, *where.settings)} <= known, (target, name)
             for key in node:

@@ -17,7 +17,14 @@ from keygrip import train
 from keygrip.config import compose
 from keygrip.models.backbone import DinoBackbone
 from keygrip.training.checkpoints import load_module, read_checkpoint
-from keygrip.training.parts import UntrustedPartError, build_stored, model_part, named_packages
+from keygrip.training.parts import (
+    UntrustedPartError,
+    build_stored,
+    external_settings,
+    model_part,
+    named_packages,
+    without_omitted_parts,
+)
 from keygrip.training.saving import AtomicCheckpointIO
 
 TRUST = ["toy_parts"]
@@ -434,6 +441,43 @@ def test_files_outside_a_checkpoint_are_named_by_the_caller_alone(monkeypatch: p
         build_stored({"encoders": {"text": node}}, "model")
     with pytest.raises(ValueError, match="is no setting of this checkpoint"):
         build_stored({}, "model", external={"encoders.text.source": "x"})
+
+
+def test_a_part_that_nothing_uses_is_omitted_with_the_files_that_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "omitting_lab.py").write_text(
+        "from keygrip.training.parts import ReadWhere, model_part\n"
+        "@model_part(external=['file'])\n"
+        "class Tower:\n    def __init__(self, file=None):\n        self.file = file\n"
+        "@model_part\n"
+        "class Net:\n"
+        "    read_where = {'seen': ReadWhere('looks', omitted=True), 'kept': ReadWhere('looks')}\n"
+        "    def __init__(self, seen=None, kept=None, looks=True):\n        self.seen, self.kept = seen, kept\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tower, net = {"_target_": "omitting_lab.Tower"}, {"_target_": "omitting_lab.Net"}
+    both = {"net": net | {"seen": tower | {"file": "a"}, "looks": False}}
+    caplog.set_level("INFO")
+    for external in ({}, {"net.seen.file": "a"}):
+        assert build_stored(both, "model", ["omitting_lab"], external)["net"].seen is None
+    assert "external.net.seen.file=a is not read: this model does not use net.seen" in caplog.text
+    assert both["net"]["seen"] == tower | {"file": "a"}, "the stored settings stay as they are"
+    assert without_omitted_parts(both) == {"net": net | {"seen": None, "looks": False}}
+    assert external_settings({"model": both}) == {}
+    looking = {"net": both["net"] | {"looks": True}}
+    assert without_omitted_parts(looking) == looking
+    assert external_settings(looking) == {"net.seen.file": "a"}
+    with pytest.raises(UntrustedPartError, match=r"external=\{net.seen.file: PATH\}"):
+        build_stored(looking, "model", ["omitting_lab"])
+    assert build_stored(looking, "model", ["omitting_lab"], {"net.seen.file": "b"})["net"].seen.file == "b"
+    with pytest.raises(UntrustedPartError, match="kept"):  # the class does not say that it accepts None
+        build_stored({"net": net | {"kept": tower | {"file": "a"}, "looks": False}}, "model", ["omitting_lab"])
+    without_files = {"net": net | {"seen": tower, "looks": False}}  # built as before: it may draw random numbers
+    assert build_stored(without_files, "model", ["omitting_lab"])["net"].seen is not None
+    evil = {"net": net | {"seen": {"_target_": "os.system", "command": "x"}, "looks": False}}
+    with pytest.raises(UntrustedPartError, match=r"os\.system is not built"):
+        build_stored(evil, "model", ["omitting_lab"])
 
 
 def test_absurd_configurations_are_refused() -> None:

@@ -592,7 +592,7 @@ def test_resuming_with_other_settings_names_them(toy_overrides: Callable[..., li
         *("model.network.geometry.cache.limit_gb", "data.max_skipped_share", "data.max_broken_share"),
         *("data.record.processes", "data.make.options.processes", "data.sources.tours.make.options.processes"),
         *("data.memory_gb", "data.root", "data.sources.tours.root", "strategy.reshard_after_forward"),
-        *("model.log_images_every_n_steps", "model.log_images", "model.shown", "model.monitor_from_step"),
+        *("model.log_images_every_n_steps", "model.shown", "model.monitor_from_step", "data.val_questions"),
     ],
 )
 def test_settings_that_change_no_weight_may_differ(name: str) -> None:
@@ -610,6 +610,19 @@ def test_settings_that_change_no_weight_may_differ(name: str) -> None:
             assert differing_settings(then, now | {"data": now["data"]}).startswith(name)
         assert name in differing_settings(settings("there"), settings("here"), finished=True)
         assert name in differing_settings(settings("there", "toy_parts.ToyData"), settings("here", "toy_parts.ToyData"))
+
+
+@pytest.mark.parametrize(
+    ("then", "now"), [({"caption": 0}, None), ({"caption": 0, "mark": 8}, {"mark": 8}), (None, {"mark": 8}), (16, 8)]
+)
+def test_other_questions_of_validation_may_be_chosen_when_a_run_is_resumed(then: Any, now: Any) -> None:
+    """Earlier recipes set val_questions.caption=0 beside questions.caption=0, from which it follows now."""
+
+    def settings(questions: Any, val_questions: Any) -> dict[str, Any]:
+        return {"data": {"questions": questions, "val_questions": val_questions}}
+
+    assert differing_settings(settings({"caption": 0}, then), settings({"caption": 0}, now)) == ""
+    assert differing_settings(settings(then, None), settings(now, None)).startswith("data.questions")
 
 
 @pytest.mark.parametrize(

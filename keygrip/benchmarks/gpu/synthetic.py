@@ -105,6 +105,7 @@ def foveated_vlm(overrides: Sequence[str], frames: int, text_tokens: int) -> tup
             source=["random"] * count,
             key=[str(row) for row in range(count)],
             texts=[],
+            seconds=[tuple(map(float, range(frames)))] * count,
         )
 
     return module, make

@@ -10,12 +10,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from PIL import Image
 
 BUCKET_NAME = re.compile(r"^bucket_(\d+)x(\d+)$")
 Box = tuple[float, float, float, float]
@@ -78,10 +75,8 @@ def shared_crop(width: int, height: int, bucket: Bucket) -> Box:
     return left, top, min(left + wide, width), min(top + high, height)
 
 
-def cut_out(image: Image, box: Box, size: tuple[int, int]) -> np.ndarray:
+def cut_out(image: Image.Image, box: Box, size: tuple[int, int]) -> np.ndarray:
     """Crop a box from an image and resize it to `size` (width, height): uint8 [height, width, 3]."""
-    from PIL import Image
-
     if image.mode != "RGB":
         image = image.convert("RGB")
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 from keygrip.data.bad_samples import HOSTILE
 from keygrip.data.untrusted_files import open_image
@@ -219,8 +219,6 @@ def _grey_bytes(image: Image.Image, white_is_zero: bool, white: int, exponent: f
 
 def _convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """Convert the image to sRGB. A profile for another colour space than that of the pixels is ignored."""
-    from PIL import ImageCms
-
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
@@ -238,8 +236,6 @@ def _convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 def _shows_as_srgb(profile: bytes) -> bool:
     """Whether an RGB profile changes no channel of any colour by more than 1 of 255. Its name is ignored: some linear
     profiles are called sRGB too. Raise PyCMSError or OSError if it cannot be used."""
-    from PIL import ImageCms
-
     steps = np.linspace(0, 255, 9).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

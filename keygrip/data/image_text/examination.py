@@ -56,15 +56,19 @@ def examine_image_text(shards: ShardSet, sample: int, parts: Parts, report: Shar
     report.contents.append((digest_of({LATENT: parts[LATENT]} if LATENT in parts else parts), name))
 
 
+def split_of(report: ShardReport, root: Path | str) -> str:
+    """Return the split to which a shard below the root belongs; "" in a set without splits."""
+    folder = Path(report.name).relative_to(root).parts[0]
+    return folder if folder in SPLITS else ""
+
+
 def report_near_copies(root: Path | str, reports: Sequence[ShardReport]) -> int | None:
     """Warn about images that look nearly the same: held-out images compared with those of train/, or all images of a
     set without splits, which is divided by keys. Return their number; None if fewer than two images have a thumbnail.
     """
     thumbnails: dict[str, dict[str, bytes]] = {}
     for report in reports:
-        folder = Path(report.name).relative_to(root).parts[0]
-        split = folder if folder in SPLITS else ""
-        thumbnails.setdefault(split, {}).update(report.thumbnails)
+        thumbnails.setdefault(split_of(report, root), {}).update(report.thumbnails)
     images, thumbnail_count = sum(report.has["complete"] for report in reports), sum(map(len, thumbnails.values()))
     if thumbnail_count < 2:
         return None

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from keygrip.artifacts import scratch_folder, write_json
+from keygrip.artifacts import move_folder, scratch_folder, write_json
 from keygrip.data.robot.frames import JpegFrames, depth_millimetres
 from keygrip.data.robot.integrity import write_manifest
 from keygrip.data.robot.schema import (
@@ -60,10 +60,10 @@ class CameraPose:
 class DemoWriter:
     """Writes one native demo folder, frame by frame; a context manager.
 
-    Everything is written to a hidden folder in the same place, which gets the final name when the block ends without an
-    error. After an exception, `discard()` or a kill, no folder has the final name. (The reader skips the hidden folder
-    that a kill leaves; a later process that writes a demo next to it removes it.) If its files are removed during
-    writing, the block ends with FileNotFoundError.
+    Everything is written to a hidden folder in the same place. When the block ends without an error, all files are
+    flushed to the disk, and the folder gets the final name. After an exception, `discard()` or a kill, no folder has
+    the final name. (The reader skips the hidden folder that a kill leaves; a later process that writes a demo next to
+    it removes it.) If its files are removed during writing, the block ends with FileNotFoundError.
 
     Args:
         folder: the demo's folder; must not exist.
@@ -300,7 +300,7 @@ class DemoWriter:
         }
         write_json(self._temporary / "metadata.json", metadata)
         write_manifest(self._temporary)
-        self._temporary.rename(self.folder)
+        move_folder(self._temporary, self.folder)
 
 
 def _checked_depth(camera: str, values: np.ndarray, image: np.ndarray | bytes) -> np.ndarray:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_method, instantiate
+
 from keygrip.artifacts import make_once
 from keygrip.cores import usable_cores
 from keygrip.training.parts import data_part
@@ -83,8 +85,6 @@ class Recording:
     def _record(self, root: Path) -> None:
         held = self.held()
         log.info("%s holds %d of %d demonstrations: recording the others in the simulator", root, held, self.demos)
-        from hydra.utils import get_method, instantiate
-
         get_method(self.recorder)(
             task=instantiate(dict(self.task)),
             root=root,

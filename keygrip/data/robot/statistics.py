@@ -50,7 +50,8 @@ class DemoStatistics:
         position_range: the same for x, y, z: two rows of three, metres.
         robot_ranges: the same for each robot for which the model has its own statistics, by name.
         apart: for each pair of calibrated cameras, by their names.
-        quaternions: by arm, [M, 4] w x y z, the rotations of the targets, on which a rotation basis is fitted.
+        quaternions: by arm, [M, 4] w x y z, the rotations of the targets, on which a rotation basis is fitted; the
+            demos one after another, with all their frames in temporal order.
         arms: names, in the order of a batch's arm dimension.
         targets: "commanded" or "reached".
         horizon: T, future steps. step_seconds: time from one to the next.

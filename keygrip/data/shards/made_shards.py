@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from hydra.utils import get_method
@@ -41,11 +41,13 @@ class MadeShards:
     folder: str | Path = "data"
     name: str = "shards"
     make_missing: bool = True
+    # Options that the hash has under a former name, so that sets made before a new name keep their folder.
+    hashed_as: ClassVar[Mapping[str, str]] = {}
 
     @property
     def root(self) -> Path:
         """The set's folder. The hash in its name does not depend on the number of processes."""
-        counted = {key: value for key, value in self.options.items() if key != "processes"}
+        counted = {self.hashed_as.get(key, key): value for key, value in self.options.items() if key != "processes"}
         content = json.dumps({"maker": self.maker, **counted}, sort_keys=True, default=str)
         return Path(self.folder) / f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 

@@ -28,7 +28,7 @@ from keygrip.data.shards.budget import (
     with_count,
 )
 from keygrip.data.shards.curriculum import Curriculum, Stage, check_stages
-from keygrip.data.shards.packing import positions_of, ranges
+from keygrip.data.shards.packing import RowLengths
 from keygrip.data.shards.sampling import GlobalBatchSampler
 from keygrip.data.spacing import evenly
 
@@ -48,7 +48,7 @@ class Component:
         positions, rows: [N] float and int, what a sample uses of a budget: the positions of its longest row in the
             language model, and its number of rows. None: one position per frame (`bucket`) and token, and one row.
         row_tokens: float [sum of rows], tokens of each row, sample after sample; None: `length` for all rows of a
-            sample.
+            sample. row_prefixes: [sum of rows], those of them before the visual tokens; None: not known.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Component:
     positions: np.ndarray | None = None
     rows: np.ndarray | None = None
     row_tokens: np.ndarray | None = None
+    row_prefixes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.bucket)
@@ -285,25 +286,30 @@ class Mixture:
         continue with a different number."""
         return np.array_split(batch, ranks) if self.budget is None else split_over_ranks(batch, self.sizes, ranks)
 
-    def padding(self, epoch: int, ranks: int = 1, tokens_per_frame: int = 1, packed: bool = False) -> float:
-        """Return the share of an epoch's positions that are padding, if each rank pads all rows of its part of a batch
-        to the longest of them.
+    def padding(
+        self,
+        epoch: int,
+        ranks: int = 1,
+        tokens_per_frame: int = 1,
+        packed: bool = False,
+        query_passes: float = 0.0,
+    ) -> float:
+        """Return the share of an epoch's positions that are padding, over all passes of the language model, if each
+        rank pads all rows of its part of a batch to the longest of them.
 
         Args:
             tokens_per_frame: positions of a frame. packed: rows are packed into bins (`bins_of`); the share is then
-                computed from 512 evenly spaced batches.
+                computed from 512 evenly spaced batches. query_passes: see `positions_of_passes`; not counted if some
+                source's `row_prefixes` are not known.
         """
-        rows, tokens = self.sizes.rows, row_tokens_of(self.components)
-        first = np.cumsum(rows) - rows
+        row_lengths = row_lengths_of(self.components)
         batches = self.batches_of(epoch)
         if packed:
             batches = [batches[index] for index in evenly(len(batches), PACKED)]
         token_count = position_count = 0.0
         for part in chain.from_iterable(self.parts(batch, ranks) for batch in batches):
-            frames = np.repeat(tokens_per_frame * self.bucket[part], rows[part])
-            lengths = frames + tokens[ranges(first[part], rows[part])]
-            token_count += lengths.sum()
-            position_count += positions_of(lengths.tolist(), packed)
+            held, total = row_lengths.positions(part, packed, query_passes, tokens_per_frame)
+            token_count, position_count = token_count + held, position_count + total
         return float(1 - token_count / position_count) if position_count else 0.0
 
     def _group_by_window(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
@@ -322,6 +328,13 @@ def sizes_of(components: Sequence[Component]) -> Sizes:
     longest = [part.bucket + part.length if part.positions is None else part.positions for part in components]
     rows = [np.ones(len(part), np.int64) if part.rows is None else part.rows for part in components]
     return Sizes(*(np.concatenate(each) for each in ([part.bucket for part in components], longest, rows)))
+
+
+def row_lengths_of(components: Sequence[Component]) -> RowLengths:
+    """Return the lengths of the rows of consecutive components; the prefixes are None if one component has none."""
+    sizes, prefixes = sizes_of(components), [part.row_prefixes for part in components if part.row_prefixes is not None]
+    known = np.concatenate(prefixes) if len(prefixes) == len(components) else None
+    return RowLengths(sizes.frames, sizes.rows, row_tokens_of(components), known)
 
 
 def row_tokens_of(components: Sequence[Component]) -> np.ndarray:

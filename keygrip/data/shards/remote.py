@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from keygrip.artifacts import DiskFullError, full_disk_errors, locked, temporary_beside
+from keygrip.artifacts import DiskFullError, atomic_path, full_disk_errors, locked
 from keygrip.data.shards.index import ShardError
 from keygrip.data.source_files import files_in
 
@@ -158,8 +158,7 @@ class ShardCache:
     def _copy(self, name: str, target: Path, size: int | None) -> None:
         import fsspec
 
-        temporary = temporary_beside(target)
-        try:
+        with atomic_path(target) as temporary:
             for attempt in range(3):
                 try:
                     with (
@@ -197,11 +196,8 @@ class ShardCache:
                 raise ShardError(
                     f"{self.url}/{name} has {temporary.stat().st_size} bytes, its manifest says {size}: it is cut off"
                 )
-            temporary.replace(target)
-            if target.suffix.lower() == SHARD:
-                self.copies.made.add(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        if target.suffix.lower() == SHARD:
+            self.copies.made.add(target)
 
     def _evict(self, keep: Path) -> None:
         """Remove the least recently used copies. Readers are not affected: open files stay readable until closed."""

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from keygrip.cores import allow_many_files
 from keygrip.data.changes import named_changes
 from keygrip.data.shards.sampling import GlobalBatchSampler, start_worker
+from keygrip.training.lightning_loops import batches_done
 
 FILES_OF_A_WORKER = 40  # a worker's pipes, shared memory, queues and input files
 FILES_OF_A_RUN = 60
@@ -118,7 +119,7 @@ class ResumableData(LightningDataModule):
         """
         if self.trainer is None:
             return self._batches_done
-        return max(self._batches_done, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
+        return max(self._batches_done, batches_done(self.trainer))
 
     def begin_from(self, state_dict: Mapping[str, Any]) -> None:
         """Set the position before the trainer restores it: with sharded parameters, Lightning makes the first iterator

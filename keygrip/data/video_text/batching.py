@@ -71,6 +71,10 @@ class MeasuringCollator(Protocol):
         """
         ...
 
+    def tokens_before_frames(self, conversation: Conversation, seconds: Sequence[float] | None = None) -> int:
+        """Return how many of the `text_tokens` stand before the frames."""
+        ...
+
     def __call__(self, samples: list[VideoTextSample]) -> Any: ...
 
 
@@ -149,6 +153,16 @@ def uses_all_of_kind(kind: str, kinds: Sequence[str] | None, *questions: Questio
     return (kinds is None or kind in kinds) and all(
         each is None or (isinstance(each, Mapping) and kind not in each) for each in questions
     )
+
+
+def held_out_questions(questions: Questions, val_questions: Questions) -> Questions:
+    """Return which conversations are chosen in validation and evaluation: `val_questions`, without the kinds that are
+    not trained ({kind: 0} in `questions`) and that `val_questions` does not name. A number is of conversations of all
+    kinds."""
+    if isinstance(val_questions, int) or not isinstance(questions, Mapping):
+        return val_questions
+    untrained = {kind: 0 for kind, count in questions.items() if not count}
+    return {**untrained, **(val_questions or {})} or None
 
 
 def choose_conversations(

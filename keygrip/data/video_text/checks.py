@@ -134,12 +134,17 @@ def _report_unused_kinds(split: str, part: Part, used: Part, questions: Question
     """
     if len(used) == len(part):
         return
-    setting = f"data.{'questions' if split == 'train' else 'val_questions'}={questions}"
+    setting = f"data.questions={questions}"
+    if split != "train":
+        setting = f"data.val_questions={questions} (kinds with 0 in data.questions included)"
     if trained and not len(used):
+        # `excluded` also contains kinds that the source's own `kinds` leaves out, which this setting does not change
+        first = min(kind for kind in used.excluded if uses_kind(kind, part.kinds, None))
         raise ValueError(
             f"no sample of the source {part.name!r} has a conversation of a kind that is used: they hold "
-            f"{', '.join(sorted(part.kinds_present()))}, and {setting}: raise a number of 0 there, or leave the source "
-            f"out (data.sources.{part.name}=null)"
+            f"{', '.join(sorted(part.kinds_present()))}, and {setting}: raise a number of 0 there, for all sources "
+            f"(data.questions.{first}=1), or leave the source out "
+            f"(data.sources.{part.name}=null)"
         )
     log.log(
         logging.INFO if len(used) else logging.WARNING,

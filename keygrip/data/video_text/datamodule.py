@@ -40,17 +40,14 @@ from keygrip.data.video_text.batching import (
     PreparedCollator,
     Questions,
     WithinBudget,
+    held_out_questions,
     uses_all_of_kind,
     uses_kind,
 )
 from keygrip.data.video_text.checks import check_clips, check_kinds, usable_parts
 from keygrip.data.video_text.clips import SubClips
 from keygrip.data.video_text.context import Context
-from keygrip.data.video_text.conversations import (
-    FITS,
-    MAX_FRAMES,
-    iterate_texts,
-)
+from keygrip.data.video_text.conversations import FITS, MAX_FRAMES, iterate_texts
 from keygrip.data.video_text.exact_lengths import count_lengths
 from keygrip.data.video_text.lengths import TextLengths, measure_lengths
 from keygrip.data.video_text.samples import Part, ReportingLoader, VideoTextSamples, select_held_out
@@ -79,7 +76,8 @@ class VideoTexts(ResumableData):
         questions: conversations per video in training: all (null), this number at random, or numbers by kind
             ({mark: 4}: 4 of this kind and all of other kinds). Samples of which all kinds have the number 0 are left
             out beforehand.
-        val_questions: the same for validation, where the choice never changes.
+        val_questions: the same for validation and test, where the choice never changes. Kinds that have the number 0 in
+            `questions`, and none here, are left out.
         max_val_samples: size limit of the validation set, which always has the same samples; None: no limit. The test
             set has none.
         window_shards: shuffle within windows of this many shards (remote shards); None: over everything.
@@ -157,7 +155,7 @@ class VideoTexts(ResumableData):
         self.image_frames = image_frames
         self.given_fit, self.fit = fit, FITS[0] if fit == AUTO else fit  # `setup` replaces "auto" by the sources' fit
         self.batch_size, self.seed = batch_size, seed
-        self.questions, self.val_questions = questions, val_questions
+        self.questions, self.val_questions = questions, held_out_questions(questions, val_questions)
         self.max_val_samples, self.window_shards = max_val_samples, window_shards
         self.cache_dir, self.cache_gb = cache_dir, cache_gb
         self.memory_gb, self.curriculum = memory_gb, list(curriculum or [])
@@ -170,12 +168,13 @@ class VideoTexts(ResumableData):
         self._prepared_sets: OpenedSets | None = None  # from `prepare_data` to `setup`
         self.mixture: Mixture | None = None
         self.longest_row: int | None = None  # positions of the language model's context; None: unknown
+        self.query_passes = 0.0  # of the language model in a training step, on average
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
     def configure_for(self, module: Any) -> None:
-        """Store how many positions a row of the model may have (its `longest_row`); call it before `setup`."""
-        self.longest_row = getattr(module, "longest_row", None)
+        """Store the model's `longest_row` and, for `padding_share`, its `query_passes`; call it before `setup`."""
+        self.longest_row, self.query_passes = getattr(module, "longest_row", None), getattr(module, "query_passes", 0.0)
 
     def refuse_missing(self) -> None:
         """Raise FileNotFoundError if a source that cannot be generated is missing. Called before fetching weights."""
@@ -237,7 +236,7 @@ class VideoTexts(ResumableData):
             if exact:
                 raise ValueError(
                     f"data.budget.exact_lengths=true: {type(collator).__name__} cannot count the tokens of a text "
-                    "(text_tokens, lengths_depend_on); with false, a token is assumed for every four characters"
+                    "(MeasuringCollator); with false, a token is assumed for every four characters"
                 )
             return {split: list(parts) for split, parts in opened.items()}
         lengths: dict[tuple[str, str], TextLengths] = {}
@@ -299,6 +298,7 @@ class VideoTexts(ResumableData):
             warn_of_unreached(self.curriculum, first, self.last_step(batches))
         shares = {p.name: p.share for p in self.mixture.components if p.share is not None}
         exact = self.budget is not None and self.budget.exact_lengths
+        left_out = ", without the passes that predict queries" if self.query_passes else ""
         log.info(
             "an epoch: %d batches of %s; padding about %.1f %%%s%s",
             self.mixture.batches,
@@ -306,7 +306,7 @@ class VideoTexts(ResumableData):
             if self.budget is None
             else f"up to {self.batch_size} ({self.budget.frames} frames, {self.budget.positions} positions)",
             100 * self.padding_share(),
-            "" if exact else " if all rows of a sample were as long as the longest, by estimate",
+            "" if exact else f" if all rows of a sample were as long as the longest, by estimate{left_out}",
             "".join(f"; {name} {100 * share:g} %" for name, share in shares.items()),
         )
         ranks = self.ranks[1]
@@ -319,12 +319,13 @@ class VideoTexts(ResumableData):
             )
 
     def padding_share(self, epoch: int = 0) -> float:
-        """Return the share of the language model's positions that are padding in an epoch, over all rows and processes;
-        requires `setup`. It differs from `train/padding_share` for samples that are cut into clips or replaced. If
-        questions are chosen at random, it uses other ones; without counted tokens, estimates of the longest rows."""
+        """Return the share of the language model's positions that are padding in an epoch, over all passes, rows and
+        processes; requires `setup`. It differs from `train/padding_share` for samples that are cut into clips or
+        replaced. If questions are chosen at random, it uses other ones; without counted tokens, estimates of the
+        longest rows, without the query passes."""
         assert self.mixture is not None
         packed = isinstance(self.collator, PackingCollator) and self.collator.pack_rows
-        return self.mixture.padding(epoch, self.ranks[1], self._tokens_per_frame, packed)
+        return self.mixture.padding(epoch, self.ranks[1], self._tokens_per_frame, packed, self.query_passes)
 
     @property
     def _tokens_per_frame(self) -> int:

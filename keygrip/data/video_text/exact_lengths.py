@@ -29,7 +29,7 @@ from keygrip.data.video_text.conversations import read_timed_conversations
 from keygrip.data.video_text.lengths import TokenLengths
 from keygrip.progress import Progress
 
-FORMAT = 8  # version of the file of counts, and of how they are computed
+FORMAT = 9  # version of the file of counts, and of how they are computed
 NOT_COUNTED, UNREADABLE = -1, -2  # values in place of a sample's tokens
 BLOCK = 256  # samples that a worker counts at a time
 KEPT_EVERY = 200_000  # samples after which the counts are written: a killed run continues from there
@@ -43,7 +43,8 @@ class ExactLengths:
         fingerprint: of the longest rows and the numbers of rows, from which batches are planned.
         longest: int32 [N], tokens of each sample's longest row without its frames, 0 if none of its conversations can
             be a row; or NOT_COUNTED or UNREADABLE. row_counts: int32 [N], number of conversations that can be rows.
-        row_tokens: int32 [R], tokens of each row without its frames, sample after sample (`row_offsets`).
+        row_tokens, row_prefixes: int32 [R], tokens of each row without its frames, sample after sample (`row_offsets`),
+            and those of them before the frames.
         tokens_per_frame: of an image. max_tokens: length at which texts are cut.
     """
 
@@ -51,6 +52,7 @@ class ExactLengths:
     longest: np.ndarray = field(repr=False)
     row_counts: np.ndarray = field(repr=False)
     row_tokens: np.ndarray = field(repr=False)
+    row_prefixes: np.ndarray = field(repr=False)
     tokens_per_frame: int = 1
     max_tokens: int | None = None
 
@@ -67,6 +69,17 @@ class ExactLengths:
 
     def tokens_of_rows(self, shards: ShardSet, chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """See `keygrip.data.video_text.lengths.TextLengths`."""
+        row_indices, owner = self._choose_rows(chosen, rows)
+        token_counts = self.row_tokens[row_indices].astype(float)
+        return np.where(self.longest[chosen][owner] == UNREADABLE, self.tokens(shards, chosen)[owner], token_counts)
+
+    def prefixes_of_rows(self, shards: ShardSet, chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """See `keygrip.data.video_text.lengths.TextLengths`; 0 for samples that cannot be read."""
+        return self.row_prefixes[self._choose_rows(chosen, rows)[0]].astype(float)
+
+    def _choose_rows(self, chosen: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the indices of `rows` rows of each chosen sample, int64 [sum of `rows`], and for each of them the
+        position of its sample in `chosen`."""
         first, count = row_offsets(self.longest, self.row_counts)
         count = count[chosen]
         row_indices, owner = ranges(first[chosen], count), np.repeat(np.arange(len(chosen)), count)
@@ -74,8 +87,7 @@ class ExactLengths:
             row_indices = row_indices[np.lexsort((np.random.default_rng(0).random(len(owner)), owner))]
             row_mask = ranges(np.zeros_like(count), count) < rows[owner]
             row_indices, owner = row_indices[row_mask], owner[row_mask]
-        token_counts = self.row_tokens[row_indices].astype(float)
-        return np.where(self.longest[chosen][owner] == UNREADABLE, self.tokens(shards, chosen)[owner], token_counts)
+        return row_indices, owner
 
     def usable(self, shards: ShardSet, chosen: np.ndarray, room: np.ndarray | None = None) -> np.ndarray:
         """See `keygrip.data.video_text.lengths.TextLengths`."""
@@ -146,24 +158,26 @@ def count_lengths(
             if unwritten:
                 _write_counts(file, longest, rows, tokens)
     digest = hashlib.sha256(longest[chosen].tobytes() + rows[chosen].tobytes()).hexdigest()[:16]
-    return ExactLengths(digest, longest, rows, tokens, collator.tokens_per_frame, collator.max_tokens)
+    per_frame, cut_at = collator.tokens_per_frame, collator.max_tokens
+    return ExactLengths(digest, longest, rows, tokens[:, 0], tokens[:, 1], per_frame, cut_at)
 
 
 def _together(longest: np.ndarray, rows: np.ndarray, groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Join the row lengths of disjoint groups of samples, sample after sample (`row_offsets`): int32 [R]."""
+    """Join the row lengths of disjoint groups of samples, sample after sample (`row_offsets`): int32 [R, 2]."""
     first, counts = row_offsets(longest, rows)
-    joined = np.zeros(int(counts.sum()), np.int32)
+    joined = np.zeros((int(counts.sum()), 2), np.int32)
     for samples, tokens in groups:
         joined[ranges(first[samples], counts[samples])] = tokens
     return joined
 
 
-Counted = tuple[np.ndarray, np.ndarray, np.ndarray]  # longest, row_counts and row_tokens of `ExactLengths`
+# `longest` and `row_counts` of `ExactLengths`, and its `row_tokens` and `row_prefixes` as two columns
+Counted = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Counting(Dataset[Counted | ConnectionError]):
-    """Blocks of samples, each as the arrays that `ExactLengths` stores: int32 [n], [n] and [R]; or as the error of a
-    remote shard that cannot be reached. It is not raised here: the loader would add a worker's stack trace to it."""
+    """Blocks of samples, each as `Counted` arrays, int32 [n], [n] and [R, 2]; or as the error of a remote shard that
+    cannot be reached. It is not raised here: the loader would add a worker's stack trace to it."""
 
     def __init__(
         self,
@@ -184,24 +198,26 @@ class Counting(Dataset[Counted | ConnectionError]):
             row_tokens = [self._count(sample) for sample in self.blocks[number].tolist()]
         except ConnectionError as error:
             return error
-        longest = [UNREADABLE if rows is None else max(rows, default=0) for rows in row_tokens]
+        longest = [UNREADABLE if rows is None else max((each for each, _ in rows), default=0) for rows in row_tokens]
         counts = [1 if rows is None else len(rows) for rows in row_tokens]
-        tokens = [each for rows in row_tokens for each in rows or [0]]
-        return np.array(longest, np.int32), np.array(counts, np.int32), np.array(tokens, np.int32)
+        tokens = [each for rows in row_tokens for each in rows or [(0, 0)]]
+        return np.array(longest, np.int32), np.array(counts, np.int32), np.array(tokens, np.int32).reshape(-1, 2)
 
-    def _count(self, sample: int) -> list[int] | None:
-        """Return the tokens of each row of a sample; None if it cannot be read. Raise ConnectionError if its remote
-        shard cannot be reached: UNREADABLE would be stored, and the sample not counted by later runs either."""
+    def _count(self, sample: int) -> list[tuple[int, int]] | None:
+        """Return the tokens of each row of a sample and those before its frames; None if it cannot be read. Raise
+        ConnectionError if its remote shard cannot be reached: UNREADABLE would be stored, and the sample not counted by
+        later runs either."""
         try:
             conversations, seconds = read_timed_conversations(self.shards, sample, self.max_frames)
             with convert_errors(self.shards.where(sample)):
                 times = seconds if self.shards.columns["frames"][sample] else ()
                 selected = [each for each in conversations if self.kinds is None or each.kind in self.kinds]
                 tokens = [self.collator.text_tokens(each, times) for each in selected]
+                prefixes = [self.collator.tokens_before_frames(each, times) for each in selected]
         except BadSample as error:
             raise_connection_error(error)
             return None
-        return [each for each in tokens if each > 0]
+        return [each for each in zip(tokens, prefixes, strict=True) if each[0] > 0]
 
 
 def _counting_loader(source: Counting, workers: int) -> DataLoader[Counted | ConnectionError]:
@@ -219,7 +235,7 @@ def _return_unchanged(block: Counted | ConnectionError) -> Counted | ConnectionE
 def _read_counts(file: Path, samples: int) -> Counted:
     """Read the counts of a set with N samples; NOT_COUNTED if there is no file. Raise ValueError if it is damaged."""
     if not file.is_file():
-        return np.full(samples, NOT_COUNTED, np.int32), np.zeros(samples, np.int32), np.zeros(0, np.int32)
+        return np.full(samples, NOT_COUNTED, np.int32), np.zeros(samples, np.int32), np.zeros((0, 2), np.int32)
     try:
         arrays = read_npz(file)
         with convert_errors(file):
@@ -228,7 +244,7 @@ def _read_counts(file: Path, samples: int) -> Counted:
                 raise ValueError(f"its arrays are not of {samples} samples")
             if longest.min(initial=0) < UNREADABLE or min(rows.min(initial=0), tokens.min(initial=0)) < 0:
                 raise ValueError("it holds a number of tokens below zero")
-            if tokens.dtype != np.int32 or tokens.shape != (int(row_offsets(longest, rows)[1].sum()),):
+            if tokens.dtype != np.int32 or tokens.shape != (int(row_offsets(longest, rows)[1].sum()), 2):
                 raise ValueError("it holds not as many lengths as rows")
     except BadSample as error:
         raise ValueError(f"{file} is damaged ({error.what}): remove it and the tokens are counted again") from error

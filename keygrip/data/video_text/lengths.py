@@ -57,6 +57,10 @@ class TextLengths(Protocol):
         """
         ...
 
+    def prefixes_of_rows(self, shards: ShardSet, chosen: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
+        """Return how many tokens of the same rows stand before the frames, float [sum of `rows`]; None: not known."""
+        ...
+
     def usable(self, shards: ShardSet, chosen: np.ndarray, room: np.ndarray | None = None) -> np.ndarray:
         """Return bool [n], False for samples without a conversation that can be a row, as far as this is known.
 
@@ -101,6 +105,10 @@ class TokenLengths:
     def tokens_of_rows(self, shards: ShardSet, chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """See `TextLengths`; all rows of a sample are assumed to be as long as its longest row."""
         return np.repeat(self.tokens(shards, chosen), rows)
+
+    def prefixes_of_rows(self, shards: ShardSet, chosen: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
+        """See `TextLengths`; an index holds the characters of whole conversations only."""
+        return None
 
     def usable(self, shards: ShardSet, chosen: np.ndarray, room: np.ndarray | None = None) -> np.ndarray:
         """See `TextLengths`; False if the first answer is too long even at the lowest rate. Other samples that are too

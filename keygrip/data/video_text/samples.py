@@ -115,8 +115,9 @@ class Part:
         part, lengths, subset = self.component(max_frames), self.lengths or TokenLengths(), (self.shards, self.chosen)
         rows = rows_of(questions, lengths.rows(*subset), self.column("kinds").tolist())
         positions = lengths.tokens_per_frame * part.bucket + lengths.tokens(*subset, most=True)
-        tokens = lengths.tokens_of_rows(*subset, rows)
-        return replace(part, length=lengths.tokens(*subset), positions=positions, rows=rows, row_tokens=tokens)
+        part = replace(part, length=lengths.tokens(*subset), positions=positions, rows=rows)
+        tokens, prefixes = lengths.tokens_of_rows(*subset, rows), lengths.prefixes_of_rows(*subset, rows)
+        return replace(part, row_tokens=tokens, row_prefixes=prefixes)
 
     def usable(self) -> Part:
         """Return the part without samples that have no conversation that can be a row, as far as this is known (see

@@ -64,8 +64,8 @@ class Expert:
         seed: of the episode; determines start and disturbance.
         recoveries: fraction of episodes that start after a disturbance.
         step_limit: after this many steps an episode has failed.
-        as_published: use the benchmark's script, neither replaced nor slowed; raised goals, stops before grasping and
-            the limit of the lead stay.
+        as_published: use the benchmark's script, neither replaced nor slowed; raised goals, stops before grasping, the
+            limit of the lead and the environment's effort of the fingers stay.
     """
 
     environment: MetaWorldEnvironment

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from keygrip.envs.rendering import Lens
 from keygrip.envs.yam import tasks
@@ -264,8 +265,6 @@ def _add_digit(spec: mujoco.MjSpec, digit: int) -> None:
 
 def digit_image(digit: int, size: int = 64) -> np.ndarray:
     """Return [size, size, 3] in 0..1: a dark digit on white, multiplied with the cube's colour when rendered."""
-    from PIL import Image, ImageDraw, ImageFont
-
     image = Image.new("L", (size, size), 255)
     font = ImageFont.load_default(size=int(size * 0.84))
     draw = ImageDraw.Draw(image)

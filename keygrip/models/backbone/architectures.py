@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import timm
 import torch
+from timm.layers import LayerNorm
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 Family = Literal["tiny", "dinov3", "dinov2"]
@@ -161,10 +164,6 @@ def build_network(
 ) -> nn.Module:
     """Build the bare timm network with random weights and with the rotary periods of Meta's files
     (see `set_rope_periods`)."""
-    import timm
-    from timm.layers import LayerNorm
-    from timm.models.eva import Eva
-
     if variant.family == "tiny":
         network: nn.Module = Eva(
             img_size=image_size,

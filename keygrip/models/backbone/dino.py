@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -403,8 +404,6 @@ def _keys_and_values(block: Any, tokens: Tensor, rope: Tensor | None, prefix: in
 
 def _apply_rope(block: Any, part: Tensor, rope: Tensor, prefix: int) -> Tensor:
     """Queries or keys [B, H, R + N, E] with the rotary embedding on the patches."""
-    from timm.layers import apply_rot_embed_cat
-
     rotated = apply_rot_embed_cat(part[:, :, prefix:], rope, half=block.attn.rotate_half)
     return torch.cat([part[:, :, :prefix], rotated], dim=2)
 

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import eva, load_state_dict_from_hf, vision_transformer
 from torch import Tensor, nn
 
 from keygrip.hub_network import kept_without_network
@@ -132,8 +135,6 @@ def _weights_file(path: Path, variant: Variant, setting: str) -> Path:
 
 
 def _from_hub(variant: Variant) -> State:
-    from timm.models import load_state_dict_from_hf
-
     name = variant.hub_name
     try:
         cached_file = kept_without_network(name, "model.safetensors")
@@ -160,9 +161,6 @@ def read_file(path: Path) -> State:
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
             return load_file(path)
         except SafetensorError as error:
@@ -290,8 +288,6 @@ def adopt_position_table(network: nn.Module, table: Tensor | None) -> None:
 
 def _to_timm(state: State, network: nn.Module, variant: Variant, origin: str, kind: str) -> State:
     """Convert Meta's names with timm's own conversion, and prevent it from changing anything except names."""
-    from timm.models import eva, vision_transformer
-
     state = dict(state)  # the conversions remove entries from their input
     patch = state.get("patch_embed.proj.weight")
     registers = any(key in state for key in ("register_tokens", "storage_tokens", "reg_token"))

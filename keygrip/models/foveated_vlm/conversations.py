@@ -13,13 +13,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from keygrip.artifacts import sha256_bytes
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch, VideoTextSample, stack_frames
+from keygrip.models.language import PromptOrder
 from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
 from keygrip.training.parts import model_part
 
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 KEPT_TEXTS = 4096  # encoded conversations that a collator caches
 PLACE = "\ufdd1"  # marks the end of words in a rendered conversation; Unicode reserves it, so that no text contains it
 EXAMPLE = (Turn("user", "a?"), Turn("assistant", "b"), Turn("user", "c?"), Turn("assistant", "d"))
-PromptOrder = Literal["visual_first", "question_first"]
 Supervise = Literal["all", "answers"]
 
 
@@ -216,8 +216,8 @@ class ConversationCollator:
         tokens_per_frame: int = 1,
         pack_rows: bool = False,
     ) -> None:
-        if prompt_order not in ("visual_first", "question_first"):
-            raise ValueError(f"prompt_order is visual_first or question_first, not {prompt_order!r}")
+        if prompt_order not in get_args(PromptOrder):
+            raise ValueError(f"prompt_order is {' or '.join(get_args(PromptOrder))}, not {prompt_order!r}")
         if supervise not in ("all", "answers"):
             raise ValueError(f"supervise is all or answers, not {supervise!r}")
         if system is not None and not isinstance(system, str):
@@ -327,6 +327,13 @@ class ConversationCollator:
             if whole:
                 return len(self.prompt(conversation.turns, seconds).ids)
             return len(self._row(conversation, seconds).ids)
+        except ValueError:
+            return 0
+
+    def tokens_before_frames(self, conversation: Conversation, seconds: Sequence[float] | None = None) -> int:
+        """See `keygrip.data.video_text.batching.MeasuringCollator`."""
+        try:
+            return self._row(conversation, seconds).visual_at
         except ValueError:
             return 0
 

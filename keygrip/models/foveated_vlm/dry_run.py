@@ -31,7 +31,8 @@ def report_on(module: Any, batch: VideoTextBatch) -> dict[str, Any]:
     for name, parameter in module.network.named_parameters():
         part = name.partition(".")[0]
         groups[part if part in ("backbone", "language") else "connector"] += parameter.numel()
-    padding = text_rows(batch).padding_share(module.network.tokens_per_frame, module.network.pack_rows)
+    network = module.network
+    padding = text_rows(batch).padding_share(network.tokens_per_frame, network.pack_rows, module.query_passes)
     report: dict[str, Any] = {
         "frames": list(batch.frames.shape),
         "input_ids": list(batch.input_ids.shape),

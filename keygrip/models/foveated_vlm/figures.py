@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from keygrip.data.batches import VideoTextBatch
 from keygrip.data.spacing import evenly
@@ -100,8 +101,6 @@ def draw_attention(strips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.n
     Each heatmap has its own scale: the place of the attention matters, not its strength. For long videos, evenly spaced
     frames are shown.
     """
-    from matplotlib.figure import Figure  # imported here: training without images does not need matplotlib
-
     columns = min(MAX_SHOWN_FRAMES, max(len(frames) for _, frames, _ in strips))
     figure = Figure(figsize=(1.8 * columns, 2.2 * len(strips)), layout="constrained")
     parts = figure.subfigures(len(strips), 1, squeeze=False)[:, 0]

@@ -24,14 +24,14 @@ from keygrip.models.foveated_vlm.loss import KERNELS, Kernel, check_liger
 from keygrip.models.foveated_vlm.monitor import RANGES, RowCounts, health_figures
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows, text_rows
-from keygrip.models.foveated_vlm.scores import REFINED, BatchScores, Scores, comparisons, score
+from keygrip.models.foveated_vlm.scores import REFINED, BatchScores, Scores, comparisons, gather_values, score
 from keygrip.models.foveated_vlm.streaming import NO_STREAM, VideoStream
 from keygrip.models.foveated_vlm.video_language import VideoLanguageNetwork, VLMOutput
 from keygrip.models.language.tokenizers import TOKENIZER_STATE, ChatTokenizer
 from keygrip.models.nn.processor_attention import trained_on
-from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import stored_beside_weights
 from keygrip.training.distributed import global_mean, global_sum, world_size
+from keygrip.training.lightning_loops import completes_step
 from keygrip.training.memory import StepMemory
 from keygrip.training.monitors import RangeChecks, gradient_norm
 from keygrip.training.optimizers import AdamW
@@ -213,15 +213,19 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
     def started_from(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """As in the parent class, but a scale of the visual tokens that this run sets replaces that of the weights."""
-        if self.network.visual_scale is None:
-            return weights
-        return weights | {"connector.scale": self.network.connector.scale}
+        return self.network.with_own_scale(weights)
 
     @property
     def longest_row(self) -> int:
         """Length of the language model's context in positions, visual and text tokens together; the data module leaves
         out longer rows."""
         return self.network.language.context
+
+    @property
+    def query_passes(self) -> float:
+        """Mean number of passes of the language model that predict queries, over the steps of a run."""
+        least, most = (self.network.query_passes(self.mode, times) for times in (0, self.refinement))
+        return (1 - self.coarse_share) * (least + (1 - self.refinement_from) * (most - least) / 2)
 
     @property
     def tokenizer(self) -> ChatTokenizer:
@@ -238,7 +242,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[TOKENIZER_STATE] = {"tokenizer": self.tokenizer.state(), "pictures": self.image_options}
+        checkpoint[TOKENIZER_STATE] = {"tokenizer": self.tokenizer.state(), "images": self.image_options}
 
     def resume_data(self, datamodule: Any, checkpoint: Mapping[str, Any]) -> None:
         """Use the checkpoint's tokenizer in a resumed run, even if another one is stored with the data by now.
@@ -251,9 +255,11 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             collator.tokenizer = self.collator.tokenizer
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        stored = stored_beside_weights(checkpoint, TOKENIZER_STATE, "tokenizer", "pictures")
+        former = "pictures" in (checkpoint.get(TOKENIZER_STATE) or {})  # its key in earlier checkpoints
+        key = "pictures" if former else "images"
+        stored = stored_beside_weights(checkpoint, TOKENIZER_STATE, "tokenizer", key)
         self._restore_tokenizer(stored)
-        self.image_options = frame_settings(**stored["pictures"])
+        self.image_options = frame_settings(**stored[key])
 
     def _restore_tokenizer(self, stored: Mapping[str, Any]) -> None:
         self.collator.tokenizer = ChatTokenizer.from_state(stored["tokenizer"], self.network.language.vocabulary)
@@ -368,7 +374,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         if not self._learns_nothing:  # otherwise a loss and an accuracy of 0, of no question
             self.log(f"{name}loss", global_loss, prog_bar=True, batch_size=size)
             self.log(f"{name}accuracy", right / answered.clamp_min(1), prog_bar=True, batch_size=size)
-        self.row_counts.add(batch, rows)
+        self.row_counts.add(batch, rows, self.network.query_passes(mode, refinement))
         if self.due(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]
             for figure, value in self.row_counts.report(self.device).items():
                 self.log(f"train/{figure}", value, batch_size=size)
@@ -413,7 +419,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             self.log(f"val/{name}", value)
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             self.health.check({f"val/{name}": value for name, value in compared.items()}, self.global_step)
-        for kind, shares in self._gather_on_targets().items():
+        for kind, shares in gather_values(self._on_targets).items():
             self.log(f"val/attention_{kind}", sum(shares) / len(shares))
 
     def _validation_modes(self) -> dict[str, tuple[str, int]]:
@@ -444,17 +450,6 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
             self.log(f"health/{name}", value)
         if self.trainer.is_global_zero:
             self.health.check(values, self.global_step)
-
-    def _gather_on_targets(self) -> dict[str, list[float]]:
-        if world_size() == 1:
-            return dict(self._on_targets)
-        gathered: list[Any] = [None] * world_size()
-        torch.distributed.all_gather_object(gathered, dict(self._on_targets))
-        merged: dict[str, list[float]] = defaultdict(list)
-        for part in gathered:
-            for kind, values in part.items():
-                merged[kind] += values
-        return dict(merged)
 
     # ------------------------------------------------------------------ images
 

@@ -61,9 +61,9 @@ class RowCounts:
         self._counts: Counter[str] = Counter()
         self._left_out = 0  # since training began or was resumed
 
-    def add(self, batch: VideoTextBatch, rows: TextRows) -> None:
-        """Count a batch of this process, given with its rows."""
-        held, positions = rows.positions(self.tokens_per_frame, self.packed)
+    def add(self, batch: VideoTextBatch, rows: TextRows, query_passes: int = 0) -> None:
+        """Count a batch of this process, given with its rows and the number of passes that predicted its queries."""
+        held, positions = map(int, rows.positions(self.tokens_per_frame, self.packed, query_passes))
         text_only = sum(not rows.frame_counts[video] for video in rows.videos)
         self._counts.update(rows=len(batch), text_only=text_only, positions=positions, held=held)
         self._counts.update(truncated=batch.truncated, left_out=batch.left_out, clips=batch.clips)

@@ -148,8 +148,7 @@ class FoveatedVLM(VideoLanguageNetwork):
         if streams.layout.source.shape[1]:
             prefix = self.language.embed(streams.input_ids)
             embeddings = streams.layout.place(prefix, self.with_frame_positions(visual, 0, streams.seconds))
-            lengths = [text + frames - 1 for text, frames in zip(streams.lengths, streams.frame_counts, strict=True)]
-            hidden = take(self.hidden_of(embeddings, lengths), streams.query_at)
+            hidden = take(self.hidden_of(embeddings, streams.read_lengths), streams.query_at)
         else:  # single frames with nothing before them: zeros that depend on `visual`, so that it has a gradient
             hidden = 0.0 * visual
         return self._project_queries(self.with_clock(hidden, 0, streams.seconds), streams.first)
@@ -160,6 +159,10 @@ class FoveatedVLM(VideoLanguageNetwork):
         if self.frame_clock is None:
             return hidden
         return hidden + self.clock_embeddings(first, hidden.shape[1], seconds)
+
+    def query_passes(self, mode: str, refinement: int = 0) -> int:
+        """See `VideoLanguageNetwork.query_passes`. The mode `autoregressive` reads the same positions one by one."""
+        return 0 if mode == "coarse_only" else 1 + refinement
 
     def run_passes(self, kv: Sequence[BlockKV], streams: Streams, mode: str, refinement: int = 0) -> Passes:
         """Compute the visual tokens of all streams from the keys and values of the M real frames, in one of the modes.

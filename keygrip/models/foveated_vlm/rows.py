@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from keygrip.data.batches import VideoTextBatch
-from keygrip.data.shards.packing import bins_of, positions_of
+from keygrip.data.shards.packing import bins_of, positions_of_passes
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,23 @@ class TextRows:
         counts = [self.frame_counts[video] * tokens_per_frame for video in self.videos]
         return RowLayout.build(self.lengths, self.visual_at, counts, self.input_ids.shape[1], self.input_ids.device)
 
-    def positions(self, tokens_per_frame: int = 1, packed: bool = False) -> tuple[int, int]:
-        """Return how many positions of the language model hold tokens, and how many there are in total: in rows padded
-        to the longest one, or with `packed` in the bins that `Packing` fills."""
+    def positions(
+        self, tokens_per_frame: int = 1, packed: bool = False, query_passes: float = 0.0
+    ) -> tuple[float, float]:
+        """Return how many positions hold tokens over all passes of the language model, and how many there are in total:
+        in rows padded to the longest one, or with `packed` in the bins that `Packing` fills.
+
+        Args:
+            query_passes: number of passes over the `streams` before the pass over the rows, or its mean.
+        """
         pairs = zip(self.lengths, self.videos, strict=True)
         lengths = [length + self.frame_counts[video] * tokens_per_frame for length, video in pairs]
-        return sum(lengths), int(positions_of(lengths, packed))
+        streams = self.streams.read_lengths if query_passes else []
+        return positions_of_passes(lengths, streams, query_passes, packed)
 
-    def padding_share(self, tokens_per_frame: int = 1, packed: bool = False) -> float:
+    def padding_share(self, tokens_per_frame: int = 1, packed: bool = False, query_passes: float = 0.0) -> float:
         """Share of the language model's `positions` that are padding."""
-        occupied, total = self.positions(tokens_per_frame, packed)
+        occupied, total = self.positions(tokens_per_frame, packed, query_passes)
         return 1 - occupied / total if total else 0.0
 
     @cached_property
@@ -222,6 +229,11 @@ class Streams:
 
     def __len__(self) -> int:
         return len(self.frame_counts)
+
+    @property
+    def read_lengths(self) -> list[int]:
+        """S numbers of positions that a query pass reads: the text before the frames, and all frames but the last."""
+        return [text + frames - 1 for text, frames in zip(self.lengths, self.frame_counts, strict=True)]
 
     @property
     def longest(self) -> int:

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -122,6 +123,19 @@ class Scores:
             for kind, kind_sums in (part or {}).items():
                 sums[kind] = [a + b for a, b in zip(sums[kind], kind_sums, strict=True)]
         return dict(sums)
+
+
+def gather_values(values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Return the values of all processes by name; every process must call it."""
+    gathered: list[Any] = [dict(values)]
+    if world_size() > 1:
+        gathered = [None] * world_size()
+        distributed.all_gather_object(gathered, dict(values))
+    merged: dict[str, list[float]] = defaultdict(list)
+    for part in gathered:
+        for name, own in part.items():
+            merged[name] += own
+    return dict(merged)
 
 
 def comparisons(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -6,6 +6,8 @@ about videos), B rows of text, L text tokens, N visual tokens of a row, T positi
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from keygrip.models.foveated_vlm.clock import FrameClock
 from keygrip.models.foveated_vlm.frame_cache import Encoded
 from keygrip.models.foveated_vlm.rows import Packing, RowLayout, TextRows
 from keygrip.models.language.decoder import LanguageModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,20 @@ class VideoLanguageNetwork(nn.Module):
         )
         self.frame_clock = FrameClock(language) if frame_clock else None
 
+    def with_own_scale(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of another network, with this one's scale of the visual tokens if its setting names it."""
+        if self.visual_scale is None:
+            return weights
+        own = self.connector.scale
+        before = float(weights.get("connector.scale", own))
+        if not math.isclose(before, self.visual_scale, rel_tol=0.01):
+            log.warning(
+                "model.network.visual_scale=%g replaces %g, the scale of the visual tokens with which the initial "
+                "weights were trained; model.network.visual_scale=null keeps that one",
+                *(self.visual_scale, before),
+            )
+        return weights | {"connector.scale": own}
+
     def read(self, visual: Tensor, rows: TextRows) -> tuple[Tensor, RowLayout]:
         """Return the hidden states [B, T, C] of rows with visual tokens [B, N, C], and their layout."""
         layout = rows.layout(self.tokens_per_frame)
@@ -196,6 +214,10 @@ class VideoLanguageNetwork(nn.Module):
                 "take model.network.frame_clock, or lower data.max_frames"
             )
         return visual + self.frame_tokens[first:frames].repeat_interleave(self.tokens_per_frame, dim=0)
+
+    def query_passes(self, mode: str, refinement: int = 0) -> int:
+        """Return how many passes of the language model predict queries before the pass over whole rows."""
+        return 0
 
     @abstractmethod
     def encode(self, frames: Tensor) -> Encoded:

@@ -14,7 +14,6 @@ import logging
 import math
 from abc import abstractmethod
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from keygrip.models.geometry.rotations import (
     geodesic_angle,
     mean_rotation,
     normalise,
+    off_path,
     quaternion_conjugate,
     quaternion_multiply,
     rotation_exp,
@@ -45,12 +45,22 @@ COVERED_RAD = math.radians(15.0)  # rotations farther from every prototype, or f
 FAR_DEG, FAR_SHARE = 45.0, 0.05
 # A warning is logged if bins are WIDENED times wider than 98 % of the rotations need, and wider than NARROW_BIN_DEG.
 WIDENED, NARROW_BIN_DEG = 2.0, 2.0
+# Values at an end, at most 1 in APART_ONE_IN, are apart if they are beyond a gap. In sound demonstrations of three
+# simulated tasks, as soon as they had LEAST_ROTATIONS, no value was apart. In others, commands that jump, fast turns
+# and demonstrations that begin elsewhere have such gaps too: their frames follow one another, and more than LASTING
+# successive ones are no outliers.
+APART_ONE_IN, SCORE_GAP_DEG, ERROR_GAP_DEG, LEAST_ROTATIONS, LASTING = 100, 10.0, 15.0, 500, 2
+# A gap along the axis must also be GAP_STEPS times as wide as the difference that FAST_SHARE of successive rotations
+# have, or, if rotations do not follow one another in time, GAP_SPREADS times as wide as the spread next to it. It must
+# be GAP_STEPS times as wide as every nearer gap that rotations cross to stay.
+GAP_SPREADS, GAP_STEPS, FAST_SHARE = 4.0, 1.5, 0.95
+# A single rotation with an error above this is warned about too. The largest of sound demonstrations was 69 degrees.
+LARGE_DEG = 90.0
 
 
 class RotationCodec(nn.Module):
     """Convert between rotations and class indices; the subclasses are the modes of the Hydra group ``rotation``."""
 
-    advice: ClassVar[str]  # what to do where many rotations are far from their codes
     classes: int
     fitted: Tensor  # bool [], a buffer: checkpoints record whether their basis has been fitted
 
@@ -66,6 +76,10 @@ class RotationCodec(nn.Module):
 
     def fit(self, quaternions: Tensor) -> dict[str, float]:
         """Fit on the training split's rotations ``[N, 4]``; return the report: decode errors in degrees, and more.
+
+        Args:
+            quaternions: the demonstrations one after another, with all frames of each in temporal order. What is an
+                outlier or a wrong reading depends on this order.
 
         Raises:
             ValueError: there are no rotations, or they contain NaN.
@@ -83,19 +97,25 @@ class RotationCodec(nn.Module):
 
     def report(self, quaternions: Tensor) -> dict[str, float]:
         """Report of a fit on unit quaternions ``[N, 4]``: its errors, and values that the subclass adds."""
-        return self.quantisation(quaternions)
+        return self.quantisation(quaternions) | {"rotations_off_path": float(off_path(quaternions).sum())}
 
-    def settings(self) -> dict[str, float]:
+    @abstractmethod
+    def advice(self, report: dict[str, float]) -> str:
+        """What to do about the rotations that are far from their codes, in sentences."""
+
+    def settings(self) -> dict[str, float | None]:
         """Constructor settings on which the basis depends."""
         return {"classes": self.classes}
 
     def quantisation(self, quaternions: Tensor) -> dict[str, float]:
         """Quantisation floor of rotation errors: angles in degrees between rotations ``[N, 4]`` and their decoded
-        codes, and how many angles are above `FAR_DEG`."""
+        codes, how many angles are above `FAR_DEG`, and how many of the largest are apart from the others."""
         decoded = self.decode(self.encode(quaternions)).to(quaternions.dtype)
         degrees = torch.rad2deg(geodesic_angle(normalise(quaternions), decoded))
         errors = {"decode_error_deg": float(degrees.mean()), "decode_error_max_deg": float(degrees.max())}
-        return errors | {"rotations": float(len(degrees)), "rotations_over_45_deg": float((degrees > FAR_DEG).sum())}
+        over = float((degrees > FAR_DEG).sum())
+        apart = float(_count_apart(degrees.cpu().numpy(), ERROR_GAP_DEG))
+        return errors | {"rotations": float(len(degrees)), "rotations_over_45_deg": over, "rotations_apart": apart}
 
     def _require_fit(self) -> None:
         if not self._fitted(self.fitted):
@@ -145,23 +165,23 @@ class PCARotation(RotationCodec):
         min_explained: share of variance below which the first component loses too much of the rotation.
         outlier_share: share of the training rotations, half of it at each end, that may lie outside of the bins and
             are then put in the outermost bins: a single wrong reading must not make all bins wide. 0: the bins span
-            all rotations.
+            all rotations. None: they span all but outliers, at most 1 % at each end, beyond a gap of more than 10
+            degrees along the axis of the bins, and at most two of them successive: a rotation that lasts for three
+            frames is none. Of fewer than 500 rotations, and in bins of at most 2 degrees, they span outliers too.
     """
 
-    advice = (
-        "Turns about several axes: rotation=kmeans holds them. Turns beyond the outermost bins: lower "
-        "rotation.outlier_share. Wrong readings: step=doctor finds them"
-    )
     mean: Tensor
     offset: Tensor
     axis: Tensor
     score_range: Tensor
     explained: Tensor
 
-    def __init__(self, classes: int = 32, min_explained: float = 0.8, outlier_share: float = 0.0) -> None:
+    def __init__(self, classes: int = 32, min_explained: float = 0.8, outlier_share: float | None = None) -> None:
         super().__init__(classes)
-        if not 0 <= outlier_share < 0.5:
-            raise ValueError(f"rotation.outlier_share={outlier_share} is a share of the rotations, 0 to 0.5.")
+        if outlier_share is not None and not 0 <= outlier_share < 0.5:
+            raise ValueError(
+                f"rotation.outlier_share={outlier_share} is a share of the rotations, 0 to 0.5, or null: only outliers."
+            )
         self.min_explained, self.outlier_share = min_explained, outlier_share
         self._ends = HostCopy()
         self.register_buffer("mean", torch.tensor([1.0, 0.0, 0.0, 0.0]))  # [4] rotation around which the logs are taken
@@ -181,10 +201,7 @@ class PCARotation(RotationCodec):
             axis = torch.from_numpy(pca.components_[0]).to(tangents)
             offset = torch.from_numpy(pca.mean_).to(tangents)
             explained = float(pca.explained_variance_ratio_[0])
-        scores = (tangents - offset) @ axis
-        ends = [self.outlier_share / 2, 1 - self.outlier_share / 2]
-        low, high = np.quantile(scores.numpy(), ends).tolist() if self.outlier_share else (scores.min(), scores.max())
-        low, high = float(low), float(high)
+        low, high = self._ends_of_bins(((tangents - offset) @ axis).numpy())
         if high - low < 1e-3:  # the bins need a width even if nothing varies
             low, high = low - 5e-4, high + 5e-4
         self.mean.copy_(mean)
@@ -193,15 +210,40 @@ class PCARotation(RotationCodec):
         self.score_range.copy_(torch.tensor([low, high]))
         self.explained.fill_(explained)
 
+    def _ends_of_bins(self, scores: np.ndarray) -> tuple[float, float]:
+        """Lowest and highest of the PC1 scores ``[N]``, radians, without those that are outside of the bins."""
+        if self.outlier_share:
+            low, high = np.quantile(scores, [self.outlier_share / 2, 1 - self.outlier_share / 2])
+            return float(low), float(high)
+        ordered = np.sort(scores)
+        first, last = 0, len(ordered) - 1
+        if self.outlier_share is None and np.rad2deg(ordered[last] - ordered[first]) > NARROW_BIN_DEG * self.classes:
+            degrees = np.rad2deg(scores)
+            step = float(np.quantile(np.abs(np.diff(degrees)), FAST_SHARE))
+            first = _count_outliers(-degrees, SCORE_GAP_DEG, step)
+            last -= _count_outliers(degrees, SCORE_GAP_DEG, step)
+        return float(ordered[first]), float(ordered[last])
+
     def report(self, quaternions: Tensor) -> dict[str, float]:
-        """Add PC1's share of the variance, the range of the bins, and the range of 98 % of the rotations, degrees."""
+        """Add PC1's share of the variance, the range of the bins and that of 98 % of the rotations in degrees, and how
+        many rotations are beyond the outermost bins."""
         inner = np.quantile(self.scores(quaternions).numpy(), [0.01, 0.99])
         ranges = np.rad2deg([float(self.score_range.diff()), float(np.diff(inner)[0])]).tolist()
         found = {"pc1_explained": float(self.explained), "range_deg": ranges[0], "inner_range_deg": ranges[1]}
-        return found | super().report(quaternions)
+        # The ends are stored in float32: a hundredth of a bin is far more than their rounding.
+        position = self._unclamped_position(quaternions)
+        beyond = float(((position < -0.01) | (position > self.classes + 0.01)).sum())
+        return found | super().report(quaternions) | {"rotations_beyond_bins": beyond}
 
-    def settings(self) -> dict[str, float]:
-        return super().settings() | ({"outlier_share": self.outlier_share} if self.outlier_share else {})
+    def advice(self, report: dict[str, float]) -> str:
+        beyond, over = int(report["rotations_beyond_bins"]), int(report["rotations_over_45_deg"])
+        sentences = [f"{beyond} are beyond the outermost bins: rotation.outlier_share=0 widens all bins to hold them"]
+        aside = "Turns about several axes: rotation=kmeans holds them"
+        return ". ".join(sentences * (beyond > 0) + [aside] * (over > beyond) + _wrong_readings(report))
+
+    def settings(self) -> dict[str, float | None]:
+        # Bases that were fitted when 0 was the only other setting have no share in their file's name.
+        return super().settings() | ({} if self.outlier_share == 0 else {"outlier_share": self.outlier_share})
 
     def scores(self, quaternions: Tensor) -> Tensor:
         """PC1 scores ``[...]`` in radians of rotations ``[..., 4]``."""
@@ -268,7 +310,6 @@ class KMeansRotation(RotationCodec):
         seed: of the K-means initialisation.
     """
 
-    advice = "More prototypes hold them: raise rotation.classes. Wrong readings: step=doctor finds them"
     prototypes: Tensor
 
     def __init__(self, classes: int = 32, seed: int = 0) -> None:
@@ -291,7 +332,10 @@ class KMeansRotation(RotationCodec):
         """Add the number of different prototypes."""
         return {"prototypes_used": float(len(torch.unique(self.prototypes, dim=0)))} | super().report(quaternions)
 
-    def settings(self) -> dict[str, float]:
+    def advice(self, report: dict[str, float]) -> str:
+        return ". ".join(["More prototypes hold them: raise rotation.classes", *_wrong_readings(report)])
+
+    def settings(self) -> dict[str, float | None]:
         return super().settings() | {"seed": self.seed}
 
     def encode(self, quaternions: Tensor) -> Tensor:
@@ -312,7 +356,8 @@ def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fing
     when its statistics were computed) and of the rotations themselves, so a stale basis is never read.
 
     Args:
-        quaternions: ``[N, 4]`` of the training split. cache_dir: folder next to the dataset, created if missing.
+        quaternions: ``[N, 4]`` of the training split, in the order of `RotationCodec.fit`. cache_dir: folder next to
+            the dataset, created if missing.
 
     Returns:
         The fit's report, see :meth:`RotationCodec.fit`.
@@ -332,6 +377,57 @@ def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fing
     with atomic_write(path) as file:
         torch.save(codec.state_dict(), file)
     return report
+
+
+def _gaps(ordered: np.ndarray, gap: float, step: float = 0.0) -> list[tuple[int, float]]:
+    """Return the gaps wider than ``gap`` between the highest of sorted values, at most 1 in `APART_ONE_IN`: how many
+    values lie beyond each, most first, and its width.
+
+    ``step``: usual difference of successive values. A gap must also be wide for it, or for the spread of the values
+    just inside the last ones: fast turns have gaps, as does the end of any broad distribution.
+    """
+    most = len(ordered) // APART_ONE_IN
+    if len(ordered) < LEAST_ROTATIONS:
+        return []
+    inside = len(ordered) - 1 - most
+    spread = float(ordered[inside] - ordered[max(0, inside - most)])
+    widths = np.diff(ordered[inside:])
+    places = np.flatnonzero(widths > max(gap, min(GAP_SPREADS * spread, GAP_STEPS * step)))
+    return [(most - int(place), float(widths[place])) for place in places]
+
+
+def _count_apart(values: np.ndarray, gap: float) -> int:
+    """Return how many of the highest values lie beyond the first gap, in any order of the values."""
+    gaps = _gaps(np.sort(values), gap)
+    return gaps[0][0] if gaps else 0
+
+
+def _count_outliers(values: np.ndarray, gap: float, step: float) -> int:
+    """Return how many of the highest values lie beyond a gap and are isolated in time: no more than `LASTING` of them
+    are successive.
+
+    Args:
+        values: ``[N]`` in the order of `RotationCodec.fit`. Across the boundary of two demonstrations, the last frames
+            of one and the first of the next count as successive: then fewer values are outliers. In any other order,
+            as after shuffling, a rotation that lasts is scattered, and is taken for outliers.
+    """
+    order, crossed = np.argsort(values, kind="stable"), 0.0
+    for count, width in _gaps(values[order], gap, step):
+        rows = np.sort(order[-count:])
+        lasting = bool((rows[LASTING:] - rows[:-LASTING] == LASTING).any())
+        if not lasting and width > GAP_STEPS * crossed:
+            return count
+        if lasting:
+            crossed = max(crossed, width)
+    return 0
+
+
+def _wrong_readings(report: dict[str, float]) -> list[str]:
+    """Return the sentence about wrong readings, where the geometry doctor finds some."""
+    found = int(report["rotations_off_path"])
+    return [f"{found} leave the path of the frames before and after (wrong readings): step=doctor names them"] * (
+        found > 0
+    )
 
 
 def _load_cached_basis(path: Path) -> dict[str, Tensor] | None:
@@ -356,20 +452,24 @@ def _warn_of_poor_fit(codec: RotationCodec, report: dict[str, float]) -> None:
     if full > WIDENED * inner and full > NARROW_BIN_DEG * codec.classes:
         log.warning(
             "the rotation bins span %.0f degrees, and 98 %% of the training rotations lie within %.0f: a bin is %.1f "
-            "degrees wide in place of %.1f. The others are wrong readings (step=doctor) or rare turns; "
-            "rotation.outlier_share=0.02 leaves them outside of the bins",
+            "degrees wide in place of %.1f. %s",
             full,
             inner,
             full / codec.classes,
             inner / codec.classes,
+            ". ".join([*_wrong_readings(report), "rotation.outlier_share=0.02 leaves the others outside of the bins"]),
         )
-    if report["rotations_over_45_deg"] > FAR_SHARE * report["rotations"]:
+    largest, over = report["decode_error_max_deg"], report["rotations_over_45_deg"]
+    left_out = isinstance(codec, PCARotation) and codec.outlier_share is None and report["rotations_beyond_bins"] > 0
+    few = largest > LARGE_DEG or (largest > FAR_DEG and report["rotations_apart"] > 0) or left_out
+    if few or over > FAR_SHARE * report["rotations"]:
         log.warning(
-            "%d of %d training rotations are stored with more than %g degrees of error (%.1f on average): a policy "
-            "that learns these codes turns the gripper wrongly there. %s",
-            report["rotations_over_45_deg"],
+            "the largest decode error of the training rotations is %.0f degrees (%.1f on average), and %d of %d have "
+            "more than %g: a policy that learns these codes turns the gripper wrongly there. %s",
+            largest,
+            report["decode_error_deg"],
+            over,
             report["rotations"],
             FAR_DEG,
-            report["decode_error_deg"],
-            codec.advice,
+            codec.advice(report),
         )

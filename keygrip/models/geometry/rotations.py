@@ -5,9 +5,14 @@ Shape legend: ``...`` any batch shape. Angles are radians.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# A rotation is off the path of its neighbours if it is farther from both than this, than OFF_PATH_USUAL times what
+# OFF_PATH_SHARE of the rotations are, and than OFF_PATH_ACROSS times the angle between the two.
+OFF_PATH_RAD, OFF_PATH_USUAL, OFF_PATH_SHARE, OFF_PATH_ACROSS = 0.35, 4.0, 0.9, 1.5
 
 
 def normalise(quaternion: Tensor) -> Tensor:
@@ -126,3 +131,18 @@ def mean_rotation(quaternions: Tensor) -> Tensor:
     scatter = quaternions.double().T @ quaternions.double()
     mean = torch.linalg.eigh(scatter).eigenvectors[:, -1]
     return canonical(mean).to(quaternions.dtype)
+
+
+def off_path(quaternion: Tensor) -> Tensor:
+    """Whether rotations ``[N, 4]``, in temporal order, are far from the one before and from the one after, which agree
+    with each other: bool ``[N]``. This holds for wrong readings of single frames, and for neither the first nor the
+    last rotation."""
+    found = quaternion.new_zeros(len(quaternion), dtype=torch.bool)
+    if len(quaternion) < 3:
+        return found
+    steps = geodesic_angle(quaternion[:-1], quaternion[1:])
+    nearest = torch.minimum(steps[:-1], steps[1:])
+    usual = float(np.quantile(nearest.cpu().numpy(), OFF_PATH_SHARE))
+    far = nearest > max(OFF_PATH_RAD, OFF_PATH_USUAL * usual)
+    found[1:-1] = far & (nearest > OFF_PATH_ACROSS * geodesic_angle(quaternion[:-2], quaternion[2:]))
+    return found

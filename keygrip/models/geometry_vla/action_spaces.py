@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -170,21 +170,25 @@ class ControllerSpace(nn.Module):
     requested translation and another share of the requested rotation. Both shares are fitted to the recordings.
 
     Args:
-        position_m, rotation_rad: the controller's largest translation and rotation per step (its `output_max`).
+        position_m, rotation_rad: the controller's largest translation and rotation per step (its `output_max`). They
+            are the same for all robots; a robot whose controller has others gets shares that make up for it.
+        robots: number of robots that have their own shares; 0: one pair for all.
 
     Attributes:
-        shares: ``[2]``, the shares of the requested translation and rotation that the arm makes in a step.
+        shares: ``[2]``, the shares of the requested translation and rotation that the arm makes in a step; with
+            `robots`, those of each robot, ``[robots, 2]``.
     """
 
     reads: str | None = "controller"
     shares: Tensor
 
-    def __init__(self, position_m: float = 0.05, rotation_rad: float = 0.5) -> None:
+    def __init__(self, position_m: float = 0.05, rotation_rad: float = 0.5, robots: int = 0) -> None:
         super().__init__()
         if not (position_m > 0 and rotation_rad > 0):
             raise ValueError(f"the controller's largest way and turn are positive, not {position_m}, {rotation_rad}")
         self.position_m, self.rotation_rad = position_m, rotation_rad
-        self.register_buffer("shares", torch.ones(2))
+        self.register_buffer("shares", torch.ones(robots, 2) if robots else torch.ones(2))
+        self.register_load_state_dict_pre_hook(_adopt_common_shares)
 
     def numbers(self, targets: PolicyTargets) -> Tensor:
         controller = _require_recorded(targets.controller, "controller actions")
@@ -194,13 +198,18 @@ class ControllerSpace(nn.Module):
             )
         return controller
 
-    def take(self, targets: PolicyTargets) -> None:
+    def take(self, targets: PolicyTargets, rows: Tensor | None = None, robot: int = 0, name: str = "") -> None:
         """Fit the shares by least squares to the motion of the arms in each recorded step.
+
+        Args:
+            rows: bool ``[B]``, the samples of one of several robots. robot, name: its number and name.
 
         Raises:
             ValueError: the arms do not follow the inputs: the axes, or the row of the recording, are others.
         """
-        inputs, real = self.numbers(targets), ~targets.action_is_pad
+        inputs, real, owner = self.numbers(targets), ~targets.action_is_pad, f" of {name!r}" if name else ""
+        if rows is not None:
+            real = real & rows[:, None, None]
         previous_position = torch.cat([targets.start_position[:, :, None], targets.position[:, :, :-1]], dim=2)
         previous_quaternion = torch.cat([targets.start_quaternion[:, :, None], targets.quaternion[:, :, :-1]], dim=2)
         commands = (inputs[..., :3] * self.position_m, inputs[..., 3:6] * self.rotation_rad)
@@ -208,7 +217,8 @@ class ControllerSpace(nn.Module):
             targets.position - previous_position,
             rotation_log(quaternion_multiply(targets.quaternion, quaternion_conjugate(previous_quaternion))),
         )
-        for i, (name, command, motion) in enumerate(zip(("positions", "rotations"), commands, motions, strict=True)):
+        shares = self.shares if rows is None else self.shares[robot]
+        for i, (values, command, motion) in enumerate(zip(("positions", "rotations"), commands, motions, strict=True)):
             command, motion = command[real].double(), motion[real].double()
             size = command.square().sum()
             if size < LEAST_INPUT:
@@ -218,24 +228,39 @@ class ControllerSpace(nn.Module):
             if abs(correlation) < LEAST_CORRELATION:
                 share = min(max(share, 0.0), 1.0)
                 log.warning(
-                    "the recorded %s hardly follow the controller's inputs (correlation %.2f)", name, correlation
+                    "the recorded %s%s hardly follow the controller's inputs (correlation %.2f)",
+                    *(values, owner, correlation),
                 )
             elif not 0 < share <= LARGEST_SHARE:
                 raise ValueError(
-                    f"model.actions.kind=osc: the recorded {name} move by {share:.2f} times what the controller's "
-                    "inputs ask for, where a controller comes part of the way: its largest way and turn "
+                    f"model.actions.kind=osc: the recorded {values}{owner} move by {share:.2f} times what the "
+                    "controller's inputs ask for, where a controller comes part of the way: its largest way and turn "
                     "(model.actions.osc_position_m, osc_rotation_rad) or its axes are others; use absolute or delta"
                 )
-            self.shares[i] = share
+            shares[i] = share
 
-    def poses(self, numbers: Tensor, position: Tensor, quaternion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        position_share, rotation_share = self.shares.unbind()
+    def poses(
+        self, numbers: Tensor, position: Tensor, quaternion: Tensor, embodiment: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shares = self.shares
+        if shares.dim() == 2:
+            if embodiment is None:
+                raise ValueError("each robot has its own shares of the controller's inputs: name that of each sample")
+            shares = shares[embodiment][:, None, None, None]  # [B, 1, 1, 1, 2]
+        position_share, rotation_share = shares.unbind(-1)
         new_position = position[:, :, None] + torch.cumsum(numbers[..., :3] * self.position_m * position_share, dim=2)
         current, quaternions = quaternion, []
         for step in rotation_exp(numbers[..., 3:6] * self.rotation_rad * rotation_share).unbind(dim=2):
             current = quaternion_multiply(step, current)
             quaternions.append(current)
         return new_position, torch.stack(quaternions, dim=2), (1 - numbers[..., 6]) / 2
+
+
+def _adopt_common_shares(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give each robot the one pair of shares of checkpoints from before robots had their own."""
+    built, stored = module.shares, state.get(f"{prefix}shares")
+    if isinstance(stored, Tensor) and isinstance(built, Tensor) and stored.shape == (2,) and built.dim() == 2:
+        state[f"{prefix}shares"] = stored.expand_as(built)
 
 
 def _require_recorded(values: Tensor | None, quantity: str) -> Tensor:
@@ -247,9 +272,9 @@ def _require_recorded(values: Tensor | None, quantity: str) -> Tensor:
 
 
 def action_space(
-    kind: str, arms: Sequence[str], arm: str, gripper: str, osc_position_m: float, osc_rotation_rad: float
+    kind: str, arms: Sequence[str], arm: str, gripper: str, osc_position_m: float, osc_rotation_rad: float, robots: int
 ) -> PoseSpace | JointSpace | ControllerSpace:
-    """Build the space of a kind of action.
+    """Build the space of a kind of action. `robots`: number of those with their own statistics; 0: one set for all.
 
     Raises:
         ValueError: there is no such kind, arm or gripper.
@@ -258,4 +283,4 @@ def action_space(
         raise ValueError(f"model.actions.kind is one of {', '.join(COLUMNS)}, not {kind!r}.")
     if kind == "joint":
         return JointSpace(arms, arm, gripper)
-    return ControllerSpace(osc_position_m, osc_rotation_rad) if kind == "osc" else PoseSpace(kind == "delta")
+    return ControllerSpace(osc_position_m, osc_rotation_rad, robots) if kind == "osc" else PoseSpace(kind == "delta")

@@ -55,7 +55,8 @@ class PoseActions(nn.Module):
         tail: share of the values at each end that may lie outside -1 .. 1.
         arm, gripper: models of `keygrip.robots.kinematics`, for ``joint``.
         osc_position_m, osc_rotation_rad: the controller's largest translation and rotation per step, for ``osc``.
-        embodiments: names of robots (in the demonstrations) that have their own statistics; none: one set for all.
+        embodiments: names of robots (in the demonstrations) that have their own statistics, with ``osc`` also their own
+            shares of the controller's inputs; none: one set for all.
     """
 
     read_where: ClassVar = {
@@ -86,10 +87,11 @@ class PoseActions(nn.Module):
         if not 0 <= tail < 0.5:
             raise ValueError(f"model.actions.tail must lie in [0, 0.5), got {tail}.")
         self.arms, self.kind, self.tail = tuple(arms), kind, tail
-        self.space = action_space(kind, self.arms, arm, gripper, osc_position_m, osc_rotation_rad)
+        self.embodiments = tuple(embodiments or ())
+        robots = len(self.embodiments)
+        self.space = action_space(kind, self.arms, arm, gripper, osc_position_m, osc_rotation_rad, robots)
         self.columns = COLUMNS[kind]
         self.size = len(self.arms) * self.columns
-        self.embodiments = tuple(embodiments or ())
         if len(set(self.embodiments)) != len(self.embodiments):
             raise ValueError(f"model.actions.embodiments names a robot twice: {', '.join(self.embodiments)}.")
         if self.embodiments and kind == "joint":
@@ -119,7 +121,7 @@ class PoseActions(nn.Module):
             raise ValueError(
                 f"The data has {chunks.position.shape[1]} arms and the model {len(self.arms)}: set data.arms."
             )
-        if isinstance(self.space, JointSpace | ControllerSpace):
+        if isinstance(self.space, JointSpace) or (isinstance(self.space, ControllerSpace) and not self.embodiments):
             self.space.take(chunks)
         state = pose_numbers(chunks.start_position, chunks.start_quaternion, chunks.start_gripper).flatten(-2)
         actions, mask = self._raw(chunks), self.mask(chunks)
@@ -131,6 +133,8 @@ class PoseActions(nn.Module):
                 raise ValueError(
                     f"model.actions.embodiments names {name!r}, of which there is no training demonstration."
                 )
+            if isinstance(self.space, ControllerSpace):
+                self.space.take(chunks, rows, robot, name)
             self._take_rows(state[rows], actions[rows], mask[rows], robot)
             if robot_ranges is None or name not in robot_ranges:
                 raise ValueError(f"the data module's statistics hold no range of the positions of {name!r}")
@@ -265,7 +269,10 @@ class PoseActions(nn.Module):
             embodiment: ``[B]``, with several robots.
         """
         with without_autocast(actions):  # a pose in bf16 is off by millimetres
-            return self.space.poses(self.numbers(actions, embodiment), position, quaternion)
+            numbers = self.numbers(actions, embodiment)
+            if isinstance(self.space, ControllerSpace):
+                return self.space.poses(numbers, position, quaternion, embodiment)
+            return self.space.poses(numbers, position, quaternion)
 
     def target_poses(self, targets: PolicyTargets) -> tuple[Tensor, Tensor, Tensor]:
         """Return the poses that the actions of a batch are for, as `decode` gives them: the batch's own, and for

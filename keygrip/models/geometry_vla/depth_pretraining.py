@@ -37,10 +37,10 @@ class DepthReaderModule(System):
     Args:
         network: the encoder, which also sets the weights of the two losses.
         optimizer: its settings.
-        log_images: show depth maps in TensorBoard at every validation.
+        log_images_every_n_steps: minimum steps between validations that show depth maps; 0: none.
 
     Raises:
-        ValueError: an encoder that learns no depth.
+        ValueError: an encoder that learns no depth, or negative steps.
     """
 
     batch_type = MultiViewPolicyBatch
@@ -51,14 +51,16 @@ class DepthReaderModule(System):
     )
     headline_metrics = tuple(f"{split}/{name}" for split in ("train", "val") for name in HEADLINE)
 
-    def __init__(self, network: DinoMultiView, optimizer: AdamW, log_images: bool = True) -> None:
+    def __init__(self, network: DinoMultiView, optimizer: AdamW, log_images_every_n_steps: int = 1) -> None:
         super().__init__(optimizer)
         if not network.learns_depth:
             raise ValueError(
                 "model=depth_reader trains on depth alone: set geometry.point_weight or geometry.depth_weight above 0, "
                 "and geometry.frozen=false."
             )
-        self.network, self.log_images = network, log_images
+        if log_images_every_n_steps < 0:
+            raise ValueError(f"model.log_images_every_n_steps is 0 (off) or positive, got {log_images_every_n_steps}.")
+        self.network, self.log_images_every_n_steps = network, log_images_every_n_steps
 
     def set_statistics(self, statistics: DemoStatistics) -> None:
         """Load the weights of the run to start from, if there is one; no statistics are stored."""
@@ -92,7 +94,7 @@ class DepthReaderModule(System):
         assert batch.depth is not None
         counts = self.network.counts(features, batch.depth, batch.view_intrinsics, batch.view_world_to_camera)
         self.log_values("val", losses, len(batch), BAR, counts | {"loss": counts["points"]})
-        if batch_idx == 0 and self.log_images:
+        if batch_idx == 0 and self.images_are_due(self.log_images_every_n_steps):
             self._show(features, batch)
 
     @torch.no_grad()

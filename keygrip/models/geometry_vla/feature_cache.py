@@ -90,10 +90,11 @@ class FeatureCache:
             )
 
     def size(self) -> int:
-        """Bytes in use, from the counter that all processes share."""
+        """Return the bytes in use, from the counter that all processes share, or of the files if it is missing, as in a
+        copy of the folder without hidden files."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             return int((self.folder / ".size").read_text())
-        return 0
+        return sum(size for _, size, _ in self._files())
 
     # ------------------------------------------------------------------ files
 
@@ -119,26 +120,34 @@ class FeatureCache:
         return feature
 
     def _write(self, key: str, feature: Tensor) -> None:
-        path = self._path(key)
+        path, content = self._path(key), save({"feature": feature.contiguous()}, {CHECKSUM: _checksum(feature)})
         try:
             with locked(self.folder / ".lock", together_without=True):
-                old_size = path.stat().st_size if path.exists() else 0
-                write_bytes(path, save({"feature": feature.contiguous()}, {CHECKSUM: _checksum(feature)}))
-                size = self.size() + path.stat().st_size - old_size
-                write_text(self.folder / ".size", str(self._evict_oldest() if size > self.limit else size))
+                size = self.size() + len(content) - (path.stat().st_size if path.exists() else 0)
+                # Counted before it is written: if a process ends between the two, the counter is too large rather than
+                # too small, so that the files stay within the limit.
+                write_text(self.folder / ".size", str(size))
+                write_bytes(path, content)
+                if size > self.limit:
+                    write_text(self.folder / ".size", str(self._evict_oldest()))
         except OSError as error:
             raise OSError(
                 f"the cache of geometry features cannot be written ({error}): give geometry.cache.folder a disk with "
                 "room, with which a run may be resumed too"
             ) from error
 
-    def _evict_oldest(self) -> int:
-        """Remove the least recently used files until the rest fits; return the size of the rest."""
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """Return the time of last use, the size and the path of each feature's file."""
         files = []
         for path in self.folder.glob("*/*.safetensors"):
             with contextlib.suppress(FileNotFoundError):
                 state = path.stat()
                 files.append((state.st_mtime_ns, state.st_size, path))
+        return files
+
+    def _evict_oldest(self) -> int:
+        """Remove the least recently used files until the rest fits; return the size of the rest."""
+        files = self._files()
         size = sum(each for _, each, _ in files)
         for _, each, path in sorted(files):
             if size <= KEPT_SHARE * self.limit:

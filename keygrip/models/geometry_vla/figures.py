@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from keygrip.data.batches import MultiViewPolicyBatch
@@ -39,8 +40,6 @@ def scene_figure(
     Returns:
         ``[H, W, 3]`` uint8.
     """
-    from matplotlib.figure import Figure
-
     views = batch.images.shape[1]
     true = None if batch.depth is None else batch.depth[sample].float().cpu()
     guess = None if geometry is None or geometry.log_depth is None else geometry.log_depth[sample].float().exp().cpu()

@@ -77,7 +77,7 @@ class GeometryVLAModule(System):
         optimizer: its settings. timesteps: samples the timesteps of training, 0 (data) to 1 (noise).
         draws: number of noise samples for each sample, all from one pass of the encoders.
         sampling: how actions are sampled, in validation and in control.
-        log_images: show a plan and depth maps in TensorBoard at every validation.
+        log_images_every_n_steps: minimum steps between validations that show a plan and depth maps; 0: none.
         pointing_weight: weight of the loss on the gripper's future pixels in the images
             (`model.network.pointing_cells`).
         init_from: run folder or checkpoint of such a policy from whose weights training starts, geometry encoder
@@ -109,13 +109,15 @@ class GeometryVLAModule(System):
         timesteps: TimestepSampler,
         draws: int = 4,
         sampling: ActionSampling | None = None,
-        log_images: bool = True,
+        log_images_every_n_steps: int = 1,
         pointing_weight: float = 0.1,
         init_from: str | None = None,
     ) -> None:
         super().__init__(optimizer)
         if draws < 1:
             raise ValueError(f"model.draws is at least 1, got {draws}.")
+        if log_images_every_n_steps < 0:
+            raise ValueError(f"model.log_images_every_n_steps is 0 (off) or positive, got {log_images_every_n_steps}.")
         if not 0 <= pointing_weight < math.inf:
             raise ValueError(f"model.pointing_weight must be finite and not negative, got {pointing_weight}.")
         if network.head.action_size != actions.size:
@@ -128,7 +130,7 @@ class GeometryVLAModule(System):
         self.statistics = PolicyStatistics()
         self.timesteps = timesteps
         self.draws, self.sampling = draws, sampling or ActionSampling()
-        self.log_images = log_images
+        self.log_images_every_n_steps = log_images_every_n_steps
         self.pointing_weight, self.init_from = pointing_weight, init_from
         self.views: tuple[str, ...] = ()
         self.calibrated: tuple[str, ...] = ()  # those of the views that are calibrated in all demonstrations
@@ -432,7 +434,7 @@ class GeometryVLAModule(System):
         self.log_values("val", values, len(batch), BAR, self.counts(scene, batch))
         for name, errors in self.grip_errors(batch, sampled).items():
             self._grips[name].append(errors)
-        if batch_idx == 0 and self.log_images:
+        if batch_idx == 0 and self.images_are_due(self.log_images_every_n_steps):
             self._show(scene, batch)
 
     def on_validation_epoch_start(self) -> None:

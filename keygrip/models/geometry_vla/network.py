@@ -143,7 +143,8 @@ class GeometryVLA(nn.Module):
     """
 
     read_where: ClassVar = {
-        "geometry": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
+        # omitted: MapAnything would be loaded, and needs its package, for a policy that does not contain it
+        "geometry": ReadWhere("geom_inject_to_dit geom_inject_to_vlm", omitted=True),
         "geom_dit_tokens": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
         "pointing_patch_cells": ReadWhere("geom_inject_to_dit geom_inject_to_vlm"),
         "geom_compression_type": ReadWhere("geom_dit_tokens"),
@@ -210,7 +211,7 @@ class GeometryVLA(nn.Module):
         self.places = PlaceEmbedding(vlm.width) if context_places else None
         maps = horizon + pointing_keyframe
         self.pointing = Pointing(vlm.width, len(arms), maps, pointing_cells) if pointing_cells else None
-        if geometry is not None and not (geom_inject_to_dit or geom_inject_to_vlm):
+        if not (geom_inject_to_dit or geom_inject_to_vlm):
             log.info("geom_inject_to_dit=false: no geometry encoder; the actions depend on the vision-language model")
             geometry = None
         self.geometry = geometry

@@ -13,13 +13,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keygrip.data.batches import normalised
+from keygrip.models.language import PromptOrder
 from keygrip.models.language.hub import read_config, read_weights, with_fused_attention
 from keygrip.models.language.qwen_vision import replace_layers
 from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
@@ -40,7 +41,6 @@ IMAGES = "<images>"  # a placeholder while a prompt is rendered
 EXTRA = -1  # id of a token whose embedding is given
 
 Trainable = Literal["all", "language", "frozen"]
-PromptOrder = Literal["images_first", "instruction_first"]
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class QwenVL(nn.Module):
         image_size: side in pixels to which images are resized.
         tokenizer: source of the tokenizer.
         rope_sections: pairs of a head's channels that time, height and width rotate; their sum is half a head's width.
-        prompt_order: images first, as in the published training, or the instruction first: the hidden states of image
-            tokens then depend on the instruction.
+        prompt_order: images before the text (`visual_first`), as in the published training, or after the instruction
+            (`question_first`): the hidden states of image tokens then depend on the instruction.
         weights: ``random``, a local folder with config.json and weights, or a name on the Hugging Face hub.
         trainable: ``all``, ``language`` (the vision tower is frozen) or ``frozen``.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -118,7 +118,7 @@ class QwenVL(nn.Module):
         rope_sections: Sequence[int],
         rope_theta: float = 1e6,
         norm_eps: float = 1e-6,
-        prompt_order: PromptOrder = "images_first",
+        prompt_order: PromptOrder = "visual_first",
         weights: str = "random",
         trainable: Trainable = "all",
         gradient_checkpointing: bool = False,
@@ -129,8 +129,8 @@ class QwenVL(nn.Module):
             raise ValueError(f"vlm.trainable is all, language or frozen, not {trainable!r}.")
         if lora is not None and trainable != "language":
             raise ValueError(f"vlm.lora adapts the language model: set vlm.trainable=language, not {trainable}.")
-        if prompt_order not in ("images_first", "instruction_first"):
-            raise ValueError(f"vlm.prompt_order is images_first or instruction_first, not {prompt_order!r}.")
+        if prompt_order not in get_args(PromptOrder):
+            raise ValueError(f"vlm.prompt_order is {' or '.join(get_args(PromptOrder))}, not {prompt_order!r}.")
         if width % heads or heads % kv_heads or sum(rope_sections) * 2 * heads != width:
             raise ValueError(
                 f"vlm: heads={heads} must divide width={width}, kv_heads={kv_heads} must divide heads, and "
@@ -259,7 +259,7 @@ class QwenVL(nn.Module):
         """Return the token ids of a prompt before and after its images. All of the instruction is encoded as text."""
         if self.tokenizer is None:
             raise ValueError("The model has no tokenizer: train it, or load a checkpoint written by keygrip.train.")
-        order = "{0}{1}" if self.prompt_order == "images_first" else "{1}\n{0}"
+        order = "{0}{1}" if self.prompt_order == "visual_first" else "{1}\n{0}"
         images, words = IMAGES, self.tokenizer.as_words(instruction)
         while images in words:
             images = f"<{images}>"

@@ -28,7 +28,8 @@ class AutoencoderModule(System):
     Args:
         network: the autoencoder. encoders: of the shards, which contain exact pixels. optimizer: its settings.
         difference_weight: of the error of differences. kl_weight: of the mean divergence per value of a latent.
-        shown: number of images that validation shows. init_from: run folder or checkpoint of such an autoencoder from
+        log_images_every_n_steps: minimum steps between validations that show images; 0: none.
+        shown: number of images that a validation shows. init_from: run folder or checkpoint of such an autoencoder from
             whose weights training starts. decoder_only: keep the encoder of `init_from`, and therefore its latents, and
             train the decoder only; models already trained on these latents keep the decoder stored with them.
             latent_noise: largest standard deviation of noise added to the decoder's inputs in training, in standard
@@ -40,7 +41,10 @@ class AutoencoderModule(System):
     """
 
     batch_type = ImageTextBatch
-    read_where: ClassVar = {"kl_weight": ReadWhere("decoder_only", False)}
+    read_where: ClassVar = {
+        "kl_weight": ReadWhere("decoder_only", False),
+        "shown": ReadWhere("log_images_every_n_steps"),
+    }
     toy_overrides = (
         *("data=robot_images", "encoders=tiny", "data.make.options.train=32", "data.make.options.val=8"),
         *("data.make.options.test=8", "data.make.options.processes=1", "data.batch_size=2"),
@@ -55,15 +59,17 @@ class AutoencoderModule(System):
         optimizer: AdamW,
         difference_weight: float = 1.0,
         kl_weight: float = 1e-4,
+        log_images_every_n_steps: int = 1,
         shown: int = 6,
         init_from: str | None = None,
         decoder_only: bool = False,
         latent_noise: float = 0.0,
     ) -> None:
         super().__init__(optimizer)
-        if min(difference_weight, kl_weight, latent_noise) < 0 or shown < 1:
+        if min(difference_weight, kl_weight, latent_noise, log_images_every_n_steps) < 0 or shown < 1:
             raise ValueError(
-                "model: difference_weight, kl_weight and latent_noise must not be negative, and shown must be above 0"
+                "model: log_images_every_n_steps, difference_weight, kl_weight and latent_noise must not be negative, "
+                "and shown must be above 0"
             )
         packing = encoders.autoencoder
         if not isinstance(packing, PixelPacking):
@@ -73,6 +79,7 @@ class AutoencoderModule(System):
             )
         self.network, self.packing = network, packing
         self.difference_weight, self.kl_weight, self.shown = difference_weight, kl_weight, shown
+        self.log_images_every_n_steps = log_images_every_n_steps
         self.init_from, self.decoder_only, self.latent_noise = init_from, decoder_only, latent_noise
         network.encoder.requires_grad_(not decoder_only)
 
@@ -148,6 +155,8 @@ class AutoencoderModule(System):
         reconstruction = ((self.network(pixels).float() + 1) / 2).clamp(0, 1)
         error = (reconstruction - (pixels + 1) / 2).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
         self.log_values("val", {**values, "psnr_db": (-10 * error.log10()).mean()}, len(batch))
-        if batch_idx == 0 and self.shows_images and not self.trainer.sanity_checking:
+        if batch_idx or self.trainer.sanity_checking or not self.images_are_due(self.log_images_every_n_steps):
+            return
+        if self.shows_images:
             rows = [("images", (pixels[: self.shown] + 1) / 2), ("as they come back", reconstruction[: self.shown])]
             self.show_image("val/images", image_grid(rows))

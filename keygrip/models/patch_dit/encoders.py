@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from keygrip.data.batches import ImageTextStatistics
+from keygrip.data.image_text.encoder_settings import differing_settings
 from keygrip.models.nn.precision import without_autocast
 from keygrip.models.patch_dit.autoencoders import Autoencoder, PixelPacking
 from keygrip.models.patch_dit.dino_view import COLOUR, GAMMA, GREY, DinoView, grey
@@ -27,8 +28,6 @@ from keygrip.models.patch_dit.trained_autoencoder import TrainedAutoencoder
 from keygrip.training.parts import model_part
 
 log = logging.getLogger(__name__)
-
-OPTIONS = {"view.image_size": "view.size", "text.kind": "text", "autoencoder.kind": "autoencoder"}  # of settings
 
 
 @model_part
@@ -215,22 +214,3 @@ class Encoders:
                 f"these encoders have the fingerprint {self.fingerprint}, those of the checkpoint "
                 f"{state['fingerprint']}: use the same encoders= with the same options as for its shards"
             )
-
-
-def differing_settings(stored: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return a text for each setting of encoders that has another value in the description that shards store; settings
-    that are not in both are skipped.
-
-    Args:
-        stored: of the shards. own: of these encoders. prefix: of the names, such as "view.".
-    """
-    texts = []
-    for name, value in own.items():
-        if name not in stored:
-            continue
-        if isinstance(value, Mapping):
-            texts += differing_settings(stored[name], value, f"{name}.") if isinstance(stored[name], Mapping) else []
-        elif stored[name] != value:
-            option = OPTIONS.get(prefix + name, prefix + name)
-            texts.append(f"encoders.{option} is {json.dumps(stored[name])} there and {json.dumps(value)} here")
-    return texts

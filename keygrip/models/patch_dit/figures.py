@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 SMALLEST = 96  # pixels: smaller images are enlarged by whole factors
@@ -14,8 +15,6 @@ TITLE, FONT = 18, 12  # pixels: height of a title and of its letters; smaller le
 
 def image_grid(rows: Sequence[tuple[str, Tensor]]) -> np.ndarray:
     """``[H, W, 3]`` uint8: each row a title and images ``[N, 3, H, W]`` in 0..1, all of one size."""
-    from PIL import Image, ImageDraw, ImageFont
-
     strips = []
     for title, images in rows:
         frames = as_bytes(images)

@@ -21,7 +21,7 @@ SOURCE_SETTINGS: dict[str, Any] = {
     "rotary": False,
     "patch_positions": False,
     "patch_attention": "joint",
-    "level_frequencies": "exclusive",
+    "timestep_frequencies": "exclusive",
     "latent_positions": "cells",
 }
 
@@ -53,7 +53,7 @@ def foreign_settings(names: Iterable[str], found: Mapping[str, Tensor]) -> Forei
     settings: dict[str, Any] = {}
     level, latent = found.get("level_embedding.mlp.0.weight"), found.get("latent_in.weight")
     if level is not None:
-        settings["level_hidden"] = len(level)
+        settings["timestep_hidden"] = len(level)
     # For layers that this network lacks, `found` contains the file's own names.
     if any(".self_attention.query.weight" in name for name in found):
         settings["qk_norm"] = any(norm in name for name in found for norm in (".query_norm.", ".q_norm.", ".norm_q."))

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from keygrip.models.nn.flow_matching import resolution_shift
@@ -124,9 +126,6 @@ def read_source(path: str | Path) -> InitSource:
     if file.is_dir() or is_signed(file):
         return _keygrip_source(str(path), read_checkpoint(file))
     if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
             return InitSource(str(path), load_file(file))
         except SafetensorError as error:

@@ -186,9 +186,9 @@ class PatchDiTModule(System):
             source.refuse_other_shift(self.shift_tokens, self.network.patch_size, windows)
             setting = "model.few_steps" if self.few_steps else "model.lora" if self.lora else None
             warm_start(self.network, source, self.init_from_renames, self.init_from_min_share, setting)
-            if setting is None:  # the configs of these two set their own rates
+            if self.few_steps is None:  # its recipes set a rate for students
                 log.info(
-                    "training goes on from there at optimizer.lr=%g: half the rate of random weights is a start",
+                    "training goes on from there at optimizer.lr=%g; half the rate of random weights is a first choice",
                     self.optimizer_recipe.lr,
                 )
             normalise_as(source, self.statistics, self.init_from_statistics)

@@ -68,8 +68,8 @@ class LossTable:
         return self._sums
 
     def report(self) -> dict[str, float]:
-        """``loss_level_<from>_<to>``, ``loss_<category>``, ``share_<category>`` and ``alignment`` over all processes,
-        and reset.
+        """``loss_timestep_<from>_<to>``, ``loss_<category>``, ``share_<category>`` and ``alignment`` over all
+        processes, and reset.
 
         Bins without samples are left out, and so is the alignment if no sample counted. Every process must call this
         method at the same step.
@@ -78,7 +78,7 @@ class LossTable:
             return {}
         sums, counts = (row.tolist() for row in global_sum(self._sums).cpu())
         self._sums = None
-        names = [f"loss_level_{i / self.bins:.1f}_{(i + 1) / self.bins:.1f}" for i in range(self.bins)]
+        names = [f"loss_timestep_{i / self.bins:.1f}_{(i + 1) / self.bins:.1f}" for i in range(self.bins)]
         names += [*(f"loss_{name}" for name in CATEGORIES), "alignment"]
         losses = {name: total / n for name, total, n in zip(names, sums, counts, strict=True) if n}
         of_category = counts[self.bins : -1]

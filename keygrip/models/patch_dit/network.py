@@ -34,14 +34,14 @@ AdaLN = Literal["shift_scale", "gated"]
 Prediction = Literal["v", "x"]
 PatchAttention = Literal["joint", "separate"]
 LatentPositions = Literal["frame", "cells"]
-LevelFrequencies = Literal["inclusive", "exclusive"]
+TimestepFrequencies = Literal["inclusive", "exclusive"]
 # Settings whose value determines how weights are used, and their possible values.
 CHOICES: dict[str, tuple[str, ...]] = {
     "adaln": get_args(AdaLN),
     "prediction": get_args(Prediction),
     "patch_attention": get_args(PatchAttention),
     "latent_positions": get_args(LatentPositions),
-    "level_frequencies": get_args(LevelFrequencies),
+    "timestep_frequencies": get_args(TimestepFrequencies),
 }
 
 
@@ -203,8 +203,8 @@ class PatchDiT(nn.Module):
         rotary: the self-attention also has rotary positions in two dimensions, in addition to the sinusoids that
             latent tokens and patches share.
         qk_norm: normalise queries and keys.
-        level_hidden: hidden width of the noise level's MLP.
-        level_frequencies: of the noise level's sinusoids, from 1000 to 0.1 in equal ratios; "exclusive": 0.1 itself is
+        timestep_hidden: hidden width of the timestep's MLP.
+        timestep_frequencies: of the timestep's sinusoids, from 1000 to 0.1 in equal ratios; "exclusive": 0.1 itself is
             left out.
         latent_positions: "frame": latent tokens have their places in the image's own frame, which patches share (see
             `grid_positions`); "cells": row and column of their cell, see `cell_features`.
@@ -247,8 +247,8 @@ class PatchDiT(nn.Module):
         final_modulation: bool = False,
         rotary: bool = False,
         detail: Callable[..., DetailHead] | None = None,
-        level_hidden: int = 256,
-        level_frequencies: LevelFrequencies = "inclusive",
+        timestep_hidden: int = 256,
+        timestep_frequencies: TimestepFrequencies = "inclusive",
         latent_positions: LatentPositions = "frame",
         output_convolution: bool = False,
     ) -> None:
@@ -258,13 +258,13 @@ class PatchDiT(nn.Module):
             "prediction": prediction,
             "patch_attention": patch_attention,
             "latent_positions": latent_positions,
-            "level_frequencies": level_frequencies,
+            "timestep_frequencies": timestep_frequencies,
         }
         for name, values in CHOICES.items():
             if chosen[name] not in values:
                 raise ValueError(f"model.network.{name} is {' or '.join(values)}, not {chosen[name]!r}.")
-        if level_hidden < 1:
-            raise ValueError(f"model.network.level_hidden={level_hidden}: must be at least 1.")
+        if timestep_hidden < 1:
+            raise ValueError(f"model.network.timestep_hidden={timestep_hidden}: must be at least 1.")
         if rotary and (width % heads or width // heads % 4):
             raise ValueError(
                 f"model.network.rotary=true needs heads whose width divides by 4, not {width} / {heads} numbers."
@@ -301,8 +301,8 @@ class PatchDiT(nn.Module):
             "patch_positions": patch_positions,
             "patch_attention": patch_attention,
             "qk_norm": qk_norm,
-            "level_hidden": level_hidden,
-            "level_frequencies": level_frequencies,
+            "timestep_hidden": timestep_hidden,
+            "timestep_frequencies": timestep_frequencies,
             "latent_positions": latent_positions,
             "output_convolution": output_convolution,
         }
@@ -311,7 +311,9 @@ class PatchDiT(nn.Module):
         self.context_builder = ContextBuilder(
             width, text_dim, dino_dim, use_dino_patches, patch_positions, position_cells
         )
-        self.level_embedding = TimestepEmbedding(width, hidden=level_hidden, endpoint=level_frequencies == "inclusive")
+        self.level_embedding = TimestepEmbedding(
+            width, hidden=timestep_hidden, endpoint=timestep_frequencies == "inclusive"
+        )
         self.latent_positions: LatentPositions = latent_positions
         self.latent_in = nn.Linear(latent_channels * patch_size**2, width)
         self.separate_patches = patch_attention == "separate"

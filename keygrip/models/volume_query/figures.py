@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from keygrip.models.volume_query.targets import StepTargets
 from keygrip.models.volume_query.volume import VolumeLogits, argmax_voxel
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def prediction_figure(
@@ -33,8 +29,6 @@ def prediction_figure(
         image: ``[3, S, S]`` in 0 .. 1. volume: leading shape ``[B, A, T]``. gripper: ``[B, A, T, G]`` logits.
         rotation: ``[B, A, T, R]`` logits. rotation_target: ``[B, T]`` classes of this arm. heights: ``[Z]`` metres.
     """
-    from matplotlib.figure import Figure  # imported here: training without images does not need matplotlib
-
     side = image.shape[-1]
     cells, _bins = argmax_voxel(volume)
     heatmaps = volume.pixel_marginal()[sample, arm].flatten(1).softmax(-1).view(volume.pixel.shape[2:]).float().cpu()

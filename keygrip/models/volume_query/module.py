@@ -36,10 +36,10 @@ from keygrip.models.volume_query.symmetry import (
 from keygrip.models.volume_query.targets import StepTargets, arm_state, height_centres, step_targets, views_of_images
 from keygrip.models.volume_query.volume import argmax_voxel, volume_cross_entropy
 from keygrip.models.volume_query.world import FurtherViews
-from keygrip.training.accumulation import completes_step
 from keygrip.training.checkpoints import stored_beside_weights
 from keygrip.training.distributed import check_weights, mean_over_processes, weighted_means
 from keygrip.training.figures import figure_to_image
+from keygrip.training.lightning_loops import completes_step
 from keygrip.training.optimizers import AdamW
 from keygrip.training.parts import model_part
 from keygrip.training.system import System, check_names

@@ -57,7 +57,7 @@ def test_a_bucket_is_named_by_its_size() -> None:
 
 @pytest.mark.parametrize("size", [(200, 100), (100, 200), (101, 100), (64, 64)])
 @pytest.mark.parametrize("bucket", [Bucket(64, 64), Bucket(96, 48)])
-def test_the_crop_has_the_shape_of_the_bucket_and_touches_the_picture(size: tuple[int, int], bucket: Bucket) -> None:
+def test_the_crop_has_the_shape_of_the_bucket_and_touches_the_image(size: tuple[int, int], bucket: Bucket) -> None:
     left, top, right, bottom = shared_crop(*size, bucket)
     assert (right - left) / (bottom - top) == pytest.approx(bucket.width / bucket.height)
     assert min(left, top) == pytest.approx(0.0, abs=1e-9)
@@ -94,7 +94,7 @@ def centre_of_red(pixels: np.ndarray) -> tuple[float, float]:
 
 @pytest.mark.parametrize("size", [(300, 150), (150, 300), (311, 200)])
 @pytest.mark.parametrize("bucket", [Bucket(64, 64), Bucket(96, 48), Bucket(48, 96)])
-def test_latent_picture_and_view_show_the_same_crop(size: tuple[int, int], bucket: Bucket) -> None:
+def test_latent_image_and_view_show_the_same_crop(size: tuple[int, int], bucket: Bucket) -> None:
     """A mark lies at the same place in both, although one is square and the other is not."""
     pixels = np.zeros((size[1], size[0], 3), np.uint8)
     x, y = size[0] // 2 + 20, size[1] // 2 - 18  # inside every crop

@@ -17,7 +17,7 @@ from image_sets import SQUARE, WIDE, drawn, small_encoders, write_images
 
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.batches import ImageTextBatch
-from keygrip.data.image_text.bucket_folders import MadeImages
+from keygrip.data.image_text.bucket_folders import MAKE_AGAIN, MadeImages
 from keygrip.data.image_text.bucket_samples import BucketBatchSampler
 from keygrip.data.image_text.datamodule import ImageShards
 from keygrip.data.image_text.samples import (
@@ -593,6 +593,9 @@ def test_images_are_made_once_and_again_where_the_making_was_cut_off(
     make = MadeImages("image_sets.make_drawn", {"train": 4, "processes": 2}, tmp_path, "drawn")
     assert make.root == MadeImages("image_sets.make_drawn", {"train": 4, "processes": 1}, tmp_path, "drawn").root
     assert make.root != MadeImages("image_sets.make_drawn", {"train": 5}, tmp_path, "drawn").root
+    former, present = ({"train": 5, name: {"fovy_deg": 22.0}} for name in ("picture", "image"))
+    kept, new = (MadeImages("image_sets.make_drawn", options, tmp_path, "drawn").root for options in (former, present))
+    assert kept == new, "sets that were made before the option was renamed keep their folder"
     data = ImageShards(batch_size=4, make=make, num_workers=0)
     data.prepare_data()
     before = {path: path.stat().st_mtime_ns for path in make.root.rglob("*.tar")}
@@ -640,6 +643,23 @@ def test_validation_counts_patches_latents_and_text(tmp_path: Path) -> None:
     assert report["buckets"]["train/bucket_48x32"]["complete"] == 2
 
 
+@pytest.mark.parametrize(("split", "other"), [("val", "run the same step=images command again"), ("", MAKE_AGAIN)])
+def test_validation_reports_a_damaged_list_of_buckets_beside_all_other_problems(
+    split: str, other: str, tmp_path: Path
+) -> None:
+    write_images(tmp_path, {SQUARE: 3}, small_encoders(), {"train": 0, "val": 3}, without_patches=(0, 1, 2))
+    info = tmp_path / split / "images.json"
+    info.write_text("[]")
+    damaged = f"{info} is damaged (it holds no JSON object): remove it, and {other}"
+    report = validate(tmp_path)
+    assert damaged in report["problems"]
+    lacking = [each for each in report["problems"] if "none of its 3 images has all parts" in each]
+    assert len(lacking) == report["errors"] - 1 > 0
+    assert len((tmp_path / "problems.txt").read_text().splitlines()) == report["errors"]
+    with pytest.raises(ValueError, match=re.escape(damaged)):
+        make_manifests(tmp_path)
+
+
 def test_validation_finds_a_bucket_without_patches_and_broken_parts(tmp_path: Path) -> None:
     write_images(tmp_path, {SQUARE: 3}, small_encoders(), {"train": 0}, without_patches=(0, 1, 2))
     report = validate(tmp_path)
@@ -647,15 +667,21 @@ def test_validation_finds_a_bucket_without_patches_and_broken_parts(tmp_path: Pa
     assert "none of its 3 images has all parts" in report["problems"][0]
 
 
-def test_validation_finds_buckets_that_training_does_not_read(tmp_path: Path) -> None:
+def test_buckets_that_images_json_does_not_name_are_refused(tmp_path: Path) -> None:
     """Training reads the buckets in `images.json`; a bucket that was added later has a manifest of its own."""
     write_images(tmp_path, {SQUARE: 3}, small_encoders(), {"train": 0})
     write_images(tmp_path / "later", {WIDE: 3}, small_encoders(), {"train": 0})
     assert validate(tmp_path)["errors"] == 0
     shutil.move(tmp_path / "later" / "train" / WIDE.name, tmp_path / "train" / WIDE.name)
+    named = r"names other buckets than there are \(not named: train/bucket_48x32\): run step=manifest root="
+    with pytest.raises(ValueError, match=named):
+        module(tmp_path, batch_size=1).setup()
     report = validate(tmp_path)
-    assert (report["images"]["images"], len(module(tmp_path, batch_size=1).samples("train"))) == (6, 3)
-    assert any("names other buckets than there are: run step=manifest" in problem for problem in report["problems"])
+    assert (report["images"]["images"], report["errors"]) == (6, 1)
+    assert re.search(named, report["problems"][0])
     make_manifests(tmp_path)
-    assert not any("other buckets" in problem for problem in validate(tmp_path)["problems"])
+    assert validate(tmp_path)["errors"] == 0
     assert len(module(tmp_path, batch_size=1).samples("train")) == 6
+    shutil.rmtree(tmp_path / "train" / SQUARE.name)
+    with pytest.raises(ValueError, match=r"other buckets than there are \(not there: train/bucket_32x32\)"):
+        module(tmp_path, batch_size=1).setup()

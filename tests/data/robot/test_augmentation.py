@@ -94,7 +94,7 @@ def test_normalisation_is_that_of_the_backbone() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(WIDTH, HEIGHT), (96, 96), (640, 480), (1280, 720)])
 @pytest.mark.parametrize("fit", ["crop", "stretch"])
-def test_crops_stay_inside_the_picture(width: int, height: int, fit: str) -> None:
+def test_crops_stay_inside_the_image(width: int, height: int, fit: str) -> None:
     augmentation = Augmentation(scale=(0.5, 3.0), shift=0.9)
     white = np.full((height, width, 3), 255, np.uint8)
     for draw in range(60):
@@ -125,7 +125,7 @@ def test_a_turn_becomes_a_roll_of_the_camera() -> None:
         np.testing.assert_allclose(after.numpy(), moved, atol=1e-9)
 
 
-def test_colours_change_the_picture_and_nothing_else() -> None:
+def test_colours_change_the_image_and_nothing_else() -> None:
     picture = np.random.default_rng(1).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     geometry = ImageGeometry(32, MEAN, STD, field=0.8)
     coloured = Augmentation(brightness=0.5, contrast=0.5, saturation=0.9, channel_gain=0.3)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flushes import Flushes
 from macos import leave_notes
 from PIL import Image
 from robot_mutations import ROUNDS, assert_damage_is_found, contents
@@ -342,6 +343,21 @@ def test_written_demos_read_back_equal(tmp_path: Path) -> None:
         assert cameras["over/world_to_camera"].shape == (4, 4)  # stored once where it never moved
 
 
+@pytest.mark.parametrize("video", [False, True])
+def test_a_demo_is_on_the_disk_before_it_has_its_name(
+    video: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut it would count as recorded, without its images."""
+    flushes = Flushes(monkeypatch, tmp_path / "demo")
+    record(tmp_path / "demo", video=video)
+    counts = {str(path.relative_to(tmp_path)): flushes.before_target(path) for path in tmp_path.rglob("*")}
+    images = ["demo/rgb/over.mp4"] if video else [f"demo/rgb/over/{index:06d}.jpg" for index in range(5)]
+    depth = [f"demo/depth/over/{index:06d}.png" for index in range(5)]
+    assert {counts[name] for name in (*images, *depth, "demo/trajectory.npz", "demo/cameras.npz")} == {1}  # none twice
+    assert all(counts.values())
+    assert flushes.after_target(tmp_path) == 1
+
+
 def test_a_moving_camera_is_stored_by_frame(tmp_path: Path) -> None:
     record(tmp_path / "root" / "demo", moving_camera=True)
     track = find_demos(tmp_path / "root")[0].read().cameras["over"]
@@ -530,7 +546,7 @@ def test_video_demos_read_back_frame_by_frame(tmp_path: Path) -> None:
         assert abs(int(track.frames.read(index).mean()) - min(255, 40 * index)) <= 2
 
 
-def test_turned_pictures(tmp_path: Path) -> None:
+def test_turned_images(tmp_path: Path) -> None:
     picture = np.zeros((2, 3, 3), np.uint8)
     picture[0, 0] = 200
     Image.fromarray(picture).save(tmp_path / "0.png")

@@ -17,9 +17,16 @@ from looking import looking_at
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor import Finding, doctor
 from keygrip.data.robot.doctor.calibrate import calibrate
+from keygrip.data.robot.doctor.commands import check_commands
+from keygrip.data.robot.doctor.examination import Examination
+from keygrip.data.robot.doctor.misread_rotations import ComparedPoses, find_misread
+from keygrip.data.robot.doctor.projection import check_projection
+from keygrip.data.robot.doctor.run import CHECKS
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
+from keygrip.data.robot.schema import ArmTrajectory, Demo
 from keygrip.robots.inverse_kinematics import pointing_down, solve
 from keygrip.robots.kinematics import forward_kinematics
 
@@ -100,10 +107,10 @@ def arm_pose(parts: Parts, frame: int) -> ArmPose:
     return ArmPose(parts.position[frame], parts.quaternion[frame], float(parts.gripper[frame]), parts.joints[frame])
 
 
-def write(root: Path, fault: Fault = unchanged, told: Fault | None = None) -> Path:
+def write(root: Path, fault: Fault = unchanged, told: Fault | None = None, demos: int = DEMOS) -> Path:
     """Write demos. `told` changes the commands, which are the poses of the sound arm at the next frame; None: no
     commands."""
-    for number in range(DEMOS):
+    for number in range(demos):
         parts = fault(sound(number), number)
         command = None if told is None else told(sound(number), number)
         with DemoWriter(root / f"demo_{number}", "yam", "pick", "pick up the cube", parts.fps) as writer:
@@ -363,6 +370,113 @@ def test_joints_tell_which_of_both_tracks_is_wrong(tmp_path, fault, told, cause)
     assert cause in causes
     blamed = [other for other in causes if other.startswith("commanded") and " or reached " not in other]
     assert told is not unchanged or not blamed, causes
+
+
+def inverted_poses(parts: Parts, number: int) -> Parts:
+    inverse = Rotation.from_quat(parts.quaternion, scalar_first=True).inv()
+    quaternion = inverse.as_quat(scalar_first=True)
+    return replace(parts, position=-inverse.apply(parts.position), quaternion=quaternion)
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory: pytest.TempPathFactory) -> list[Demo]:
+    """Return five sound demos, without commands."""
+    return [reference.read() for reference in find_demos(write(tmp_path_factory.mktemp("five"), demos=5))]
+
+
+def with_poses(demo: Demo, fault: Fault, told: Fault | None) -> Demo:
+    """Return a demo with the poses of its sound parts after a fault, and with commands."""
+
+    def track(fault: Fault) -> ArmTrajectory:
+        parts = fault(sound(int(demo.name[-1])), 0)
+        return ArmTrajectory(parts.position, parts.quaternion, parts.gripper)
+
+    def at_next_frame(track: ArmTrajectory) -> ArmTrajectory:
+        rows = np.minimum(np.arange(FRAMES) + 1, FRAMES - 1)
+        return ArmTrajectory(track.position[rows], track.quaternion[rows], track.gripper[rows])
+
+    commanded = None if told is None else at_next_frame(track(told))
+    return replace(demo, arms={"right": replace(track(fault), joints=demo.arms["right"].joints, commanded=commanded)})
+
+
+def findings_of(demos: list[Demo]) -> list[Finding]:
+    """Return the findings of all checks that need no images."""
+    exam = Examination(demos, frames_per_demo=4, height_bins=32, pred_size=56)
+    for check in (*CHECKS, check_commands):
+        check(exam)
+    return exam.findings
+
+
+XYZW_CAUSE = "quaternions stored x, y, z, w"
+CONJUGATED_CAUSE = "quaternions conjugated (world to gripper)"
+INVERTED_CAUSE = "poses inverted (world to gripper in place of gripper to world)"
+POLARITY_CAUSE = "gripper opening inverted (1 for closed)"
+
+
+@pytest.mark.parametrize(
+    ("fault", "told", "causes"),
+    [
+        (rolled, None, [XYZW_CAUSE]),
+        (rolled, unchanged, [XYZW_CAUSE]),
+        (conjugated, None, [CONJUGATED_CAUSE]),
+        (conjugated, unchanged, [CONJUGATED_CAUSE]),
+        (inverted_poses, None, [INVERTED_CAUSE]),
+        (inverted_poses, unchanged, [INVERTED_CAUSE]),
+        (inverted_gripper, None, [POLARITY_CAUSE]),
+        (inverted_gripper, unchanged, [POLARITY_CAUSE, "commanded or reached gripper inverted"]),
+        (inverted_gripper, inverted_gripper, [POLARITY_CAUSE]),
+    ],
+)
+@pytest.mark.parametrize("wrong", [(2,), (0, 3)], ids=["one", "two"])
+def test_a_convention_of_some_demos_is_named_for_these_demos_alone(five, fault, told, causes, wrong):
+    sound_commands = None if told is None else unchanged
+    demos = [
+        with_poses(demo, fault, told) if number in wrong else with_poses(demo, unchanged, sound_commands)
+        for number, demo in enumerate(five)
+    ]
+    findings = findings_of(demos)
+    # heights of inverted positions are stray heights, too
+    named = [finding for finding in findings if finding.check != "height_outlier"]
+    assert [finding.cause for finding in named] == causes, [str(finding) for finding in findings]
+    assert {finding.severity for finding in named} == {"error"}
+    assert {finding.demos for finding in findings} == {tuple(five[number].name for number in wrong)}
+
+
+@pytest.mark.parametrize("wrong", [0, 4])
+def test_intrinsics_of_another_resolution_in_one_demo_leave_the_others_examined(five, wrong):
+    track = five[wrong].cameras["over"]
+    demos = list(five)
+    intrinsics = np.asarray(track.intrinsics) * [[2], [2], [1]]
+    demos[wrong] = replace(demos[wrong], cameras={"over": replace(track, intrinsics=intrinsics)})
+    exam = Examination(demos, frames_per_demo=4, height_bins=32, pred_size=56)
+    check_projection(exam)
+    assert [(found.check, found.demos) for found in exam.findings] == [("intrinsics", (f"demo_{wrong}",))]
+    assert exam.measures["camera/over/arm/right/on_screen"] == 1.0
+
+
+def still_poses(name: str, read: Callable[[np.ndarray], np.ndarray], frames: int = 20) -> ComparedPoses:
+    """Return poses of a gripper that does not turn; `read` changes its quaternion."""
+    stored = np.tile(read(Rotation.from_euler("xyz", [2.6, 0.3, 0.5]).as_quat(scalar_first=True)), (frames, 1))
+    true = np.tile(Rotation.from_euler("xyz", [2.6, 0.3, 0.5]).as_matrix(), (frames, 1, 1))
+    recorded, misread = (
+        Rotation.from_quat(rows, scalar_first=True).as_matrix() for rows in (stored, np.roll(stored, 1, axis=1))
+    )
+    position = np.tile([0.3, 0.0, 0.1], (frames, 1))
+    return ComparedPoses(name, position, recorded, position, true, misread)
+
+
+def test_a_gripper_that_does_not_turn_shows_its_convention_by_the_base_of_the_other_demos():
+    def to_xyzw(quaternion: np.ndarray) -> np.ndarray:
+        return np.roll(quaternion, -1)
+
+    right = [still_poses(f"right_{number}", lambda quaternion: quaternion) for number in range(3)]
+    (found,) = find_misread([*right, still_poses("wrong", to_xyzw)])
+    assert (found.reading, [demo.name for demo in found.demos]) == ("xyzw", ["wrong"])
+    assert found.as_recorded > 30
+    assert found.as_read == pytest.approx(0, abs=1e-3)
+    assert find_misread([*right, still_poses("short", to_xyzw, frames=7)]) == []
+    assert find_misread([right[0], still_poses("wrong", to_xyzw)]) == []  # one other demo is no usual base
+    assert find_misread([still_poses(f"wrong_{number}", to_xyzw) for number in range(4)]) == []
 
 
 def test_joints_that_do_not_go_with_the_poses_are_those_of_the_demos_named(tmp_path):

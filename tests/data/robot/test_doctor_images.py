@@ -23,12 +23,12 @@ from keygrip.data.robot.calibration import read_calibration
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.doctor import Finding, doctor, images_and_poses
 from keygrip.data.robot.doctor.calibrate import calibrate
-from keygrip.data.robot.doctor.causes import Cause, other_image_size
+from keygrip.data.robot.doctor.causes import Cause, other_image_size, other_reading
 from keygrip.data.robot.doctor.examination import Examination, yam_model
 from keygrip.data.robot.doctor.images_and_poses import ComparedCamera, _check_demos, check_images_and_poses, lag_start
 from keygrip.data.robot.doctor.not_compared import EXPLAINED
 from keygrip.data.robot.doctor.overlays import FITTED, RECORDED
-from keygrip.data.robot.doctor.registration import FOCAL, LAG, NUMBERS, Fit, half_contrast_offsets
+from keygrip.data.robot.doctor.registration import FOCAL, LAG, NUMBERS, Fit, agreement_of, half_contrast_offsets
 from keygrip.data.robot.doctor.run import examine, no_fault_in
 from keygrip.data.robot.doctor.search import starts
 from keygrip.data.robot.doctor.silhouettes import move_camera, project_points, splat
@@ -366,6 +366,43 @@ def test_wrong_intrinsics_of_one_camera_leave_the_others_compared(tmp_path, monk
     exam.add("intrinsics", "error", "measured", "advice", cause="cause", camera="side", demos=names)
     assert check_images_and_poses(exam).demos == {("side", EXPLAINED): names}
     assert compared == ["over"]
+
+
+def test_faults_of_one_demo_leave_the_other_demos_compared(tmp_path, monkeypatch):
+    compared: dict[str, float] = {}
+
+    def compare(exam: Examination, camera: ComparedCamera, small_images: object) -> bool:
+        compared.update({name: float(robot.opening[0]) for name, (_, robot) in camera.pairs.items()})
+        return True
+
+    monkeypatch.setattr(images_and_poses, "_compare_camera", compare)
+    demos = [reference.read() for reference in find_demos(write(tmp_path / "data", same))]
+    demos = [*demos, *(replace(demo, name=f"again_{number}") for number, demo in enumerate(demos[:2]))]
+    exam = Examination(demos, frames_per_demo=8, height_bins=32, pred_size=56)
+    exam.add("pose_direction", "error", "measured", "advice", cause="cause", arm="right", demos=["demo_0"])
+    exam.add("intrinsics", "error", "measured", "advice", cause="cause", camera="over", demos=["demo_1"])
+    exam.add("gripper_polarity", "error", "measured", "advice", cause="cause", arm="right", demos=["again_1"])
+    assert check_images_and_poses(exam).demos == {("over", EXPLAINED): ["demo_1", "demo_0"]}
+    assert compared == {"demo_2": 1.0, "again_0": 1.0, "again_1": 0.0}  # the inverted opening is corrected
+
+
+def test_images_name_the_convention_of_one_demo_without_joints(tmp_path):
+    def inverted(demo: Recorded, number: int) -> Recorded:
+        if number != 1:
+            return demo
+        inverse = Rotation.from_quat(demo.quaternion, scalar_first=True).inv()
+        quaternion = inverse.as_quat(scalar_first=True)
+        return replace(demo, position=-inverse.apply(demo.position), quaternion=quaternion)
+
+    root = write(tmp_path / "data", inverted, joints=False)
+    demos = [reference.read() for reference in find_demos(root)][:2]
+    pairs = {demo.name: (make_view(demo, "over", 8), place(demo, "right")) for demo in demos}
+    compared = ComparedCamera("over", "right", pairs)
+    usual = agreement_of([pairs["demo_0"]])
+    moved = Fit(np.zeros(NUMBERS), np.zeros(NUMBERS), before=0.1, after=0.3 * usual, residual=1, points=99, cost=1)
+    assert other_reading(compared, "demo_1", moved, usual) == "inverted"
+    fits_well = replace(moved, after=usual)  # the camera of the demo was moved
+    assert [other_reading(compared, name, fits_well, usual) for name in pairs] == [None, None]
 
 
 def test_calibrating_an_arm_that_nothing_is_known_of_asks_for_its_model(tmp_path):

@@ -22,7 +22,7 @@ from keygrip.data.robot.doctor.frozen_poses import check_frozen_poses, check_pos
 from keygrip.data.robot.doctor.grippers import check_gripper
 from keygrip.data.robot.doctor.images import Stream, _check_colour_order, _colour_of_object
 from keygrip.data.robot.doctor.tracks import check_outlier_poses
-from keygrip.data.robot.doctor.trajectories import check_heights, check_jumps, check_times
+from keygrip.data.robot.doctor.trajectories import check_heights, check_jumps, check_quaternions, check_times
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo
 from keygrip.robots.inverse_kinematics import pointing_down
 
@@ -168,6 +168,7 @@ def test_openings_say_of_each_demo_which_of_both_tracks_is_inverted():
     check_gripper(exam)
     check_commands(exam)
     assert [(finding.cause, finding.demos) for finding in exam.findings] == [
+        ("gripper opening inverted (1 for closed)", ("demo_0", "demo_1", "demo_2")),
         ("commanded gripper inverted", tuple(found.name for found in told_wrong)),
         ("commanded or reached gripper inverted", ("demo_0", "demo_1", "demo_2")),
     ]
@@ -226,6 +227,34 @@ def test_wrong_readings_are_named_also_at_the_ends_and_in_pairs(wrong, found):
     for frame, value in wrong.items():
         position[frame] = value
     assert outliers_found(position) == found
+
+
+@pytest.mark.parametrize("track", ["reached", "commanded"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(lambda turn: turn * Rotation.from_euler("x", 146, degrees=True), id="tilted"),
+        pytest.param(lambda turn: turn * Rotation.from_euler("z", 60, degrees=True), id="turned"),
+        pytest.param(lambda turn: Rotation.from_quat(turn.as_quat(scalar_first=True)), id="another order"),
+    ],
+)
+def test_single_wrong_rotations_are_named_where_positions_are_right(track, wrong):
+    """The warning about rotations that are far from their codes promises this."""
+    frames = np.arange(FRAMES, dtype=float)
+    for places in ([], [12, 40]):
+        goal = at(frames, 1)
+        turned = Rotation.from_quat(goal.quaternion, scalar_first=True)
+        quaternion = goal.quaternion.copy()
+        for place in places:
+            quaternion[place] = wrong(turned[place]).as_quat(scalar_first=True)
+        changed = replace(goal, quaternion=quaternion)
+        reached, commanded = (changed, goal) if track == "reached" else (goal, changed)
+        arms = {"right": replace(reached, commanded=commanded)}
+        exam = examined([Demo("demo_0", Path(), "arm", "pick", "", 10.0, (frames * 1e8).astype(np.int64), arms, {})])
+        check_outlier_poses(exam)
+        assert [(found.cause, found.frames) for found in exam.findings] == [
+            (f"outlier {track} pose", tuple(places))
+        ] * bool(places)
 
 
 def test_commands_that_jump_to_their_target_at_once_are_no_wrong_readings():
@@ -459,6 +488,75 @@ def test_an_opening_is_inverted_where_it_opens_for_a_grasp_and_not_where_it_bega
     exam = examined([lifted(number, opening) for number in range(3)])
     check_gripper(exam)
     assert [(f.check, f.severity) for f in exam.findings] == ([("gripper_polarity", severity)] if severity else [])
+
+
+PLACE = 1 - PICK  # begins with an object in the gripper
+PICK_AND_PLACE = openings(1, 1, 1, 0, 0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("usual", "odd", "count", "severity"),
+    [
+        (PICK, 1 - PICK, 1, "error"),
+        (PICK, 1 - PICK, 2, "error"),
+        (PICK_AND_PLACE, 1 - PICK_AND_PLACE, 1, "error"),
+        (PICK, CLOSED_FIRST, 1, None),
+        (PICK, DRAWER, 1, "warning"),
+        (PICK, openings(0, 1, 1, 1, 1, 1, 1, 1), 1, "warning"),  # opens on its way, and never grips
+        (CLOSED_FIRST, DRAWER, 1, None),
+    ],
+    ids=["pick", "two", "pick and place", "closed first", "at one height", "never grips", "task begins closed"],
+)
+def test_openings_that_begin_unlike_those_of_the_other_demos_of_the_task_are_named(usual, odd, count, severity):
+    wrong = range(2, 2 + count)
+    exam = examined([lifted(number, odd if number in wrong else usual) for number in range(5)])
+    check_gripper(exam)
+    names = tuple(f"demo_{number}" for number in wrong)
+    expected = [("gripper_polarity", severity, names)] if severity else []
+    assert [(f.check, f.severity, f.demos) for f in exam.findings] == expected
+
+
+def test_openings_are_compared_within_a_task_and_with_two_demos_at_least():
+    picks = [lifted(number, PICK) for number in range(4)]
+    places = [replace(lifted(number, PLACE), name=f"place_{number}", task="place") for number in range(3)]
+    alone = [replace(lifted(0, opening), name=f"alone_{n}", task="alone") for n, opening in enumerate((PICK, PLACE))]
+    exam = examined([*picks, *places, *alone])
+    check_gripper(exam)
+    assert exam.findings == []
+
+
+def tilted_down(number: int, yaw: float) -> ArmTrajectory:
+    """Return a gripper that turns from `yaw` by 0.4 rad while it goes down, tilted by 0.15 rad."""
+    found = lifted(number, PICK).arms["right"]
+    turns = [pointing_down(float(angle), 0.15) for angle in np.linspace(yaw, yaw + 0.4, FRAMES)]
+    return replace(found, quaternion=Rotation.from_matrix(np.stack(turns)).as_quat(scalar_first=True))
+
+
+@pytest.mark.parametrize("wrong", [(), (2,), (1, 3), (0, 1, 2, 4), (0, 1, 2, 3, 4)])
+def test_the_order_of_quaternions_without_joints_is_told_by_the_other_demos(wrong):
+    demos = []
+    for number in range(5):
+        track = tilted_down(number, 0.8 + 0.02 * number)
+        if number in wrong:
+            track = replace(track, quaternion=np.roll(track.quaternion, -1, axis=1))
+        demos.append(replace(lifted(number, PICK), arms={"right": track}))
+    exam = examined(demos)
+    check_quaternions(exam)
+    expected = [("quaternion_order", tuple(f"demo_{number}" for number in wrong))] if wrong else []
+    assert [(f.check, f.demos) for f in exam.findings] == expected
+
+
+def test_no_order_of_quaternions_is_guessed_from_few_frames_or_one_other_demo():
+    tracks = [tilted_down(number, 0.8) for number in range(5)]
+    tracks[2] = replace(tracks[2], quaternion=np.roll(tracks[2].quaternion, -1, axis=1))
+    demos = [replace(lifted(number, PICK), arms={"right": track}) for number, track in enumerate(tracks)]
+    short = tracks[2]
+    short = ArmTrajectory(short.position[:7], short.quaternion[:7], short.gripper[:7])
+    aborted = replace(demos[2], arms={"right": short}, timestamps=demos[2].timestamps[:7])
+    for found in ([*demos[:2], aborted, *demos[3:]], [*demos[:2], replace(demos[2], task="other"), *demos[3:]]):
+        exam = examined(found)
+        check_quaternions(exam)
+        assert exam.findings == []
 
 
 def test_an_opening_that_is_dead_in_some_demos_is_named_by_the_others_of_its_task():

@@ -120,7 +120,7 @@ def test_views_keep_their_order(root: Path, robot_demos: Make) -> None:
 
 
 @pytest.mark.parametrize("rotate", [0.0, 20.0])
-def test_depth_follows_its_picture(root: Path, robot_demos: Make, rotate: float) -> None:
+def test_depth_follows_its_image(root: Path, robot_demos: Make, rotate: float) -> None:
     """A depth value encodes its column and frame: it must lie where the intrinsics place that column."""
     module = ready(robot_demos(root, **TWO, augmentation=Augmentation(rotate_degrees=rotate)))
     turned = 0.0
@@ -201,7 +201,7 @@ def test_a_model_that_learns_from_depth_is_refused_without_it_before_data_are_re
         robot_demos(Path("absent"), cameras=CAMERAS).configure_for(LearnsDepth())
 
 
-def test_new_colours_in_bytes_are_those_of_the_normalised_picture() -> None:
+def test_new_colours_in_bytes_are_those_of_the_normalised_image() -> None:
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)
     colours = Colours(rng.normal(1, 0.3, (3, 3)) / 2, rng.normal(-60, 20, 3))
@@ -212,7 +212,7 @@ def test_new_colours_in_bytes_are_those_of_the_normalised_picture() -> None:
     assert (changed == 0).any()  # clipped, not wrapped around
 
 
-def test_depth_of_another_size_than_its_picture_is_refused() -> None:
+def test_depth_of_another_size_than_its_image_is_refused() -> None:
     geometry = ImageGeometry(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="must be aligned"):
         geometry.view(np.zeros((10, 12, 3), np.uint8), np.eye(3), np.eye(4), np.zeros((5, 6), np.uint16))

@@ -248,7 +248,7 @@ def test_two_arms_keep_their_order(tmp_path: Path, native_demo: Any, robot_demos
         assert list(module.statistics.quaternions) == arms
 
 
-def test_validation_pictures_are_those_of_the_checkpoints_geometry(native_root: Path, robot_demos: Make) -> None:
+def test_validation_images_are_those_of_the_checkpoints_geometry(native_root: Path, robot_demos: Make) -> None:
     module = ready(robot_demos(native_root, augmentation=Augmentation()))
     geometry = module.statistics.geometry
     batch = next(iter(module.val_dataloader()))
@@ -610,7 +610,7 @@ def test_a_fixed_camera_projects_each_target_once(
     assert points == [12] * 10 + [12 * 5] * 10
 
 
-def test_steps_outside_the_picture_are_counted_and_named(
+def test_steps_outside_the_image_are_counted_and_named(
     native_root: Path, robot_demos: Make, change_archive: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     module = ready(robot_demos(native_root))

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+from flushes import Flushes
 from shard_sets import conversations, picture, write_set
 
 from keygrip.data import validation
 from keygrip.data.bad_samples import BadSample
+from keygrip.data.manifests import make_manifests
 from keygrip.data.shards import index
 from keygrip.data.shards.examination import ShardReport
 from keygrip.data.shards.index import (
@@ -363,7 +365,7 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         ShardSet(root)
 
 
-def test_a_broken_picture_is_named_with_its_shard(tmp_path: Path) -> None:
+def test_a_broken_image_is_named_with_its_shard(tmp_path: Path) -> None:
     root = write_set(tmp_path, [2] * 3)
     shards = ShardSet(root)
     part = int(shards.index(0).first_part[1]) + 2
@@ -441,6 +443,16 @@ def test_remote_shards_are_copied_once_and_within_the_limit(tmp_path: Path) -> N
     with pytest.raises(BadSample, match=r"s3 of file.*s-001\.tar"):
         (root / "s-001.tar").unlink()
         read_sample(shards, 3, 8)
+
+
+def test_a_copy_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut it would have the expected size, without its content."""
+    root = write_set(tmp_path / "far", [3], per_shard=3)
+    (shard,) = root.glob("*.tar")
+    flushes = Flushes(monkeypatch, tmp_path / "near" / shard.name)
+    copy = ShardCache(f"file://{root}", tmp_path / "near", 10**9).fetch(shard.name)
+    assert copy.read_bytes() == shard.read_bytes()
+    assert flushes.before_target(copy) == 1
 
 
 def test_a_copy_that_another_process_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -770,6 +782,21 @@ def test_compressed_shards_are_named(tmp_path: Path) -> None:
     (tmp_path / "s.tar.gz").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"s\.tar\.gz is compressed"):
         write_manifest(tmp_path, describe_video_text, progress=False)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"images": [{"file_name": "a.jpg"}]}'])
+@pytest.mark.parametrize("place", ["", "train"])
+def test_a_list_of_images_of_another_program_beside_videos_is_not_read(
+    content: str, place: str, tmp_path: Path
+) -> None:
+    """images.json lists image shards in buckets; a downloaded set may have a file of this name."""
+    root = write_set(tmp_path / "train", [1] * 4, per_shard=2)
+    (root / MANIFEST).unlink()
+    (tmp_path / place / "images.json").write_text(content)
+    report = make_manifests(tmp_path)
+    assert (report["shards"], report["samples"], report["broken"]) == (2, 4, 0)
+    assert validate(tmp_path)["errors"] == 0
+    assert (tmp_path / place / "images.json").read_text() == content
 
 
 def test_a_manifest_that_points_outside_of_its_folder_is_refused(tmp_path: Path) -> None:

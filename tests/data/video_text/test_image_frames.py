@@ -172,6 +172,10 @@ def test_a_checkpoint_keeps_it_and_older_ones_have_single_frames(chat: VideoChat
     assert chat.module.image_options["image_frames"] == 4
     files, _ = chat.module.export_files()
     assert files["processor_config.json"]["image_frames"] == 4
+    content["language"]["pictures"] = content["language"].pop("images")  # the key in earlier checkpoints
+    chat.module.image_options = {}
+    chat.module.on_load_checkpoint(content)
+    assert chat.module.image_options["image_frames"] == 4
     del content["language"]["pictures"]["image_frames"]
     chat.module.on_load_checkpoint(content)
     assert chat.module.image_options["image_frames"] == 1

@@ -65,7 +65,8 @@ def module(root: Path, max_tokens: int = 256, **options: Any) -> VideoTexts:
     timestamps, pack_rows = options.pop("timestamps", False), options.pop("pack_rows", False)
     how = (order, "answers", max_tokens, None, timestamps, tokens_per_frame, pack_rows)
     collator = ConversationCollator(tokenizer, *how)
-    ranks, configure_for = options.pop("ranks", 1), SimpleNamespace(longest_row=options.pop("longest_row", None))
+    model = {"longest_row": options.pop("longest_row", None), "query_passes": options.pop("query_passes", 0)}
+    ranks, configure_for = options.pop("ranks", 1), SimpleNamespace(**model)
     data = VideoTexts(sources, collator, 8, **{"batch_size": 8, "num_workers": 0, **options})
     data.processes = ranks
     data.configure_for(configure_for)
@@ -404,23 +405,42 @@ def write_questions(root: Path) -> Path:
     return write_conversations(root / "videos", samples, "v")
 
 
-@pytest.mark.parametrize(("packed", "ranks", "tokens_per_frame"), [(False, 2, 4), (True, 2, 4), (True, 1, 1)])
+@pytest.mark.parametrize(
+    ("packed", "ranks", "tokens_per_frame", "query_passes", "order"),
+    [
+        (False, 2, 4, 0, "visual_first"),
+        (True, 2, 4, 0, "visual_first"),
+        (True, 1, 1, 0, "visual_first"),
+        (False, 1, 1, 1, "question_first"),
+        (True, 2, 1, 2, "question_first"),
+        (False, 1, 1, 1, "visual_first"),
+    ],
+)
 def test_the_padding_that_is_told_is_that_of_the_rows_of_training(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, packed: bool, ranks: int, tokens_per_frame: int
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    packed: bool,
+    ranks: int,
+    tokens_per_frame: int,
+    query_passes: int,
+    order: str,
 ) -> None:
     """Regression: padding was computed from each sample's longest row only, a small part of what `train/padding_share`
-    reported."""
+    reported, and without the passes that predict queries."""
     write_questions(tmp_path)
     options: dict[str, Any] = {"batch_size": 16, "budget": Budget(64, 4096), "pack_rows": packed}
-    counts = RowCounts(tokens_per_frame, packed)
+    options |= {"query_passes": query_passes, "prompt_order": order}
+    counts, last_pass = RowCounts(tokens_per_frame, packed), RowCounts(tokens_per_frame, packed)
     for rank in range(ranks):
         with caplog.at_level(logging.INFO):
             data = module(tmp_path, tokens_per_frame=tokens_per_frame, ranks=ranks, **options)
         for batch in as_rank(data, rank, ranks).train_dataloader():
             assert batch.left_out == 0
-            counts.add(batch, text_rows(batch))
-    trained = counts.report(torch.device("cpu"))["padding_share"]
+            counts.add(batch, text_rows(batch), query_passes)
+            last_pass.add(batch, text_rows(batch))
+    trained, alone = (each.report(torch.device("cpu"))["padding_share"] for each in (counts, last_pass))
     assert data.padding_share() == pytest.approx(trained, abs=1e-9)
+    assert (trained != alone) == bool(query_passes)
     assert f"padding about {100 * trained:.1f} %" in caplog.text
     assert data.mixture is not None
     longest = padding_of(data.mixture.batches_of(0), data.mixture.sizes.positions)
@@ -441,7 +461,10 @@ def test_padding_where_some_questions_are_drawn_and_where_nothing_is_counted(
     assert data.padding_share() == pytest.approx(trained, abs=0.03)
     with caplog.at_level(logging.INFO):
         data = module(tmp_path, batch_size=16, questions=4)
-    assert "% if all rows of a sample were as long as the longest, by estimate" in caplog.text
+    assert caplog.messages[-1].endswith("% if all rows of a sample were as long as the longest, by estimate")
+    with caplog.at_level(logging.INFO):
+        module(tmp_path, batch_size=16, questions=4, query_passes=1)
+    assert caplog.messages[-1].endswith("the longest, by estimate, without the passes that predict queries")
     assert data.mixture is not None
     assert set(data.mixture.sizes.rows.tolist()) == {1, 2, 3, 4}
 
@@ -514,13 +537,16 @@ def several(tmp_path: Path) -> ShardSet:
 @pytest.mark.parametrize("timestamps", [False, True])
 def test_what_is_counted_is_what_rows_have(several: ShardSet, tmp_path: Path, timestamps: bool) -> None:
     collator = collator_of(several, tmp_path, max_tokens=200, timestamps=timestamps)
-    chosen, wanted, rows, every = np.arange(40), [], [], []
+    chosen, wanted, rows, every, places = np.arange(40), [], [], [], list[int]()
     for number in range(40):
         sample = read_sample(several, number, 8, max_frames=3)
         try:
-            taken = collator([sample]).attention_mask.sum(1).tolist()
+            batch = collator([sample])
+            taken = batch.attention_mask.sum(1).tolist()
+            places += batch.visual_at
         except ValueError:  # a batch without a row
             taken = []
+            places.append(0)
         wanted.append(max(taken, default=0))
         rows.append(max(1, len(taken)))
         every.append(taken)
@@ -532,6 +558,8 @@ def test_what_is_counted_is_what_rows_have(several: ShardSet, tmp_path: Path, ti
     one = found.tokens_of_rows(several, chosen, np.ones(40, np.int64)).astype(int).tolist()
     assert all(tokens in (each or [0]) for tokens, each in zip(one, every, strict=True))
     assert one != wanted  # tokens of any row, not of the longest
+    assert found.prefixes_of_rows(several, chosen, found.rows(several, chosen)).tolist() == places
+    assert max(places) > 5
     assert found.tokens(several, chosen).tolist() == wanted
     assert found.rows(several, chosen).tolist() == rows
     assert found.usable(several, chosen).tolist() == [tokens > 0 for tokens in wanted]
@@ -547,7 +575,7 @@ def test_counts_are_kept_and_only_what_is_missing_is_counted(
     asked: list[int] = []
     count = Counting._count
 
-    def noted(self: Counting, sample: int) -> list[int] | None:
+    def noted(self: Counting, sample: int) -> list[tuple[int, int]] | None:
         asked.append(sample)
         if sample == stop:
             raise KeyboardInterrupt
@@ -571,6 +599,7 @@ def test_counts_are_kept_and_only_what_is_missing_is_counted(
     assert len(asked) == 10
     at_once = count_lengths(several, np.arange(40), collator, tmp_path / "at_once")  # counted at once, not in pieces
     assert stored.row_tokens.tolist() == whole.row_tokens.tolist() == at_once.row_tokens.tolist()
+    assert stored.row_prefixes.tolist() == whole.row_prefixes.tolist() == at_once.row_prefixes.tolist()
     (file,) = folder.glob("lengths-*.npz")
     other: list[tuple[dict[str, Any], list[str] | None]] = [
         ({"max_tokens": 100}, None),

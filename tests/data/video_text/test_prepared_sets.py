@@ -185,6 +185,9 @@ def test_a_longer_video_in_the_place_of_another_does_not_break_the_budget_of_fra
         def text_tokens(self, conversation: Conversation, *_: Any, **__: Any) -> int:
             return len(conversation.turns[-1].text)
 
+        def tokens_before_frames(self, *_: Any) -> int:
+            return 0
+
     def sample(frames: int, key: str) -> VideoTextSample:
         pixels = np.zeros((frames, 8, 8, 3), np.uint8)
         return VideoTextSample(pixels, (answer("What?", "x" * 5, "text"),), "s", key, tuple(map(float, range(frames))))

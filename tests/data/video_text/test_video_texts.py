@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from shard_sets import CharacterCollator, picture, small_video, write_set
 
+from keygrip.config import compose
 from keygrip.data.bad_samples import BadSample
 from keygrip.data.batches import Conversation, Turn, VideoTextBatch
 from keygrip.data.shards.budget import Budget
@@ -425,7 +428,7 @@ def test_samples_without_a_kind_that_is_used_are_left_out_beforehand(
 ) -> None:
     """Training and validation leave them out by separate settings, and do not count them as unreadable."""
     sources = {"mine": ShardSource(write_mixed(tmp_path / "mine"))}
-    asked = {"questions": {"caption": 0, "mark": 4}, "val_questions": {"mark": 0}}
+    asked = {"questions": {"caption": 0, "mark": 4}, "val_questions": {"mark": 0, "caption": 2}}
     with caplog.at_level(logging.INFO):
         data = module(tmp_path, sources=sources, max_skipped_share=0.0, budget=budget, **asked)
     train = [batch.key for batch in data.train_dataloader()]
@@ -437,6 +440,75 @@ def test_samples_without_a_kind_that_is_used_are_left_out_beforehand(
     assert "val: 3 of 5 samples of mine are left out: they hold only mark, and data.val_questions={" in caplog.text
     assert data.statistics.kinds == {"mark"}
     assert data.statistics.partial_kinds == {"mark", "caption"}  # also a kind all of whose samples are left out
+
+
+@pytest.mark.parametrize(
+    ("val_questions", "held_out"),
+    [
+        (None, {"mark": 3}),
+        ({"mark": 1}, {"mark": 3}),
+        ({"caption": 1}, {"mark": 3, "caption": 2}),
+        (5, {"mark": 3, "caption": 2}),
+    ],
+)
+def test_kinds_that_are_not_trained_are_validated_only_if_that_is_asked_for(
+    val_questions: Any, held_out: dict[str, int], tmp_path: Path
+) -> None:
+    sources = {"mine": ShardSource(write_mixed(tmp_path / "mine"))}
+    data = module(tmp_path, sources=sources, questions={"caption": 0}, val_questions=val_questions)
+    assert Counter(kind for batch in data.train_dataloader() for kind in batch.kind).keys() == {"mark"}
+    assert Counter(kind for batch in data.val_dataloader() for kind in batch.kind) == held_out
+
+
+def simulated(data: str, *overrides: str) -> VideoTexts:
+    """Return a data module of the simulator's config `data` with other videos, set up for training."""
+    chosen = compose("train", ["model=foveated_vlm", f"data={data}", "data.curriculum=null", *overrides])
+    settings = {"image_size": 8, "batch_size": 4, "num_workers": 0, "collator": CharacterCollator()}
+    made: VideoTexts = instantiate(chosen.data, **settings, _convert_="all")
+    made.setup("fit")
+    return made
+
+
+@pytest.mark.parametrize("data", ["robot_videos", "robot_tours", "robot_long_tours"])
+def test_captions_of_the_simulators_videos_are_trained_and_validated_by_one_setting(data: str, tmp_path: Path) -> None:
+    said = ("mark", "cue", "glance", "caption")
+    for split in ("train", "val", "test"):
+        write_set(tmp_path / split, [1] * 8, prefix=split, kinds=said)
+    others = {name for name in compose("train", ["model=foveated_vlm", f"data={data}"]).data.sources if name != "tours"}
+    sources = [f"data.sources.tours.root={tmp_path}", *(f"data.sources.{name}=null" for name in others)]
+    for overrides, kinds in (([], set(said[:3])), (["data.questions.caption=1"], set(said))):
+        made = simulated(data, *sources, *overrides)
+        for loader in (made.train_dataloader(), made.val_dataloader(), made.test_dataloader()):
+            assert {kind for batch in loader for kind in batch.kind} == kinds
+
+
+def test_demonstrations_that_have_captions_alone_are_trained_as_the_refusal_advises(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_set(tmp_path / "tours" / split, [1] * 8, prefix=f"t{split}", kinds=("mark", "cue", "glance", "caption"))
+        write_set(tmp_path / "demos" / split, [1] * 8, prefix=f"d{split}", kinds=("caption",))
+    roots = [f"data.sources.{name}.root={tmp_path / name}" for name in ("tours", "demos")]
+    settings = [*roots, "data.sources.texts=null"]
+    with pytest.raises(ValueError, match=r"no sample of the source 'demos' .*they hold caption") as refused:
+        simulated("robot_videos", *settings)
+    advice = re.findall(r"\((data\.[^)]*)\)", str(refused.value))
+    assert advice == ["data.questions.caption=1", "data.sources.demos=null"]
+    for setting, demos in zip(advice, (8, 0), strict=True):
+        made = simulated("robot_videos", *settings, setting)
+        for loader in (made.train_dataloader(), made.val_dataloader()):
+            keys = {key for batch in loader for key in batch.key}
+            assert (sum(key[0] == "t" for key in keys), sum(key[0] == "d" for key in keys)) == (8, demos)
+
+
+def test_the_refusal_of_a_source_advises_a_kind_of_its_own(tmp_path: Path) -> None:
+    """A caption, the first of the videos' kinds, would not be used: the source's `kinds` leave it out."""
+    write_set(tmp_path / "tours" / "train", [1] * 12, kinds=("mark", "cue", "glance", "caption"))
+    sources = {"tours": ShardSource(tmp_path / "tours", kinds=["mark", "glance"])}
+    untrained = {"caption": 0, "mark": 0, "glance": 0}
+    with pytest.raises(ValueError, match=r"no sample of the source 'tours' ") as refused:
+        module(tmp_path, sources=sources, questions=untrained)
+    assert re.findall(r"\((data\.questions[^)]*)\)", str(refused.value)) == ["data.questions.glance=1"]
+    made = module(tmp_path, sources=sources, questions=untrained | {"glance": 1})
+    assert {kind for batch in made.train_dataloader() for kind in batch.kind} == {"glance"}
 
 
 def test_the_order_changes_only_where_samples_are_left_out(root: Path, tmp_path: Path) -> None:
@@ -467,7 +539,7 @@ def test_a_source_without_a_kind_that_is_used_is_refused_for_training_and_named_
     assert module(tmp_path, sources=only, val_questions={"caption": 0}).val_dataloader() == []
     said = {record.message: record.levelno for record in caplog.records}
     told = "val: 20 of 20 samples of demos are left out: they hold only caption, and data.val_questions={'caption': 0}"
-    assert said[told] == logging.WARNING
+    assert said[f"{told} (kinds with 0 in data.questions included)"] == logging.WARNING
 
 
 def test_a_readable_sample_without_a_kind_that_is_used_is_unusable(root: Path) -> None:

@@ -250,7 +250,7 @@ def test_both_cameras_see_the_cubes_where_they_are_in_colour_and_depth(recorded:
 
 
 @pytest.mark.slow
-def test_a_pedestal_raises_its_cube_in_the_picture(recorded: Path) -> None:
+def test_a_pedestal_raises_its_cube_in_the_image(recorded: Path) -> None:
     for reference in find_demos(recorded, format="native"):
         for cube in reference.read().source["objects"]:
             assert cube["position_m"][2] == pytest.approx(0.02 + cube["pedestal_m"])
@@ -308,7 +308,7 @@ def test_a_recording_whose_settings_lack_an_option_is_refused(tmp_path: Path, mo
 
 
 @pytest.mark.slow
-def test_depth_pictures_are_sixteen_bit_files(recorded: Path) -> None:
+def test_depth_images_are_sixteen_bit_files(recorded: Path) -> None:
     with Image.open(next(recorded.glob("*/depth/front/000000.png"))) as picture:
         assert picture.mode.startswith("I;16") or picture.mode == "I"
         assert picture.size == (96, 96)

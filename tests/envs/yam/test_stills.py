@@ -38,14 +38,14 @@ def cut(picture: Still, place: tuple[float, float], half: int) -> np.ndarray:
     return picture.pixels[max(0, y - half) : y + half, max(0, x - half) : x + half].reshape(-1, 3).astype(float)
 
 
-def test_a_picture_is_a_function_of_its_seed(cell: StillCell, pictures: list[Still]) -> None:
+def test_a_image_is_a_function_of_its_seed(cell: StillCell, pictures: list[Still]) -> None:
     again = cell.still(5)
     assert np.array_equal(again.pixels, pictures[5].pixels)
     assert (again.caption, again.cube, again.colour) == (pictures[5].caption, pictures[5].cube, pictures[5].colour)
     assert len({picture.pixels.tobytes() for picture in pictures}) == len(pictures)
 
 
-def test_pictures_come_in_all_sizes_and_colours(pictures: list[Still]) -> None:
+def test_images_come_in_all_sizes_and_colours(pictures: list[Still]) -> None:
     assert {picture.pixels.shape[:2] for picture in pictures} == {(96, 104), (100, 160), (160, 100)}
     assert {picture.colour for picture in pictures} == set(CUBE_COLOURS)
 
@@ -143,11 +143,11 @@ def options(tmp_path: Path) -> dict:  # type: ignore[type-arg]
     }
     return {
         **{"train": 9, "val": 3, "test": 0, "images_per_shard": 4, "processes": 1},
-        **{"buckets": [[32, 32], [40, 24], [24, 40]], "picture": {"sizes": SIZES}, "encoders": encoders},
+        **{"buckets": [[32, 32], [40, 24], [24, 40]], "image": {"sizes": SIZES}, "encoders": encoders},
     }
 
 
-def test_pictures_become_shards_in_buckets_with_their_truth(tmp_path: Path, cell: StillCell) -> None:
+def test_images_become_shards_in_buckets_with_their_truth(tmp_path: Path, cell: StillCell) -> None:
     report = make_images(tmp_path, options(tmp_path))
     assert (report["train"], report["val"], report["test"]) == (9, 3, 0)
     data = ImageShards(batch_size=1, root=tmp_path, num_workers=0)
@@ -192,3 +192,5 @@ def test_other_encoders_do_not_mix_into_a_set(tmp_path: Path) -> None:
     make_images(tmp_path, small)
     with pytest.raises(ValueError, match="other settings"):
         make_images(tmp_path, {**small, "encoders": {**small["encoders"], "dino_view": "colour"}})
+    with pytest.raises(ValueError, match="'picture' of the images is now 'image'"):
+        make_images(tmp_path, {**small, "picture": {"sizes": SIZES}})

@@ -71,7 +71,7 @@ def test_answers_about_the_scene_follow_from_the_layout(told: list[Any]) -> None
             assert q["answer"] == source["goal"]["colour"]
 
 
-def test_left_and_right_are_those_of_the_picture(told: list[Any]) -> None:
+def test_left_and_right_are_those_of_the_image(told: list[Any]) -> None:
     checked = 0
     for text, source, demo in told:
         objects = {f"{o['colour']} {o['shape']}": o["position_m"] for o in source["objects"]}

@@ -74,7 +74,7 @@ def test_cubes_are_where_the_evidence_says(cell: TourCell) -> None:
     assert np.mean(right) > 0.9
 
 
-def test_the_digit_is_what_changes_in_the_picture(cell: TourCell) -> None:
+def test_the_digit_is_what_changes_in_the_image(cell: TourCell) -> None:
     """Between two seconds, the image of a cube that stays visible changes exactly when its digit changes."""
     same, different = [], []
     for seed in range(14):

@@ -32,7 +32,7 @@ def test_features_have_the_stated_shapes_on_any_grid(small, images, variant):
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
-def test_patches_lie_where_the_picture_changed(small, images, variant):
+def test_patches_lie_where_the_image_changed(small, images, variant):
     """Row-major order: a change in one patch changes that patch's token most."""
     patch = VARIANTS[variant].patch_size
     torch.manual_seed(0)

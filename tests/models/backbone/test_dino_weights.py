@@ -414,7 +414,7 @@ def test_pretrained_without_a_network_says_what_to_download_and_where_to_put_it(
         raise ConnectionError("no route to host\nlong story")
 
     monkeypatch.setattr("keygrip.hub_network.unreachable", lambda: None)
-    monkeypatch.setattr("timm.models.load_state_dict_from_hf", no_network)
+    monkeypatch.setattr("keygrip.models.backbone.weights.load_state_dict_from_hf", no_network)
     with pytest.raises(FileNotFoundError) as caught:
         DinoBackbone("dinov3_vits16plus", 448, "pretrained")
     text = str(caught.value)
@@ -444,7 +444,7 @@ def test_hub_weights_are_timms_and_loaded_strictly(small, monkeypatch):
 
     monkeypatch.delenv("DINO_REPO_DIR", raising=False)
     monkeypatch.setattr("keygrip.hub_network.unreachable", lambda: None)
-    monkeypatch.setattr("timm.models.load_state_dict_from_hf", hub)
+    monkeypatch.setattr("keygrip.models.backbone.weights.load_state_dict_from_hf", hub)
     loaded = DinoBackbone("dinov2_vits14", 224, "pretrained")
     assert asked == [("timm/vit_small_patch14_dinov2.lvd142m", True)]
     assert torch.equal(loaded.net.blocks[11].attn.qkv.weight, source.net.blocks[11].attn.qkv.weight)

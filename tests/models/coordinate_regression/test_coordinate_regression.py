@@ -225,7 +225,7 @@ def test_without_calibration_there_is_no_error_in_pixels(module: CoordinateRegre
         assert ("val/pix_argmax" in evaluated) != calibrated, "the data that are read decide"
 
 
-def test_picture_and_state_both_reach_the_output(module: CoordinateRegressionModule) -> None:
+def test_image_and_state_both_reach_the_output(module: CoordinateRegressionModule) -> None:
     data = batch()
     plain = module(data).position.detach()
     data.image = data.image + 1.0

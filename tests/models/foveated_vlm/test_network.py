@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -321,6 +322,65 @@ def test_packed_rows_give_what_padded_ones_do(
     for padded, packed in zip(found[0][1], found[1][1], strict=True):
         largest = max(1.0, float(padded.abs().max()))
         torch.testing.assert_close(padded / largest, packed / largest, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("order", ["question_first", "visual_first"])
+@pytest.mark.parametrize(("mode", "refinement"), [("coarse_only", 0), ("coarse_fine", 0), ("coarse_fine", 2)])
+def test_counted_positions_are_those_that_the_language_model_computes(
+    build: Build, mode: str, refinement: int, order: str, pack: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the pass that predicts queries was left out of the padding that is reported."""
+    network = build(pack_rows=pack)
+    computed: list[int] = []
+    run = network.language._run
+
+    def watched(embeddings: Tensor, *rest: object) -> Tensor:
+        computed.append(embeddings.shape[:2].numel())
+        return run(embeddings, *rest)
+
+    monkeypatch.setattr(network.language, "_run", watched)
+    rows = rows_of(MIXED if order == "question_first" else VISUAL_FIRST, COUNTS)
+    network(frames_of(COUNTS), rows, mode, refinement)
+    passes = network.query_passes(mode, refinement)
+    assert len(computed) == 1 + passes == (1 if mode == "coarse_only" else 2 + refinement)
+    held, total = rows.positions(packed=pack, query_passes=passes)
+    assert total == sum(computed)
+    # a query pass reads what stands before the frames, and all frames but the last: of each row, or of each video
+    before = {"question_first": (4 + 3) + (3 + 0) + (2 + 2) + (5 + 3), "visual_first": 3 + 0 + 2}[order]
+    assert held == sum(length + COUNTS[video] for video, length, _ in MIXED) + passes * before
+    assert rows.padding_share(packed=pack, query_passes=passes) == pytest.approx(1 - held / total)
+
+
+def test_images_with_questions_of_different_lengths_are_packed_beside_text_when_a_clock_counts_seconds(
+    build: Build,
+) -> None:
+    """As in stage 2: an image has second 0, or no time, and a text has no frames."""
+    texts = [(0, 9, 6), (0, 30, 20), (0, 5, 2), (1, 40, 8), (2, 12, 0), (1, 6, 3)]
+    frames, rows = frames_of([1, 1, 0]), replace(rows_of(texts, [1, 1, 0]), seconds=[(0.0,), (), ()])
+    found = []
+    for pack in (False, True):
+        network = build(pack_rows=pack, frame_clock="seconds", query_source="coarse", query_start="cls")
+        output = network(frames, rows, "coarse_fine")
+        found.append(output.hidden[output.layout.valid])
+        found[-1].square().sum().backward()
+        assert network.frame_clock is not None
+        assert network.frame_clock.linear.weight.grad.abs().sum() > 0
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+    assert rows.padding_share(packed=True, query_passes=1) < 0.1 < 0.4 < rows.padding_share(query_passes=1)
+
+
+@pytest.mark.parametrize(("setting", "scale", "said"), [(None, 0.05, False), (0.14, 0.14, True), (0.05, 0.05, False)])
+def test_a_scale_of_the_visual_tokens_that_replaces_that_of_the_weights_is_said(
+    build: Build, setting: float | None, scale: float, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = {"connector.scale": torch.tensor(0.05), "other": torch.ones(2)}
+    started = build(visual_scale=setting).with_own_scale(weights)
+    assert started["connector.scale"].item() == pytest.approx(scale)
+    assert started["other"] is weights["other"]
+    replaced = "model.network.visual_scale=0.14 replaces 0.05, the scale of the visual tokens with which the initial"
+    assert [message.startswith(replaced) for message in caplog.messages] == [True] * said
 
 
 def test_packing_puts_every_position_once() -> None:

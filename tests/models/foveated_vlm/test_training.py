@@ -24,6 +24,7 @@ from keygrip.evaluation import text_metrics as metrics
 from keygrip.inference.video_chat import VideoChat
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.monitor import RANGES
+from keygrip.models.foveated_vlm.rows import text_rows
 from keygrip.models.language.tokenizers import TrainedTokenizer
 from keygrip.training import build_limits, checkpoints
 from keygrip.training.checkpoints import load_module, read_checkpoint
@@ -103,6 +104,7 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_on
     shutil.copytree(tmp_path / "videos" / "train", tmp_path / "videos" / "val")
     logged = train.run(compose("train", made))
     assert {"val/loss", "val/gap", "val/gap_refined", "val/autoregressive/accuracy_mark"} <= logged.keys()
+    assert read_checkpoint(tmp_path / "whole/checkpoints/best.ckpt")["global_step"] in (2, 4)  # by val/loss
     train.run(compose("train", overrides("parts", "max_steps=3", *options)))
     assert read_checkpoint(tmp_path / "parts")["global_step"] == 3
     train.run(compose("train", overrides("parts", "max_steps=5", *options, "resume=true")))
@@ -210,7 +212,7 @@ def values_of(folder: Path, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("pictures", "said"),
+    ("images", "said"),
     [
         ({"image_size": "32"}, "image_size='32'"),
         ({"image_size": 10**9}, "image_size=1000000000"),
@@ -220,13 +222,13 @@ def values_of(folder: Path, name: str) -> list[float]:
     ],
 )
 def test_a_checkpoint_with_impossible_frames_is_refused_when_it_is_read(
-    pictures: dict[str, Any] | None, said: str, tmp_path: Path
+    images: dict[str, Any] | None, said: str, tmp_path: Path
 ) -> None:
     module = small_module(tmp_path, ["Which?"] * 3)
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
-    kept = checkpoint["language"]["pictures"]
-    checkpoint["language"]["pictures"] = {} if pictures is None else kept | pictures
+    kept = checkpoint["language"]["images"]
+    checkpoint["language"]["images"] = {} if images is None else kept | images
     with pytest.raises((ValueError, TypeError), match=said):
         module.on_load_checkpoint(checkpoint)
 
@@ -309,6 +311,23 @@ def test_training_and_evaluation_leave_the_same_rows_out(
     assert (result["val"]["left_out_rows"], result["val"]["left_out_samples"]) == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("options", "mean"),
+    [
+        ({}, 1),
+        ({"mode": "coarse_only"}, 0),
+        ({"coarse_share": 0.25}, 0.75),
+        ({"refinement": 2, "refinement_from": 0.4}, 1 + 0.6 * 1),
+        ({"refinement": 1, "refinement_from": 0.5, "coarse_share": 0.2}, 0.8 * (1 + 0.5 * 0.5)),
+    ],
+)
+def test_the_mean_number_of_passes_that_predict_queries(options: dict[str, Any], mean: float, tmp_path: Path) -> None:
+    module = small_module(tmp_path, ["What is it?"])
+    for name, value in options.items():
+        setattr(module, name, value)
+    assert module.query_passes == pytest.approx(mean)
+
+
 def test_shares_of_rows_are_those_of_all_batches_since_the_last(
     overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,12 +341,14 @@ def test_shares_of_rows_are_those_of_all_batches_since_the_last(
 
     monkeypatch.setattr(FoveatedVLMModule, "training_step", heard)
     more = ["data.sources.texts.share=0.5", "logger=csv", "log_every_n_steps=2", "accumulate_grad_batches=2"]
-    train.run(compose("train", overrides("run", *more, "max_steps=4", "model.monitor_every_n_steps=0")))
+    more += ["model.monitor_every_n_steps=0", "model.refinement=0"]  # one pass predicts queries in every step
+    train.run(compose("train", overrides("run", *more, "max_steps=4")))
     names = ("text_only_share", "padding_share", "clips")
     values = {name: values_of(tmp_path / "run", f"train/{name}") for name in names}
     assert len(batches) == 7  # the step at the end of an epoch has one batch
     for number, part in enumerate((batches[:4], batches[4:])):
         lengths = [(each.attention_mask.sum(1) + each.frame_mask.sum(1)[each.video_index]).tolist() for each in part]
+        lengths += [streams for each in part if (streams := text_rows(each).streams.read_lengths)]  # the query pass
         held, places = sum(map(sum, lengths)), sum(len(each) * max(each) for each in lengths)
         assert values["padding_share"][number] == pytest.approx(1 - held / places, abs=1e-6)
         rows, texts = sum(map(len, part)), sum(each.source.count("texts") for each in part)
@@ -489,5 +510,6 @@ def test_the_optimizers_groups_have_the_designs_ratios(overrides: Callable[..., 
             "query_projection": 1e-4,
             "static_query": 1e-4,
             "first_query": 1e-4,
+            "frame_clock": 1e-4,
         }
     )

@@ -17,7 +17,9 @@ from keygrip.benchmarks.foveated_vlm import (
     VLMStep,
     VLMStream,
     VLMTokens,
+    _Encoding,
     _Frame,
+    _gflop,
     _Push,
     _Step,
     fullest,
@@ -72,6 +74,20 @@ def test_peak_of_a_step_has_the_gradients(network: FoveatedVLM) -> None:
     assert peak_extra_bytes(step, torch.device("cpu")) >= 4 * trained
 
 
+def test_operations_of_the_encoder_are_counted_by_frame(network: FoveatedVLM) -> None:
+    size = network.backbone.image_size
+    encoder, step = [], []
+    for frames in (2, 4):
+        images = torch.randn(1, frames, 3, size, size)
+        rows = TextRows(torch.tensor([[3, 4, 5]]), [3], [0], [0], [frames])
+        encoder.append(_gflop(_Encoding(network, images)))
+        step.append(_gflop(_Step(network, images, rows, "coarse_fine")))
+    assert encoder[1] == pytest.approx(2 * encoder[0], rel=1e-3)
+    assert 0 < encoder[0] < step[0]
+    assert step[1] - step[0] > encoder[1] - encoder[0]
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("network")
 def test_figures_of_a_step_and_of_a_frame() -> None:
@@ -88,6 +104,7 @@ def test_figures_of_a_step_and_of_a_frame() -> None:
     )
     step = case.run(quick=False)
     assert {"step_ms", "fine_over_coarse_time", "peak_mb", "question_first_fine_over_coarse_time"} <= step.keys()
+    assert 0 < step["encoder_gflop"] < step["step_gflop"]
     assert step["peak_8_frames_mb"] > step["peak_1_frames_mb"] > 0
     decode = VLMDecode([], prompt_tokens=4, **LIMITS).run(quick=True)
     assert decode.keys() == {"ms_per_frame_8", "ms_per_frame_64", "frame_64_over_frame_8_time"}

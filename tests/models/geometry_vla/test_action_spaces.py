@@ -188,6 +188,55 @@ def test_poses_of_a_controllers_inputs_go_as_far_as_the_arm_does() -> None:
     torch.testing.assert_close(again.space.shares, actions.space.shares)
 
 
+def test_each_robot_covers_its_own_share_of_a_controllers_inputs() -> None:
+    """One comes 0.8 of the way, the other 0.3: with one share for both, both would move by a wrong factor."""
+    generator = torch.Generator().manual_seed(2)
+    robot = torch.arange(60) % 2
+    chunks = PolicyTargets(**poses(60, 3), instruction=["go"] * 60, embodiment=robot)
+    chunks.controller = torch.rand(60, 1, T, 7, generator=generator) * 2 - 1
+    truth = ControllerSpace(0.05, 0.5, robots=2)
+    truth.shares.copy_(torch.tensor([[0.8, 0.5], [0.3, 0.9]]))
+    start = chunks.start_position, chunks.start_quaternion
+    chunks.position, chunks.quaternion, chunks.gripper = truth.poses(chunks.controller, *start, robot)
+    actions = PoseActions(["right"], "osc", embodiments=["yam", "panda"])
+    actions.take(chunks, RANGES)
+    assert isinstance(actions.space, ControllerSpace)
+    torch.testing.assert_close(actions.space.shares, truth.shares, atol=1e-3, rtol=0)
+    decoded = actions.decode(actions.encode(chunks), *start, robot)
+    torch.testing.assert_close(decoded[0], chunks.position, atol=1e-4, rtol=0)
+    assert geodesic_angle(decoded[1], chunks.quaternion).max() < 0.01
+    again = PoseActions(["right"], "osc", embodiments=["yam", "panda"])
+    again.load_state_dict(actions.state_dict())
+    torch.testing.assert_close(again.decode(actions.encode(chunks), *start, robot)[0], decoded[0])
+    for number, name in enumerate(("yam", "panda")):  # a robot alone, whose statistics have the shape they always had
+        rows = robot == number
+        own = {key: value[rows] for key, value in vars(chunks).items() if isinstance(value, torch.Tensor)}
+        alone = PoseActions(["right"], "osc")
+        alone.take(PolicyTargets(**own | {"embodiment": None}, instruction=["go"] * 30))
+        assert alone.state_dict()["space.shares"].shape == (2,), name
+        torch.testing.assert_close(alone.space.shares, actions.space.shares[number])
+    with pytest.raises(ValueError, match="name that of each sample"):
+        actions.space.poses(chunks.controller, *start)
+    backwards = replace(chunks, controller=chunks.controller * (1 - 2 * robot)[:, None, None, None])
+    with pytest.raises(ValueError, match=r"recorded positions of 'panda' move by -0\.30 times"):
+        PoseActions(["right"], "osc", embodiments=["yam", "panda"]).take(backwards, RANGES)
+
+
+def test_earlier_checkpoints_of_several_robots_have_one_pair_of_shares_for_all() -> None:
+    options = {"kind": "osc", "embodiments": ["yam", "panda", "sawyer"]}
+    stored = PoseActions(["right"], **options).state_dict()
+    stored["space.shares"] = torch.tensor([0.8, 0.5])
+    actions = PoseActions(["right"], **options)
+    actions.load_state_dict(stored)
+    assert actions.space.shares.tolist() == [pytest.approx([0.8, 0.5])] * 3
+    assert stored["space.shares"].shape == (2,), "the caller's weights are unchanged"
+    again = PoseActions(["right"], **options)
+    again.load_state_dict(actions.state_dict())
+    torch.testing.assert_close(again.space.shares, actions.space.shares)
+    with pytest.raises(RuntimeError, match=r"size mismatch for space\.shares"):
+        actions.load_state_dict(stored | {"space.shares": torch.ones(2, 2)})
+
+
 def test_inputs_that_the_arm_does_not_follow_are_said(caplog: pytest.LogCaptureFixture) -> None:
     chunks = lagging()
     with pytest.raises(ValueError, match="recorded positions move by -0"):

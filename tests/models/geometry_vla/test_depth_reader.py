@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_it_learns_the_depth_of_a_batch() -> None:
 
 
 def test_a_validation_is_the_mean_over_all_known_cells() -> None:
-    module, data = DepthReaderModule(small_geometry(), AdamW(lr=1e-3), log_images=False), small_batch(2 * INSTRUCTIONS)
+    module = DepthReaderModule(small_geometry(), AdamW(lr=1e-3), log_images_every_n_steps=0)
+    data = small_batch(2 * INSTRUCTIONS)
     assert data.depth is not None
     data.depth[0] = 0.0
     data.depth[1, :, 8:] = 0.0
@@ -70,6 +72,26 @@ def test_a_validation_is_the_mean_over_all_known_cells() -> None:
     assert set(whole) == {f"val/{name}" for name in ("loss", "points", "depth", "point_cm", "depth_cm")}
     assert parts == pytest.approx(whole, rel=1e-3)
     assert whole["val/point_cm"] > 0
+
+
+@pytest.mark.parametrize("reads_depth", [True, False], ids=["depth_reader", "geometry_vla"])
+def test_validations_show_images_so_many_steps_apart(
+    reads_depth: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = DepthReaderModule(small_geometry(), AdamW(lr=1e-3)) if reads_depth else ready_module(tmp_path)
+    shown, data, step = list[int](), small_batch(), 0
+    monkeypatch.setattr(type(module), "global_step", property(lambda self: step))
+    monkeypatch.setattr(module, "_show", lambda *_: shown.append(step))
+    assert module.log_images_every_n_steps == 1
+    for every, steps in ((3, [0, 4]), (0, [])):
+        shown.clear()
+        module.log_images_every_n_steps, module._images_at = every, None
+        for step in (0, 2, 4):  # noqa: B007, the property reads it
+            validated_in_pieces(module, data, [slice(1), slice(1, None)])
+        assert shown == steps, every
+    parts = [module.network, AdamW(lr=1e-3)] if reads_depth else [module.network, module.actions, AdamW(lr=1e-3), None]
+    with pytest.raises(ValueError, match="log_images_every_n_steps is 0"):
+        type(module)(*parts, log_images_every_n_steps=-1)
 
 
 def test_batches_without_depth_and_encoders_that_learn_none_are_refused() -> None:
@@ -146,7 +168,7 @@ def test_without_calibration_a_frozen_encoder_has_no_error_of_points(
     """Regression: it was computed with placeholders, which are in place of the matrices of such a camera."""
     trained(small_geometry(), monkeypatch)
     module = ready_module(tmp_path, geometry=small_geometry(init_from=START, frozen=True))
-    module.log_images = False
+    module.log_images_every_n_steps = 0
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     for calibrated in (False, True):
         trainer = Trainer(accelerator="cpu", enable_model_summary=False, max_steps=1, **options)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def pictures(count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (count, 2, 3, 8, 8), generator=generator, dtype=torch.uint8)
 
 
-def test_the_same_pictures_are_computed_once_and_give_the_same(tmp_path: Path) -> None:
+def test_the_same_images_are_computed_once_and_give_the_same(tmp_path: Path) -> None:
     cache, compute, images = FeatureCache(tmp_path, 1.0), Counting(), pictures(3)
     first = cache.features(images, "a", compute)
     again = FeatureCache(tmp_path, 1.0).features(images.flip(0), "a", compute)
@@ -81,6 +82,48 @@ def test_size_stays_below_the_limit_and_the_least_used_go(tmp_path: Path) -> Non
     before = compute.computed
     cache.features(first, "a", compute)
     assert compute.computed == before
+
+
+@pytest.mark.parametrize("counter", [None, ""], ids=["removed", "empty"])
+def test_files_that_no_counter_counts_count_too(tmp_path: Path, counter: str | None) -> None:
+    """A copy made with a pattern that leaves hidden files out has no counter."""
+    probe = FeatureCache(tmp_path / "probe", 1.0)
+    probe.features(pictures(1), "a", Counting())
+    limit, folder = 4 * probe.size(), tmp_path / "cache"
+    FeatureCache(folder, 1.0).features(pictures(6), "a", Counting())
+    (folder / ".size").unlink()
+    if counter is not None:
+        (folder / ".size").write_text(counter)
+    cache = FeatureCache(folder, limit / 1e9)
+    assert cache.size() == 6 * probe.size()
+    cache.features(pictures(1, seed=1), "a", Counting())
+    held = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
+    assert 0 < held <= limit
+    assert cache.size() == held
+
+
+@pytest.mark.parametrize("stopped_after", ["write_bytes", "write_text"])
+def test_a_counter_is_never_below_the_size_of_the_files(
+    stopped_after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may end between writing a feature and its counter."""
+
+    class Stopped(Exception):
+        pass
+
+    cache = FeatureCache(tmp_path, 1.0)
+    cache.features(pictures(1), "a", Counting())
+    write = getattr(feature_cache, stopped_after)
+
+    def stop(path: Path, content: Any) -> None:
+        write(path, content)
+        raise Stopped
+
+    monkeypatch.setattr(feature_cache, stopped_after, stop)
+    with pytest.raises(Stopped):
+        cache.features(pictures(1, seed=1), "a", Counting())
+    held = sum(path.stat().st_size for path in tmp_path.glob("*/*.safetensors"))
+    assert cache.size() >= held > 0
 
 
 def test_a_broken_file_is_computed_again(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_every_view_reaches_every_views_tokens() -> None:
     assert (swapped - plain).abs().max() > 1e-4
 
 
-def test_rays_tell_the_calibration_and_pictures_alone_do_not() -> None:
+def test_rays_tell_the_calibration_and_images_alone_do_not() -> None:
     batch = small_batch()
     moved = batch.view_world_to_camera.clone()
     moved[..., 0, 3] += 0.2
@@ -161,7 +161,7 @@ def test_more_views_than_built_for_are_refused() -> None:
 # ---------------------------------------------------------------------- MapAnything
 
 
-def test_mapanything_gets_pictures_in_its_own_normalisation(mapanything: Path) -> None:
+def test_mapanything_gets_images_in_its_own_normalisation(mapanything: Path) -> None:
     encoder, batch = MapAnythingGeometry(str(mapanything), image_size=S), small_batch()
     encoder(batch.images, batch.view_intrinsics, batch.view_world_to_camera)
     seen = encoder._model[0].seen

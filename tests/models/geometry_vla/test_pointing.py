@@ -187,7 +187,7 @@ def test_the_keyframe_trains_its_own_map_and_is_told_to_the_head(tmp_path: Path)
     torch.testing.assert_close(losses["total"], total)
 
 
-def test_pictures_show_where_it_points_for_the_keyframe(tmp_path: Path) -> None:
+def test_figures_show_where_it_points_for_the_keyframe(tmp_path: Path) -> None:
     module = ready_module(tmp_path, pointing_cells=2, pointing_keyframe=True)
     batch = small_batch()
     with torch.no_grad():

@@ -241,7 +241,7 @@ def test_the_baseline_has_no_geometry() -> None:
     assert network.compressor is None
 
 
-def test_pictures_show_depth_where_there_is_any(module: GeometryVLAModule, tmp_path: Path) -> None:
+def test_figures_show_depth_where_there_is_any(module: GeometryVLAModule, tmp_path: Path) -> None:
     batch = small_batch()
     whole = module.figure(module(batch), batch)
     batch.depth = None

@@ -33,7 +33,7 @@ def built(kind: str, folder: Path) -> GeometryVLAModule:
         for name, parameter in module.named_parameters():
             if "lora_B" in name:  # zeros at first: the other half would have no gradient
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    module.log_images = False
+    module.log_images_every_n_steps = 0
     return module
 
 

@@ -129,7 +129,7 @@ def test_the_curve_of_a_run_with_a_guide_is_drawn_with_it(tmp_path: Path) -> Non
     assert figures["euler_4_distance"] > 0
 
 
-def test_toy_pictures_are_learned() -> None:
+def test_toy_images_are_learned() -> None:
     toy = ToyImages()
     first, again, other = toy.batch(4, 1), toy.batch(4, 1), toy.batch(4, 2)
     assert torch.equal(first[0], again[0])

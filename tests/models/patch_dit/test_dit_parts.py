@@ -216,8 +216,8 @@ def test_losses_by_level_and_category() -> None:
     table.add(torch.tensor([5.0]), torch.tensor([0.4]), torch.tensor([3]))
     assert table.report() == pytest.approx(
         {
-            "loss_level_0.0_0.5": 3.0,
-            "loss_level_0.5_1.0": 3.0,
+            "loss_timestep_0.0_0.5": 3.0,
+            "loss_timestep_0.5_1.0": 3.0,
             "loss_none": 1.0,
             "loss_both": 4.0,
             "share_none": 1 / 3,
@@ -256,7 +256,7 @@ def test_unhealthy_figures_are_said() -> None:
 # ---- images --------------------------------------------------------------------------------------------------------
 
 
-def test_grid_of_pictures() -> None:
+def test_grid_of_images() -> None:
     red = torch.zeros(3, 3, 48, 64)
     red[:, 0] = 1.0
     grid = image_grid([("red", red), ("black", torch.zeros(2, 3, 48, 64))])

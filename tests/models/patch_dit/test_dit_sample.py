@@ -45,7 +45,7 @@ def pixels(path: str) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_words_picture_and_both(drawn: Callable[..., dict[str, Any]], trained: Path) -> None:
+def test_words_image_and_both(drawn: Callable[..., dict[str, Any]], trained: Path) -> None:
     image = f"image={trained / 'one.png'}"
     results = {
         "text": drawn("prompt=a red thing", name="text"),
@@ -63,7 +63,7 @@ def test_words_picture_and_both(drawn: Callable[..., dict[str, Any]], trained: P
     assert not np.array_equal(shown["dino"], shown["both"])
 
 
-def test_the_same_seed_draws_the_same_picture_alone_and_among_others(drawn: Callable[..., dict[str, Any]]) -> None:
+def test_the_same_seed_draws_the_same_image_alone_and_among_others(drawn: Callable[..., dict[str, Any]]) -> None:
     many = drawn("prompt=[a red thing,a green thing]", "samples=3", "seed=5", "batch_size=4", name="many")
     assert many["seeds"] == [5, 6, 7, 5, 6, 7]
     alone = drawn("prompt=a green thing", "seed=6", name="alone")

@@ -115,7 +115,7 @@ def test_a_bound_of_the_interval_that_is_a_level_of_a_step_has_guidance(shift: f
                 assert found == guided
 
 
-def test_large_pictures_on_a_cpu_run_a_branch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_on_a_cpu_run_a_branch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The result is the same, and each branch's context is cached from step to step."""
     conditions, sampling = conditions_of(), Sampling(steps=3)
     network = small_dit()

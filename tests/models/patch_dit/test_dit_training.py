@@ -244,7 +244,7 @@ def test_what_a_run_logs_and_shows(overrides: Callable[..., list[str]], monkeypa
     assert {"train/loss", "val/loss", "val/loss_text", "val/loss_dino", "val/loss_none"} <= result.keys()
     assert "val/shuffled_over_both" in result
     assert sum(logged[f"train/share_{name}"] for name in ("none", "text", "dino", "both")) == pytest.approx(1)
-    assert any(name.startswith("train/loss_level_") for name in logged)
+    assert any(name.startswith("train/loss_timestep_") for name in logged)
     for name in ("velocity_norm", "grad_norm", "patch_gradient", "attention_text", "attention_patches_block_02"):
         assert np.isfinite(recorded.figures[f"health/{name}"]), name
     assert recorded.figures["health/grad_norm"] > 0
@@ -483,7 +483,7 @@ def test_warm_start_from_the_baseline(
     with caplog.at_level(logging.INFO):
         train.run(compose("train", overrides("warm", *frozen, f"model.init_from={tmp_path / 'cls'}")))
     assert "3 new, initialised afresh" in caplog.text
-    assert "from there at optimizer.lr=1e-12: half the rate of random weights is a start" in caplog.text
+    assert "from there at optimizer.lr=1e-12; half the rate of random weights is a first choice" in caplog.text
     assert "with model.network.patch_attention=separate it is the same at step 0" in caplog.text
     assert "context_builder.null_dino_patches" in caplog.text
     average = read_checkpoint(tmp_path / "cls")["ema"]["parameters"]
@@ -636,6 +636,12 @@ def test_masks_of_patches_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_headline_recipes() -> None:
-    """The learning rate is 3e-4 at the reference size."""
+    """The learning rate is 3e-4 at the reference size, and half of that from other weights."""
     optimizer = compose("train", ["model=patch_dit_base", "data=image_shards"]).optimizer
     assert (optimizer.lr, optimizer.warmup_steps, list(optimizer.betas)) == (3e-4, 1000, [0.9, 0.99])
+    for recipe in ("dit_512px", "dit_512px_8gpu"):
+        rates = {
+            given: compose("train", [f"experiment={recipe}", *given]).optimizer.lr
+            for given in ((), ("model.init_from=RUN",), ("model.init_from=RUN", "optimizer.lr=2e-4"))
+        }
+        assert list(rates.values()) == [3e-4, 1.5e-4, 2e-4]

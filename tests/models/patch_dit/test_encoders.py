@@ -46,12 +46,12 @@ def test_packing_is_exact_also_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("size", [(16, 18), (18, 16)])
-def test_pictures_that_do_not_divide_are_refused(size: tuple[int, int]) -> None:
+def test_images_that_do_not_divide_are_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="does not divide by the latent's stride of 4"):
         small_encoders().encode_images(pictures(1, *size))
 
 
-def test_pictures_in_floats_are_refused() -> None:
+def test_images_in_floats_are_refused() -> None:
     with pytest.raises(ValueError, match="images are uint8"):
         small_encoders().encode_images(torch.rand(1, 3, 16, 16))
     with pytest.raises(ValueError, match="views are uint8"):
@@ -117,7 +117,7 @@ def test_grey_is_the_luminance_of_linear_light() -> None:
     torch.testing.assert_close(grey(torch.full((1, 3, 2, 2), 0.4)), torch.full((1, 3, 2, 2), 0.4))
 
 
-def test_views_are_square_or_of_the_picture_s_shape() -> None:
+def test_views_are_square_or_of_the_image_s_shape() -> None:
     square, aspect = small_encoders(), small_encoders(shape="aspect")
     assert square.view_size(80, 40) == (48, 48)
     assert square.dino_grid(80, 40) == (3, 3)

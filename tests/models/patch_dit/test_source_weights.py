@@ -22,8 +22,8 @@ WIDTH, DEPTH, HEADS, CELL = 32, 3, 2, 2
 SIZE = (6, 8)  # size of the latents; not square, to distinguish rows from columns
 SETTINGS: dict[str, Any] = {
     "qk_norm": False,
-    "level_hidden": WIDTH,
-    "level_frequencies": "exclusive",
+    "timestep_hidden": WIDTH,
+    "timestep_frequencies": "exclusive",
     "latent_positions": "cells",
     "output_convolution": True,
     "patch_positions": False,
@@ -206,8 +206,8 @@ def test_weights_without_patches_compute_the_same_beside_patches_of_their_own() 
     ("setting", "value", "named"),
     [
         ("qk_norm", True, "qk_norm=false"),
-        ("level_hidden", 16, "level_hidden=32"),
-        ("level_frequencies", "inclusive", "level_frequencies=exclusive"),
+        ("timestep_hidden", 16, "timestep_hidden=32"),
+        ("timestep_frequencies", "inclusive", "timestep_frequencies=exclusive"),
         ("latent_positions", "frame", "latent_positions=cells"),
         ("output_convolution", False, "output_convolution=true"),
         ("rotary", True, "rotary=false"),
@@ -238,13 +238,13 @@ def test_places_for_the_sources_patches_are_a_warning(caplog: pytest.LogCaptureF
 
 
 def test_other_files_are_warned_of_by_what_their_names_and_shapes_show(caplog: pytest.LogCaptureFixture) -> None:
-    there = small_dit(seed=3, qk_norm=False, level_hidden=40, output_convolution=True)
+    there = small_dit(seed=3, qk_norm=False, timestep_hidden=40, output_convolution=True)
     with caplog.at_level(logging.WARNING):
         take(small_dit(seed=4), there.state_dict(), "there")
-    for named in ("level_hidden=40", "qk_norm=false", "output_convolution=true"):
+    for named in ("timestep_hidden=40", "qk_norm=false", "output_convolution=true"):
         assert f"model.network.{named}" in caplog.text
     caplog.clear()
-    take(small_dit(seed=4, qk_norm=False, level_hidden=40, output_convolution=True), there.state_dict(), "there")
+    take(small_dit(seed=4, qk_norm=False, timestep_hidden=40, output_convolution=True), there.state_dict(), "there")
     take(small_dit(seed=4, output_convolution=True), small_dit(seed=3).state_dict(), "there")  # starts at zero
     assert not caplog.text
 
@@ -253,5 +253,5 @@ def test_the_sources_config_has_the_sources_settings() -> None:
     """At the published size; the experiment for large images does not change them."""
     for given in (["data=image_shards"], ["experiment=dit_512px"]):
         network = compose("train", [*given, "model=patch_dit_source"]).model.network
-        assert {name: network[name] for name in SETTINGS} == SETTINGS | {"level_hidden": network.width}
+        assert {name: network[name] for name in SETTINGS} == SETTINGS | {"timestep_hidden": network.width}
         assert (network.prediction, network.rotary, network.final_modulation) == ("v", False, False)

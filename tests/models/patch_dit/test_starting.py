@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -178,9 +179,10 @@ def test_a_teacher_or_a_base_is_taken_whole_or_refused(
 
 
 def test_a_file_of_others_may_hold_more_than_the_network(
-    runs: Path, tmp_path: Path, started: Callable[..., PatchDiTModule]
+    runs: Path, tmp_path: Path, started: Callable[..., PatchDiTModule], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Fixed positions and a text encoder are left out as always; a block too many makes it another network."""
+    """Fixed positions and a text encoder are left out as always; a block too many makes it another network. The log
+    reports the learning rate of low-rank differences too."""
     base = load_module(runs / "base")
     assert isinstance(base, PatchDiTModule)
     weights = dict(base.network.state_dict()) | {
@@ -189,7 +191,9 @@ def test_a_file_of_others_may_hold_more_than_the_network(
     }
     asked = ["ablation=patch_dit/lora", "model.lora.rank=2"]
     torch.save(weights, tmp_path / "more.pt")
-    module = started("taken", *asked, f"model.init_from={tmp_path / 'more.pt'}")
+    with caplog.at_level(logging.INFO):
+        module = started("taken", *asked, f"model.init_from={tmp_path / 'more.pt'}")
+    assert "training goes on from there at optimizer.lr=1e-12" in caplog.text
     merged = merged_weights(module.network.state_dict(), module.lora)
     for name, value in base.network.state_dict().items():
         torch.testing.assert_close(merged[name], value, atol=1e-6, rtol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,6 +92,27 @@ def test_two_processes_log_the_losses_of_one(monkeypatch: pytest.MonkeyPatch) ->
     assert whole.keys() == {f"train/{name}" for name in ("pixels", "differences", "kl", "loss")}
     parts = on_two_ranks(monkeypatch, lambda rank: step(modules[rank], pixels[slice(3 * rank, 3 + 5 * rank)]))
     assert parts == [pytest.approx(whole, rel=1e-4)] * 2
+
+
+def test_validations_show_images_so_many_steps_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = AutoencoderModule(ConvAutoencoder(**SIZES), small_encoders(), AdamW(1e-3))
+    shown, step = list[int](), 0
+    trainer = SimpleNamespace(sanity_checking=False, is_global_zero=True)
+    for name, value in {"global_step": lambda self: step, "trainer": lambda self: trainer}.items():
+        monkeypatch.setattr(AutoencoderModule, name, property(value))
+    monkeypatch.setattr(AutoencoderModule, "shows_images", True)
+    monkeypatch.setattr(module, "pixels", lambda batch: batch)
+    monkeypatch.setattr(module, "log_values", lambda *_: None)
+    monkeypatch.setattr(module, "show_image", lambda *_: shown.append(step))
+    for every, steps in ((1, [0, 2, 4]), (3, [0, 4]), (0, [])):
+        shown.clear()
+        module.log_images_every_n_steps, module._images_at = every, None
+        for step in (0, 2, 4):  # noqa: B007, the property reads it
+            for batch_idx in (0, 1):
+                module.validation_step(images(2), batch_idx)  # type: ignore[arg-type]
+        assert shown == steps, every
+    with pytest.raises(ValueError, match=r"log_images_every_n_steps, .* must not be negative"):
+        AutoencoderModule(ConvAutoencoder(**SIZES), small_encoders(), AdamW(1e-3), log_images_every_n_steps=-1)
 
 
 def encoders_of(run: Path | str | None) -> Encoders:

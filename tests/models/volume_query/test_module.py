@@ -213,7 +213,7 @@ def test_two_processes_log_the_losses_of_one(tmp_path: Path, monkeypatch: pytest
     assert halves == [pytest.approx(alone, rel=1e-4)] * 2
 
 
-def test_pictures_show_the_prediction_and_can_be_switched_off(tmp_path: Path) -> None:
+def test_figures_show_the_prediction_and_can_be_switched_off(tmp_path: Path) -> None:
     module = build(("right",), tmp_path, log_images_every_n_steps=0)
     data = batch()
     targets = module.targets(data)
@@ -236,7 +236,7 @@ def test_pictures_show_the_prediction_and_can_be_switched_off(tmp_path: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_picture_is_drawn_once_per_due_step(tmp_path: Path) -> None:
+def test_a_image_is_drawn_once_per_due_step(tmp_path: Path) -> None:
     """Not once per batch whose gradients are accumulated for it."""
     module, drawn = build(("right",), tmp_path, log_images_every_n_steps=2), []
     module._show = lambda split, *_: drawn.append((split, module.global_step))  # type: ignore[method-assign]

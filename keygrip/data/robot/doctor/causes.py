@@ -108,13 +108,7 @@ def pose_cause(compared: ComparedCamera, names: Sequence[str], changes: Mapping[
     if scores[best] < recorded_agreement + BETTER or scores[best] < fitted_agreement - BETTER / 3:
         return None
     if best in readings:
-        words = readings[best]
-        return Cause(
-            words,
-            f"images and poses go together with {words}",
-            "Store gripper-to-world poses, quaternions w, x, y, z",
-            "pose_reading",
-        )
+        return reading_cause(best)
     scale = _parabola_peak(SCALES, [scores[str(s)] for s in SCALES], float(best), recorded_agreement)
     return Cause(
         f"positions scaled by {scale:.2f}",
@@ -122,6 +116,32 @@ def pose_cause(compared: ComparedCamera, names: Sequence[str], changes: Mapping[
         "Check the unit and the calibration of the recorded positions",
         "pose_reading",
     )
+
+
+def reading_cause(words: str) -> Cause:
+    """Return the cause for poses in another convention, named by a key of `READINGS`."""
+    cause = READINGS[words]
+    return Cause(
+        cause,
+        f"images and poses go together with {cause}",
+        "Store gripper-to-world poses, quaternions w, x, y, z",
+        "pose_reading",
+    )
+
+
+def other_reading(compared: ComparedCamera, name: str, found: Fit, usual_agreement: float) -> str | None:
+    """Return the convention, a key of `READINGS`, in which the poses of one demo agree with its images clearly better
+    than after the best change of the camera, and about as well as in the other demos; None: in none, or joints place
+    the robot, so that the convention of its poses hardly changes where it is."""
+    _, robot = compared.pairs[name]
+    if robot.source == "joints" or robot.others or compared.model is not None:
+        return None
+    scores = {
+        words: agreement_of([(compared.pairs[name][0], place_reinterpreted(compared, name, words))], compared.change)
+        for words in READINGS
+    }
+    best = max(scores, key=lambda words: scores[words])
+    return best if scores[best] > max(found.after + BETTER, 0.6 * usual_agreement) else None
 
 
 def _base_cause(

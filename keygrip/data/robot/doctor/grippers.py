@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
-from keygrip.data.robot.doctor.examination import Examination
+from keygrip.data.robot.doctor.examination import Examination, Severity
 from keygrip.data.robot.doctor.frozen_poses import demos_with_frozen_poses
 from keygrip.data.robot.schema import ArmTrajectory, Demo
 
@@ -79,13 +81,15 @@ def _motion_extent(demo: Demo, arm: str) -> float:
 
 
 def _check_polarity(exam: Examination, arm: str, demos: list[Demo]) -> None:
-    """Report inverted openings: a grasp begins with closing the gripper."""
+    """Report inverted openings: a grasp begins with closing the gripper. If most demos begin with opening, they are
+    reported together, else each demo that does not begin as most demos of its task do."""
     first_changes = {demo.name: grasp_start(demo.arms[arm]) for demo in demos}
     opening_demos = [name for name, change in first_changes.items() if change > 0]
     opening, closing = len(opening_demos), sum(change < 0 for change in first_changes.values())
     exam.measures[f"arm/{arm}/starts_by_closing"] = closing
     exam.measures[f"arm/{arm}/starts_by_opening"] = opening
     if opening <= closing:
+        _check_odd_polarity(exam, arm, demos, first_changes)
         return
     closing_again = sum(later_closing(demo.arms[arm]) is not None for demo in demos if demo.name in set(opening_demos))
     # a gripper that only opens may place an object; one that closes later may begin closed
@@ -102,6 +106,72 @@ def _check_polarity(exam: Examination, arm: str, demos: list[Demo]) -> None:
         demos=opening_demos,
         arm=arm,
     )
+
+
+def _check_odd_polarity(exam: Examination, arm: str, demos: list[Demo], first_changes: dict[str, int]) -> None:
+    """Report demos whose gripper first opens while it first closes in most demos of the same task.
+
+    They are an error if all changes are the reverse of the usual ones, and the first one is at a similar height: a
+    gripper that began closed opens on its way. Otherwise the finding is a warning.
+    """
+    certain: list[str] = []
+    uncertain: list[str] = []
+    total = 0
+    for task in dict.fromkeys(demo.task for demo in demos):
+        closing = [demo.arms[arm] for demo in demos if demo.task == task and first_changes[demo.name] < 0]
+        opening = [demo for demo in demos if demo.task == task and first_changes[demo.name] > 0]
+        if not opening or len(closing) < LEAST_OTHERS or len(closing) <= len(opening):
+            continue
+        total += len(closing) + len(opening)
+        usual_changes = Counter(_changes(track.gripper) for track in closing).most_common(1)[0][0]
+        usual_height = float(np.median([_height_of_first_change(track) for track in closing]))
+        for demo in opening:
+            track = demo.arms[arm]
+            changes = _changes(track.gripper)
+            if changes == usual_changes:
+                continue  # most demos of the task begin with a closed gripper, too
+            is_reversed = tuple(-change for change in changes) == usual_changes
+            same_height = abs(_height_of_first_change(track) - usual_height) < LOWER
+            (certain if is_reversed and same_height else uncertain).append(demo.name)
+    reports: tuple[tuple[list[str], Severity, str, str], ...] = (
+        (certain, "error", ", and later changes are reversed, too", "with an object in the gripper"),
+        (uncertain, "warning", "", "with a closed gripper: images must show which it is"),
+    )
+    for names, severity, how, exception in reports:
+        if names:
+            exam.add(
+                "gripper_polarity",
+                severity,
+                f"in {len(names)} of {total} demos the gripper first opens, as the file is read, where in most demos "
+                f"of the task it first closes{how}",
+                "Store 0 for closed and 1 for open (the other way round is likely in these demos); ignore this if "
+                f"they begin {exception}",
+                cause="gripper opening inverted (1 for closed)",
+                demos=names,
+                arm=arm,
+            )
+
+
+def _changes(opening: np.ndarray) -> tuple[int, ...]:
+    """Return the directions of all changes by more than 0.3 of the stroke, in turn: -1 closing, 1 opening."""
+    found: list[int] = []
+    low = high = float(opening[0])
+    for value in opening.tolist():
+        low, high = min(low, value), max(high, value)
+        if value - low > STROKE and found[-1:] != [1]:
+            found.append(1)
+            high = value
+        elif high - value > STROKE and found[-1:] != [-1]:
+            found.append(-1)
+            low = value
+    return tuple(found)
+
+
+def _height_of_first_change(track: ArmTrajectory) -> float:
+    """Return the height at which the opening first changes, from 0 (the lowest of the demo) to 1."""
+    height = track.position[:, 2]
+    _, frame = first_change(track.gripper)
+    return float((height[frame] - height.min()) / max(float(np.ptp(height)), 1e-6))
 
 
 def first_change(opening: np.ndarray) -> tuple[int, int]:

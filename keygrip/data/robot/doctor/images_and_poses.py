@@ -19,8 +19,10 @@ from keygrip.data.robot.doctor.causes import (
     camera_cause,
     is_as_good_as_fit,
     other_camera,
+    other_reading,
     place_reinterpreted,
     pose_cause,
+    reading_cause,
 )
 from keygrip.data.robot.doctor.compared_camera import ComparedCamera
 from keygrip.data.robot.doctor.examination import Examination, yam_model
@@ -77,6 +79,7 @@ def check_images_and_poses(
     # Poses that are frozen, or misread or scaled according to joints; poses without joints are compared with images.
     explained_demos = {
         arm: exam.named("position_scale", arm=arm, severity="error")  # found from joints alone
+        | exam.named("pose_direction", arm=arm, severity="error")
         | exam.named("quaternion_order", arm=arm, severity="error") & demos_shown_by_joints(exam, arm)
         | demos_with_frozen_poses(exam, arm, ["poses"])
         for arm in exam.arms
@@ -92,9 +95,9 @@ def check_images_and_poses(
             else:
                 not_compared.add(camera, reason, [demo.name])
         exam.measures[f"camera/{camera}/standing_demos"] = len(static_demos)
-        if _is_explained(exam, camera):
-            not_compared.add(camera, EXPLAINED, [demo.name for demo in static_demos])
-            continue
+        if explained_views := _explained_views(exam, camera):
+            not_compared.add(camera, EXPLAINED, [demo.name for demo in static_demos if demo.name in explained_views])
+            static_demos = [demo for demo in static_demos if demo.name not in explained_views]
         for arms in sorted({tuple(sorted(demo.arms)) for demo in static_demos}):
             arm_names = " and ".join(arms)
             pairs: dict[str, tuple[View, Placement]] = {}
@@ -122,14 +125,13 @@ def check_images_and_poses(
     return not_compared
 
 
-def _is_explained(exam: Examination, camera: str) -> bool:
-    """Return whether a finding explains any disagreement of a camera's images with the poses: inverted poses, wrong
+def _explained_views(exam: Examination, camera: str) -> set[str]:
+    """Return the names of demos in which a finding explains any disagreement of a camera's images with the poses: wrong
     intrinsics, or a camera pose in another convention."""
-    return exam.found("pose_direction") or any(
-        found.check == "intrinsics" or (found.check == "off_screen" and found.cause != AIMED_ELSEWHERE)
-        for found in exam.findings
-        if found.camera == camera
-    )
+    findings = [found for found in exam.findings if found.camera == camera]
+    if any(found.check == "off_screen" and found.cause != AIMED_ELSEWHERE for found in findings):
+        return {demo.name for demo in exam.with_camera(camera)}  # that convention is one of the whole set
+    return {name for found in findings if found.check == "intrinsics" for name in found.demos}
 
 
 def _without_reported_faults(exam: Examination, arm: str, demo: Demo) -> ArmTrajectory:
@@ -139,7 +141,7 @@ def _without_reported_faults(exam: Examination, arm: str, demo: Demo) -> ArmTraj
     if are_degrees(track) or demo.name in demos_with_frozen_poses(exam, arm, ["joints"]):
         track = replace(track, joints=None)
     inverted = exam.named("gripper_polarity", arm=arm, severity="error")  # a warning is not certain enough
-    return replace(track, gripper=1 - track.gripper) if inverted else track
+    return replace(track, gripper=1 - track.gripper) if demo.name in inverted else track
 
 
 def _compare_camera(
@@ -316,8 +318,15 @@ def _check_demos(exam: Examination, compared: ComparedCamera) -> None:
     if cause is not None:  # one fault of all demos instead of a different one in each
         _add_registration(exam, compared, list(compared.pairs), cause)
     else:
-        for report in reports.values():
-            report()
+        misread = {
+            name: words for name in reports if (words := other_reading(compared, name, fits[name], usual_agreement))
+        }
+        for name, report in reports.items():
+            if name not in misread:
+                report()
+        for words in sorted(set(misread.values())):
+            cause = reading_cause(words)
+            _add_registration(exam, compared, [name for name, other in misread.items() if other == words], cause)
     for other, names in names_by_demo.items():
         exam.add(
             "wrong_demo",
@@ -421,7 +430,8 @@ def _add_moved_camera(exam: Examination, compared: ComparedCamera, name: str, de
         "error",
         f"in this demo the images fit the poses with the camera turned by {turn:.1f} degrees and shifted by "
         f"{shift * 100:.1f} cm (agreement {demo_fit.before:.2f}, {demo_fit.after:.2f} after the fit)",
-        "The camera was moved: calibrate again for this demo (prepare step=calibrate) or leave it out",
+        "The camera was moved: leave this demo out, or put it into a folder of its own and calibrate that folder "
+        "(prepare step=calibrate fits one correction to all demos of a folder)",
         cause=f"camera moved by {turn:.1f} degrees and {shift * 100:.1f} cm in this demo",
         camera=compared.camera,
         arm=compared.arm,

@@ -20,7 +20,7 @@ def check_joint_tracks(exam: Examination) -> None:
     for arm in exam.arms:
         scales, delays, bases = {}, {}, {}
         recorded = with_joints(exam, arm)
-        inconsistent = exam.named("kinematics", arm=arm)
+        inconsistent = exam.named("kinematics", "pose_direction", "quaternion_order", arm=arm)
         if inconsistent >= {demo.name for demo, *_ in recorded}:
             inconsistent = set()  # all demos disagree with their joints: no single demo is odd
         for demo, joints, model in recorded:

@@ -38,9 +38,11 @@ def check_projection(exam: Examination) -> None:
             continue
         carrier = _find_carrying_arm(demos, camera)
         exam.measures[f"camera/{camera}/mounted_on"] = carrier
-        track = demos[0].cameras[camera]
-        centre = track.intrinsics[0, :2, 2] / [track.width, track.height]
-        if np.abs(centre - 0.5).max() > 0.25:
+        centres = {demo.name: _relative_centre(demo.cameras[camera]) for demo in demos}
+        misfit = [name for name, centre in centres.items() if np.abs(centre - 0.5).max() > 0.25]
+        if misfit:
+            centre = centres[misfit[0]]
+            track = next(demo.cameras[camera] for demo in demos if demo.name == misfit[0])
             exam.add(
                 "intrinsics",
                 "error",
@@ -49,13 +51,19 @@ def check_projection(exam: Examination) -> None:
                 "The intrinsics are for another resolution or crop: scale them with the image",
                 cause="intrinsics of another resolution or crop",
                 camera=camera,
-                demos=[demo.name for demo in demos],
+                demos=misfit,
             )
-            continue  # this explains any result of the projection
-        if carrier is not None:
+            # this explains any result of their projection
+            demos = [demo for demo in demos if demo.name not in misfit]
+        if carrier is not None or not demos:
             continue  # a wrist camera sees its gripper always at the same place or never, which is no evidence
         for arm in sorted({arm for demo in demos for arm in demo.arms}):
             _check_view(exam, camera, arm, [demo for demo in demos if arm in demo.arms])
+
+
+def _relative_centre(track: CameraTrack) -> np.ndarray:
+    """Return the optical centre [2] as a share of the image's width and height."""
+    return np.asarray(track.intrinsics[0, :2, 2]) / [track.width, track.height]
 
 
 def _find_carrying_arm(demos: Sequence[Demo], camera: str) -> str | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.spatial.transform import Rotation
+import torch
 
 from keygrip.data.robot.checks import pose_outliers, reached_outliers
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.schema import ArmTrajectory
+from keygrip.models.geometry.rotations import off_path
 
 # Least distance from the reached poses, and the share of it that may remain with inverted poses.
 INVERTED_M, INVERTED_GAIN = 0.015, 0.35
@@ -136,12 +137,7 @@ def _outlier_frames(poses: ArmTrajectory, known: np.ndarray) -> list[int]:
     spread = np.linalg.norm(path[2:] - path[:-2], axis=1)
     usual = max(float(np.quantile(offset, 0.9)), 1e-3)
     outliers |= set((np.flatnonzero((offset > 0.02) & (offset > 4 * usual) & (offset > 1.5 * spread)) + 1).tolist())
-    turns = Rotation.from_quat(poses.quaternion, scalar_first=True)
-    before, across = (turns[1:-1] * turns[:-2].inv()).magnitude(), (turns[2:] * turns[:-2].inv()).magnitude()
-    after = (turns[2:] * turns[1:-1].inv()).magnitude()
-    angle = np.minimum(before, after)
-    usual = max(float(np.quantile(angle, 0.9)), 0.02)
-    outliers |= set((np.flatnonzero((angle > 0.35) & (angle > 4 * usual) & (angle > 1.5 * across)) + 1).tolist())
+    outliers |= set(off_path(torch.tensor(poses.quaternion, dtype=torch.float64)).nonzero()[:, 0].tolist())
     return sorted(outliers)
 
 

@@ -11,7 +11,8 @@ from keygrip.data.robot.doctor.examination import MOVED_M, Examination
 from keygrip.data.robot.doctor.frozen_poses import demos_with_frozen_poses
 from keygrip.data.robot.doctor.kinematics import demos_shown_by_joints
 from keygrip.data.robot.frame_rates import GAP, longest_gap, measured_rate, rates_differ
-from keygrip.data.robot.schema import ArmTrajectory
+from keygrip.data.robot.schema import ArmTrajectory, Demo
+from keygrip.data.spacing import evenly
 from keygrip.robots.kinematics import matrix_from_quaternion
 
 LARGEST_BIN_MM = 20.0  # larger height bins cannot distinguish a grasp from a miss
@@ -21,6 +22,10 @@ OUTLIER_RATIO = 1.5  # full height range divided by the range without 2 % of the
 RATE_TOLERANCE = 0.1  # relative tolerance of the rate ratio by which the unit of time stamps is recognised
 JUMP_SPEED_M_S = 5.0  # speed that no arm reaches
 ORDER_MARGIN = 0.5  # least gain by another order in the mean cosine between the approach and straight down
+# Angles (degrees) between rotations of a demo and those of the other demos of its task: from FAR_DEG on they are other
+# rotations (OTHER_APPROACH_DEG: other directions of the approach), and up to NEAR_DEG the same ones.
+FAR_DEG, OTHER_APPROACH_DEG, NEAR_DEG = 60.0, 20.0, 10.0
+LEAST_OTHERS, LEAST_FRAMES = 2, 8  # least number of other demos, and of frames, for a decision about one demo
 
 
 def check_heights(exam: Examination) -> None:
@@ -147,26 +152,96 @@ def check_quaternions(exam: Examination) -> None:
         exam.measures[f"arm/{arm}/approach_down"], exam.measures[f"arm/{arm}/turning_about_vertical"] = _attitude(
             [demo.arms[arm] for demo in demos], lambda quaternion: quaternion
         )
-        confirmed = demos_shown_by_joints(exam, arm)
-        unconfirmed = [demo for demo in demos if demo.name not in confirmed]
-        if not unconfirmed:
-            continue
-        stated = _attitude([demo.arms[arm] for demo in unconfirmed], lambda quaternion: quaternion)
-        rolled = _attitude([demo.arms[arm] for demo in unconfirmed], lambda quaternion: np.roll(quaternion, 1, axis=1))
-        upside = rolled[0] - stated[0] > ORDER_MARGIN and stated[0] < 0.5 < rolled[0]
-        tilting = rolled[0] > 0.7 and rolled[1] - stated[1] > ORDER_MARGIN and stated[1] < 0.3
-        if upside or tilting:
-            exam.add(
-                "quaternion_order",
-                "error" if upside else "warning",
-                f"as the file is read, the gripper points down by {stated[0]:.2f} when it is low (1 is straight down) "
-                f"and {stated[1]:.0%} of its turning is about the vertical; were its quaternions x, y, z, w, by "
-                f"{rolled[0]:.2f} and {rolled[1]:.0%}, as on a table",
-                "Store quaternions as w, x, y, z; the axes on the contact sheet show which reading is right",
-                cause="quaternions stored x, y, z, w",
-                demos=[demo.name for demo in unconfirmed],
-                arm=arm,
-            )
+        _check_order(exam, arm, demos)
+
+
+def _check_order(exam: Examination, arm: str, demos: list[Demo]) -> None:
+    """Report quaternions in another order than wxyz where no joints show the order: in single demos that have the
+    rotations of the other demos of their task only in that order, or by the attitude of the gripper in all demos."""
+    confirmed = demos_shown_by_joints(exam, arm)
+    unconfirmed = [demo for demo in demos if demo.name not in confirmed]
+    if not unconfirmed:
+        return
+    misread = exam.named("quaternion_order", "pose_direction", arm=arm)
+    reference = [demo for demo in demos if demo.name not in misread]
+    odd = [demo for demo in unconfirmed if _is_in_other_order(demo, reference, arm)]
+    named = odd or [demo for demo in unconfirmed if not _are_others_in_other_order(demo, unconfirmed, arm)]
+    if not named:
+        return
+    stated, rolled = _attitudes(named, arm)
+    upside = rolled[0] - stated[0] > ORDER_MARGIN and stated[0] < 0.5 < rolled[0]
+    tilting = rolled[0] > 0.7 and rolled[1] - stated[1] > ORDER_MARGIN and stated[1] < 0.3
+    if upside or tilting or odd:
+        exam.add(
+            "quaternion_order",
+            "error" if upside else "warning",
+            f"as the file is read, the gripper points down by {stated[0]:.2f} when it is low (1 is straight down) "
+            f"and {stated[1]:.0%} of its turning is about the vertical; were its quaternions x, y, z, w, by "
+            f"{rolled[0]:.2f} and {rolled[1]:.0%}, as {'in the other demos' if odd else 'on a table'}",
+            "Store quaternions as w, x, y, z; the axes on the contact sheet show which reading is right",
+            cause="quaternions stored x, y, z, w",
+            demos=[demo.name for demo in named],
+            arm=arm,
+        )
+
+
+def _is_in_other_order(demo: Demo, demos: list[Demo], arm: str) -> bool:
+    """Return whether a demo has rotations of the other demos of its task only if its quaternions are x, y, z, w.
+
+    The approach must differ, too: a gripper that was turned by 180 degrees about it grips in the same way, and points
+    down in either order.
+    """
+    others = _others_of_task(demo, demos, arm)
+    if len(others) < LEAST_OTHERS or len(demo) < LEAST_FRAMES:
+        return False
+    own = _some_quaternions(demo.arms[arm])
+    if _distance_to_others(own, others) < FAR_DEG or _distance_to_others(_from_xyzw(own), others) > NEAR_DEG:
+        return False
+    approach = matrix_from_quaternion(own)[:, :, 2]
+    cosines = [(approach @ matrix_from_quaternion(other)[:, :, 2].T).max(axis=1) for other in others]
+    angles = [np.degrees(np.arccos(np.clip(np.median(nearest), -1, 1))) for nearest in cosines]
+    return float(np.median(angles)) > OTHER_APPROACH_DEG
+
+
+def _are_others_in_other_order(demo: Demo, demos: list[Demo], arm: str) -> bool:
+    """Return whether the other demos of a demo's task have its rotations only if their quaternions are x, y, z, w."""
+    others = _others_of_task(demo, demos, arm)
+    if len(others) < LEAST_OTHERS or len(demo) < LEAST_FRAMES:
+        return False
+    own = _some_quaternions(demo.arms[arm])
+    return (
+        _distance_to_others(own, others) >= FAR_DEG
+        and _distance_to_others(own, [_from_xyzw(other) for other in others]) <= NEAR_DEG
+    )
+
+
+def _others_of_task(demo: Demo, demos: list[Demo], arm: str) -> list[np.ndarray]:
+    return [
+        _some_quaternions(other.arms[arm])
+        for other in demos
+        if other.task == demo.task and other.name != demo.name and len(other) >= LEAST_FRAMES
+    ]
+
+
+def _some_quaternions(track: ArmTrajectory) -> np.ndarray:
+    return track.quaternion[evenly(len(track), 40)]
+
+
+def _from_xyzw(quaternions: np.ndarray) -> np.ndarray:
+    return np.roll(quaternions, 1, axis=1)
+
+
+def _distance_to_others(quaternions: np.ndarray, others: list[np.ndarray]) -> float:
+    """Return the angle (degrees) of rotations [N, 4] to those of other demos: of the tenth of the frames that is
+    nearest, because demos of a task often have only the start in common, and in the median of the other demos."""
+    cosines = [np.abs(quaternions @ other.T).max(axis=1) for other in others]
+    return float(np.median([np.degrees(2 * np.arccos(np.clip(np.quantile(near, 0.9), 0, 1))) for near in cosines]))
+
+
+def _attitudes(demos: list[Demo], arm: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the attitude in demos as the file is read, and if their quaternions are x, y, z, w; see `_attitude`."""
+    tracks = [demo.arms[arm] for demo in demos]
+    return _attitude(tracks, lambda quaternion: quaternion), _attitude(tracks, _from_xyzw)
 
 
 def _attitude(trajectories: list[ArmTrajectory], reading: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:

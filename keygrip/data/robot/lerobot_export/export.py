@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
+import yaml
 
 from keygrip.artifacts import atomic_folder, write_json, write_text
 from keygrip.data.bad_samples import join_first
@@ -199,8 +200,6 @@ class DatasetWriter:
 
     def finish(self) -> None:
         """Write the metadata of the data set."""
-        import yaml
-
         self.close()
         episodes = self.folder / EPISODES_PATH
         episodes.parent.mkdir(parents=True)

@@ -9,6 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+
 from keygrip.data.bad_samples import BadSample, convert_errors, reason_of
 from keygrip.data.parquet_tables import is_too_large, rows_of
 from keygrip.data.shards.keys import file_keys
@@ -38,8 +41,6 @@ class RowGroup:
 @contextlib.contextmanager
 def _table_errors_as_value_error(path: Path) -> Iterator[None]:
     """Convert the errors of a damaged table to ValueError."""
-    import pyarrow as arrow
-
     try:
         with convert_errors(path):
             yield
@@ -58,8 +59,6 @@ def row_groups(source: Path | str, pattern: str, columns: Sequence[str], what: s
         FileNotFoundError: there are no tables. ValueError: a table cannot be read or lacks a column; `what` names the
             data set for messages.
     """
-    import pyarrow.parquet as parquet
-
     source = Path(source)
     paths = [path for path in files_in(source, ".parquet", below=True) if fnmatchcase(path.name, pattern)]
     if not paths:

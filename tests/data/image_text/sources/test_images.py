@@ -99,7 +99,7 @@ def test_what_goes_to_dino_and_to_the_autoencoder_shows_one_crop(size: tuple[int
     np.testing.assert_allclose(centre_of_mark(ready.view), expected, atol=0.006)
 
 
-def test_pictures_are_turned_as_their_camera_says(tmp_path: Path) -> None:
+def test_images_are_turned_as_their_camera_says(tmp_path: Path) -> None:
     wide = Image.fromarray(np.zeros((40, 80, 3), np.uint8))
     exif = wide.getexif()
     exif[0x0112] = 6  # to be rotated by 90 degrees
@@ -111,7 +111,7 @@ def test_pictures_are_turned_as_their_camera_says(tmp_path: Path) -> None:
 # ---- the list --------------------------------------------------------------------------------------------------------
 
 
-def test_captions_of_a_list_beside_the_pictures(tmp_path: Path) -> None:
+def test_captions_of_a_list_beside_the_images(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     picture(tmp_path / "b" / "c.png", shade=1)
     lines = [{"file_name": "a.png", "text": "one"}, {"file_name": "b/c.png", "text": "two"}]
@@ -199,7 +199,7 @@ def test_keys_have_no_dots_and_never_meet() -> None:
     assert all("." not in key and len(key.encode()) <= 80 for key in found)
 
 
-def test_without_pictures_it_says_where_it_looked(tmp_path: Path) -> None:
+def test_without_images_it_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no folder of images at"):
         prepared(tmp_path / "none", tmp_path / "root")
     (tmp_path / "empty").mkdir()
@@ -327,7 +327,7 @@ def test_empty_captions_beside_others_are_counted(
     assert "its caption is empty" in failed
 
 
-def test_a_picture_that_was_replaced_is_said(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_image_that_was_replaced_is_said(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     prepared(source, tmp_path / "root")
     before = contents(tmp_path / "root")
     prepared(source, tmp_path / "root")
@@ -338,7 +338,7 @@ def test_a_picture_that_was_replaced_is_said(source: Path, tmp_path: Path, caplo
     assert contents(tmp_path / "root") == before
 
 
-def test_a_picture_that_breaks_while_it_is_read_is_listed(source: Path, tmp_path: Path) -> None:
+def test_a_image_that_breaks_while_it_is_read_is_listed(source: Path, tmp_path: Path) -> None:
     path = source / "square.5.png"
     path.write_bytes(path.read_bytes()[:200])  # only the header is complete
     report = prepared(source, tmp_path / "root")
@@ -346,7 +346,7 @@ def test_a_picture_that_breaks_while_it_is_read_is_listed(source: Path, tmp_path
     assert "square.5.png" in (tmp_path / "root" / "failed.jsonl").read_text()
 
 
-def test_a_bucket_of_broken_pictures_alone_is_examined_and_read(source: Path, tmp_path: Path) -> None:
+def test_a_bucket_of_broken_images_alone_is_examined_and_read(source: Path, tmp_path: Path) -> None:
     picture(source / "tall.png", (45, 100))
     (source / "tall.txt").write_text("a tall picture")
     (source / "tall.png").write_bytes((source / "tall.png").read_bytes()[:200])  # only the header is complete
@@ -365,7 +365,7 @@ def test_a_bucket_of_broken_pictures_alone_is_examined_and_read(source: Path, tm
     assert empty not in {part.bucket.name for parts in data.parts.values() for part in parts}
 
 
-def test_too_many_broken_pictures_leave_a_set_that_nobody_trains_on(source: Path, tmp_path: Path) -> None:
+def test_too_many_broken_images_leave_a_set_that_nobody_trains_on(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"3 of 16 images are left out .* more than max_failed_share=0\.1 allows"):
         prepared(source, tmp_path / "root", max_failed_share=0.1)
     assert not (tmp_path / "root" / "images.json").exists()
@@ -446,6 +446,95 @@ def test_a_set_to_which_images_are_added_is_refused_until_they_are_encoded(
         ImageShards(batch_size=2, root=root, num_workers=0).setup()
     assert prepared(source, root)["samples"] == 14
     ImageShards(batch_size=2, root=root, num_workers=0).setup()
+
+
+def pictures(folder: Path, shades: range, size: tuple[int, int] = (64, 64)) -> Path:
+    """Write images that are called 0.png, 1.png, ..., with captions."""
+    for number, shade in enumerate(shades):
+        name = f"{'square' if size == (64, 64) else 'wide'}{number}"
+        picture(folder / f"{name}.png", size, shade)
+        (folder / f"{name}.txt").write_text(name)
+    return folder
+
+
+def opened(root: Path) -> ImageShards:
+    data = ImageShards(batch_size=2, root=root, num_workers=0)
+    data.setup()
+    return data
+
+
+def test_images_that_are_added_to_a_split_are_trained_on_or_the_set_is_refused(tmp_path: Path) -> None:
+    """The command writes the list of buckets of its split; training reads that of the root."""
+    source, root = pictures(tmp_path / "train", range(3)), tmp_path / "root"
+    prepared(source, root / "train")
+    prepared(pictures(tmp_path / "val", range(3, 5)), root / "val")
+    shutil.copy(root / "train" / "images.json", root)
+    make_manifests(root)
+    assert len(opened(root).samples("train")) == 3
+    pictures(source, range(5, 7), (100, 45))
+    assert prepared(source, root / "train")["samples"] == 5
+    with pytest.raises(ValueError, match=r"not named: train/bucket_48x\d+\): run step=manifest root=.*root$"):
+        opened(root)
+    make_manifests(root)
+    assert validate(root)["errors"] == 0
+    assert (len(opened(root).samples("train")), len(opened(root).samples("val"))) == (5, 2)
+
+
+def test_splits_may_have_equal_file_names(tmp_path: Path) -> None:
+    """Keys are made from file names; the same content in two splits is still an error."""
+    root = tmp_path / "root"
+    prepared(pictures(tmp_path / "train", range(3)), root / "train")
+    prepared(pictures(tmp_path / "val", range(3, 5)), root / "val")
+    assert make_manifests(root)["samples"] == 5
+    assert validate(root)["errors"] == 0
+    prepared(pictures(tmp_path / "test", range(2, 4)), root / "test")
+    make_manifests(root)
+    report = validate(root)
+    assert report["errors"] == 2
+    assert all("the same content occurs twice" in problem for problem in report["problems"])
+    shutil.copytree(root / "val" / "bucket_32x32", root / "val" / "bucket_64x32")
+    assert sum("the key square" in problem for problem in validate(root)["problems"]) == 2  # twice in one split
+
+
+@pytest.mark.parametrize("with_copy", [True, False])
+def test_splits_of_different_encoders_are_refused(with_copy: bool, tmp_path: Path) -> None:
+    """Their features have the same sizes."""
+    root = tmp_path / "root"
+    for split, shades, view in (("train", range(3), "grey"), ("val", range(3, 5), "colour")):
+        prepared(pictures(tmp_path / split, shades), root / split, small_encoders(view))
+    if with_copy:
+        shutil.copy(root / "train" / "images.json", root)
+    named = (
+        r'train and .*val were made with different encoders \(encoders\.dino_view is "grey" in train/ and "colour" in '
+        r"val/\): make one of the two again"
+    )
+    for refused in (opened, make_manifests):
+        with pytest.raises(ValueError, match=named):
+            refused(root)
+    assert sum("different encoders" in problem for problem in validate(root)["problems"]) == 1
+    shutil.rmtree(root / "val")
+    prepared(tmp_path / "val", root / "val", small_encoders("grey"))
+    make_manifests(root)
+    assert validate(root)["errors"] == 0
+    assert opened(root).encoders == small_encoders("grey").fingerprint
+
+
+def test_an_images_json_of_encoders_from_before_is_refused_until_it_is_written_again(tmp_path: Path) -> None:
+    source, root = pictures(tmp_path / "source", range(3)), tmp_path / "root"
+    prepared(source, root / "train", small_encoders("grey"))
+    make_manifests(root)  # copies the encoders of the splits
+    assert opened(root).encoders == small_encoders("grey").fingerprint
+    shutil.rmtree(root / "train")
+    prepared(source, root / "train", small_encoders("colour"))
+    named = (
+        r'other encoders than .*train/images\.json \(encoders\.dino_view is "colour" in train/images\.json and "grey"'
+    )
+    with pytest.raises(ValueError, match=named):
+        opened(root)
+    assert any("run step=manifest" in problem for problem in validate(root)["problems"])
+    make_manifests(root)
+    assert validate(root)["errors"] == 0
+    assert opened(root).encoders == small_encoders("colour").fingerprint
 
 
 def _stop(*_: Any) -> int:

@@ -372,7 +372,7 @@ def test_one_arm_is_called_right_and_needs_no_transform(tmp_path, scene, check_g
     check_geometry(demo, "scene_camera", "right")
 
 
-def test_png_pictures_are_read_as_well(tmp_path, scene, check_geometry):
+def test_png_images_are_read_as_well(tmp_path, scene, check_geometry):
     write_episode(tmp_path / "0000", scene, arms=1)
     for path in (tmp_path / "0000" / "rgb" / "scene_camera").glob("*.jpg"):
         Image.open(path).save(path.with_suffix(".png"))
@@ -651,7 +651,7 @@ def test_two_arms_without_a_transform_are_refused(tmp_path, scene):
         raiden.find(tmp_path, tmp_path / "nothing.json")
 
 
-def test_import_keeps_pictures_byte_for_byte_and_can_be_continued(tmp_path, scene, check_geometry):
+def test_import_keeps_images_byte_for_byte_and_can_be_continued(tmp_path, scene, check_geometry):
     for number in range(3):
         write_episode(tmp_path / "raw" / "pick" / f"{number:04d}", scene)
     first = import_demos(tmp_path / "raw", tmp_path / "native", max_demos=2, progress=False)

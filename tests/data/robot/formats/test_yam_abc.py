@@ -245,7 +245,7 @@ def test_a_camera_is_mounted_on_the_only_arm_by_either_name(
         find_demos(tmp_path)[0].read()
 
 
-def test_a_slower_camera_gives_the_nearest_picture(tmp_path, write_episode, calibrate, calibration_text, scene):
+def test_a_slower_camera_gives_the_nearest_image(tmp_path, write_episode, calibrate, calibration_text, scene):
     write_episode(tmp_path / "a" / "b", slow_camera=True)
     calibrate(tmp_path, BASES, wrist=calibration_text(scene))
     demo = find_demos(tmp_path)[0].read()
