@@ -77,6 +77,8 @@ class Connector(nn.Module):
             loading.
     """
 
+    scale: Tensor
+
     def __init__(self, dim: int, language: LanguageModel, scale: float | None) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, language.width)
@@ -257,7 +259,7 @@ class VideoLanguageNetwork(nn.Module):
 
     def zero_of_unused(self, *parts: nn.Module | nn.Parameter) -> Tensor:
         """Return a zero that depends on parameters unused in this batch: every process then has gradients for all."""
-        total = torch.zeros((), device=self.connector.scale.device)  # type: ignore[arg-type]
+        total = torch.zeros((), device=self.connector.scale.device)
         if not (self.training and torch.is_grad_enabled()):
             return total
         for part in parts:
