@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from keygrip.config import TrainSchema, config_folder, group_options, leaves_of
 from keygrip.setting_types import refuse_ill_typed
 from keygrip.training.checkpoints import build_module
-from keygrip.training.idle_settings import refuse_idle
+from keygrip.training.idle_settings import refuse_idle, refuse_idle_ablation
 from keygrip.training.sweeps import planned_jobs
 from keygrip.unread_settings import models_with
 
@@ -400,6 +400,7 @@ def test_every_job_of_a_sweep(sweep: str) -> None:
     optimizers, sizes, networks = {}, {}, {}
     for job in jobs if sweep == "vlm_learning_rates" else tried_jobs(sweep):
         assert any(set(job) <= set(planned) for planned in jobs)
+        refuse_idle_ablation([f"sweep={sweep}", *job])
         cfg = composed("train", [f"sweep={sweep}", *job])
         assert_sound(cfg)
         assert all("_target_" in part for part in cfg.callbacks.values() if part is not None)
