@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -41,6 +42,7 @@ from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 CONFIG_ERROR = 2
 USER_ERROR = 1
 STOPS = (Exception, KeyboardInterrupt, Interrupted, SweepRefused)  # what may end a command
+RESEND_S = 0.01  # delay of a signal that is sent again
 USERS = ValueError | OSError | ImportError | NotImplementedError  # errors that the user can correct
 MISCONFIGURED = "MisconfigurationException"  # the same, from Lightning
 STEP_CALL = "call"  # the config node of a step of `keygrip prepare`, which is not a setting of the user
@@ -308,6 +310,7 @@ def _raise_on_signals(received: set[int]) -> Iterator[None]:
     """Convert SIGTERM, and SIGHUP of a closed terminal, to exceptions, so that temporary files and child processes are
     cleaned up, and arms stopped, before the process ends. A second signal does not interrupt this cleanup, because a
     shell forwards its SIGHUP, which then arrives twice, and systemd sends SIGTERM and SIGHUP. Ctrl-C does interrupt it.
+    Where Python ignores exceptions, as in a destructor, the signal is sent again.
 
     Args:
         received: the numbers of received signals are added to this set.
@@ -319,6 +322,15 @@ def _raise_on_signals(received: set[int]) -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)
         raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
+    def send_again(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Interrupted):
+            former_hook(unraisable)
+            return
+        number = unraisable.exc_value.signal_number
+        signal.signal(number, handler)
+        # by another thread, because an exception raised here would be ignored too
+        threading.Timer(RESEND_S, os.kill, (os.getpid(), number)).start()
+
     numbers = [signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup the command continues
         numbers.append(signal.SIGHUP)
@@ -329,9 +341,12 @@ def _raise_on_signals(received: set[int]) -> Iterator[None]:
     except ValueError:  # not the main thread: a test or a notebook
         yield
         return
+    former_hook = sys.unraisablehook
+    sys.unraisablehook = send_again
     try:
         yield
     finally:
+        sys.unraisablehook = former_hook
         for number, former in previous.items():
             signal.signal(number, former)
 

@@ -6,9 +6,11 @@ import contextlib
 import errno
 import importlib
 import json
+import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 import torch
 from hydra.errors import ConfigCompositionException
 
-from keygrip.command import describe_error
+from keygrip.command import _raise_on_signals, describe_error
 from keygrip.config import compose
 from keygrip.training import results, run_folder
 from keygrip.training.signals import Interrupted, SweepInterrupted
@@ -859,3 +861,32 @@ def test_a_run_folder_may_be_named_by_the_overrides(cli: Callable[..., Any], tmp
     outcome = cli("run_dir=all/${hydra:job.override_dirname}", "seed=3", "optimizer.lr=fast")
     assert "optimizer.lr='fast': must be a finite number" in outcome.err  # used to be a RecursionError
     assert [path.name for path in (tmp_path / "all").iterdir()] == ["optimizer.lr=fast,seed=3"]
+
+
+def test_a_signal_in_a_destructor_is_not_lost() -> None:
+    """Python ignores exceptions raised there."""
+
+    class Closed:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook, received = sys.unraisablehook, set[int]()
+    with pytest.raises(Interrupted) as stop, _raise_on_signals(received):
+        Closed()
+        for _ in range(1000):
+            time.sleep(0.01)
+    assert stop.value.signal_number == signal.SIGTERM
+    assert received == {signal.SIGTERM}
+    assert sys.unraisablehook is hook
+
+
+def test_other_ignored_exceptions_are_reported_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed:
+        def __del__(self) -> None:
+            raise ValueError("closing failed")
+
+    reported: list[BaseException | None] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(unraisable.exc_value))
+    with _raise_on_signals(set()):
+        Closed()
+    assert [str(error) for error in reported] == ["closing failed"]
