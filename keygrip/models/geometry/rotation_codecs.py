@@ -239,7 +239,7 @@ class PCARotation(RotationCodec):
         beyond, over = int(report["rotations_beyond_bins"]), int(report["rotations_over_45_deg"])
         sentences = [f"{beyond} are beyond the outermost bins: rotation.outlier_share=0 widens all bins to hold them"]
         aside = "Turns about several axes: rotation=kmeans holds them"
-        return ". ".join(sentences * (beyond > 0) + [aside] * (over > beyond) + _wrong_readings(report))
+        return ". ".join(_wrong_readings(report) + sentences * (beyond > 0) + [aside] * (over > beyond))
 
     def settings(self) -> dict[str, float | None]:
         # Bases that were fitted when 0 was the only other setting have no share in their file's name.
@@ -333,7 +333,7 @@ class KMeansRotation(RotationCodec):
         return {"prototypes_used": float(len(torch.unique(self.prototypes, dim=0)))} | super().report(quaternions)
 
     def advice(self, report: dict[str, float]) -> str:
-        return ". ".join(["More prototypes hold them: raise rotation.classes", *_wrong_readings(report)])
+        return ". ".join([*_wrong_readings(report), "More prototypes hold them: raise rotation.classes"])
 
     def settings(self) -> dict[str, float | None]:
         return super().settings() | {"seed": self.seed}
@@ -370,10 +370,10 @@ def fit_or_load(codec: RotationCodec, quaternions: Tensor, cache_dir: Path, fing
     if stored is not None:
         codec.load_state_dict(stored)
         report = codec.report(normalise(quaternions.double()))
-        _warn_of_poor_fit(codec, report)
+        _warn_of_poor_fit(codec, report, quaternions)
         return report
     report = codec.fit(quaternions)
-    _warn_of_poor_fit(codec, report)
+    _warn_of_poor_fit(codec, report, quaternions)
     with atomic_write(path) as file:
         torch.save(codec.state_dict(), file)
     return report
@@ -440,13 +440,27 @@ def _load_cached_basis(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
-def _warn_of_poor_fit(codec: RotationCodec, report: dict[str, float]) -> None:
+def _explained_on_path(quaternions: Tensor) -> float:
+    """Return the first component's share of the variance without the rotations off the path of their neighbours."""
+    unit = normalise(quaternions.double())
+    codec = PCARotation()
+    codec._fit(unit[~off_path(unit)])
+    return float(codec.explained)
+
+
+def _warn_of_poor_fit(codec: RotationCodec, report: dict[str, float], quaternions: Tensor) -> None:
     if isinstance(codec, PCARotation) and report["pc1_explained"] < codec.min_explained:
+        advice = ["rotation=pca_1d loses the rest; rotation=kmeans holds turns about several axes"]
+        if wrong := _wrong_readings(report):
+            without = _explained_on_path(quaternions)
+            advice = [f"{wrong[0]}; without them it explains {100 * without:.0f} %"] + advice * (
+                without < codec.min_explained
+            )
         log.warning(
-            "the first principal component explains %.0f %% of the training rotations (rotation.min_explained=%g): "
-            "rotation=pca_1d loses the rest; rotation=kmeans holds turns about several axes",
+            "the first principal component explains %.0f %% of the training rotations (rotation.min_explained=%g): %s",
             100 * report["pc1_explained"],
             codec.min_explained,
+            ". ".join(advice),
         )
     full, inner = report.get("range_deg", 0.0), report.get("inner_range_deg", 0.0)
     if full > WIDENED * inner and full > NARROW_BIN_DEG * codec.classes:

@@ -25,6 +25,7 @@ from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.misread_rotations import ComparedPoses, find_misread
 from keygrip.data.robot.doctor.projection import check_projection
 from keygrip.data.robot.doctor.run import CHECKS
+from keygrip.data.robot.doctor.views import place
 from keygrip.data.robot.native_writer import ArmPose, CameraPose, DemoWriter
 from keygrip.data.robot.schema import ArmTrajectory, Demo
 from keygrip.robots.inverse_kinematics import pointing_down, solve
@@ -482,6 +483,22 @@ def test_a_gripper_that_does_not_turn_shows_its_convention_by_the_base_of_the_ot
 def test_joints_that_do_not_go_with_the_poses_are_those_of_the_demos_named(tmp_path):
     (found,) = examine(tmp_path, lambda parts, number: other_zero(parts, number) if number == 1 else parts)
     assert (found.check, found.demos) == ("kinematics", ("demo_1",))
+
+
+def turned_twice(parts: Parts, number: int) -> Parts:
+    turned = Rotation.from_quat(parts.quaternion, scalar_first=True)
+    quaternion = parts.quaternion.copy()
+    for frame in (8, 20):
+        wrong = turned[frame] * Rotation.from_euler("y", 120, degrees=True)
+        quaternion[frame] = wrong.as_quat(scalar_first=True)
+    return replace(parts, quaternion=quaternion)
+
+
+def test_wrong_rotations_of_some_frames_say_nothing_about_joints_and_the_base(five):
+    demos = [with_poses(demo, turned_twice if number == 2 else unchanged, None) for number, demo in enumerate(five)]
+    found = findings_of(demos)
+    assert [(each.check, each.demos, each.frames) for each in found] == [("outlier_pose", ("demo_2",), (8, 20))]
+    np.testing.assert_allclose(place(demos[2], "right").base, np.eye(4), atol=1e-6)
 
 
 def test_joints_show_the_order_of_quaternions_whatever_way_the_gripper_points(tmp_path, monkeypatch):

@@ -101,6 +101,21 @@ def test_pca_warns_where_one_component_is_not_enough(tmp_path: Path, caplog: pyt
         assert "rotation=kmeans" in said
 
 
+@pytest.mark.parametrize("tilt_deg", [0.0, 40.0])
+def test_wrong_readings_are_named_before_another_codec_is_advised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tilt_deg: float
+) -> None:
+    phase = torch.arange(600).double() / 20
+    turns = torch.deg2rad(torch.stack([tilt_deg * phase.cos(), 0 * phase, 40 * phase.sin()], dim=-1))
+    turns[100::200, 0] = 2.9
+    turns[150::200, 0] = -2.9
+    fit_or_load(PCARotation(min_explained=0.95), rotation_exp(turns), tmp_path, "x")
+    (said,) = (r.getMessage() for r in caplog.records if "first principal component" in r.getMessage())
+    assert f"0.95): 6 {DOCTOR}; without them it explains " in said
+    assert ("without them it explains 100 %" in said) == (tilt_deg == 0)
+    assert ("rotation=kmeans" in said) == (tilt_deg > 0)
+
+
 def test_kmeans_uses_geodesic_distance_and_ignores_signs() -> None:
     _, quaternions = random_rotations(300)
     codec = KMeansRotation(classes=8)

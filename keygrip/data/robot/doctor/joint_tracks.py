@@ -8,7 +8,7 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.kinematics import with_joints
-from keygrip.data.robot.doctor.tracks import best_delay, unit_of
+from keygrip.data.robot.doctor.tracks import best_delay, reached_frames_on_path, unit_of
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
 
 SCALE, DELAY_FRAMES, SPREAD_M, ODD_M = 0.02, 0.4, 0.006, 0.008
@@ -31,7 +31,7 @@ def check_joint_tracks(exam: Examination) -> None:
             rotations = Rotation.from_matrix(
                 matrix_from_quaternion(track.quaternion) @ matrix_from_quaternion(quaternion).transpose(0, 2, 1)
             )
-            base_rotation = rotations.mean()
+            base_rotation = rotations[reached_frames_on_path(demo, arm)].mean()
             rotated = base_rotation.apply(joint_position)
             delay = best_delay(rotated, track.position, 8)
             if (

@@ -18,6 +18,7 @@ from keygrip.data.robot.doctor.misread_rotations import (
     find_misread,
     mean_turn,
 )
+from keygrip.data.robot.doctor.tracks import reached_frames_on_path
 from keygrip.data.robot.schema import Demo
 from keygrip.data.spacing import evenly
 from keygrip.robots.kinematics import forward_kinematics, matrix_from_quaternion
@@ -87,7 +88,8 @@ def check_kinematics(exam: Examination) -> None:
 
 
 def _compared(demo: Demo, arm: str, joints: np.ndarray, model: tuple[str, str]) -> ComparedPoses:
-    frames = evenly(len(demo), 40)
+    frames = reached_frames_on_path(demo, arm)  # outliers have a finding of their own
+    frames = frames[evenly(len(frames), 40)]
     position, quaternion = forward_kinematics(joints[frames], *model)
     recorded = demo.arms[arm].quaternion[frames]
     return ComparedPoses(

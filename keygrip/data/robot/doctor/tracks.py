@@ -7,7 +7,7 @@ import torch
 
 from keygrip.data.robot.checks import pose_outliers, reached_outliers
 from keygrip.data.robot.doctor.examination import Examination
-from keygrip.data.robot.schema import ArmTrajectory
+from keygrip.data.robot.schema import ArmTrajectory, Demo
 from keygrip.models.geometry.rotations import off_path
 
 # Least distance from the reached poses, and the share of it that may remain with inverted poses.
@@ -94,6 +94,13 @@ def check_joint_unit(exam: Examination) -> None:
                 demos=found,
                 arm=arm,
             )
+
+
+def reached_frames_on_path(demo: Demo, arm: str) -> np.ndarray:
+    """Return the frames [M] of an arm whose reached pose is no outlier, see `check_outlier_poses`."""
+    reached = demo.arms[arm]
+    outliers = _outlier_frames(reached, reached_outliers(reached, demo.timestamps, demo.fps))
+    return np.setdiff1d(np.arange(len(demo)), outliers)
 
 
 def check_outlier_poses(exam: Examination) -> None:

@@ -23,6 +23,8 @@ SIDE = 160  # pixels of the longer side of images that are compared with poses
 MOST_FRAMES = 400  # largest number of frames read per demo; of longer demos every second, third, ...
 STATIC_M, STATIC_DEG = 2e-3, 0.1  # a camera that moves less than this within a demo is static
 IK_MISS_M, IK_MISS_RAD = 0.01, 0.1
+# The base is solved without rotations farther from it than this, and than WRONG_USUAL times the median: wrong readings.
+WRONG_DEG, WRONG_USUAL = 15.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -222,12 +224,19 @@ def _solve_joints(tool: np.ndarray, chain: ArmChain) -> np.ndarray | None:
     return np.stack(joints)
 
 
+def _nearest_rotation(matrix: np.ndarray) -> np.ndarray:
+    left, _, right = np.linalg.svd(matrix)
+    return np.asarray(left @ np.diag([1, 1, np.sign(np.linalg.det(left @ right))]) @ right)
+
+
 def base_of(model: RobotSurface, joints: np.ndarray, tool: np.ndarray) -> np.ndarray:
     """Return world_from_base [4, 4]: maps tool poses of the kinematics to the recorded ones; identity if they agree."""
     if model.tool is None:
         return np.eye(4)
     tool_in_base = model.tool(joints)
-    covariance = np.einsum("nij,nkj->ik", tool[:, :3, :3], tool_in_base[:, :3, :3])
-    left, _, right = np.linalg.svd(covariance)
-    rotation = left @ np.diag([1, 1, np.sign(np.linalg.det(left @ right))]) @ right
+    turns = tool[:, :3, :3] @ tool_in_base[:, :3, :3].transpose(0, 2, 1)
+    rotation = _nearest_rotation(turns.sum(axis=0))
+    angles = np.degrees(np.arccos(np.clip((np.einsum("nij,ij->n", turns, rotation) - 1) / 2, -1, 1)))
+    right_readings = angles <= max(WRONG_DEG, WRONG_USUAL * float(np.median(angles)))
+    rotation = _nearest_rotation(turns[right_readings].sum(axis=0))
     return transform(np.median(tool[:, :3, 3] - tool_in_base[:, :3, 3] @ rotation.T, axis=0), rotation)
