@@ -114,28 +114,28 @@ class Scores:
         return {f"questions_{kind}": int(sums[2]) for kind, sums in sorted(self._gather_sums().items()) if sums[2]}
 
     def _gather_sums(self) -> dict[str, list[float]]:
-        if world_size() == 1:
-            return dict(self.sums)
-        gathered: list[dict[str, list[float]] | None] = [None] * world_size()
-        distributed.all_gather_object(gathered, dict(self.sums))
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
-        for part in gathered:
-            for kind, kind_sums in (part or {}).items():
+        for part in _of_all_processes(self.sums):
+            for kind, kind_sums in part.items():
                 sums[kind] = [a + b for a, b in zip(sums[kind], kind_sums, strict=True)]
         return dict(sums)
 
 
 def gather_values(values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """Return the values of all processes by name; every process must call it."""
+    merged: dict[str, list[float]] = defaultdict(list)
+    for part in _of_all_processes(values):
+        for name, own in part.items():
+            merged[name] += own
+    return dict(merged)
+
+
+def _of_all_processes(values: Mapping[str, Sequence[float]]) -> list[dict[str, list[float]]]:
     gathered: list[Any] = [dict(values)]
     if world_size() > 1:
         gathered = [None] * world_size()
         distributed.all_gather_object(gathered, dict(values))
-    merged: dict[str, list[float]] = defaultdict(list)
-    for part in gathered:
-        for name, own in part.items():
-            merged[name] += own
-    return dict(merged)
+    return gathered
 
 
 def comparisons(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -48,10 +48,10 @@ class Misread(NamedTuple):
 def mean_turn(turns: np.ndarray) -> tuple[np.ndarray, float]:
     """Return the mean of rotations [N, 3, 3] and the largest angle to it in degrees."""
     mean = Rotation.from_matrix(turns).mean().as_matrix()
-    return mean, float(_angles(mean, turns).max())
+    return mean, float(angles_to(mean, turns).max())
 
 
-def _angles(base: np.ndarray, turns: np.ndarray) -> np.ndarray:
+def angles_to(base: np.ndarray, turns: np.ndarray) -> np.ndarray:
     """Return the angles [N] in degrees between a rotation [3, 3] and rotations [N, 3, 3]."""
     return np.degrees((Rotation.from_matrix(base).inv() * Rotation.from_matrix(turns)).magnitude())
 
@@ -114,7 +114,7 @@ def _usual_base(demos: Sequence[ComparedPoses], total: int) -> np.ndarray | None
     if not steady:
         return None
     means = np.stack([mean_turn(demo.turns())[0] for demo in steady])
-    near = np.stack([_angles(mean, means) <= SCATTER_DEG for mean in means])
+    near = np.stack([angles_to(mean, means) <= SCATTER_DEG for mean in means])
     sharing = near[int(near.sum(axis=1).argmax())]
     if sharing.sum() < LEAST_OTHERS or sharing.sum() <= total / 2:
         return None
@@ -126,9 +126,9 @@ def _decide_by_base(demo: ComparedPoses, base: np.ndarray) -> tuple[str, float, 
     recorded and in it. None: it has that base as recorded, it has it in none, or there are too few frames."""
     if len(demo.rotation) < LEAST_FRAMES:
         return None
-    recorded = float(_angles(base, demo.turns()).max())
-    best = min(ROTATION_READINGS, key=lambda reading: _angles(base, demo.turns(reading)).max())
-    other = float(_angles(base, demo.turns(best)).max())
+    recorded = float(angles_to(base, demo.turns()).max())
+    best = min(ROTATION_READINGS, key=lambda reading: angles_to(base, demo.turns(reading)).max())
+    other = float(angles_to(base, demo.turns(best)).max())
     return (best, recorded, other) if recorded > OTHER_BASE_DEG and other <= SCATTER_DEG else None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from keygrip.data.robot.doctor.examination import yam_model
+from keygrip.data.robot.doctor.misread_rotations import angles_to
 from keygrip.data.robot.schema import CameraTrack, Demo
 from keygrip.data.robot.transforms import transform
 from keygrip.data.spacing import evenly
@@ -236,7 +237,7 @@ def base_of(model: RobotSurface, joints: np.ndarray, tool: np.ndarray) -> np.nda
     tool_in_base = model.tool(joints)
     turns = tool[:, :3, :3] @ tool_in_base[:, :3, :3].transpose(0, 2, 1)
     rotation = _nearest_rotation(turns.sum(axis=0))
-    angles = np.degrees(np.arccos(np.clip((np.einsum("nij,ij->n", turns, rotation) - 1) / 2, -1, 1)))
+    angles = angles_to(rotation, turns)
     right_readings = angles <= max(WRONG_DEG, WRONG_USUAL * float(np.median(angles)))
     rotation = _nearest_rotation(turns[right_readings].sum(axis=0))
     return transform(np.median(tool[:, :3, 3] - tool_in_base[:, :3, 3] @ rotation.T, axis=0), rotation)
