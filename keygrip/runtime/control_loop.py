@@ -124,6 +124,7 @@ class ControlLoop:
         self._motions: list[LimitedMotion] = []
         self._command = np.zeros((0, 8))
         self._plan_fault: str | None = None  # fault of a plan or command, until the next plan or a person's command
+        self._command_fault: str | None = None  # of the last period; a plan that came since does not end it unseen
         self._lost: set[int] = set()  # arms of which no observation has been accepted since they failed to respond
 
     def run(self, seconds: float, over: Callable[[], bool] = lambda: False) -> RunReport:
@@ -191,7 +192,8 @@ class ControlLoop:
             target = self._apply_correction(correction)
         else:
             target = self._follow(observation, now, images)
-        state = self.watchdog.update(now, fault or self._plan_fault)
+        state = self.watchdog.update(now, fault or self._command_fault or self._plan_fault)
+        self._command_fault = None
         if state is not State.RUNNING:
             target = None
         self._send(target, correction)
@@ -271,7 +273,7 @@ class ControlLoop:
 
     def _apply_correction(self, correction: Correction) -> np.ndarray:
         self.execution.drop()
-        self._plan_fault = None
+        self._plan_fault = self._command_fault = None
         return moved_by(self._command, correction, 1.0 / self.robot.control_hz)
 
     # ---- motion ------------------------------------------------------------------------------------------------------
@@ -396,7 +398,7 @@ class ControlLoop:
         return set(range(len(self._command)) if error.arms is None else error.arms)
 
     def _refused(self, fault: str) -> None:
-        self._plan_fault = fault
+        self._plan_fault = self._command_fault = fault
         self.execution.drop()
 
     def _reset_motions(self, arms: Iterable[int]) -> None:

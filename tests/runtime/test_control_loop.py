@@ -322,6 +322,24 @@ def test_a_refused_command_brakes_the_arm_within_the_limits() -> None:
     assert np.linalg.norm(np.diff(velocity, axis=0) * 30, axis=1).max() <= LIMITS.acceleration_m_s2 * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("holds", [False, True])
+def test_refused_commands_stop_the_arm_although_plans_arrive_without_latency(holds: bool) -> None:
+    """Each new plan used to end the fault before the watchdog was told of it."""
+
+    class Beyond(PointArm):
+        def command(self, poses: np.ndarray) -> None:
+            moves = not np.array_equal(poses, self.pose)
+            self.refuses = self.now() >= 1.0 and (moves or not holds)
+            super().command(poses)
+
+    robot = Beyond()
+    report = loop_of(Clockwork(), robot).run(30.0)
+    assert report.state is State.STOPPED
+    reason = "after 10 holds" if holds else "for 2.0 s"
+    assert f"unsafe command: out of reach ({reason})" == report.reason
+    assert report.seconds < 4.5
+
+
 class Quick(PointArm):
     """Counts the commands that were sent before the stop."""
 
