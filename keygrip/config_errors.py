@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
@@ -44,6 +44,22 @@ def setting_errors(config_name: str, overrides: Sequence[str]) -> Iterator[None]
         raise SettingError(describe_config_error(error, config_name, overrides)) from error
 
 
+@contextlib.contextmanager
+def constructor_errors() -> Iterator[None]:
+    """Raise the error of a part's constructor without Hydra's error around it; a note names the setting."""
+    wrapped: InstantiationException | None = None
+    try:
+        yield
+    except InstantiationException as error:
+        wrapped = error
+    if wrapped is None:
+        return
+    root = root_cause(wrapped)
+    if root is not wrapped and (key := _full_key(wrapped)) is not None:
+        root.add_note(f"setting: {key}")
+    raise root from root.__cause__  # Hydra's error is not its context
+
+
 def describe_config_error(error: BaseException, config_name: str, overrides: Sequence[str]) -> str:
     """Describe in one line why composing or parsing failed, for the given overrides."""
     text = one_line(error)
@@ -66,9 +82,11 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         key = _full_key(error) or "a setting"
         remedy = f"give {key}=..." if "[" not in key else f"choose another option of {key.partition('.')[0]}"
         return f"{key} takes its value from {interpolated.group(1)}, which this run does not have: {remedy}"
-    unknown = re.search(r"Could not override '([^']+)'", causes) or re.search(r"Key '([^']+)' (?:is )?not in", causes)
+    unknown = re.search(r"Could not (?:override|delete) '([^']+)'", causes) or re.search(
+        r"Key '([^']+)' (?:is )?not in", causes
+    )
     if unknown:
-        return _describe_unknown_key(unknown[1], config_name, overrides)
+        return _describe_unknown_key(unknown[1] or unknown[2], config_name, overrides)
     without = re.search(r"Cannot find primary config '([^']+)'", causes)
     if without:
         return _describe_missing_config(without[1])

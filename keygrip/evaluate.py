@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from keygrip.artifacts import json_text, write_json
 from keygrip.command import entry_point
 from keygrip.config import as_list, compose, leaves_of, register_completion
-from keygrip.config_errors import setting_errors
+from keygrip.config_errors import constructor_errors, setting_errors
 from keygrip.evaluation.kinds import KIND, KINDS, Evaluated, checked_kind, choose_kind, plain
 from keygrip.override_values import quoted
 from keygrip.training.main_guard import refuse_unguarded_script
@@ -139,7 +139,8 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str,
     given = [f"checkpoint={quoted(str(checkpoint))}", *as_list(overrides)]
     with setting_errors("evaluate", given):
         cfg = compose("evaluate", given)
-    return run(cfg)
+    with constructor_errors():
+        return run(cfg)
 
 
 def main() -> None:

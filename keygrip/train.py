@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 
 from keygrip.command import entry_point
 from keygrip.config import SettingError, as_list, compose_with_choices
-from keygrip.config_errors import setting_errors
+from keygrip.config_errors import constructor_errors, setting_errors
 from keygrip.training import run_folder
 from keygrip.training.idle_settings import refuse_idle
 from keygrip.training.main_guard import refuse_unguarded_script
@@ -90,7 +90,8 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
         refuse_idle(cfg, given)  # before a folder is made
     model, data = choices["model"], choices["data"]
     cfg.run_dir = run_folder.choose_folder(cfg.run_dir, cfg.resume, model, data, next(_starts), given)
-    run(cfg, given)
+    with constructor_errors():
+        run(cfg, given)
     return read_result(Path(cfg.run_dir))
 
 

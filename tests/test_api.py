@@ -8,6 +8,7 @@ import multiprocessing
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,6 +173,14 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     for given in ([2], ["max_steps=2", None]):
         with pytest.raises(ValueError, match=rf"overrides are a list of settings, .* {given[-1]!r} is no text"):
             keygrip.train(given)  # type: ignore[arg-type]
+
+
+def test_what_a_part_refuses_is_its_own_error(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Hydra's error around it is no ValueError."""
+    with pytest.raises(ValueError, match=r"^strategy\.devices=0: must be at least 1") as raised:
+        keygrip.train(toy_overrides("run", "strategy.devices=0"))
+    assert raised.value.__notes__ == ["setting: strategy"]
+    assert "InstantiationException" not in "".join(traceback.format_exception(raised.value))
 
 
 def test_a_process_that_imports_its_parents_script_trains_nothing(

@@ -27,8 +27,9 @@ NUMBER_WORDS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none
 def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return `bleu_1` .. `bleu_4`, `cider`, and `meteor` if Java runs, computed by pycocoevalcap.
 
-    With Java, sentences are split by the Penn Treebank tokenizer, as in published figures. Without Java, they are split
-    at white space after punctuation is removed, and a warning is logged. CIDEr weights words by their rarity in all
+    With Java, sentences are split by the Penn Treebank tokenizer, as in published figures (`treebank_tokenizer` is 1).
+    Without Java, they are split at white space after punctuation is removed (0), and a warning is logged: BLEU and
+    CIDEr of the two are not comparable. CIDEr weights words by their rarity in all
     references; with fewer than two captions it is meaningless and left out.
 
     Args:
@@ -56,6 +57,7 @@ def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str
         generated, true = treebank
     scores, _ = Bleu(4).compute_score(true, generated, verbose=0)
     figures = {f"bleu_{order}": float(score) for order, score in enumerate(scores, 1)}
+    figures["treebank_tokenizer"] = float(treebank is not None)
     if len(candidates) > 1:
         figures["cider"] = float(Cider().compute_score(true, generated)[0])
     if treebank is not None and (meteor := _compute_meteor(true, generated)) is not None:

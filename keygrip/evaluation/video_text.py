@@ -96,17 +96,17 @@ def evaluate_modes(
     record.
 
     For each mode: loss, perplexity and exactness of answers, over all and by kind; for generated answers, `bleu_*`,
-    `cider`, `meteor` (kind caption), `vqa_accuracy` (if the evidence has `answers`, of ten annotators or fewer; over
-    all, and as `vqa_accuracy/<collection>` if it names a collection); `accuracy_<kind>_of_<n>` (videos of up to n
-    frames, n a power of two, if they differ in length), the number of questions of each (`questions_<kind>`,
-    `questions_<kind>_of_<n>`; of videos: `videos_of_<n>` next to the modes); `attention_<kind>` (on the object of the
-    question, relative to uniform, if the evidence has its position; in the last block, and as `..._all_blocks` over all
-    blocks but the first); and `ms_per_frame` (encoder, queries and language model for all questions of a video, at the
-    batches' size; without generation, without batches of text only, and without the first batch if several have
-    frames). Next to the modes: `too_long`: captions and VQA questions for which nothing is generated, because they do
-    not fit into the language model's context with their frames and an answer; `unanswered`: those that end with the
-    user's turn, so that the annotators' answers are unknown; and `left_out_rows`: conversations of these videos that
-    are not scored, because they are too long or cannot be rows.
+    `treebank_tokenizer`, `cider`, `meteor` (kind caption), `vqa_accuracy` (if the evidence has `answers`, of ten
+    annotators or fewer; over all, and as `vqa_accuracy/<collection>` if it names a collection);
+    `accuracy_<kind>_of_<n>` (videos of up to n frames, n a power of two, if they differ in length), the number of
+    questions of each (`questions_<kind>`, `questions_<kind>_of_<n>`; of videos: `videos_of_<n>` next to the modes);
+    `attention_<kind>` (on the object of the question, relative to uniform, if the evidence has its position; in the
+    last block, and as `..._all_blocks` over all blocks but the first); and `ms_per_frame` (encoder, queries and
+    language model for all questions of a video, at the batches' size; without generation, without batches of text only,
+    and without the first batch if several have frames). Next to the modes: `too_long`: captions and VQA questions for
+    which nothing is generated, because they do not fit into the language model's context with their frames and an
+    answer; `unanswered`: those that end with the user's turn, so that the annotators' answers are unknown; and
+    `left_out_rows`: conversations of these videos that are not scored, because they are too long or cannot be rows.
 
     Raises:
         ValueError: The network does not have a mode, or there is no batch.

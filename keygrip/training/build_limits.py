@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 EXTERNAL_PARAMETERS = 20_000  # number of tensors of parts that no checkpoint contains, such as a large text encoder
 EXTERNAL_NUMBERS = 2**31  # values per tensor of such a part
+OWN_PARAMETERS = 1000  # parameters beside ten times the stored tensors
 OWN_NUMBERS = 2**24  # values per tensor that is not stored: a table of rotary angles, a mask
 TIMES = 4  # factor by which one tensor, and all together, may exceed the stored ones while parts are assembled
 
@@ -56,7 +57,7 @@ def at_most_stored(config: Any, stored: Mapping[str, Any], external: bool) -> It
     largest = max(sizes, default=0)
     tensor_limit = max(TIMES * largest, EXTERNAL_NUMBERS if external else OWN_NUMBERS)
     total_limit = math.inf if external else TIMES * (sum(sizes) + OWN_NUMBERS)
-    parameters = EXTERNAL_PARAMETERS + 10 * len(stored)
+    parameters = (EXTERNAL_PARAMETERS if external else OWN_PARAMETERS) + 10 * len(stored)
     registered, total = 0, 0
 
     def count(parameter: Tensor) -> None:

@@ -200,12 +200,14 @@ def _check_ema(content: Mapping[str, Any], file: Path) -> None:
     if ema is None:
         return
     parts = ema.get("parameters") if isinstance(ema, Mapping) else None
-    if not isinstance(parts, Mapping) or type(ema.get("updates")) is not int:
+    if not isinstance(parts, Mapping) or type(ema.get("updates")) is not int or (ema["updates"] and not parts):
         raise ValueError(f"{file} is not a keygrip checkpoint: its EMA is none")
     for name, value in parts.items():
         weight = state.get(name)
         if not isinstance(value, torch.Tensor) or not isinstance(weight, torch.Tensor) or value.shape != weight.shape:
             raise ValueError(f"{file} is not a keygrip checkpoint: the EMA of {name!r} does not fit its weights")
+        if (value.is_floating_point(), value.is_complex()) != (weight.is_floating_point(), weight.is_complex()):
+            raise ValueError(f"{file}: the EMA of {name} is {value.dtype}, and its weights are {weight.dtype}")
 
 
 def load_module(

@@ -44,6 +44,7 @@ def test_bleu_counts_matching_runs_of_words() -> None:
 def test_without_java_there_is_no_meteor_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
     found = caption_metrics(["The cat, sat on a mat.", "a dog runs in the park"], TRUE)
     assert "meteor" not in found
+    assert found["treebank_tokenizer"] == 0
     assert found["bleu_1"] == pytest.approx(11 / 12, abs=1e-6)
     assert "Java" in caplog.text
 

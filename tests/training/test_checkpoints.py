@@ -58,6 +58,24 @@ def test_a_module_comes_back_from_its_checkpoint_alone(run_folder: Path, tmp_pat
     assert header["packages"]["torch"] == torch.__version__.split("+")[0]
 
 
+@pytest.mark.parametrize(
+    ("damaged", "said"),
+    [
+        (lambda ema: {name: value.int() for name, value in ema.items()}, r"the EMA of \S+ is torch.int32, .*float32"),
+        (lambda ema: {}, "its EMA is none"),
+    ],
+)
+def test_a_moving_average_that_cannot_be_one_is_refused(
+    damaged: Callable[[dict[str, Any]], dict[str, Any]], said: str, run_folder: Path, tmp_path: Path
+) -> None:
+    """Integers were rounded averages, and without entries the last step's weights were called the average."""
+    checkpoint = read_checkpoint(find_checkpoint(run_folder))
+    checkpoint["ema"]["parameters"] = damaged(checkpoint["ema"]["parameters"])
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=said):
+        load_module(tmp_path / "other.ckpt", trust=TRUST)
+
+
 def test_settings_with_former_names_are_read_with_the_new_ones(
     run_folder: Path, toy_overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from keygrip.models.foveated_vlm.figures import show_answers
 from keygrip.models.foveated_vlm.frame_cache import Encoded, FrameCache, frame_names
 from keygrip.models.foveated_vlm.hub_files import hub_files
 from keygrip.models.foveated_vlm.loss import KERNELS, Kernel, check_liger
-from keygrip.models.foveated_vlm.monitor import RANGES, RowCounts, health_figures
+from keygrip.models.foveated_vlm.monitor import RowCounts, health_figures, ranges_of
 from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.models.foveated_vlm.rows import TextRows, text_rows
 from keygrip.models.foveated_vlm.scores import REFINED, BatchScores, Scores, comparisons, gather_values, score
@@ -156,7 +156,7 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
         self.loss_chunk, self.init_from = loss_chunk, init_from
         self.loss_kernel: Kernel = loss_kernel
         self.monitor_every_n_steps, self.log_images_every_n_steps = monitor_every_n_steps, log_images_every_n_steps
-        self.health = RangeChecks(RANGES, monitor_from_step)
+        self.health = RangeChecks(ranges_of(network), monitor_from_step)
         self.image_options: dict[str, Any] = {}  # how frames were prepared: see `frame_settings`
         self._scores: dict[str, Scores] = {}
         self._on_targets: dict[str, list[float]] = {}

@@ -46,6 +46,13 @@ RANGES = {
 }
 
 
+def ranges_of(network: torch.nn.Module) -> dict[str, Range]:
+    """Return `RANGES`; without that of the static query if it starts as CLS: it then has the encoder's scale, whatever
+    that is."""
+    starts_as_cls = isinstance(network, FoveatedVLM) and network.starts_as_cls
+    return {name: range_ for name, range_ in RANGES.items() if not (starts_as_cls and name == "static_query_std")}
+
+
 class RowCounts:
     """Counts of the rows of training batches, summed since the last report: a single batch is not representative if
     texts come in batches of their own.
@@ -103,9 +110,7 @@ def health_figures(
         output, scores: results of the training step. score: computes the scores of another output for the same batch.
         frames: [V, F, 3, H, W], the input of the network.
     """
-    figures: dict[str, Tensor] = {}
-    if not network.starts_as_cls:  # a CLS token has the encoder's scale, whatever that is
-        figures["static_query_std"] = network.static_query.float().std()
+    figures: dict[str, Tensor] = {"static_query_std": network.static_query.float().std()}
     passes, streams = output.passes, rows.streams
     if passes is None:
         return figures

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from keygrip.models.foveated_vlm.attention_maps import attention_on_target
-from keygrip.models.foveated_vlm.monitor import relative_entropy
+from keygrip.models.foveated_vlm.monitor import ranges_of, relative_entropy
+from keygrip.models.foveated_vlm.network import FoveatedVLM
 from keygrip.training.monitors import Range, RangeChecks
 
 
@@ -49,3 +51,12 @@ def test_a_warning_comes_once_and_again_after_recovery(caplog: pytest.LogCapture
 
 def test_figures_that_are_not_numbers_are_ill() -> None:
     assert RangeChecks({"a": Range(0.0, 1.0, "x")}).check({"a": math.nan}, 0)
+
+
+@pytest.mark.parametrize(("query_start", "warnings"), [("random", 1), ("cls", 0)])
+def test_the_scale_of_a_query_from_cls_is_the_encoders(
+    build: Callable[..., FoveatedVLM], query_start: str, warnings: int
+) -> None:
+    health = RangeChecks(ranges_of(build(query_start=query_start)))
+    assert len(health.check({"static_query_std": 0.02, "query_effect": 0.7}, 0)) == warnings
+    assert len(health.check({"query_effect": 0.1}, 1)) == 1

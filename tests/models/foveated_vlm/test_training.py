@@ -245,9 +245,12 @@ def test_a_configuration_of_a_million_layers_is_not_built(
         load_module(tmp_path / "run")
 
 
-def test_what_is_computed_now_and_then_is_logged(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("query_start", ["random", "cls"])
+def test_what_is_computed_now_and_then_is_logged(
+    overrides: Callable[..., list[str]], query_start: str, tmp_path: Path
+) -> None:
     often = ["logger=csv", "log_every_n_steps=2", "model.monitor_every_n_steps=2", "max_steps=4"]
-    often += ["val_every_n_steps=4"]
+    often += ["val_every_n_steps=4", f"model.network.query_start={query_start}"]
     train.run(compose("train", overrides("run", *often)))
     (logged,) = (tmp_path / "run").rglob("metrics.csv")
     header = logged.read_text().splitlines()[0].split(",")
