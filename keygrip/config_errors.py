@@ -82,9 +82,7 @@ def describe_config_error(error: BaseException, config_name: str, overrides: Seq
         key = _full_key(error) or "a setting"
         remedy = f"give {key}=..." if "[" not in key else f"choose another option of {key.partition('.')[0]}"
         return f"{key} takes its value from {interpolated.group(1)}, which this run does not have: {remedy}"
-    unknown = re.search(r"Could not (?:override|delete) '([^']+)'", causes) or re.search(
-        r"Key '([^']+)' (?:is )?not in", causes
-    )
+    unknown = re.search(r"Could not (?:override|delete) '([^']+)'|Key '([^']+)' (?:is )?not in", causes)
     if unknown:
         return _describe_unknown_key(unknown[1] or unknown[2], config_name, overrides)
     without = re.search(r"Cannot find primary config '([^']+)'", causes)

@@ -148,6 +148,7 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["--config-name=nothing"], 2, r"no nothing\.yaml in keygrip's configs, nor in a folder added"),
         (["--config-path=/"], 2, r"no train\.yaml in the folder .* added to these with --config-dir FOLDER"),
         (["~seed"], 2, r"~seed leaves out a setting that is always read: give it another value, seed=VALUE"),
+        (["model=coordinate_regression", "~vlm"], 2, r"no setting 'vlm' .*: vlm is a group of model=geometry_vla"),
         (["~data", "data.root=here"], 2, r"~data leaves out data.root, which this run needs"),
         (
             ["run_dir=${oc.env:NO_SUCH_FOLDER}/run"],

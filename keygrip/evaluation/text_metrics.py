@@ -29,8 +29,8 @@ def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str
 
     With Java, sentences are split by the Penn Treebank tokenizer, as in published figures (`treebank_tokenizer` is 1).
     Without Java, they are split at white space after punctuation is removed (0), and a warning is logged: BLEU and
-    CIDEr of the two are not comparable. CIDEr weights words by their rarity in all
-    references; with fewer than two captions it is meaningless and left out.
+    CIDEr of the two are not comparable. CIDEr weights words by their rarity in all references; with fewer than two
+    captions it is meaningless and left out.
 
     Args:
         candidates: one caption per video. references: the true captions of each.
