@@ -21,7 +21,7 @@ from keygrip.exporting.folder import CONFIG, WEIGHTS, is_export, read_export
 from keygrip.renamed_settings import with_new_names
 from keygrip.training.build_limits import at_most_stored, settings_of_other_sizes
 from keygrip.training.ema import EMA_STATE
-from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit_weights, verify
+from keygrip.training.integrity import ChangedFileError, is_signed, refuse_unfit_weights, same_kind_of_number, verify
 from keygrip.training.parts import (
     UntrustedPartError,
     build_stored,
@@ -206,7 +206,7 @@ def _check_ema(content: Mapping[str, Any], file: Path) -> None:
         weight = state.get(name)
         if not isinstance(value, torch.Tensor) or not isinstance(weight, torch.Tensor) or value.shape != weight.shape:
             raise ValueError(f"{file} is not a keygrip checkpoint: the EMA of {name!r} does not fit its weights")
-        if (value.is_floating_point(), value.is_complex()) != (weight.is_floating_point(), weight.is_complex()):
+        if not same_kind_of_number(value, weight):
             raise ValueError(f"{file}: the EMA of {name} is {value.dtype}, and its weights are {weight.dtype}")
 
 

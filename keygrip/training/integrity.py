@@ -148,6 +148,11 @@ def load_tensors(file: Path) -> Any:
     return read_torch_file(file)
 
 
+def same_kind_of_number(a: Tensor, b: Tensor) -> bool:
+    """Return whether both tensors hold floating-point numbers, or both complex ones, or neither does."""
+    return (a.is_floating_point(), a.is_complex()) == (b.is_floating_point(), b.is_complex())
+
+
 def refuse_unfit_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
     """Reject weights of another kind of number than the model's, and weights that are not finite.
 
@@ -161,11 +166,7 @@ def refuse_unfit_weights(state: Mapping[str, Tensor], expected: Mapping[str, Ten
     if wrong:
         raise ValueError(f"{where}: {_first(wrong)} is no tensor")
     kinds = [
-        name
-        for name, value in state.items()
-        if name in expected
-        and (value.is_floating_point(), value.is_complex())
-        != (expected[name].is_floating_point(), expected[name].is_complex())
+        name for name, value in state.items() if name in expected and not same_kind_of_number(value, expected[name])
     ]
     if kinds:
         name = kinds[0]
