@@ -95,6 +95,34 @@ def test_difference_of_both_tracks_is_named_without_joints_that_tell_which_is_wr
     assert all(finding.cause.startswith(cause) and len(finding.demos) == 3 for finding in exam.findings)
 
 
+def blocked(found: Demo, side: float) -> Demo:
+    """Return the demo with an arm that an obstacle stops on its way to the left, and that turns more slowly there."""
+    arm = found.arms["right"]
+    stopped = arm.position[:, 1] > side
+    position = np.stack([arm.position[:, 0], np.minimum(arm.position[:, 1], side), arm.position[:, 2]], axis=1)
+    turn = Rotation.from_quat(arm.quaternion, scalar_first=True) * Rotation.from_rotvec(stopped[:, None] * [0, 0, 0.4])
+    return reached(found, position=position, quaternion=turn.as_quat(scalar_first=True))
+
+
+def test_an_arm_that_is_blocked_is_no_scale_offset_lag_or_rotation_of_its_commands():
+    sound = [demo(number, lambda track: track) for number in range(3)]
+    exam = examined([blocked(sound[0], 0.0), *sound[1:]])
+    check_commands(exam)
+    assert [(f.check, f.severity, f.demos) for f in exam.findings] == [("command_following", "warning", ("demo_0",))]
+
+
+@pytest.mark.parametrize(("factor", "checks"), [(1.0, []), (0.8, ["command_scale"]), (1000.0, ["command_scale"])])
+def test_an_arm_that_tracks_its_commands_badly_is_no_scale(factor, checks):
+    """The deviations of 2 cm lengthen the reached track: a regression on it alone gives a scale below 0.94."""
+    found = demo(0, lambda track: track)
+    arm = found.arms["right"]
+    position = arm.position + 0.02 * np.sin(np.arange(FRAMES)[:, None] * [1.5, 1.6, 1.7])
+    commanded = replace(arm.commanded, position=factor * arm.commanded.position)
+    exam = examined([reached(found, position=position, commanded=commanded)])
+    check_commands(exam)
+    assert [finding.check for finding in exam.findings] == checks
+
+
 def test_one_demo_with_inverted_commands_is_told_from_the_others():
     exam = examined([demo(number, inverted if number == 1 else lambda track: track) for number in range(3)])
     check_commands(exam)

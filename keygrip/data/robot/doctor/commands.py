@@ -26,7 +26,11 @@ from keygrip.robots.kinematics import forward_kinematics
 EARLIEST_FRAMES, SLOWEST_S = 0.4, 0.2
 ODD_FRAMES = 0.9  # frames; a demo whose delay differs from that of the others by more is reported
 OFFSET_M, ODD_SCALE, TURN_DEG = 0.012, 0.06, 8.0
-SCALE_SHARE, SCALE_GAIN = 0.03, 0.8  # smallest scale error; largest share of an offset's residual that it may leave
+# Smallest scale about the origin; largest share of the distance of the tracks that may remain with a scale or an offset
+# that is named as its cause (an arm that does not reach its commands moves less far than they do, too).
+SCALE_SHARE, EXPLAINED_SHARE = 0.03, 0.8
+LEAST_MOTION_M = 0.05  # a scale is measured of a motion along one axis that is larger than this
+FOLLOWED_M = 0.03  # an arm that stays further from its commands than this does not follow them
 STILL = 0.01  # a commanded track that moves less than this share of the reached track's motion does not follow it
 READ_TURN_DEG, READ_GAIN = 2.5, 0.4  # least rotation difference; share of it that may remain with another convention
 # What is not compared if the reached track is known to be wrong, by the finding; openings are always compared.
@@ -70,8 +74,12 @@ def check_commands(exam: Examination) -> None:
         delays = {
             name: delay for name, reached in delay_tracks.items() if np.isfinite(delay := _delay_after_command(reached))
         }
+        not_followed = _find_not_followed(exam, arm, _select_comparable(exam, arm, delay_tracks, "places"), delays)
+        followed = {name: reached for name, reached in not_inverted.items() if name not in not_followed}
         checked_delays = {
-            name: delays[name] for name in _select_comparable(exam, arm, delay_tracks, "lag") if name in delays
+            name: delays[name]
+            for name in _select_comparable(exam, arm, delay_tracks, "lag")
+            if name in delays and name in followed
         }
         usual_delay = float(np.median(list(checked_delays.values()))) if checked_delays else 1.5
         exam.measures[f"arm/{arm}/command_delay_frames"] = round(usual_delay, 2) if checked_delays else None
@@ -79,9 +87,9 @@ def check_commands(exam: Examination) -> None:
         shift = {name: round(delays.get(name, usual_delay)) for name in tracks}
         # in a demo that is not longer than the delay, no reached pose follows a recorded command: nothing to compare
         tracks = {name: reached for name, reached in tracks.items() if abs(shift[name]) < len(reached)}
-        not_inverted = {name: reached for name, reached in not_inverted.items() if name in tracks}
-        _check_places(exam, arm, _select_comparable(exam, arm, not_inverted, "places"), shift, by_joints)
-        _check_turns(exam, arm, _select_comparable(exam, arm, not_inverted, "turns"), shift, by_joints)
+        followed = {name: reached for name, reached in followed.items() if name in tracks}
+        _check_places(exam, arm, _select_comparable(exam, arm, followed, "places"), shift, by_joints)
+        _check_turns(exam, arm, _select_comparable(exam, arm, followed, "turns"), shift, by_joints)
         _check_openings(exam, arm, tracks, shift)
 
 
@@ -195,8 +203,56 @@ def _find_inverted(
 
 
 def _delay_after_command(reached: ArmTrajectory) -> float:
+    """Return the delay (frames) of the reached track; nan if nothing moves. Commands of another unit are scaled first:
+    at no delay are they near the reached positions."""
     assert reached.commanded is not None
-    return best_delay(reached.commanded.position, reached.position, 12)
+    command = reached.commanded.position
+    size = float(np.linalg.norm(command.std(axis=0))) / max(float(np.linalg.norm(reached.position.std(axis=0))), 1e-9)
+    return best_delay(command if 0.5 < size < 2 else command / max(size, STILL), reached.position, 12)
+
+
+def _find_not_followed(
+    exam: Examination, arm: str, tracks: dict[str, ArmTrajectory], delays: dict[str, float]
+) -> list[str]:
+    """Return the names of demos in which the arm does not follow its commands, and report them."""
+    distances = {}  # median distance (m) of both tracks
+    for name, reached in tracks.items():
+        if name not in delays:
+            continue
+        assert reached.commanded is not None
+        command, position = pair_with_delay(reached.position, reached.commanded.position, round(delays[name]))
+        offset = np.median(command - position, axis=0)
+        if (
+            np.median(np.linalg.norm(command - position - offset, axis=1)) > FOLLOWED_M
+            and _scale_of_motion(command, position) is None
+        ):
+            distances[name] = float(np.median(np.linalg.norm(command - position, axis=1)))
+    if distances:
+        exam.add(
+            "command_following",
+            "warning",
+            f"the arm stays {max(distances.values()) * 100:.1f} cm (median) from its commanded positions, which no "
+            "delay, offset or scale explains",
+            "Look at these demos: leave those out in which the arm is held or blocked, and check from which recording "
+            "and in which frame the commands of the others are",
+            cause="an arm that does not follow its commands, or commands of another recording or frame",
+            demos=list(distances),
+            arm=arm,
+        )
+    return list(distances)
+
+
+def _scale_of_motion(command: np.ndarray, position: np.ndarray) -> float | None:
+    """Return how many times as far as `position` [N, 3] `command` [N, 3] moves; None: no scale explains the difference.
+
+    An arm that tracks its commands badly gives a regression below 1, too, but is then no nearer to them.
+    """
+    position, command = position - position.mean(axis=0), command - command.mean(axis=0)
+    if np.ptp(position, axis=0).max() <= LEAST_MOTION_M:
+        return None
+    scale = float((position * command).sum() / (position**2).sum())
+    unscaled, scaled = (np.linalg.norm(command - factor * position, axis=1).mean() for factor in (1.0, scale))
+    return scale if scaled < EXPLAINED_SHARE * unscaled else None
 
 
 def _check_places(
@@ -206,27 +262,27 @@ def _check_places(
     shift: dict[str, int],
     by_joints: dict[str, np.ndarray],
 ) -> None:
-    offsets, scales, pairs = {}, {}, {}
+    scales, offsets, pairs = {}, {}, {}
     for name, reached in tracks.items():
         assert reached.commanded is not None
-        command, position = pair_with_delay(reached.position, reached.commanded.position, shift[name])
-        pairs[name] = command, position
-        centred_position, centred_command = position - position.mean(axis=0), command - command.mean(axis=0)
-        if np.ptp(position, axis=0).max() > 0.05:
-            scales[name] = float((centred_position * centred_command).sum() / (centred_position**2).sum())
-        offsets[name] = np.median(command - position, axis=0)
-    usual_scale = float(np.median(list(scales.values()))) if scales else 1.0
+        command, position = pairs[name] = pair_with_delay(reached.position, reached.commanded.position, shift[name])
+        if (scale_of_motion := _scale_of_motion(command, position)) is not None:
+            scales[name] = scale_of_motion
+        offset = np.median(command - position, axis=0)
+        distance, without_offset = (np.median(np.linalg.norm(command - position - o, axis=1)) for o in (0.0, offset))
+        if np.linalg.norm(offset) > OFFSET_M and without_offset < EXPLAINED_SHARE * distance:
+            offsets[name] = offset
     # a short motion of one demo is weak evidence
+    usual_scale = float(np.median([scales.get(name, 1.0) for name in tracks])) if tracks else 1.0
     tolerance = ODD_SCALE if abs(usual_scale - 1) > ODD_SCALE else 3 * ODD_SCALE
     odd_scales = {name: scale for name, scale in scales.items() if abs(scale - 1) > tolerance}
-    odd_offsets = {name: offset for name, offset in offsets.items() if np.linalg.norm(offset) > OFFSET_M}
     scale = float(np.median(list(odd_scales.values()))) if odd_scales else 1.0
-    if (about_origin := _scale_about_origin([pairs[name] for name in odd_offsets])) is not None:
-        odd_scales, scale = dict.fromkeys(odd_offsets, about_origin), about_origin
+    if (about_origin := _scale_about_origin([pairs[name] for name in offsets])) is not None:
+        odd_scales, scale = dict.fromkeys(offsets, about_origin), about_origin
     if odd_scales:
         _report_scale(exam, arm, odd_scales, scale, by_joints)
     else:
-        _report_offsets(exam, arm, tracks, shift, odd_offsets, by_joints)
+        _report_offsets(exam, arm, tracks, shift, offsets, by_joints)
 
 
 def _report_scale(
@@ -313,7 +369,7 @@ def _scale_about_origin(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float
     offset = np.median(command - position, axis=0)
     by_scale = float(np.median(np.linalg.norm(command - scale * position, axis=1)))
     by_offset = float(np.median(np.linalg.norm(command - position - offset, axis=1)))
-    return scale if abs(scale - 1) > SCALE_SHARE and by_scale < SCALE_GAIN * by_offset else None
+    return scale if abs(scale - 1) > SCALE_SHARE and by_scale < EXPLAINED_SHARE * by_offset else None
 
 
 def _check_turns(
