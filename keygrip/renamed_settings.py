@@ -31,6 +31,7 @@ RENAMED: dict[str, str] = {
     "model.pictures": "model.log_images_every_n_steps",
     "model.log_images": "model.log_images_every_n_steps",
     "model.vis_every_n_steps": "model.log_images_every_n_steps",
+    "vis_every_n_steps": "model.log_images_every_n_steps",
     "vlm.prompt_order=pictures_first": "vlm.prompt_order=visual_first",
     "vlm.prompt_order=images_first": "vlm.prompt_order=visual_first",
     "vlm.prompt_order=instruction_first": "vlm.prompt_order=question_first",

@@ -265,6 +265,8 @@ def load_module(
         raise UntrustedPartError(f"{file}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error} (it was made by keygrip {_version_of(checkpoint[HEADER])})") from error
+    if hasattr(module, "network_settings"):
+        module.network_settings = config.get("network", {})
     if not isinstance(module, LightningModule):
         raise ValueError(f"{file} does not hold a model: its configuration builds a {type(module).__name__}")
     if expected is not None and not isinstance(module, expected):
@@ -350,12 +352,13 @@ def weights_of(checkpoint: dict[str, Any], use_ema: bool = True) -> tuple[dict[s
 def build_module(config: dict[str, Any]) -> LightningModule:
     """Instantiate ``config["model"]`` of a resolved configuration that the user has composed, not of a checkpoint.
 
-    The module's `own_files` and `own_packages` are set to those that the configuration names
+    The module's `own_files`, `own_packages` and `network_settings` are set to those of the configuration
     (`keygrip.training.system.System`)."""
     module = instantiate(OmegaConf.create(without_omitted_parts(config["model"])), _convert_="all")
     if hasattr(module, "own_files"):
         module.own_files = external_settings(config["model"])
         module.own_packages = named_packages(config["model"])
+        module.network_settings = config["model"].get("network", {})
     return module
 
 

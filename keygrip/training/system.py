@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from keygrip.config import leaves_of
 from keygrip.training import loggers
 from keygrip.training.accumulation import WindowMean
 from keygrip.training.checkpoints import load_module, misfit
@@ -45,6 +46,8 @@ class System(LightningModule):
         own_files: files that the run's settings name and no checkpoint contains, by dotted key; set when a run builds
             its module. A run whose weights this one starts from may need the same files.
         own_packages: packages other than keygrip whose classes the run's settings name; set and used in the same way.
+        network_settings: the settings of ``network``, from the run's configuration or the checkpoint's; empty if it was
+            built by hand.
         window: the batches of an optimizer step, if gradients of several batches are accumulated.
         resumed: whether the run is resumed: its weights come from its own checkpoint, and `init_from` is not read.
 
@@ -65,6 +68,7 @@ class System(LightningModule):
         self.optimizer_recipe = optimizer
         self.own_files: Mapping[str, Any] = {}
         self.own_packages: tuple[str, ...] = ()
+        self.network_settings: Mapping[str, Any] = {}
         self.resumed = False
         self.window = WindowMean()
         self._images_at: int | None = None  # step of the last validation with images
@@ -163,8 +167,10 @@ class System(LightningModule):
         try:
             self.network.load_state_dict(self.started_from(earlier.network.state_dict()))
         except RuntimeError as error:
+            differing = _differing(earlier.network_settings, self.network_settings)
             raise ValueError(
                 f"the weights of model.init_from={path} do not fit this network: {misfit(error)}"
+                + (f"; settings that differ: {differing}" if differing else "")
             ) from error
         log.info("weights of %s are the start", path)
         return earlier
@@ -285,3 +291,11 @@ def check_names(where: str, **names: tuple[Sequence[str], Sequence[str]]) -> Non
             "the first of these, and so on",
             *(where, name, ", ".join(stored), ", ".join(current)),
         )
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Describe the settings of two networks that differ: four of them, and the number of further ones."""
+    old, new = ({".".join(path): value for path, value in leaves_of(each, ())} for each in (before, now))
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    texts = [f"model.network.{name} ({old.get(name)} there, {new.get(name)} here)" for name in names[:4]]
+    return ", ".join(texts) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

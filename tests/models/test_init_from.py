@@ -38,7 +38,11 @@ def test_a_policy_starts_from_another_run(recordings: str, tmp_path: Path, monke
         torch.testing.assert_close(value, before[name], atol=1e-6, rtol=0, msg=name)
 
     wider = ["model.network.trunk_width=80", "model.init_from=gone"]
-    with pytest.raises(ValueError, match=r"weights of model\.init_from=gone do not fit this network: .*size mismatch"):
+    reason = (
+        r"weights of model\.init_from=gone do not fit this network: .*size mismatch.*; settings that differ: "
+        r"model\.network\.trunk_width \(None there, 80 here\)$"
+    )
+    with pytest.raises(ValueError, match=reason):
         keygrip.train([*common, *wider, "max_steps=1", "run_dir=third"])
     other = ["model=coordinate_regression", *common[1:], "model.init_from=gone", "max_steps=1", "run_dir=fourth"]
     with pytest.raises(ValueError, match=r"init_from=gone holds a VolumeQueryModule, not a regression policy"):

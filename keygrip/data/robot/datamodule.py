@@ -32,6 +32,7 @@ from keygrip.data.robot.set_checks import (
     refuse_short,
     refuse_unfit,
     report_absent_views,
+    report_corrections,
     report_off_screen,
     report_outliers,
     report_uncalibrated,
@@ -298,6 +299,7 @@ class RobotDemos(ResumableData):
                 )
             strides = [self.roots[self.root_of[index]].stride for index in self.train_indices]
             refuse_short(self.train_demos, self.horizon, strides)
+            report_corrections(self.train_demos, self.intervention_weight)
         if self.fit_to_workspace:
             self.geometry = fit_to_workspace(self.train_demos, self.cameras, self.arms, self.geometry)
         report_outliers(self.demos, self.arms, self.targets)

@@ -134,6 +134,24 @@ def refuse_short(demos: Sequence[Demo], horizon: int, strides: Sequence[int]) ->
         )
 
 
+def report_corrections(demos: Sequence[Demo], weight: float) -> None:
+    """Log how many training frames a person corrected. Raise ValueError if there are none and they have a weight."""
+    corrected = [0 if demo.intervention is None else int(demo.intervention.sum()) for demo in demos]
+    if any(corrected):
+        log.info(
+            "a person corrected %d of %d training frames, in %d demos; data.intervention_weight=%g",
+            sum(corrected),
+            sum(len(demo) for demo in demos),
+            sum(count > 0 for count in corrected),
+            weight,
+        )
+    elif weight != 1:
+        raise ValueError(
+            f"data.intervention_weight={weight:g}, but a person corrected no frame of these demonstrations: leave it "
+            "out, or add recordings of `keygrip run takeover=... record=FOLDER` with data.root=[DEMOS,FOLDER]"
+        )
+
+
 def report_absent_views(demos: Sequence[Demo], cameras: Sequence[str]) -> None:
     """Warn about demos in which a camera is masked: it, or its calibration, is missing, or its frames are damaged.
 

@@ -295,8 +295,8 @@ class VolumeQueryModule(System):
         return None if encoder is None else encoder.tokens(sentences).to(self.device)
 
     def losses(self, output: VolumeQueryOutput, batch: PolicyBatch, targets: StepTargets) -> dict[str, Tensor]:
-        """The three losses and their weighted ``total``, each a scalar averaged over the valid steps of the global
-        batch."""
+        """The three losses and their weighted ``total``, each a scalar averaged over the valid steps of all arms in the
+        global batch: an arm with fewer valid steps has a smaller weight."""
         network = self.network
         if not self.symmetry.is_symmetric:
             codes = [self.codec(arm).encode(batch.quaternion[:, i]) for i, arm in enumerate(network.arms)]

@@ -1011,6 +1011,19 @@ def test_demonstrations_shorter_than_a_step_are_named(
     assert caplog.text.rstrip().endswith(short.name)
 
 
+def test_a_weight_of_corrections_needs_corrected_frames(
+    native_root: Path, robot_demos: Make, change_archive: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match=r"^data\.intervention_weight=4, but a person corrected no frame"):
+        ready(robot_demos(native_root, intervention_weight=4.0))
+    assert "corrected" not in caplog.text
+    ready(robot_demos(native_root))
+    change_archive(native_root / "demo_03" / "trajectory.npz", intervention=np.arange(12) > 8)
+    data = robot_demos(native_root, val_fraction=0.0, intervention_weight=4.0)
+    data.setup("fit")
+    assert "a person corrected 3 of 120 training frames, in 1 demos; data.intervention_weight=4" in caplog.text
+
+
 @pytest.mark.parametrize(("weight", "corrected"), [(1.9, 15), (0.5, 4), (0.1, 0), (1.3, 10), (1.0, 8)])
 def test_fractions_of_a_weight_are_kept_over_short_corrections(
     native_root: Path, robot_demos: Make, change_archive: Any, weight: float, corrected: int
