@@ -75,6 +75,7 @@ def sampler_curve() -> None:
 
 
 QUESTIONS = ("mark", "cue", "glance")
+CHANCE = {"mark": 1 / 8, "cue": 1 / 8, "glance": 1 / 5}  # one of 8 digits; one of the 5 cubes in view
 TOKENS = (
     ("vlm_tokens_1", "1 chosen token", "tab:blue"),
     ("vlm_tokens_4", "4 pooled", "tab:green"),
@@ -100,7 +101,7 @@ def token_counts() -> None:
             axes.plot(
                 *zip(*curve, strict=True), "-" if len(curve) > 1 else "o", color=colour, label=label, markersize=4
             )
-        axes.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":", label="chance")
+        axes.axhline(CHANCE[question], color="grey", linewidth=0.8, linestyle=":", label="chance")
         axes.set_xscale("log")
         axes.set_xticks((30, 100, 300, 800), ("30", "100", "300", "800"))
         axes.minorticks_off()
@@ -124,7 +125,7 @@ def token_counts_label_taught() -> None:
                 label = f"{tokens}, {run['tflop']:.0f} TFLOP"
                 line = "o-" if run["steps"] == 3000 else "s--"
                 axes.plot(steps, accuracies, line, color=colour, label=label, markersize=4)
-        axes.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":", label="chance")
+        axes.axhline(CHANCE[question], color="grey", linewidth=0.8, linestyle=":", label="chance")
         axes.set(xlabel="steps", title=question, ylim=(0, 1.02), xlim=(0, None))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy in validation")

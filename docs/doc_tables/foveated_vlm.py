@@ -38,12 +38,12 @@ def vlm_summary() -> str:
     parallel = "the same, evaluated in parallel as in training (coarse_fine): higher than at inference"
     frames_first = "frames first, otherwise the recipe (`query_source=coarse`, initial coarse query from CLS, "
     frames_first += "label-supervised encoder)"
-    adamw = [named["self_supervised_0"], named["own_encoder_1_longer"]]
+    adamw = [named["self_supervised_0"], named["own_encoder_1"]]
     rows = [
         row(labelled, "three", [named[f"final_{seed}"] for seed in range(3)]),
         row(own, "three, one encoder for all", [named[f"muon_{seed}"] for seed in range(3)]),
         row(again, "three", claims["recipe"]),
-        row("question first, self-supervised encoder, AdamW, 7000 to 9000 steps", stalled, adamw),
+        row("question first, self-supervised encoder, AdamW, 7000 steps", stalled, adamw),
         row(long, "three", lengths["runs"], ends=[64]),
         row(few, "two; the third was not tested on enough tours", short, ends=[1, 2, 4]),
         row(pooled, "one; longer training was not tried", lengths["pooled"]["runs"], "many_tokens", [64]),
@@ -114,8 +114,8 @@ def vlm_speed() -> str:
     peaks = ", ".join(gigabytes(step[f"peak_{frames}_frames_mb"]) for frames in (1, 8, 16, 32))
     eighth, later, last = (f"{stream[f'push_ms_{frame}']:.0f}" for frame in (8, 64, 512))
     rows = [
-        ("a coarse_fine training step in the published order", steps[0], "`bench case=vlm_step`"),
-        ("a coarse_fine training step with the question first", steps[1], "the same"),
+        ("forward, loss and backward pass of a coarse_fine step in the published order", steps[0], "`bench case=vlm_step`"),
+        ("the same with the question first", steps[1], "the same"),
         ("peak memory in addition to the weights at 1, 8, 16, 32 frames", f"{peaks} GB", "the same"),
         (
             "an autoregressive frame without the encoder, at 8 and 64 frames",
@@ -124,7 +124,7 @@ def vlm_speed() -> str:
         ),
         (
             "the 8th, 64th and 512th frame of a stream, including the encoder",
-            f"{eighth}, {later} and {last} ms (last to first: {stream['frame_512_over_8_time']:.2f} times), and "
+            f"{eighth}, {later} and {last} ms (last to first: {stream['frame_512_over_8_time']:.2f} times, median of the ratios), and "
             f"{span((stream[f'push_extra_mb_{frame}'] for frame in (8, 64, 512)), 1)} MiB at each, in addition to the "
             "cache of earlier frames",
             "`bench case=vlm_stream`, one thread of an Intel Xeon, 2.8 GHz; record `benchmarks/vlm_stream.json`",
