@@ -29,7 +29,7 @@ from keygrip.benchmarks.deadline import QUICK_S, deadline
 from keygrip.command import entry_point
 from keygrip.config import EntrySchema, config_folder, register
 from keygrip.training.strategies import use_tf32
-from keygrip.training.sweeps import in_sweep
+from keygrip.training.sweep_jobs import in_sweep
 
 log = logging.getLogger(__name__)
 

@@ -34,9 +34,9 @@ from keygrip.config import (
 from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.cores import allow_many_files
 from keygrip.help import help_text
-from keygrip.launch import is_first_process, is_helper_process, requeue_job
+from keygrip.launch import is_first_process, is_helper_process, requeue_job, started_together
 from keygrip.renamed_settings import new_name
-from keygrip.training import results, run_folder, sweeps
+from keygrip.training import results, run_folder, sweep_jobs, sweeps
 from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
 
 CONFIG_ERROR = 2
@@ -55,6 +55,10 @@ WITH_VALUE: tuple[str, ...] = (
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
     "--experimental-rerun",
 )
+
+
+# Commands that several processes of one start (torchrun, srun) can divide; the others would do their work repeatedly.
+DIVIDED = ("train", "demo", "prepare")
 
 
 def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
@@ -81,7 +85,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return sweeps.run_job(run, cfg, lambda error, given: describe_error(error, config_name, given)[0], debug)
         try:
-            return sweeps.run_process_job(run, cfg) if sweeps.in_sweep() else run(cfg)
+            return sweeps.run_process_job(run, cfg) if sweep_jobs.in_sweep() else run(cfg)
         except STOPS as error:
             _record_failure(error, config_name)
             failed.append(error)  # raised again outside Hydra, which would print additional lines
@@ -95,6 +99,11 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         with _raise_on_signals(received):
             run_folder.register_resolvers()
             register_options(overrides_of(sys.argv[1:]))
+            if config_name not in DIVIDED and (count := started_together()) > 1:
+                raise ValueError(
+                    f"{config_name} is one process, and {count} were started together, each of which would do all its "
+                    "work: start it without torchrun, and with srun --ntasks=1"
+                )
             if {"--help", "-h"} & set(sys.argv[1:]):
                 sys.stdout.write(f"{help_text(config_name, sys.argv[1:])}\n")
                 return
@@ -119,7 +128,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
     if code:
         if is_first_process():
             run_folder.remove_unbegun()
-        if signal.SIGUSR1 in received and is_first_process():
+        if signal.SIGUSR1 in received and is_first_process() and not sweep_jobs.is_launcher_process():
             requeue_job()  # last, because SLURM then ends the job
         sys.stderr.flush()
         sys.exit(code)
@@ -294,6 +303,8 @@ def _record_failure(error: BaseException, config_name: str) -> None:
         folder = Path(hydra_cfg.runtime.output_dir)
         if folder.resolve() == Path(hydra_cfg.runtime.cwd).resolve():
             return  # the command has no run folder, and the user's folder stays unchanged
+        if results.belongs_to_another_start(folder):
+            return  # this start was refused before its work began
         if run_folder.has_not_begun(folder):
             if _needs_no_stack_trace(error):
                 return

@@ -26,7 +26,7 @@ from keygrip.launch import is_first_process
 from keygrip.override_values import as_typed
 from keygrip.training.results import RESULT, read_result, write_result
 from keygrip.training.run_folder import CHECKPOINT
-from keygrip.training.sweeps import in_sweep
+from keygrip.training.sweep_jobs import in_sweep
 
 log = logging.getLogger(__name__)
 

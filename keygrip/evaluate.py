@@ -30,7 +30,7 @@ from keygrip.training.main_guard import refuse_unguarded_script
 from keygrip.training.results import RESULT, read_result
 from keygrip.training.run_folder import CHECKPOINT, given_folder, lock_folder
 from keygrip.training.strategies import use_tf32
-from keygrip.training.sweeps import in_sweep
+from keygrip.training.sweep_jobs import in_sweep
 
 log = logging.getLogger(__name__)
 

@@ -107,6 +107,15 @@ def name_of_start() -> str:
     return ":".join(parts)
 
 
+def id_of_start() -> str:
+    """Return a text that all processes of this start have in common and other starts do not. Exception: where the
+    launcher provides no such name (torchrun with its default id on several machines), each process has its own."""
+    if is_helper_process():
+        return f"process {os.getppid()}"
+    by_launcher = "TORCHELASTIC_RUN_ID" in os.environ or tasks_of_srun() > 1
+    return (name_of_start() if by_launcher else "") or f"process {os.getpid()}"
+
+
 def is_helper_process() -> bool:
     """Return whether Lightning started this process from the user's process. False for torchrun, and for srun, which
     gives both variables the same value; a SLURM shell or batch script may have exported its own values."""

@@ -483,6 +483,68 @@ def test_a_failed_run_leaves_what_became_of_it(cli: Callable[..., Any]) -> None:
     assert "Traceback" in Path("run/error.txt").read_text()
 
 
+def test_a_refused_start_leaves_the_folder_of_an_earlier_run_as_it_is(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = [*TOY, "logger=none", "val_every_n_steps=null", "run_dir=run", "max_steps=4"]
+
+    def content() -> dict[str, bytes]:
+        files = (path for path in Path("run").rglob("*") if path.is_file() and path.name != "train.log")
+        return {str(path): path.read_bytes() for path in files}
+
+    with monkeypatch.context() as patch:
+        patch.setenv("TOY_STOP_AT", "2")
+        patch.setenv("TOY_SIGNAL", "SIGTERM")
+        assert cli(*toy, "seed=3").code == 128 + signal.SIGTERM
+    before = content()
+    result = json.loads(before["run/result.json"])
+    assert (result["status"], "seed=3" in result["overrides"]) == ("interrupted", True)
+    refused = cli(*toy, "seed=77", "resume=true")
+    assert (refused.code, "was made with other settings" in refused.err) == (1, True)
+    assert content() == before
+    assert cli(*toy, "seed=3", "resume=true").code == 0
+    before = content()
+    assert "already holds a run" in cli(*toy, "seed=77").err
+    assert content() == before
+    assert json.loads(before["run/result.json"])["status"] == "finished"
+    assert not Path("run/.hydra").exists()
+
+
+def test_only_processes_of_the_start_that_is_going_on_write_its_result(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a second start into the same folder, the first process is refused, and torchrun then ends the others."""
+    toy = [*TOY, "logger=none", "run_dir=run"]
+    for name, value in {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "29711"}.items():
+        monkeypatch.setenv(name, value)
+    going_on = {"status": "running", "started_at": 1.0, "overrides": ["seed=0"], **results.this_start()}
+    results.write_result(Path("run"), going_on)
+    monkeypatch.setenv("MASTER_PORT", "29712")
+    cli(*toy, "seed=1")  # one process of a strategy for one: refused
+    assert json.loads(Path("run/result.json").read_text()) == going_on
+    assert not Path("run/error.txt").exists()
+    monkeypatch.setenv("MASTER_PORT", "29711")
+    cli(*toy, "seed=0")
+    assert json.loads(Path("run/result.json").read_text())["error"].startswith("torchrun started 2 processes")
+
+
+@pytest.mark.parametrize(
+    "variables", [{"WORLD_SIZE": "4", "RANK": "2", "TORCHELASTIC_RUN_ID": "a"}, {"SLURM_STEP_NUM_TASKS": "4"}]
+)
+def test_commands_whose_work_is_not_divided_refuse_several_processes(
+    variables: dict[str, str], cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    outcome = cli("checkpoint=run", of="evaluate")
+    expected = "keygrip: evaluate is one process, and 4 were started together, each of which would do all its work: "
+    assert (outcome.code, outcome.err) == (1, f"{expected}start it without torchrun, and with srun --ntasks=1\n")
+    outcome = cli(*TOY, "-m", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert outcome.code == 1
+    assert "a sweep starts the processes of its jobs itself, and 4 processes were started together" in outcome.err
+    assert list(Path().iterdir()) == []
+
+
 def test_a_failed_command_without_a_run_folder_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from keygrip import command, prepare
 

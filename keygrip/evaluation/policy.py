@@ -24,7 +24,7 @@ from keygrip.evaluation.trained_policy import check_policy, default_device
 from keygrip.runtime.chunk_execution import RecedingHorizon
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.fit import quiet_lightning
-from keygrip.training.sweeps import in_sweep
+from keygrip.training.sweep_jobs import in_sweep
 from keygrip.training.torch_files import refuse_missing_device
 
 log = logging.getLogger(__name__)

@@ -42,7 +42,16 @@ from keygrip.training.metadata import run_metadata
 from keygrip.training.monitors import RandomnessByStep
 from keygrip.training.pretraining import complete_stages, with_run_folders
 from keygrip.training.progress import Throughput
-from keygrip.training.results import DRY_RUN, FINISHED, RUNNING, note_beginning, read_result, wall_time, write_result
+from keygrip.training.results import (
+    DRY_RUN,
+    FINISHED,
+    RUNNING,
+    note_beginning,
+    read_result,
+    this_start,
+    wall_time,
+    write_result,
+)
 from keygrip.training.resuming import check_resumed, checkpoint_to_resume
 from keygrip.training.saving import AtomicCheckpointIO, CopyRestoredMoments
 from keygrip.training.strategies import MissingGPUError, Strategy
@@ -157,7 +166,7 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
 
     metrics = trained_metrics.before | evaluated | _select_headline_metrics(trainer, module)
     if trainer.is_global_zero:
-        _write_final_result(folder, trainer, metrics)
+        _write_final_result(folder, trainer, metrics, {"command": command, "overrides": list(overrides)})
     return metrics
 
 
@@ -381,7 +390,7 @@ def _write_start(
     (folder / "error.txt").unlink(missing_ok=True)  # from an earlier start
     start = {"status": RUNNING, "command": command, "overrides": list(overrides), "metrics": {}, "run_dir": str(folder)}
     job = {name: origin[name] for name in (run_folder.RESUMED_BY,) if name in origin}
-    write_result(folder, start | times | job | trained)
+    write_result(folder, start | times | job | trained | this_start())
     return metadata
 
 
@@ -440,7 +449,7 @@ def _select_headline_metrics(trainer: Trainer, module: LightningModule) -> dict[
     return metrics
 
 
-def _write_final_result(folder: Path, trainer: Trainer, metrics: dict[str, float]) -> None:
+def _write_final_result(folder: Path, trainer: Trainer, metrics: dict[str, float], given: dict[str, Any]) -> None:
     start, checkpoint = read_result(folder), folder / run_folder.CHECKPOINT
     wall_s = wall_time(folder, start)
     result = {
@@ -448,8 +457,7 @@ def _write_final_result(folder: Path, trainer: Trainer, metrics: dict[str, float
         "steps": trainer.global_step,
         "wall_s": wall_s,
         "metrics": metrics,
-        "command": start.get("command"),
-        "overrides": start.get("overrides"),
+        **given,
         "run_dir": str(folder),
         "checkpoint": str(checkpoint) if checkpoint.is_file() else None,
         "started_at": start.get("started_at"),

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from keygrip.config import SettingError, compose, leaves_of, references_in, register_options
 from keygrip.training.parts import READ_WHERE, ReadWhere
-from keygrip.training.sweeps import in_sweep
+from keygrip.training.sweep_jobs import in_sweep
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from keygrip.artifacts import json_text, read_record, write_text
-from keygrip.launch import is_first_process, started_together
+from keygrip.launch import id_of_start, is_first_process, started_together
 
 RESULT = "result.json"
+START = "start"  # which start of the run wrote the result: see `id_of_start`; left out when it has finished
 # Values of "status". A killed process leaves "running".
 FINISHED, FAILED, INTERRUPTED, RUNNING, DRY_RUN = "finished", "failed", "interrupted", "running", "dry run"
 _BEGUN: dict[Path, float] = {}  # beginning of this process's training in a folder, on the monotonic clock
@@ -50,6 +51,20 @@ def tells_that_another_ended(error: BaseException) -> bool:
 def note_beginning(folder: Path, moment: float) -> None:
     """Keep when training in a folder began in this process (`time.monotonic`), for `wall_time`."""
     _BEGUN[folder.absolute()] = moment
+
+
+def this_start() -> dict[str, str]:
+    """Return the part of ``result.json`` that identifies this start of the run."""
+    return {START: id_of_start()}
+
+
+def belongs_to_another_start(folder: Path) -> bool:
+    """Return whether a run folder has the result of a training that this start has not begun: an earlier one, or, for a
+    process that is not the first, a run that is going on while this start was refused."""
+    earlier = read_result(folder)
+    if "started_at" not in earlier or folder.absolute() in _BEGUN:
+        return False
+    return is_first_process() or earlier.get(START) != id_of_start()
 
 
 def wall_time(folder: Path, earlier: dict[str, Any]) -> float:

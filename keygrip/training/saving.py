@@ -35,6 +35,7 @@ from keygrip.training.monitors import non_finite_parameters
 from keygrip.training.parts import ReadWhere
 from keygrip.training.run_folder import CHECKPOINT, kept_by_step
 from keygrip.training.signals import Interrupted
+from keygrip.training.sweep_jobs import is_launcher_process
 from keygrip.training.torch_files import copied_but_large
 
 log = logging.getLogger(__name__)
@@ -362,7 +363,8 @@ class SaveOnInterrupt(Callback):
             if isinstance(callback, SaveLatest):
                 callback.save(trainer)
                 outcome = f"saved {callback.latest_path}; continue with {as_typed('resume', callback.folder.parent)}"
-        if number == signal.SIGUSR1 and trainer.is_global_zero:
+        # The launcher of a sweep's jobs queues the SLURM job again when all its jobs have saved.
+        if number == signal.SIGUSR1 and trainer.is_global_zero and not is_launcher_process():
             requeue_job()
         raise Interrupted(f"stopped by {signal.Signals(number).name} at step {trainer.global_step}: {outcome}", number)
 

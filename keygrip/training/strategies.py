@@ -73,6 +73,10 @@ class Strategy:
                 f"strategy.precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}; weights and "
                 "statistics stay in float32"
             )
+        if self.kind == "fsdp" and self.precision == "16-mixed":
+            raise ValueError(
+                "strategy.precision=16-mixed: fsdp scales no losses, which float16 needs: choose bf16-mixed or 32-true"
+            )
         if self.kind == "single" and (self.devices, self.num_nodes) != (1, 1):
             raise ValueError("strategy.kind=single computes on one device: for more use strategy=ddp or strategy=fsdp")
         if not self.reshard_after_forward and self.kind != "fsdp":

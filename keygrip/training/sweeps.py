@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import logging
-import os
 import shlex
 import sys
 import time
@@ -18,12 +17,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
 from keygrip.artifacts import atomic_write, read_record, without_passwords, write_json, write_text
 from keygrip.config_errors import one_line, root_cause
-from keygrip.launch import is_first_process, restarted_by_scheduler, started_together
+from keygrip.launch import is_first_process, restarted_by_scheduler
 from keygrip.override_values import as_typed, quoted
 from keygrip.training.results import (
     DRY_RUN,
@@ -48,6 +46,7 @@ from keygrip.training.run_folder import (
     whole_sweep,
 )
 from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
+from keygrip.training.sweep_jobs import refuse_several_devices, refuse_several_processes
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ def run_job(
     try:
         if any(override.startswith("run_dir=") for override in overrides):
             raise ValueError("a sweep has a folder of each job: give hydra.sweep.dir=<folder> in place of run_dir")
-        _refuse_several_devices(cfg, hydra_cfg.launcher.get("_target_", ""))
+        refuse_several_devices(cfg, hydra_cfg.launcher.get("_target_", ""))
         figures = run(cfg)
     except Interrupted as stop:
         record_failure(folder, INTERRUPTED, str(stop), overrides, stop)
@@ -115,11 +114,6 @@ def run_process_job(run: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         folder, overrides = Path(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task)
         record_finished(folder, overrides, figures, time.perf_counter() - started)
     return figures
-
-
-def in_sweep() -> bool:
-    """Return whether this command is a job of a sweep, of any launcher."""
-    return HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
 def earlier_run(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> tuple[bool, bool]:
@@ -165,6 +159,7 @@ class SweepSummary(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
+            refuse_several_processes()
             folder = given_folder("hydra.sweep.dir", config.hydra.sweep.dir)
             jobs = planned_jobs(config)
             going_on = None
@@ -460,30 +455,6 @@ def _draw_losses(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     with SummaryWriter(str(folder / "tensorboard" / "sweep")) as writer:
         writer.add_image("loss_against_compute", figure_to_image(figure), dataformats="HWC")
     log.info("losses against compute: %s", folder / LOSSES)
-
-
-def _refuse_several_devices(cfg: DictConfig, launcher: str) -> None:
-    """Reject a job on several devices whose launcher started a single process. Lightning would start the other
-    processes with the command of this process, which in a sweep is that of the whole sweep or of the launcher.
-
-    Raises:
-        ValueError: the job uses more than one device, and its launcher started one process for it.
-    """
-    in_one_process = launcher.endswith(("BasicLauncher", "JoblibLauncher"))
-    started = "LOCAL_RANK" in os.environ if in_one_process else started_together() > 1
-    if started or cfg.get("strategy") is None:
-        return
-    processes = instantiate(cfg.strategy).processes
-    if processes > 1 and launcher.endswith("SlurmLauncher"):
-        raise ValueError(
-            f"this job uses {processes} devices and SLURM started one process for it: add "
-            f"hydra.launcher.tasks_per_node={processes} (divided by hydra.launcher.nodes, where those are several)"
-        )
-    if processes > 1:
-        raise ValueError(
-            "a sweep job that uses several devices must be a process of its own: add hydra/launcher=processes (or, on "
-            f"a cluster, hydra/launcher=slurm hydra.launcher.tasks_per_node={processes})"
-        )
 
 
 def _same_overrides(left: Sequence[str], right: Sequence[str]) -> bool:

@@ -346,6 +346,17 @@ def test_a_warning_that_another_process_got_queues_the_job_again(monkeypatch: py
     assert (stop.value.signal_number, queued) == (signal.SIGUSR1, [True])
 
 
+def test_a_job_of_the_processes_launcher_leaves_queueing_again_to_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM would end the other jobs of the sweep before they have saved."""
+    queued: list[bool] = []
+    monkeypatch.setattr("keygrip.training.saving.requeue_job", lambda: queued.append(True))
+    monkeypatch.setattr("keygrip.training.saving.is_launcher_process", lambda: True)
+    only = SimpleNamespace(is_global_zero=True, global_step=3, callbacks=[], validating=False)
+    with pytest.raises(Interrupted, match="stopped by SIGUSR1 at step 3"):
+        SaveOnInterrupt()._stop(only, signal.SIGUSR1)  # type: ignore[arg-type]
+    assert queued == []
+
+
 @pytest.fixture
 def started_by_slurm(
     toy_overrides: Callable[..., list[str]], cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -236,6 +236,8 @@ def test_combinations_that_cannot_work_are_refused() -> None:
     for casting in ("bf16-true", "16-true", "64-true", "64"):  # the policies cannot be trained in them
         with pytest.raises(ValueError, match=f"strategy.precision='{casting}': .*statistics stay in float32"):
             Strategy(precision=casting)
+    with pytest.raises(ValueError, match=r"strategy\.precision=16-mixed: .* choose bf16-mixed or 32-true"):
+        Strategy(kind="fsdp", devices=2, precision="16-mixed")
     assert Strategy(precision="bf16").precision == named_precision("cpu", "bf16") == "bf16-mixed"
     assert Strategy(precision="32").precision == "32-true"
 

@@ -26,7 +26,8 @@ from keygrip.training import sweeps
 from keygrip.training.results import read_result, write_result
 from keygrip.training.run_folder import PLAN
 from keygrip.training.signals import Interrupted
-from keygrip.training.sweeps import _refuse_several_devices, collect, finish_sweep, markdown, run_job, table
+from keygrip.training.sweep_jobs import refuse_several_devices
+from keygrip.training.sweeps import collect, finish_sweep, markdown, run_job, table
 
 TOY = [
     "--config-dir",
@@ -349,12 +350,12 @@ def test_several_devices_in_the_one_process_that_slurm_started_are_refused(monke
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     cfg = compose("train", ["strategy=ddp_cpu"])
     with pytest.raises(ValueError, match=r"started one process for it: add hydra\.launcher\.tasks_per_node=2"):
-        _refuse_several_devices(cfg, "hydra_plugins.submitit_launcher.SlurmLauncher")
+        refuse_several_devices(cfg, "hydra_plugins.submitit_launcher.SlurmLauncher")
     with pytest.raises(ValueError, match=r"add hydra/launcher=processes \(or, on a cluster, hydra/launcher=slurm "):
-        _refuse_several_devices(cfg, "hydra_plugins.submitit_launcher.LocalLauncher")
-    _refuse_several_devices(compose("train", ["strategy=cpu"]), "hydra_plugins.submitit_launcher.SlurmLauncher")
+        refuse_several_devices(cfg, "hydra_plugins.submitit_launcher.LocalLauncher")
+    refuse_several_devices(compose("train", ["strategy=cpu"]), "hydra_plugins.submitit_launcher.SlurmLauncher")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    _refuse_several_devices(cfg, "hydra_plugins.submitit_launcher.SlurmLauncher")
+    refuse_several_devices(cfg, "hydra_plugins.submitit_launcher.SlurmLauncher")
 
 
 def test_a_run_folder_for_all_jobs_is_refused(cli: Callable[..., Any]) -> None:
