@@ -112,6 +112,9 @@ def _read_option(answer: str, options: Options, announced_only: bool = False) ->
     first_line = _parse_lone_letter(answer.partition("\n")[0], options)
     if first_line is not None:
         return first_line
+    last_line = _parse_lone_letter(answer.rpartition("\n")[2], options)
+    if last_line is not None:
+        return last_line
     listed = _parse_letter_list(text, options)
     if listed is not None:
         return listed.pop() if len(listed) == 1 else None
@@ -283,8 +286,15 @@ def _find_leading_letter(text: str, options: Options) -> int | None:
     if reasoned:
         return number_of(reasoned.group(1) or reasoned.group(2))
     match = re.match(rf"[(\[]?([A-{last}])\s+(.*)", text)
-    if match and plain_text(normal_text(match.group(2))).startswith(plain[number_of(match.group(1))] or "\0"):
-        return number_of(match.group(1))
+    if match and plain[number_of(match.group(1))]:
+        index, remainder = number_of(match.group(1)), normal_text(match.group(2))
+        if words := re.match(rf"[(\[]?{option_pattern(index, options)}(?!\w)[)\]]?", remainder, re.IGNORECASE):
+            behind = remainder[words.end() :]
+            arrived = _find_announced_letter((SAYS, CONCLUDES), behind, options)
+            # "A dog jumps" begins with an article
+            article = match.group(1) in "AI" and re.match(r"\s+\w", behind)
+            if arrived is not None or not (article or re.match(WRONG, behind)):
+                return index if arrived is None else arrived
     match = re.fullmatch(rf"(?:{LIKE}(?!I)([A-{last}]){SURE}?|(?!I)([A-{last}]){SURE})[\s.!]*", text)
     return number_of(match.group(1) or match.group(2)) if match else None
 
@@ -304,12 +314,16 @@ def _has_letter_per_line(text: str, options: Options) -> bool:
 
 def _remove_denied_option(answer: str, options: Options) -> str:
     """Remove the option at the beginning of a text if the text rejects it ("A. red: wrong.", "A. red. This is wrong.",
-    "A: No B: Yes")."""
-    label = re.match(rf"\W*(?P<letter>[A-{options.last}])\s*(?:[)\]}}.:,;]|\s[-–—]\s|-\s)", answer, re.IGNORECASE)
+    "A (red) is wrong.", "A: No B: Yes")."""
+    marks = r"\s*(?P<mark>[)\]}.:,;]|\s[-–—]\s|-\s)|\s"
+    label = re.match(rf"\W*(?P<letter>[A-{options.last}])(?:{marks})", answer, re.IGNORECASE)
     if label is None:
         return answer
     index = number_of(label["letter"])
-    words = re.compile(rf"\s*{option_pattern(index, options)}(?!\w)", re.IGNORECASE).match(answer, label.end())
+    own_words = rf"\s*[(\[]?{option_pattern(index, options)}(?!\w)[)\]]?"
+    words = re.compile(own_words, re.IGNORECASE).match(answer, label.end())
+    if words is None and label["mark"] is None:
+        return answer
     remainder = answer[label.end() if words is None else words.end() :]
     # a full stop may belong to the option ("A. A man runs. is not shown")
     verb = rf"(?:[\s:,;.(–—-]*\b(?:is|was|would\s+be|seems|looks)\s+|{BEFORE_SAID})"

@@ -17,8 +17,8 @@ ARTICLES = {"a", "an", "the"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # Apostrophes of contractions; an answer is the same with and without them.
 CONTRACTED = re.compile(
-    r"\b(\w+(?='(?:ve|re|ll|d|m)\b)|\w*n(?='t\b)|"
-    r"(?:he|how|let|she|somebody|someone|that|there|what|when|where|who|why)(?='s\b))'"
+    r"\b(\w+(?='(?:ve|re|ll|d)\b)|\w*n(?='t\b)|o(?='clock\b)|y(?='all\b)|ma(?='am\b)|"
+    r"(?:he|how|she|somebody|someone|that|there|what|when|where|who|why)(?='s\b))'"
 )
 PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-<>@`,?!]")
 NUMBER_WORDS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none": "0"}

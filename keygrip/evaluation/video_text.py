@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from keygrip.artifacts import refuse_unwritable, write_text
-from keygrip.data.batches import VideoTextBatch
+from keygrip.data.batches import Turn, VideoTextBatch
 from keygrip.data.video_text.conversations import frame_settings, image_frames_of
 from keygrip.data.video_text.shard_source import AUTO
 from keygrip.evaluation.kinds import Evaluated, plain
@@ -53,17 +53,27 @@ class _ScoredRows:
 
 
 @dataclass(frozen=True)
+class _ScoredAnswer:
+    """A generated answer. true: one text, or all captions of the video that follow the same turns."""
+
+    kind: str
+    true: list[str]
+    evidence: dict[str, Any]
+    generated: str
+
+
+@dataclass(frozen=True)
 class _Sums:
     """What is collected over the batches, by mode.
 
     Attributes:
-        scores: by kind. by_length: by kind and length of the video. generated: kind, true answer, evidence and
-            generated text of each scored row. seconds: also of the encoder. attention: of each question, by kind.
+        scores: by kind. by_length: by kind and length of the video. generated: of each scored row. seconds: also of the
+            encoder. attention: of each question, by kind.
     """
 
     scores: dict[str, Scores] = field(default_factory=lambda: defaultdict(Scores))
     by_length: dict[str, Scores] = field(default_factory=lambda: defaultdict(Scores))
-    generated: dict[str, list[tuple[str, str, dict[str, Any], str]]] = field(default_factory=lambda: defaultdict(list))
+    generated: dict[str, list[_ScoredAnswer]] = field(default_factory=lambda: defaultdict(list))
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     attention: dict[str, dict[str, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
 
@@ -96,8 +106,9 @@ def evaluate_modes(
     record.
 
     For each mode: loss, perplexity and exactness of answers, over all and by kind; for generated answers, `bleu_*`,
-    `treebank_tokenizer`, `cider`, `meteor` (kind caption), `vqa_accuracy` (if the evidence has `answers`, of ten
-    annotators or fewer; over all, and as `vqa_accuracy/<collection>` if it names a collection);
+    `treebank_tokenizer`, `cider`, `meteor` (kind caption; the captions of a video that follow the same turns are the
+    references of one generated caption), `vqa_accuracy` (if the evidence has `answers`, of ten annotators or fewer;
+    over all, and as `vqa_accuracy/<collection>` if it names a collection);
     `accuracy_<kind>_of_<n>` (videos of up to n frames, n a power of two, if they differ in length), the number of
     questions of each (`questions_<kind>`, `questions_<kind>_of_<n>`; of videos: `videos_of_<n>` next to the modes);
     `attention_<kind>` (on the object of the question, relative to uniform, if the evidence has its position; in the
@@ -237,8 +248,8 @@ def _generate_answers(
     kv: Sequence[BlockKV] | None,
     mode: str,
     max_new_tokens: int,
-) -> list[tuple[str, str, dict[str, Any], str]]:
-    """Return (kind, true answer, evidence, generated) of `scored_rows`; `frames` and `kv` are the batch's."""
+) -> list[_ScoredAnswer]:
+    """Return the answers to `scored_rows`; `frames` and `kv` are the batch's."""
     if not scored_rows.rows:
         return []
     counts, videos = batch.frame_mask.sum(1).tolist(), batch.video_index.tolist()
@@ -255,10 +266,17 @@ def _generate_answers(
         kv=_select_videos(kv, counts, video_indices),
         seconds=[batch.seconds[video] for video in video_indices] if batch.seconds else None,
     )
-    return [
-        (batch.kind[row], batch.texts[row].turns[-1].text, batch.texts[row].evidence, text)
-        for row, text in zip(scored_rows.rows, answers.texts, strict=True)
-    ]
+    generated, captions = [], dict[tuple[int, tuple[Turn, ...]], _ScoredAnswer]()
+    for row, text in zip(scored_rows.rows, answers.texts, strict=True):
+        *asked, true = batch.texts[row].turns
+        scored = _ScoredAnswer(batch.kind[row], [true.text], batch.texts[row].evidence, text)
+        if scored.kind == "caption":
+            first = captions.setdefault((videos[row], tuple(asked)), scored)
+            if first is not scored:
+                first.true.append(true.text)
+                continue
+        generated.append(scored)
+    return generated
 
 
 def _select_videos(
@@ -273,16 +291,16 @@ def _select_videos(
     return [BlockKV(block.key[indices], block.value[indices]) for block in kv]
 
 
-def _score_answers(answers: Sequence[tuple[str, str, dict[str, Any], str]]) -> dict[str, float]:
-    captions = [(true, text) for kind, true, _, text in answers if kind == "caption"]
+def _score_answers(answers: Sequence[_ScoredAnswer]) -> dict[str, float]:
+    captions = [answer for answer in answers if answer.kind == "caption"]
     figures: dict[str, float] = {}
     if captions:
-        figures |= caption_metrics([text for _, text in captions], [[true] for true, _ in captions])
+        figures |= caption_metrics([answer.generated for answer in captions], [answer.true for answer in captions])
     agreed: dict[str, list[float]] = defaultdict(list)
-    for _, _, evidence, text in answers:
-        if "answers" in evidence:
-            agreed["vqa_accuracy"].append(vqa_accuracy(text, evidence["answers"]))
-            if isinstance(collection := evidence.get("collection"), str):
+    for answer in answers:
+        if "answers" in answer.evidence:
+            agreed["vqa_accuracy"].append(vqa_accuracy(answer.generated, answer.evidence["answers"]))
+            if isinstance(collection := answer.evidence.get("collection"), str):
                 agreed[f"vqa_accuracy/{collection}"].append(agreed["vqa_accuracy"][-1])
     return figures | {name: sum(values) / len(values) for name, values in agreed.items()}
 

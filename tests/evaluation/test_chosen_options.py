@@ -1193,3 +1193,34 @@ TURNS = ["Up", "Down", "Left", "Right"]
 )
 def test_further_announcements_and_words_that_agree(said: str, options: list[str], option: int | None) -> None:
     assert chosen_option(said, options) == option
+
+
+NOUNS = ["dog", "cat", "bird", "horse"]
+ACTIONS = ["The man opens the door", "The man closes the door", "The man paints the door", "The man leaves"]
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *(("A dog is seen at first, but the cat jumps.\n\nAnswer: B", NOUNS, 1), ("A dog runs. Answer: B", NOUNS, 1)),
+        *(("A bird flies by. **Answer: C**", NOUNS, 2), ("A dog moves, so the answer is B.", NOUNS, 1)),
+        *(("A (dog) is wrong. The answer is B.", NOUNS, 1), ("B cat is wrong; the answer is C", NOUNS, 2)),
+        *(("A dog: no. B cat: yes.", NOUNS, 1), ("C (bird) is not shown. D (horse) is.", NOUNS, 3)),
+        *(("A (dog) does not fit. B (cat) is shown.", NOUNS, None), ("C (bird) is not shown.", NOUNS, None)),
+        *(("A dog", NOUNS, 0), ("A (dog), since it barks", NOUNS, 0), ("B cat, as it jumps", NOUNS, 1)),
+    ],
+)
+def test_a_sentence_that_begins_with_an_option_is_not_its_letter(said: str, options: list[str], option: int) -> None:
+    assert chosen_option(said, options) == option
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *(("The man opens the door, walks in, and closes it.\n\nB", ACTIONS, 1), ("The dog runs.\nB", NOUNS, 1)),
+        *(("The man opens the door, and then he closes the door.\n\n**B**", ACTIONS, 1),),
+        *(("The man opens the door.\nThen he turns around.\n(D)", ACTIONS, 3), ("A dog runs.\n\nB.", NOUNS, 1)),
+    ],
+)
+def test_a_letter_alone_on_the_last_line_is_the_answer(said: str, options: list[str], option: int) -> None:
+    assert chosen_option(said, options) == option

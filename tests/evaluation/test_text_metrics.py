@@ -115,6 +115,10 @@ def test_the_ten_annotator_rule() -> None:
     assert vqa_accuracy("blue", ["blue"] * 3 + ["red"] * 7) == pytest.approx((7 * 1 + 3 * 2 / 3) / 10)
     assert vqa_accuracy("blue", ["blue"] * 4 + ["red"] * 6) == 1.0
     assert vqa_accuracy("green", ["blue"] * 10) == 0.0
+    for given, true in (("12 oclock", "12 o'clock"), ("yall", "y'all"), ("maam", "ma'am"), ("dont", "don't")):
+        assert vqa_accuracy(given, [true] * 7 + ["noon"] * 3) == vqa_accuracy(true, [given] * 7 + ["noon"] * 3) == 1.0
+    for given, true in (("lets go", "let's go"), ("im here", "i'm here")):  # the published script does not join these
+        assert vqa_accuracy(given, [true] * 10) == 0.0
     assert vqa_accuracy("The blue.", ["blue"]) == 1.0
     with pytest.raises(ValueError, match="annotated"):
         vqa_accuracy("blue", [])

@@ -104,6 +104,29 @@ def test_each_video_is_encoded_once_for_all_modes_and_what_they_say(
     assert figures["too_long"] == 0
 
 
+def test_captions_of_a_video_are_references_of_one_generated_caption(
+    module: FoveatedVLMModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[tuple[list[str], list[list[str]]]] = []
+    monkeypatch.setattr(video_text, "caption_metrics", lambda said, true: scored.append((said, true)) or {})
+    further, other = answer("What happens?", "it falls", "caption"), answer("Where is it?", "to the left", "caption")
+    videos = (2, (CAPTION, other, further)), (3, (CAPTION, MARK)), (2, (further, CAPTION))
+    evaluate_modes(module, [batch(module, *videos[:2]), batch(module, *videos)], ["autoregressive"], 4)
+    ((said, true),) = scored
+    first, second = "a red cube falls", "it falls"
+    # the videos of the second batch have the keys of those of the first, as in shards that begin at 0 again
+    assert true == [
+        [first, second],
+        ["to the left"],
+        [first],
+        [first, second],
+        ["to the left"],
+        [first],
+        [second, first],
+    ]
+    assert len(said) == 7
+
+
 def test_time_by_mode_is_without_the_batch_that_warms_up(
     module: FoveatedVLMModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
