@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -36,8 +37,16 @@ from keygrip.data.batches import normalised
 from keygrip.data.untrusted_files import read_json
 from keygrip.data.video_text.conversations import frame_settings
 from keygrip.exporting.folder import CONFIG
-from keygrip.inference.prompts import Message, PromptReader, check, mark_media, refuse_message
-from keygrip.models.foveated_vlm.conversations import ConversationCollator, text_columns
+from keygrip.inference.prompts import (
+    Message,
+    PromptReader,
+    check,
+    mark_media,
+    parts_in_order,
+    refuse_message,
+    refuse_several_times,
+)
+from keygrip.models.foveated_vlm.conversations import ConversationCollator, EncodedText, text_columns
 from keygrip.models.foveated_vlm.hub_files import MODEL_TYPE
 from keygrip.models.language import PromptOrder
 from keygrip.models.language.hub import checked_tokenizer, file_of, from_pretrained
@@ -133,12 +142,16 @@ class KeygripProcessor(ProcessorMixin):
 
         Returns:
             input_ids int64 [B, T] up to the beginning of the assistant's answer, attention_mask bool [B, T] (padded on
-            the right), visual_at [B] (number of tokens before the visual ones), pixel_values float32 [B, F, 3, S, S],
-            frame_counts [B], and seconds: for each conversation the times of its frames, or None if they are unknown.
+            the right), pixel_values float32 [B, F, 3, S, S] (frames in reading order), frame_counts [B], and for each
+            conversation: visuals, for each image or video (number of tokens before it, number of its frames), in
+            reading order; and seconds, the times of its frames, or None for several images or videos. Also visual_at
+            [B] (number of tokens before all visual ones), unless a conversation has visuals in several places or after
+            the first user's words: the network reads such conversations part by part (`StreamingSession`), as
+            `VideoChat` does.
 
         Raises:
-            ValueError: as in `PromptReader.read`, or images and videos are not before the first user's text, or an
-                argument is refused. FileNotFoundError: An image or a video does not exist.
+            ValueError: as in `PromptReader.read` or `refuse_several_times`, or an argument is refused.
+            FileNotFoundError: An image or a video does not exist.
         """
         if (
             conversations is None
@@ -155,14 +168,9 @@ class KeygripProcessor(ProcessorMixin):
         several = bool(conversations) and not isinstance(conversations[0], Mapping)
         talks: Any = conversations if several else [conversations]
         for talk in talks:
-            check(talk)
+            refuse_several_times(check(talk), self.timestamps)
         reader = PromptReader(self.image_size, self.fit, self.max_frames, self.image_frames)
-        prompts = [reader.read(talk) for talk in talks]
-        if not all(prompt.at_training_place for prompt in prompts):
-            raise ValueError(
-                "images and videos of a row stand before the first user's words; elsewhere, and in several places, "
-                "they are read part by part: VideoChat.generate does so"
-            )
+        prompts = [reader.read(talk).placed(self.prompt_order) for talk in talks]
         collator = ConversationCollator(
             PretrainedTokenizer(self.tokenizer.name_or_path),
             self.prompt_order,
@@ -171,20 +179,22 @@ class KeygripProcessor(ProcessorMixin):
             timestamps=self.timestamps,
         )
         collator.tokenizer = ChatTokenizer(self.tokenizer)
-        columns = text_columns([collator.prompt(prompt.words, prompt.seconds) for prompt in prompts])
+        texts, visuals = zip(*(_join_parts(parts_in_order(prompt, collator)) for prompt in prompts), strict=True)
+        columns = text_columns(texts)
         frames, counts = reader.join_frames(prompts)
-        return BatchFeature(
-            {
-                "input_ids": columns["input_ids"],
-                "attention_mask": columns["attention_mask"],
-                "visual_at": torch.tensor(columns["visual_at"]),
-                "pixel_values": normalised(
-                    torch.from_numpy(frames).permute(0, 1, 4, 2, 3), self.image_mean, self.image_std
-                ),
-                "frame_counts": torch.tensor(counts),
-                "seconds": [prompt.seconds for prompt in prompts],
-            }
-        )
+        inputs = {
+            "input_ids": columns["input_ids"],
+            "attention_mask": columns["attention_mask"],
+            "pixel_values": normalised(
+                torch.from_numpy(frames).permute(0, 1, 4, 2, 3), self.image_mean, self.image_std
+            ),
+            "frame_counts": torch.tensor(counts),
+            "visuals": list(visuals),
+            "seconds": [prompt.seconds for prompt in prompts],
+        }
+        if all(prompt.at_training_place for prompt in prompts):
+            inputs["visual_at"] = torch.tensor(columns["visual_at"])
+        return BatchFeature(inputs)
 
     def apply_chat_template(  # type: ignore[override]  # what has no meaning here is not taken
         self,
@@ -232,6 +242,24 @@ class KeygripProcessor(ProcessorMixin):
         if self.system is None or (talk and talk[0].get("role") == "system"):
             return talk
         return [{"role": "system", "content": self.system}, *talk]
+
+
+def _join_parts(parts: Sequence[list[int] | np.ndarray]) -> tuple[EncodedText, list[tuple[int, int]]]:
+    """Return the text of a conversation and, for each image or video, (number of tokens before it, number of frames).
+
+    Args:
+        parts: token ids and frames in reading order; the text before visuals at the training place comes first.
+    """
+    ids: list[int] = []
+    visuals: list[tuple[int, int]] = []
+    for part in parts:
+        if isinstance(part, list):
+            ids += part
+        else:
+            visuals.append((len(ids), len(part)))
+    before = len(parts[0]) if isinstance(parts[0], list) else 0
+    nothing = [False] * len(ids)
+    return EncodedText(ids, nothing, nothing, before, len(ids)), visuals
 
 
 def _without_image_objects(talk: Sequence[Message]) -> list[dict[str, Any]]:

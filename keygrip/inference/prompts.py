@@ -23,6 +23,7 @@ from keygrip.data.video_text.animations import animation_frames, frame_count
 from keygrip.data.video_text.conversations import shown_image, whole_seconds
 from keygrip.data.video_text.sample_types import pad_videos, repeat_image
 from keygrip.data.video_text.video_files import SUFFIXES, is_animation, read_image, read_timed_frames
+from keygrip.models.foveated_vlm.conversations import ConversationCollator
 from keygrip.models.foveated_vlm.generation import refuse_half_characters
 from keygrip.models.language import PromptOrder
 
@@ -309,6 +310,28 @@ def at_training_place(turns: Sequence[Turn]) -> bool:
     if not any(marks):
         return True
     return sum(marks) == marks[first] and turns[first].text.lstrip(MARK).count(MARK) == 0
+
+
+def parts_in_order(prompt: Prompt, collator: ConversationCollator) -> list[list[int] | np.ndarray]:
+    """Return token ids and frames (uint8 [F, S, S, 3], of one visual each) in reading order, of a prompt that is
+    `placed`. The last element is token ids."""
+    if prompt.at_training_place:
+        text = collator.prompt(prompt.words, prompt.seconds)
+        return [text.ids[: text.visual_at], *prompt.visuals, text.ids[text.visual_at :]]
+    texts = collator.prompt_around(prompt.turns, MARK, prompt.seconds)
+    parts: list[list[int] | np.ndarray] = [*prompt.visuals[: prompt.before_text], texts[0]]
+    for visual, ids in zip(prompt.visuals[prompt.before_text :], texts[1:], strict=True):
+        parts += [visual, ids]
+    return parts
+
+
+def refuse_several_times(turns: Sequence[Turn], timestamps: bool) -> None:
+    """Raise ValueError if a model that receives the times of frames would get several images or videos."""
+    if timestamps and sum(turn.text.count(MARK) for turn in turns) > 1:
+        raise ValueError(
+            "the model receives the times of frames (collator.timestamps=true), and several images or videos have no "
+            "common time: ask about one at a time"
+        )
 
 
 def padded_frames(prompts: Sequence[Prompt]) -> int:

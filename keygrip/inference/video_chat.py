@@ -15,23 +15,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from keygrip.data.video_text.conversations import image_frames_of
 from keygrip.exporting.folder import model_card, write_export
 from keygrip.inference.prompts import (
-    MARK,
     Message,
     Prompt,
     PromptReader,
     at_training_place,
     check,
     padded_frames,
+    parts_in_order,
     refuse_message,
+    refuse_several_times,
 )
-from keygrip.models.foveated_vlm.conversations import encode_around
 from keygrip.models.foveated_vlm.generation import check_count, check_room, encoded, evaluating, generate
 from keygrip.models.foveated_vlm.module import FoveatedVLMModule
 from keygrip.models.foveated_vlm.network import FoveatedVLM
@@ -333,11 +332,7 @@ class VideoChat:
         turns, network = check(messages), self.module.network
         if mode not in network.modes:
             raise ValueError(f"mode={mode}: {type(network).__name__} has {', '.join(network.modes)}")
-        if self.module.collator.timestamps and sum(turn.text.count(MARK) for turn in turns) > 1:
-            raise ValueError(
-                "the model receives the times of frames (collator.timestamps=true), and several images or videos have "
-                "no common time: ask about one at a time"
-            )
+        refuse_several_times(turns, self.module.collator.timestamps)
         if at_training_place(turns) and not streamed:
             return
         if not isinstance(network, FoveatedVLM):
@@ -353,7 +348,7 @@ class VideoChat:
 
     def _check_room(self, prompt: Prompt, max_new_tokens: int) -> int:
         """Return the number of text tokens. Raises ValueError if text, frames and answer exceed the context."""
-        text = sum(len(part) for part in self._parts(prompt) if isinstance(part, list))
+        text = sum(len(part) for part in parts_in_order(prompt, self.module.collator) if isinstance(part, list))
         check_room(self.module.network, text, sum(map(len, prompt.visuals)), max_new_tokens)
         return text
 
@@ -405,7 +400,7 @@ class VideoChat:
         """Return a session that has read a conversation up to its last text, and the ids of that text."""
         module = self.module
         session = StreamingSession(module.network, module.tokenizer, mode)
-        parts = self._parts(prompt)
+        parts = parts_in_order(prompt, module.collator)
         # Several visuals have no common time: their frames are numbered, as such images are in training.
         times = iter(prompt.times if prompt.seconds is not None else [[None] * len(each) for each in prompt.times])
         for part in parts[:-1]:
@@ -416,19 +411,6 @@ class VideoChat:
                     session.push(frame, second)
         assert isinstance(parts[-1], list)
         return session, parts[-1]
-
-    def _parts(self, prompt: Prompt) -> list[list[int] | np.ndarray]:
-        """Return token ids and frames in reading order. The last element is token ids."""
-        module = self.module
-        if prompt.at_training_place:
-            text = module.collator.prompt(prompt.words, prompt.seconds)
-            return [text.ids[: text.visual_at], *prompt.visuals, text.ids[text.visual_at :]]
-        turns = module.collator.with_system(module.collator.with_times(prompt.turns, prompt.seconds))
-        texts = encode_around(turns, module.tokenizer, MARK)
-        parts: list[list[int] | np.ndarray] = [*prompt.visuals[: prompt.before_text], texts[0]]
-        for visual, ids in zip(prompt.visuals[prompt.before_text :], texts[1:], strict=True):
-            parts += [visual, ids]
-        return parts
 
 
 def _row_settings(module: FoveatedVLMModule) -> dict[str, Any]:

@@ -304,6 +304,14 @@ class ConversationCollator:
         turns = self.with_times(turns, seconds)
         return encode_conversation(self.with_system(turns), self.tokenizer, self.prompt_order, "answers")
 
+    def prompt_around(
+        self, turns: Sequence[Turn], mark: str, seconds: Sequence[float] | None = None
+    ) -> list[list[int]]:
+        """Encode a conversation as `prompt`, but split at each `mark` in its words, see `encode_around`."""
+        if self.tokenizer is None:
+            raise RuntimeError("the collator has no tokenizer yet: call prepare (the data module's prepare_data does)")
+        return encode_around(self.with_system(self.with_times(turns, seconds)), self.tokenizer, mark)
+
     def problem(self, conversation: Conversation, seconds: Sequence[float] | None = ()) -> str | None:
         """See `keygrip.data.video_text.batching.CheckingCollator`."""
         try:
