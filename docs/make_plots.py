@@ -112,9 +112,10 @@ def token_counts() -> None:
     figure.savefig(IMAGES / "token_counts.png", dpi=120)
 
 
-def token_counts_label_taught() -> None:
-    """Plot validation accuracy during training, with the encoder that was pretrained with labels."""
-    runs = read("foveated_vlm")["claims"]["token_counts_label_taught"]["runs"]
+def token_counts_by_step(record: str) -> None:
+    """Plot validation accuracy during training, of the runs in a record of token counts."""
+    runs = read("foveated_vlm")["claims"][record]["runs"]
+    shortest = min(run["steps"] for run in runs)
     figure = Figure(figsize=(9.5, 3.2), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for axes, question in zip(panels, QUESTIONS, strict=True):
@@ -123,14 +124,14 @@ def token_counts_label_taught() -> None:
                 steps = [each["step"] for each in run["val"]]
                 accuracies = [each[f"accuracy_{question}"] for each in run["val"]]
                 label = f"{tokens}, {run['tflop']:.0f} TFLOP"
-                line = "o-" if run["steps"] == 3000 else "s--"
+                line = "o-" if run["steps"] == shortest else "s--"
                 axes.plot(steps, accuracies, line, color=colour, label=label, markersize=4)
         axes.axhline(CHANCE[question], color="grey", linewidth=0.8, linestyle=":", label="chance")
         axes.set(xlabel="steps", title=question, ylim=(0, 1.02), xlim=(0, None))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy in validation")
     panels[0].legend(fontsize=8, loc="lower right")
-    figure.savefig(IMAGES / "token_counts_label_taught.png", dpi=120)
+    figure.savefig(IMAGES / f"{record}.png", dpi=120)
 
 
 def metaworld_demonstrations() -> None:
@@ -162,4 +163,5 @@ if __name__ == "__main__":
     frames_and_tokens()
     sampler_curve()
     token_counts()
-    token_counts_label_taught()
+    token_counts_by_step("token_counts_same_encoder")
+    token_counts_by_step("token_counts_label_taught")

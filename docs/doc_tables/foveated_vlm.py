@@ -114,7 +114,11 @@ def vlm_speed() -> str:
     peaks = ", ".join(gigabytes(step[f"peak_{frames}_frames_mb"]) for frames in (1, 8, 16, 32))
     eighth, later, last = (f"{stream[f'push_ms_{frame}']:.0f}" for frame in (8, 64, 512))
     rows = [
-        ("forward, loss and backward pass of a coarse_fine step in the published order", steps[0], "`bench case=vlm_step`"),
+        (
+            "forward, loss and backward pass of a coarse_fine step in the published order",
+            steps[0],
+            "`bench case=vlm_step`",
+        ),
         ("the same with the question first", steps[1], "the same"),
         ("peak memory in addition to the weights at 1, 8, 16, 32 frames", f"{peaks} GB", "the same"),
         (
@@ -312,6 +316,23 @@ def token_counts(record: str) -> str:
 def vlm_token_counts() -> str:
     """Token counts with the self-supervised encoder."""
     return token_counts("token_counts")
+
+
+@table
+def vlm_token_counts_same_encoder() -> str:
+    """Token counts with one training of the self-supervised encoder for all runs."""
+    rows = []
+    for run in read("foveated_vlm")["claims"]["token_counts_same_encoder"]["runs"]:
+        number = run["experiment"].removeprefix("vlm_tokens_")
+        losses = {each["step"]: each["loss"] for each in run["val"]}
+        end = max(losses)
+        row = ["1 chosen" if number == "1" else f"{number} pooled", run["steps"], f"{run['tflop']:.0f}"]
+        row += [f"{losses[step]:.2f}" for step in (2000, 4000)]
+        row.append(f"{losses[end]:.2f} (step {end})")
+        row += [f"{run[run['mode']][f'accuracy_{question}']:.2f}" for question in ("mark", "cue", "glance")]
+        rows.append(row)
+    losses_at = [f"validation loss {at}" for at in ("at step 2000", "4000", "of the last validation")]
+    return markdown(["tokens per frame", "steps", "TFLOP", *losses_at, "*mark*", "*cue*", "*glance*"], rows)
 
 
 @table
