@@ -128,8 +128,8 @@ def vlm_speed() -> str:
         ),
         (
             "the 8th, 64th and 512th frame of a stream, including the encoder",
-            f"{eighth}, {later} and {last} ms (last to first: {stream['frame_512_over_8_time']:.2f} times, median of the "
-            "ratios), and "
+            f"{eighth}, {later} and {last} ms (last to first: {stream['frame_512_over_8_time']:.2f} times, median of "
+            "the ratios), and "
             f"{span((stream[f'push_extra_mb_{frame}'] for frame in (8, 64, 512)), 1)} MiB at each, in addition to the "
             "cache of earlier frames",
             "`bench case=vlm_stream`, one thread of an Intel Xeon, 2.8 GHz; record `benchmarks/vlm_stream.json`",
