@@ -141,6 +141,10 @@ NOT = re.compile(
     r"\s*(?:option|opt\.?|choice)?\s*[(\[]?$",
     re.IGNORECASE,
 )
+# Words before a list of wrong options ("Incorrect options:").
+WRONG_ONES = re.compile(
+    r"\b(?:incorrect|wrong|false|not|eliminated|excluded|rejected|ruled\s+out)\b[^.;!?]*:$", re.IGNORECASE
+)
 # A line that ends with a verdict on an option ("C. Green - No."): the verdict does not refer to the next line. A line
 # with only "No." rejects the text before it.
 VERDICT = re.compile(

@@ -39,6 +39,7 @@ from keygrip.evaluation.answer_forms import (
     THOUGHT,
     VERDICT,
     WRONG,
+    WRONG_ONES,
 )
 from keygrip.evaluation.joined_letters import another_letter_pattern, joins_letters, without_joined_letters
 from keygrip.evaluation.named_options import option_by_number, option_by_words, remove_yes_or_no
@@ -54,6 +55,7 @@ from keygrip.evaluation.option_texts import (
     strip_marks,
 )
 from keygrip.evaluation.refusals import may_explain, text_after_refusal
+from keygrip.evaluation.repeated_options import remove_repeated_options
 from keygrip.evaluation.weighed_options import (
     Weighed,
     has_remarks,
@@ -102,7 +104,7 @@ def _read_option(answer: str, options: Options, announced_only: bool = False) ->
     through, ends_at = _read_discussion(answer, options)
     if through:
         return ends_at
-    answer = _remove_repeated_options(answer, options)
+    answer = remove_repeated_options(answer, options)
     if _has_letter_per_line(answer, options):
         return None
     answer = _remove_denied_option(answer, options)
@@ -112,18 +114,17 @@ def _read_option(answer: str, options: Options, announced_only: bool = False) ->
     first_line = _parse_lone_letter(answer.partition("\n")[0], options)
     if first_line is not None:
         return first_line
-    last_line = _parse_lone_letter(answer.rpartition("\n")[2], options)
-    if last_line is not None:
-        return last_line
     listed = _parse_letter_list(text, options)
     if listed is not None:
         return listed.pop() if len(listed) == 1 else None
-    for find in (
-        (_parse_lone_letter, _find_leading_letter, _find_stated_letter)
-        if announced_only
-        else (_parse_lone_letter, _find_leading_letter, _find_stated_letter, _find_bracketed_letter)
+    last_line = _find_letter_of_last_line(answer, options)
+    for found in (
+        _parse_lone_letter(text, options),
+        _find_leading_letter(text, options),
+        _find_stated_letter(text, options, supposed=last_line is None),
+        last_line,
+        None if announced_only else _find_bracketed_letter(text, options),
     ):
-        found = find(text, options)
         if found is not None:
             return found
     if announced_only:
@@ -168,39 +169,6 @@ def _join_lines(text: str) -> str:
     lines = [" ".join(line.split()) for line in text.split("\n") if line.strip()]
     closed = [f"{line};" if VERDICT.search(line) else line for line in lines[:-1]]
     return " ".join(closed + lines[-1:])
-
-
-def _remove_repeated_options(text: str, options: Options) -> str:
-    """Remove a repetition of the question's options: two or more of them from A on, lettered and in order. The last one
-    may be cut off at the end of the text."""
-    lines = [line.strip() for line in re.sub(r"[^\w\n]+", " ", text).split("\n") if line.strip()]
-    if len(lines) > 1 and "".join(lines) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(lines)] and options.literal[0] != "b":
-        return ""
-    begin = 0
-    while first := re.compile(r"(?<!\w)\(?A[.):]", re.IGNORECASE).search(text, begin):
-        end = _find_repetition_end(text, first.start(), options)
-        if end is None:
-            begin = first.end()
-        else:
-            text, begin = f"{text[: first.start()]} {text[end:]}", first.start()
-    return text.strip()
-
-
-def _find_repetition_end(text: str, start: int, options: Options) -> int | None:
-    """Return the end of a repetition of options that begins at `start`; None if it has fewer than two."""
-    end, complete = start, 0
-    for index, option in enumerate(options.literal):
-        letter = chr(ord("A") + index)
-        label = re.compile(rf"\W*(?<!\w)\(?{letter}(?:[.):]\s*|\s*$)", re.IGNORECASE).match(text, end)
-        if label is None:
-            break
-        option_words = r"\s+".join(re.escape(word) for word in option.split())
-        words = re.compile(rf"{option_words}(?!\w)", re.IGNORECASE).match(text, label.end())
-        if words is None:  # the last option is cut off, or another text follows
-            cut = complete > 0 and option.startswith(literal_text(text[label.end() :]))
-            return len(text) if cut else end if complete > 1 else None
-        end, complete = words.end(), complete + 1
-    return end if complete > 1 else None
 
 
 def _read_discussion(answer: str, options: Options) -> tuple[bool, int | None]:
@@ -262,6 +230,16 @@ def _parse_lone_letter(text: str, options: Options) -> int | None:
     """Return the option of a text that is only a letter, with any punctuation, possibly repeated ("C.C.C.")."""
     match = re.fullmatch(rf"[\W_]*([A-{options.last}a-{options.last.lower()}])(?:[\W_]+\1)*[\W_]*", text)
     return number_of(match.group(1)) if match else None
+
+
+def _find_letter_of_last_line(answer: str, options: Options) -> int | None:
+    """Return the option of a letter alone on the last line; None after a denial and in a list of letters or of wrong
+    options."""
+    earlier, _, last_line = answer.rpartition("\n")
+    found, words = _parse_lone_letter(last_line, options), _join_lines(earlier)
+    if found is None or NOT.search(f"{words} ") or WRONG_ONES.search(words):
+        return None
+    return found if _parse_lone_letter(earlier.strip().rpartition("\n")[2], options) in (None, found) else None
 
 
 def _find_leading_letter(text: str, options: Options) -> int | None:
@@ -328,8 +306,10 @@ def _remove_denied_option(answer: str, options: Options) -> str:
     # a full stop may belong to the option ("A. A man runs. is not shown")
     verb = rf"(?:[\s:,;.(–—-]*\b(?:is|was|would\s+be|seems|looks)\s+|{BEFORE_SAID})"
     # "B. blue, not red" denies another option
+    other_letter = rf"(?:(?:option|choice)\s+)?[(\[]?(?-i:[A-{options.last}])"
     denial = (
-        rf"(?!\W*not\s+(?:the\s+)?(?:{_other_options_pattern(index, options)}))"
+        rf"(?!\W*not\s+(?:the\s+)?(?:{other_letter}\W*(?!\w)|(?:{other_letter}[)\].:,]*\s+)?"
+        rf"(?:{_other_options_pattern(index, options)})))"
         rf"{verb}(?:not\s+\w+|no|wrong|incorrect|false|unlikely)\b"
     )
     bare_denial = rf"\s*(?:no|wrong|incorrect|false)\W+(?-i:[A-{options.last}])(?:[.):]|\s[-–—]\s)"
@@ -350,17 +330,20 @@ def _names_another_option(text: str, number: int, options: Options) -> bool:
     return label is not None and text[label.end() :].lower().startswith(options.literal[number_of(label.group(1))])
 
 
-def _find_stated_letter(text: str, options: Options) -> int | None:
-    """Return the option of a letter after words that announce an answer, or before words that call it the answer."""
-    found = _find_announced_letter((CORRECTS, SAYS, CONCLUDES, MENTIONS, I_SAY), text, options)
+def _find_stated_letter(text: str, options: Options, supposed: bool = True) -> int | None:
+    """Return the option of a letter after words that announce an answer, or before words that call it the answer.
+    Hypothetical letters count only if `supposed`."""
+    found = _find_announced_letter((CORRECTS, SAYS, CONCLUDES, MENTIONS, I_SAY), text, options, supposed)
     found = _find_letter_called_right(text, options.last) if found is None else found
     return _find_letter_called_fitting(text, options.last) if found is None else found
 
 
-def _find_announced_letter(announcements: Sequence[str], text: str, options: Options) -> int | None:
+def _find_announced_letter(
+    announcements: Sequence[str], text: str, options: Options, supposed: bool = True
+) -> int | None:
     """Return the last letter after the first announcement that has one, without denied letters and letters of a list. A
-    hypothetical letter counts only if there is no other."""
-    last, supposed = options.last, None
+    hypothetical letter counts only if there is no other, and if `supposed`."""
+    last, hypothetical = options.last, None
     upper, lower = rf"([A-{last}])\b", rf"([a-{last.lower()}])(?:\s*(?:[)\]}}.,;:]|$)|(?={RIGHT}))"
     not_listed = rf"(?!{another_letter_pattern(last)})"
     said_of_letter = rf"\s+{REASON}|{RIGHT}|{_denied_letter_pattern(last)}|{SURE}\s*(?:[.,;:!)]|$)"
@@ -382,7 +365,7 @@ def _find_announced_letter(announcements: Sequence[str], text: str, options: Opt
                 if SUPPOSES.search(before_place(text, match.start(1))) and not re.match(
                     CORRECTS, match.group(), re.IGNORECASE
                 ):
-                    supposed = number_of(match.group(1)) if supposed is None else supposed
+                    hypothetical = number_of(match.group(1)) if hypothetical is None else hypothetical
                     continue
                 if _names_another_option(normal_text(behind.lstrip(".):] ")), number_of(match.group(1)), options):
                     continue
@@ -400,7 +383,7 @@ def _find_announced_letter(announcements: Sequence[str], text: str, options: Opt
                 announced.append((match.start(1), number_of(match.group(1))))
         if announced:
             return max(announced)[1]
-    return supposed
+    return hypothetical if supposed else None
 
 
 def _text_after(text: str, position: int, options: Options) -> str:
@@ -483,7 +466,7 @@ def _find_capitals(text: str, options: Options) -> tuple[set[int], set[int]]:
     text = unjoined
     for match in re.finditer(rf"\b([A-{options.last}])\b(?!['’])", text):
         preceding = before_place(text, match.start())
-        if NOT.search(preceding) or re.match(WRONG, text[match.end() :]):
+        if NOT.search(preceding) or WRONG_ONES.search(preceding.rstrip()) or re.match(WRONG, text[match.end() :]):
             continue
         if _is_letter(match.group(1), text[match.end() :]):
             (labelling if LABELS.search(preceding) else standalone).add(number_of(match.group(1)))

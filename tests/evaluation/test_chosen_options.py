@@ -1224,3 +1224,41 @@ def test_a_sentence_that_begins_with_an_option_is_not_its_letter(said: str, opti
 )
 def test_a_letter_alone_on_the_last_line_is_the_answer(said: str, options: list[str], option: int) -> None:
     assert chosen_option(said, options) == option
+
+
+HUES = ["blue", "red", "dark green", "yellow"]
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "option"),
+    [
+        *(("The answer is B.\n\nA", NOUNS, 1), ("B is the correct answer.\nA", NOUNS, 1)),
+        *(("So the answer is C.\nC", NOUNS, 2), ("I think A.\n\nB", NOUNS, 0)),
+        *(
+            ("The correct answer is A.\n\nIncorrect options:\nB\nC\nD", NOUNS, 0),
+            ("The wrong ones:\nB\nC\nD", NOUNS, None),
+        ),
+        *(("Incorrect options:\nB", NOUNS, None)),
+        *(("At first I would say the answer is A.\n\nB", NOUNS, 1), ("It jumps.\n\nB\nB", NOUNS, 1)),
+    ],
+)
+def test_a_letter_on_the_last_line_is_not_the_answer_after_an_announced_one_or_in_a_list_of_wrong_ones(
+    said: str, options: list[str], option: int | None
+) -> None:
+    assert chosen_option(said, options) == option
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        *(
+            ("B red, not C dark green", 1),
+            ("B red (not A)", 1),
+            ("B. red, not A. blue", 1),
+            ("B. red - not option C", 1),
+        ),
+        *(("B red, not the blue one", 1), ("B (red) is not right", None), ("B red: not shown", None)),
+    ],
+)
+def test_another_option_that_is_denied_behind_an_option_leaves_it_the_answer(said: str, option: int | None) -> None:
+    assert chosen_option(said, HUES) == option
