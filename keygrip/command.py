@@ -34,7 +34,7 @@ from keygrip.config import (
 from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.cores import allow_many_files
 from keygrip.help import help_text
-from keygrip.launch import is_first_process, is_helper_process, requeue_job, started_together
+from keygrip.launch import is_first_process, is_helper_process, refuse_several_processes, requeue_job
 from keygrip.renamed_settings import new_name
 from keygrip.training import results, run_folder, sweep_jobs, sweeps
 from keygrip.training.signals import Interrupted, SweepInterrupted, SweepRefused
@@ -99,14 +99,11 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
         with _raise_on_signals(received):
             run_folder.register_resolvers()
             register_options(overrides_of(sys.argv[1:]))
-            if config_name not in DIVIDED and (count := started_together()) > 1:
-                raise ValueError(
-                    f"{config_name} is one process, and {count} were started together, each of which would do all its "
-                    "work: start it without torchrun, and with srun --ntasks=1"
-                )
             if {"--help", "-h"} & set(sys.argv[1:]):
                 sys.stdout.write(f"{help_text(config_name, sys.argv[1:])}\n")
                 return
+            if config_name not in DIVIDED:
+                refuse_several_processes(config_name)
             sys.argv[1:] = overrides_first(sys.argv[1:])
             if not is_helper_process():  # Lightning adds hydra.run.dir to the arguments of helper processes
                 check_overrides(config_name, sys.argv[1:])
@@ -292,7 +289,8 @@ def _record_failure(error: BaseException, config_name: str) -> None:
     """Write the run's outcome and the stack trace to the run folder, in case the terminal is closed.
 
     Nothing is written for a run that was refused or stopped before its work began; its folder is removed, so that
-    mistyped settings leave no folders. For an unexpected error the folder with the trace is kept.
+    mistyped settings leave no folders. For an unexpected error the folder with the trace is kept. In a sweep the result
+    of a job's earlier start is replaced, since the table of the sweep names the error.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -303,8 +301,10 @@ def _record_failure(error: BaseException, config_name: str) -> None:
         folder = Path(hydra_cfg.runtime.output_dir)
         if folder.resolve() == Path(hydra_cfg.runtime.cwd).resolve():
             return  # the command has no run folder, and the user's folder stays unchanged
-        if results.belongs_to_another_start(folder):
-            return  # this start was refused before its work began
+        if results.belongs_to_another_start(folder) and not (sweep_jobs.is_launcher_process() and is_first_process()):
+            if is_first_process() and not _needs_no_stack_trace(error):
+                results.write_trace(folder, error)
+            return  # this start ended before its work began
         if run_folder.has_not_begun(folder):
             if _needs_no_stack_trace(error):
                 return

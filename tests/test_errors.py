@@ -528,17 +528,77 @@ def test_only_processes_of_the_start_that_is_going_on_write_its_result(
     assert json.loads(Path("run/result.json").read_text())["error"].startswith("torchrun started 2 processes")
 
 
+def test_an_error_that_was_not_foreseen_before_a_run_goes_on_leaves_its_trace_and_the_result_as_it_is(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = [*TOY, "logger=none", "val_every_n_steps=null", "run_dir=run", "max_steps=4"]
+    with monkeypatch.context() as patch:
+        patch.setenv("TOY_STOP_AT", "2")
+        patch.setenv("TOY_SIGNAL", "SIGTERM")
+        assert cli(*toy).code == 128 + signal.SIGTERM
+    before = json.loads(Path("run/result.json").read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr("keygrip.training.fit.run_metadata", lambda: {}["gone"])
+        assert "unexpected KeyError" in cli(*toy, "resume=true").err
+    assert json.loads(Path("run/result.json").read_text()) == before
+    assert "run_metadata()" in Path("run/error.txt").read_text()
+    assert cli(*toy, "resume=true").code == 0
+    assert not Path("run/error.txt").exists()
+
+
+def test_a_refused_job_of_a_sweep_that_goes_on_records_why(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table of the sweep reads it; the launcher of this process knows only its exit code."""
+    toy = [*TOY, "logger=none", "val_every_n_steps=null", "max_steps=4"]
+    job = ["hydra.run.dir=sweep/0", "hydra.mode=RUN", "hydra.job.num=0"]
+    with monkeypatch.context() as patch:
+        patch.setenv("TOY_STOP_AT", "2")
+        patch.setenv("TOY_SIGNAL", "SIGTERM")
+        assert cli(*toy, "seed=3", *job).code == 128 + signal.SIGTERM
+    checkpoint = Path("sweep/0/checkpoints/last.ckpt").read_bytes()
+    assert cli(*toy, "seed=77", "resume=true", *job).code == 1
+    result = json.loads(Path("sweep/0/result.json").read_text())
+    assert (result["status"], "seed=77" in result["overrides"]) == ("failed", True)
+    assert "was made with other settings" in result["error"]
+    assert Path("sweep/0/checkpoints/last.ckpt").read_bytes() == checkpoint
+    assert cli(*toy, "seed=3", "resume=true", *job).code == 0
+    assert json.loads(Path("sweep/0/result.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("by_launcher", [False, True])
+def test_a_job_of_the_processes_launcher_is_not_queued_again_by_itself(
+    by_launcher: bool, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued: list[bool] = []
+    monkeypatch.setattr("keygrip.command.requeue_job", lambda: queued.append(True))
+    monkeypatch.setattr("keygrip.training.fit.run_metadata", lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    job = ["hydra.run.dir=sweep/0", "hydra.mode=RUN", "hydra.job.num=0"] if by_launcher else ["run_dir=run"]
+    assert cli(*TOY, "logger=none", *job).code == 128 + signal.SIGUSR1
+    assert queued == [True] * (not by_launcher)
+
+
 @pytest.mark.parametrize(
-    "variables", [{"WORLD_SIZE": "4", "RANK": "2", "TORCHELASTIC_RUN_ID": "a"}, {"SLURM_STEP_NUM_TASKS": "4"}]
+    ("variables", "remedy"),
+    [
+        ({"WORLD_SIZE": "4", "RANK": "2", "TORCHELASTIC_RUN_ID": "a"}, "start it without torchrun"),
+        ({"WORLD_SIZE": "4"}, "unset WORLD_SIZE, which is 4 here"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "4"},
+            "srun --ntasks=1 for each command (with settings of its own, also several at once)",
+        ),
+    ],
 )
 def test_commands_whose_work_is_not_divided_refuse_several_processes(
-    variables: dict[str, str], cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], remedy: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     outcome = cli("checkpoint=run", of="evaluate")
     expected = "keygrip: evaluate is one process, and 4 were started together, each of which would do all its work: "
-    assert (outcome.code, outcome.err) == (1, f"{expected}start it without torchrun, and with srun --ntasks=1\n")
+    assert (outcome.code, outcome.err) == (1, f"{expected}{remedy}\n")
+    assert cli("--help", of="evaluate").code == 0
     outcome = cli(*TOY, "-m", "seed=0,1", "hydra.sweep.dir=sweep")
     assert outcome.code == 1
     assert "a sweep starts the processes of its jobs itself, and 4 processes were started together" in outcome.err

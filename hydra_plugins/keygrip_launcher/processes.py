@@ -19,12 +19,13 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from keygrip.training.run_folder import resume_setting
+from keygrip.training.sweep_jobs import JOB_NUMBER
 from keygrip.training.sweeps import earlier_run, forget_result, record_finished
 
 log = logging.getLogger(__name__)
 
 FORWARDED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
-OF_THE_SWEEP = ("hydra.mode", "hydra.run", "hydra.sweep", "hydra.launcher", "hydra.job.num", "hydra.job.id")
+OF_THE_SWEEP = ("hydra.mode", "hydra.run", "hydra.sweep", "hydra.launcher", JOB_NUMBER, "hydra.job.id")
 
 
 @dataclass
@@ -140,7 +141,7 @@ class ProcessLauncher(Launcher):
         environment = dict(os.environ)
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        fixed = [f'hydra.run.dir="{job.folder}"', "hydra.mode=RUN", f"hydra.job.num={job.number}"]
+        fixed = [f'hydra.run.dir="{job.folder}"', "hydra.mode=RUN", f"{JOB_NUMBER}={job.number}"]
         command = [*_this_command(), *_forwarded(sys.argv[1:]), *job.overrides, *fixed]
         job.output = (job.folder / "output.log").open("ab")
         # A separate session: Ctrl-C reaches a job once, from this process, and not a second time from the terminal.

@@ -83,6 +83,11 @@ def record_failure(folder: Path, status: str, line: str, overrides: Sequence[str
     if folder.absolute() in _BEGUN:
         result["wall_s"] = wall_time(folder, earlier)
     write_result(folder, {"metrics": {}, **result})
+    write_trace(folder, error)
+
+
+def write_trace(folder: Path, error: BaseException) -> None:
+    """Write the trace of an error to ``error.txt`` of a run folder."""
     write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from keygrip.launch import started_together
+
+JOB_NUMBER = "hydra.job.num"  # the setting by which ``hydra/launcher=processes`` numbers its jobs
 
 
 def in_sweep() -> bool:
@@ -16,8 +19,9 @@ def in_sweep() -> bool:
 
 
 def is_launcher_process() -> bool:
-    """Return whether ``hydra/launcher=processes`` started this command as a job of a sweep."""
-    return in_sweep() and HydraConfig.get().mode == RunMode.RUN
+    """Return whether ``hydra/launcher=processes`` started this command as a job of a sweep: by its arguments, which are
+    known before Hydra has begun and after it has ended."""
+    return any(argument.startswith(f"{JOB_NUMBER}=") for argument in sys.argv[1:])
 
 
 def refuse_several_processes() -> None:

@@ -1238,7 +1238,7 @@ HUES = ["blue", "red", "dark green", "yellow"]
             ("The correct answer is A.\n\nIncorrect options:\nB\nC\nD", NOUNS, 0),
             ("The wrong ones:\nB\nC\nD", NOUNS, None),
         ),
-        *(("Incorrect options:\nB", NOUNS, None)),
+        ("Incorrect options:\nB", NOUNS, None),
         *(("At first I would say the answer is A.\n\nB", NOUNS, 1), ("It jumps.\n\nB\nB", NOUNS, 1)),
     ],
 )

@@ -123,6 +123,66 @@ def test_an_arm_that_tracks_its_commands_badly_is_no_scale(factor, checks):
     assert [finding.check for finding in exam.findings] == checks
 
 
+def increments(track: ArmTrajectory, unit: float = 1.0) -> ArmTrajectory:
+    """Return the steps from each row to the next, in a unit of so many metres, as commands of a controller."""
+    turn = Rotation.from_quat(track.quaternion, scalar_first=True)
+    steps = turn[1:] * turn[:-1].inv()
+    quaternion = np.concatenate([steps.as_quat(scalar_first=True), [[1.0, 0, 0, 0]]])
+    position = np.diff(track.position, axis=0, append=track.position[-1:]) / unit
+    return replace(track, position=position, quaternion=quaternion)
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.01, 0.05])
+@pytest.mark.parametrize("concerned", [(0, 1, 2), (1,)])
+def test_increments_recorded_as_commands_are_no_lag_and_no_rotation(unit: float, concerned: tuple[int, ...]) -> None:
+    demos = [
+        demo(n, (lambda track: increments(track, unit)) if n in concerned else lambda track: track) for n in range(3)
+    ]
+    exam = examined(demos)
+    check_commands(exam)
+    found = [(finding.check, finding.severity, finding.demos) for finding in exam.findings]
+    assert found == [("command_increments", "error", tuple(f"demo_{n}" for n in concerned))]
+
+
+@pytest.mark.parametrize(
+    ("order", "signs", "axes"),
+    [
+        ([1, 0, 2], [1, 1, 1], "y, x, z"),
+        ([1, 0, 2], [-1, 1, 1], "y, -x, z"),
+        ([0, 2, 1], [1, 1, -1], "x, -z, y"),
+        ([0, 1, 2], [1, -1, 1], "x, -y, z"),
+    ],
+)
+@pytest.mark.parametrize("concerned", [(0, 1, 2), (1,)])
+def test_exchanged_axes_of_commands_are_named(
+    order: list[int], signs: list[int], axes: str, concerned: tuple[int, ...]
+) -> None:
+    def exchanged(track: ArmTrajectory) -> ArmTrajectory:
+        return replace(track, position=track.position[:, order] * signs)
+
+    exam = examined([demo(n, exchanged if n in concerned else lambda track: track) for n in range(3)])
+    check_commands(exam)
+    assert [(f.check, f.severity, f.demos) for f in exam.findings] == [
+        ("command_axes", "error", tuple(f"demo_{n}" for n in concerned))
+    ]
+    assert f"taken to be {axes}" in exam.findings[0].what
+
+
+@pytest.mark.parametrize(("concerned", "severity"), [((0, 1, 2), "error"), ((0, 1), "error"), ((2,), "warning")])
+def test_commands_of_another_recording_are_an_error_if_most_demos_have_them(
+    concerned: tuple[int, ...], severity: str
+) -> None:
+    def other(track: ArmTrajectory) -> ArmTrajectory:
+        along = np.arange(FRAMES) / 6
+        position = np.stack([0.3 + 0.1 * np.sin(along), 0.1 * np.cos(2.3 * along), 0.2 + 0.1 * np.sin(3.1 * along)], 1)
+        return replace(track, position=position)
+
+    exam = examined([demo(n, other if n in concerned else lambda track: track) for n in range(3)])
+    check_commands(exam)
+    found = [(finding.check, finding.severity, finding.demos) for finding in exam.findings]
+    assert found == [("command_following", severity, tuple(f"demo_{n}" for n in concerned))]
+
+
 def test_one_demo_with_inverted_commands_is_told_from_the_others():
     exam = examined([demo(number, inverted if number == 1 else lambda track: track) for number in range(3)])
     check_commands(exam)

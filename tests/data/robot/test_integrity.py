@@ -211,7 +211,12 @@ TORCHRUN = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE"
 SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train"}
 LAUNCHERS = {  # variables of the first and the second process of a launch, and of the next launch
     "torchrun": (TORCHRUN | {"LOCAL_RANK": "0"}, TORCHRUN | {"LOCAL_RANK": "1"}, TORCHRUN | {"MASTER_PORT": "1"}),
-    "srun": (SRUN | {"SLURM_PROCID": "0"}, SRUN | {"SLURM_PROCID": "1"}, SRUN | {"SLURM_STEP_ID": "1"}),
+    # the first process may have set its rendezvous already
+    "srun": (
+        SRUN | {"SLURM_PROCID": "0", "MASTER_PORT": "15007"},
+        SRUN | {"SLURM_PROCID": "1"},
+        SRUN | {"SLURM_STEP_ID": "1"},
+    ),
     "lightning": ({}, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, {}),
 }
 

@@ -7,10 +7,17 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from keygrip.data.robot.doctor.command_following import (
+    EXPLAINED_SHARE,
+    find_increments,
+    find_not_followed,
+    scale_of_motion,
+)
 from keygrip.data.robot.doctor.examination import Examination
 from keygrip.data.robot.doctor.frozen_poses import demos_with_frozen_poses
 from keygrip.data.robot.doctor.grippers import grasp_start
 from keygrip.data.robot.doctor.kinematics import with_joints
+from keygrip.data.robot.doctor.track_differences import add_difference
 from keygrip.data.robot.doctor.tracks import (
     INVERTED_GAIN,
     INVERTED_M,
@@ -26,11 +33,7 @@ from keygrip.robots.kinematics import forward_kinematics
 EARLIEST_FRAMES, SLOWEST_S = 0.4, 0.2
 ODD_FRAMES = 0.9  # frames; a demo whose delay differs from that of the others by more is reported
 OFFSET_M, ODD_SCALE, TURN_DEG = 0.012, 0.06, 8.0
-# Smallest scale about the origin; largest share of the distance of the tracks that may remain with a scale or an offset
-# that is named as its cause (an arm that does not reach its commands moves less far than they do, too).
-SCALE_SHARE, EXPLAINED_SHARE = 0.03, 0.8
-LEAST_MOTION_M = 0.05  # a scale is measured of a motion along one axis that is larger than this
-FOLLOWED_M = 0.03  # an arm that stays further from its commands than this does not follow them
+SCALE_SHARE = 0.03  # smallest scale about the origin
 STILL = 0.01  # a commanded track that moves less than this share of the reached track's motion does not follow it
 READ_TURN_DEG, READ_GAIN = 2.5, 0.4  # least rotation difference; share of it that may remain with another convention
 # What is not compared if the reached track is known to be wrong, by the finding; openings are always compared.
@@ -68,13 +71,16 @@ def check_commands(exam: Examination) -> None:
             continue
         by_joints = _by_joints(exam, arm, tracks)
         direction_tracks = _select_comparable(exam, arm, tracks, "direction")
+        increments = find_increments(exam, arm, direction_tracks, by_joints)
+        direction_tracks = {name: reached for name, reached in direction_tracks.items() if name not in increments}
         inverted = _find_inverted(exam, arm, direction_tracks, by_joints)
         not_inverted = {name: reached for name, reached in direction_tracks.items() if name not in inverted}
         delay_tracks = _select_comparable(exam, arm, not_inverted, "delay")
         delays = {
             name: delay for name, reached in delay_tracks.items() if np.isfinite(delay := _delay_after_command(reached))
         }
-        not_followed = _find_not_followed(exam, arm, _select_comparable(exam, arm, delay_tracks, "places"), delays)
+        places = _select_comparable(exam, arm, delay_tracks, "places")
+        not_followed = find_not_followed(exam, arm, places, delays, by_joints)
         followed = {name: reached for name, reached in not_inverted.items() if name not in not_followed}
         checked_delays = {
             name: delays[name]
@@ -135,7 +141,7 @@ def _check_lag(
         timing = ("early", "late") if frames > 0 else ("late", "early")
         correction = ("later", "earlier") if frames > 0 else ("earlier", "later")
         frames = abs(frames)
-        _report(
+        add_difference(
             exam,
             "command_lag",
             arm,
@@ -154,28 +160,6 @@ def _check_lag(
         )
 
 
-def _report(
-    exam: Examination,
-    check: str,
-    arm: str,
-    names: Collection[str],
-    shown_by_joints: Collection[str],
-    message: str,
-    *,
-    commanded: tuple[str, str],
-    either: tuple[str, str],
-) -> None:
-    """Add a finding that two tracks differ. Its cause and advice are `commanded` for demos whose reached track is
-    confirmed by joints (`shown_by_joints`), and `either` for the others."""
-    confirmed = [name for name in names if name in shown_by_joints]
-    for demos, (cause, advice) in (
-        (confirmed, commanded),
-        ([name for name in names if name not in shown_by_joints], either),
-    ):
-        if demos:
-            exam.add(check, "error", message, advice, cause=cause, demos=demos, arm=arm)
-
-
 def _find_inverted(
     exam: Examination, arm: str, tracks: dict[str, ArmTrajectory], by_joints: Collection[str]
 ) -> list[str]:
@@ -189,7 +173,7 @@ def _find_inverted(
         if distance > INVERTED_M and inverted_distance < INVERTED_GAIN * distance:
             inverted.append(name)
     fault, advice = "poses inverted (world to gripper in place of gripper to world)", "Store gripper-to-world poses"
-    _report(
+    add_difference(
         exam,
         "command_direction",
         arm,
@@ -211,50 +195,6 @@ def _delay_after_command(reached: ArmTrajectory) -> float:
     return best_delay(command if 0.5 < size < 2 else command / max(size, STILL), reached.position, 12)
 
 
-def _find_not_followed(
-    exam: Examination, arm: str, tracks: dict[str, ArmTrajectory], delays: dict[str, float]
-) -> list[str]:
-    """Return the names of demos in which the arm does not follow its commands, and report them."""
-    distances = {}  # median distance (m) of both tracks
-    for name, reached in tracks.items():
-        if name not in delays:
-            continue
-        assert reached.commanded is not None
-        command, position = pair_with_delay(reached.position, reached.commanded.position, round(delays[name]))
-        offset = np.median(command - position, axis=0)
-        if (
-            np.median(np.linalg.norm(command - position - offset, axis=1)) > FOLLOWED_M
-            and _scale_of_motion(command, position) is None
-        ):
-            distances[name] = float(np.median(np.linalg.norm(command - position, axis=1)))
-    if distances:
-        exam.add(
-            "command_following",
-            "warning",
-            f"the arm stays {max(distances.values()) * 100:.1f} cm (median) from its commanded positions, which no "
-            "delay, offset or scale explains",
-            "Look at these demos: leave those out in which the arm is held or blocked, and check from which recording "
-            "and in which frame the commands of the others are",
-            cause="an arm that does not follow its commands, or commands of another recording or frame",
-            demos=list(distances),
-            arm=arm,
-        )
-    return list(distances)
-
-
-def _scale_of_motion(command: np.ndarray, position: np.ndarray) -> float | None:
-    """Return how many times as far as `position` [N, 3] `command` [N, 3] moves; None: no scale explains the difference.
-
-    An arm that tracks its commands badly gives a regression below 1, too, but is then no nearer to them.
-    """
-    position, command = position - position.mean(axis=0), command - command.mean(axis=0)
-    if np.ptp(position, axis=0).max() <= LEAST_MOTION_M:
-        return None
-    scale = float((position * command).sum() / (position**2).sum())
-    unscaled, scaled = (np.linalg.norm(command - factor * position, axis=1).mean() for factor in (1.0, scale))
-    return scale if scaled < EXPLAINED_SHARE * unscaled else None
-
-
 def _check_places(
     exam: Examination,
     arm: str,
@@ -266,8 +206,8 @@ def _check_places(
     for name, reached in tracks.items():
         assert reached.commanded is not None
         command, position = pairs[name] = pair_with_delay(reached.position, reached.commanded.position, shift[name])
-        if (scale_of_motion := _scale_of_motion(command, position)) is not None:
-            scales[name] = scale_of_motion
+        if (scale := scale_of_motion(command, position)) is not None:
+            scales[name] = scale
         offset = np.median(command - position, axis=0)
         distance, without_offset = (np.median(np.linalg.norm(command - position - o, axis=1)) for o in (0.0, offset))
         if np.linalg.norm(offset) > OFFSET_M and without_offset < EXPLAINED_SHARE * distance:
@@ -291,7 +231,7 @@ def _report_scale(
     message = f"commanded positions move {scale:.3g} times as far as reached ones"
     if scale < STILL:
         cause_and_advice = ("commanded track that does not follow", "Check which signal is recorded as the command")
-        _report(
+        add_difference(
             exam, "command_scale", arm, names, by_joints, message, commanded=cause_and_advice, either=cause_and_advice
         )
         return
@@ -300,7 +240,7 @@ def _report_scale(
         unit = unit_of(factor)
         return f"in {unit}" if unit else f"scaled by {factor:.3g}"
 
-    _report(
+    add_difference(
         exam,
         "command_scale",
         arm,
@@ -410,7 +350,7 @@ def _check_turns(
     for words, names in causes.items():
         worst = max(angles[name] for name in names)
         advice = "Store quaternions as w, x, y, z of the gripper in the world, of the same tool"
-        _report(
+        add_difference(
             exam,
             "command_rotation",
             arm,
@@ -444,7 +384,7 @@ def _check_openings(exam: Examination, arm: str, tracks: dict[str, ArmTrajectory
         elif np.abs(command - (1 - opening)).max() < 0.1 < np.abs(command - opening).min():
             inverted.append(name)
     advice = "Store 0 for closed and 1 for open in both tracks"
-    _report(
+    add_difference(
         exam,
         "command_gripper",
         arm,
