@@ -42,19 +42,21 @@ class _ScoredRows:
     """The rows of a batch whose generated text is scored: captions and VQA questions.
 
     Attributes:
-        rows: B indices. prompts: B conversations up to the answer. too_long: further rows that do not fit.
+        rows: B indices; of captions of a video that follow the same turns only the first. prompts: B conversations up
+            to the answer. true: B lists of one text, or of all these captions. too_long: further rows that do not fit.
             unanswered: further rows that end with the user's turn.
     """
 
     rows: list[int]
     prompts: list[EncodedText]
+    true: list[list[str]]
     too_long: list[str]
     unanswered: list[str]
 
 
 @dataclass(frozen=True)
 class _ScoredAnswer:
-    """A generated answer. true: one text, or all captions of the video that follow the same turns."""
+    """A generated answer. true: see `_ScoredRows`."""
 
     kind: str
     true: list[str]
@@ -225,15 +227,26 @@ def _select_scored(module: FoveatedVLMModule, batch: VideoTextBatch, max_new_tok
     unanswered = [_describe_row(batch, row) for row in scored if row not in answered]
     counts, videos = batch.frame_mask.sum(1).tolist(), batch.video_index.tolist()
     rows, prompts, too_long = [], [], []
+    references = dict[tuple[int, tuple[Turn, ...]], list[str]]()
+    true: list[list[str]] = []
     for row in answered:
-        prompt = module.collator.prompt(batch.texts[row].turns[:-1], batch.seconds_of(row))
+        *asked, answer = batch.texts[row].turns
+        if batch.kind[row] == "caption" and "answers" not in batch.texts[row].evidence:
+            same = references.setdefault((videos[row], tuple(asked)), [])
+            same.append(answer.text)
+            if len(same) > 1:
+                continue
+        else:
+            same = [answer.text]
+        prompt = module.collator.prompt(asked, batch.seconds_of(row))
         frames = counts[videos[row]]
         if room(module.network, len(prompt.ids), frames) < max_new_tokens:
             too_long.append(f"{_describe_row(batch, row)}, with {frames} frames")
             continue
         rows.append(row)
         prompts.append(prompt)
-    return _ScoredRows(rows, prompts, too_long, unanswered)
+        true.append(same)
+    return _ScoredRows(rows, prompts, true, too_long, unanswered)
 
 
 def _describe_row(batch: VideoTextBatch, row: int) -> str:
@@ -266,17 +279,10 @@ def _generate_answers(
         kv=_select_videos(kv, counts, video_indices),
         seconds=[batch.seconds[video] for video in video_indices] if batch.seconds else None,
     )
-    generated, captions = [], dict[tuple[int, tuple[Turn, ...]], _ScoredAnswer]()
-    for row, text in zip(scored_rows.rows, answers.texts, strict=True):
-        *asked, true = batch.texts[row].turns
-        scored = _ScoredAnswer(batch.kind[row], [true.text], batch.texts[row].evidence, text)
-        if scored.kind == "caption":
-            first = captions.setdefault((videos[row], tuple(asked)), scored)
-            if first is not scored:
-                first.true.append(true.text)
-                continue
-        generated.append(scored)
-    return generated
+    return [
+        _ScoredAnswer(batch.kind[row], true, batch.texts[row].evidence, text)
+        for row, true, text in zip(scored_rows.rows, scored_rows.true, answers.texts, strict=True)
+    ]
 
 
 def _select_videos(

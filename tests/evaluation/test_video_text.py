@@ -127,6 +127,29 @@ def test_captions_of_a_video_are_references_of_one_generated_caption(
     assert len(said) == 7
 
 
+def test_only_one_caption_is_generated_for_its_references_and_answers_of_annotators_are_all_scored(
+    module: FoveatedVLMModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generated: list[int] = []
+    scored: list[str] = []
+
+    def counted(*given: Any, **others: Any) -> Answers:
+        generated.append(len(given[4]))
+        return generate(*given, **others)
+
+    generate = video_text.generate
+    monkeypatch.setattr(video_text, "generate", counted)
+    monkeypatch.setattr(video_text, "vqa_accuracy", lambda said, true: float(scored.append(true[0]) is None))
+    annotated = [answer("What happens?", text, "caption", {"answers": [text] * 10}) for text in ("red", "left")]
+    further = answer("What happens?", "it falls", "caption")
+    figures = evaluate_modes(
+        module, [batch(module, (2, (CAPTION, *annotated, further)), (1, (MARK,)))], ["autoregressive"], 4
+    )
+    assert generated == [3]
+    assert scored == ["red", "left"]
+    assert figures["autoregressive"]["vqa_accuracy"] == 1.0
+
+
 def test_time_by_mode_is_without_the_batch_that_warms_up(
     module: FoveatedVLMModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
