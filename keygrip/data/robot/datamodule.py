@@ -299,7 +299,7 @@ class RobotDemos(ResumableData):
                 )
             strides = [self.roots[self.root_of[index]].stride for index in self.train_indices]
             refuse_short(self.train_demos, self.horizon, strides)
-            report_corrections(self.train_demos, self.intervention_weight)
+            report_corrections(self.train_demos, self.intervention_weight, [demos[each] for each in self.val_indices])
         if self.fit_to_workspace:
             self.geometry = fit_to_workspace(self.train_demos, self.cameras, self.arms, self.geometry)
         report_outliers(self.demos, self.arms, self.targets)

@@ -134,9 +134,16 @@ def refuse_short(demos: Sequence[Demo], horizon: int, strides: Sequence[int]) ->
         )
 
 
-def report_corrections(demos: Sequence[Demo], weight: float) -> None:
-    """Log how many training frames a person corrected. Raise ValueError if there are none and they have a weight."""
-    corrected = [0 if demo.intervention is None else int(demo.intervention.sum()) for demo in demos]
+def report_corrections(demos: Sequence[Demo], weight: float, held_out: Sequence[Demo] = ()) -> None:
+    """Log how many training frames a person corrected. Raise ValueError if there are none and they have a weight.
+
+    Args:
+        held_out: demos for validation.
+    """
+    corrected, elsewhere = (
+        [0 if demo.intervention is None else int(demo.intervention.sum()) for demo in part]
+        for part in (demos, held_out)
+    )
     if any(corrected):
         log.info(
             "a person corrected %d of %d training frames, in %d demos; data.intervention_weight=%g",
@@ -144,6 +151,12 @@ def report_corrections(demos: Sequence[Demo], weight: float) -> None:
             sum(len(demo) for demo in demos),
             sum(count > 0 for count in corrected),
             weight,
+        )
+    elif weight != 1 and any(elsewhere):
+        names = join_first_names([demo.name for demo, count in zip(held_out, elsewhere, strict=True) if count])
+        raise ValueError(
+            f"data.intervention_weight={weight:g}, but all frames that a person corrected are held out for validation "
+            f"(data.val_fraction): {names}; add further recordings, or set data.val_fraction=0"
         )
     elif weight != 1:
         raise ValueError(

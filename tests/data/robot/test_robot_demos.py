@@ -1017,8 +1017,11 @@ def test_a_weight_of_corrections_needs_corrected_frames(
     with pytest.raises(ValueError, match=r"^data\.intervention_weight=4, but a person corrected no frame"):
         ready(robot_demos(native_root, intervention_weight=4.0))
     assert "corrected" not in caplog.text
-    ready(robot_demos(native_root))
-    change_archive(native_root / "demo_03" / "trajectory.npz", intervention=np.arange(12) > 8)
+    data = ready(robot_demos(native_root))
+    held_out = data.demos[data.val_indices[0]].name
+    change_archive(native_root / held_out / "trajectory.npz", intervention=np.arange(12) > 8)
+    with pytest.raises(ValueError, match=rf"all frames that a person corrected are held out .*: {held_out}; add"):
+        ready(robot_demos(native_root, intervention_weight=4.0))
     data = robot_demos(native_root, val_fraction=0.0, intervention_weight=4.0)
     data.setup("fit")
     assert "a person corrected 3 of 120 training frames, in 1 demos; data.intervention_weight=4" in caplog.text
