@@ -152,6 +152,15 @@ def inverted_poses(prefix: str) -> Callable[[Arrays, int], None]:
     return change
 
 
+def commanded_increments(arrays: Arrays, number: int) -> None:
+    """Commands as the steps from each commanded pose to the next."""
+    place, turn = ARM + "commanded_position_m", ARM + "commanded_quaternion_wxyz"
+    arrays[place] = np.diff(arrays[place], axis=0, append=arrays[place][-1:])
+    rotation = Rotation.from_quat(arrays[turn], scalar_first=True)
+    steps = (rotation[1:] * rotation[:-1].inv()).as_quat(scalar_first=True)
+    arrays[turn] = np.concatenate([steps, [[1.0, 0, 0, 0]]])
+
+
 def gap(arrays: Arrays, number: int) -> None:
     times = arrays["timestamps_ns"].copy()
     times[len(times) // 2 :] += 900_000_000
@@ -333,6 +342,11 @@ def faults() -> list[Fault]:
         add(Fault(f"{kind} outlier pose", "8 cm", f"outlier {kind} pose", numbers=on(place)(stray_row), one=True))
         add(Fault(f"{kind} positions offset", "3 cm", offset, numbers=on(place)(lambda p: p + [0.03, 0, 0]), one=True))
     in_one_demo(add)
+    for one in (False, True):
+        says = "commanded increments in place of positions"
+        add(Fault("commanded increments", "", says, numbers=commanded_increments, one=one))
+        exchange = on("commanded_position_m")(lambda p: p[:, [1, 0, 2]] * [-1, 1, 1])
+        add(Fault("commanded axes", "a quarter turn about z", "commanded axes exchanged", numbers=exchange, one=one))
     add(Fault("joints in degrees", "", "joints in degrees", numbers=on("joint_positions_rad")(np.degrees)))
     add(Fault("fps", "30 for 10", "stated frame rate 30 in place of 10.*", metadata=set_fps(30.0)))
     add(Fault("time stamps", "gap of 0.9 s", "dropped frames", numbers=gap, one=True))
