@@ -289,8 +289,7 @@ def _record_failure(error: BaseException, config_name: str) -> None:
     """Write the run's outcome and the stack trace to the run folder, in case the terminal is closed.
 
     Nothing is written for a run that was refused or stopped before its work began; its folder is removed, so that
-    mistyped settings leave no folders. For an unexpected error the folder with the trace is kept. In a sweep the result
-    of a job's earlier start is replaced, since the table of the sweep names the error.
+    mistyped settings leave no folders. For an unexpected error the folder with the trace is kept.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -301,17 +300,19 @@ def _record_failure(error: BaseException, config_name: str) -> None:
         folder = Path(hydra_cfg.runtime.output_dir)
         if folder.resolve() == Path(hydra_cfg.runtime.cwd).resolve():
             return  # the command has no run folder, and the user's folder stays unchanged
-        if results.belongs_to_another_start(folder) and not (sweep_jobs.is_launcher_process() and is_first_process()):
+        overrides = list(hydra_cfg.overrides.task)
+        line = describe_error(error, config_name, overrides)[0]
+        if results.belongs_to_another_start(folder):  # this start ended before its work began
+            if is_first_process() and sweep_jobs.is_launcher_process():
+                results.record_refusal(folder, line, overrides)
             if is_first_process() and not _needs_no_stack_trace(error):
                 results.write_trace(folder, error)
-            return  # this start ended before its work began
+            return
         if run_folder.has_not_begun(folder):
             if _needs_no_stack_trace(error):
                 return
             run_folder.begin(folder)
-        overrides = list(hydra_cfg.overrides.task)
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
-        line = describe_error(error, config_name, overrides)[0]
         status = results.INTERRUPTED if stopped else results.FAILED
         results.record_failure(folder, status, line, overrides, error)
 

@@ -546,7 +546,7 @@ def test_an_error_that_was_not_foreseen_before_a_run_goes_on_leaves_its_trace_an
     assert not Path("run/error.txt").exists()
 
 
-def test_a_refused_job_of_a_sweep_that_goes_on_records_why(
+def test_a_refused_job_of_a_sweep_that_goes_on_records_why_beside_the_result_of_its_earlier_start(
     cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table of the sweep reads it; the launcher of this process knows only its exit code."""
@@ -556,14 +556,14 @@ def test_a_refused_job_of_a_sweep_that_goes_on_records_why(
         patch.setenv("TOY_STOP_AT", "2")
         patch.setenv("TOY_SIGNAL", "SIGTERM")
         assert cli(*toy, "seed=3", *job).code == 128 + signal.SIGTERM
-    checkpoint = Path("sweep/0/checkpoints/last.ckpt").read_bytes()
+    before = Path("sweep/0/result.json").read_bytes()
     assert cli(*toy, "seed=77", "resume=true", *job).code == 1
-    result = json.loads(Path("sweep/0/result.json").read_text())
-    assert (result["status"], "seed=77" in result["overrides"]) == ("failed", True)
-    assert "was made with other settings" in result["error"]
-    assert Path("sweep/0/checkpoints/last.ckpt").read_bytes() == checkpoint
+    refusal = json.loads(Path("sweep/0/refused.json").read_text())
+    assert "seed=77" in refusal["overrides"]
+    assert "was made with other settings" in refusal["error"]
+    assert Path("sweep/0/result.json").read_bytes() == before
     assert cli(*toy, "seed=3", "resume=true", *job).code == 0
-    assert json.loads(Path("sweep/0/result.json").read_text())["status"] == "finished"
+    assert not Path("sweep/0/refused.json").exists()
 
 
 @pytest.mark.parametrize("by_launcher", [False, True])

@@ -48,6 +48,7 @@ from keygrip.training.results import (
     RUNNING,
     note_beginning,
     read_result,
+    remove_traces,
     this_start,
     wall_time,
     write_result,
@@ -387,7 +388,7 @@ def _write_start(
     if "wall_s" in earlier:  # of the starts before this one
         times["wall_s"] = earlier["wall_s"]
     note_beginning(folder, began)
-    (folder / "error.txt").unlink(missing_ok=True)  # from an earlier start
+    remove_traces(folder)
     start = {"status": RUNNING, "command": command, "overrides": list(overrides), "metrics": {}, "run_dir": str(folder)}
     job = {name: origin[name] for name in (run_folder.RESUMED_BY,) if name in origin}
     write_result(folder, start | times | job | trained | this_start())

@@ -14,6 +14,7 @@ from keygrip.artifacts import json_text, read_record, write_text
 from keygrip.launch import id_of_start, is_first_process, started_together
 
 RESULT = "result.json"
+REFUSED = "refused.json"  # why the latest start of a sweep's job was refused, beside the result of an earlier start
 START = "start"  # which start of the run wrote the result: see `id_of_start`; left out when it has finished
 # Values of "status". A killed process leaves "running".
 FINISHED, FAILED, INTERRUPTED, RUNNING, DRY_RUN = "finished", "failed", "interrupted", "running", "dry run"
@@ -84,6 +85,17 @@ def record_failure(folder: Path, status: str, line: str, overrides: Sequence[str
         result["wall_s"] = wall_time(folder, earlier)
     write_result(folder, {"metrics": {}, **result})
     write_trace(folder, error)
+
+
+def record_refusal(folder: Path, line: str, overrides: Sequence[str]) -> None:
+    """Write why a start was refused, for the table of its sweep; the result of an earlier start stays as it is."""
+    write_text(folder / REFUSED, json_text({"error": line, "overrides": list(overrides)}, indent=1) + "\n")
+
+
+def remove_traces(folder: Path) -> None:
+    """Remove what earlier starts left of their errors, since this start goes on."""
+    for name in ("error.txt", REFUSED):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_trace(folder: Path, error: BaseException) -> None:

@@ -28,10 +28,13 @@ from keygrip.training.results import (
     FAILED,
     FINISHED,
     INTERRUPTED,
+    REFUSED,
     RESULT,
     RUNNING,
+    belongs_to_another_start,
     read_result,
     record_failure,
+    record_refusal,
     write_result,
 )
 from keygrip.training.run_folder import (
@@ -93,7 +96,9 @@ def run_job(
         raise
     except Exception as error:
         line = describe(error, overrides)
-        if not isinstance(root_cause(error), RunFolderError):  # the folder is another run's
+        if belongs_to_another_start(folder):
+            record_refusal(folder, line, overrides)
+        elif not isinstance(root_cause(error), RunFolderError):  # the folder is another run's
             record_failure(folder, FAILED, line, overrides, error)
         if debug:
             sys.stderr.write("".join(traceback.format_exception(error)))
@@ -333,13 +338,18 @@ def _make_record(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]
 def collect(folder: Path) -> list[dict[str, Any]]:
     """Return one row per job: ``job, status, overrides {name: value}, metrics, wall_s, error``.
 
-    The status of a planned job without a result is ``missing``, that of a job whose process died ``killed``. A job is
+    The status of a planned job without a result is ``missing``, that of a job whose process died ``killed``, that of a
+    job whose latest start was refused ``failed``, although its folder keeps the result of an earlier start. A job is
     ``running`` if it still runs, as on a cluster, or if this cannot be determined, on a disk without file locks.
     """
-    rows = []
+    rows, refusals = [], _read_refusals(folder)
     for index, (overrides, job_folder) in enumerate(find_jobs(folder)):
         missing = {"status": "missing", "error": "no result was written"}
         result = missing if job_folder is None else read_result(job_folder)
+        refused = [name for name, (given, _) in refusals.items() if _same_overrides(given, overrides)]
+        if refused and result.get("status") != FINISHED:
+            at = next((name for name in refused if name == str(index)), refused[0])
+            result = {"status": FAILED, "error": refusals[at][1]}
         status = result.get("status", "missing")
         if status == RUNNING and job_folder is not None and is_held(job_folder) is False:
             status = "killed"
@@ -354,6 +364,12 @@ def collect(folder: Path) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _read_refusals(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """Return overrides and reason of each refused start of a job, by the name of the job's folder."""
+    found = {path.parent.name: read_record(path) for path in sorted(folder.glob(f"**/{REFUSED}"))}
+    return {name: (content.get("overrides", []), str(content.get("error"))) for name, content in found.items()}
 
 
 def find_jobs(folder: Path) -> list[tuple[list[str], Path | None]]:

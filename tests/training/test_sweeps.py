@@ -99,6 +99,19 @@ def test_a_sweep_resumes_what_did_not_finish(cli: Callable[..., Any], monkeypatc
     assert Path("sweep/0/result.json").stat().st_mtime_ns == first
 
 
+def test_the_table_says_why_jobs_of_a_sweep_that_goes_on_were_refused(cli: Callable[..., Any]) -> None:
+    jobs = (*TOY, "seed=1,2", "max_steps=4")
+    assert cli(*jobs).code == 0
+    before = [Path(f"sweep/{number}/result.json").read_bytes() for number in range(2)]
+    assert cli(*jobs, "optimizer.lr=0.3", "resume=true").code == 1
+    rows = rows_of(Path("sweep"))
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+    assert all("was made with other settings" in row["error"] for row in rows)
+    assert [Path(f"sweep/{number}/result.json").read_bytes() for number in range(2)] == before
+    assert cli(*jobs, "resume=true").code == 0
+    assert [row["status"] for row in rows_of(Path("sweep"))] == ["finished", "finished"]
+
+
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     """Replace the processes that the process launcher starts: none runs, each writes one line and ends with success."""
