@@ -15,12 +15,27 @@ METEOR_S = 120.0
 NOTHING_SAID = "xxnothingxx"  # replaces an empty caption, for which the Java program waits forever
 ARTICLES = {"a", "an", "the"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-# Apostrophes of contractions; an answer is the same with and without them.
-CONTRACTED = re.compile(
-    r"\b(\w+(?='(?:ve|re|ll|d)\b)|\w*n(?='t\b)|o(?='clock\b)|y(?='all\b)|ma(?='am\b)|"
-    r"(?:he|how|she|somebody|someone|that|there|what|when|where|who|why)(?='s\b))'"
-)
-PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-<>@`,?!]")
+# Contractions that the published script writes with their apostrophe; "were" and "we're", "well" and "we'll" differ.
+CONTRACTIONS = {
+    "d": "he how it someone something there they where who you",
+    "ll": "how it somebody someone something they what who why you",
+    "re": "there they what why you",
+    "s": "he how somebody someone that there what when where who why",
+    "t": "ain aren can couldn didn doesn don hadn hasn haven isn mightn mustn needn oughtn shan shouldn wasn weren won "
+    "wouldn",
+    "ve": "could might must not should they we what where who would you",
+}
+TWICE_CONTRACTED = {
+    "d've": "he it she somebody someone something there they we who you",
+    "t've": "couldn hadn mightn shouldn wouldn",
+}
+OTHER_CONTRACTIONS = {
+    **{"oclock": "o'clock", "maam": "ma'am", "twas": "'twas", "somebody'd": "somebodyd"},
+    **{"yall": "y'all", "yall'll": "y'all'll", "y'allll": "y'all'll"},
+    **{"yall'd've": "y'all'd've", "y'alld've": "y'all'd've", "y'all'dve": "y'all'd've"},
+    **{"ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at"},
+}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBER_WORDS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none": "0"}
 
 
@@ -123,19 +138,37 @@ def _split_words(text: str) -> list[str]:
     return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
 
 
+def _written_with_apostrophes() -> dict[str, str]:
+    """Return the contractions by their forms without an apostrophe, or without one of two."""
+    known = dict(OTHER_CONTRACTIONS)
+    for ending, words in CONTRACTIONS.items():
+        known |= {f"{word}{ending}": f"{word}'{ending}" for word in words.split()}
+    for endings, words in TWICE_CONTRACTED.items():
+        first, second = endings.split("'")
+        for word in words.split():
+            known[f"{word}{first}'{second}"] = known[f"{word}'{first}{second}"] = f"{word}'{endings}"
+    return known
+
+
+WITH_APOSTROPHES = _written_with_apostrophes()
+
+
 def normalised_answer(answer: str) -> str:
     """Normalise an answer for the VQA rule: lower case, digits for number words, no articles and no punctuation.
 
-    Points without a following digit are removed ("5 p.m." is "5 pm", 3.5 stays), and so are commas between digits
-    (1,000) and the apostrophes of contractions ("don't" is "dont", "it's" and "its" differ). Other punctuation becomes
-    a space; signs that the evaluation script does not count as punctuation stay (50%, $5, 5:30).
+    Each sign of punctuation becomes a space ("t-shirt" is "t shirt"), or is removed wherever it occurs, if it is next
+    to a space once or the answer has a comma between digits ("1,000" is "1000"). Points without a following digit are
+    removed ("5 p.m." is "5 pm", 3.5 stays). Contractions of the script's list have their apostrophes ("dont" is
+    "don't"; "its" and "it's" differ). Signs that the script does not count as punctuation stay (50%, $5, 5:30).
 
     Source: vqaEval.py of the VQA data set's evaluation script (github.com/GT-Vision-Lab/VQA).
     """
-    text = answer.lower().replace("\n", " ").replace("\u2019", "'").strip()
-    text = CONTRACTED.sub(r"\1", re.sub(r"(?<=\d),(?=\d)", "", text))
-    text = re.sub(r"\.(?!\d)", "", PUNCTUATION.sub(" ", text))
-    return " ".join(NUMBER_WORDS.get(word, word) for word in text.split() if word not in ARTICLES)
+    text = answer.lower().replace("\n", " ").replace("\t", " ").replace("\u2019", "'").strip()
+    joined = re.search(r"\d,\d", text) is not None
+    removed = {sign for sign in PUNCTUATION if joined or f"{sign} " in text or f" {sign}" in text}
+    text = text.translate({ord(sign): "" if sign in removed else " " for sign in PUNCTUATION})
+    words = (NUMBER_WORDS.get(word, word) for word in re.sub(r"\.(?!\d)", "", text).split())
+    return " ".join(WITH_APOSTROPHES.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
