@@ -20,8 +20,9 @@ FOLLOWED_M = 0.03  # an arm that stays further from its commands than this does 
 MANY_DEMOS = 3  # from this number on, an arm that is not followed in most of them was not blocked by chance
 # Correlations by which commands are increments: of their sum with the reached positions, and of themselves.
 SUMMED, NOT_SUMMED = 0.95, 0.7
-# Exchanged axes are named if they leave this share of the distance of both tracks, at a delay of so many frames.
-AXES_SHARE, AXES_DELAYS = 0.35, range(4)
+# Exchanged axes are named if they leave this share of the distance of both tracks.
+AXES_SHARE = 0.35
+DELAYS = range(4)  # frames of the reached track after such commands
 
 
 def find_increments(
@@ -49,7 +50,11 @@ def _are_increments(reached: ArmTrajectory) -> bool:
     position, command = reached.position, reached.commanded.position
     if np.ptp(position, axis=0).max() <= LEAST_MOTION_M:
         return False
-    return _correlation(command, position) < NOT_SUMMED and _correlation(command.cumsum(axis=0), position) > SUMMED
+    summed, themselves = (
+        max(_correlation(*pair_with_delay(position, track, delay)) for delay in DELAYS)
+        for track in (command.cumsum(axis=0), command)
+    )
+    return themselves < NOT_SUMMED and summed > SUMMED
 
 
 def _correlation(left: np.ndarray, right: np.ndarray) -> float:
@@ -59,29 +64,14 @@ def _correlation(left: np.ndarray, right: np.ndarray) -> float:
     return float((left * right).sum() / size) if size > 1e-12 else 0.0
 
 
-def find_not_followed(
-    exam: Examination, arm: str, tracks: dict[str, ArmTrajectory], delays: dict[str, float], by_joints: Collection[str]
+def find_exchanged_axes(
+    exam: Examination, arm: str, tracks: dict[str, ArmTrajectory], by_joints: Collection[str]
 ) -> list[str]:
-    """Return the names of demos in which the arm does not follow its commands, and report them.
-
-    Exchanged axes are an error. Otherwise an arm may have been held or blocked, which is a warning, unless most of
-    several demos are concerned.
-    """
-    distances: dict[str, float] = {}  # median distance (m) of both tracks
+    """Return the names of demos whose commanded and reached positions have other axes, and report them."""
     by_axes: dict[str, list[str]] = {}
     for name, reached in tracks.items():
-        if name not in delays:
-            continue
-        assert reached.commanded is not None
-        command, position = pair_with_delay(reached.position, reached.commanded.position, round(delays[name]))
-        distance = _distance_but_offset(command, position)
-        if distance <= FOLLOWED_M:
-            continue
-        axes = _exchanged_axes(reached, AXES_SHARE * distance)
-        if axes is not None:
+        if (axes := _exchanged_axes(reached)) is not None:
             by_axes.setdefault(axes, []).append(name)
-        elif scale_of_motion(command, position) is None:
-            distances[name] = float(np.median(np.linalg.norm(command - position, axis=1)))
     for axes, names in by_axes.items():
         add_difference(
             exam,
@@ -93,6 +83,58 @@ def find_not_followed(
             commanded=("commanded axes exchanged", f"Store {axes} of the commanded positions as x, y, z"),
             either=("commanded or reached axes exchanged", "Store both tracks in one frame of the world, with z up"),
         )
+    return [name for names in by_axes.values() for name in names]
+
+
+def _exchanged_axes(reached: ArmTrajectory) -> str | None:
+    """Return the axes of the commanded positions, as "y, -x, z", that go with x, y, z of the reached ones, if these are
+    far from each other as stored; else None."""
+    assert reached.commanded is not None
+    command = reached.commanded.position
+    as_stored = _least_distance(command, reached.position)
+    if as_stored <= FOLLOWED_M:
+        return None
+    best, found = AXES_SHARE * as_stored, None
+    for order, signs in _other_axes():
+        distance = _least_distance(command[:, order] * signs, reached.position)
+        if distance < best:
+            names = ("xyz"[axis] if sign > 0 else f"-{'xyz'[axis]}" for axis, sign in zip(order, signs, strict=True))
+            best, found = distance, ", ".join(names)
+    return found
+
+
+def _least_distance(command: np.ndarray, position: np.ndarray) -> float:
+    """Return the distance (m) of two tracks [N, 3] that a tenth of the frames exceeds, with their offset removed, at
+    the delay with the least. An arm rests at some places, where the offset explains every exchange of axes."""
+    distances = []
+    for delay in DELAYS:
+        difference = np.subtract(*pair_with_delay(position, command, delay))
+        distances.append(np.quantile(np.linalg.norm(difference - np.median(difference, axis=0), axis=1), 0.9))
+    return float(min(distances))
+
+
+def _other_axes() -> Iterable[tuple[list[int], list[int]]]:
+    """Return the 47 orders of three axes and their signs that change something."""
+    for order, signs in product(permutations(range(3)), product((1, -1), repeat=3)):
+        if (order, signs) != ((0, 1, 2), (1, 1, 1)):
+            yield list(order), list(signs)
+
+
+def find_not_followed(
+    exam: Examination, arm: str, tracks: dict[str, ArmTrajectory], delays: dict[str, float]
+) -> list[str]:
+    """Return the names of demos in which the arm does not follow its commands, and report them: as a warning, since it
+    may have been held or blocked, unless most of several demos are concerned."""
+    distances: dict[str, float] = {}  # median distance (m) of both tracks
+    for name, reached in tracks.items():
+        if name not in delays:
+            continue
+        assert reached.commanded is not None
+        command, position = pair_with_delay(reached.position, reached.commanded.position, round(delays[name]))
+        offset = np.median(command - position, axis=0)
+        apart = np.median(np.linalg.norm(command - position - offset, axis=1)) > FOLLOWED_M
+        if apart and scale_of_motion(command, position) is None:
+            distances[name] = float(np.median(np.linalg.norm(command - position, axis=1)))
     if distances:
         every_time = len(tracks) >= MANY_DEMOS and 2 * len(distances) > len(tracks)
         exam.add(
@@ -110,37 +152,7 @@ def find_not_followed(
             demos=list(distances),
             arm=arm,
         )
-    return [*distances, *(name for names in by_axes.values() for name in names)]
-
-
-def _distance_but_offset(command: np.ndarray, position: np.ndarray) -> float:
-    """Return the median distance of two tracks [N, 3] whose median offset is removed."""
-    offset = np.median(command - position, axis=0)
-    return float(np.median(np.linalg.norm(command - position - offset, axis=1)))
-
-
-def _exchanged_axes(reached: ArmTrajectory, limit: float) -> str | None:
-    """Return the axes of the commanded positions, as "y, -x, z", that go with x, y, z of the reached ones; None if no
-    exchange brings the tracks nearer than `limit` (m)."""
-    assert reached.commanded is not None
-    best, found = limit, None
-    for order, signs in _other_axes():
-        turned = reached.commanded.position[:, order] * signs
-        for delay in AXES_DELAYS:
-            distance = _distance_but_offset(*pair_with_delay(reached.position, turned, delay))
-            if distance < best:
-                names = (
-                    "xyz"[axis] if sign > 0 else f"-{'xyz'[axis]}" for axis, sign in zip(order, signs, strict=True)
-                )
-                best, found = distance, ", ".join(names)
-    return found
-
-
-def _other_axes() -> Iterable[tuple[list[int], list[int]]]:
-    """Return the 47 orders of three axes and their signs that change something."""
-    for order, signs in product(permutations(range(3)), product((1, -1), repeat=3)):
-        if (order, signs) != ((0, 1, 2), (1, 1, 1)):
-            yield list(order), list(signs)
+    return list(distances)
 
 
 def scale_of_motion(command: np.ndarray, position: np.ndarray) -> float | None:

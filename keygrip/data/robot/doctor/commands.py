@@ -9,6 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from keygrip.data.robot.doctor.command_following import (
     EXPLAINED_SHARE,
+    find_exchanged_axes,
     find_increments,
     find_not_followed,
     scale_of_motion,
@@ -70,18 +71,17 @@ def check_commands(exam: Examination) -> None:
         if not tracks:
             continue
         by_joints = _by_joints(exam, arm, tracks)
-        direction_tracks = _select_comparable(exam, arm, tracks, "direction")
-        increments = find_increments(exam, arm, direction_tracks, by_joints)
-        direction_tracks = {name: reached for name, reached in direction_tracks.items() if name not in increments}
-        inverted = _find_inverted(exam, arm, direction_tracks, by_joints)
-        not_inverted = {name: reached for name, reached in direction_tracks.items() if name not in inverted}
-        delay_tracks = _select_comparable(exam, arm, not_inverted, "delay")
+        comparable = _select_comparable(exam, arm, tracks, "direction")
+        for find in (find_increments, _find_inverted, find_exchanged_axes):
+            found = find(exam, arm, comparable, by_joints)
+            comparable = {name: reached for name, reached in comparable.items() if name not in found}
+        delay_tracks = _select_comparable(exam, arm, comparable, "delay")
         delays = {
             name: delay for name, reached in delay_tracks.items() if np.isfinite(delay := _delay_after_command(reached))
         }
         places = _select_comparable(exam, arm, delay_tracks, "places")
-        not_followed = find_not_followed(exam, arm, places, delays, by_joints)
-        followed = {name: reached for name, reached in not_inverted.items() if name not in not_followed}
+        not_followed = find_not_followed(exam, arm, places, delays)
+        followed = {name: reached for name, reached in comparable.items() if name not in not_followed}
         checked_delays = {
             name: delays[name]
             for name in _select_comparable(exam, arm, delay_tracks, "lag")
