@@ -372,6 +372,7 @@ class VideoTextStatistics:
             conversations name.
         kinds: kinds of the conversations used in training; empty: unknown.
         partial_kinds: kinds for which not all conversations of a video are read, in training or validation.
+        longest_video: most frames of a video, or of a clip, in training and validation; 0: unknown.
     """
 
     folder: Path
@@ -384,6 +385,7 @@ class VideoTextStatistics:
     kinds: frozenset[str] = frozenset()
     partial_kinds: frozenset[str] = frozenset()
     image_frames: int = 1
+    longest_video: int = 0
 
 
 def stack_frames(samples: Sequence[VideoTextSample]) -> tuple[Tensor, Tensor]:

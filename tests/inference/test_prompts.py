@@ -41,6 +41,14 @@ def test_frames_of_a_video_may_be_paths_of_images(tmp_path: Path) -> None:
         ValueError, match=r"'file:///b\.png' is the address of a local file: give its path, without file"
     ):
         check(talk("image", "file:///b.png"))
+    embedded = "data:image/png;base64," + 5000 * "iVBO"  # as in OpenAI's messages
+    for given in (embedded, [paths[0], embedded]):
+        with pytest.raises(ValueError, match=r"holds a file in its own text: decode it") as refused:
+            check(talk("video", given))
+        assert len(str(refused.value)) < 200
+    with pytest.raises(FileNotFoundError, match="there is no video, image or folder at aaa") as refused:
+        check(talk("image", 5000 * "a"))
+    assert len(str(refused.value)) < 400
     with pytest.raises(ValueError, match="an item of type video has none"):
         check(talk("video", [paths[0], " "]))
 

@@ -366,6 +366,7 @@ class VideoTexts(ResumableData):
             partial_kinds=frozenset(
                 k for p in parts for k in p.kinds_present() if not uses_all_of_kind(k, p.kinds, *asked)
             ),
+            longest_video=max(part.longest_shown(self.max_frames) for part in (*parts, *self.parts["val"])),
         )
 
     def shard_hashes(self) -> dict[str, str]:

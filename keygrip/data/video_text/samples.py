@@ -72,6 +72,13 @@ class Part:
         held = self.column("frames").astype(np.int64)
         return np.where(held == 1, self.image_frames, np.minimum(held, max_frames))
 
+    def longest_shown(self, max_frames: int) -> int:
+        """Return the most frames of a sample as it is shown, or of a clip of it; 0 without samples."""
+        frames = self.frames(max_frames)
+        if self.clips is not None:
+            frames = np.minimum(frames, self.clips.frames[1])
+        return int(frames.max(initial=0))
+
     def kinds_present(self) -> set[str]:
         """Return the kinds of the samples' conversations, including those that are not used."""
         return set(self.excluded).union(*map(kinds_of, set(self.column("kinds").tolist())))

@@ -16,6 +16,7 @@ from keygrip.data.batches import VideoTextBatch, VideoTextStatistics, normalised
 from keygrip.data.video_text.conversations import frame_settings
 from keygrip.models.foveated_vlm.attention_maps import attention_on_targets
 from keygrip.models.foveated_vlm.conversations import ConversationCollator
+from keygrip.models.foveated_vlm.data_checks import check_data
 from keygrip.models.foveated_vlm.dry_run import report_on, step_memory
 from keygrip.models.foveated_vlm.figures import show_answers
 from keygrip.models.foveated_vlm.frame_cache import Encoded, FrameCache, frame_names
@@ -176,28 +177,29 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
 
         Raises:
             FileNotFoundError, ValueError: the checkpoint of `init_from` is missing, or of another model or tokenizer;
-                the collator counts another number of tokens per frame; no question has one of the `coarse_kinds`; or
-                clips keep the video's seconds and the network has no clock of seconds.
+                or the data do not fit (`check_data`).
         """
-        if self.collator.tokens_per_frame != self.network.tokens_per_frame:
-            raise ValueError(
-                f"collator.tokens_per_frame={self.collator.tokens_per_frame}: the network has "
-                f"{self.network.tokens_per_frame}, which data.budget must count"
-            )
-        kinds = statistics.kinds
-        if kinds and (unknown := set(self.coarse_kinds or ()) - kinds):
-            raise ValueError(f"model.coarse_kinds={sorted(unknown)}: asked are {', '.join(sorted(kinds))}")
-        if statistics.clips_keep_times and not self.network.counts_seconds:
-            raise ValueError(
-                "data.clips.rebased=false (or of a source's clips): questions about a clip name the video's seconds, "
-                "and frames must say them: set model.network.frame_clock=seconds and frame_numbers=0, or rebased=true"
-            )
+        check_data(self.network, self.collator, self.coarse_kinds or (), statistics)
         self.collator.prepare(statistics.folder, statistics.texts)
         self._check_tokenizer()
         if self.init_from is not None and not self.resumed:
             self._load_initial_weights(self.init_from)
         preparation = (statistics.image_size, statistics.fit, statistics.max_frames, statistics.image_frames)
         self.image_options = frame_settings(*preparation)
+
+    def check_run(self, max_steps: int, begins: bool) -> None:
+        """See `System`."""
+        super().check_run(max_steps, begins)
+        if (
+            begins
+            and self.refinement
+            and isinstance(self.network, FoveatedVLM)
+            and self.network.query_source == "coarse"
+        ):
+            raise ValueError(
+                f"model.refinement={self.refinement} computes queries from fine tokens in training, and with "
+                "model.network.query_source=coarse inference computes them from coarse tokens: set model.refinement=0"
+            )
 
     def _load_initial_weights(self, path: str) -> None:
         source_model = self.take_weights(path, "a video-language model")

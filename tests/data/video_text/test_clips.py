@@ -168,6 +168,8 @@ def test_two_sources_of_one_set_are_cut_differently(tmp_path: Path) -> None:
             counts[source].add(int(batch.frame_mask[int(batch.video_index[row])].sum()))
     assert counts == {"tours": {3, 4}, "single": {1}}
     assert not data.statistics.clips_keep_times
+    assert data.statistics.longest_video == 8  # of validation, which has whole videos
+    assert max(part.longest_shown(64) for part in data.parts["train"]) == 4
     held_out = list(data.val_dataloader())
     assert {int(count) for batch in held_out for count in batch.frame_mask.sum(1)} == {8}
     assert {source for batch in held_out for source in batch.source} == {"tours"}

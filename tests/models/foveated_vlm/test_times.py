@@ -93,6 +93,15 @@ def test_clips_that_keep_their_times_need_frames_that_say_them(tmp_path: Path, c
     module.set_statistics(replace(kept, clips_keep_times=False))
 
 
+def test_a_video_longer_than_the_frame_numbers_is_refused_before_training(tmp_path: Path) -> None:
+    texts = ["At second 3, what? 7"] * 3
+    module = small_module(tmp_path, texts, frame_numbers=4)
+    there = VideoTextStatistics(tmp_path, "f", 28, "stretch", 8, lambda: iter(texts), longest_video=4)
+    module.set_statistics(there)
+    with pytest.raises(ValueError, match=r"frame_numbers=4: the data have videos of 5 frames"):
+        module.set_statistics(replace(there, longest_video=5))
+
+
 def test_kinds_of_coarse_steps_must_be_asked(tmp_path: Path) -> None:
     texts = ["At second 3, what? 7"] * 3
     module = small_module(tmp_path, texts)

@@ -447,6 +447,28 @@ def test_the_baseline_trains_on_the_same_data(overrides: Callable[..., list[str]
     assert logged["val/many_tokens/loss"] > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["model.network.query_source=coarse", "model.refinement=2"],
+            r"model\.network\.query_source=coarse inference computes them from coarse tokens: set model\.refinement=0",
+        ),
+        (
+            ["model.network.frame_numbers=1"],
+            r"model\.network\.frame_numbers=1: the data have videos of [2-9] frames: raise it",
+        ),
+        (["collator.pack_rows=true"], r"that of model\.network\.pack_rows=False: set that"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_or_the_data_are_refused_before_the_first_step(
+    overrides: Callable[..., list[str]], options: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keygrip.models.foveated_vlm.module.FoveatedVLMModule.training_step", None)
+    with pytest.raises(ValueError, match=said):
+        train.run(compose("train", overrides("run", "max_steps=2", *options)))
+
+
 def test_the_fused_loss_on_a_cpu_is_refused_in_a_sentence(overrides: Callable[..., list[str]]) -> None:
     with pytest.raises(ValueError, match=r"model\.loss_kernel=liger computes on a GPU and this run is on the CPU"):
         train.run(compose("train", overrides("run", "max_steps=1", "model.loss_kernel=liger")))
