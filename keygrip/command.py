@@ -33,6 +33,7 @@ from keygrip.config import (
 )
 from keygrip.config_errors import describe_config_error, one_line, root_cause
 from keygrip.cores import allow_many_files
+from keygrip.data.source_files import escaped, is_utf8
 from keygrip.help import help_text
 from keygrip.launch import is_first_process, is_helper_process, refuse_several_processes, requeue_job
 from keygrip.renamed_settings import new_name
@@ -102,6 +103,7 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             if {"--help", "-h"} & set(sys.argv[1:]):
                 sys.stdout.write(f"{help_text(config_name, sys.argv[1:])}\n")
                 return
+            _refuse_odd_bytes(sys.argv[1:])
             if config_name not in DIVIDED:
                 refuse_several_processes(config_name)
             sys.argv[1:] = overrides_first(sys.argv[1:])
@@ -129,6 +131,16 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             requeue_job()  # last, because SLURM then ends the job
         sys.stderr.flush()
         sys.exit(code)
+
+
+def _refuse_odd_bytes(arguments: Sequence[str]) -> None:
+    """Raise SettingError for bytes that are not UTF-8, which Python represents as halves of surrogate pairs: no record
+    of the run could hold them."""
+    for text in (*arguments, os.fspath(Path.cwd())):
+        if not is_utf8(text):
+            raise SettingError(
+                f"{escaped(text)} holds bytes that are not UTF-8: rename the file or folder, and give its new name"
+            )
 
 
 def printable_json(content: Any) -> str:

@@ -1013,3 +1013,13 @@ def test_other_ignored_exceptions_are_reported_as_before(monkeypatch: pytest.Mon
     with _raise_on_signals(set()):
         Closed()
     assert [str(error) for error in reported] == ["closing failed"]
+
+
+def test_arguments_that_are_not_utf_8_are_refused_with_what_to_do(cli: Callable[..., Any]) -> None:
+    """Python represents their bytes as halves of surrogate pairs, which no record of a run can hold."""
+    outcome = cli(*TOY, "run_dir=r\udcfcn")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "keygrip: run_dir=r\\udcfcn holds bytes that are not UTF-8: rename the file or folder, and give its new name\n",
+    )
+    assert list(Path().iterdir()) == []

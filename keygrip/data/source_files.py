@@ -29,6 +29,11 @@ def is_utf8(name: str) -> bool:
     return True
 
 
+def escaped(name: str) -> str:
+    """Return a name for an error, with bytes that are not UTF-8 as escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def files_in(folder: Path, *endings: str, below: bool = False) -> list[Path]:
     """Return the entries of a folder with one of these endings, sorted by path, without hidden files. Folders, links
     and pipes with such a name are included: readers refuse them and name them in the error.

@@ -15,6 +15,7 @@ from keygrip.data.robot.corrections import read_corrections, with_corrections
 from keygrip.data.robot.formats import lerobot_v2, lerobot_v3, libero, raiden, yam_abc
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import SCHEMA
+from keygrip.data.source_files import escaped, is_utf8
 
 FOREIGN_FORMATS: dict[str, ModuleType] = {
     "raiden": raiden,
@@ -50,7 +51,11 @@ def find_demos(
     if format not in ("auto", *FORMATS):
         raise ValueError(f"unknown data format {format!r}; known are {', '.join(FORMATS)} and auto")
     with _report_broken_folder(root):
-        return _find_references(root, format, calibration)
+        references = _find_references(root, format, calibration)
+    for reference in references:
+        if not is_utf8(reference.name):
+            raise ValueError(f"the name {escaped(reference.name)} in {root} holds bytes that are not UTF-8: rename it")
+    return references
 
 
 def refuse_no_folder(root: Path, named_by: str | None = None) -> None:

@@ -1040,3 +1040,9 @@ def test_fractions_of_a_weight_are_kept_over_short_corrections(
     assert (samples.sample_frame == 4).sum() == 2 + corrected
     counts = np.bincount(samples.sample_demo[samples.sample_frame == 4], minlength=10)[[0, 1, 2, 4, 5, 6, 8, 9]]
     assert set(counts) <= {int(weight), int(weight) + 1}  # spread evenly
+
+
+def test_a_demonstration_whose_name_is_not_utf_8_is_named(native_root: Path, robot_demos: Make) -> None:
+    (native_root / "demo_03").rename(native_root / "demo_\udcfc")
+    with pytest.raises(ValueError, match=r"^the name demo_\\udcfc in .* holds bytes that are not UTF-8: rename it$"):
+        ready(robot_demos(native_root))
