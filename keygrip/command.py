@@ -232,6 +232,8 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         further = ": when they have ended, the same command with resume=true makes the table"
         message = f"{_describe_dead_job(str(root))}; others may still run{further if config_name == 'train' else ''}"
         return message, USER_ERROR
+    if isinstance(root, RuntimeError) and 'not detect "srun"' in str(root):  # submitit's message
+        return "there is no srun here: hydra/launcher=processes runs a sweep on this machine", USER_ERROR
     if type(root).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower data.batch_size, or shard the model with strategy=fsdp", USER_ERROR
     if results.tells_that_another_ended(root):

@@ -9,6 +9,7 @@ the job.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import types
@@ -136,6 +137,11 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str,
         ValueError, FileNotFoundError: as the command; keygrip.config.SettingError for a setting that does not exist.
     """
     refuse_unguarded_script()
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise ValueError(
+            f"keygrip.evaluate({str(checkpoint)[:80]}): the run comes first, then the settings, "
+            "keygrip.evaluate(RUN, ['episodes=20'])"
+        )
     given = [f"checkpoint={quoted(str(checkpoint))}", *as_list(overrides)]
     with setting_errors("evaluate", given):
         cfg = compose("evaluate", given)

@@ -83,6 +83,8 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     refuse_unguarded_script()
     given = as_list(overrides)
+    if {"-m", "--multirun"} & set(given):
+        raise SettingError("a sweep (-m) is several trainings, for the command: keygrip train -m ...")
     with setting_errors("train", given):
         cfg, choices = compose_with_choices("train", given)
         if (sweep := choices.get("sweep")) is not None:

@@ -175,6 +175,13 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
             keygrip.train(given)  # type: ignore[arg-type]
 
 
+def test_settings_in_place_of_a_run_and_sweeps_are_refused_with_what_to_say() -> None:
+    with pytest.raises(ValueError, match=r"the run comes first, then the settings, keygrip\.evaluate\(RUN, \['ep"):
+        keygrip.evaluate(["checkpoint=run", "episodes=20"])  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r"a sweep \(-m\) is several trainings, for the command: keygrip train -m"):
+        keygrip.train(["-m", "seed=0,1"])
+
+
 def test_what_a_part_refuses_is_its_own_error(toy_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     """Hydra's error around it is no ValueError."""
     with pytest.raises(ValueError, match=r"^strategy\.devices=0: must be at least 1") as raised:

@@ -121,6 +121,11 @@ TOY = ["--config-dir", str(Path(__file__).parent / "support" / "conf"), "model=t
         (["run_dir=Läufe, 2"], 2, r"cannot read run_dir=Läufe, 2: a value .* \"run_dir='Läufe, 2'\"$"),
         (["run_dir=out, 1"], 2, r"run_dir=out, 1 holds a comma: .*, as one text \"run_dir='out, 1'\", for a sweep"),
         (["data.root=Übung{1}"], 2, r"cannot read data.root=Übung\{1\}: a value .* \"data.root='Übung\{1\}'\"$"),
+        (
+            ["data.root='my folder"],
+            2,
+            r"cannot read data.root='my folder: its quote ' is not closed; .* \"data.root='my",
+        ),
         (["data.root=a&b"], 2, r"cannot read data.root=a&b: a value .* \"data.root='a&b'\"$"),
         (["data.root=~/demos"], 2, r"cannot read data.root=~/demos: .* write data.root=\$HOME/demos$"),
         (["data.root=~anna/demos"], 2, r"cannot read data.root=~anna/demos: .* write the full path$"),
@@ -460,6 +465,15 @@ def test_a_job_of_a_cluster_that_died_is_named_with_its_log() -> None:
     assert describe_error(UncompletedJobError(said), "train", []) == (expected + further, 1)
     others = further.partition(":")[0]  # without resume=true, which that command does not have
     assert describe_error(UncompletedJobError(said), "evaluate", []) == (expected + others, 1)
+
+
+def test_a_cluster_that_is_not_there_is_named() -> None:
+    """The message is submitit's."""
+    error = RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?')
+    assert describe_error(error, "train", []) == (
+        "there is no srun here: hydra/launcher=processes runs a sweep on this machine",
+        1,
+    )
 
 
 def test_a_sweep_that_was_stopped_says_how_to_go_on_where_it_can() -> None:

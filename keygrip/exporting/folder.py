@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import shlex
 import stat
 from collections import Counter
@@ -138,6 +140,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     try:
         save_file(copied, path, metadata)
     except SafetensorError as error:
+        if system := re.search(r"\(os error (\d+)\)", str(error)):  # a full disk, for instance
+            raise OSError(int(system[1]), os.strerror(int(system[1])), str(path)) from error
         raise OSError(f"{path} cannot be written: {error}") from error
     path.chmod(mode)
 

@@ -52,6 +52,7 @@ from keygrip.models.language import PromptOrder
 from keygrip.models.language.hub import checked_tokenizer, file_of, from_pretrained
 from keygrip.models.language.tokenizers import ChatTokenizer, PretrainedTokenizer
 
+PROCESSOR_CONFIG = "processor_config.json"
 WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")  # options of `from_pretrained`
 
 
@@ -108,12 +109,17 @@ class KeygripProcessor(ProcessorMixin):
 
         Raises:
             ValueError: see `keygrip.models.language.tokenizer_json.parse_tokenizer`. Also: a setting is invalid, or the
-                folder needs Python code of its own or names an audio tokenizer.
+                folder needs Python code of its own, names an audio tokenizer or has no processor.
         """
         source = str(pretrained_model_name_or_path)
         if options.pop("trust_remote_code", None):
             raise ValueError("trust_remote_code: keygrip executes no code of a folder or the hub, leave it out")
         location = {name: options[name] for name in WHERE if name in options}
+        if Path(source).is_dir() and file_of(source, PROCESSOR_CONFIG, **location) is None:
+            raise ValueError(
+                f"{source} holds no {PROCESSOR_CONFIG}: it is no export of a video-language model; make one with "
+                "`keygrip export checkpoint=RUN to=FOLDER` or `VideoChat.save_pretrained`"
+            )
         _refuse_audio_tokenizer(source, location)
         loader = super()  # super() without arguments does not work inside the lambda
         vocabulary = _read_vocabulary_size(pretrained_model_name_or_path)
@@ -290,7 +296,7 @@ def _refuse_audio_tokenizer(source: str, location: Mapping[str, Any]) -> None:
     """Raise ValueError if an audio tokenizer is named. transformers would load it, with a class and from a location
     chosen by the folder, without asking whether code may be executed."""
     naming_file = file_of(source, "audio_tokenizer_config.json", **location)
-    if (file := file_of(source, "processor_config.json", **location)) is not None:
+    if (file := file_of(source, PROCESSOR_CONFIG, **location)) is not None:
         try:
             content = read_json(file)
         except BadSample as error:

@@ -54,7 +54,7 @@ from keygrip.training.results import (
     write_result,
 )
 from keygrip.training.resuming import check_resumed, checkpoint_to_resume
-from keygrip.training.saving import AtomicCheckpointIO, CopyRestoredMoments
+from keygrip.training.saving import AtomicCheckpointIO, CopyRestoredMoments, keep_resumed
 from keygrip.training.strategies import MissingGPUError, Strategy
 from keygrip.training.system import System, parameters_m
 from keygrip.training.time_limit import TimeLimit
@@ -145,6 +145,8 @@ def fit(cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str]) -
         trainer.fit(module, datamodule=datamodule, ckpt_path=None if resume is None else str(resume), weights_only=True)
         # whether a step was left is known only now: a run may also be limited by epochs or minutes
         no_step_was_left = bool(resume) and trainer.global_step == resumed_step
+        if resume is not None and no_step_was_left:
+            keep_resumed(resume, folder)
         validation_is_left = no_step_was_left and not trained and _validation_was_due(cfg, resumed_step)
         evaluated: dict[str, float] = {}
         if validation_is_left and strategy.kind == "fsdp":  # the shards are no longer available for it

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from keygrip.artifacts import atomic_write, read_record, write_json
-from keygrip.launch import requeue_job
+from keygrip.launch import is_first_process, requeue_job
 from keygrip.override_values import as_typed
 from keygrip.training.checkpoints import read_checkpoint
 from keygrip.training.distributed import maximum_over_processes
@@ -279,6 +279,17 @@ def step_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.ckpt"
 
 
+def keep_resumed(file: Path, folder: Path) -> None:
+    """Copy the checkpoint from which a run has resumed without a step left, if the run's folder has none."""
+    if is_first_process() and not (folder / CHECKPOINT).exists():
+        _copy(file, folder / CHECKPOINT)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_write(target) as file, source.open("rb") as opened:
+        shutil.copyfileobj(opened, file)
+
+
 def keep_by_step(latest: Path, step: int, keep: int) -> None:
     """Also store the file ``latest`` under the name of its step, and remove all but the last ``keep`` such files.
 
@@ -292,8 +303,7 @@ def keep_by_step(latest: Path, step: int, keep: int) -> None:
     try:
         step_file.hardlink_to(latest)
     except OSError:  # no hard links on this file system
-        with atomic_write(step_file) as file, latest.open("rb") as source:
-            shutil.copyfileobj(source, file)
+        _copy(latest, step_file)
     for old in list(kept_by_step(latest.parent).values())[:-keep]:
         old.unlink(missing_ok=True)
 

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from keygrip import export
+from keygrip.artifacts import DiskFullError
 from keygrip.config import compose
 from keygrip.exporting.folder import CARD, CONFIG, PROCESSOR, WEIGHTS, is_export, model_card, read_export, write_export
 from keygrip.training.checkpoints import find_checkpoint
@@ -260,3 +262,13 @@ def test_half_an_export_says_what_it_lacks(there: str, lacking: str, tmp_path: P
         FileNotFoundError, match=rf"no checkpoint in .*; of an export it has {there} and lacks {lacking}"
     ):
         find_checkpoint(tmp_path)
+
+
+def test_a_full_disk_is_named_by_the_folder_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("keygrip.exporting.folder.save_file", full)
+    with pytest.raises(DiskFullError, match=r"no space left for \S*new: free some or choose another folder"):
+        write_export(tmp_path / "new", {}, {"a": torch.zeros(2)}, "card")
+    assert list(tmp_path.iterdir()) == []

@@ -283,6 +283,22 @@ def test_a_signal_in_a_validation_saves_the_step_before_it_and_resumes_to_the_sa
     ) == no_step_left
 
 
+def test_a_file_elsewhere_without_a_step_left_is_the_checkpoint_of_its_new_run(
+    toy_overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    train.run(compose("train", [*toy_overrides("first"), "max_steps=4"]))
+    file = tmp_path / "elsewhere" / "my.ckpt"
+    file.parent.mkdir()
+    file.write_bytes((tmp_path / "first/checkpoints/last.ckpt").read_bytes())
+    overrides = [each for each in toy_overrides("x") if not each.startswith("run_dir=")]
+    result = train.run(compose("train", [*overrides, "max_steps=4", f"resume={file}"]))
+    assert result is not None
+    found = read_result(file.parent)
+    assert (found["status"], found["steps"]) == ("finished", 4)
+    assert Path(found["checkpoint"]).read_bytes() == file.read_bytes()
+    assert_equal(state_of(file.parent), state_of(tmp_path / "first"))
+
+
 def test_the_last_validation_may_be_cut_off_several_times(
     toy_overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -942,3 +942,11 @@ def test_the_files_of_the_fixture_are_an_export(export: Path) -> None:
     """The other tests change copies of this export."""
     assert (export / WEIGHTS).is_file()
     assert VideoChat.from_pretrained(changed(export, export.parent / "same", lambda content: None), "cpu")
+
+
+def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:
+    """transformers would advise installing sentencepiece."""
+    with pytest.raises(
+        ValueError, match=r"holds no processor_config\.json: .*`keygrip export checkpoint=RUN to=FOLDER`"
+    ):
+        KeygripProcessor.from_pretrained(tmp_path)
