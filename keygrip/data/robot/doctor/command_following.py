@@ -48,7 +48,7 @@ def find_increments(
 def _are_increments(reached: ArmTrajectory) -> bool:
     assert reached.commanded is not None
     position, command = reached.position, reached.commanded.position
-    if np.ptp(position, axis=0).max() <= LEAST_MOTION_M:
+    if len(reached) <= max(DELAYS) or np.ptp(position, axis=0).max() <= LEAST_MOTION_M:
         return False
     summed, themselves = (
         max(_correlation(*pair_with_delay(position, track, delay)) for delay in DELAYS)
@@ -90,6 +90,8 @@ def _exchanged_axes(reached: ArmTrajectory) -> str | None:
     """Return the axes of the commanded positions, as "y, -x, z", that go with x, y, z of the reached ones, if these are
     far from each other as stored; else None."""
     assert reached.commanded is not None
+    if len(reached) <= max(DELAYS):
+        return None
     command = reached.commanded.position
     as_stored = _least_distance(command, reached.position)
     if as_stored <= FOLLOWED_M:
