@@ -258,7 +258,8 @@ def _describe_parse_error(override: str, reason: str) -> str:
             f"cannot read {override}: each text with signs such as umlauts or brackets stands in quotes, inside the "
             f"shell's own: \"{key}=['one text','another']\""
         )
-    if unread and (quote := re.match(r"\s*(['\"])", value)) and value.count(quote[1]) % 2:
+    quote = re.match(r"\s*(['\"])", value)
+    if unread and quote and value.count(quote[1]) == 1:
         return (
             f"cannot read {override}: its quote {quote[1]} is not closed; if the value holds blanks, the whole setting "
             f"stands in quotes of the shell, too: \"{key}='my folder'\""

@@ -95,14 +95,15 @@ def refuse_task_named_as_a_shell() -> None:
 
 def refuse_several_processes(command: str) -> None:
     """Raise ValueError if several processes were started for a command whose work they do not divide."""
-    tasks = tasks_of_srun()
-    if "WORLD_SIZE" in os.environ and (count := started_together()) > 1:
-        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        remedy = "start it without torchrun" if by_torchrun else f"unset WORLD_SIZE, which is {count} here"
-    elif tasks > 1:
-        count, remedy = tasks, "srun --ntasks=1 for each command (with settings of its own, also several at once)"
-    else:
+    count = started_together()
+    if count == 1:
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        remedy = "start it without torchrun"
+    elif os.environ.get("WORLD_SIZE"):
+        remedy = f"unset WORLD_SIZE, which is {count} here"
+    else:
+        remedy = "srun --ntasks=1 for each command (with settings of its own, also several at once)"
     raise ValueError(
         f"{command} is one process, and {count} were started together, each of which would do all its work: {remedy}"
     )
@@ -113,9 +114,10 @@ def name_of_start() -> str:
     starts; empty without a launcher, or if the launcher provides no such name."""
     if started_together() == 1:
         return ""
-    # under srun the processes may set MASTER_PORT themselves, each at its own time
-    by_torchrun = ("TORCHELASTIC_RUN_ID", "MASTER_PORT") if "TORCHELASTIC_RUN_ID" in os.environ else ()
-    names = (*by_torchrun, "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    # the processes of an srun step may set MASTER_PORT themselves, each at its own time
+    by_srun = "TORCHELASTIC_RUN_ID" not in os.environ and tasks_of_srun() > 1
+    names = [] if by_srun else ["TORCHELASTIC_RUN_ID", "MASTER_PORT"]
+    names += ["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"]
     parts = [os.environ.get(name, "") for name in names]
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine is the parent of all processes
         parts.append(str(os.getppid()))

@@ -52,7 +52,6 @@ def test_a_run_reports_and_a_stopped_one_is_an_error(
 ) -> None:
     policy: Any = Steady()
     monkeypatch.setattr(driving, "_policy", lambda cfg: policy)
-    monkeypatch.setattr(driving, "ThreadPlanner", immediate)
     result = run(compose("run", SMALL))
     assert result["state"] == "running"
     assert result["ticks"] == 15
@@ -151,8 +150,20 @@ def test_a_run_ends_with_its_plan_and_after_its_robot(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(driving, "_policy", lambda cfg: Slow())
     monkeypatch.setattr(SimulatedYam, "close", closing)
-    assert run(compose("run", [*SMALL, "seconds=0.3"]))["plans"] == 0
+    assert run(compose("run", [*SMALL, "robot.real_time=true", "seconds=0.3"]))["plans"] == 0
     assert planned.is_set()
+
+
+def test_a_slow_policy_has_no_latency_on_the_clock_of_the_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Steady):
+        def plan(self, observation: Observation) -> Plan:
+            time.sleep(0.15)
+            return super().plan(observation)
+
+    monkeypatch.setattr(driving, "_policy", lambda cfg: Slow())
+    result = run(compose("run", SMALL))
+    assert (result["state"], result["ticks"], result["holds"]) == ("running", 15, 0)
+    assert result["plans"] >= 1
 
 
 def immediate(policy: Any, awaited: bool = True) -> SimulatedPlanner:
@@ -165,7 +176,8 @@ def test_a_server_is_given_the_token_and_the_certificate_to_trust(monkeypatch: p
     monkeypatch.setattr(driving, "RemotePolicy", lambda url, **options: asked.append((url, options)) or Steady())
     monkeypatch.setattr(driving, "ThreadPlanner", lambda *given, awaited: waits.append(awaited) or immediate(*given))
     local = [setting for setting in SMALL if not setting.startswith("checkpoint")]
-    run(compose("run", [*local, "server=https://gpu:8421", "token=correct-horse-battery", "ca=cert.pem"]))
+    served = ["robot.real_time=true", "server=https://gpu:8421", "token=correct-horse-battery", "ca=cert.pem"]
+    run(compose("run", [*local, *served]))
     assert asked == [("https://gpu:8421", {"token": "correct-horse-battery", "ca": "cert.pem", "renews": True})]
     assert waits == [False]  # it does not wait for a last answer of the server
     for setting in (

@@ -86,8 +86,9 @@ CORRECTS = (
 )
 # Words earlier in the sentence that make a letter hypothetical ("If it were red, the answer would be A").
 SUPPOSES = re.compile(
-    r"\b(?:at first|first glance|initially|first thought|(?:might|may|could|would) (?:think|say|assume|guess)|"
-    r"if the answer|if (?!(?:i|we) (?:had|have|must)\b|asked\b|forced\b|you\b)[^.;!?]*\b(?:was|were|had)\b)"
+    r"\b(?:at first|first glance|initially|first thought|(?:might|may|could|would) (?:think|say|assume|guess)|whether|"
+    r"thought (?:that )?(?:it|the)|"
+    r"if the answer|if (?!(?:i|we) (?:had|have|must)\b|asked\b|forced\b|you\b)[^.;!?]*\b(?:was|were|had|would)\b)"
     r"(?:(?!\b(?:but|however)\b)[^.;!?])*$",
     re.IGNORECASE,
 )
@@ -141,9 +142,12 @@ NOT = re.compile(
     r"\s*(?:option|opt\.?|choice)?\s*[(\[]?$",
     re.IGNORECASE,
 )
-# Words before a list of wrong options ("Incorrect options:").
+# Words before a list of wrong options ("Incorrect options:"); "The false statement is:" and "not sure, but:" are none.
 WRONG_ONES = re.compile(
-    r"\b(?:incorrect|wrong|false|not|eliminated|excluded|rejected|ruled\s+out)\b[^.;!?]*:$", re.IGNORECASE
+    r"(?:(?<!\bis\s)\b(?:incorrect|wrong|false|eliminated|excluded|rejected|ruled\s+out)(?:\s+(?:answers?|choices?|letters?|ones?|"
+    r"options?))?|\b(?:answers?|choices?|letters?|ones?|options?)\s+(?:that|which)\s+(?:(?:are|is|was|were)\s+not|"
+    r"(?:are|is|was|were)n\s?['’]?t|do(?:es)?\s+not)\s[^.,:;!?]*)\s*:$",
+    re.IGNORECASE,
 )
 # A line that ends with a verdict on an option ("C. Green - No."): the verdict does not refer to the next line. A line
 # with only "No." rejects the text before it.

@@ -20,7 +20,7 @@ from keygrip.runtime.client import RemotePolicy, ServerError
 from keygrip.runtime.control_loop import ControlLoop
 from keygrip.runtime.dry_run import dry_run, refuse_dry_run_file
 from keygrip.runtime.plan_terms import refuse_idle_follow
-from keygrip.runtime.planners import Planner, ThreadPlanner
+from keygrip.runtime.planners import Planner, SimulatedPlanner, ThreadPlanner
 from keygrip.runtime.plausibility import Bounds, PlausiblePolicy
 from keygrip.runtime.refusal import StoppedError
 from keygrip.runtime.robot import JointRobot
@@ -73,7 +73,10 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
             log.warning("limits=null: nothing but the robot's own limits bounds what the policy asks for")
         # a server applies bounds itself
         planning: Policy = policy if cfg.checkpoint is None else PlausiblePolicy(policy, instantiate(cfg.bounds))
-        planner = ThreadPlanner(planning, awaited=cfg.server is None)
+        if getattr(robot, "real_time", True):
+            planner = ThreadPlanner(planning, awaited=cfg.server is None)
+        else:  # its clock does not advance while a plan is computed
+            planner = SimulatedPlanner(planning, latency_s=lambda: 0.0)
         execution = instantiate(cfg.execution)(planner=planner, control_hz=robot.control_hz)
         _refuse_no_continuing(execution, policy)
         refuse_idle_follow(execution.follow, "execution.follow", needs, isinstance(robot, JointRobot))

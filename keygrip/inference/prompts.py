@@ -32,6 +32,7 @@ ROLES = ("system", "user", "assistant")
 FRAMES_OF_IT = ("fps", "sample_fps", "nframes", "num_frames", "min_frames", "max_frames", "video_start", "video_end")
 AS_IT_IS = {"fps": ("1", "1.0"), "sample_fps": ("1", "1.0"), "video_start": ("0", "0.0")}  # values without effect
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+EMBEDDED = re.compile(r"data:[^,]{0,100},", re.IGNORECASE)
 LONGEST_SHOWN = 300  # characters of a path in an error
 MARK = "\ue000"  # placeholder for an image or video in text that a template renders; removed from user text
 Message = Mapping[str, Any]
@@ -295,7 +296,7 @@ def _visual_content(item: Mapping[str, Any], kind: str) -> Any:
     paths = [path for path in (content if _is_path_list(content) else [content]) if isinstance(path, str)]
     if content is None or not all(map(str.strip, paths)):  # an empty path would be the current folder
         raise ValueError(f"an item of type {kind} has none: give it under {kind}, path or url")
-    if embedded := next((path for path in paths if path[:5].lower() == "data:"), None):
+    if embedded := next(filter(EMBEDDED.match, paths), None):
         raise ValueError(
             f"{embedded[:40]!r}... holds a file in its own text: decode it and give a PIL image, an array or a path"
         )

@@ -178,11 +178,13 @@ class ControlLoop:
         images = self.execution.wants_plan(now) or self.recorder is not None
         observation, fault = self._observe(now, images)
         correction: Correction | None = None
-        if self.takeover is not None and fault is None:
+        if self.takeover is not None:
             try:
                 correction = self.takeover.read(now, self._command)
             except TakeoverLostError as error:
-                fault = str(error)
+                fault = fault or str(error)
+            if fault is not None:
+                correction = None  # read all the same: what is pressed during a fault must not act after it
         if correction is None:  # with a person's command no plan is needed
             fault = fault or self._stuck_fault(now)
         target: np.ndarray | None = None
@@ -408,19 +410,21 @@ class ControlLoop:
                 self._motions[arm].reset(self._command[arm])
 
     def _accept(self, plan: Plan, now: float) -> None:
-        """Refuse a plan that cannot be followed from here. Steps that have passed are not checked."""
+        """Refuse a plan that cannot be followed from here. Of the steps that have passed only the last is checked, from
+        which commands are interpolated."""
         if self.limits is None:
             return
         assert plan.time_s is not None
         steps = plan.gripper.shape[1]
         first = min(max(int(np.floor((now - plan.time_s) / plan.step_seconds + 1e-6)), 0), steps - 1)
+        begin = max(first - 1, 0)
         remaining = replace(
             plan,
-            position=plan.position[:, first:],
-            quaternion=plan.quaternion[:, first:],
-            gripper=plan.gripper[:, first:],
+            position=plan.position[:, begin:],
+            quaternion=plan.quaternion[:, begin:],
+            gripper=plan.gripper[:, begin:],
         )
-        refuse_unsafe(remaining, self._motions, self.robot.control_hz)
+        refuse_unsafe(remaining, self._motions, self.robot.control_hz, passed=first - begin)
 
 
 def _differs_from_command(reached_poses: np.ndarray, command: np.ndarray) -> np.ndarray:

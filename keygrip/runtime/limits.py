@@ -281,11 +281,13 @@ def held_back(
     return command
 
 
-def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -> None:
+def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float, passed: int = 0) -> None:
     """Raise UnsafePlanError if a plan cannot be executed within the limits.
 
     Args:
         plan: of all arms. motions: the current motion of each arm (left unchanged). control_hz: commands per second.
+        passed: 1 if the plan's first step is already due: the arm need not reach it, but commands are interpolated
+            from it to the next step.
 
     Raises:
         UnsafePlanError: A value is not finite, a quaternion is not a rotation, an opening is far from 0 .. 1, the plan
@@ -306,7 +308,7 @@ def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -
     if not (math.isfinite(plan.step_seconds) and plan.step_seconds > 0):
         raise UnsafePlanError(f"the plan's step_seconds is {plan.step_seconds}")
     # each step is simulated for at least one period
-    if steps * max(plan.step_seconds, 1 / control_hz) > LONGEST_PLAN_S:
+    if (steps - passed) * max(plan.step_seconds, 1 / control_hz) > LONGEST_PLAN_S:
         raise UnsafePlanError(
             f"the plan has {steps} steps of {plan.step_seconds:g} s: plans of up to {LONGEST_PLAN_S:g} s are followed"
         )
@@ -319,9 +321,17 @@ def refuse_unsafe(plan: Plan, motions: list[LimitedMotion], control_hz: float) -
                 f"step {step + 1} of the plan lies {100 * beyond[step]:.1f} cm outside the workspace, at "
                 f"{np.round(plan.position[arm, step], 3).tolist()} m"
             )
+        if passed:
+            begin, end = np.clip(plan.position[arm, passed - 1 : passed + 1], low, high)
+            lag = float(np.linalg.norm(end - begin)) - limits.speed_m_s * plan.step_seconds
+            if lag > limits.lag_m:
+                raise UnsafePlanError(
+                    f"from the step that has just passed to the next the plan moves {100 * lag:.1f} cm farther than "
+                    f"{limits.speed_m_s:g} m/s"
+                )
         trial, ticks = copy(motion), 0  # a motion replaces its arrays and never changes them in place
-        for step in range(steps):
-            goal, due = plan.position[arm, step], round((step + 1) * plan.step_seconds * control_hz)
+        for step in range(passed, steps):
+            goal, due = plan.position[arm, step], round((step + 1 - passed) * plan.step_seconds * control_hz)
             for _ in range(due - ticks):  # a step need not be a whole number of control periods
                 trial.move(goal, 1.0 / control_hz)
             ticks = due

@@ -23,8 +23,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from aiohttp import ClientConnectionError, web
-from aiohttp.http_exceptions import BadHttpMessage
+from aiohttp import ClientConnectionError, HttpVersion11, web
+from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError
 
 from keygrip.models.policy import Needs, Policy
 from keygrip.runtime import metrics
@@ -41,6 +41,32 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 LINGER_S = 1.0  # a refused body is still read for this time, so that the client receives the answer
 LONGEST_RESET = 1000  # bytes of the body of POST /reset
 PLACES = "there is POST /plan, POST /reset, DELETE /session, GET /health, /healthz and /metrics, and a websocket at /"
+
+
+class _InOneLine(logging.Filter):
+    """Reduce the traces of requests that are no HTTP to one line: any stranger can send them, without the token."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            reason = " ".join(error.message.split())[:200]
+            record.msg, record.args = f"{record.getMessage()}: {type(error).__name__}: {reason}", ()
+            record.exc_info = record.exc_text = None
+            record.levelno, record.levelname = logging.INFO, "INFO"
+        return True
+
+
+async def _answer_expect(request: web.Request) -> None:
+    """Answer the header Expect as aiohttp does, which fails to name an expectation with bytes above 127."""
+    if request.headers["Expect"].lower() != "100-continue":
+        raise web.HTTPExpectationFailed(text="the only Expect is 100-continue")
+    if request.version == HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun
+
+
+http_log = logging.getLogger(f"{__name__}.http")
+http_log.addFilter(_InOneLine())
 
 
 class PolicyServer:
@@ -84,17 +110,17 @@ class PolicyServer:
             RuntimeError: The policy was stuck more often than it may be replaced.
         """
         application = web.Application(client_max_size=self.limits.request_bytes, middlewares=[self._answer])
-        application.router.add_get("/", self._socket, allow_head=False)
-        application.router.add_get("/health", self._health, allow_head=False)
-        application.router.add_get("/healthz", self._alive, allow_head=False)
-        application.router.add_get("/metrics", self._metrics, allow_head=False)
-        application.router.add_post("/plan", self._plan)
-        application.router.add_post("/reset", self._reset)
-        application.router.add_delete("/session", self._end)
+        for path, handler in (("/", self._socket), ("/health", self._health), ("/healthz", self._alive)):
+            application.router.add_get(path, handler, allow_head=False, expect_handler=_answer_expect)
+        application.router.add_get("/metrics", self._metrics, allow_head=False, expect_handler=_answer_expect)
+        application.router.add_post("/plan", self._plan, expect_handler=_answer_expect)
+        application.router.add_post("/reset", self._reset, expect_handler=_answer_expect)
+        application.router.add_delete("/session", self._end, expect_handler=_answer_expect)
         application.on_shutdown.append(self._ending)
         runner = web.AppRunner(
             application,
             access_log=None,
+            logger=http_log,
             handle_signals=False,
             keepalive_timeout=self.limits.idle_s,
             lingering_time=LINGER_S,

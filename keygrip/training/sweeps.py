@@ -346,10 +346,9 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     for index, (overrides, job_folder) in enumerate(find_jobs(folder)):
         missing = {"status": "missing", "error": "no result was written"}
         result = missing if job_folder is None else read_result(job_folder)
-        refused = [name for name, (given, _) in refusals.items() if _same_overrides(given, overrides)]
-        if refused and result.get("status") != FINISHED:
-            at = next((name for name in refused if name == str(index)), refused[0])
-            result = {"status": FAILED, "error": refusals[at][1]}
+        at = _refused_in(refusals, index, overrides, job_folder)
+        if at is not None and result.get("status") != FINISHED:
+            result = {"status": FAILED, "error": refusals.pop(at)[1]}
         status = result.get("status", "missing")
         if status == RUNNING and job_folder is not None and is_held(job_folder) is False:
             status = "killed"
@@ -366,10 +365,20 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_refusals(folder: Path) -> dict[str, tuple[list[str], str]]:
-    """Return overrides and reason of each refused start of a job, by the name of the job's folder."""
-    found = {path.parent.name: read_record(path) for path in sorted(folder.glob(f"**/{REFUSED}"))}
-    return {name: (content.get("overrides", []), str(content.get("error"))) for name, content in found.items()}
+def _read_refusals(folder: Path) -> dict[Path, tuple[list[str], str]]:
+    """Return overrides and reason of each refused start of a job, by the job's folder."""
+    found = {path.parent: read_record(path) for path in sorted(folder.glob(f"**/{REFUSED}"))}
+    return {path: (content.get("overrides", []), str(content.get("error"))) for path, content in found.items()}
+
+
+def _refused_in(
+    refusals: dict[Path, tuple[list[str], str]], index: int, overrides: Sequence[str], job_folder: Path | None
+) -> Path | None:
+    """Return the folder in which a job was refused; None: it was not. The folder's number distinguishes jobs with equal
+    overrides; a job without a result of its own was refused in the folder of another one."""
+    folders = [path for path, (given, _) in refusals.items() if _same_overrides(given, overrides)]
+    likely = [path for path in folders if path.name == str(index) or job_folder in (None, path)]
+    return min(likely, key=lambda path: (path.name != str(index), path != job_folder), default=None)
 
 
 def find_jobs(folder: Path) -> list[tuple[list[str], Path | None]]:

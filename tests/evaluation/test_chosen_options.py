@@ -654,6 +654,21 @@ def test_brackets_in_a_row_name_none() -> None:
     assert chosen_option("(A)(B)(C)(D)", COLOURS) is None
 
 
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        *(("I'm not sure, but my best guess is:\nB", 1), ("The man does not open the door:\nB", 1)),
+        *(("The statement that is not true is:\nB", 1), ("The false statement is: C", 2)),
+        *(("Which animal is not in the video:\nB", 1), ("It is not clear, my pick: C as he sits", 2)),
+        *(("If it meowed, the answer would be A.\nB", 1), ("I thought the answer was A.\n\nB", 1)),
+        ("First, I considered whether the answer is A. But no cat is seen.\n\nB", 1),
+        *(("The options that are not shown:\nB\nC\nD", None), ("Eliminated:\nB", None)),
+    ],
+)
+def test_a_sentence_with_a_denial_or_a_supposition_hides_no_letter_behind_it(said: str, option: int | None) -> None:
+    assert chosen_option(said, NOUNS) == option
+
+
 HUES = ["Red", "Blue", "Green", "Yellow"]
 
 

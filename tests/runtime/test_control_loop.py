@@ -144,6 +144,29 @@ def loop_of(policy: Any, robot: PointArm, latency: float = 0.0, **settings: Any)
     return ControlLoop(robot, execution, settings.pop("limits", LIMITS), **settings)
 
 
+class AstrayAtFirst:
+    """Plans to stay where the arm is, but for the first step."""
+
+    def __init__(self, first: list[float]) -> None:
+        self.first = first
+
+    def plan(self, observation: Observation) -> Plan:
+        position = np.tile(START[:3], (1, 8, 1))
+        position[0, 0] = self.first
+        return Plan(position, np.tile(DOWN, (1, 8, 1)), np.ones((1, 8)), 0.3)
+
+
+@pytest.mark.parametrize("first", [[0.3, 1.3, 0.2], [0.3, 0.29, 0.2], [np.nan, 0.0, 0.2]])
+@pytest.mark.parametrize("latency", [0.0, 0.2, 0.32, 0.45])
+def test_the_step_that_passes_while_a_plan_arrives_is_checked_too(first: list[float], latency: float) -> None:
+    """Commands are interpolated from it to the next step."""
+    robot = PointArm()
+    limits = replace(LIMITS, speed_m_s=0.1)
+    report = loop_of(AstrayAtFirst(first), robot, latency, limits=limits).run(6.0)
+    assert report.state is State.STOPPED
+    assert np.abs(np.array(robot.sent)[:, :3] - START[:3]).max() < 1e-9
+
+
 def test_blocking_without_latency_is_the_receding_horizon() -> None:
     ours, theirs = Wild(broken=0.0), Wild(broken=0.0)
     reference = RecedingHorizon(theirs, 10.0)
@@ -229,6 +252,28 @@ def test_the_next_plan_is_asked_for_early_by_the_measured_latency(camera_age: fl
     loop_of(Noting(), Camera(), 0.3, execution={"still_distance_m": 0.0}).run(6.0)
     # 1.2 s of execution minus 0.3 s; a request cannot compensate for the age of its image
     np.testing.assert_allclose(np.diff(asked)[1:], 0.9 - camera_age, atol=1e-6)
+
+
+def test_what_a_person_presses_during_a_fault_does_not_act_after_it() -> None:
+    """The device is read during the fault, and its correction dropped: otherwise it would answer with old keys."""
+    read: list[float] = []
+    robot = PointArm()
+
+    class Pressing:
+        def read(self, now: float, command: np.ndarray) -> Correction | None:
+            read.append(now)
+            late = robot.frozen_at is not None and now > robot.frozen_at + 0.7  # the observation is stale by then
+            return Correction(np.array([0.0, 0.1, 0.0])) if late else None
+
+        def close(self) -> None: ...
+
+    def plant() -> bool:
+        robot.frozen_at = 1.0 if 1.0 <= robot.now() < 2.0 else None
+        return False
+
+    loop_of(Clockwork(), robot, takeover=Pressing()).run(4.0, over=plant)
+    assert len(read) == 40
+    assert np.abs(np.array(robot.sent)[:, 1]).max() == 0.0
 
 
 def test_random_plans_never_exceed_a_limit() -> None:

@@ -376,6 +376,37 @@ def test_a_client_that_hangs_up_leaves_one_line(
     assert [record for record in caplog.records if record.exc_info] == []
 
 
+def test_what_is_no_http_leaves_one_line_each_and_no_trace(running: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """A stranger needs no token to send it."""
+    sent = (
+        b"GET /\x01 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00",  # TLS
+        b"POST /plan HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"\x00" * 50,
+    )
+    server = running()
+    answers = []
+    with caplog.at_level(logging.INFO):
+        for request in (*sent, b"GET /health HTTP/1.1\r\nHost: localhost\r\nExpect: \xff\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+                connection.sendall(request)
+                answers.append(connection.recv(65536).split(b"\r\n")[0].split()[1])
+        server.stop()
+    assert answers == [b"400"] * len(sent) + [b"417"]
+    assert [record for record in caplog.records if record.exc_info or record.levelno > logging.WARNING] == []
+    assert len([record for record in caplog.records if "Error handling request" in record.getMessage()]) <= len(sent)
+
+
+def test_a_client_that_waits_for_100_continue_gets_its_answer(running: Start, observation: Observe, needs: Any) -> None:
+    server, body = running(), encode_observation(observation(), needs)
+    head = f"POST /plan HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
 def test_metrics_can_be_scraped(running: Start, observation: Observe) -> None:
     server = running()
     with RemotePolicy(server.url) as policy:

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from keygrip.artifacts import locked, write_json
 from keygrip.config import compose, config_folder
 from keygrip.training import sweeps
-from keygrip.training.results import read_result, write_result
+from keygrip.training.results import read_result, record_refusal, write_result
 from keygrip.training.run_folder import PLAN
 from keygrip.training.signals import Interrupted
 from keygrip.training.sweep_jobs import refuse_several_devices
@@ -97,6 +97,26 @@ def test_a_sweep_resumes_what_did_not_finish(cli: Callable[..., Any], monkeypatc
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # queued again, with the same command
     assert cli(*jobs).code == 0
     assert Path("sweep/0/result.json").stat().st_mtime_ns == first
+
+
+@pytest.mark.parametrize(
+    ("jobs", "folders", "refused", "errors"),
+    [
+        ((["seed=0"], ["seed=0"]), ("0", "1"), ("0",), ["refused in 0", "own error in 1"]),
+        ((["seed=0"], ["seed=0"]), ("0", "1"), ("1",), ["own error in 0", "refused in 1"]),
+        ((["x=1"], ["x=2"]), ("a/0", "b/0"), ("a/0", "b/0"), ["refused in a/0", "refused in b/0"]),
+        ((["x=1"], ["x=2"]), ("x=1", "x=2"), ("x=1",), ["refused in x=1", "own error in x=2"]),
+    ],
+)
+def test_a_refusal_is_that_of_its_own_folder(
+    jobs: tuple[list[str], ...], folders: tuple[str, ...], refused: tuple[str, ...], errors: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    for name, overrides in zip(folders, jobs, strict=True):
+        write_result(tmp_path / name, {"status": "failed", "overrides": overrides, "error": f"own error in {name}"})
+        if name in refused:
+            record_refusal(tmp_path / name, f"refused in {name}", overrides)
+    assert [row["error"] for row in collect(tmp_path)] == errors
 
 
 def test_the_table_says_why_jobs_of_a_sweep_that_goes_on_were_refused(cli: Callable[..., Any]) -> None:

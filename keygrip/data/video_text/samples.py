@@ -75,7 +75,7 @@ class Part:
     def longest_shown(self, max_frames: int) -> int:
         """Return the most frames of a sample as it is shown, or of a clip of it; 0 without samples."""
         frames = self.frames(max_frames)
-        if self.clips is not None:
+        if self.clips is not None and self.clips.share == 1:  # otherwise the other videos stay whole
             frames = np.minimum(frames, self.clips.frames[1])
         return int(frames.max(initial=0))
 

@@ -15,18 +15,13 @@ def check_data(
     coarse_kinds: Collection[str],
     statistics: VideoTextStatistics,
 ) -> None:
-    """Raise ValueError if the collator counts other tokens or other padding than the network has, no question has one
-    of the `coarse_kinds`, clips keep the video's seconds and the network has no clock of seconds, or a video has more
+    """Raise ValueError if the collator counts other tokens per frame than the network has, no question has one of the
+    `coarse_kinds`, clips keep the video's seconds and the network has no clock of seconds, or a video has more
     frames than the network numbers."""
     if collator.tokens_per_frame != network.tokens_per_frame:
         raise ValueError(
             f"collator.tokens_per_frame={collator.tokens_per_frame}: the network has {network.tokens_per_frame}, which "
             "data.budget must count"
-        )
-    if collator.pack_rows != network.pack_rows:
-        raise ValueError(
-            f"collator.pack_rows={collator.pack_rows}: the padding that is reported before training is that of "
-            f"model.network.pack_rows={network.pack_rows}: set that, and leave collator.pack_rows out"
         )
     if statistics.kinds and (unknown := set(coarse_kinds) - statistics.kinds):
         raise ValueError(f"model.coarse_kinds={sorted(unknown)}: asked are {', '.join(sorted(statistics.kinds))}")

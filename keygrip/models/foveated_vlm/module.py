@@ -190,15 +190,18 @@ chat.generate([{"role": "user", "content": [video, question]}])"""
     def check_run(self, max_steps: int, begins: bool) -> None:
         """See `System`."""
         super().check_run(max_steps, begins)
-        if (
-            begins
-            and self.refinement
-            and isinstance(self.network, FoveatedVLM)
-            and self.network.query_source == "coarse"
-        ):
+        if not begins:
+            return
+        query_source = self.network.query_source if isinstance(self.network, FoveatedVLM) else None
+        if self.refinement and self.refinement_from < 1 and query_source == "coarse":
             raise ValueError(
                 f"model.refinement={self.refinement} computes queries from fine tokens in training, and with "
                 "model.network.query_source=coarse inference computes them from coarse tokens: set model.refinement=0"
+            )
+        if self.collator.pack_rows != self.network.pack_rows:
+            raise ValueError(
+                f"collator.pack_rows={self.collator.pack_rows}: the padding that is reported before training is that "
+                f"of model.network.pack_rows={self.network.pack_rows}: set that, and leave collator.pack_rows out"
             )
 
     def _load_initial_weights(self, path: str) -> None:

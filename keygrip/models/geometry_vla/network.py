@@ -14,6 +14,7 @@ Da values of an action step, H width of language model and head.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -62,7 +63,7 @@ class ActionSampling:
             is smaller if there is one way to do a task, and it may lie between the ways if there are several.
 
     Raises:
-        ValueError: no steps, an unknown solver, or a negative temperature.
+        ValueError: no steps or too many, an unknown solver, or a temperature that is negative or not finite.
     """
 
     steps: int = 4
@@ -74,8 +75,11 @@ class ActionSampling:
             raise ValueError(f"model.sampling.steps is at least 1, got {self.steps}.")
         if self.solver not in SOLVERS:
             raise ValueError(f"model.sampling.solver is one of {', '.join(SOLVERS)}, not {self.solver!r}.")
-        if self.temperature < 0:
-            raise ValueError(f"model.sampling.temperature must not be negative, got {self.temperature}.")
+        noise_levels(self.steps)  # raises ValueError for too many
+        if not 0 <= self.temperature < math.inf:  # NaN too
+            raise ValueError(
+                f"model.sampling.temperature must not be negative and must be finite, got {self.temperature}."
+            )
 
 
 @dataclass(frozen=True)

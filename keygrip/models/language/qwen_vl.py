@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from keygrip.models.language.tokenizers import ChatTokenizer, TokenizerSource
 from keygrip.models.nn.lora import LoRA, add_lora
 from keygrip.models.nn.low_precision import Precision, lower_precision
 from keygrip.models.nn.processor_attention import recompute_contexts
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,9 @@ class QwenVL(nn.Module):
     Raises:
         ValueError: impossible sizes, or weights of other sizes. FileNotFoundError: weights that do not exist.
     """
+
+    # a frozen model stays in eval mode, in which transformers recomputes nothing
+    read_where: ClassVar = {"gradient_checkpointing": ReadWhere("trainable", "all", "language")}
 
     def __init__(
         self,

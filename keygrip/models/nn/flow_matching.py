@@ -15,16 +15,17 @@ logit-normal times and the shift of the noise levels from Esser et al., "Scaling
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributions import Gamma
 
-from keygrip.training.parts import model_part
+from keygrip.training.parts import ReadWhere, model_part
 
 Solver = Literal["euler", "heun", "adams_bashforth"]
 MOST_STEPS = 10_000  # of sampling: far above any that is of use
@@ -77,6 +78,8 @@ class LogitNormalTimesteps:
         mean: above 0 shifts towards noise. std: width, positive.
         uniform_share: share of the samples that are uniform instead, so that no level is left out; 1: all of them.
     """
+
+    read_where: ClassVar = dict.fromkeys(("mean", "std"), ReadWhere("uniform_share", unless=1))
 
     def __init__(self, mean: float = 0.0, std: float = 1.0, uniform_share: float = 0.0) -> None:
         if std <= 0:
@@ -156,8 +159,16 @@ def seeded_noise(
 
     Sampled on the CPU, so that a seed gives the same image on every device and in every batch.
     """
-    draws = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    generators = (torch.Generator().manual_seed(_seed_of_32_bits(seed)) for seed in seeds)
+    draws = [torch.randn(*shape, generator=generator) for generator in generators]
     return torch.stack(draws).to(device, dtype)
+
+
+def _seed_of_32_bits(seed: int) -> int:
+    """torch's generator on the CPU reads the lower 32 bits of a seed only; other seeds are hashed to 32 bits."""
+    if 0 <= seed < 2**32:
+        return seed
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
 
 
 def integrate(

@@ -87,6 +87,11 @@ class DetailHead(nn.Module):
         for parameter in self.image_out.parameters():
             nn.init.zeros_(parameter)
 
+    def check(self, edge: int) -> None:
+        """Raise ValueError if latents are not packed in such cells. edge: of their `PixelPacking`; 1: other latents."""
+        if self.cell not in (1, edge):
+            raise ValueError(f"model.network.detail.cell={self.cell}: these encoders give latents of cells of {edge}")
+
     def forward(self, noisy: Tensor, draft: Tensor, tokens: Tensor, condition: Tensor) -> Tensor:
         """The corrected draft [B, C, h, w].
 

@@ -152,9 +152,18 @@ def checked_statistics_of(asked: StatisticsOf) -> StatisticsOf:
     return asked
 
 
-def normalise_as(source: InitSource, statistics: FeatureStatistics, asked: StatisticsOf) -> None:
-    """Set the normalisation of features that the weights were trained with, as far as it is known or asked for."""
+def normalise_as(source: InitSource, statistics: FeatureStatistics, asked: StatisticsOf, student: bool = False) -> None:
+    """Set the normalisation of features that the weights were trained with, as far as it is known or asked for.
+
+    Args:
+        student: the weights are those of a teacher, which samples with this normalisation and is not trained.
+    """
     has_statistics = bool(source.statistics)
+    if student and has_statistics and asked in ("data", "identity"):
+        raise ValueError(
+            f"model.init_from_statistics={asked}: the teacher in {source.path} was trained on features that were "
+            "normalised otherwise, and its samples would be wrong; give source"
+        )
     if asked == "source" and not has_statistics:
         raise ValueError(
             f"model.init_from_statistics=source: {source.path} says nothing of how features were normalised; give "

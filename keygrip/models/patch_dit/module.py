@@ -122,6 +122,8 @@ class PatchDiTModule(System):
         self.network = network(
             latent_channels=encoders.latent_channels, text_dim=encoders.text_dim, dino_dim=encoders.dino_dim
         )
+        if self.network.detail is not None:
+            self.network.detail.check(encoders.autoencoder.stride if encoders.exact else 1)
         dropout.check(self.network.use_dino_patches, few_steps is not None)
         sizes = self.network.width, encoders.dino_dim, self.network.depth
         self.alignment = None if alignment is None else alignment(*sizes)
@@ -191,7 +193,7 @@ class PatchDiTModule(System):
                     "training goes on from there at optimizer.lr=%g; half the rate of random weights is a first choice",
                     self.optimizer_recipe.lr,
                 )
-            normalise_as(source, self.statistics, self.init_from_statistics)
+            normalise_as(source, self.statistics, self.init_from_statistics, self.few_steps is not None)
             if self.few_steps is not None:
                 self.few_steps.take_teacher(self.network, source)
         elif self.init_from is None and (self.lora is not None or self.few_steps is not None):

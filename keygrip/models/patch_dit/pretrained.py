@@ -6,7 +6,7 @@ encoders here use transformers: a frozen T5 is a fixed part of the data, not a l
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -20,7 +20,13 @@ INSTALL = "pip install 'keygrip[dit]'"
 
 
 def subfolder_of(source: str, subfolder: str | None) -> str | None:
-    """The subfolder to load from; None if the source is a folder without it, and thus the part's own folder."""
+    """The subfolder to load from; None if the source is a folder without it, and thus the part's own folder.
+
+    Raises:
+        ValueError: it leads out of the source. A checkpoint may name a subfolder, and must not choose other folders.
+    """
+    if subfolder and (PurePath(subfolder).is_absolute() or ".." in PurePath(subfolder).parts):
+        raise ValueError(f"subfolder={subfolder!r} leads out of {source}: give a folder inside of it")
     if subfolder and Path(source).is_dir() and not (Path(source) / subfolder).is_dir():
         return None
     return subfolder

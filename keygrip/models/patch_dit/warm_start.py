@@ -46,6 +46,8 @@ PREFIXES = ("network.", "model.", "module.", "ema.", "_orig_mod.")
 SHOWN = 12
 # Usual names of diffusion transformers, as regular expressions, and ours. Each rule is applied once, in this order.
 USUAL = {
+    r"^transformer_blocks\.": "blocks.",
+    r"^pos_embed\.proj\.": "latent_in.",
     r"\.(attn|self_attn|attn1)\.": ".self_attention.",
     r"\.(cross_attn|attn2)\.": ".cross_attention.",
     r"\.(to_q|q_proj|q)\.": ".query.",

@@ -183,6 +183,54 @@ def test_commands_of_another_recording_are_an_error_if_most_demos_have_them(
     assert found == [("command_following", severity, tuple(f"demo_{n}" for n in concerned))]
 
 
+def recording(number: int, commanded: np.ndarray, reached: np.ndarray, fps: float) -> Demo:
+    """Return a demo of two tracks [N, 3] whose gripper points down."""
+    turn = np.tile(pointing_down(0.0, 0.0), (len(reached), 1, 1))
+    quaternion, opening = Rotation.from_matrix(turn).as_quat(scalar_first=True), np.ones(len(reached))
+    tracks = (ArmTrajectory(position, quaternion, opening) for position in (reached, commanded))
+    arm, command = tracks
+    times = (np.arange(len(reached)) * 1e9 / fps).astype(np.int64)
+    arms = {"right": replace(arm, commanded=command)}
+    return Demo(f"demo_{number}", Path(), "arm", "stir", "stir it", fps, times, arms, {})
+
+
+@pytest.mark.parametrize(("fps", "turns", "lag"), [(50.0, 1.0, 0.2), (20.0, 1.2, 0.2), (30.0, 1.2, 0.2)])
+@pytest.mark.parametrize("line", [False, True])
+def test_a_late_arm_that_goes_to_and_fro_or_in_circles_has_no_other_axes(fps, turns, lag, line):
+    def place(times: np.ndarray) -> np.ndarray:
+        angle = 2 * np.pi * turns * times
+        return np.array([0.38, 0, 0.1]) + 0.08 * np.stack(
+            [0 * angle if line else np.cos(angle), np.sin(angle), 0 * angle], 1
+        )
+
+    times = np.arange(int(6 * fps)) / fps
+    exam = examined([recording(n, place(times + n), place(times + n - lag), fps) for n in range(3)])
+    check_commands(exam)
+    assert {finding.check for finding in exam.findings} <= {"command_lag"}
+
+
+def test_commands_that_stay_where_they_are_are_no_increments():
+    """Their sum moves away from the origin, as a reach outwards does."""
+    low = np.array([0.3, 0.0, 0.06])
+    reach = low + np.linspace(0, 1, 60)[:, None] * [0.25, 0, 0.03]
+    exam = examined([recording(n, np.tile(low, (60, 1)), reach, 10.0) for n in range(3)])
+    check_commands(exam)
+    assert {finding.check for finding in exam.findings} == {"command_scale"}
+
+
+def test_an_arm_that_is_slower_than_its_commands_is_a_warning_in_all_demos():
+    low = np.array([0.35, 0.0, 0.1])
+    corners = low + np.array([[0, 0, 0], [0.2, 0.2, 0.1], [0.1, -0.2, 0], [0.2, 0.1, 0.1], [0, 0, 0]])
+    commanded = np.repeat(corners, 30, axis=0)
+    reached = commanded.copy()
+    for row in range(1, len(reached)):
+        step = commanded[row - 1] - reached[row - 1]
+        reached[row] = reached[row - 1] + step * min(1.0, 0.005 / max(np.linalg.norm(step), 1e-9))
+    exam = examined([recording(n, commanded, reached, 30.0) for n in range(3)])
+    check_commands(exam)
+    assert [(f.check, f.severity) for f in exam.findings] == [("command_following", "warning")]
+
+
 def test_one_demo_with_inverted_commands_is_told_from_the_others():
     exam = examined([demo(number, inverted if number == 1 else lambda track: track) for number in range(3)])
     check_commands(exam)

@@ -232,6 +232,16 @@ def test_starts_that_their_launcher_gives_one_name_have_none(monkeypatch: pytest
     assert name_of_start()
 
 
+def test_starts_by_hand_are_told_apart_by_their_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by mpirun or Kubernetes, which set no id."""
+    names = []
+    for port in ("29500", "29501"):
+        for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        names.append(name_of_start())
+    assert names[0] != names[1]
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_what_one_process_leaves_out_all_of_its_start_do(
     root: Path, robot_demos: Make, monkeypatch: pytest.MonkeyPatch, launcher: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,8 @@ def test_two_sources_of_one_set_are_cut_differently(tmp_path: Path) -> None:
     assert not data.statistics.clips_keep_times
     assert data.statistics.longest_video == 8  # of validation, which has whole videos
     assert max(part.longest_shown(64) for part in data.parts["train"]) == 4
+    whole = [replace(part, clips=SubClips([3, 4], share=0.5)) for part in data.parts["train"]]
+    assert max(part.longest_shown(64) for part in whole) == 8
     held_out = list(data.val_dataloader())
     assert {int(count) for batch in held_out for count in batch.frame_mask.sum(1)} == {8}
     assert {source for batch in held_out for source in batch.source} == {"tours"}

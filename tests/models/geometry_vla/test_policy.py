@@ -230,9 +230,12 @@ def test_parts_that_do_not_fit_are_named() -> None:
         type(small_module().network)(small_vlm(), None, ("right",), T, blocks=2, head_size=16)
     with pytest.raises(ValueError, match=r"model\.draws is at least 1"):
         small_module(draws=0)
-    for option, bad in {"steps": 0, "solver": "rk4", "temperature": -0.1}.items():
+    wrong = (("steps", 0), ("solver", "rk4"), ("temperature", -0.1), ("temperature", float("nan")))
+    for option, bad in wrong:
         with pytest.raises(ValueError, match=rf"model\.sampling\.{option} .*{bad}"):
             ActionSampling(**{option: bad})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="10000"):
+        ActionSampling(steps=20_000)
 
 
 def test_the_baseline_has_no_geometry() -> None:

@@ -152,3 +152,11 @@ def test_adams_bashforth_is_exact_for_linear_velocities_over_uneven_levels() -> 
 def test_the_top_of_beta_timesteps_is_the_largest_scaled_value() -> None:
     drawn = flow.BetaTimesteps(1.5, 1.0, top=0.5)(20_000)
     assert float((drawn == 1).float().mean()) == pytest.approx(1 - 0.5**1.5, abs=0.02)
+
+
+def test_seeds_of_64_bits_have_noise_of_their_own() -> None:
+    """torch's generator reads 32 bits of a seed."""
+    noise = flow.seeded_noise([1, 1 + 2**32, -1, 2**32 - 1, 2**63], (4, 2))
+    assert len({tuple(each.flatten().tolist()) for each in noise}) == 5
+    assert torch.equal(noise[0], torch.randn(4, 2, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(noise[1], flow.seeded_noise([1 + 2**32], (4, 2))[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -125,6 +126,17 @@ def test_separate_keys_and_values_are_joined(names: tuple[str, str, str], rules:
     assert not report.unexpected
     conditions = conditions_of()
     assert torch.equal(velocity(network, conditions), velocity(source, conditions))
+
+
+def test_names_of_diffusers_are_known() -> None:
+    source, network = small_dit(seed=3), small_dit(seed=4)
+    weights = {
+        re.sub(r"^blocks\.", "transformer_blocks.", name).replace("x_embedder.proj.", "pos_embed.proj."): value
+        for name, value in foreign(source).items()
+    }
+    assert sum(name.startswith(("transformer_blocks.", "pos_embed.")) for name in weights) > 10
+    report = take(network, weights, "there", {}, min_share=0.8)
+    assert {name.split(".", 2)[2] for name in report.missing} == {"modulation.linear.weight", "modulation.linear.bias"}
 
 
 def test_gates_of_the_usual_transformer_are_no_shifts_and_scales(caplog: pytest.LogCaptureFixture) -> None:

@@ -143,3 +143,10 @@ def test_checkpointed_gradients_are_the_same_and_the_head_is_computed_twice() ->
 def test_sizes_that_do_not_fit_are_named(changes: dict[str, int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         head(**changes)
+
+
+def test_cells_are_those_of_the_latents() -> None:
+    made = head(cell=2)
+    made.check(2)
+    with pytest.raises(ValueError, match=r"model\.network\.detail\.cell=2: these encoders give latents of cells of 4"):
+        made.check(4)

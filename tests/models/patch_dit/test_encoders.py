@@ -22,6 +22,7 @@ from keygrip.models.patch_dit.context import Conditions
 from keygrip.models.patch_dit.dino_view import DinoView, grey, weights_digest
 from keygrip.models.patch_dit.encoders import Encoders
 from keygrip.models.patch_dit.network import PatchDiT
+from keygrip.models.patch_dit.pretrained import subfolder_of
 from keygrip.models.patch_dit.text_encoders import RandomWordVectors, T5Text
 from keygrip.training.parts import build_stored
 
@@ -229,6 +230,16 @@ def test_latents_are_decoded_in_the_autoencoder_s_own_type(dtype: torch.dtype, f
     assert wanted.std() > 0.01
     with torch.autocast("cpu", dtype):
         assert torch.equal(encoders.decode_latents(latents), wanted)
+
+
+@pytest.mark.parametrize("subfolder", ["../secret/vae", "{folder}/secret/vae", "vae/../../secret/vae"])
+def test_a_subfolder_outside_of_the_source_is_refused(subfolder: str, tmp_path: Path) -> None:
+    """A checkpoint may name a subfolder; the folder is the user's choice."""
+    named = subfolder.format(folder=tmp_path)
+    (tmp_path / "secret" / "vae").mkdir(parents=True)
+    (tmp_path / "source").mkdir()
+    with pytest.raises(ValueError, match=r"leads out of .*source: give a folder inside of it"):
+        subfolder_of(str(tmp_path / "source"), named)
 
 
 def test_an_autoencoder_of_another_size_is_refused(flux: Path) -> None:

@@ -21,7 +21,7 @@ from keygrip.models.nn.lora import merged_weights
 from keygrip.models.patch_dit.context import ConditionDropout, Conditions
 from keygrip.models.patch_dit.feature_statistics import NORMALISED, FeatureStatistics
 from keygrip.models.patch_dit.few_steps import FewSteps
-from keygrip.models.patch_dit.init_source import InitSource, read_source
+from keygrip.models.patch_dit.init_source import InitSource, StatisticsOf, normalise_as, read_source
 from keygrip.models.patch_dit.module import PatchDiTModule
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.models.patch_dit.sampler import Sampling, sample
@@ -85,6 +85,13 @@ def test_features_are_normalised_as_in_the_run_that_gives_the_weights(
     assert "says nothing of how features were normalised" in caplog.text
     with pytest.raises(ValueError, match=r"init_from_statistics=source: .*weights\.pt says nothing"):
         started("refused", foreign, "model.init_from_statistics=source")
+
+
+@pytest.mark.parametrize("asked", ["data", "identity"])
+def test_a_teacher_keeps_the_normalisation_of_its_training(asked: StatisticsOf, tmp_path: Path) -> None:
+    source = InitSource(str(tmp_path), {}, statistics={"mean": torch.zeros(1)})
+    with pytest.raises(ValueError, match=rf"init_from_statistics={asked}: the teacher in .* give source"):
+        normalise_as(source, FeatureStatistics(4, 8), asked, student=True)
 
 
 @pytest.mark.slow

@@ -23,6 +23,8 @@ SUMMED, NOT_SUMMED = 0.95, 0.7
 # Exchanged axes are named if they leave this share of the distance of both tracks.
 AXES_SHARE = 0.35
 DELAYS = range(4)  # frames of the reached track after such commands
+SOUND_DELAYS = range(-12, 31)  # frames by which a sound track may follow the other, if one of them is late
+RELATED = 0.5  # correlation from which an arm goes after its commands, only slowly or not to their end
 
 
 def find_increments(
@@ -54,7 +56,10 @@ def _are_increments(reached: ArmTrajectory) -> bool:
         max(_correlation(*pair_with_delay(position, track, delay)) for delay in DELAYS)
         for track in (command.cumsum(axis=0), command)
     )
-    return themselves < NOT_SUMMED and summed > SUMMED
+    # commands that do not change, or of another recording, have a sum that moves away from the origin, as a reach does
+    steps = np.diff(position, axis=0)
+    by_step = max(_correlation(*pair_with_delay(steps, command[:-1], delay)) for delay in DELAYS)
+    return themselves < NOT_SUMMED and summed > SUMMED and by_step > RELATED
 
 
 def _correlation(left: np.ndarray, right: np.ndarray) -> float:
@@ -90,10 +95,8 @@ def _exchanged_axes(reached: ArmTrajectory) -> str | None:
     """Return the axes of the commanded positions, as "y, -x, z", that go with x, y, z of the reached ones, if these are
     far from each other as stored; else None."""
     assert reached.commanded is not None
-    if len(reached) <= max(DELAYS):
-        return None
     command = reached.commanded.position
-    as_stored = _least_distance(command, reached.position)
+    as_stored = _least_distance(command, reached.position, SOUND_DELAYS)
     if as_stored <= FOLLOWED_M:
         return None
     best, found = AXES_SHARE * as_stored, None
@@ -105,11 +108,12 @@ def _exchanged_axes(reached: ArmTrajectory) -> str | None:
     return found
 
 
-def _least_distance(command: np.ndarray, position: np.ndarray) -> float:
+def _least_distance(command: np.ndarray, position: np.ndarray, delays: Iterable[int] = DELAYS) -> float:
     """Return the distance (m) of two tracks [N, 3] that a tenth of the frames exceeds, with their offset removed, at
-    the delay with the least. An arm rests at some places, where the offset explains every exchange of axes."""
+    the delay with the least, of those that leave half of the frames. An arm rests at some places, where the offset
+    explains every exchange of axes."""
     distances = []
-    for delay in DELAYS:
+    for delay in (each for each in delays if 2 * abs(each) <= len(command)):
         difference = np.subtract(*pair_with_delay(position, command, delay))
         distances.append(np.quantile(np.linalg.norm(difference - np.median(difference, axis=0), axis=1), 0.9))
     return float(min(distances))
@@ -126,8 +130,9 @@ def find_not_followed(
     exam: Examination, arm: str, tracks: dict[str, ArmTrajectory], delays: dict[str, float]
 ) -> list[str]:
     """Return the names of demos in which the arm does not follow its commands, and report them: as a warning, since it
-    may have been held or blocked, unless most of several demos are concerned."""
+    may have been held or blocked, unless it does not go after them in most of several demos."""
     distances: dict[str, float] = {}  # median distance (m) of both tracks
+    unrelated = 0
     for name, reached in tracks.items():
         if name not in delays:
             continue
@@ -137,8 +142,9 @@ def find_not_followed(
         apart = np.median(np.linalg.norm(command - position - offset, axis=1)) > FOLLOWED_M
         if apart and scale_of_motion(command, position) is None:
             distances[name] = float(np.median(np.linalg.norm(command - position, axis=1)))
+            unrelated += _correlation(command, position) < RELATED
     if distances:
-        every_time = len(tracks) >= MANY_DEMOS and 2 * len(distances) > len(tracks)
+        every_time = len(tracks) >= MANY_DEMOS and 2 * unrelated > len(tracks)
         exam.add(
             "command_following",
             "error" if every_time else "warning",
