@@ -156,7 +156,8 @@ def test_a_folder_does_not_decide_what_its_checkpoint_may_do(saved: Path, tmp_pa
     shutil.copytree(saved, tmp_path / "sent")
     path = tmp_path / "sent" / "config.json"
     clean = json.loads(path.read_text())
-    for name, value in (("trust", ["json"]), ("external", {"network.instruction.source": "https://example.org/t5"})):
+    granted = {"trust": ["json"], "external": {"network.instruction.source": "https://example.org/t5"}}
+    for name, value in granted.items():
         path.write_text(json.dumps(clean | {name: value}))
         advice = re.escape(f"--policy.{name}='{json.dumps(value)}'")
         for options in ([], [f"--{name}={json.dumps(value)}"]):  # also where the command line has the same value
@@ -176,6 +177,30 @@ def test_a_folder_does_not_decide_what_its_checkpoint_may_do(saved: Path, tmp_pa
     config.use_peft = True
     with pytest.raises(ValueError, match=r"^use_peft=true: "):
         KeygripPolicy.from_pretrained(path.parent, config=config)
+
+
+def test_a_server_is_sent_the_token_of_who_loads_the_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lerobot_policy_keygrip import CameraCalibration, KeygripConfig, KeygripPolicy, modeling_keygrip
+
+    asked: list[Any] = []
+
+    def refused(url: str, **options: Any) -> None:
+        asked.append((url, options))
+        raise ConnectionError("no server here")
+
+    monkeypatch.setattr(modeling_keygrip, "RemotePolicy", refused)
+    cameras = {"observation.image": CameraCalibration(np.eye(3).tolist(), np.eye(4).tolist())}
+    config = KeygripConfig(
+        server="https://gpu:8421", token="correct-horse", ca="own.pem", device="cpu", cameras=cameras
+    )
+    with pytest.raises(ConnectionError):
+        KeygripPolicy(config)
+    assert asked == [("https://gpu:8421", {"token": "correct-horse", "ca": "own.pem"})]
+    with pytest.raises(ValueError, match="token has no effect without server"):
+        KeygripConfig(checkpoint="run", token="correct-horse", device="cpu", cameras=cameras)
+    config._save_pretrained(tmp_path)  # as by hand
+    with pytest.raises(ValueError, match=r"^config\.json of .* has token="):
+        KeygripPolicy.from_pretrained(tmp_path)
 
 
 def test_a_policy_of_a_server_needs_neither_omegaconf_nor_hydra() -> None:

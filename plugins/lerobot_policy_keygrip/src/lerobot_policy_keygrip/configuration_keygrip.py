@@ -58,10 +58,12 @@ class KeygripConfig(PreTrainedConfig):
         checkpoint: run folder, checkpoint file or exported folder; None: `keygrip/` in the folder of this
             configuration.
         server: URL of `python -m keygrip.serve`, instead of a checkpoint.
+        token: of that server, if it has one. ca: PEM file of the certificate (or authority) to trust with https; None:
+            those that the system trusts.
         trust: packages other than keygrip whose model parts the checkpoint may name.
         external: files that the model needs and the checkpoint does not contain, by dotted setting, e.g.
-            `network.instruction.source` (a frozen text tower). This and `trust` are not saved and not accepted from a
-            policy's folder: give them each time the policy is loaded.
+            `network.instruction.source` (a frozen text tower). This, `trust`, `token` and `ca` are not saved and not
+            accepted from a policy's folder: give them each time the policy is loaded.
         planning: changes to the policy's planning, e.g. `{"compiled": True}` (geometry_vla) or
             `{"decoder": "viterbi"}` (volume_query); only with a checkpoint, because a server has its own.
         control_hz: calls of `select_action` per second.
@@ -84,6 +86,8 @@ class KeygripConfig(PreTrainedConfig):
 
     checkpoint: str | None = None
     server: str | None = None
+    token: str | None = None
+    ca: str | None = None
     trust: list[str] = field(default_factory=list)
     external: dict[str, str] = field(default_factory=dict)
     planning: dict[str, Any] = field(default_factory=dict)
@@ -111,6 +115,9 @@ class KeygripConfig(PreTrainedConfig):
             self.step_gain = None  # older configurations contain it with any action
         if self.checkpoint and self.server:
             raise ValueError("give checkpoint or server, not both")
+        for name in ("token", "ca"):
+            if getattr(self, name) and not self.server:
+                raise ValueError(f"{name} has no effect without server")
         if self.step_m <= 0:
             raise ValueError(f"step_m is the length of a step in metres, above 0, not {self.step_m}")
         if (len(self.body_offset), len(self.body_low), len(self.body_high)) not in ((3, 0, 0), (3, 3, 3)):

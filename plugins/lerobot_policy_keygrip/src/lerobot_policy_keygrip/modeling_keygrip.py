@@ -25,7 +25,8 @@ from lerobot_policy_keygrip.configuration_keygrip import ArmLayout, CameraCalibr
 from lerobot_policy_keygrip.processor_keygrip import make_keygrip_pre_post_processors
 
 WEIGHTS = "keygrip"  # folder of the checkpoint, next to config.json
-GRANTS = ("trust", "external")  # settings that only the person who loads a policy may give, not its folder
+# Settings that only the person who loads a policy may give, not its folder.
+GRANTS = ("trust", "external", "token", "ca")
 # Arguments of `from_pretrained` that decide which config.json is read.
 HUB_OPTIONS = ("force_download", "resume_download", "proxies", "token", "cache_dir", "local_files_only", "revision")
 
@@ -90,11 +91,11 @@ class KeygripPolicy(PreTrainedPolicy):
         """Load the policy from a folder that `save_policy` wrote.
 
         Args:
-            config: its configuration with changes, as from LeRobot's command line. `trust` and `external` are accepted
-                only here: a folder's own config.json must not contain them.
+            config: its configuration with changes, as from LeRobot's command line. `GRANTS` are accepted only here: a
+                folder's own config.json must not contain them.
 
         Raises:
-            ValueError: the folder's config.json has `trust` or `external`, or `use_peft` is set. Also the errors of the
+            ValueError: the folder's config.json has one of `GRANTS`, or `use_peft` is set. Also the errors of the
                 class.
         """
         hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
@@ -182,7 +183,8 @@ class KeygripPolicy(PreTrainedPolicy):
                     )
                 )
         # without the checkpoint's path, also for the folder it was loaded from: a path would be wrong after a move
-        dataclasses.replace(config, checkpoint=None, trust=[], external={})._save_pretrained(folder)
+        ungranted = {"trust": [], "external": {}, "token": None, "ca": None}
+        dataclasses.replace(config, checkpoint=None, **ungranted)._save_pretrained(folder)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
@@ -284,15 +286,17 @@ def save_policy(config: KeygripConfig, folder: str | Path) -> Path:
 def _refuse_grants(place: str | Path, **hub_options: Any) -> PreTrainedConfig:
     """Return the configuration in a policy's folder. Raises ValueError if it has one of `GRANTS`.
 
-    The folder may be downloaded. `trust` lets a checkpoint run code of a package, and `external` lets it read files and
-    addresses, so that a folder with these settings would decide about its own checkpoint.
+    The folder may be downloaded, and is no place for a token. `trust` lets a checkpoint run code of a package, and
+    `external` lets it read files and addresses, so that a folder with these settings would decide about its own
+    checkpoint.
     """
     stored: PreTrainedConfig = PreTrainedConfig.from_pretrained(place, **hub_options)
     for name in GRANTS:
         if value := getattr(stored, name, None):
             raise ValueError(
-                f"config.json of {place} has {name}={value}: which packages are trusted and which files are read is "
-                f"decided by who loads a policy, not by its folder. Remove {name} from that file; if you want it, give "
+                f"config.json of {place} has {name}={value}: which packages are trusted, which files are read and "
+                "which token is sent is decided by who loads a policy, not by its folder. Remove "
+                f"{name} from that file; if you want it, give "
                 f"--policy.{name}='{json.dumps(value)}' on LeRobot's command line"
             )
     return stored
@@ -300,7 +304,7 @@ def _refuse_grants(place: str | Path, **hub_options: Any) -> PreTrainedConfig:
 
 def _load(config: KeygripConfig) -> Any:
     if config.server:
-        return RemotePolicy(config.server)
+        return RemotePolicy(config.server, token=config.token, ca=config.ca)
     if not config.checkpoint:
         raise ValueError(
             "keygrip needs checkpoint (a run folder, checkpoint file or exported folder) or server (a URL)"
