@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from keygrip.data.bad_samples import BadSample
+from keygrip.data.untrusted_files import read_json
 from keygrip.models.nn.flow_matching import resolution_shift
 from keygrip.models.nn.lora import merged_checkpoint
 from keygrip.models.patch_dit.feature_statistics import STATE, UNKNOWN, FeatureStatistics
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 
 StatisticsOf = Literal["auto", "source", "data", "identity"]
 GUIDE, GUIDE_TAKEN = "guide.network.", "guide.taken"  # of an `EarlyGuide`, in a module's state dictionary
+HUB_WEIGHTS, INDEX = "diffusion_pytorch_model.safetensors", ".index.json"  # in a folder of diffusers
 STATISTICS = "statistics."  # a module's normalisation of features, in its state dictionary
 
 
@@ -117,19 +120,21 @@ class InitSource:
 
 
 def read_source(path: str | Path) -> InitSource:
-    """Read a checkpoint, run folder or export of keygrip, a torch.save file or a .safetensors file, on the CPU.
+    """Read a checkpoint, run folder or export of keygrip, a torch.save file, a .safetensors file, or a folder or an
+    index of a diffusers model, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: it cannot be read as weights.
     """
+    shards = _hub_files(Path(path))
+    if shards:
+        parts = [_load_safetensors(shard) for shard in shards]
+        return InitSource(str(path), {name: value for part in parts for name, value in part.items()})
     file = find_checkpoint(path)
     if file.is_dir() or is_signed(file):
         return _keygrip_source(str(path), read_checkpoint(file))
     if file.suffix == ".safetensors":
-        try:
-            return InitSource(str(path), load_file(file))
-        except SafetensorError as error:
-            raise ValueError(f"init_from={file} is not a safetensors file, or is cut off: {error}") from error
+        return InitSource(str(path), _load_safetensors(file))
     try:
         content = load_tensors(file)
     except ValueError as error:
@@ -143,6 +148,43 @@ def read_source(path: str | Path) -> InitSource:
     if key:
         log.info("init_from=%s: its weights are those under %r, of %s", file, key, ", ".join(map(str, content)))
     return InitSource(str(path), _network_weights(weights))
+
+
+def _load_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"init_from={file} is not a safetensors file, or is cut off: {error}") from error
+
+
+def _hub_files(path: Path) -> list[Path]:
+    """Return the weight files of a model in the hub's layout: of a folder as diffusers writes it, or of the index of
+    weights in several files (`*.safetensors.index.json`); empty for anything else.
+
+    Raises:
+        FileNotFoundError: a file that the index names is missing. ValueError: the index is damaged, or names files
+            outside of its folder.
+    """
+    if path.is_dir():
+        whole, index = path / HUB_WEIGHTS, path / f"{HUB_WEIGHTS}{INDEX}"
+        if whole.is_file():
+            return [whole]
+        return _hub_files(index) if index.is_file() else []
+    if not path.name.endswith(INDEX) or not path.is_file():
+        return []
+    try:
+        content = read_json(path)
+    except BadSample as error:
+        raise ValueError(f"init_from={path} is damaged ({error})") from error
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"init_from={path} is no index of weights: it has no weight_map of names and files")
+    files = sorted(set(names.values()))
+    if outside := next((name for name in files if Path(name).name != name), None):
+        raise ValueError(f"init_from={path} names {outside!r}, which is no file beside it")
+    if missing := next((name for name in files if not (path.parent / name).is_file()), None):
+        raise FileNotFoundError(f"init_from={path} names {missing}, which is not beside it: download all its files")
+    return [path.parent / name for name in files]
 
 
 def checked_statistics_of(asked: StatisticsOf) -> StatisticsOf:

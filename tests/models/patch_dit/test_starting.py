@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -85,6 +86,45 @@ def test_features_are_normalised_as_in_the_run_that_gives_the_weights(
     assert "says nothing of how features were normalised" in caplog.text
     with pytest.raises(ValueError, match=r"init_from_statistics=source: .*weights\.pt says nothing"):
         started("refused", foreign, "model.init_from_statistics=source")
+
+
+def test_a_model_of_the_hub_is_read_from_its_folder_or_the_index_of_its_files(tmp_path: Path) -> None:
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, norm_num_groups=2
+    )
+    whole, shards = tmp_path / "whole", tmp_path / "shards"
+    model.save_pretrained(whole)
+    model.save_pretrained(shards, max_shard_size="100KB")
+    index = shards / "diffusion_pytorch_model.safetensors.index.json"
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    for path in (whole, shards, index):
+        found = read_source(path).weights
+        assert found.keys() == model.state_dict().keys()
+        assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    content = json.loads(index.read_text())
+    first = next(iter(content["weight_map"]))
+    for changed, error, said in (
+        (
+            {"weight_map": content["weight_map"] | {first: "../whole/diffusion_pytorch_model.safetensors"}},
+            ValueError,
+            "is no file beside it",
+        ),
+        (
+            {"weight_map": content["weight_map"] | {first: "gone.safetensors"}},
+            FileNotFoundError,
+            "gone.safetensors, which is not beside it",
+        ),
+        ({"weight_map": {}}, ValueError, "is no index of weights"),
+    ):
+        index.write_text(json.dumps(changed))
+        with pytest.raises(error, match=said):
+            read_source(shards)
+    index.write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_source(index)
 
 
 @pytest.mark.parametrize("asked", ["data", "identity"])
