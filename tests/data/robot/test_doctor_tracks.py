@@ -218,6 +218,17 @@ def test_commands_that_stay_where_they_are_are_no_increments():
     assert {finding.check for finding in exam.findings} == {"command_scale"}
 
 
+def test_commands_below_a_table_on_which_the_arm_stays_are_no_scale():
+    """As with an arm that is controlled by impedance: along the table it reaches its commands."""
+    along = np.linspace(0, 1, 40)[:, None]
+    corners = np.array([[0.35, 0, 0.25], [0.35, 0.05, -0.06], [0.45, -0.1, -0.06], [0.35, 0, 0.25]])
+    commanded = np.concatenate([a + along * (b - a) for a, b in zip(corners, corners[1:], strict=False)])
+    reached = np.maximum(np.concatenate([commanded[:1], commanded[:1], commanded[:-2]]), [-9, -9, 0.03])
+    exam = examined([recording(n, commanded, reached, 20.0) for n in range(3)])
+    check_commands(exam)
+    assert {(f.check, f.severity) for f in exam.findings} <= {("command_following", "warning")}
+
+
 def test_an_arm_that_is_slower_than_its_commands_is_a_warning_in_all_demos():
     low = np.array([0.35, 0.0, 0.1])
     corners = low + np.array([[0, 0, 0], [0.2, 0.2, 0.1], [0.1, -0.2, 0], [0.2, 0.1, 0.1], [0, 0, 0]])

@@ -16,6 +16,8 @@ LEAST_MOTION_M = 0.05  # a scale is measured of a motion along one axis that is 
 # Largest share of the distance of the tracks that may remain with a scale or an offset that is named as its cause (an
 # arm that does not reach its commands moves less far than they do, too).
 EXPLAINED_SHARE = 0.8
+# A scale is that of every axis along which the arm moves, within this share of its difference from 1, and this much.
+ONE_SCALE, ODD_AXIS = 0.5, 0.05
 FOLLOWED_M = 0.03  # an arm that stays further from its commands than this does not follow them
 MANY_DEMOS = 3  # from this number on, an arm that is not followed in most of them was not blocked by chance
 # Correlations by which commands are increments: of their sum with the reached positions, and of themselves.
@@ -166,11 +168,16 @@ def find_not_followed(
 def scale_of_motion(command: np.ndarray, position: np.ndarray) -> float | None:
     """Return how many times as far as `position` [N, 3] `command` [N, 3] moves; None: no scale explains the difference.
 
-    An arm that tracks its commands badly gives a regression below 1, too, but is then no nearer to them.
+    An arm that tracks its commands badly gives a regression below 1, too, but is then no nearer to them. One that a
+    table or a joint limit stops along one axis has other scales along the others.
     """
     position, command = position - position.mean(axis=0), command - command.mean(axis=0)
-    if np.ptp(position, axis=0).max() <= LEAST_MOTION_M:
+    moved = np.ptp(position, axis=0) > LEAST_MOTION_M
+    if not moved.any():
         return None
     scale = float((position * command).sum() / (position**2).sum())
+    by_axis = (position * command).sum(axis=0)[moved] / (position**2).sum(axis=0)[moved]
+    if np.abs(by_axis - scale).max() > ONE_SCALE * abs(scale - 1) + ODD_AXIS:
+        return None
     unscaled, scaled = (np.linalg.norm(command - factor * position, axis=1).mean() for factor in (1.0, scale))
     return scale if scaled < EXPLAINED_SHARE * unscaled else None
