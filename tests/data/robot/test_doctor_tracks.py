@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def test_commands_below_a_table_on_which_the_arm_stays_are_no_scale():
     """As with an arm that is controlled by impedance: along the table it reaches its commands."""
     along = np.linspace(0, 1, 40)[:, None]
     corners = np.array([[0.35, 0, 0.25], [0.35, 0.05, -0.06], [0.45, -0.1, -0.06], [0.35, 0, 0.25]])
-    commanded = np.concatenate([a + along * (b - a) for a, b in zip(corners, corners[1:], strict=False)])
+    commanded = np.concatenate([a + along * (b - a) for a, b in pairwise(corners)])
     reached = np.maximum(np.concatenate([commanded[:1], commanded[:1], commanded[:-2]]), [-9, -9, 0.03])
     exam = examined([recording(n, commanded, reached, 20.0) for n in range(3)])
     check_commands(exam)
