@@ -112,11 +112,11 @@ def refuse_several_processes(command: str) -> None:
 def name_of_start() -> str:
     """Return a name that is the same for all processes of this start by torchrun or srun, and different for other
     starts; empty without a launcher, or if the launcher provides no such name."""
-    if started_together() == 1:
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if started_together() == 1 or not (by_torchrun or tasks_of_srun() > 1):  # by hand: the usual port is no name
         return ""
     # the processes of an srun step may set MASTER_PORT themselves, each at its own time
-    by_srun = "TORCHELASTIC_RUN_ID" not in os.environ and tasks_of_srun() > 1
-    names = [] if by_srun else ["TORCHELASTIC_RUN_ID", "MASTER_PORT"]
+    names = ["TORCHELASTIC_RUN_ID", "MASTER_PORT"] if by_torchrun else []
     names += ["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"]
     parts = [os.environ.get(name, "") for name in names]
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine is the parent of all processes

@@ -86,8 +86,10 @@ CORRECTS = (
 )
 # Words earlier in the sentence that make a letter hypothetical ("If it were red, the answer would be A").
 SUPPOSES = re.compile(
-    r"\b(?:at first|first glance|initially|first thought|(?:might|may|could|would) (?:think|say|assume|guess)|whether|"
-    r"thought (?:that )?(?:it|the)|"
+    r"\b(?:at first|first glance|initially|first thought|(?:might|may|could|would) (?:think|say|assume|guess)|"
+    # not "whether it barks, the answer is B" or "he thought it was open, so the answer is B"
+    r"(?:whether|thought(?: that)?) (?:the (?:\w+ )?(?:answer|choice|option)\b|"
+    r"it (?:is|was|could be|might be|should be) (?:(?:option|choice) )?[(\[]?$)|"
     r"if the answer|if (?!(?:i|we) (?:had|have|must)\b|asked\b|forced\b|you\b)[^.;!?]*\b(?:was|were|had|would)\b)"
     r"(?:(?!\b(?:but|however)\b)[^.;!?])*$",
     re.IGNORECASE,
@@ -143,10 +145,14 @@ NOT = re.compile(
     re.IGNORECASE,
 )
 # Words before a list of wrong options ("Incorrect options:"); "The false statement is:" and "not sure, but:" are none.
+_ONES = r"(?:answers?|choices?|letters?|ones?|options?)(?:\s*\(s\))?"
 WRONG_ONES = re.compile(
-    r"(?:(?<!\bis\s)\b(?:incorrect|wrong|false|eliminated|excluded|rejected|ruled\s+out)(?:\s+(?:answers?|choices?|letters?|ones?|"
-    r"options?))?|\b(?:answers?|choices?|letters?|ones?|options?)\s+(?:that|which)\s+(?:(?:are|is|was|were)\s+not|"
-    r"(?:are|is|was|were)n\s?['’]?t|do(?:es)?\s+not)\s[^.,:;!?]*)\s*:$",
+    r"(?:(?:(?<!\bis\s)|(?<=\bfollowing\sis\s))\b(?:incorrect|wrong|false|eliminated|excluded|rejected|ruled?\s+out)"
+    rf"(?:\s+the\s+following)?(?:\s+{_ONES})?|\b{_ONES}\s+(?:that|which)\s+(?:(?:are|is|was|were)\s+not|"
+    r"(?:are|is|was|were)n\s?['’]?t|do(?:es)?\s+not)\s[^.,:;!?]*|"
+    r"\b(?:following|these|answers|choices|letters|ones|options)\s+"
+    r"(?:(?:are|were)\s+not|(?:are|were)n\s?['’]?t|not)\s+"
+    r"(?:correct|possible|right|seen|shown|supported|true|valid|visible)\b[^.,:;!?]*)\s*:$",
     re.IGNORECASE,
 )
 # A line that ends with a verdict on an option ("C. Green - No."): the verdict does not refer to the next line. A line

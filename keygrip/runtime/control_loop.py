@@ -25,7 +25,14 @@ from keygrip.runtime.asynchronous import ChunkExecution
 from keygrip.runtime.limits import LimitedMotion, MotionLimits, UnsafePlanError, held_back, refuse_unsafe
 from keygrip.runtime.plan_terms import POSE, observed_poses
 from keygrip.runtime.robot import CameraLostError, JointRobot, Robot, RobotLostError
-from keygrip.runtime.takeover import Correction, CorrectionRecorder, Takeover, TakeoverLostError, moved_by
+from keygrip.runtime.takeover import (
+    Correction,
+    CorrectionRecorder,
+    Takeover,
+    TakeoverLostError,
+    moved_by,
+    read_unheeded,
+)
 from keygrip.runtime.watchdog import State, Watchdog
 
 log = logging.getLogger(__name__)
@@ -180,11 +187,12 @@ class ControlLoop:
         correction: Correction | None = None
         if self.takeover is not None:
             try:
-                correction = self.takeover.read(now, self._command)
+                if fault is None:
+                    correction = self.takeover.read(now, self._command)
+                else:  # what is pressed during a fault must not act after it
+                    read_unheeded(self.takeover, now, self._command)
             except TakeoverLostError as error:
                 fault = fault or str(error)
-            if fault is not None:
-                correction = None  # read all the same: what is pressed during a fault must not act after it
         if correction is None:  # with a person's command no plan is needed
             fault = fault or self._stuck_fault(now)
         target: np.ndarray | None = None
@@ -416,8 +424,9 @@ class ControlLoop:
             return
         assert plan.time_s is not None
         steps = plan.gripper.shape[1]
-        first = min(max(int(np.floor((now - plan.time_s) / plan.step_seconds + 1e-6)), 0), steps - 1)
-        begin = max(first - 1, 0)
+        due = max(int(np.floor((now - plan.time_s) / plan.step_seconds + 1e-6)), 0)
+        first = min(due, steps - 1)
+        begin = max(first - 1, 0) if due < steps else first  # after its end a plan stays at its last step
         remaining = replace(
             plan,
             position=plan.position[:, begin:],

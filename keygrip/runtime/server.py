@@ -48,8 +48,9 @@ class _InOneLine(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, HttpProcessingError):
-            reason = " ".join(error.message.split())[:200]
+        odd_expect = isinstance(error, UnicodeEncodeError) and "Expect" in error.object  # on a path without a route
+        if odd_expect or isinstance(error, HttpProcessingError):
+            reason = " ".join(getattr(error, "message", "bytes in the header Expect").split())[:200]
             record.msg, record.args = f"{record.getMessage()}: {type(error).__name__}: {reason}", ()
             record.exc_info = record.exc_text = None
             record.levelno, record.levelname = logging.INFO, "INFO"

@@ -138,6 +138,15 @@ class Device:
         self._closed = True
 
 
+def read_unheeded(takeover: Takeover, now: float, command: np.ndarray) -> None:
+    """Read a device of which no correction is used. Taking and returning control counts; an opening that is requested
+    meanwhile does not. Raises TakeoverLostError as `Takeover.read`."""
+    opening = takeover.opening if isinstance(takeover, Device) else None
+    takeover.read(now, command)
+    if isinstance(takeover, Device):
+        takeover.opening = opening if takeover.active else None
+
+
 class KeyboardTakeover(Device):
     """A terminal's keyboard: t takes or returns control, w s a d r f move (x, y, z), q e rotate, space the gripper.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -199,8 +200,12 @@ def test_a_server_is_sent_the_token_of_who_loads_the_policy(monkeypatch: pytest.
     with pytest.raises(ValueError, match="token has no effect without server"):
         KeygripConfig(checkpoint="run", token="correct-horse", device="cpu", cameras=cameras)
     config._save_pretrained(tmp_path)  # as by hand
-    with pytest.raises(ValueError, match=r"^config\.json of .* has token="):
+    with pytest.raises(ValueError, match=r"^config\.json of .* has token=\.\.\.: ") as shown:
         KeygripPolicy.from_pretrained(tmp_path)
+    assert "correct-horse" not in str(shown.value)
+    dataclasses.replace(config, token=None, ca=None)._save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has server=https://gpu:8421, which would be sent the token: remove server"):
+        KeygripPolicy.from_pretrained(tmp_path, config=config)
 
 
 def test_a_policy_of_a_server_needs_neither_omegaconf_nor_hydra() -> None:

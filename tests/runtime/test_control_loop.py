@@ -37,6 +37,7 @@ from keygrip.runtime.robot import RobotLostError
 from keygrip.runtime.takeover import (
     Correction,
     CorrectionRecorder,
+    Device,
     GamepadTakeover,
     KeyboardTakeover,
     TakeoverLostError,
@@ -274,6 +275,31 @@ def test_what_a_person_presses_during_a_fault_does_not_act_after_it() -> None:
     loop_of(Clockwork(), robot, takeover=Pressing()).run(4.0, over=plant)
     assert len(read) == 40
     assert np.abs(np.array(robot.sent)[:, 1]).max() == 0.0
+
+
+def test_a_gripper_that_is_switched_during_a_fault_stays_as_it_was_after_it() -> None:
+    """An object that is held would be dropped."""
+    robot = PointArm()
+    keys = {0.3: "t", 1.8: " ", 1.9: "w"}  # the observation is stale from 1.5 s on
+
+    class Keys(KeyboardTakeover):
+        def __init__(self) -> None:
+            Device.__init__(self)
+            self.speed_m_s, self.turn_rad_s, self.repeat_seconds, self._pressed = 0.1, 0.6, 0.3, {}
+
+        def _keys(self) -> str:
+            return keys.pop(next((moment for moment in keys if moment <= robot.now()), -1.0), "")
+
+    def plant() -> bool:
+        robot.frozen_at = 1.0 if 1.0 <= robot.now() < 3.0 else None
+        return False
+
+    takeover = Keys()
+    loop_of(Clockwork(), robot, takeover=takeover).run(4.0, over=plant)
+    assert keys == {}
+    assert takeover.active
+    assert [pose[7] for pose in robot.sent[-5:]] == [1.0] * 5
+    assert np.ptp([pose[0] for pose in robot.sent[-5:]]) == 0.0
 
 
 def test_random_plans_never_exceed_a_limit() -> None:

@@ -28,6 +28,7 @@ from keygrip.models.patch_dit.foreign_settings import as_overrides, other_settin
 from keygrip.models.patch_dit.network import PatchDiT
 from keygrip.training.checkpoints import HEADER, find_checkpoint, read_checkpoint, refuse_other_format, weights_of
 from keygrip.training.integrity import is_signed, load_tensors
+from keygrip.training.run_folder import CHECKPOINT
 
 log = logging.getLogger(__name__)
 
@@ -126,10 +127,8 @@ def read_source(path: str | Path) -> InitSource:
     Raises:
         FileNotFoundError: there is no such file. ValueError: it cannot be read as weights.
     """
-    shards = _hub_files(Path(path))
-    if shards:
-        parts = [_load_safetensors(shard) for shard in shards]
-        return InitSource(str(path), {name: value for part in parts for name, value in part.items()})
+    if (hub_file := _hub_file(Path(path))) is not None:
+        return InitSource(str(path), _load_hub_file(hub_file))
     file = find_checkpoint(path)
     if file.is_dir() or is_signed(file):
         return _keygrip_source(str(path), read_checkpoint(file))
@@ -157,34 +156,49 @@ def _load_safetensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"init_from={file} is not a safetensors file, or is cut off: {error}") from error
 
 
-def _hub_files(path: Path) -> list[Path]:
-    """Return the weight files of a model in the hub's layout: of a folder as diffusers writes it, or of the index of
-    weights in several files (`*.safetensors.index.json`); empty for anything else.
+def _hub_file(path: Path) -> Path | None:
+    """Return the file of weights of a model as diffusers writes it, or of a pipeline's transformer, or the index of its
+    files; None for anything else."""
+    if path.name.endswith(INDEX) and path.is_file():
+        return path
+    if not path.is_dir() or (path / CHECKPOINT.parent).is_dir():  # a run
+        return None
+    files = (folder / f"{HUB_WEIGHTS}{ending}" for folder in (path, path / "transformer") for ending in ("", INDEX))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _load_hub_file(file: Path) -> dict[str, Tensor]:
+    """Load the weights of a file, or of all files that an index names.
 
     Raises:
-        FileNotFoundError: a file that the index names is missing. ValueError: the index is damaged, or names files
-            outside of its folder.
+        FileNotFoundError: a file that the index names is missing. ValueError: a file is damaged, the index names files
+            outside of its folder, or a weight is not in its file.
     """
-    if path.is_dir():
-        whole, index = path / HUB_WEIGHTS, path / f"{HUB_WEIGHTS}{INDEX}"
-        if whole.is_file():
-            return [whole]
-        return _hub_files(index) if index.is_file() else []
-    if not path.name.endswith(INDEX) or not path.is_file():
-        return []
+    if not file.name.endswith(INDEX):
+        return _load_safetensors(file)
     try:
-        content = read_json(path)
+        content = read_json(file)
     except BadSample as error:
-        raise ValueError(f"init_from={path} is damaged ({error})") from error
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"init_from={path} is no index of weights: it has no weight_map of names and files")
-    files = sorted(set(names.values()))
-    if outside := next((name for name in files if Path(name).name != name), None):
-        raise ValueError(f"init_from={path} names {outside!r}, which is no file beside it")
-    if missing := next((name for name in files if not (path.parent / name).is_file()), None):
-        raise FileNotFoundError(f"init_from={path} names {missing}, which is not beside it: download all its files")
-    return [path.parent / name for name in files]
+        raise ValueError(f"init_from={file} is damaged ({error})") from error
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(name, str) and name for name in places.values())
+    ):
+        raise ValueError(f"init_from={file} is no index of weights: it has no weight_map of names and files")
+    if outside := next((name for name in places.values() if Path(name).name != name), None):
+        raise ValueError(f"init_from={file} names {outside!r}, which is no file beside it")
+    if missing := next((name for name in places.values() if not (file.parent / name).is_file()), None):
+        raise FileNotFoundError(f"init_from={file} names {missing}, which is not beside it: download all its files")
+    weights: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        part = _load_safetensors(file.parent / name)
+        for weight in (weight for weight, place in places.items() if place == name):
+            if weight not in part:
+                raise ValueError(f"init_from={file} names {weight} in {name}, which does not hold it")
+            weights[weight] = part[weight]
+    return weights
 
 
 def checked_statistics_of(asked: StatisticsOf) -> StatisticsOf:

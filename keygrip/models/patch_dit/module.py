@@ -122,8 +122,6 @@ class PatchDiTModule(System):
         self.network = network(
             latent_channels=encoders.latent_channels, text_dim=encoders.text_dim, dino_dim=encoders.dino_dim
         )
-        if self.network.detail is not None:
-            self.network.detail.check(encoders.autoencoder.stride if encoders.exact else 1)
         dropout.check(self.network.use_dino_patches, few_steps is not None)
         sizes = self.network.width, encoders.dino_dim, self.network.depth
         self.alignment = None if alignment is None else alignment(*sizes)
@@ -251,9 +249,12 @@ class PatchDiTModule(System):
         return [*self.network.blocks, *([] if self.guide is None else self.guide.network.blocks)]
 
     def check_run(self, max_steps: int, begins: bool) -> None:
-        """Raise ValueError if the run ends before the guide's step."""
+        """Raise ValueError if the run ends before the guide's step, or begins with a detail head of other cells than
+        the latents have (earlier runs may)."""
         if self.guide is not None:
             self.guide.check(max_steps)
+        if begins and self.network.detail is not None:
+            self.network.detail.check(self.encoders.autoencoder.stride if self.encoders.exact else 1)
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.guide is not None:

@@ -232,14 +232,11 @@ def test_starts_that_their_launcher_gives_one_name_have_none(monkeypatch: pytest
     assert name_of_start()
 
 
-def test_starts_by_hand_are_told_apart_by_their_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by mpirun or Kubernetes, which set no id."""
-    names = []
-    for port in ("29500", "29501"):
-        for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": port}.items():
-            monkeypatch.setenv(name, value)
-        names.append(name_of_start())
-    assert names[0] != names[1]
+def test_starts_by_hand_have_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by mpirun or Kubernetes, which set no id, and often the same port."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert name_of_start() == ""
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

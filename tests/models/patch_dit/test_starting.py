@@ -100,7 +100,9 @@ def test_a_model_of_the_hub_is_read_from_its_folder_or_the_index_of_its_files(tm
     model.save_pretrained(shards, max_shard_size="100KB")
     index = shards / "diffusion_pytorch_model.safetensors.index.json"
     assert len(list(shards.glob("*.safetensors"))) > 1
-    for path in (whole, shards, index):
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "transformer").symlink_to(shards)
+    for path in (whole, shards, index, tmp_path / "pipeline"):
         found = read_source(path).weights
         assert found.keys() == model.state_dict().keys()
         assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
@@ -117,6 +119,12 @@ def test_a_model_of_the_hub_is_read_from_its_folder_or_the_index_of_its_files(tm
             FileNotFoundError,
             "gone.safetensors, which is not beside it",
         ),
+        (
+            {"weight_map": content["weight_map"] | {"more": content["weight_map"][first]}},
+            ValueError,
+            "does not hold it",
+        ),
+        ({"weight_map": {first: ""}}, ValueError, "is no index of weights"),
         ({"weight_map": {}}, ValueError, "is no index of weights"),
     ):
         index.write_text(json.dumps(changed))

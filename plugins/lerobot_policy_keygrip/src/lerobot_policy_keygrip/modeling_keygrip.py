@@ -103,6 +103,11 @@ class KeygripPolicy(PreTrainedPolicy):
         if config is None:
             config = stored
         assert isinstance(config, KeygripConfig)
+        if config.token and getattr(stored, "server", None):
+            raise ValueError(
+                f"config.json of {pretrained_name_or_path} has server={stored.server}, which would be sent the token: "
+                "remove server from that file, and give --policy.server on LeRobot's command line"
+            )
         if getattr(config, "use_peft", False):  # the configuration would be that of another folder, the adapter's
             raise ValueError("use_peft=true: keygrip's policies are trained by `python -m keygrip.train`, without peft")
         if not config.checkpoint and not config.server:
@@ -160,7 +165,7 @@ class KeygripPolicy(PreTrainedPolicy):
         return {}
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the configuration, without `trust` and `external`, and the checkpoint that it names."""
+        """Write the configuration, without `GRANTS`, and the checkpoint that it names."""
         folder = Path(save_directory)
         config = self.config
         if config.checkpoint and Path(config.checkpoint).resolve() != (folder / WEIGHTS).resolve():
@@ -184,6 +189,8 @@ class KeygripPolicy(PreTrainedPolicy):
                 )
         # without the checkpoint's path, also for the folder it was loaded from: a path would be wrong after a move
         ungranted = {"trust": [], "external": {}, "token": None, "ca": None}
+        if config.token:  # it is given with the server each time
+            ungranted["server"] = None
         dataclasses.replace(config, checkpoint=None, **ungranted)._save_pretrained(folder)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
@@ -293,11 +300,12 @@ def _refuse_grants(place: str | Path, **hub_options: Any) -> PreTrainedConfig:
     stored: PreTrainedConfig = PreTrainedConfig.from_pretrained(place, **hub_options)
     for name in GRANTS:
         if value := getattr(stored, name, None):
+            shown = "..." if name == "token" else value  # errors end up in logs
+            given = shown if name == "token" else json.dumps(value)
             raise ValueError(
-                f"config.json of {place} has {name}={value}: which packages are trusted, which files are read and "
+                f"config.json of {place} has {name}={shown}: which packages are trusted, which files are read and "
                 "which token is sent is decided by who loads a policy, not by its folder. Remove "
-                f"{name} from that file; if you want it, give "
-                f"--policy.{name}='{json.dumps(value)}' on LeRobot's command line"
+                f"{name} from that file; if you want it, give --policy.{name}='{given}' on LeRobot's command line"
             )
     return stored
 
