@@ -87,7 +87,8 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             return sweeps.run_job(run, cfg, lambda error, given: describe_error(error, config_name, given)[0], debug)
         try:
             return sweeps.run_process_job(run, cfg) if sweep_jobs.in_sweep() else run(cfg)
-        except STOPS as error:
+        except STOPS as stop:
+            error = _signal_behind(stop)
             _record_failure(error, config_name)
             failed.append(error)  # raised again outside Hydra, which would print additional lines
             return None
@@ -114,7 +115,8 @@ def entry_point(config_name: str, run: Callable[[DictConfig], Any]) -> None:
             hydra.main(config_path=folder, config_name=config_name, version_base="1.3")(task)()
             if failed:
                 raise failed[0]
-    except STOPS as error:
+    except STOPS as stop:
+        error = _signal_behind(stop)
         if isinstance(error, Interrupted) and is_helper_process():
             sys.exit(0)  # with another exit code Lightning would kill the first process before it has reported
         if debug and not isinstance(error, KeyboardInterrupt):
@@ -250,6 +252,21 @@ def describe_error(error: BaseException, config_name: str, overrides: Sequence[s
         detail = f"{type(root).__name__}: {one_line(root)}"
         return f"{prefix}cannot be built with these settings ({detail}; debug=true shows where)", CONFIG_ERROR
     return f"unexpected {type(root).__name__}: {one_line(root)} (debug=true shows where)", USER_ERROR
+
+
+def _signal_behind(error: BaseException) -> BaseException:
+    """Return the exception of a signal that arrived inside Hydra or OmegaConf, whose cleanup then fails with an error
+    that would hide it; any other error as it is."""
+    if not isinstance(error, HydraException | OmegaConfBaseException | AttributeError):
+        return error
+    found: BaseException | None = error
+    seen: set[int] = set()  # an error that is raised again may be its own cause
+    while found is not None and id(found) not in seen:
+        if isinstance(found, KeyboardInterrupt | Interrupted):
+            return found
+        seen.add(id(found))
+        found = found.__context__ if found.__cause__ is None else found.__cause__
+    return error
 
 
 def _needs_no_stack_trace(error: BaseException) -> bool:

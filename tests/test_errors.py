@@ -467,6 +467,34 @@ def test_a_job_of_a_cluster_that_died_is_named_with_its_log() -> None:
     assert describe_error(UncompletedJobError(said), "evaluate", []) == (expected + others, 1)
 
 
+def raised(*errors: BaseException) -> BaseException:
+    """Return the last of some errors, each raised while the one before it was handled."""
+    try:
+        if len(errors) > 1:
+            try:
+                raise raised(*errors[:-1])
+            except BaseException:
+                raise errors[-1]  # noqa: B904
+        raise errors[0]
+    except BaseException as error:
+        return error
+
+
+def test_a_signal_inside_hydra_or_omegaconf_is_not_hidden_by_their_errors() -> None:
+    from hydra.errors import ConfigCompositionException
+
+    from keygrip.command import _signal_behind
+
+    stop, lost = Interrupted("stopped by SIGTERM"), AttributeError("no attribute '_invalidate_flags_cache'")
+    assert _signal_behind(raised(stop, lost, ConfigCompositionException("missing key"))) is stop
+    assert _signal_behind(raised(KeyboardInterrupt(), lost)).__class__ is KeyboardInterrupt
+    full = OSError(28, "disk full while saving")  # the error that the user has to know
+    assert _signal_behind(raised(stop, full)) is full
+    alone = ConfigCompositionException("missing key")
+    alone.__cause__ = alone
+    assert _signal_behind(alone) is alone
+
+
 def test_a_cluster_that_is_not_there_is_named() -> None:
     """The message is submitit's."""
     error = RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?')

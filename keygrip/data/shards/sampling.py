@@ -19,15 +19,20 @@ from torch.utils.data import DataLoader, Sampler
 
 
 class SampleKey(NamedTuple):
-    """A sample and an epoch; together with the seed they determine a sample's random augmentation."""
+    """A sample and an epoch; together with the seed they determine a sample's random augmentation.
+
+    `repeat`: how often the sample occurred in the epoch before, so that it is not augmented alike each time.
+    """
 
     sample: int
     epoch: int
+    repeat: int = 0
 
 
 def sample_generator(seed: int, key: SampleKey) -> np.random.Generator:
     """Return the random generator for one sample's augmentation."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, key.epoch, key.sample))))
+    repeat = (key.repeat,) if key.repeat else ()
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, key.epoch, key.sample, *repeat))))
 
 
 class GlobalBatchSampler(Sampler[list[SampleKey]]):
@@ -140,14 +145,31 @@ class GlobalBatchSampler(Sampler[list[SampleKey]]):
 
     def parts_of(self, epoch: int, first: int = 0) -> Iterator[Sequence[np.ndarray]]:
         """Yield the sample indices of each global batch of an epoch, from batch `first` on: an array for each rank."""
-        order = self.order(epoch)
+        return self._split(self.order(epoch), first)
+
+    def _split(self, order: np.ndarray, first: int) -> Iterator[Sequence[np.ndarray]]:
         for step in range(first, len(self)):
             yield np.array_split(self.global_batch(order, step), self.ranks)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, first = (self.epoch, 0) if self.position is None else divmod(self.position(), max(1, len(self)))
-        for parts in self.parts_of(epoch, first):
-            yield [SampleKey(int(index), epoch) for index in parts[self.rank]]
+        if self.groups is None:
+            for parts in self.parts_of(epoch, first):
+                yield [SampleKey(int(index), epoch) for index in parts[self.rank]]
+            return
+        order = self.order(epoch)
+        for parts, repeats in zip(self._split(order, first), self._split(_repeats(order), first), strict=True):
+            pairs = zip(parts[self.rank], repeats[self.rank], strict=True)
+            yield [SampleKey(int(index), epoch, int(repeat)) for index, repeat in pairs]
+
+
+def _repeats(order: np.ndarray) -> np.ndarray:
+    """Return, for each place of an order [n], how often its sample occurs at earlier places."""
+    places = np.argsort(order, kind="stable")
+    ascending = order[places]
+    repeats = np.empty_like(order)
+    repeats[places] = np.arange(len(order)) - np.searchsorted(ascending, ascending)
+    return repeats
 
 
 class ResumableLoader(DataLoader[Any]):

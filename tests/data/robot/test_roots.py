@@ -15,7 +15,7 @@ import pytest
 from keygrip.data.robot.datamodule import RobotDemos
 from keygrip.data.robot.frame_rates import equal_strides
 from keygrip.data.robot.roots import refuse_renamed
-from keygrip.data.shards.sampling import GlobalBatchSampler
+from keygrip.data.shards.sampling import GlobalBatchSampler, sample_generator
 
 Make = Callable[..., RobotDemos]
 
@@ -96,6 +96,23 @@ def test_shares_are_exact_and_equal_without_weights() -> None:
         assert np.abs(counts - 101 * np.array([0.5, 0.25, 0.25])).max() < 1
     with pytest.raises(ValueError, match="2 weights for 3 groups"):
         GlobalBatchSampler(101, 10, groups=groups, weights=[1, 1])
+
+
+def test_what_a_weight_repeats_in_an_epoch_is_augmented_anew() -> None:
+    groups = np.repeat([0, 1], [90, 10])
+    sampler = GlobalBatchSampler(100, 10, groups=groups, weights=[0.5, 0.5])
+    keys = [key for batch in sampler for key in batch]
+    assert len(set(keys)) == 100
+    few = [key for key in keys if key.sample >= 90]
+    assert sorted({key.repeat for key in few}) == [0, 1, 2, 3, 4]
+    draws = {sample_generator(0, key).random() for key in keys}
+    assert len(draws) == 100
+    sampler.position = lambda: 4  # a resumed run continues with the same keys
+    assert [key for batch in sampler for key in batch] == keys[40:]
+    plain = [key for batch in GlobalBatchSampler(100, 10) for key in batch]
+    assert {key.repeat for key in plain} == {0}
+    first = np.random.Generator(np.random.PCG64(np.random.SeedSequence((0, plain[0].epoch, plain[0].sample)))).random()
+    assert sample_generator(0, plain[0]).random() == first
 
 
 def test_max_demos_is_the_number_of_each_set(roots: list[str], robot_demos: Make) -> None:

@@ -59,6 +59,14 @@ def numbers(
         absent = [str(item) for item in names if item not in feature_names]
         if absent:
             raise ValueError(f"{path}: {where} names {', '.join(absent)}; {feature} has {', '.join(feature_names)}")
+        several = [str(item) for item in names if feature_names.count(item) > 1]
+        if several or len(feature_names) != values.shape[1]:
+            reason = (
+                f"{feature} has several numbers of the name {several[0]}"
+                if several
+                else f"{feature} has {len(feature_names)} names for {values.shape[1]} numbers"
+            )
+            raise ValueError(f"{path}: {where}: {reason}: give index instead of names")
         return values[:, [feature_names.index(item) for item in names]]
     index = entry["index"] if isinstance(entry["index"], list) else [entry["index"]]
     invalid = [item for item in index if type(item) is not int or item < 0]

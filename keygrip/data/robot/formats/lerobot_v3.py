@@ -306,8 +306,12 @@ def _exact_rate(episode: dict[str, Any], rate: float) -> float:
 
 def _is_depth(feature: dict[str, Any]) -> bool:
     """Return whether LeRobot marks a video as a depth map, which is not a camera image."""
-    described = feature.get("info")
-    return isinstance(described, dict) and any(described.get(key) is True for key in DEPTH_MARKS)
+    return any(described.get(key) is True for described in _descriptions(feature) for key in DEPTH_MARKS)
+
+
+def _descriptions(feature: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what info.json says about a video (`video_info` in version 2.0)."""
+    return [value for value in (feature.get("info"), feature.get("video_info")) if isinstance(value, dict)]
 
 
 def _recorded_camera(
@@ -419,9 +423,9 @@ def _frame_source(
 
 
 def _video_rate(feature: dict[str, Any]) -> float | None:
-    """Return the frames per second that info.json states for a video (`video_info` in version 2.0), or None."""
-    for described in (feature.get("info"), feature.get("video_info")):
-        stated = described.get("video.fps") if isinstance(described, dict) else None
+    """Return the frames per second that info.json states for a video, or None."""
+    for described in _descriptions(feature):
+        stated = described.get("video.fps")
         if isinstance(stated, int | float):
             return float(stated)
     return None

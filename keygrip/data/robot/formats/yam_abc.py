@@ -28,7 +28,7 @@ from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.reference import DemoReference
 from keygrip.data.robot.schema import ArmTrajectory, CameraTrack, Demo, DemoError, FrameSource
 from keygrip.data.robot.transforms import transform
-from keygrip.data.untrusted_files import read_json, read_npy
+from keygrip.data.untrusted_files import inside, read_json, read_npy
 from keygrip.robots.kinematics import forward_kinematics
 
 FLAG = "write_complete.flag"
@@ -94,7 +94,7 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
     left_out: dict[str, str] = {}
     for entry in metadata.get("cameras") or []:
         role, keys = str(entry["role"]), [str(key) for key in entry["image_keys"]]
-        stamps = read_npy(episode / f"{role}-timestamp.npy").reshape(-1)
+        stamps = read_npy(inside(episode, f"{role}-timestamp.npy")).reshape(-1)
         if ticks is None:
             if len(stamps) != frames:
                 raise DemoError(name, f"{role}-timestamp.npy has {len(stamps)} stamps, the arms have {frames} frames")
@@ -107,7 +107,7 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
                 continue
             if camera not in calibration.cameras:
                 reason = f"{calibration.path} has no entry for it"
-                video = VideoFrames(episode / f"{role}-images-{key}.mp4")
+                video = VideoFrames(inside(episode, f"{role}-images-{key}.mp4"))
                 try:
                     source, width, height = _nearest_frames(video, entry, stamps, ticks, rate)
                 except _UnusableStamps as error:
@@ -117,7 +117,8 @@ def read(episode: Path, name: str, calibration: Calibration) -> Demo:
                     continue  # ignored for a camera that the calibration file does not list
                 cameras[camera] = CameraTrack.without_calibration(width, height, source, len(ticks), reason)
                 continue
-            video = VideoFrames(episode / f"{role}-images-{key}.mp4", rotate=calibration.cameras[camera].rotate)
+            path = inside(episode, f"{role}-images-{key}.mp4")
+            video = VideoFrames(path, rotate=calibration.cameras[camera].rotate)
             try:
                 track = _calibrated_camera(video, camera, entry, stamps, ticks, rate, calibration, gripper_poses)
             except _UnusableStamps as error:
@@ -156,7 +157,7 @@ def _source_of_left_out(left_out: dict[str, str]) -> dict[str, Any]:
 
 
 def _read_array(episode: Path, name: str, stem: str, width: int) -> np.ndarray:
-    path = episode / f"{stem}.npy"
+    path = inside(episode, f"{stem}.npy")
     if not path.is_file():
         raise DemoError(name, f"{path.name} is missing")
     values = read_npy(path)

@@ -8,6 +8,7 @@ import os
 import pickle
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,8 @@ from keygrip.data import parquet_tables
 from keygrip.data.robot.discovery import find_demos
 from keygrip.data.robot.formats import frames, lerobot_v3
 from keygrip.data.robot.formats.frames import ParquetFrames
+from keygrip.data.robot.formats.lerobot_numbers import numbers
+from keygrip.data.robot.formats.lerobot_v3 import DEPTH_MARKS, _is_depth
 from keygrip.data.robot.frames import VideoFrames
 from keygrip.data.robot.importing import import_demos
 from keygrip.data.robot.lerobot_export.export import export_lerobot
@@ -777,6 +780,32 @@ def test_wrong_sidecars_are_one_clear_line(tmp_path, write_dataset, change, mess
     with pytest.raises(ValueError, match=message) as caught:
         find_demos(tmp_path)[0].read()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"left": ["x", "y", "z", "q"], "right": ["x", "y", "z", "q"]}, "several numbers of the name x: give index"),
+        (["x", "y", "z"], "observation.state has 3 names for 8 numbers: give index"),
+    ],
+)
+def test_names_that_do_not_tell_numbers_apart_are_refused(names: Any, message: str) -> None:
+    table = {"observation.state": [list(range(8)), list(range(8))]}
+    info = {"features": {"observation.state": {"names": names}}}
+    entry = {"feature": "observation.state", "names": ["x", "y", "z"]}
+    with pytest.raises(ValueError, match=message):
+        numbers(table, info, "arms.right.position", entry, Path("calibration.yaml"))
+    by_index = {"feature": "observation.state", "index": [4, 5, 6]}
+    assert numbers(table, info, "arms.right.position", by_index, Path("c.yaml"))[0].tolist() == [4, 5, 6]
+
+
+@pytest.mark.parametrize("described", ["info", "video_info"])
+def test_depth_maps_are_told_by_either_name_of_the_description(described: str) -> None:
+    """Version 2.0 has `video_info`."""
+    for mark in DEPTH_MARKS:
+        assert _is_depth({"dtype": "video", described: {mark: True}})
+        assert not _is_depth({"dtype": "video", described: {mark: False}})
+    assert not _is_depth({"dtype": "video", described: None})
 
 
 @pytest.mark.parametrize(

@@ -415,6 +415,24 @@ def test_broken_episodes_are_named(tmp_path, write_episode, calibrate, damage, m
     assert caught.value.name == "task/episode"
 
 
+@pytest.mark.parametrize("changed", ["role", "key", "arm"])
+def test_names_of_an_episode_do_not_lead_out_of_its_folder(tmp_path, write_episode, calibrate, changed):
+    folder = tmp_path / "task" / "episode"
+    write_episode(folder)
+    calibrate(tmp_path, BASES)
+    metadata = json.loads((folder / "metadata.json").read_text())
+    outside = "/../../../outside"
+    if changed == "arm":
+        metadata["arm_names"] = [outside, *metadata["arm_names"][1:]]
+    elif changed == "role":
+        metadata["cameras"][0]["role"] = outside
+    else:
+        metadata["cameras"][0]["image_keys"] = [outside]
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(DemoError, match="outside"):
+        find_demos(tmp_path)[0].read()
+
+
 def cut(video: Path) -> None:
     content = video.read_bytes()
     video.write_bytes(content[: len(content) // 2])
