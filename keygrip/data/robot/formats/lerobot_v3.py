@@ -44,6 +44,7 @@ lerobot:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import re
@@ -69,8 +70,10 @@ from keygrip.data.video_index import file_identity
 
 IMAGES = "observation.images."
 PLACE = "keygrip/place"  # of an episode's files: values for the path templates of version 2
+OVERLAPS = "keygrip/overlaps"  # of an episode: by video, another episode to which a part of its stretch is given
 MOST_MISSING = 1_000_000  # limit for episodes that info.json counts and that are not listed
 DEPTH_MARKS = ("video.is_depth_map", "is_depth_map")
+LENGTH_OFF = 1.5  # frames by which a stretch of video may differ from the episode's length
 ROUNDED = 0.01  # largest relative change of a rate by rounding
 
 
@@ -115,7 +118,37 @@ def find(root: Path, calibration: Path | None = None) -> list[DemoReference]:
             f"{root} is a LeRobot data set of version {version}; versions 2.0, 2.1 and 3 are read. Versions 1.x "
             "can be converted to 2.0 with the scripts of the LeRobot releases of that time"
         )
-    return references(root, info, _episodes(root), calibration, "lerobot_v3")
+    episodes = _episodes(root)
+    with contextlib.suppress(ValueError):  # reading an episode reports a wrong rate
+        _note_overlaps(episodes, stated_rate(info, root))
+    return references(root, info, episodes, calibration, "lerobot_v3")
+
+
+def _note_overlaps(episodes: list[dict[str, Any]], rate: float) -> None:
+    """Note, under `OVERLAPS`, episodes whose stretches of a video overlap: one of the two has the other's images."""
+    stretches: dict[tuple[str, int, int], list[tuple[int, int, dict[str, Any]]]] = {}
+    for row in episodes:
+        for column in row:
+            if not (column.startswith("videos/") and column.endswith("/from_timestamp")):
+                continue
+            video = column.removesuffix("/from_timestamp")
+            try:  # what is no number, reading the episode reports
+                file = (video, int(row[f"{video}/chunk_index"]), int(row[f"{video}/file_index"]))
+                start, end = float(row[column]), float(row[f"{video}/to_timestamp"])
+                first, length = round(start * rate), int(row["length"])
+            except (KeyError, TypeError, ValueError, OverflowError):
+                continue
+            if abs((end - start) * rate - length) <= LENGTH_OFF:
+                stretches.setdefault(file, []).append((first, first + length, row))
+    for (video, _, _), given in stretches.items():
+        given.sort(key=lambda stretch: stretch[:2])
+        reaching = None  # the stretch that ends last of those before
+        for stretch in given:
+            if reaching is not None and stretch[0] < reaching[1] - 1:  # one frame may be rounding
+                for row, other in ((stretch[2], reaching[2]), (reaching[2], stretch[2])):
+                    row.setdefault(OVERLAPS, {}).setdefault(video.removeprefix("videos/"), other["episode_index"])
+            if reaching is None or stretch[1] > reaching[1]:
+                reaching = stretch
 
 
 def references(
@@ -413,7 +446,14 @@ def _frame_source(
     location = {part: int(episode[f"{prefix}{part}"]) for part in ("chunk_index", "file_index")}
     path = _path(root, info, "video_path", {"video_key": key, **location})
     start, end = float(episode[f"{prefix}from_timestamp"]), float(episode[f"{prefix}to_timestamp"])
-    if abs((end - start) * rate - len(rows)) > 1.5:
+    if key in episode.get(OVERLAPS, {}):
+        raise DemoError(
+            name,
+            f"{key}: a part of its stretch of video ({start:.3f} s to {end:.3f} s) is also given to episode "
+            f"{episode[OVERLAPS][key]} in meta/episodes, so that rows of one would get the other's images: write the "
+            "data set again with a current LeRobot, or leave both episodes out",
+        )
+    if abs((end - start) * rate - len(rows)) > LENGTH_OFF:
         raise DemoError(
             name,
             f"{key}: the stretch of video from {start:.3f} s to {end:.3f} s does not hold "

@@ -799,6 +799,20 @@ def test_names_that_do_not_tell_numbers_apart_are_refused(names: Any, message: s
     assert numbers(table, info, "arms.right.position", by_index, Path("c.yaml"))[0].tolist() == [4, 5, 6]
 
 
+def test_a_stretch_of_video_belongs_to_one_episode(tmp_path, write_dataset):
+    """LeRobot's merge once gave all episodes of a source the last of its video files."""
+    write_dataset(tmp_path)
+    path = tmp_path / "meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        row[f"videos/{KEY}/file_index"] = rows[-1][f"videos/{KEY}/file_index"]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    references = find_demos(tmp_path)
+    for reference, other in ((references[0], 2), (references[2], 0)):
+        with pytest.raises(DemoError, match=f"also given to episode {other} in meta/episodes"):
+            reference.read()
+
+
 @pytest.mark.parametrize("described", ["info", "video_info"])
 def test_depth_maps_are_told_by_either_name_of_the_description(described: str) -> None:
     """Version 2.0 has `video_info`."""
