@@ -96,10 +96,11 @@ def run_job(
         raise
     except Exception as error:
         line = describe(error, overrides)
-        if belongs_to_another_start(folder):
-            record_refusal(folder, line, overrides)
-        elif not isinstance(root_cause(error), RunFolderError):  # the folder is another run's
-            record_failure(folder, FAILED, line, overrides, error)
+        if not isinstance(root_cause(error), RunFolderError):  # else the folder is another run's
+            if belongs_to_another_start(folder):
+                record_refusal(folder, line, overrides)
+            else:
+                record_failure(folder, FAILED, line, overrides, error)
         if debug:
             sys.stderr.write("".join(traceback.format_exception(error)))
         log.error("job %s (%s) failed: %s", hydra_cfg.job.num, " ".join(overrides), line)

@@ -91,6 +91,7 @@ def test_a_sweep_resumes_what_did_not_finish(cli: Callable[..., Any], monkeypatc
     assert outcome.code == 1
     assert "sweep/1 belongs to a run that is still going on" in outcome.err
     assert Path("sweep/1/result.json").read_text() == going_on
+    assert not Path("sweep/1/refused.json").exists()
     assert cli(*jobs, "resume=true").code == 0
     assert Path("sweep/0/result.json").stat().st_mtime_ns == first
     assert [row["status"] for row in rows_of(Path("sweep"))] == ["finished", "finished"]
