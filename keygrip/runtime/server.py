@@ -111,12 +111,16 @@ class PolicyServer:
             RuntimeError: The policy was stuck more often than it may be replaced.
         """
         application = web.Application(client_max_size=self.limits.request_bytes, middlewares=[self._answer])
-        for path, handler in (("/", self._socket), ("/health", self._health), ("/healthz", self._alive)):
-            application.router.add_get(path, handler, allow_head=False, expect_handler=_answer_expect)
-        application.router.add_get("/metrics", self._metrics, allow_head=False, expect_handler=_answer_expect)
-        application.router.add_post("/plan", self._plan, expect_handler=_answer_expect)
-        application.router.add_post("/reset", self._reset, expect_handler=_answer_expect)
-        application.router.add_delete("/session", self._end, expect_handler=_answer_expect)
+        for method, path, handler in (
+            ("GET", "/", self._socket),
+            ("GET", "/health", self._health),
+            ("GET", "/healthz", self._alive),
+            ("GET", "/metrics", self._metrics),
+            ("POST", "/plan", self._plan),
+            ("POST", "/reset", self._reset),
+            ("DELETE", "/session", self._end),
+        ):
+            application.router.add_route(method, path, handler, expect_handler=_answer_expect)
         application.on_shutdown.append(self._ending)
         runner = web.AppRunner(
             application,

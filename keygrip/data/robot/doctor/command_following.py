@@ -55,15 +55,16 @@ def _are_increments(reached: ArmTrajectory) -> bool:
     position, command = reached.position, reached.commanded.position
     if len(reached) <= max(DELAYS) or np.ptp(position, axis=0).max() <= LEAST_MOTION_M:
         return False
-    summed, themselves = (
-        max(_correlation(*pair_with_delay(position, track, delay)) for delay in DELAYS)
-        for track in (command.cumsum(axis=0), command)
-    )
-    # commands that do not change, or of another recording, have a sum that moves away from the origin, as a reach does
-    # of several frames, as reached positions may be noisy, late, or read less often than frames are recorded
+    total = command.cumsum(axis=0)
+    # The sum of commands that do not change, or of another recording, moves away from the origin, as a reach does, so
+    # steps are compared too: of several frames, because reached positions may be noisy, late, or read less often than
+    # frames are recorded.
     frames = max(1, len(reached) // STEPS_OF_A_DEMO)
-    moved, told = (track[frames:] - track[:-frames] for track in (position, command.cumsum(axis=0)))
-    by_step = max(_correlation(*pair_with_delay(moved, told, delay)) for delay in DELAYS)
+    steps, total_steps = (track[frames:] - track[:-frames] for track in (position, total))
+    themselves, summed, by_step = (
+        max(_correlation(*pair_with_delay(moved, told, delay)) for delay in DELAYS)
+        for moved, told in ((position, command), (position, total), (steps, total_steps))
+    )
     return themselves < NOT_SUMMED and summed > SUMMED and by_step > RELATED
 
 
